@@ -1,0 +1,2 @@
+//! cli
+fn main(){ ella_model::t(); }

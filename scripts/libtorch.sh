@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Puts libtorch where the build looks for it, once: LIBTORCH if set, else torch's wheel unpacked into .libtorch/ (no Python
+# packages are installed or imported; only the wheel's headers and libraries are used).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf 'ella: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+need() { command -v "$1" >/dev/null 2>&1 || die "$1 is missing: $2"; }
+
+need cargo "install Rust 1.88 or newer (https://rustup.rs)"
+need c++ "install a C++ compiler (Debian: apt-get install g++)"
+
+if [ -n "${LIBTORCH:-}" ]; then
+    [ -e "$LIBTORCH/lib/libtorch_cpu.so" ] || die "LIBTORCH=$LIBTORCH has no lib/libtorch_cpu.so: point it at libtorch 2.11.0, or unset it"
+    exit 0
+fi
+
+lists=(scripts/libtorch-requirements.txt)
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    lists+=(scripts/libtorch-cuda-requirements.txt)
+fi
+stamp=.libtorch/installed
+want=$(cat "${lists[@]}" | cksum)
+if [ "$(cat $stamp 2>/dev/null)" = "$want" ]; then exit 0; fi
+
+need python3 "install Python 3 (Debian: apt-get install python3 python3-pip)"
+python3 -m pip --version >/dev/null 2>&1 || die "Python's pip is missing: install it (Debian: apt-get install python3-pip)"
+room=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+need_room=$([ ${#lists[@]} -gt 1 ] && echo 12 || echo 6)
+[ "$room" -ge "$need_room" ] || die "libtorch needs $need_room GiB of free disk here, $room GiB are left: free some, or set LIBTORCH"
+
+arch=$(uname -m)
+case "$arch" in x86_64 | aarch64) ;; *) die "no libtorch wheel for $arch: build libtorch 2.11.0 and set LIBTORCH" ;; esac
+platforms=()
+for glibc in $(seq 17 28); do platforms+=(--platform "manylinux_2_${glibc}_$arch"); done
+platforms+=(--platform "manylinux2014_$arch")
+log=$(mktemp)
+rm -rf .libtorch.new
+for list in "${lists[@]}"; do
+    say "fetching libtorch ($list), once"
+    # One wheel for every Python: its libraries are the same, and no Python ever imports it.
+    python3 -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --no-compile --only-binary=:all: \
+        --implementation cp --python-version 3.11 --abi cp311 --abi none "${platforms[@]}" \
+        --target .libtorch.new --requirement "$list" >"$log" 2>&1 \
+        || { tail -n 5 "$log" >&2; rm -rf .libtorch.new; die "pip could not install libtorch: see above (a network, and PyPI or a mirror of it, is needed once)"; }
+done
+rm -f "$log"
+printf '%s\n' "$want" >.libtorch.new/installed
+rm -rf .libtorch
+mv .libtorch.new .libtorch
