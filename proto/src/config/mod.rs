@@ -1,0 +1,619 @@
+//! A run's config: `RUN.toml`, with overrides. Unknown keys are refused with the nearest known one; every value is checked here,
+//! once, so that what carries a [`RunConfig`] may trust it.
+
+mod keys;
+mod units;
+
+pub use units::Millis;
+
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Why a config cannot be used. Each names the key, and what would be right.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{path}: cannot be read ({source}); give the path of a run's TOML file")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Not TOML, or a value of the wrong type.
+    #[error("{origin}: {message}")]
+    Syntax {
+        /// The file, or the override.
+        origin: String,
+        /// The parser's words, with line and column.
+        message: String,
+    },
+    /// No key of this name exists.
+    #[error("{origin}: unknown key `{key}`{}", nearest.as_ref().map(|n| format!("; did you mean `{n}`?")).unwrap_or_default())]
+    UnknownKey {
+        /// The file, or the override.
+        origin: String,
+        /// The key, with its section.
+        key: String,
+        /// The known key that looks most like it.
+        nearest: Option<String>,
+    },
+    /// A value outside its rule.
+    #[error("config: `{key}` is {found}, but {rule}")]
+    Value {
+        /// The key, with its section.
+        key: &'static str,
+        /// The rule.
+        rule: String,
+        /// The value.
+        found: String,
+    },
+    /// Something that ella does not do yet.
+    #[error("config: `{key}` = {found} is not supported yet; {instead}")]
+    Unsupported {
+        /// The key, with its section.
+        key: &'static str,
+        /// The value.
+        found: String,
+        /// What to write in its place.
+        instead: &'static str,
+    },
+}
+
+/// A whole run's config (design.md §6).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Where the run lives, and its seed.
+    pub run: Run,
+    /// The frozen diffusion model.
+    pub base: Base,
+    /// The frozen text encoder.
+    pub text: Text,
+    /// The data set.
+    pub data: Data,
+    /// What is trained.
+    #[serde(default)]
+    pub connector: Connector,
+    /// How it is trained.
+    #[serde(default)]
+    pub train: Train,
+    /// When commits are made, and how many are kept.
+    #[serde(default)]
+    pub checkpoint: Checkpoint,
+    /// The processes that train.
+    #[serde(default)]
+    pub workers: Workers,
+}
+
+/// `[run]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// The run folder: URL or path.
+    pub output: String,
+    /// Seeds order, noise, dropout and the connector's first values.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// Number formats of frozen networks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// 32-bit floats.
+    #[default]
+    Fp32,
+    /// IEEE half.
+    Fp16,
+    /// bfloat16.
+    Bf16,
+}
+
+/// `[base]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Base {
+    /// A folder in diffusers' layout.
+    pub model: String,
+    /// Compute format of the frozen networks.
+    #[serde(default)]
+    pub dtype: Dtype,
+}
+
+/// How captions become rows of equal or unequal length (design.md §4, "Padding is part of the meaning").
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Padding {
+    /// Every caption has `max_tokens` positions; padding is attended, as in the released weights.
+    #[default]
+    Fixed,
+    /// Ragged rows; the connector masks what is not there.
+    None,
+}
+
+/// Where features come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Features {
+    /// From complete sidecars (`ella embed`).
+    #[default]
+    Cached,
+    /// Computed for each step, and dropped.
+    Inline,
+    /// Computed ahead and written through.
+    Ahead,
+}
+
+/// `[text]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Text {
+    /// A folder in transformers' layout.
+    pub model: String,
+    /// Longest caption in tokens; longer ones are cut, and counted.
+    #[serde(default = "Text::max_tokens")]
+    pub max_tokens: usize,
+    /// Padding rule.
+    #[serde(default)]
+    pub padding: Padding,
+    /// Where features come from.
+    #[serde(default)]
+    pub features: Features,
+    /// Compute format of the text encoder.
+    #[serde(default)]
+    pub dtype: Dtype,
+}
+
+impl Text {
+    fn max_tokens() -> usize {
+        128
+    }
+}
+
+/// `[data]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// A prepared data set: URL or path.
+    pub path: String,
+    /// How many consecutive shards are shuffled together (ORDER).
+    #[serde(default = "Data::window")]
+    pub window: usize,
+}
+
+impl Data {
+    fn window() -> usize {
+        16
+    }
+}
+
+/// The kinds of connector.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ConnectorKind {
+    /// The timestep-aware semantic connector, AdaLN (paper §3.1).
+    #[default]
+    Tsc,
+}
+
+/// `[connector]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Connector {
+    /// Which one.
+    pub kind: ConnectorKind,
+    /// Channels; must be the base's `cross_attention_dim`, which it is if left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub width: Option<usize>,
+    /// Perceiver blocks.
+    pub layers: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Learned queries: the sequence length that the U-Net sees.
+    pub latents: usize,
+}
+
+impl Default for Connector {
+    fn default() -> Self {
+        Self { kind: ConnectorKind::Tsc, width: None, layers: 6, heads: 8, latents: 64 }
+    }
+}
+
+/// How lane gradients are summed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reduction {
+    /// In 64-bit fixed point: the sum does not depend on how lanes are dealt (SAME).
+    #[default]
+    Exact,
+    /// In float32, in the engine's order.
+    Fast,
+}
+
+/// `[train]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Train {
+    /// Optimizer updates in all.
+    pub steps: u64,
+    /// Samples per step.
+    pub global_batch: usize,
+    /// Samples per lane.
+    pub micro_batch: usize,
+    /// How lane gradients are summed.
+    pub reduction: Reduction,
+    /// Probability that a caption is replaced by the empty one, for classifier-free guidance.
+    pub caption_dropout: f64,
+    /// Largest gradient norm; 0 turns clipping off.
+    pub grad_clip: f64,
+    /// Decay of the exponential moving average of the weights.
+    pub ema_decay: f64,
+    /// Min-SNR weighting (arXiv 2303.09556); left out: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snr_gamma: Option<f64>,
+    /// AdamW.
+    pub optimizer: Optimizer,
+    /// Learning rate over steps.
+    pub schedule: Schedule,
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            steps: 1000,
+            global_batch: 32,
+            micro_batch: 8,
+            reduction: Reduction::Exact,
+            caption_dropout: 0.1,
+            grad_clip: 1.0,
+            ema_decay: 0.9999,
+            snr_gamma: None,
+            optimizer: Optimizer::default(),
+            schedule: Schedule::default(),
+        }
+    }
+}
+
+impl Train {
+    /// How many lanes the global batch has.
+    pub fn lanes(&self) -> usize {
+        self.global_batch / self.micro_batch
+    }
+}
+
+/// `[train.optimizer]`: AdamW (arXiv 1711.05101), as `torch.optim.AdamW` computes it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Optimizer {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Decays of the first and second moment.
+    pub betas: [f64; 2],
+    /// Added to the denominator.
+    pub eps: f64,
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self { lr: 1e-4, weight_decay: 0.01, betas: [0.9, 0.999], eps: 1e-8 }
+    }
+}
+
+/// How the learning rate goes after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScheduleKind {
+    /// Stays.
+    #[default]
+    Constant,
+    /// Half a cosine, down to zero at the last step.
+    Cosine,
+}
+
+/// `[train.schedule]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Schedule {
+    /// What comes after the warm-up.
+    pub kind: ScheduleKind,
+    /// Steps over which the rate rises linearly from zero.
+    pub warmup: u64,
+}
+
+/// `[checkpoint]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Checkpoint {
+    /// Commit every so many steps (and at the last).
+    pub every: u64,
+    /// Commit so often that no more work than this is lost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_lost_work: Option<Millis>,
+    /// How many of the newest commits stay.
+    pub keep: usize,
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Self { every: 100, max_lost_work: None, keep: 3 }
+    }
+}
+
+/// Where workers compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// The GPU if there is one.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// `[workers]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Workers {
+    /// How many.
+    pub count: usize,
+    /// Where they compute.
+    pub device: Device,
+    /// Intra-op threads of each: part of SAME, as it changes the order of sums inside a kernel.
+    pub threads: usize,
+    /// A worker not heard of for this long is lost.
+    pub lease: Millis,
+    /// A worker that hears of no coordinator for this long stops itself.
+    pub orphan_timeout: Millis,
+    /// A collective that waits for this long has failed.
+    pub step_timeout: Millis,
+    /// How long the coordinator waits for the workers to come, and for them to load.
+    pub start_timeout: Millis,
+}
+
+impl Default for Workers {
+    fn default() -> Self {
+        Self {
+            count: 1,
+            device: Device::Auto,
+            threads: 1,
+            lease: Millis(10_000),
+            orphan_timeout: Millis(60_000),
+            step_timeout: Millis(120_000),
+            start_timeout: Millis(600_000),
+        }
+    }
+}
+
+impl RunConfig {
+    /// Reads a config file and applies overrides of the form `section.key=value`.
+    pub fn load(path: &std::path::Path, overrides: &[String]) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+        Self::parse(&text, &path.display().to_string(), overrides)
+    }
+
+    /// Parses TOML text. `origin` names it in errors.
+    pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self, ConfigError> {
+        let syntax = |origin: &str, e: String| ConfigError::Syntax { origin: origin.to_owned(), message: e.trim_end().to_owned() };
+        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| syntax(origin, e.to_string()))?;
+        keys::check(&table, &keys::known(), origin)?;
+        if overrides.is_empty() {
+            // Straight from the text, so that the parser's errors carry line and column.
+            let config: Self = toml::from_str(text).map_err(|e| syntax(origin, e.to_string()))?;
+            return config.validated();
+        }
+        for item in overrides {
+            keys::set(&mut table, item)?;
+            keys::check(&table, &keys::known(), &format!("--set {item}"))?;
+        }
+        let config: Self = table.try_into().map_err(|e: toml::de::Error| syntax(&format!("{origin} with --set"), e.to_string()))?;
+        config.validated()
+    }
+
+    /// The effective config, as it stands in the run folder.
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(self).unwrap_or_default()
+    }
+
+    /// BLAKE3 over what determines the trained bits: everything but places, commits, the number of workers and their timeouts.
+    /// A run resumes only under the same digest (SAME).
+    pub fn digest(&self) -> String {
+        blake3::hash(&self.binding_json()).to_hex().to_string()
+    }
+
+    /// The keys in which two configs differ among those that [`Self::digest`] covers.
+    pub fn binding_differences(&self, other: &Self) -> Vec<String> {
+        keys::differences(&self.binding(), &other.binding())
+    }
+
+    fn binding(&self) -> serde_json::Value {
+        let mut value = serde_json::to_value(self).unwrap_or_default();
+        for path in ["run.output", "base.model", "text.model", "text.features", "data.path", "checkpoint", "workers.count"] {
+            keys::remove(&mut value, path);
+        }
+        for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {
+            keys::remove(&mut value, &format!("workers.{timeout}"));
+        }
+        if self.train.schedule.kind == ScheduleKind::Constant {
+            keys::remove(&mut value, "train.steps");
+        }
+        value
+    }
+
+    fn binding_json(&self) -> Vec<u8> {
+        self.binding().to_string().into_bytes()
+    }
+
+    fn validated(self) -> Result<Self, ConfigError> {
+        self.check_sizes()?;
+        self.check_rates()?;
+        self.check_supported()?;
+        Ok(self)
+    }
+
+    fn check_sizes(&self) -> Result<(), ConfigError> {
+        let t = &self.train;
+        at_least_one("text.max_tokens", self.text.max_tokens as u64)?;
+        at_least_one("data.window", self.data.window as u64)?;
+        at_least_one("connector.layers", self.connector.layers as u64)?;
+        at_least_one("connector.heads", self.connector.heads as u64)?;
+        at_least_one("connector.latents", self.connector.latents as u64)?;
+        at_least_one("train.steps", t.steps)?;
+        at_least_one("train.global_batch", t.global_batch as u64)?;
+        at_least_one("train.micro_batch", t.micro_batch as u64)?;
+        at_least_one("checkpoint.every", self.checkpoint.every)?;
+        at_least_one("checkpoint.keep", self.checkpoint.keep as u64)?;
+        at_least_one("workers.count", self.workers.count as u64)?;
+        at_least_one("workers.threads", self.workers.threads as u64)?;
+        at_least_one("workers.lease", self.workers.lease.0)?;
+        at_least_one("workers.step_timeout", self.workers.step_timeout.0)?;
+        if !t.global_batch.is_multiple_of(t.micro_batch) {
+            let rule = format!("it must be a multiple of train.micro_batch = {} (lanes are global_batch / micro_batch)", t.micro_batch);
+            return Err(ConfigError::Value { key: "train.global_batch", rule, found: t.global_batch.to_string() });
+        }
+        if self.workers.count > t.lanes() {
+            let rule = format!("there are only {} lanes (train.global_batch / train.micro_batch), and each worker needs one", t.lanes());
+            return Err(ConfigError::Value { key: "workers.count", rule, found: self.workers.count.to_string() });
+        }
+        Ok(())
+    }
+
+    fn check_rates(&self) -> Result<(), ConfigError> {
+        let t = &self.train;
+        let o = &t.optimizer;
+        in_range("train.caption_dropout", t.caption_dropout, 0.0..=1.0)?;
+        in_range("train.grad_clip", t.grad_clip, 0.0..=f64::MAX)?;
+        in_range("train.ema_decay", t.ema_decay, 0.0..=1.0)?;
+        in_range("train.optimizer.lr", o.lr, 0.0..=f64::MAX)?;
+        in_range("train.optimizer.weight_decay", o.weight_decay, 0.0..=f64::MAX)?;
+        in_range("train.optimizer.betas", o.betas[0], 0.0..=1.0 - f64::EPSILON)?;
+        in_range("train.optimizer.betas", o.betas[1], 0.0..=1.0 - f64::EPSILON)?;
+        in_range("train.optimizer.eps", o.eps, f64::MIN_POSITIVE..=f64::MAX)?;
+        if let Some(gamma) = t.snr_gamma {
+            in_range("train.snr_gamma", gamma, f64::MIN_POSITIVE..=f64::MAX)?;
+        }
+        Ok(())
+    }
+
+    fn check_supported(&self) -> Result<(), ConfigError> {
+        if self.text.features == Features::Ahead {
+            let instead = "use \"cached\" (run `ella embed` first) or \"inline\"";
+            return Err(ConfigError::Unsupported { key: "text.features", found: "\"ahead\"".into(), instead });
+        }
+        if let Some(work) = self.checkpoint.max_lost_work {
+            let instead = "use checkpoint.every, in steps";
+            return Err(ConfigError::Unsupported { key: "checkpoint.max_lost_work", found: work.to_string(), instead });
+        }
+        Ok(())
+    }
+}
+
+fn at_least_one(key: &'static str, found: u64) -> Result<(), ConfigError> {
+    if found >= 1 {
+        return Ok(());
+    }
+    Err(ConfigError::Value { key, rule: "it must be at least 1".into(), found: found.to_string() })
+}
+
+fn in_range(key: &'static str, found: f64, range: std::ops::RangeInclusive<f64>) -> Result<(), ConfigError> {
+    if range.contains(&found) {
+        return Ok(());
+    }
+    let (low, high) = (range.start(), range.end());
+    let rule = match (*low == f64::MIN_POSITIVE, *high == f64::MAX) {
+        (true, true) => "it must be a number above 0".to_owned(),
+        (false, true) => format!("it must be a number of at least {low}"),
+        _ => format!("it must lie from {low} to {high}"),
+    };
+    Err(ConfigError::Value { key, rule, found: found.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = r#"
+        [run]
+        output = "runs/a"
+        [base]
+        model = "m"
+        [text]
+        model = "t"
+        [data]
+        path = "d"
+    "#;
+
+    fn parse(extra: &str, set: &[&str]) -> Result<RunConfig, ConfigError> {
+        let set: Vec<String> = set.iter().map(|s| (*s).to_owned()).collect();
+        RunConfig::parse(&format!("{SMALL}\n{extra}"), "run.toml", &set)
+    }
+
+    #[test]
+    fn the_effective_config_reads_back_as_itself() {
+        let config = parse("[train]\nsnr_gamma = 5.0", &["workers.count=4", "workers.lease=\"250ms\""]).unwrap();
+        assert_eq!(RunConfig::parse(&config.to_toml(), "x", &[]).unwrap(), config);
+        assert_eq!(config.workers.count, 4);
+        assert_eq!(config.workers.lease, Millis(250));
+        assert_eq!(config.train.lanes(), 4);
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_with_the_nearest() {
+        let text = |e: ConfigError| e.to_string();
+        assert_eq!(text(parse("[train]\nstep = 3", &[]).unwrap_err()), "run.toml: unknown key `train.step`; did you mean `train.steps`?");
+        assert_eq!(
+            text(parse("[train.optimiser]\nlr = 1.0", &[]).unwrap_err()),
+            "run.toml: unknown key `train.optimiser`; did you mean `train.optimizer`?"
+        );
+        assert_eq!(
+            text(parse("", &["worker.count=3"]).unwrap_err()),
+            "--set worker.count=3: unknown key `worker`; did you mean `workers`?"
+        );
+        assert_eq!(text(parse("[zzzzzzzzz]", &[]).unwrap_err()), "run.toml: unknown key `zzzzzzzzz`");
+    }
+
+    #[test]
+    fn values_out_of_range_name_key_rule_and_value() {
+        for (toml, key) in [
+            ("[train]\nsteps = 0", "train.steps"),
+            ("[train]\nglobal_batch = 30", "train.global_batch"),
+            ("[train]\ncaption_dropout = 1.5", "train.caption_dropout"),
+            ("[train]\ncaption_dropout = nan", "train.caption_dropout"),
+            ("[train.optimizer]\nlr = -1.0", "train.optimizer.lr"),
+            ("[train.optimizer]\nbetas = [0.9, 1.0]", "train.optimizer.betas"),
+            ("[train.optimizer]\neps = 0.0", "train.optimizer.eps"),
+            ("[workers]\ncount = 9", "workers.count"),
+            ("[checkpoint]\nkeep = 0", "checkpoint.keep"),
+            ("[checkpoint]\nmax_lost_work = \"60s\"", "checkpoint.max_lost_work"),
+        ] {
+            let error = parse(toml, &[]).unwrap_err().to_string();
+            assert!(error.contains(&format!("`{key}`")), "{toml}: {error}");
+        }
+        let error = parse("[train]\nsteps = \"many\"", &[]).unwrap_err().to_string();
+        assert!(error.contains("run.toml") && error.contains("line"), "{error}");
+        let error = parse("", &["train.steps"]).unwrap_err().to_string();
+        assert!(error.contains("section.key=value"), "{error}");
+    }
+
+    #[test]
+    fn the_digest_binds_what_determines_the_bits_and_nothing_else() {
+        let base = parse("", &[]).unwrap();
+        for free in ["workers.count=2", "run.output=x", "checkpoint.every=7", "checkpoint.keep=1", "train.steps=5", "workers.lease=1s"] {
+            assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
+        }
+        for bound in
+            ["workers.threads=2", "run.seed=1", "train.micro_batch=4", "text.padding=none", "train.optimizer.lr=1", "data.window=2"]
+        {
+            let other = parse("", &[bound]).unwrap();
+            assert_ne!(other.digest(), base.digest(), "{bound}");
+            let key = bound.split('=').next().unwrap();
+            assert_eq!(base.binding_differences(&other), vec![key.to_owned()]);
+        }
+        let cosine = parse("", &["train.schedule.kind=cosine"]).unwrap();
+        assert_ne!(parse("", &["train.schedule.kind=cosine", "train.steps=9"]).unwrap().digest(), cosine.digest());
+    }
+}
