@@ -1,1 +1,22 @@
 //! The networks, in tch: connectors, U-Net, text encoders, VAE, diffusion schedules, and the files they live in.
+//!
+//! `error`, `weights`, `params`, `config`, `layers` and `rng` are the ground that every network stands on. A network is a
+//! configuration, a constructor over [`params::Params`] whose tensor names are the checkpoint's, and a `forward`.
+
+pub mod config;
+pub mod connector;
+pub mod error;
+pub mod forward;
+pub mod layers;
+pub mod params;
+pub mod presets;
+pub mod rng;
+pub mod sampler;
+pub mod schedule;
+pub mod t5;
+pub mod tokenizer;
+pub mod unet;
+pub mod vae;
+pub mod weights;
+
+pub use error::{ModelError, Result};

@@ -1,0 +1,1 @@
+//! The timestep-aware semantic connector.

@@ -1,0 +1,180 @@
+//! What can go wrong with a network, its files and its configuration.
+
+use std::fmt::Display;
+use std::path::PathBuf;
+
+/// A result whose error is a [`ModelError`].
+pub type Result<T, E = ModelError> = std::result::Result<T, E>;
+
+/// Why a network could not be read, built, run or written.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A file or folder that must be there is not.
+    #[error("{}: not found (expected {expected}); check the path", file.display())]
+    MissingFile {
+        /// The path that was looked for.
+        file: PathBuf,
+        /// What was expected there.
+        expected: String,
+    },
+    /// The operating system refused to read a file.
+    #[error("{}: cannot be read ({source}); check that it exists and its permissions", file.display())]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// The operating system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The operating system refused to write a file.
+    #[error("{}: cannot be written ({source}); check the folder's permissions and free space", file.display())]
+    Unwritable {
+        /// The file.
+        file: PathBuf,
+        /// The operating system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A safetensors file whose length is not what its header promises.
+    #[error(
+        "{}: is cut short or damaged ({rule}, found {found} bytes); copy or download it again", file.display()
+    )]
+    Truncated {
+        /// The file.
+        file: PathBuf,
+        /// What the length should have been.
+        rule: &'static str,
+        /// The file's length in bytes.
+        found: u64,
+    },
+    /// A file that does not start with a safetensors header.
+    #[error("{}: is not a safetensors file ({reason}); give a file written by safetensors", file.display())]
+    NotSafetensors {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with its header.
+        reason: String,
+    },
+    /// Weights kept as a Python pickle, which can run code when it is read.
+    #[error(
+        "{}: is a PyTorch pickle, which is refused because reading one can run code; convert it to safetensors \
+         (save_pretrained(..., safe_serialization=True)) and give that", file.display()
+    )]
+    Pickle {
+        /// The file.
+        file: PathBuf,
+    },
+    /// A tensor that the network needs is not in its file.
+    #[error("{}: tensor {key} is missing; the file does not hold this network, or was written incompletely", file.display())]
+    MissingTensor {
+        /// The file.
+        file: PathBuf,
+        /// The tensor's full name.
+        key: String,
+    },
+    /// A tensor whose shape is not the one that the network's configuration asks for.
+    #[error(
+        "{}: tensor {key} has the wrong shape (expected {expected:?}, found {found:?}); \
+         the configuration and the weights do not belong together", file.display()
+    )]
+    WrongShape {
+        /// The file.
+        file: PathBuf,
+        /// The tensor's full name.
+        key: String,
+        /// The shape asked for.
+        expected: Vec<i64>,
+        /// The shape in the file.
+        found: Vec<i64>,
+    },
+    /// A tensor stored in a number format that cannot stand in for the one asked for.
+    #[error("{}: tensor {key} has the wrong type (expected {expected}, found {found}); convert it", file.display())]
+    WrongDtype {
+        /// The file.
+        file: PathBuf,
+        /// The tensor's full name.
+        key: String,
+        /// The types accepted.
+        expected: String,
+        /// The type in the file.
+        found: String,
+    },
+    /// Tensors in a file that no part of the network takes.
+    #[error(
+        "{}: {} that the network does not have (expected none, found {}); \
+         the configuration and the weights do not belong together",
+        file.display(), if keys.len() == 1 { "holds a tensor" } else { "holds tensors" }, some_of(keys)
+    )]
+    SurplusTensors {
+        /// The file.
+        file: PathBuf,
+        /// Their names.
+        keys: Vec<String>,
+    },
+    /// A configuration file that is not the JSON object it should be.
+    #[error("{}: {reason}; write it anew from the model's source", file.display())]
+    NotConfig {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A field of a configuration file that is missing, out of range or unsupported.
+    #[error("{}: field {field} must be {rule} (found {found}); change it, or use a model of a supported kind", file.display())]
+    Config {
+        /// The file.
+        file: PathBuf,
+        /// The field's name.
+        field: String,
+        /// What the field's value must be.
+        rule: String,
+        /// The value found, as JSON, or `nothing`.
+        found: String,
+    },
+    /// An argument that the network cannot work with.
+    #[error("{what} must be {expected} (found {found})")]
+    Input {
+        /// What was given: an input's name.
+        what: String,
+        /// What it must be.
+        expected: String,
+        /// What it was.
+        found: String,
+    },
+    /// Something asked for that ella does not do.
+    #[error("{what} is not supported; {instead}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+        /// What to do instead.
+        instead: String,
+    },
+    /// A tokenizer file that could not be read, or that does not fit its encoder.
+    #[error("{}: {reason}", file.display())]
+    Tokenizer {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// An operation that libtorch refused.
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+}
+
+impl ModelError {
+    /// The error of an argument that a network or schedule cannot work with.
+    pub fn argument(what: impl Into<String>, expected: impl Display, found: impl Display) -> Self {
+        ModelError::Input { what: what.into(), expected: expected.to_string(), found: found.to_string() }
+    }
+}
+
+/// The first few names of a list, and how many more there are.
+fn some_of(keys: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown = keys[..keys.len().min(SHOWN)].join(", ");
+    match keys.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}

@@ -1,0 +1,1 @@
+//! One network on tensors from a file.

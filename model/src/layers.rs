@@ -1,0 +1,173 @@
+//! Layers that the networks share. Weight names are the checkpoints'; norms compute in float32 whatever the input's kind.
+
+use tch::{Kind, Tensor};
+
+use crate::error::Result;
+use crate::params::{Init, Params};
+
+/// `y = x Wᵀ + b`, weights `weight` [out, in] and `bias` [out].
+#[derive(Debug)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// With a bias.
+    pub fn new(p: &Params, input: i64, output: i64) -> Result<Self> {
+        Self::with_init(p, input, output, (Init::KaimingUniform, Init::Uniform { bound: (input as f64).powf(-0.5) }))
+    }
+
+    /// With a bias, and chosen initial values for (weight, bias).
+    pub fn with_init(p: &Params, input: i64, output: i64, init: (Init, Init)) -> Result<Self> {
+        let weight = p.get("weight", &[output, input], init.0)?;
+        Ok(Linear { weight, bias: Some(p.get("bias", &[output], init.1)?) })
+    }
+
+    /// Without a bias.
+    pub fn no_bias(p: &Params, input: i64, output: i64, init: Init) -> Result<Self> {
+        Ok(Linear { weight: p.get("weight", &[output, input], init)?, bias: None })
+    }
+
+    /// [.., in] to [.., out].
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
+    }
+}
+
+/// A square 2-D convolution with zero padding, weights `weight` [out, in, k, k] and `bias` [out].
+#[derive(Debug)]
+pub struct Conv2d {
+    weight: Tensor,
+    bias: Tensor,
+    stride: i64,
+    padding: i64,
+}
+
+impl Conv2d {
+    /// Kernel `kernel`, stride 1, and the padding that keeps an odd kernel's input size.
+    pub fn new(p: &Params, input: i64, output: i64, kernel: i64) -> Result<Self> {
+        Self::strided(p, (input, output), kernel, (1, kernel / 2))
+    }
+
+    /// With (input, output) channels and a chosen (stride, padding).
+    pub fn strided(p: &Params, channels: (i64, i64), kernel: i64, steps: (i64, i64)) -> Result<Self> {
+        let (input, output) = channels;
+        let bound = ((input * kernel * kernel) as f64).powf(-0.5);
+        Ok(Conv2d {
+            weight: p.get("weight", &[output, input, kernel, kernel], Init::KaimingUniform)?,
+            bias: p.get("bias", &[output], Init::Uniform { bound })?,
+            stride: steps.0,
+            padding: steps.1,
+        })
+    }
+
+    /// [B, in, H, W] to [B, out, H', W'].
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
+        Ok(x.f_conv2d(&self.weight, Some(&self.bias), stride, padding, [1, 1], 1)?)
+    }
+}
+
+/// Layer normalization over the last axis, in float32; weights `weight` and `bias` [width], or none.
+#[derive(Debug)]
+pub struct LayerNorm {
+    affine: Option<(Tensor, Tensor)>,
+    width: i64,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// With a learned scale and shift.
+    pub fn new(p: &Params, width: i64, eps: f64) -> Result<Self> {
+        let affine = (p.get("weight", &[width], Init::Ones)?, p.get("bias", &[width], Init::Zeros)?);
+        Ok(LayerNorm { affine: Some(affine), width, eps })
+    }
+
+    /// Without parameters.
+    pub fn plain(width: i64, eps: f64) -> Self {
+        LayerNorm { affine: None, width, eps }
+    }
+
+    /// [.., width] to the same shape and kind.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = float_pair(self.affine.as_ref())?;
+        let y = x.f_to_kind(Kind::Float)?.f_layer_norm([self.width], weight.as_ref(), bias.as_ref(), self.eps, false)?;
+        Ok(y.f_to_kind(x.f_kind()?)?)
+    }
+}
+
+/// Group normalization over [B, C, ...] with weights `weight` and `bias` [C], in float32.
+#[derive(Debug)]
+pub struct GroupNorm {
+    affine: (Tensor, Tensor),
+    groups: i64,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// `groups` must divide `channels`.
+    pub fn new(p: &Params, channels: i64, groups: i64, eps: f64) -> Result<Self> {
+        let affine = (p.get("weight", &[channels], Init::Ones)?, p.get("bias", &[channels], Init::Zeros)?);
+        Ok(GroupNorm { affine, groups, eps })
+    }
+
+    /// [B, C, ...] to the same shape and kind.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = float_pair(Some(&self.affine))?;
+        let y = x.f_to_kind(Kind::Float)?.f_group_norm(self.groups, weight.as_ref(), bias.as_ref(), self.eps, false)?;
+        Ok(y.f_to_kind(x.f_kind()?)?)
+    }
+}
+
+fn float_pair(affine: Option<&(Tensor, Tensor)>) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    Ok(match affine {
+        None => (None, None),
+        Some((weight, bias)) => (Some(weight.f_to_kind(Kind::Float)?), Some(bias.f_to_kind(Kind::Float)?)),
+    })
+}
+
+/// A table of vectors, weight `weight` [count, width].
+#[derive(Debug)]
+pub struct Embedding {
+    weight: Tensor,
+}
+
+impl Embedding {
+    /// `count` vectors of `width`, initially normal with the given standard deviation.
+    pub fn new(p: &Params, count: i64, width: i64, std: f64) -> Result<Self> {
+        Ok(Embedding { weight: p.get("weight", &[count, width], Init::Normal { std })? })
+    }
+
+    /// Ids [..] (i64) to [.., width].
+    pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        Ok(Tensor::f_embedding(&self.weight, ids, -1, false, false)?)
+    }
+}
+
+/// diffusers' `Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)`: [B] i64 to [B, channels] float32,
+/// cosines first. float32 whatever the network's kind, because lower precision cannot tell 999 from 1000.
+pub fn timestep_embedding(timesteps: &Tensor, channels: i64) -> Result<Tensor> {
+    let half = channels / 2;
+    let device = timesteps.device();
+    let steps = Tensor::f_arange(half, (Kind::Float, device))?;
+    let frequencies = steps.f_mul_scalar(-(10_000f64.ln()))?.f_div_scalar(half as f64)?.f_exp()?;
+    let angles = timesteps.f_to_kind(Kind::Float)?.f_unsqueeze(1)?.f_mul(&frequencies.f_unsqueeze(0)?)?; // [B, half]
+    let embedding = Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?;
+    Ok(if channels % 2 == 1 { embedding.f_constant_pad_nd([0, 1])? } else { embedding })
+}
+
+/// `x · σ(x)`.
+pub fn silu(x: &Tensor) -> Result<Tensor> {
+    Ok(x.f_silu()?)
+}
+
+/// The exact GELU, by the error function.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    Ok(x.f_gelu("none")?)
+}
+
+/// The GELU's tanh approximation (transformers' `gelu_new`).
+pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
+    Ok(x.f_gelu("tanh")?)
+}

@@ -1,0 +1,1 @@
+//! Random models to try things on.
