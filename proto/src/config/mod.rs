@@ -252,6 +252,10 @@ pub struct Train {
     /// Min-SNR weighting (arXiv 2303.09556); left out: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snr_gamma: Option<f64>,
+    /// Measure the loss on held-out noise before the first step, every so many steps, and at the last; 0: never.
+    pub eval_every: u64,
+    /// On so many samples: the first of the data set.
+    pub eval_samples: usize,
     /// AdamW.
     pub optimizer: Optimizer,
     /// Learning rate over steps.
@@ -269,6 +273,8 @@ impl Default for Train {
             grad_clip: 1.0,
             ema_decay: 0.9999,
             snr_gamma: None,
+            eval_every: 50,
+            eval_samples: 16,
             optimizer: Optimizer::default(),
             schedule: Schedule::default(),
         }
@@ -432,7 +438,17 @@ impl RunConfig {
 
     fn binding(&self) -> serde_json::Value {
         let mut value = serde_json::to_value(self).unwrap_or_default();
-        for path in ["run.output", "base.model", "text.model", "text.features", "data.path", "checkpoint", "workers.count"] {
+        for path in [
+            "run.output",
+            "base.model",
+            "text.model",
+            "text.features",
+            "data.path",
+            "checkpoint",
+            "train.eval_every",
+            "train.eval_samples",
+            "workers.count",
+        ] {
             keys::remove(&mut value, path);
         }
         for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {
@@ -465,6 +481,7 @@ impl RunConfig {
         at_least_one("train.steps", t.steps)?;
         at_least_one("train.global_batch", t.global_batch as u64)?;
         at_least_one("train.micro_batch", t.micro_batch as u64)?;
+        at_least_one("train.eval_samples", t.eval_samples as u64)?;
         at_least_one("checkpoint.every", self.checkpoint.every)?;
         at_least_one("checkpoint.keep", self.checkpoint.keep as u64)?;
         at_least_one("workers.count", self.workers.count as u64)?;
