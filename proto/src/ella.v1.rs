@@ -158,6 +158,7 @@ pub struct Heartbeat {
 pub struct Progress {
     #[prost(uint64, tag = "1")]
     pub step: u64,
+    /// Trained on since the run began, so that a lost message loses no count.
     #[prost(uint64, tag = "2")]
     pub samples: u64,
     #[prost(double, tag = "3")]
@@ -170,7 +171,7 @@ pub struct Progress {
     pub step_seconds: f64,
     #[prost(message, optional, tag = "7")]
     pub parts: ::core::option::Option<StepParts>,
-    /// Samples that were skipped, by reason (KNOWN).
+    /// Samples that were skipped since the last message, by reason (KNOWN).
     #[prost(map = "string, uint64", tag = "8")]
     pub skipped: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
     /// Mean loss on the fixed held-out noise (absent where it was not measured at this step).
@@ -250,7 +251,8 @@ pub struct Abort {
     #[prost(string, tag = "1")]
     pub reason: ::prost::alloc::string::String,
 }
-/// The worker has applied its last step; its commit, if any is due, is under way.
+/// The worker has applied its last step; its commit, if any is due, is under way. The worker keeps its stream open until the commit's
+/// Committed has come; the coordinator ends the stream when the run is over.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Finished {
     #[prost(uint64, tag = "1")]
