@@ -1,1 +1,39 @@
-//! stub
+//! Object stores by URL, and the run log that lives in them.
+//!
+//! Owns: deadlines, retries and typed errors of every store call; BLAKE3 digests; create-if-absent with a lost reply told apart
+//! from a lost race; the numbered run log and the commits it names. Does not own: what a checkpoint holds, or when one is taken.
+//!
+//! Invariants (design.md §1):
+//! - **COMMIT** a checkpoint exists when its record does; the record is created once, conditionally, durably, and names every part
+//!   with its digest.
+//! - **TERM** one log per run, numbers contiguous from 0, each created only if absent; whoever finds its next number taken stops.
+//! - **LIVE** every call has a deadline per attempt and overall, and a typed error.
+//! - **KNOWN** retries are counted by operation and reason ([`Store::retries`], [`Store::retry_report`]).
+
+pub mod commit;
+#[cfg(feature = "testing")]
+pub mod conformance;
+pub mod digest;
+mod error;
+#[cfg(feature = "testing")]
+pub mod faulty;
+mod limits;
+pub mod log;
+mod open;
+mod probe;
+mod read;
+mod record;
+mod state;
+mod store;
+mod write;
+
+pub use commit::{Problem, collect_leftovers, commit_folder, remove_leftovers, verify_commit};
+pub use digest::{Digest, Hasher};
+pub use error::{Operation, StoreError};
+pub use limits::Limits;
+pub use log::{LogError, RunLog};
+pub use probe::probe;
+pub use record::{Body, Commit, LedgerEpoch, Outcome, Part, Record, Term};
+pub use state::{Ended, RunState};
+pub use store::{Meta, RetryCount, Store};
+pub use write::Created;

@@ -1,0 +1,315 @@
+//! The one error of store calls: variants by what the caller can do.
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+/// A boxed cause.
+pub(crate) type Source = Box<dyn Error + Send + Sync + 'static>;
+
+/// What was being done to the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Operation {
+    /// Reading an object, whole, in part or as a stream.
+    Get,
+    /// Asking for an object's size.
+    Head,
+    /// Listing a folder.
+    List,
+    /// Writing an object, replacing what was there.
+    Put,
+    /// Writing an object only if it is absent.
+    Create,
+    /// Writing an object in several parts.
+    Upload,
+    /// Deleting an object.
+    Delete,
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Get => "get",
+            Self::Head => "head",
+            Self::List => "list",
+            Self::Put => "put",
+            Self::Create => "create",
+            Self::Upload => "upload",
+            Self::Delete => "delete",
+        })
+    }
+}
+
+/// Why a store call failed. `url` is the folder's URL (never with credentials), `key` is relative to it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// There is no such object.
+    #[error("{url}/{key}: not found; check the path, or that what writes it has finished")]
+    NotFound {
+        /// The folder.
+        url: String,
+        /// The object in it.
+        key: String,
+    },
+    /// The object is there already, and must not be replaced.
+    #[error("{url}/{key}: already exists; choose another name, or delete it first")]
+    AlreadyExists {
+        /// The folder.
+        url: String,
+        /// The object in it.
+        key: String,
+    },
+    /// The store refuses: credentials, file permissions or a read-only file system.
+    #[error("{url}/{key}: {operation} refused ({}); check the credentials, the bucket policy or the folder's permissions", chain(source.as_ref()))]
+    Permission {
+        /// The folder.
+        url: String,
+        /// The object in it.
+        key: String,
+        /// What was tried.
+        operation: Operation,
+        /// What the store said.
+        source: Source,
+    },
+    /// The disk or the quota is full.
+    #[error("{url}/{key}: no space left for {operation} ({}); free some space or choose another folder; nothing was changed", chain(source.as_ref()))]
+    NoSpace {
+        /// The folder.
+        url: String,
+        /// The object in it.
+        key: String,
+        /// What was tried.
+        operation: Operation,
+        /// What the store said.
+        source: Source,
+    },
+    /// No answer in time. The effect may have taken place, or may yet.
+    #[error("{url}/{key}: {operation} got no answer within {after:?}; check the network and the store")]
+    Timeout {
+        /// The folder.
+        url: String,
+        /// The object in it.
+        key: String,
+        /// What was tried.
+        operation: Operation,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The store or the way to it fails for now: connection lost, throttled, server error.
+    #[error("{url}/{key}: {operation} failed for now ({}); try again later", chain(source.as_ref()))]
+    Unavailable {
+        /// The folder.
+        url: String,
+        /// The object in it.
+        key: String,
+        /// What was tried.
+        operation: Operation,
+        /// What the store said.
+        source: Source,
+    },
+    /// The object is not what was recorded.
+    #[error("{url}/{key}: corrupt (expected {expected}, found {found}); restore it from a copy, or write it anew")]
+    Corrupt {
+        /// The folder.
+        url: String,
+        /// The object in it.
+        key: String,
+        /// What was recorded: a digest or a size.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// The store, or this build, cannot do it.
+    #[error("{url}: {what}")]
+    Unsupported {
+        /// The folder.
+        url: String,
+        /// What cannot be done, and what to do instead.
+        what: String,
+    },
+    /// The URL does not name a folder in a store.
+    #[error("{url}: {reason}")]
+    BadUrl {
+        /// The URL, without credentials.
+        url: String,
+        /// What is wrong with it, and what is right.
+        reason: String,
+    },
+    /// The key cannot name an object.
+    #[error("{url}/{key}: not a valid object name ({reason}); use names joined by single slashes")]
+    BadKey {
+        /// The folder.
+        url: String,
+        /// The key given.
+        key: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Anything else; repeating will not help.
+    #[error("{url}/{key}: {operation} failed ({})", chain(source.as_ref()))]
+    Other {
+        /// The folder.
+        url: String,
+        /// The object in it.
+        key: String,
+        /// What was tried.
+        operation: Operation,
+        /// What the store said.
+        source: Source,
+    },
+}
+
+impl StoreError {
+    /// Whether the same call may succeed if repeated.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Timeout { .. } | Self::Unavailable { .. })
+    }
+
+    /// The variant's name, for counters and tests.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::NotFound { .. } => "not found",
+            Self::AlreadyExists { .. } => "already exists",
+            Self::Permission { .. } => "permission",
+            Self::NoSpace { .. } => "no space",
+            Self::Timeout { .. } => "timeout",
+            Self::Unavailable { .. } => "unavailable",
+            Self::Corrupt { .. } => "corrupt",
+            Self::Unsupported { .. } => "unsupported",
+            Self::BadUrl { .. } => "bad url",
+            Self::BadKey { .. } => "bad key",
+            Self::Other { .. } => "other",
+        }
+    }
+}
+
+/// Where and what a call was, to make its error from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place<'a> {
+    pub(crate) url: &'a str,
+    pub(crate) key: &'a str,
+    pub(crate) operation: Operation,
+}
+
+impl Place<'_> {
+    /// Sorts a backend's error by what the caller can do about it.
+    pub(crate) fn error(&self, error: object_store::Error) -> StoreError {
+        use object_store::Error as E;
+        let (url, key, operation) = (self.url.to_owned(), self.key.to_owned(), self.operation);
+        match error {
+            E::NotFound { .. } if matches!(operation, Operation::Get | Operation::Head | Operation::Delete) => {
+                StoreError::NotFound { url, key }
+            }
+            E::NotFound { .. } => {
+                StoreError::BadUrl { url, reason: "the bucket or container does not exist; create it first, or correct the URL".into() }
+            }
+            E::AlreadyExists { .. } => StoreError::AlreadyExists { url, key },
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } => StoreError::Permission { url, key, operation, source: error.into() },
+            E::NotImplemented { .. } | E::NotSupported { .. } => {
+                StoreError::Unsupported { url, what: format!("the store does not offer {operation} of {key}: {error}; use another store") }
+            }
+            E::InvalidPath { source } => StoreError::BadKey { url, key, reason: source.to_string() },
+            E::UnknownConfigurationKey { .. } => StoreError::BadUrl { url, reason: error.to_string() },
+            E::Precondition { .. } | E::NotModified { .. } => StoreError::Corrupt {
+                url,
+                key,
+                expected: "an object that does not change".into(),
+                found: "one replaced while it was read".into(),
+            },
+            other => self.sort(classify(&other), other.into()),
+        }
+    }
+
+    /// The same for a file's error.
+    pub(crate) fn io(&self, error: io::Error) -> StoreError {
+        self.sort(classify_io(&error), error.into())
+    }
+
+    /// No answer within `after`.
+    pub(crate) fn timeout(&self, after: Duration) -> StoreError {
+        StoreError::Timeout { url: self.url.into(), key: self.key.into(), operation: self.operation, after }
+    }
+
+    /// The store fails for now, in our words.
+    pub(crate) fn unavailable(&self, why: &str) -> StoreError {
+        self.sort(Class::Unavailable, why.to_owned().into())
+    }
+
+    fn sort(&self, class: Class, source: Source) -> StoreError {
+        let (url, key, operation) = (self.url.to_owned(), self.key.to_owned(), self.operation);
+        match class {
+            Class::NotFound => StoreError::NotFound { url, key },
+            Class::Permission => StoreError::Permission { url, key, operation, source },
+            Class::NoSpace => StoreError::NoSpace { url, key, operation, source },
+            Class::Unavailable => StoreError::Unavailable { url, key, operation, source },
+            Class::Other => StoreError::Other { url, key, operation, source },
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    NotFound,
+    Permission,
+    NoSpace,
+    Unavailable,
+    Other,
+}
+
+/// Looks through the causes: a file error, a connection error, or a server's status.
+fn classify(error: &(dyn Error + 'static)) -> Class {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return classify_io(io);
+        }
+        #[cfg(feature = "cloud")]
+        if error.downcast_ref::<object_store::client::HttpError>().is_some() {
+            return Class::Unavailable;
+        }
+        cause = error.source();
+    }
+    classify_text(&chain(error))
+}
+
+fn classify_io(error: &io::Error) -> Class {
+    use io::ErrorKind as K;
+    match error.kind() {
+        K::NotFound => Class::NotFound,
+        K::PermissionDenied | K::ReadOnlyFilesystem => Class::Permission,
+        K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Class::NoSpace,
+        K::Interrupted | K::TimedOut | K::ResourceBusy | K::StaleNetworkFileHandle | K::WouldBlock => Class::Unavailable,
+        K::ConnectionReset | K::ConnectionAborted | K::ConnectionRefused | K::NotConnected | K::BrokenPipe | K::UnexpectedEof => {
+            Class::Unavailable
+        }
+        _ => Class::Other,
+    }
+}
+
+/// The client library keeps the type that carries the status private, so its text is read; a test against a real exchange pins the wording.
+fn classify_text(text: &str) -> Class {
+    if text.contains("Server returned error response") {
+        return Class::Unavailable; // a 200 whose body says InternalError or SlowDown
+    }
+    let status = text.split("status code: ").nth(1).and_then(|rest| rest.get(..3)).and_then(|digits| digits.parse::<u16>().ok());
+    match status {
+        Some(507) => Class::NoSpace,
+        Some(408 | 429 | 500..) => Class::Unavailable,
+        _ => Class::Other,
+    }
+}
+
+/// An error with its causes in one line, each said once.
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}

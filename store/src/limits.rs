@@ -1,0 +1,116 @@
+//! Deadlines and retries (LIVE, KNOWN).
+
+use std::future::Future;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::error::{Place, StoreError};
+use crate::store::Store;
+
+/// How long a call may take. A call that moves bytes gets more time in proportion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// One attempt, or one chunk of a stream.
+    pub attempt: Duration,
+    /// All attempts and the pauses between them.
+    pub overall: Duration,
+    /// The slowest transfer that is still waited for.
+    pub bytes_per_second: u64,
+    /// The pause before the first retry; it doubles, with jitter.
+    pub first_pause: Duration,
+    /// The longest pause.
+    pub longest_pause: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            attempt: Duration::from_secs(20),
+            overall: Duration::from_secs(90),
+            bytes_per_second: 1 << 20,
+            first_pause: Duration::from_millis(100),
+            longest_pause: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Limits {
+    /// The deadline of one attempt that moves `bytes`.
+    pub(crate) fn attempt_for(&self, bytes: u64) -> Duration {
+        self.attempt + self.transfer(bytes)
+    }
+
+    /// The deadline of a whole call that moves `bytes`.
+    pub(crate) fn overall_for(&self, bytes: u64) -> Duration {
+        self.overall + 3 * self.transfer(bytes)
+    }
+
+    fn transfer(&self, bytes: u64) -> Duration {
+        Duration::from_secs(bytes / self.bytes_per_second.max(1))
+    }
+
+    /// Starts counting retries of one call that moves `bytes`.
+    pub(crate) fn retries(&self, bytes: u64) -> Retries {
+        let pauses = ExponentialBuilder::default()
+            .with_min_delay(self.first_pause)
+            .with_max_delay(self.longest_pause)
+            .without_max_times()
+            .with_jitter()
+            .build();
+        Retries { pauses: Box::new(pauses), deadline: Instant::now() + self.overall_for(bytes) }
+    }
+}
+
+/// The retries left to one call.
+pub(crate) struct Retries {
+    pauses: Box<dyn Iterator<Item = Duration> + Send + Sync>,
+    deadline: Instant,
+}
+
+impl std::fmt::Debug for Retries {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Retries").field("deadline", &self.deadline).finish_non_exhaustive()
+    }
+}
+
+impl Retries {
+    /// Time left before the call's overall deadline.
+    pub(crate) fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
+    /// Pauses before the next attempt, or gives the error back if there is to be none.
+    pub(crate) async fn pause(&mut self, store: &Store, place: Place<'_>, error: StoreError) -> Result<(), StoreError> {
+        if !error.is_retryable() {
+            return Err(error);
+        }
+        let Some(pause) = self.pauses.next().filter(|pause| *pause < self.left()) else { return Err(error) };
+        tracing::warn!(%error, ?pause, "store call is retried");
+        store.count_retry(place.operation, error.kind());
+        sleep(pause).await;
+        Ok(())
+    }
+}
+
+/// Runs `attempt` (given its number from 0) until it succeeds, cannot be retried, or the deadline passes.
+pub(crate) async fn retrying<T, F, Fut>(store: &Store, place: Place<'_>, bytes: u64, mut attempt: F) -> Result<T, StoreError>
+where
+    F: FnMut(u32) -> Fut,
+    Fut: Future<Output = Result<T, StoreError>>,
+{
+    let limits = store.limits();
+    let mut retries = limits.retries(bytes);
+    let mut number = 0;
+    loop {
+        let deadline = limits.attempt_for(bytes).min(retries.left());
+        let error = match timeout(deadline, attempt(number)).await {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(error)) => error,
+            Err(_) => place.timeout(deadline),
+        };
+        retries.pause(store, place, error).await?;
+        number += 1;
+    }
+}

@@ -1,0 +1,208 @@
+//! Reading: one resumable reader behind whole objects, ranges and streams.
+
+use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
+
+use bytes::{Bytes, BytesMut};
+use futures::stream::{self, BoxStream, StreamExt};
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, GetResult, GetResultPayload};
+use tokio::time::timeout;
+
+use crate::digest::Digest;
+use crate::error::{Operation, Place, StoreError};
+use crate::limits::Retries;
+use crate::store::Store;
+
+/// Local files are streamed in chunks of this many bytes.
+const CHUNK_BYTES: u64 = 1 << 20;
+
+impl Store {
+    /// Reads a whole object.
+    ///
+    /// # Errors
+    /// Any of [`StoreError`].
+    pub async fn get(&self, key: &str) -> Result<Bytes, StoreError> {
+        Reader::new(self, key, None)?.collect().await
+    }
+
+    /// Reads the bytes `range` of an object.
+    ///
+    /// # Errors
+    /// `Corrupt` if the object is shorter than the range's end; else any of [`StoreError`].
+    pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        match Reader::new(self, key, Some(range.clone()))?.collect().await {
+            Ok(bytes) if bytes.len() as u64 == range.end - range.start => Ok(bytes),
+            Ok(_) | Err(StoreError::Other { .. }) => Err(self.too_short(key, &range).await),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Says how long an object is that did not hold `range`.
+    async fn too_short(&self, key: &str, range: &Range<u64>) -> StoreError {
+        let found = match self.head(key).await {
+            Ok(Some(meta)) => format!("{} bytes", meta.bytes),
+            Ok(None) => "no object".into(),
+            Err(error) => return error,
+        };
+        StoreError::Corrupt { url: self.url().into(), key: key.into(), expected: format!("at least {} bytes", range.end), found }
+    }
+
+    /// Reads a whole object chunk by chunk. A broken connection is resumed where it broke; the first error ends the stream.
+    pub fn stream(&self, key: &str) -> BoxStream<'static, Result<Bytes, StoreError>> {
+        let reader = match Reader::new(self, key, None) {
+            Ok(reader) => reader,
+            Err(error) => return stream::once(async { Err(error) }).boxed(),
+        };
+        stream::unfold(Some(reader), |reader| async {
+            let mut reader = reader?;
+            match reader.next().await {
+                Ok(None) => None,
+                Ok(Some(chunk)) => Some((Ok(chunk), Some(reader))),
+                Err(error) => Some((Err(error), None)),
+            }
+        })
+        .boxed()
+    }
+
+    /// Reads a whole object and checks that it has `bytes` bytes and the digest recorded.
+    ///
+    /// # Errors
+    /// `Corrupt` if it is another; else any of [`StoreError`].
+    pub async fn get_verified(&self, key: &str, digest: &Digest, bytes: u64) -> Result<Bytes, StoreError> {
+        let found = self.get(key).await?;
+        let (len, actual) = (found.len() as u64, Digest::of(&found));
+        let (expected, found_text) = match (len == bytes, actual == *digest) {
+            (true, true) => return Ok(found),
+            (false, _) => (format!("{bytes} bytes"), format!("{len} bytes")),
+            (true, false) => (format!("blake3 {digest}"), format!("blake3 {actual}")),
+        };
+        Err(StoreError::Corrupt { url: self.url().into(), key: key.into(), expected, found: found_text })
+    }
+}
+
+/// A read in progress.
+struct Reader {
+    store: Store,
+    key: String,
+    path: Path,
+    /// The bytes still to come; the end is known once the object was opened.
+    next: u64,
+    end: Option<u64>,
+    e_tag: Option<String>,
+    body: Option<BoxStream<'static, object_store::Result<Bytes>>>,
+    retries: Option<Retries>,
+}
+
+impl Reader {
+    fn new(store: &Store, key: &str, range: Option<Range<u64>>) -> Result<Self, StoreError> {
+        let path = store.path(key)?;
+        let (next, end) = range.map_or((0, None), |range| (range.start, Some(range.end)));
+        Ok(Self { store: store.clone(), key: key.into(), path, next, end, e_tag: None, body: None, retries: None })
+    }
+
+    fn place(&self) -> Place<'_> {
+        Place { url: self.store.url(), key: &self.key, operation: Operation::Get }
+    }
+
+    async fn collect(mut self) -> Result<Bytes, StoreError> {
+        let Some(first) = self.next().await? else { return Ok(Bytes::new()) };
+        let left = self.end.unwrap_or_default().saturating_sub(self.next);
+        if left == 0 {
+            return Ok(first);
+        }
+        let mut all = BytesMut::with_capacity(first.len() + usize::try_from(left).unwrap_or(0));
+        all.extend_from_slice(&first);
+        let deadline = self.store.limits().overall_for(left);
+        let rest = async {
+            while let Some(chunk) = self.next().await? {
+                all.extend_from_slice(&chunk);
+            }
+            Ok(())
+        };
+        match timeout(deadline, rest).await {
+            Ok(read) => read.map(|()| all.freeze()),
+            Err(_) => Err(self.place().timeout(deadline)),
+        }
+    }
+
+    /// The next chunk; `None` at the end. Progress renews the retries.
+    async fn next(&mut self) -> Result<Option<Bytes>, StoreError> {
+        loop {
+            let error = match self.attempt().await {
+                Ok(chunk) => {
+                    self.next += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+                    self.retries = None;
+                    return Ok(chunk);
+                }
+                Err(error) => error,
+            };
+            self.body = None;
+            let mut retries = self.retries.take().unwrap_or_else(|| self.store.limits().retries(0));
+            retries.pause(&self.store, self.place(), error).await?;
+            self.retries = Some(retries);
+        }
+    }
+
+    async fn attempt(&mut self) -> Result<Option<Bytes>, StoreError> {
+        let limits = self.store.limits();
+        let deadline = self.retries.as_ref().map_or(limits.attempt, |retries| retries.left().min(limits.attempt));
+        let mut body = match self.body.take() {
+            Some(body) => body,
+            None => match timeout(deadline, self.open()).await {
+                Ok(opened) => opened?,
+                Err(_) => return Err(self.place().timeout(deadline)),
+            },
+        };
+        let chunk = timeout(deadline, body.next()).await;
+        self.body = Some(body);
+        match chunk {
+            Err(_) => Err(self.place().timeout(deadline)),
+            Ok(Some(Ok(chunk))) => Ok(Some(chunk)),
+            Ok(Some(Err(error))) => Err(self.place().error(error)),
+            Ok(None) if self.end.is_some_and(|end| self.next < end) => Err(self.place().unavailable("the reply broke off early")),
+            Ok(None) => Ok(None),
+        }
+    }
+
+    async fn open(&mut self) -> Result<BoxStream<'static, object_store::Result<Bytes>>, StoreError> {
+        let range = self.end.map(|end| GetRange::Bounded(self.next..end));
+        let options = GetOptions { range, if_match: self.e_tag.clone(), ..GetOptions::default() };
+        let result = self.store.object().get_opts(&self.path, options).await.map_err(|error| self.place().error(error))?;
+        self.end = Some(result.range.end);
+        self.e_tag.clone_from(&result.meta.e_tag);
+        Ok(body_of(result))
+    }
+}
+
+/// The bytes of a reply; files in larger chunks than the backend's own.
+fn body_of(result: GetResult) -> BoxStream<'static, object_store::Result<Bytes>> {
+    let Range { start, end } = result.range;
+    let (file, path) = match result.payload {
+        GetResultPayload::Stream(body) => return body,
+        GetResultPayload::File(file, path) => (file, path),
+    };
+    stream::try_unfold((file, start), move |(mut file, at)| {
+        let path = path.clone();
+        async move {
+            if at >= end {
+                return Ok(None);
+            }
+            let read = tokio::task::spawn_blocking(move || {
+                let mut chunk = vec![0; usize::try_from(CHUNK_BYTES.min(end - at)).unwrap_or(0)];
+                file.seek(SeekFrom::Start(at))?;
+                file.read_exact(&mut chunk)?;
+                Ok::<_, std::io::Error>((chunk, file))
+            });
+            let failed = |source: Box<dyn std::error::Error + Send + Sync>| object_store::Error::Generic { store: "file", source };
+            let (chunk, file) =
+                read.await.map_err(|error| failed(error.into()))?.map_err(|error| failed(format!("{}: {error}", path.display()).into()))?;
+            let next = at + chunk.len() as u64;
+            Ok(Some((Bytes::from(chunk), (file, next))))
+        }
+    })
+    .boxed()
+}

@@ -1,0 +1,217 @@
+//! A folder in an object store.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path as FilePath, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures::TryStreamExt;
+use object_store::path::Path;
+use object_store::{DynObjectStore, ObjectMeta, ObjectStoreExt};
+
+use crate::error::{Operation, Place, StoreError};
+use crate::limits::{Limits, retrying};
+use crate::open;
+
+/// A folder in an object store. Cloning is cheap; clones and children share the connection and the retry counts.
+#[derive(Clone)]
+pub struct Store {
+    shared: Arc<Shared>,
+    folder: Path,
+    url: Arc<str>,
+    local: Option<Arc<FilePath>>,
+}
+
+struct Shared {
+    object: Arc<DynObjectStore>,
+    limits: Limits,
+    retries: Mutex<BTreeMap<(Operation, &'static str), u64>>,
+}
+
+/// An object's name, relative to the store's folder, and its size.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Meta {
+    /// The key.
+    pub key: String,
+    /// The size in bytes.
+    pub bytes: u64,
+}
+
+/// How often calls were retried, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryCount {
+    /// What was tried.
+    pub operation: Operation,
+    /// The kind of error ([`StoreError::kind`]).
+    pub reason: &'static str,
+    /// How many times.
+    pub count: u64,
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("url", &self.url).finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Opens a folder: a plain path or `file://` (created on the first write), `memory://` (new and empty at each open; clones share it),
+    /// `s3://`, `gs://` or `az://` (credentials, region and endpoint from the cloud's usual environment variables). Nothing is contacted yet.
+    ///
+    /// # Errors
+    /// `BadUrl` for what is no folder's URL or lacks its settings, `Unsupported` for a cloud in a build without the feature `cloud`.
+    pub fn open(url: &str) -> Result<Self, StoreError> {
+        let opened = open::open(url)?;
+        Ok(Self {
+            shared: Arc::new(Shared { object: opened.object, limits: Limits::default(), retries: Mutex::default() }),
+            folder: opened.folder,
+            url: opened.url.into(),
+            local: opened.local.map(Into::into),
+        })
+    }
+
+    /// The same folder with other deadlines; retries are counted apart.
+    pub fn with_limits(&self, limits: Limits) -> Self {
+        self.rebuilt(Arc::clone(&self.shared.object), limits)
+    }
+
+    /// The same folder with its backend decorated; retries are counted apart.
+    pub fn with_backend(&self, decorate: impl FnOnce(Arc<DynObjectStore>) -> Arc<DynObjectStore>) -> Self {
+        self.rebuilt(decorate(Arc::clone(&self.shared.object)), self.shared.limits)
+    }
+
+    fn rebuilt(&self, object: Arc<DynObjectStore>, limits: Limits) -> Self {
+        Self { shared: Arc::new(Shared { object, limits, retries: Mutex::default() }), ..self.clone() }
+    }
+
+    /// The folder `path` below this one.
+    pub fn child(&self, path: &str) -> Self {
+        let path = path.trim_matches('/');
+        if path.is_empty() {
+            return self.clone();
+        }
+        let local = self.local.as_ref().map(|local| local.join(path).into());
+        let folder = self.folder.parts().chain(path.split('/').map(Into::into)).collect();
+        Self { shared: Arc::clone(&self.shared), folder, url: format!("{}/{path}", self.url.trim_end_matches('/')).into(), local }
+    }
+
+    /// The folder's URL (an absolute path for a local one), without credentials.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The folder on this machine's file system, for mapping files into memory.
+    pub fn local_path(&self) -> Option<PathBuf> {
+        self.local.as_deref().map(FilePath::to_path_buf)
+    }
+
+    /// The deadlines in force.
+    pub fn limits(&self) -> Limits {
+        self.shared.limits
+    }
+
+    /// How many attempts were repeated so far (KNOWN).
+    pub fn retries(&self) -> u64 {
+        self.retry_report().iter().map(|retry| retry.count).sum()
+    }
+
+    /// The same by operation and reason.
+    pub fn retry_report(&self) -> Vec<RetryCount> {
+        let counts = self.shared.retries.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.iter().map(|(&(operation, reason), &count)| RetryCount { operation, reason, count }).collect()
+    }
+
+    pub(crate) fn count_retry(&self, operation: Operation, reason: &'static str) {
+        *self.shared.retries.lock().unwrap_or_else(PoisonError::into_inner).entry((operation, reason)).or_default() += 1;
+    }
+
+    pub(crate) fn object(&self) -> &DynObjectStore {
+        &*self.shared.object
+    }
+
+    pub(crate) fn place<'a>(&'a self, operation: Operation, key: &'a str) -> Place<'a> {
+        Place { url: &self.url, key, operation }
+    }
+
+    /// Where `key` lies in the backend.
+    pub(crate) fn path(&self, key: &str) -> Result<Path, StoreError> {
+        let bad = |reason: String| StoreError::BadKey { url: self.url.to_string(), key: key.to_owned(), reason };
+        let below = Path::parse(key).map_err(|error| bad(error.to_string()))?;
+        if below.as_ref() != key || key.is_empty() {
+            return Err(bad("empty, or with a slash at its start or end".into()));
+        }
+        Ok(self.folder.parts().chain(below.parts()).collect())
+    }
+
+    /// As [`Store::path`], but `""` is the folder itself and a trailing slash is allowed.
+    fn folder_path(&self, prefix: &str) -> Result<Path, StoreError> {
+        match prefix.trim_end_matches('/') {
+            "" => Ok(self.folder.clone()),
+            prefix => self.path(prefix),
+        }
+    }
+
+    /// The key of a backend's path: what follows the folder.
+    fn key(&self, path: &Path) -> String {
+        let below = path.prefix_match(&self.folder).into_iter().flatten();
+        below.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/")
+    }
+
+    fn meta(&self, meta: &ObjectMeta) -> Meta {
+        Meta { key: self.key(&meta.location), bytes: meta.size }
+    }
+
+    /// An object's size; `None` if there is no such object.
+    ///
+    /// # Errors
+    /// Any of [`StoreError`] but `NotFound`.
+    pub async fn head(&self, key: &str) -> Result<Option<Meta>, StoreError> {
+        let (path, place) = (self.path(key)?, self.place(Operation::Head, key));
+        let found = retrying(self, place, 0, |_| async { self.object().head(&path).await.map_err(|error| place.error(error)) }).await;
+        match found {
+            Ok(meta) => Ok(Some(self.meta(&meta))),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Every object below the folder `prefix` (`""` for all), however deep, sorted by key. A folder that is not there is empty.
+    ///
+    /// # Errors
+    /// Any of [`StoreError`] but `NotFound`.
+    pub async fn list(&self, prefix: &str) -> Result<Vec<Meta>, StoreError> {
+        let (path, place) = (self.folder_path(prefix)?, self.place(Operation::List, prefix));
+        let mut found =
+            self.listing(place, || async { self.object().list(Some(&path)).map_ok(|meta| self.meta(&meta)).try_collect().await }).await?;
+        found.sort_by(|a: &Meta, b: &Meta| a.key.cmp(&b.key));
+        Ok(found)
+    }
+
+    /// The folders directly below `prefix`, sorted, as keys. On a local store empty ones too.
+    ///
+    /// # Errors
+    /// Any of [`StoreError`] but `NotFound`.
+    pub async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let (path, place) = (self.folder_path(prefix)?, self.place(Operation::List, prefix));
+        let mut found = self
+            .listing(place, || async {
+                let listed = self.object().list_with_delimiter(Some(&path)).await?;
+                Ok(listed.common_prefixes.iter().map(|path| self.key(path)).collect())
+            })
+            .await?;
+        found.sort();
+        Ok(found)
+    }
+
+    /// Retries a listing, and takes a missing folder for an empty one.
+    async fn listing<T, F, Fut>(&self, place: Place<'_>, list: F) -> Result<Vec<T>, StoreError>
+    where
+        F: Fn() -> Fut,
+        Fut: Future<Output = object_store::Result<Vec<T>>>,
+    {
+        match retrying(self, place, 0, |_| async { list().await.map_err(|error| place.error(error)) }).await {
+            Err(StoreError::NotFound { .. }) => Ok(Vec::new()),
+            result => result,
+        }
+    }
+}
