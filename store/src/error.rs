@@ -73,7 +73,7 @@ pub enum StoreError {
         source: Source,
     },
     /// The disk or the quota is full.
-    #[error("{url}/{key}: no space left for {operation} ({}); free some space or choose another folder; nothing was changed", chain(source.as_ref()))]
+    #[error("{url}/{key}: no space left for {operation} ({}); free some space or choose another folder", chain(source.as_ref()))]
     NoSpace {
         /// The folder.
         url: String,

@@ -1,6 +1,7 @@
 //! The run log (TERM, COMMIT): numbered records, each created only if absent, so that the store itself fences late writers.
 
 use bytes::Bytes;
+use futures::{StreamExt, stream};
 
 use crate::commit;
 use crate::error::StoreError;
@@ -10,6 +11,8 @@ use crate::write::Created;
 
 /// How often a claim, or an append that meets own records, tries again.
 const MOST_TRIES: usize = 32;
+/// Records fetched at once.
+const READS: usize = 16;
 
 /// Why the log could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -78,12 +81,16 @@ impl RunLog {
     /// # Errors
     /// `Gap` and `Bad` name the file; `Store` for store failures.
     pub async fn read(store: &Store) -> Result<Vec<Record>, LogError> {
-        let listed = store.list("log").await?;
-        let mut records: Vec<Record> = Vec::with_capacity(listed.len());
-        check_names(store, &listed)?;
-        for meta in &listed {
-            let record = parse(store, &meta.key, &store.get(&meta.key).await?)?;
-            check_order(&records, &record).map_err(|reason| bad(store, &meta.key, reason))?;
+        // The listing only tells how far the log goes: one taken while the log grows may leave out a record but show its successor.
+        let count = count_listed(store, &store.list("log").await?)?;
+        let mut fetched = stream::iter(0..count).map(|seq| fetch(store, seq)).buffered(READS);
+        let mut records: Vec<Record> = Vec::new();
+        while let Some(record) = fetched.next().await {
+            let record = match record {
+                Err(LogError::Store(StoreError::NotFound { url, key })) => return Err(LogError::Gap { url, file: key, last: count - 1 }),
+                other => other?,
+            };
+            check_order(records.last(), &record).map_err(|reason| bad(store, &record_key(record.seq), reason))?;
             records.push(record);
         }
         Ok(records)
@@ -107,12 +114,15 @@ impl RunLog {
         Err(LogError::Contended { url: store.url().into(), tries: MOST_TRIES })
     }
 
-    /// Appends a record and gives its number. After a `Store` error it is unknown whether the record was written; appending
-    /// the same body again is safe, and never makes a second record of it.
+    /// Appends a record and gives its number. After a `Store` error, or when the call was dropped half-way, it is unknown whether
+    /// the record was written; appending the same body again is safe, and never makes a second record of it.
     ///
     /// # Errors
     /// `Superseded` if the next number was taken by another coordinator; `Bad` for a body that [`RunLog::read`] would refuse.
     pub async fn append(&mut self, body: Body, at_unix_ms: u64) -> Result<u64, LogError> {
+        if matches!(body, Body::Term(_)) {
+            return Err(bad(&self.store, &record_key(self.next), "a term is begun by a claim, not by an append"));
+        }
         for _ in 0..MOST_TRIES {
             let seq = self.next;
             let record = Record { seq, term: self.term, nonce: self.nonce.clone(), at_unix_ms, body: body.clone() };
@@ -122,7 +132,7 @@ impl RunLog {
                 self.next += 1;
                 return Ok(seq);
             }
-            let found = parse(&self.store, &key, &self.store.get(&key).await?)?;
+            let found = fetch(&self.store, seq).await?;
             if found.nonce != self.nonce {
                 return Err(LogError::Superseded { url: self.store.url().into(), seq, by_term: found.term });
             }
@@ -156,19 +166,21 @@ fn encode(store: &Store, record: &Record) -> Result<Bytes, LogError> {
     Ok(text.into())
 }
 
-/// The sorted names must be exactly those of records 0, 1, 2, …
-fn check_names(store: &Store, listed: &[Meta]) -> Result<(), LogError> {
-    let number = |key: &str| key.strip_prefix("log/")?.strip_suffix(".json")?.parse::<u64>().ok().filter(|&seq| record_key(seq) == key);
-    for (expected, meta) in listed.iter().enumerate() {
-        let Some(seq) = number(&meta.key) else {
-            return Err(bad(store, &meta.key, "the log's folder holds only files named like 000000000042.json; remove this one"));
-        };
-        if seq != expected as u64 {
-            let last = listed.last().and_then(|meta| number(&meta.key)).unwrap_or(seq);
-            return Err(LogError::Gap { url: store.url().into(), file: record_key(expected as u64), last });
-        }
-    }
-    Ok(())
+/// How many records the newest name in the log's folder stands for.
+fn count_listed(store: &Store, listed: &[Meta]) -> Result<u64, LogError> {
+    let number = |key: &str| {
+        let seq = key.strip_prefix("log/")?.strip_suffix(".json")?.parse::<u64>().ok()?;
+        (record_key(seq) == key).then_some(seq)
+    };
+    listed.iter().try_fold(0, |count, meta| match number(&meta.key) {
+        Some(seq) => Ok(count.max(seq + 1)),
+        None => Err(bad(store, &meta.key, "the log's folder holds only files named like 000000000042.json; remove this one")),
+    })
+}
+
+async fn fetch(store: &Store, seq: u64) -> Result<Record, LogError> {
+    let key = record_key(seq);
+    parse(store, &key, &store.get(&key).await?)
 }
 
 fn parse(store: &Store, key: &str, bytes: &[u8]) -> Result<Record, LogError> {
@@ -222,8 +234,7 @@ fn check_commit(commit: &Commit, term: u64) -> Result<(), String> {
 }
 
 /// TERM: a term begins with its `term` record, has a higher number than all before, and all of it is one incarnation's.
-fn check_order(before: &[Record], record: &Record) -> Result<(), String> {
-    let last = before.last();
+fn check_order(last: Option<&Record>, record: &Record) -> Result<(), String> {
     let (term, nonce) = last.map_or((0, ""), |last| (last.term, &last.nonce));
     match &record.body {
         Body::Term(_) if record.term <= term => Err(format!("it begins term {} after term {term} (expected a higher one)", record.term)),

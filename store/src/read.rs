@@ -34,21 +34,22 @@ impl Store {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
-        match Reader::new(self, key, Some(range.clone()))?.collect().await {
-            Ok(bytes) if bytes.len() as u64 == range.end - range.start => Ok(bytes),
-            Ok(_) | Err(StoreError::Other { .. }) => Err(self.too_short(key, &range).await),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Says how long an object is that did not hold `range`.
-    async fn too_short(&self, key: &str, range: &Range<u64>) -> StoreError {
-        let found = match self.head(key).await {
-            Ok(Some(meta)) => format!("{} bytes", meta.bytes),
-            Ok(None) => "no object".into(),
-            Err(error) => return error,
+        let error = match Reader::new(self, key, Some(range.clone()))?.collect().await {
+            Ok(bytes) if bytes.len() as u64 == range.end - range.start => return Ok(bytes),
+            Ok(_) => None,
+            Err(error @ StoreError::Other { .. }) => Some(error),
+            Err(error) => return Err(error),
         };
-        StoreError::Corrupt { url: self.url().into(), key: key.into(), expected: format!("at least {} bytes", range.end), found }
+        let found = self.head(key).await?.map_or(0, |meta| meta.bytes);
+        Err(match error {
+            Some(error) if found >= range.end => error,
+            _ => StoreError::Corrupt {
+                url: self.url().into(),
+                key: key.into(),
+                expected: format!("at least {} bytes", range.end),
+                found: format!("{found} bytes"),
+            },
+        })
     }
 
     /// Reads a whole object chunk by chunk. A broken connection is resumed where it broke; the first error ends the stream.

@@ -13,6 +13,9 @@ use crate::error::{Operation, Place, StoreError};
 use crate::limits::{Limits, retrying};
 use crate::open;
 
+/// What a listing of a hundred thousand names moves, for its deadline.
+const LISTING_BYTES: u64 = 64 << 20;
+
 /// A folder in an object store. Cloning is cheap; clones and children share the connection and the retry counts.
 #[derive(Clone)]
 pub struct Store {
@@ -209,7 +212,7 @@ impl Store {
         F: Fn() -> Fut,
         Fut: Future<Output = object_store::Result<Vec<T>>>,
     {
-        match retrying(self, place, 0, |_| async { list().await.map_err(|error| place.error(error)) }).await {
+        match retrying(self, place, LISTING_BYTES, |_| async { list().await.map_err(|error| place.error(error)) }).await {
             Err(StoreError::NotFound { .. }) => Ok(Vec::new()),
             result => result,
         }
