@@ -1,1 +1,242 @@
-//! One network on tensors from a file.
+//! One network on tensors from a file: what `ella forward` does. For parity checks and for porting.
+//!
+//! Letters: B batch, S tokens, E text width, L latents, D width, C channels, H and W pixels.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::str::FromStr;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::connector::{DEFAULT_HEADS, Tsc};
+use crate::error::{ModelError, Result};
+use crate::t5::T5;
+use crate::unet::UNet;
+use crate::vae::Vae;
+use crate::weights::{self, Weights};
+
+/// The networks that can be run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Net {
+    /// `text_features` [B,S,E], `timesteps` [B] to `hidden_states` [B,L,D].
+    Connector,
+    /// `sample` [B,C,H,W], `timesteps` [B], `hidden_states` [B,L,D] to `sample`.
+    Unet,
+    /// `input_ids` [B,S], `attention_mask` [B,S] to `last_hidden_state` [B,S,E].
+    Text,
+    /// `image` [B,3,H,W] to `mean`, `logvar` [B,C,H/f,W/f].
+    VaeEncode,
+    /// `latent` [B,C,H,W] to `image` [B,3,fH,fW].
+    VaeDecode,
+}
+
+impl Net {
+    /// All networks, by the names that the command line knows them by.
+    pub const NAMES: [(&'static str, Net); 5] = [
+        ("connector", Net::Connector),
+        ("unet", Net::Unet),
+        ("text", Net::Text),
+        ("vae-encode", Net::VaeEncode),
+        ("vae-decode", Net::VaeDecode),
+    ];
+}
+
+impl FromStr for Net {
+    type Err = ModelError;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let found = Net::NAMES.iter().find(|(known, _)| *known == name).map(|(_, net)| *net);
+        found.ok_or_else(|| ModelError::argument("network", Net::NAMES.map(|(known, _)| known).join(", "), name))
+    }
+}
+
+/// How to run the network.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Take `grad_output` too, and give gradients (connector and U-Net).
+    pub grad: bool,
+    /// The kind to compute in, and of the outputs: `Float`, `Half` or `BFloat16`.
+    pub kind: Kind,
+    /// A connector's attention heads.
+    pub heads: i64,
+    /// Where to compute.
+    pub device: Device,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { grad: false, kind: Kind::Float, heads: DEFAULT_HEADS, device: Device::Cpu }
+    }
+}
+
+/// Named tensors.
+type Named = Vec<(String, Tensor)>;
+
+/// Runs `net`, loaded from `model`, on the tensors of the safetensors file `inputs`, and writes the file `outputs`.
+///
+/// # Errors
+/// Whatever is wrong with the model's files; an input that is missing, surplus, of another shape, type or range than the
+/// network takes; `grad` for a network that nothing is trained through.
+pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &Options) -> Result<()> {
+    let inputs = Inputs::open(inputs, options)?;
+    let results = match net {
+        Net::Connector => connector(&Tsc::load(model, options.heads, options.kind, options.device)?, &inputs)?,
+        Net::Unet => unet(&UNet::load(model, options.kind, options.device)?, &inputs)?,
+        Net::Text | Net::VaeEncode | Net::VaeDecode if options.grad => {
+            let what = "a gradient through a network that stays frozen and has nothing trained before it".to_owned();
+            return Err(ModelError::Unsupported { what, instead: "leave --grad out".into() });
+        }
+        Net::Text => tch::no_grad(|| text(&T5::load(model, options.kind, options.device)?, &inputs))?,
+        Net::VaeEncode => tch::no_grad(|| vae_encode(&Vae::load(model, options.kind, options.device)?, &inputs))?,
+        Net::VaeDecode => tch::no_grad(|| vae_decode(&Vae::load(model, options.kind, options.device)?, &inputs))?,
+    };
+    weights::save(outputs, &results)
+}
+
+fn connector(tsc: &Tsc, inputs: &Inputs) -> Result<Named> {
+    let features = inputs.floats("text_features", &[Dim::Any("B"), Dim::Any("S"), Dim::Is(tsc.config().text_width)])?;
+    let timesteps = inputs.timesteps()?;
+    let mut watched = vec![("text_features".to_owned(), features.shallow_clone())];
+    watched.extend(tsc.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())));
+    inputs.differentiate("hidden_states", watched, || tsc.forward(&features, &timesteps, None))
+}
+
+fn unet(unet: &UNet, inputs: &Inputs) -> Result<Named> {
+    let config = unet.config();
+    let sample = [Dim::Any("B"), Dim::Is(config.in_channels), Dim::Any("H"), Dim::Any("W")];
+    let sample = inputs.floats("sample", &sample)?;
+    let timesteps = inputs.timesteps()?;
+    let states = [Dim::Any("B"), Dim::Any("L"), Dim::Is(config.cross_attention_dim)];
+    let states = inputs.floats("hidden_states", &states)?;
+    let watched = vec![("hidden_states".to_owned(), states.shallow_clone())];
+    inputs.differentiate("sample", watched, || unet.forward(&sample, &timesteps, &states))
+}
+
+fn text(t5: &T5, inputs: &Inputs) -> Result<Named> {
+    let dims = [Dim::Any("B"), Dim::Any("S")];
+    let ids = inputs.integers("input_ids", &dims, t5.config().vocab_size)?;
+    let mask = inputs.integers("attention_mask", &dims, 2)?;
+    inputs.finish()?;
+    Ok(vec![("last_hidden_state".into(), t5.forward(&ids, &mask)?)])
+}
+
+fn vae_encode(vae: &Vae, inputs: &Inputs) -> Result<Named> {
+    let channels = Dim::Is(vae.config().in_channels);
+    let image = inputs.floats("image", &[Dim::Any("B"), channels, Dim::Any("H"), Dim::Any("W")])?;
+    inputs.finish()?;
+    let (mean, logvar) = vae.encode(&image)?;
+    Ok(vec![("mean".into(), mean), ("logvar".into(), logvar)])
+}
+
+fn vae_decode(vae: &Vae, inputs: &Inputs) -> Result<Named> {
+    let channels = Dim::Is(vae.config().latent_channels);
+    let latent = inputs.floats("latent", &[Dim::Any("B"), channels, Dim::Any("H"), Dim::Any("W")])?;
+    inputs.finish()?;
+    Ok(vec![("image".into(), vae.decode(&latent)?)])
+}
+
+/// One axis of an input.
+#[derive(Clone, Copy, Debug)]
+enum Dim {
+    /// Fixed by the network.
+    Is(i64),
+    /// Free, but the same wherever the letter occurs.
+    Any(&'static str),
+}
+
+/// The tensors of the input file, each of which must be taken.
+struct Inputs {
+    file: Weights,
+    options: Options,
+    letters: RefCell<BTreeMap<&'static str, i64>>,
+    taken: RefCell<BTreeSet<String>>,
+}
+
+impl Inputs {
+    fn open(path: &Path, options: &Options) -> Result<Self> {
+        let file = Weights::open(path)?;
+        Ok(Inputs { file, options: *options, letters: RefCell::default(), taken: RefCell::default() })
+    }
+
+    fn floats(&self, name: &str, dims: &[Dim]) -> Result<Tensor> {
+        self.take(name, dims, self.options.kind)
+    }
+
+    /// Integers from 0 to below `limit`.
+    fn integers(&self, name: &str, dims: &[Dim], limit: i64) -> Result<Tensor> {
+        let tensor = self.take(name, dims, Kind::Int64)?;
+        let (low, high) = (i64::try_from(tensor.f_min()?)?, i64::try_from(tensor.f_max()?)?);
+        if low < 0 || high >= limit {
+            let rule = format!("integers from 0 to {}", limit - 1);
+            return Err(ModelError::argument(self.label(name), rule, format!("{low} to {high}")));
+        }
+        Ok(tensor)
+    }
+
+    fn timesteps(&self) -> Result<Tensor> {
+        // float32's sinusoid tells integers apart up to here; schedules have 1000.
+        self.integers("timesteps", &[Dim::Any("B")], 1 << 24)
+    }
+
+    fn take(&self, name: &str, dims: &[Dim], kind: Kind) -> Result<Tensor> {
+        let (shape, _) = self.file.describe(name)?;
+        self.check(name, dims, shape)?;
+        self.taken.borrow_mut().insert(name.to_owned());
+        self.file.load(name, shape, kind, self.options.device)
+    }
+
+    fn check(&self, name: &str, dims: &[Dim], shape: &[i64]) -> Result<()> {
+        let mut letters = self.letters.borrow_mut();
+        let fits = |(dim, &size): (&Dim, &i64)| match *dim {
+            Dim::Is(expected) => size == expected,
+            Dim::Any(letter) => size >= 1 && *letters.entry(letter).or_insert(size) == size,
+        };
+        if dims.len() == shape.len() && dims.iter().zip(shape).all(fits) {
+            return Ok(());
+        }
+        let words = dims.iter().map(|dim| match *dim {
+            Dim::Is(size) => size.to_string(),
+            Dim::Any(letter) => letters.get(letter).map_or(letter.to_owned(), |size| format!("{letter}={size}")),
+        });
+        let expected = format!("of shape [{}]", words.collect::<Vec<_>>().join(", "));
+        Err(ModelError::argument(self.label(name), expected, format!("{shape:?}")))
+    }
+
+    /// Refuses inputs that the network did not take.
+    fn finish(&self) -> Result<()> {
+        let taken = self.taken.borrow();
+        match self.file.names().find(|name| !taken.contains(*name)) {
+            None => Ok(()),
+            Some(name) => {
+                let expected = taken.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+                let what = format!("{}: inputs", self.file.path().display());
+                Err(ModelError::argument(what, format!("{expected} and no other"), name))
+            }
+        }
+    }
+
+    /// The network's output under `name` and, where asked for, the gradients of Σ output · `grad_output` by what is `watched`.
+    fn differentiate(&self, name: &str, watched: Named, run: impl FnOnce() -> Result<Tensor>) -> Result<Named> {
+        if !self.options.grad {
+            self.finish()?;
+            return Ok(vec![(name.into(), tch::no_grad(run)?)]);
+        }
+        // A tensor that requires gradients shares the flag with its shallow clones, which the network holds.
+        let (names, leaves): (Vec<String>, Vec<Tensor>) =
+            watched.into_iter().map(|(name, tensor)| (name, tensor.set_requires_grad(true))).unzip();
+        let output = run()?;
+        let dims: Vec<Dim> = output.size().into_iter().map(Dim::Is).collect();
+        let weight = self.floats("grad_output", &dims)?;
+        self.finish()?;
+        let loss = output.f_to_kind(Kind::Float)?.f_mul(&weight.f_to_kind(Kind::Float)?)?.f_sum(Kind::Float)?;
+        let gradients = Tensor::f_run_backward(&[loss], &leaves, false, false)?;
+        let mut results = vec![(name.to_owned(), output)];
+        results.extend(names.iter().map(|name| format!("grad.{name}")).zip(gradients));
+        Ok(results)
+    }
+
+    fn label(&self, name: &str) -> String {
+        format!("{}: {name}", self.file.path().display())
+    }
+}

@@ -16,6 +16,8 @@ pub mod schedule;
 pub mod t5;
 pub mod tokenizer;
 pub mod unet;
+pub mod unigram;
+
 pub mod vae;
 pub mod weights;
 

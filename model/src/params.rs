@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn the_shapes_source_lists_names_and_shapes() {
         let p = Params::shapes();
-        p.at("x").get("weight", &[1 << 20, 1 << 20], Init::Ones).unwrap();
+        let _ = p.at("x").get("weight", &[1 << 20, 1 << 20], Init::Ones).unwrap();
         let taken = p.taken();
         assert_eq!((taken[0].0.as_str(), taken[0].1.size()), ("x.weight", vec![1 << 20, 1 << 20]));
     }
@@ -207,7 +207,7 @@ mod tests {
         assert!(matches!(p.get("a", &[3], Init::Zeros), Err(ModelError::WrongShape { .. })));
         assert!(matches!(p.get("b", &[2], Init::Zeros), Err(ModelError::MissingTensor { .. })));
         assert!(matches!(p.finish(&[]), Err(ModelError::SurplusTensors { keys, .. }) if keys == ["a"]));
-        p.get("a", &[2], Init::Zeros).unwrap();
+        let _ = p.get("a", &[2], Init::Zeros).unwrap();
         p.finish(&[]).unwrap();
     }
 }

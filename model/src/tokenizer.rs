@@ -1,1 +1,218 @@
-//! Captions to token ids.
+//! Captions to token ids, by a `tokenizer.json` of the T5 kind (`$A </s>`).
+
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Tensor};
+use tokenizers::{Encoding, PostProcessor, Tokenizer, TruncationDirection};
+
+use crate::error::{ModelError, Result};
+
+/// The token that fills rows up, in T5's vocabularies.
+pub(crate) const PAD: &str = "<pad>";
+
+/// How rows are filled up. Padding is part of the meaning: released connectors attend to padded positions (paper §0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Padding {
+    /// Every row to `max_tokens`.
+    Fixed,
+    /// Only as far as the longest row of the call needs; the mask tells the rows' own lengths.
+    None,
+}
+
+/// Token ids of some captions, row by row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// Ids [rows × width].
+    pub ids: Vec<i64>,
+    /// 1 for a caption's own tokens and 0 for padding, [rows × width].
+    pub mask: Vec<i64>,
+    /// Tokens in each row before padding, the end mark included.
+    pub lengths: Vec<usize>,
+    /// Tokens in each row after padding.
+    pub width: usize,
+    /// The rows whose caption was too long and lost its end.
+    pub truncated: Vec<usize>,
+}
+
+impl Encoded {
+    /// (`input_ids`, `attention_mask`), both [rows, width] i64.
+    pub fn tensors(&self, device: Device) -> Result<(Tensor, Tensor)> {
+        let shape = [self.lengths.len() as i64, self.width as i64];
+        let tensor = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_reshape(shape)?.f_to_device(device)?) };
+        Ok((tensor(&self.ids)?, tensor(&self.mask)?))
+    }
+}
+
+/// A tokenizer and what identifies it.
+#[derive(Debug)]
+pub struct TextTokenizer {
+    tokenizer: Tokenizer,
+    file: PathBuf,
+    digest: String,
+    pad: i64,
+    added: usize,
+}
+
+impl TextTokenizer {
+    /// Reads `tokenizer.json` in a model folder, in its `tokenizer/`, or in the `tokenizer/` beside a `text_encoder/`.
+    ///
+    /// # Errors
+    /// None is there (a lone `spiece.model` is said to need conversion), or it is damaged, or has no padding token.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let places = [folder.to_owned(), folder.join("tokenizer"), folder.join("../tokenizer")];
+        let file = places.iter().map(|place| place.join("tokenizer.json")).find(|file| file.is_file());
+        let file = file.ok_or_else(|| {
+            let sentencepiece = places.iter().map(|place| place.join("spiece.model")).find(|file| file.is_file());
+            match sentencepiece {
+                Some(file) => ModelError::Tokenizer {
+                    file,
+                    reason: "only the sentencepiece form is there (expected tokenizer.json); convert it with \
+                             transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+                        .into(),
+                },
+                None => ModelError::MissingFile { file: folder.into(), expected: "tokenizer.json".into() },
+            }
+        })?;
+        let bytes = std::fs::read(&file).map_err(|source| ModelError::Unreadable { file: file.clone(), source })?;
+        let refuse = |reason: String| ModelError::Tokenizer { file: file.clone(), reason };
+        let mut tokenizer =
+            Tokenizer::from_bytes(&bytes).map_err(|error| refuse(format!("is not a tokenizer ({error}); write it anew")))?;
+        // Lengths are the caller's matter here, whatever the file was last used for.
+        tokenizer.with_truncation(None).map_err(|error| refuse(error.to_string()))?.with_padding(None);
+        let pad = tokenizer
+            .token_to_id(PAD)
+            .ok_or_else(|| refuse(format!("has no padding token (expected {PAD}, found none); use a tokenizer of the T5 kind")))?;
+        let added = tokenizer.get_post_processor().map_or(0, |post| post.added_tokens(false));
+        Ok(TextTokenizer { tokenizer, digest: blake3::hash(&bytes).to_hex().to_string(), pad: pad.into(), added, file })
+    }
+
+    /// BLAKE3 of `tokenizer.json`, lower-case hex.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// One more than the largest id.
+    pub fn vocab_size(&self) -> i64 {
+        self.tokenizer.get_vocab(true).values().max().map_or(0, |&largest| i64::from(largest) + 1)
+    }
+
+    /// Refuses a tokenizer that makes ids for which an encoder with `encoder_vocab` embeddings has none.
+    pub fn check_vocabulary(&self, encoder_vocab: i64) -> Result<()> {
+        let found = self.vocab_size();
+        if found <= encoder_vocab {
+            return Ok(());
+        }
+        let reason = format!(
+            "has more tokens than the text encoder (expected at most {encoder_vocab}, found {found}); \
+             use the tokenizer that the encoder was trained with"
+        );
+        Err(ModelError::Tokenizer { file: self.file.clone(), reason })
+    }
+
+    /// Encodes captions with their special tokens. A caption that is too long is cut, keeps its end mark, and is counted.
+    ///
+    /// # Errors
+    /// `max_tokens` leaves no room for a token of the caption, or the tokenizer fails on a caption.
+    pub fn encode<S: AsRef<str>>(&self, captions: &[S], max_tokens: usize, padding: Padding) -> Result<Encoded> {
+        if max_tokens <= self.added {
+            return Err(ModelError::argument("max_tokens", format!("at least {}", self.added + 1), max_tokens));
+        }
+        let mut truncated = Vec::new();
+        let mut rows = Vec::with_capacity(captions.len());
+        for (row, caption) in captions.iter().enumerate() {
+            let (encoding, cut) = self.encode_one(caption.as_ref(), max_tokens)?;
+            if cut {
+                truncated.push(row);
+            }
+            rows.push(encoding);
+        }
+        let lengths: Vec<usize> = rows.iter().map(Encoding::len).collect();
+        let width = match padding {
+            Padding::Fixed => max_tokens,
+            Padding::None => lengths.iter().copied().max().unwrap_or(0),
+        };
+        let (mut ids, mut mask) = (Vec::new(), Vec::new());
+        for row in &rows {
+            ids.extend(row.get_ids().iter().map(|&id| i64::from(id)));
+            ids.resize(ids.len() + width - row.len(), self.pad);
+            mask.resize(mask.len() + row.len(), 1);
+            mask.resize(ids.len(), 0);
+        }
+        Ok(Encoded { ids, mask, lengths, width, truncated })
+    }
+
+    /// One caption's tokens, and whether it had to be cut.
+    fn encode_one(&self, caption: &str, max_tokens: usize) -> Result<(Encoding, bool)> {
+        let fail = |error: tokenizers::Error| ModelError::Tokenizer {
+            file: self.file.clone(),
+            reason: format!("cannot encode a caption ({error}); check the tokenizer with the library that wrote it"),
+        };
+        let mut encoding = self.tokenizer.encode_fast(caption, false).map_err(fail)?;
+        let room = max_tokens - self.added;
+        let cut = encoding.len() > room;
+        encoding.truncate(room, 0, TruncationDirection::Right);
+        Ok((self.tokenizer.post_process(encoding, None, true).map_err(fail)?, cut))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unigram;
+
+    const CAPTIONS: [&str; 3] = ["a red square above a blue circle", "a tiny green circle", "two red squares"];
+
+    fn folder() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let captions = CAPTIONS.map(str::to_owned);
+        std::fs::write(dir.path().join("tokenizer.json"), unigram::train(&captions, 60).unwrap()).unwrap();
+        dir
+    }
+
+    #[test]
+    fn rows_end_with_the_end_mark_and_are_filled_up() {
+        let dir = folder();
+        let tokenizer = TextTokenizer::load(dir.path()).unwrap();
+        let fixed = tokenizer.encode(&["a red circle", ""], 20, Padding::Fixed).unwrap();
+        assert_eq!((fixed.width, fixed.ids.len(), fixed.lengths[1]), (20, 40, 1));
+        let n = fixed.lengths[0];
+        assert_eq!((fixed.ids[n - 1], fixed.ids[n], fixed.mask[n - 1], fixed.mask[n]), (1, 0, 1, 0));
+        assert_eq!((fixed.ids[20], fixed.ids[21]), (1, 0));
+        let ragged = tokenizer.encode(&["a red circle", ""], 20, Padding::None).unwrap();
+        assert_eq!((ragged.width, &ragged.ids[..n]), (n, &fixed.ids[..n]));
+        assert!(fixed.truncated.is_empty());
+    }
+
+    #[test]
+    fn cut_captions_keep_the_end_mark_and_are_counted() {
+        let dir = folder();
+        let tokenizer = TextTokenizer::load(dir.path()).unwrap();
+        let whole = tokenizer.encode(&CAPTIONS, 100, Padding::None).unwrap();
+        let limit = whole.lengths[0] - 1;
+        let cut = tokenizer.encode(&CAPTIONS[..1], limit, Padding::Fixed).unwrap();
+        assert_eq!((cut.truncated.as_slice(), cut.lengths.as_slice()), (&[0][..], &[limit][..]));
+        assert_eq!(cut.ids[..limit - 1], whole.ids[..limit - 1]);
+        assert_eq!(cut.ids[limit - 1], 1);
+        assert!(matches!(tokenizer.encode(&CAPTIONS, 1, Padding::Fixed), Err(ModelError::Input { .. })));
+    }
+
+    #[test]
+    fn a_tokenizer_larger_than_the_encoder_is_refused() {
+        let dir = folder();
+        let tokenizer = TextTokenizer::load(dir.path()).unwrap();
+        let n = tokenizer.vocab_size();
+        tokenizer.check_vocabulary(n).unwrap();
+        let error = tokenizer.check_vocabulary(n - 1).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json") && error.contains(&format!("found {n}")), "{error}");
+    }
+
+    #[test]
+    fn missing_and_damaged_files_are_said_so() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(TextTokenizer::load(dir.path()), Err(ModelError::MissingFile { .. })));
+        std::fs::write(dir.path().join("spiece.model"), "x").unwrap();
+        assert!(matches!(TextTokenizer::load(dir.path()), Err(ModelError::Tokenizer { reason, .. }) if reason.contains("convert")));
+        std::fs::write(dir.path().join("tokenizer.json"), "{\"version\":").unwrap();
+        assert!(matches!(TextTokenizer::load(dir.path()), Err(ModelError::Tokenizer { reason, .. }) if reason.contains("not a tok")));
+    }
+}
