@@ -1,0 +1,210 @@
+"""Dumps the goldens of the text side: the connector from a plain PyTorch module, the T5 encoder from transformers.
+
+    python model/goldens/text.py model/tests/goldens            writes the goldens
+    python model/goldens/text.py --check-base DIR ELLA          DIR: what `ella init-base` wrote; ELLA: the ella binary
+
+Needs torch 2.11, transformers 5 and diffusers 0.42. The tests read only what is checked in; run this again when a golden
+must change. Each golden is a folder: the network's own files, inputs.safetensors and outputs.safetensors.
+"""
+
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer, T5Config, T5EncoderModel, T5Model
+
+
+class AdaLayerNorm(nn.Module):
+    def __init__(self, width, time_width):
+        super().__init__()
+        self.linear = nn.Linear(time_width, 2 * width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x, time):
+        shift, scale = self.linear(nn.functional.silu(time)).chunk(2, dim=-1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class Mlp(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.c_proj(self.c_fc(x).relu() ** 2)
+
+
+class PerceiverBlock(nn.Module):
+    def __init__(self, width, heads, time_width):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = Mlp(width)
+        self.ln_1 = AdaLayerNorm(width, time_width)
+        self.ln_2 = AdaLayerNorm(width, time_width)
+        self.ln_ff = AdaLayerNorm(width, time_width)
+
+    def forward(self, x, latents, time):
+        queries = self.ln_1(latents, time)
+        keys = torch.cat([queries, self.ln_2(x, time)], dim=1)
+        latents = latents + self.attn(queries, keys, keys, need_weights=False)[0]
+        return latents + self.mlp(self.ln_ff(latents, time))
+
+
+class Resampler(nn.Module):
+    def __init__(self, width, layers, heads, latents, text_width, time_width):
+        super().__init__()
+        self.latents = nn.Parameter(torch.zeros(latents, width))
+        self.time_aware_linear = nn.Linear(time_width, width)
+        self.proj_in = nn.Linear(text_width, width)
+        self.perceiver_blocks = nn.ModuleList(PerceiverBlock(width, heads, time_width) for _ in range(layers))
+
+    def forward(self, x, time):
+        latents = self.latents.unsqueeze(0) + self.time_aware_linear(nn.functional.silu(time))
+        x = self.proj_in(x)
+        for block in self.perceiver_blocks:
+            latents = block(x, latents, time)
+        return latents
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, channel, width):
+        super().__init__()
+        self.linear_1 = nn.Linear(channel, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.linear_2(nn.functional.silu(self.linear_1(x)))
+
+
+class Tsc(nn.Module):
+    """The official connector (TencentQQGYLab/ELLA, model.py at 3c228f1) without its dependencies."""
+
+    def __init__(self, width, layers, heads, latents, text_width, time_channel, time_embed_dim):
+        super().__init__()
+        self.time_channel = time_channel
+        self.time_embedding = TimestepEmbedding(time_channel, time_embed_dim)
+        self.connector = Resampler(width, layers, heads, latents, text_width, time_embed_dim)
+
+    def forward(self, text_features, timesteps):
+        half = self.time_channel // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        angles = timesteps[:, None].float() * frequencies[None]
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(text_features.dtype)
+        return self.connector(text_features, self.time_embedding(sinusoid).unsqueeze(1))
+
+
+TSCS = {
+    # The default number of heads; a time embedding that is not as wide as the network; both ends of the schedule.
+    "tsc-8-heads": (dict(width=24, layers=2, heads=8, latents=5, text_width=20, time_channel=320, time_embed_dim=16), 7, [0, 999, 500], torch.float32),
+    # A longer text, one sample a step apart from the next: what a low-precision sinusoid would confuse.
+    "tsc-4-heads": (dict(width=32, layers=1, heads=4, latents=9, text_width=12, time_channel=32, time_embed_dim=32), 33, [998, 999], torch.float32),
+    # Stored in float16, as released; a single token.
+    "tsc-half": (dict(width=16, layers=3, heads=2, latents=3, text_width=8, time_channel=64, time_embed_dim=24), 1, [999, 0, 1, 250], torch.float16),
+}
+
+T5S = {
+    "t5-gated": (dict(vocab_size=40, d_model=16, d_kv=3, d_ff=24, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", tie_word_embeddings=False), T5EncoderModel, 150),
+    "t5-relu": (dict(vocab_size=32, d_model=12, d_kv=5, d_ff=20, num_layers=3, num_decoder_layers=1, num_heads=2, feed_forward_proj="relu",
+                     relative_attention_num_buckets=8, relative_attention_max_distance=20, layer_norm_epsilon=1e-5), T5Model, 40),
+}
+
+
+def randomize(model, spread):
+    """Random values everywhere, so that no parameter is without effect."""
+    for parameter in model.parameters():
+        width = parameter.shape[-1] if parameter.dim() > 1 else 4
+        nn.init.normal_(parameter, std=spread * width**-0.5)
+
+
+def dump_tsc(folder, config, tokens, timesteps, dtype):
+    model = Tsc(**config)
+    randomize(model, 1.0)
+    stored = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
+    features = torch.randn(len(timesteps), tokens, config["text_width"], requires_grad=True)
+    timesteps = torch.tensor(timesteps)
+    states = model(features, timesteps)
+    weight = torch.randn_like(states)
+    (states * weight).sum().backward()
+    gradients = {f"grad.{name}": parameter.grad for name, parameter in model.named_parameters()}
+    save_file(stored, folder / "connector.safetensors", metadata={"format": "pt"})
+    save_file({"text_features": features.detach(), "timesteps": timesteps, "grad_output": weight}, folder / "inputs.safetensors")
+    save_file({"hidden_states": states.detach(), "grad.text_features": features.grad, **gradients}, folder / "outputs.safetensors")
+
+
+def dump_t5(folder, config, kind, tokens):
+    model = kind(T5Config(**config)).eval()
+    randomize(model, 1.5)
+    lengths = [tokens, tokens // 3, 1]
+    ids = torch.randint(2, config["vocab_size"], (len(lengths), tokens))
+    mask = (torch.arange(tokens)[None] < torch.tensor(lengths)[:, None]).long()
+    ids = ids * mask
+    encoder = model if kind is T5EncoderModel else model.encoder
+    with torch.no_grad():
+        states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    model.save_pretrained(folder)
+    save_file({"input_ids": ids, "attention_mask": mask}, folder / "inputs.safetensors")
+    save_file({"last_hidden_state": states.contiguous()}, folder / "outputs.safetensors")
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def check_base(folder, ella):
+    """Loads an `init-base` folder in diffusers and transformers, and compares outputs with those of `ella forward`."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    def run(net, model, inputs):
+        with tempfile.TemporaryDirectory() as work:
+            save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, f"{work}/in.safetensors")
+            command = [ella, "forward", net, "--model", model, "--inputs", f"{work}/in.safetensors", "--outputs", f"{work}/out.safetensors"]
+            subprocess.run(command, check=True)
+            return load_file(f"{work}/out.safetensors")
+
+    base, text = folder / "base", folder / "text"
+    unet = UNet2DConditionModel.from_pretrained(base / "unet").float().eval()
+    vae = AutoencoderKL.from_pretrained(base / "vae").float().eval()
+    print("scheduler", DDIMScheduler.from_pretrained(base / "scheduler").alphas_cumprod[[0, -1]].tolist())
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    t5 = T5EncoderModel.from_pretrained(text).float().eval()
+    with torch.no_grad():
+        tokens = tokenizer(["a red circle left of a blue square", "stripes"], padding="max_length", max_length=32, truncation=True, return_tensors="pt")
+        ours = run("text", text, {name: tokens[name] for name in ("input_ids", "attention_mask")})["last_hidden_state"]
+        theirs = t5(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        print("tokens", tokens["input_ids"][0, :12].tolist())
+        print("text", relative(ours, theirs))
+        size = unet.config.sample_size
+        sample, t = torch.randn(2, 4, size, size), torch.tensor([10, 900])
+        states = torch.randn(2, 64, unet.config.cross_attention_dim)
+        ours = run("unet", base / "unet", {"sample": sample, "timesteps": t, "hidden_states": states})["sample"]
+        print("unet", relative(ours, unet(sample, t, states).sample))
+        image = torch.rand(1, 3, 8 * size, 8 * size) * 2 - 1
+        ours, theirs = run("vae-encode", base / "vae", {"image": image}), vae.encode(image).latent_dist
+        print("vae-encode", relative(ours["mean"], theirs.mean), relative(ours["logvar"], theirs.logvar))
+        ours = run("vae-decode", base / "vae", {"latent": theirs.mean})["image"]
+        print("vae-decode", relative(ours, vae.decode(theirs.mean).sample))
+
+
+def main():
+    if sys.argv[1] == "--check-base":
+        check_base(Path(sys.argv[2]), sys.argv[3])
+        return
+    root = Path(sys.argv[1])
+    for name, arguments in TSCS.items():
+        torch.manual_seed(1)
+        (root / name).mkdir(parents=True, exist_ok=True)
+        dump_tsc(root / name, *arguments)
+    for name, arguments in T5S.items():
+        torch.manual_seed(1)
+        (root / name).mkdir(parents=True, exist_ok=True)
+        dump_t5(root / name, *arguments)
+
+
+main()
