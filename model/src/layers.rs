@@ -29,6 +29,13 @@ impl Linear {
         Ok(Linear { weight: p.get("weight", &[output, input], init)?, bias: None })
     }
 
+    /// A 1×1 convolution's weights, `weight` [out, in, 1, 1] and `bias` [out]: over tokens [.., in] it is a linear map.
+    pub fn pointwise(p: &Params, input: i64, output: i64) -> Result<Self> {
+        let bound = (input as f64).powf(-0.5);
+        let weight = p.get("weight", &[output, input, 1, 1], Init::KaimingUniform)?.f_view([output, input])?;
+        Ok(Linear { weight, bias: Some(p.get("bias", &[output], Init::Uniform { bound })?) })
+    }
+
     /// [.., in] to [.., out].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
@@ -60,6 +67,11 @@ impl Conv2d {
             stride: steps.0,
             padding: steps.1,
         })
+    }
+
+    /// The kind that the weights are in, and inputs must be.
+    pub fn kind(&self) -> Kind {
+        self.weight.kind()
     }
 
     /// [B, in, H, W] to [B, out, H', W'].
@@ -146,14 +158,22 @@ impl Embedding {
 }
 
 /// diffusers' `Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)`: [B] i64 to [B, channels] float32,
-/// cosines first. float32 whatever the network's kind, because lower precision cannot tell 999 from 1000.
+/// cosines first.
 pub fn timestep_embedding(timesteps: &Tensor, channels: i64) -> Result<Tensor> {
+    sinusoid(timesteps, channels, true, 0)
+}
+
+/// diffusers' `Timesteps` in general: [B] i64 to [B, channels] float32, cosines or sines first, frequencies from 1 down to
+/// 10000^(-(n-1)/(n-shift)) for n = channels / 2. float32 whatever the network's kind, because lower precision cannot tell
+/// 999 from 1000.
+pub fn sinusoid(timesteps: &Tensor, channels: i64, cosines_first: bool, shift: i64) -> Result<Tensor> {
     let half = channels / 2;
     let device = timesteps.device();
     let steps = Tensor::f_arange(half, (Kind::Float, device))?;
-    let frequencies = steps.f_mul_scalar(-(10_000f64.ln()))?.f_div_scalar(half as f64)?.f_exp()?;
+    let frequencies = steps.f_mul_scalar(-(10_000f64.ln()))?.f_div_scalar((half - shift) as f64)?.f_exp()?;
     let angles = timesteps.f_to_kind(Kind::Float)?.f_unsqueeze(1)?.f_mul(&frequencies.f_unsqueeze(0)?)?; // [B, half]
-    let embedding = Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?;
+    let (cos, sin) = (angles.f_cos()?, angles.f_sin()?);
+    let embedding = Tensor::f_cat(&if cosines_first { [cos, sin] } else { [sin, cos] }, 1)?;
     Ok(if channels % 2 == 1 { embedding.f_constant_pad_nd([0, 1])? } else { embedding })
 }
 

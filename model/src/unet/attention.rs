@@ -1,0 +1,155 @@
+//! Transformers over the pixels of a feature map, with cross-attention to the text features.
+//!
+//! diffusers 0.42: `models/transformers/transformer_2d.py`, `models/attention.py` (`BasicTransformerBlock`, `FeedForward`),
+//! `models/attention_processor.py` (`Attention`, `AttnProcessor2_0`).
+
+use tch::{Kind, Tensor};
+
+use super::UNetConfig;
+use crate::error::Result;
+use crate::layers::{GroupNorm, LayerNorm, Linear, gelu};
+use crate::params::{Init, Params};
+
+/// ε of the layer norms, and of the group norm before a transformer: fixed in the reference, unlike `norm_eps`.
+const LAYER_EPS: f64 = 1e-5;
+const GROUP_EPS: f64 = 1e-6;
+
+/// softmax(Q Kᵀ / √d) V over tokens `q` [B, N, D] and `k`, `v` [B, M, D], split into heads, to [B, N, D].
+pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64) -> Result<Tensor> {
+    let split = |x: &Tensor| x.f_unflatten(-1, [heads, -1])?.f_transpose(1, 2); // [B, nh, N, d]
+    let y = Tensor::f_scaled_dot_product_attention(&split(q)?, &split(k)?, &split(v)?, None::<&Tensor>, 0.0, false, None, false)?;
+    Ok(y.f_transpose(1, 2)?.f_flatten(2, 3)?)
+}
+
+/// Multi-head attention of pixels to themselves or to the text.
+#[derive(Debug)]
+struct Attention {
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: Linear,
+    heads: i64,
+    upcast: bool,
+}
+
+impl Attention {
+    /// Queries of `width` to keys and values made from tokens of width `source`.
+    fn new(p: &Params, width: i64, source: i64, heads: i64, upcast: bool) -> Result<Self> {
+        let linear = |name, input| Linear::no_bias(&p.at(name), input, width, Init::KaimingUniform);
+        Ok(Self {
+            to_q: linear("to_q", width)?,
+            to_k: linear("to_k", source)?,
+            to_v: linear("to_v", source)?,
+            to_out: Linear::new(&p.at("to_out").at(0), width, width)?,
+            heads,
+            upcast,
+        })
+    }
+
+    /// `x` [B, N, D] attends to `source` [B, M, E], to [B, N, D].
+    fn forward(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
+        let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(source)?, self.to_v.forward(source)?);
+        let y = if self.upcast {
+            let wide = |x: &Tensor| x.f_to_kind(Kind::Float);
+            attend(&wide(&q)?, &wide(&k)?, &wide(&v)?, self.heads)?.f_to_kind(x.kind())?
+        } else {
+            attend(&q, &k, &v, self.heads)?
+        };
+        self.to_out.forward(&y)
+    }
+}
+
+/// The gated feed-forward network: four times the width inside, the gate through a GELU.
+#[derive(Debug)]
+struct FeedForward {
+    proj: Linear,
+    out: Linear,
+}
+
+impl FeedForward {
+    fn new(p: &Params, width: i64) -> Result<Self> {
+        let net = p.at("net");
+        Ok(Self { proj: Linear::new(&net.at(0).at("proj"), width, 8 * width)?, out: Linear::new(&net.at(2), 4 * width, width)? })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let both = self.proj.forward(x)?; // [B, N, 8D]: values, then gates
+        let half = both.size()[2] / 2;
+        let gate = gelu(&both.f_narrow(-1, half, half)?)?;
+        self.out.forward(&both.f_narrow(-1, 0, half)?.f_mul(&gate)?)
+    }
+}
+
+/// Self-attention, attention to the text, feed-forward; each after a layer norm and beside a residual.
+#[derive(Debug)]
+struct Block {
+    norm1: LayerNorm,
+    attn1: Attention,
+    norm2: LayerNorm,
+    attn2: Attention,
+    norm3: LayerNorm,
+    ff: FeedForward,
+}
+
+impl Block {
+    fn new(p: &Params, width: i64, heads: i64, config: &UNetConfig) -> Result<Self> {
+        let norm = |name| LayerNorm::new(&p.at(name), width, LAYER_EPS);
+        let attention = |name, source| Attention::new(&p.at(name), width, source, heads, config.upcast_attention);
+        Ok(Self {
+            norm1: norm("norm1")?,
+            attn1: attention("attn1", width)?,
+            norm2: norm("norm2")?,
+            attn2: attention("attn2", config.cross_attention_dim)?,
+            norm3: norm("norm3")?,
+            ff: FeedForward::new(&p.at("ff"), width)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
+        let normed = self.norm1.forward(x)?;
+        let x = x.f_add(&self.attn1.forward(&normed, &normed)?)?;
+        let x = x.f_add(&self.attn2.forward(&self.norm2.forward(&x)?, text)?)?;
+        Ok(x.f_add(&self.ff.forward(&self.norm3.forward(&x)?)?)?)
+    }
+}
+
+/// Transformer layers over a feature map, beside a residual.
+#[derive(Debug)]
+pub(crate) struct Transformer {
+    norm: GroupNorm,
+    proj_in: Linear,
+    blocks: Vec<Block>,
+    proj_out: Linear,
+}
+
+impl Transformer {
+    /// For feature maps of the `level`'s channels.
+    pub(crate) fn new(p: &Params, level: usize, config: &UNetConfig) -> Result<Self> {
+        let width = config.block_out_channels[level];
+        let project = |name| match config.use_linear_projection {
+            true => Linear::new(&p.at(name), width, width),
+            // Stored as 1×1 convolutions: the same map, applied to tokens.
+            false => Linear::pointwise(&p.at(name), width, width),
+        };
+        let blocks = p.at("transformer_blocks");
+        Ok(Self {
+            norm: GroupNorm::new(&p.at("norm"), width, config.norm_num_groups, GROUP_EPS)?,
+            proj_in: project("proj_in")?,
+            blocks: (0..config.transformer_layers[level])
+                .map(|i| Block::new(&blocks.at(i), width, config.heads[level], config))
+                .collect::<Result<_>>()?,
+            proj_out: project("proj_out")?,
+        })
+    }
+
+    /// `x` [B, C, H, W] and `text` [B, L, D] to [B, C, H, W].
+    pub(crate) fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
+        let tokens = self.norm.forward(x)?.f_flatten(2, 3)?.f_transpose(1, 2)?; // [B, HW, C]
+        let mut h = self.proj_in.forward(&tokens)?;
+        for block in &self.blocks {
+            h = block.forward(&h, text)?;
+        }
+        let h = self.proj_out.forward(&h)?.f_transpose(1, 2)?;
+        Ok(x.f_add(&h.f_reshape(x.size())?)?)
+    }
+}

@@ -1,0 +1,153 @@
+//! The blocks of the way down, the middle and the way up, with and without transformers.
+//!
+//! diffusers 0.42, `models/unets/unet_2d_blocks.py`: `(CrossAttn)DownBlock2D`, `UNetMidBlock2DCrossAttn`, `(CrossAttn)UpBlock2D`.
+
+use tch::Tensor;
+
+use super::UNetConfig;
+use super::attention::Transformer;
+use super::resnet::{Downsample, Norm, Resnet, Upsample};
+use crate::error::{ModelError, Result};
+use crate::params::Params;
+
+/// What every block is told besides its feature map.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Condition<'a> {
+    /// The time embedding after its activation, [B, T].
+    pub(crate) time: &'a Tensor,
+    /// The text features, [B, L, D].
+    pub(crate) text: &'a Tensor,
+}
+
+/// A residual block and, in blocks that have them, the transformer after it.
+#[derive(Debug)]
+struct Layer {
+    resnet: Resnet,
+    attention: Option<Transformer>,
+}
+
+impl Layer {
+    /// The `i`-th layer of a block at `level`, with `input` channels coming in.
+    fn new(p: &Params, i: i64, input: i64, level: (usize, bool), config: &UNetConfig) -> Result<Self> {
+        let (level, attends) = level;
+        let channels = (input, config.block_out_channels[level]);
+        Ok(Self {
+            resnet: Resnet::new(&p.at("resnets").at(i), channels, Some(config.time_embed_dim), norm(config))?,
+            attention: attends.then(|| Transformer::new(&p.at("attentions").at(i), level, config)).transpose()?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, c: Condition) -> Result<Tensor> {
+        let h = self.resnet.forward(x, Some(c.time))?;
+        match &self.attention {
+            Some(attention) => attention.forward(&h, c.text),
+            None => Ok(h),
+        }
+    }
+}
+
+fn norm(config: &UNetConfig) -> Norm {
+    Norm { groups: config.norm_num_groups, eps: config.norm_eps }
+}
+
+/// One level of the way down: layers, then half the resolution, but for the last level.
+#[derive(Debug)]
+pub(crate) struct DownBlock {
+    layers: Vec<Layer>,
+    downsample: Option<Downsample>,
+}
+
+impl DownBlock {
+    /// The block at `level`.
+    pub(crate) fn new(p: &Params, level: usize, config: &UNetConfig) -> Result<Self> {
+        let channels = &config.block_out_channels;
+        let attends = config.down_attention[level];
+        let input = |i| if i == 0 { channels[level.saturating_sub(1)] } else { channels[level] };
+        let layer = |i| Layer::new(p, i, input(i), (level, attends), config);
+        let halves = level < config.halvings();
+        let half = || Downsample::new(&p.at("downsamplers").at(0), channels[level], config.downsample_padding);
+        Ok(Self {
+            layers: (0..config.layers_per_block[level]).map(layer).collect::<Result<_>>()?,
+            downsample: halves.then(half).transpose()?,
+        })
+    }
+
+    /// The feature map one level down; what every layer made, and the smaller map, are pushed to `skips`.
+    pub(crate) fn forward(&self, x: Tensor, c: Condition, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+        let mut x = x;
+        for layer in &self.layers {
+            x = layer.forward(&x, c)?;
+            skips.push(x.shallow_clone());
+        }
+        if let Some(downsample) = &self.downsample {
+            x = downsample.forward(&x)?;
+            skips.push(x.shallow_clone());
+        }
+        Ok(x)
+    }
+}
+
+/// The middle: two residual blocks around a transformer.
+#[derive(Debug)]
+pub(crate) struct MidBlock {
+    first: Resnet,
+    attention: Transformer,
+    second: Resnet,
+}
+
+impl MidBlock {
+    /// The middle of this U-Net.
+    pub(crate) fn new(p: &Params, config: &UNetConfig) -> Result<Self> {
+        let level = config.halvings();
+        let channels = config.block_out_channels[level];
+        let resnet = |i: i64| Resnet::new(&p.at("resnets").at(i), (channels, channels), Some(config.time_embed_dim), norm(config));
+        Ok(Self { first: resnet(0)?, attention: Transformer::new(&p.at("attentions").at(0), level, config)?, second: resnet(1)? })
+    }
+
+    /// [B, C, H, W] to the same shape.
+    pub(crate) fn forward(&self, x: &Tensor, c: Condition) -> Result<Tensor> {
+        let h = self.first.forward(x, Some(c.time))?;
+        let h = self.attention.forward(&h, c.text)?;
+        self.second.forward(&h, Some(c.time))
+    }
+}
+
+/// One level of the way up: layers over the feature map beside what the way down left, then twice the resolution, but for the last.
+#[derive(Debug)]
+pub(crate) struct UpBlock {
+    layers: Vec<Layer>,
+    upsample: Option<Upsample>,
+}
+
+impl UpBlock {
+    /// The `i`-th block of the way up.
+    pub(crate) fn new(p: &Params, i: usize, config: &UNetConfig) -> Result<Self> {
+        let channels = &config.block_out_channels;
+        let level = config.halvings() - i;
+        let below = channels[(level + 1).min(config.halvings())];
+        let last = config.layers_per_block[level];
+        // The last layer takes the map from before this level: the one above's, or the first convolution's.
+        let skip = |j| if j == last { channels[level.saturating_sub(1)] } else { channels[level] };
+        let input = |j| if j == 0 { below } else { channels[level] };
+        let layer = |j| Layer::new(p, j, input(j) + skip(j), (level, config.up_attention[i]), config);
+        let double = || Upsample::new(&p.at("upsamplers").at(0), channels[level]);
+        Ok(Self { layers: (0..=last).map(layer).collect::<Result<_>>()?, upsample: (level > 0).then(double).transpose()? })
+    }
+
+    /// The feature map one level up. Takes its skips off the end of `skips`; the one that is last then gives the new size, which is not
+    /// always the double: 9 halves to 5.
+    pub(crate) fn forward(&self, x: Tensor, c: Condition, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+        let mut x = x;
+        for layer in &self.layers {
+            let skip = skips.pop().ok_or_else(|| ModelError::argument("skips", "one for each layer", "none left"))?;
+            x = layer.forward(&Tensor::f_cat(&[&x, &skip], 1)?, c)?;
+        }
+        match (&self.upsample, skips.last()) {
+            (Some(upsample), Some(next)) => {
+                let (_, _, h, w) = next.size4()?;
+                upsample.forward(&x, (h, w))
+            }
+            _ => Ok(x),
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! `config.json` of diffusers' `UNet2DConditionModel`: what is supported, what is refused.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::config::ConfigFile;
+use crate::error::Result;
+
+/// The shape of a U-Net. Lists have an entry for each block of the way down; the way up is their mirror image.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UNetConfig {
+    /// Channels of the noisy sample; 9 for in-painting models, which also take a mask and the masked image.
+    pub in_channels: i64,
+    /// Channels of the prediction.
+    pub out_channels: i64,
+    /// Whether the sample comes in 0..1 and is to be moved to -1..1 first.
+    pub center_input_sample: bool,
+    /// Whether cosines come first in the sinusoid of the timestep.
+    pub flip_sin_to_cos: bool,
+    /// Shortens the sinusoid's range of frequencies.
+    pub freq_shift: i64,
+    /// Width of the time embedding.
+    pub time_embed_dim: i64,
+    /// Channels of each block.
+    pub block_out_channels: Vec<i64>,
+    /// Residual blocks in each block of the way down; the way up has one more.
+    pub layers_per_block: Vec<i64>,
+    /// Whether a block of the way down has transformers.
+    pub down_attention: Vec<bool>,
+    /// Whether a block of the way up has transformers, in the order of the way up.
+    pub up_attention: Vec<bool>,
+    /// Attention heads in each block.
+    pub heads: Vec<i64>,
+    /// Transformer layers after each residual block.
+    pub transformer_layers: Vec<i64>,
+    /// Width of the text features.
+    pub cross_attention_dim: i64,
+    /// Whether the projections around transformers are stored as linear layers, else as 1×1 convolutions.
+    pub use_linear_projection: bool,
+    /// Whether attention is computed in float32 when the network is not.
+    pub upcast_attention: bool,
+    /// Padding of the downsampling convolutions, 1 on all sides; 0 pads below and to the right only.
+    pub downsample_padding: i64,
+    /// Groups of the group norms.
+    pub norm_num_groups: i64,
+    /// ε of the residual blocks' group norms.
+    pub norm_eps: f64,
+}
+
+impl UNetConfig {
+    /// Reads `config.json` in `dir`.
+    ///
+    /// # Errors
+    /// A field is missing, out of range, unknown, or asks for something unsupported: named with file, rule and value.
+    pub fn load(dir: &Path) -> Result<Self> {
+        Self::read(ConfigFile::open(&dir.join("config.json"))?)
+    }
+
+    /// Reads an opened configuration; errors as in [`UNetConfig::load`].
+    pub fn read(c: ConfigFile) -> Result<Self> {
+        refuse_unsupported(&c)?;
+        let block_out_channels: Vec<i64> = c.optional("block_out_channels", CHANNELS, vec![320, 640, 1280, 1280])?;
+        let n = block_out_channels.len();
+        if n == 0 || block_out_channels.iter().any(|&channels| !(1..=1 << 20).contains(&channels)) {
+            return Err(c.refuse("block_out_channels", CHANNELS));
+        }
+        let config = Self {
+            in_channels: c.size_or("in_channels", 4)?,
+            out_channels: c.size_or("out_channels", 4)?,
+            center_input_sample: c.optional("center_input_sample", BOOL, false)?,
+            flip_sin_to_cos: c.optional("flip_sin_to_cos", BOOL, true)?,
+            freq_shift: c.optional("freq_shift", "0 or 1", 0)?,
+            time_embed_dim: c.size_or("time_embedding_dim", 4 * block_out_channels[0])?,
+            layers_per_block: per_block(&c, "layers_per_block", n, 2)?,
+            down_attention: block_types(&c, "down_block_types", n, ["DownBlock2D", "CrossAttnDownBlock2D"])?,
+            up_attention: block_types(&c, "up_block_types", n, ["UpBlock2D", "CrossAttnUpBlock2D"])?,
+            // diffusers calls the number of heads attention_head_dim here, and keeps to it (its issue 2011).
+            heads: per_block(&c, "attention_head_dim", n, 8)?,
+            transformer_layers: per_block(&c, "transformer_layers_per_block", n, 1)?,
+            cross_attention_dim: c.size_or("cross_attention_dim", 1280)?,
+            use_linear_projection: c.optional("use_linear_projection", BOOL, false)?,
+            upcast_attention: c.optional("upcast_attention", BOOL, false)?,
+            downsample_padding: c.optional("downsample_padding", "0 or 1", 1)?,
+            norm_num_groups: c.size_or("norm_num_groups", 32)?,
+            norm_eps: c.optional("norm_eps", "a number", 1e-5)?,
+            block_out_channels,
+        };
+        config.check(&c)?;
+        // sample_size is a default for callers who name no size; dropout does nothing in a frozen network.
+        c.finish(&["sample_size", "dropout", "addition_embed_type_num_heads"])?;
+        Ok(config)
+    }
+
+    /// How often the way down halves the sample.
+    pub fn halvings(&self) -> usize {
+        self.block_out_channels.len() - 1
+    }
+
+    fn check(&self, c: &ConfigFile) -> Result<()> {
+        let rule = |field, holds: bool, rule: &str| if holds { Ok(()) } else { Err(c.refuse(field, rule)) };
+        rule("freq_shift", (0..=1).contains(&self.freq_shift), "0 or 1")?;
+        rule("downsample_padding", (0..=1).contains(&self.downsample_padding), "0 or 1")?;
+        rule("norm_eps", self.norm_eps > 0.0, "above 0")?;
+        // Below 4 channels the sinusoid's range of frequencies is empty.
+        rule("block_out_channels", self.block_out_channels[0] >= 4, "at least 4 in its first entry")?;
+        for (level, &channels) in self.block_out_channels.iter().enumerate() {
+            let divides = channels % self.norm_num_groups == 0;
+            rule("norm_num_groups", divides, &format!("a divisor of block_out_channels, of which one is {channels}"))?;
+            let divides = channels % self.heads[level] == 0 || !self.attends(level);
+            rule("attention_head_dim", divides, &format!("a number of heads that divides the block's {channels} channels"))?;
+        }
+        Ok(())
+    }
+
+    /// Whether any transformer works at this level: on the way down, up, or in the middle.
+    fn attends(&self, level: usize) -> bool {
+        let last = self.halvings();
+        self.down_attention[level] || self.up_attention[last - level] || level == last
+    }
+}
+
+const BOOL: &str = "true or false";
+const CHANNELS: &str = "a list of numbers of channels, one for each block";
+
+/// Switches of which one side is supported: each named, so that none is ignored.
+fn refuse_unsupported(c: &ConfigFile) -> Result<()> {
+    let only: [(&str, &[Value]); 15] = [
+        ("_class_name", &[json!("UNet2DConditionModel")]),
+        ("act_fn", &[json!("silu"), json!("swish")]),
+        ("attention_type", &[json!("default")]),
+        ("class_embeddings_concat", &[json!(false)]),
+        ("conv_in_kernel", &[json!(3)]),
+        ("conv_out_kernel", &[json!(3)]),
+        ("dual_cross_attention", &[json!(false)]),
+        ("mid_block_only_cross_attention", &[json!(false)]),
+        ("mid_block_scale_factor", &[json!(1)]),
+        ("mid_block_type", &[json!("UNetMidBlock2DCrossAttn")]),
+        ("only_cross_attention", &[json!(false)]),
+        ("resnet_out_scale_factor", &[json!(1)]),
+        ("resnet_skip_time_act", &[json!(false)]),
+        ("resnet_time_scale_shift", &[json!("default")]),
+        ("time_embedding_type", &[json!("positional")]),
+    ];
+    let absent = [
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "class_embed_type",
+        "cross_attention_norm",
+        "encoder_hid_dim",
+        "encoder_hid_dim_type",
+        "num_attention_heads",
+        "num_class_embeds",
+        "projection_class_embeddings_input_dim",
+        "reverse_transformer_layers_per_block",
+        "time_cond_proj_dim",
+        "time_embedding_act_fn",
+        "timestep_post_act",
+    ];
+    for field in absent {
+        if c.value(field).is_some() {
+            return Err(c.refuse(field, "null or absent"));
+        }
+    }
+    only.iter().try_for_each(|(field, supported)| c.only(field, supported))
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(i64),
+    Many(Vec<i64>),
+}
+
+/// A positive number for all blocks, or a list with one for each of `n`.
+fn per_block(c: &ConfigFile, field: &str, n: usize, default: i64) -> Result<Vec<i64>> {
+    let rule = format!("a whole number of at least 1, or a list of {n} of them");
+    let values = match c.optional(field, &rule, OneOrMany::One(default))? {
+        OneOrMany::One(value) => vec![value; n],
+        OneOrMany::Many(values) => values,
+    };
+    let fits = values.len() == n && values.iter().all(|value| (1..=1 << 20).contains(value));
+    if fits { Ok(values) } else { Err(c.refuse(field, &rule)) }
+}
+
+/// For each of `n` blocks whether it is of the second kind, the one with transformers.
+fn block_types(c: &ConfigFile, field: &str, n: usize, kinds: [&str; 2]) -> Result<Vec<bool>> {
+    let rule = format!("a list of {n} of {} and {}, as long as block_out_channels", kinds[0], kinds[1]);
+    let names: Vec<String> = c.required(field, &rule)?;
+    let flags: Option<Vec<bool>> = names.iter().map(|name| kinds.iter().position(|kind| kind == name).map(|at| at == 1)).collect();
+    flags.filter(|flags| flags.len() == n).ok_or_else(|| c.refuse(field, &rule))
+}
