@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use crate::error::Result;
 use crate::params::{Init, Params};
 
-/// `y = x Wᵀ + b`, weights `weight` [out, in] and `bias` [out].
+/// `y = x Wᵀ + b`, weights `weight` `[out, in]` and `bias` `[out]`.
 #[derive(Debug)]
 pub struct Linear {
     weight: Tensor,
@@ -29,7 +29,7 @@ impl Linear {
         Ok(Linear { weight: p.get("weight", &[output, input], init)?, bias: None })
     }
 
-    /// A 1×1 convolution's weights, `weight` [out, in, 1, 1] and `bias` [out]: over tokens [.., in] it is a linear map.
+    /// A 1×1 convolution's weights, `weight` `[out, in, 1, 1]` and `bias` `[out]`: over tokens `[.., in]` it is a linear map.
     pub fn pointwise(p: &Params, input: i64, output: i64) -> Result<Self> {
         let bound = (input as f64).powf(-0.5);
         let weight = p.get("weight", &[output, input, 1, 1], Init::KaimingUniform)?.f_view([output, input])?;
@@ -42,7 +42,7 @@ impl Linear {
     }
 }
 
-/// A square 2-D convolution with zero padding, weights `weight` [out, in, k, k] and `bias` [out].
+/// A square 2-D convolution with zero padding, weights `weight` `[out, in, k, k]` and `bias` `[out]`.
 #[derive(Debug)]
 pub struct Conv2d {
     weight: Tensor,
@@ -81,7 +81,7 @@ impl Conv2d {
     }
 }
 
-/// Layer normalization over the last axis, in float32; weights `weight` and `bias` [width], or none.
+/// Layer normalization over the last axis, in float32; weights `weight` and `bias` `[width]`, or none.
 #[derive(Debug)]
 pub struct LayerNorm {
     affine: Option<(Tensor, Tensor)>,
@@ -109,7 +109,7 @@ impl LayerNorm {
     }
 }
 
-/// Group normalization over [B, C, ...] with weights `weight` and `bias` [C], in float32.
+/// Group normalization over `[B, C, ...]` with weights `weight` and `bias` `[C]`, in float32.
 #[derive(Debug)]
 pub struct GroupNorm {
     affine: (Tensor, Tensor),
@@ -157,13 +157,13 @@ impl Embedding {
     }
 }
 
-/// diffusers' `Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)`: [B] i64 to [B, channels] float32,
+/// diffusers' `Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)`: `[B]` i64 to `[B, channels]` float32,
 /// cosines first.
 pub fn timestep_embedding(timesteps: &Tensor, channels: i64) -> Result<Tensor> {
     sinusoid(timesteps, channels, true, 0)
 }
 
-/// diffusers' `Timesteps` in general: [B] i64 to [B, channels] float32, cosines or sines first, frequencies from 1 down to
+/// diffusers' `Timesteps` in general: `[B]` i64 to `[B, channels]` float32, cosines or sines first, frequencies from 1 down to
 /// 10000^(-(n-1)/(n-shift)) for n = channels / 2. float32 whatever the network's kind, because lower precision cannot tell
 /// 999 from 1000.
 pub fn sinusoid(timesteps: &Tensor, channels: i64, cosines_first: bool, shift: i64) -> Result<Tensor> {

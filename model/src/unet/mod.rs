@@ -77,7 +77,7 @@ impl UNet {
     /// Predicts ε or v, whichever the network was taught. Inputs are cast to the network's kind; the output is of that kind.
     ///
     /// # Shapes
-    /// `sample` [B, Cin, H, W] of any H and W, `timesteps` [B] i64, `hidden_states` [B, L, D] with D the `cross_attention_dim`;
+    /// `sample` [B, Cin, H, W] of any H and W, `timesteps` `[B]` i64, `hidden_states` [B, L, D] with D the `cross_attention_dim`;
     /// returns [B, Cout, H, W].
     pub fn forward(&self, sample: &Tensor, timesteps: &Tensor, hidden_states: &Tensor) -> Result<Tensor> {
         self.check(sample, timesteps, hidden_states)?;
