@@ -1,1 +1,386 @@
-//! Random models to try things on.
+//! Random models to try things on, written as diffusers and transformers write theirs.
+//!
+//! `DIR/base` holds a U-Net, a VAE and a scheduler; `DIR/text` a T5 encoder and a tokenizer trained on given captions. Values are a pure
+//! function of the seed. Untrained networks of this kind hardly listen to their text and give latents of any size; here both
+//! are set right, so that training a connector on them has something to learn.
+
+use std::path::Path;
+use std::str::FromStr;
+
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{ModelError, Result};
+use crate::params::Params;
+use crate::rng::CounterRng;
+use crate::t5::{T5, T5Config};
+use crate::unet::{UNet, UNetConfig};
+use crate::vae::{Vae, VaeConfig};
+use crate::{unigram, weights};
+
+/// The shapes that random models come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preset {
+    /// Small enough to train on with two cores: 8×8 latents of 64×64 pictures, cross-attention width 64, a T5 of width 64. float32.
+    Nano,
+    /// Stable Diffusion 1.5's U-Net and VAE in their true shapes (0.94 billion parameters), and a T5 of flan-t5-small's shape, since
+    /// flan-t5-xl's alone is 1.2 billion. float16 on disk (1.9 GB).
+    Sd15,
+}
+
+impl FromStr for Preset {
+    type Err = ModelError;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "nano" => Ok(Preset::Nano),
+            "sd15" => Ok(Preset::Sd15),
+            _ => Err(ModelError::argument("preset", "nano or sd15", name)),
+        }
+    }
+}
+
+/// A preset in full: configurations as their folders hold them, the vocabulary to train, and the kind on disk.
+struct Spec {
+    unet: Value,
+    vae: Value,
+    text: Value,
+    vocabulary: usize,
+    kind: Kind,
+}
+
+/// Writes `out/base` and `out/text`; files of the same names are replaced.
+///
+/// # Errors
+/// No caption has a word, or a file cannot be written.
+pub fn init_base(preset: Preset, seed: u64, captions: &[String], out: &Path) -> Result<()> {
+    let spec = match preset {
+        Preset::Nano => nano(),
+        Preset::Sd15 => sd15(),
+    };
+    // First what can fail for the captions given.
+    let tokenizer = unigram::train(captions, spec.vocabulary)?;
+    let (base, text) = (out.join("base"), out.join("text"));
+    write_json(&base.join("model_index.json"), &model_index())?;
+    write_json(&base.join("scheduler/scheduler_config.json"), &scheduler())?;
+    // Equal names in two networks must not mean equal values.
+    let seed = |part: &str| CounterRng::new(seed, part).bits(0);
+    unet(&base.join("unet"), &spec, seed("unet"))?;
+    vae(&base.join("vae"), &spec, seed("vae"))?;
+    t5(&text, &spec, seed("text"))?;
+    write(&text.join("tokenizer.json"), tokenizer.as_bytes())?;
+    write_json(&text.join("tokenizer_config.json"), &tokenizer_config())
+}
+
+fn unet(folder: &Path, spec: &Spec, seed: u64) -> Result<()> {
+    write_json(&folder.join("config.json"), &spec.unet)?;
+    let config = UNetConfig::load(folder)?;
+    let p = Params::random(seed, spec.kind, Device::Cpu);
+    UNet::new(&config, &p)?;
+    let tensors = p.taken();
+    for (name, tensor) in &tensors {
+        if let Some((_, gain)) = UNET_GAINS.iter().find(|(end, _)| name.ends_with(end)) {
+            let _ = tensor.shallow_clone().f_mul_scalar_(*gain)?;
+        }
+    }
+    pass_through(&tensors, &config)?;
+    weights::save(&folder.join("diffusion_pytorch_model.safetensors"), &tensors)
+}
+
+/// What the U-Net's usual initial values are multiplied with. They shrink their input at every layer, and an average over many text states
+/// shrinks it again; so what the text says is amplified where it enters, to about the strength of the picture's own features.
+const UNET_GAINS: [(&str, f64); 4] =
+    [("attn2.to_q.weight", 2.0), ("attn2.to_k.weight", 2.0), ("attn2.to_v.weight", 4.0), ("attn2.to_out.0.weight", 4.0)];
+
+/// Lets the noisy sample through to the prediction, beside all that is random. Most of a noisy sample is noise, so such a U-Net predicts
+/// noise after a fashion, and a connector that tells it what the picture shows makes it better; one that predicts nothing could
+/// only be silenced. The way leads over the outermost skip connection, in pairs of channels +x and −x, for silu(x) − silu(−x) = x.
+fn pass_through(tensors: &[(String, Tensor)], config: &UNetConfig) -> Result<()> {
+    let last = config.halvings();
+    let shortcut = format!("up_blocks.{last}.resnets.{}.conv_shortcut", config.layers_per_block[0]);
+    let n = config.in_channels;
+    let identity = Tensor::f_eye(n, (Kind::Float, Device::Cpu))?;
+    let pairs = Tensor::f_cat(&[&identity, &identity.f_neg()?], 0)?; // [2n, n]
+    // The skip's channels are the last of those that the shortcut takes.
+    let width = config.block_out_channels[0];
+    for (name, tensor) in tensors {
+        let middle = tensor.size().last().map_or(0, |kernel| kernel / 2);
+        // [out, in] of the kernel's middle.
+        let tap = || tensor.f_select(3, middle)?.f_select(2, middle);
+        match name.strip_suffix(".weight") {
+            Some("conv_in") => {
+                let _ = tensor.f_narrow(0, 0, 2 * n)?.f_zero_()?;
+                tap()?.f_narrow(0, 0, 2 * n)?.f_copy_(&pairs)?;
+            }
+            Some(name) if name == shortcut => {
+                let _ = tensor.f_narrow(0, 0, 2 * n)?.f_zero_()?;
+                let own = tap()?.f_narrow(0, 0, 2 * n)?.f_narrow(1, tensor.size()[1] - width, 2 * n)?;
+                let _ = own.f_diagonal(0, 0, 1)?.f_fill_(SKIP_GAIN)?;
+            }
+            Some("conv_out") => {
+                let _ = tensor.f_narrow(1, 0, 2 * n)?.f_zero_()?;
+                tap()?.f_narrow(1, 0, 2 * n)?.f_copy_(&pairs.f_tr()?)?;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// How much stronger the sample is on its way through than the random features that are added to it.
+const SKIP_GAIN: f64 = 2.0;
+
+fn vae(folder: &Path, spec: &Spec, seed: u64) -> Result<()> {
+    write_json(&folder.join("config.json"), &spec.vae)?;
+    let config = VaeConfig::load(folder)?;
+    let p = Params::random(seed, Kind::Float, Device::Cpu);
+    let vae = Vae::new(&config, &p)?;
+    let tensors = p.taken();
+    let find = |name: &str| tensors.iter().find(|(known, _)| known == name).map(|(_, tensor)| tensor.shallow_clone());
+    if let (Some(weight), Some(bias)) = (find("quant_conv.weight"), find("quant_conv.bias")) {
+        calibrate(&vae, &weight, &bias, seed)?;
+    }
+    let convert = |(name, tensor): (String, Tensor)| Ok((name, tensor.f_to_kind(spec.kind)?));
+    let tensors = tensors.into_iter().map(convert).collect::<Result<Vec<_>>>()?;
+    weights::save(&folder.join("diffusion_pytorch_model.safetensors"), &tensors)
+}
+
+/// Changes the encoder's last layer, in place, so that scaled latents of pictures have mean 0 and deviation 1 in every channel, and so that
+/// their distributions are narrow.
+fn calibrate(vae: &Vae, weight: &Tensor, bias: &Tensor, seed: u64) -> Result<()> {
+    let channels = vae.config().latent_channels;
+    let (mean, _) = vae.encode(&pictures(seed, 16 * vae.config().downscale())?)?;
+    // In double and then rounded, so that the last bits of the convolutions, which depend on the machine, do not show.
+    let by_channel = mean.f_to_kind(Kind::Double)?.f_transpose(0, 1)?.f_reshape([channels, -1])?;
+    let centre = rounded(&by_channel.f_mean_dim(1i64, false, Kind::Double)?)?;
+    let spread = rounded(&by_channel.f_std_dim(1i64, true, false)?)?.f_clamp_min(1e-3)?;
+    let gain = spread.f_mul_scalar(vae.config().scaling_factor)?.f_reciprocal()?;
+    let mut own = weight.f_narrow(0, 0, channels)?;
+    let _ = own.f_mul_(&gain.f_reshape([channels, 1, 1, 1])?)?;
+    let mut own = bias.f_narrow(0, 0, channels)?;
+    let _ = own.f_sub_(&centre)?.f_mul_(&gain)?;
+    // Log-variances near that of a hundredth of the latents' deviation.
+    let narrow = -2.0 * (100.0 * vae.config().scaling_factor).ln();
+    let _ = weight.f_narrow(0, channels, channels)?.f_mul_scalar_(0.1)?;
+    let _ = bias.f_narrow(0, channels, channels)?.f_fill_(narrow)?;
+    Ok(())
+}
+
+fn rounded(x: &Tensor) -> Result<Tensor> {
+    Ok(x.f_mul_scalar(1024.0)?.f_round()?.f_div_scalar(1024.0)?.f_to_kind(Kind::Float)?)
+}
+
+/// Pictures with areas of colour, sharp and soft, [8, 3, size, size] in −1…1.
+fn pictures(seed: u64, size: i64) -> Result<Tensor> {
+    let colours = |name: &str, cells: i64| -> Result<Tensor> {
+        let values = CounterRng::new(seed, name).uniform((4 * 3 * cells * cells) as usize, 1.0);
+        Ok(Tensor::f_from_slice(&values)?.f_reshape([4, 3, cells, cells])?)
+    };
+    let sharp = colours("sharp pictures", 4)?.f_upsample_nearest2d([size, size], None, None)?;
+    let soft = colours("soft pictures", 3)?.f_upsample_bilinear2d([size, size], false, None, None)?;
+    Ok(Tensor::f_cat(&[sharp, soft], 0)?)
+}
+
+fn t5(folder: &Path, spec: &Spec, seed: u64) -> Result<()> {
+    write_json(&folder.join("config.json"), &spec.text)?;
+    let p = Params::random(seed, spec.kind, Device::Cpu);
+    T5::new(&T5Config::load(folder)?, &p)?;
+    weights::save(&folder.join("model.safetensors"), &p.taken())
+}
+
+fn nano() -> Spec {
+    Spec {
+        unet: json!({
+            "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 4, "block_out_channels": [32, 64],
+            "center_input_sample": false, "cross_attention_dim": 64, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0, "in_channels": 4, "layers_per_block": 1,
+            "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 8, "out_channels": 4, "sample_size": 8,
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        }),
+        vae: vae_config(&[8, 16, 16, 16], 1, 4, 64),
+        text: t5_config([64, 16, 128, 2, 4], 1024, "float32"),
+        vocabulary: 1024,
+        kind: Kind::Float,
+    }
+}
+
+fn sd15() -> Spec {
+    Spec {
+        unet: json!({
+            "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 8,
+            "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": false, "cross_attention_dim": 768,
+            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
+            "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        }),
+        vae: vae_config(&[128, 256, 512, 512], 2, 32, 512),
+        text: t5_config([512, 64, 1024, 8, 6], 32128, "float16"),
+        vocabulary: 8000,
+        kind: Kind::Half,
+    }
+}
+
+fn vae_config(channels: &[i64], layers: i64, groups: i64, size: i64) -> Value {
+    json!({
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": channels,
+        "down_block_types": vec!["DownEncoderBlock2D"; channels.len()], "in_channels": 3, "latent_channels": 4,
+        "layers_per_block": layers, "norm_num_groups": groups, "out_channels": 3, "sample_size": size,
+        "scaling_factor": 0.18215, "up_block_types": vec!["UpDecoderBlock2D"; channels.len()],
+    })
+}
+
+/// `sizes`: d_model, d_kv, d_ff, layers, heads.
+fn t5_config(sizes: [i64; 5], vocab_size: i64, dtype: &str) -> Value {
+    let [d_model, d_kv, d_ff, layers, heads] = sizes;
+    json!({
+        "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": vocab_size, "d_model": d_model, "d_kv": d_kv,
+        "d_ff": d_ff, "num_layers": layers, "num_decoder_layers": layers, "num_heads": heads,
+        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "dropout_rate": 0.1,
+        "layer_norm_epsilon": 1e-6, "initializer_factor": 1.0, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new",
+        "is_gated_act": true, "is_encoder_decoder": true, "use_cache": true, "pad_token_id": 0, "eos_token_id": 1,
+        "decoder_start_token_id": 0, "tie_word_embeddings": false, "torch_dtype": dtype,
+    })
+}
+
+/// Stable Diffusion 1.5's own.
+fn scheduler() -> Value {
+    json!({
+        "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+        "num_train_timesteps": 1000, "set_alpha_to_one": false, "skip_prk_steps": true, "steps_offset": 1, "trained_betas": null,
+        "clip_sample": false,
+    })
+}
+
+fn model_index() -> Value {
+    json!({
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1", "feature_extractor": [null, null],
+        "requires_safety_checker": false, "safety_checker": [null, null], "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": [null, null], "tokenizer": [null, null], "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })
+}
+
+fn tokenizer_config() -> Value {
+    json!({
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>",
+        "model_max_length": 512, "clean_up_tokenization_spaces": false,
+    })
+}
+
+fn write_json(file: &Path, value: &Value) -> Result<()> {
+    write(file, format!("{value:#}\n").as_bytes())
+}
+
+fn write(file: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = file.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(file, bytes))
+        .map_err(|source| ModelError::Unwritable { file: file.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connector::{Tsc, TscConfig};
+    use crate::schedule::Schedule;
+    use crate::tokenizer::{Padding, TextTokenizer};
+
+    const COLOURS: [&str; 4] = ["red", "green", "blue", "white"];
+
+    fn captions() -> Vec<String> {
+        COLOURS.iter().map(|colour| format!("A large {colour} square lies on a dark background.")).collect()
+    }
+
+    fn made(seed: u64) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        init_base(Preset::Nano, seed, &captions(), dir.path()).unwrap();
+        dir
+    }
+
+    fn normal(name: &str, shape: &[i64]) -> Tensor {
+        let count = shape.iter().product::<i64>() as usize;
+        Tensor::from_slice(&CounterRng::new(5, name).normal(count, 1.0)).reshape(shape)
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
+        let (a, b, c) = (made(7), made(7), made(8));
+        for file in ["base/unet/diffusion_pytorch_model", "base/vae/diffusion_pytorch_model", "text/model"] {
+            let read = |dir: &tempfile::TempDir| std::fs::read(dir.path().join(format!("{file}.safetensors"))).unwrap();
+            assert!(read(&a) == read(&b), "{file}");
+            assert!(read(&a) != read(&c), "{file}");
+        }
+    }
+
+    #[test]
+    fn scaled_latents_of_pictures_have_unit_deviation() {
+        let dir = made(7);
+        let vae = Vae::load(&dir.path().join("base/vae"), Kind::Float, Device::Cpu).unwrap();
+        let (mean, logvar) = vae.encode(&pictures(99, 64).unwrap()).unwrap();
+        assert_eq!(mean.size(), [8, 4, 8, 8]);
+        let std = vae.scale(&mean).unwrap().std(true).double_value(&[]);
+        assert!((0.6..1.5).contains(&std), "{std}");
+        assert!(vae.scale(&(logvar * 0.5).exp()).unwrap().max().double_value(&[]) < 0.1);
+    }
+
+    #[test]
+    fn the_text_moves_the_u_net_s_output_about_as_much_as_the_picture() {
+        let dir = made(7);
+        let unet = UNet::load(&dir.path().join("base/unet"), Kind::Float, Device::Cpu).unwrap();
+        let t = Tensor::from_slice(&[500i64; 4]);
+        let (x, text) = (normal("x", &[4, 4, 8, 8]), normal("text", &[4, 64, 64]));
+        let same = |x: &Tensor| x.narrow(0, 0, 1).expand_as(x);
+        let spread = |y: Tensor| y.std_dim(0i64, true, false).mean(Kind::Float).double_value(&[]);
+        let by_text = spread(unet.forward(&same(&x), &t, &text).unwrap());
+        let by_picture = spread(unet.forward(&x, &t, &same(&text)).unwrap());
+        println!("spread by text {by_text:.3}, by picture {by_picture:.3}");
+        assert!(by_text > 0.3 * by_picture, "{by_text} {by_picture}");
+    }
+
+    /// A connector on a nano base, trained by plain Adam on four pictures of one colour each: the loss falls.
+    #[test]
+    fn a_connector_on_such_a_base_learns() {
+        let begin = std::time::Instant::now();
+        let dir = made(7);
+        let at = |name: &str| dir.path().join(name);
+        let unet = UNet::load(&at("base/unet"), Kind::Float, Device::Cpu).unwrap();
+        let vae = Vae::load(&at("base/vae"), Kind::Float, Device::Cpu).unwrap();
+        let schedule = Schedule::load(&at("base/scheduler"), Device::Cpu).unwrap();
+        let tokenizer = TextTokenizer::load(&at("text")).unwrap();
+        let t5 = T5::load(&at("text"), Kind::Float, Device::Cpu).unwrap();
+        tokenizer.check_vocabulary(t5.config().vocab_size).unwrap();
+        let (ids, mask) = tokenizer.encode(&captions(), 24, Padding::Fixed).unwrap().tensors(Device::Cpu).unwrap();
+        let features = t5.forward(&ids, &mask).unwrap();
+        let (mean, _) = vae.encode(&pictures(3, 64).unwrap().narrow(0, 0, 4)).unwrap();
+        let latents = vae.scale(&mean).unwrap();
+
+        let config = TscConfig { layers: 2, ..TscConfig::new(64, 64) };
+        let tsc = Tsc::init(&config, 1, Device::Cpu).unwrap();
+        let mut state: Vec<(Tensor, Tensor, Tensor)> =
+            tsc.tensors().iter().map(|(_, w)| (w.shallow_clone().set_requires_grad(true), w.zeros_like(), w.zeros_like())).collect();
+        let mut losses = Vec::new();
+        for step in 1..=60 {
+            let noise = normal(&format!("noise {step}"), &[4, 4, 8, 8]);
+            let t = Tensor::from_slice(&CounterRng::new(step, "t").uniform(4, 499.0)).to_kind(Kind::Int64) + 500;
+            let noisy = schedule.add_noise(&latents, &noise, &t).unwrap();
+            let states = tsc.forward(&features, &t, None).unwrap();
+            let loss = (unet.forward(&noisy, &t, &states).unwrap() - noise).square().mean(Kind::Float);
+            losses.push(loss.double_value(&[]));
+            let weights: Vec<&Tensor> = state.iter().map(|(w, _, _)| w).collect();
+            let gradients = Tensor::run_backward(&[loss], &weights, false, false);
+            tch::no_grad(|| {
+                for ((w, m, v), g) in state.iter_mut().zip(gradients) {
+                    *m = &*m * 0.9 + &g * 0.1;
+                    *v = &*v * 0.99 + g.square() * 0.01;
+                    let rate = 1e-3 * (1.0 - 0.99f64.powi(step as i32)).sqrt() / (1.0 - 0.9f64.powi(step as i32));
+                    let _ = w.g_sub_(&(&*m / (v.sqrt() + 1e-8) * rate));
+                }
+            });
+        }
+        let average = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+        let (first, last) = (average(&losses[..6]), average(&losses[54..]));
+        println!("loss {first:.3} to {last:.3} {:?}", begin.elapsed());
+        assert!(last < 0.9 * first, "{first} {last}");
+    }
+}

@@ -71,7 +71,8 @@ fn the_t5_encoder_agrees_with_transformers() {
 
 #[test]
 fn lower_precision_stays_near() {
-    for (kind, limit) in [(Kind::Half, 2e-2), (Kind::BFloat16, 1e-1)] {
+    // transformers itself is 0.15 off in bfloat16 here: the golden's large weights make sharp attention.
+    for (kind, limit) in [(Kind::Half, 2e-2), (Kind::BFloat16, 1.6e-1)] {
         let options = Options { kind, ..Options::default() };
         let (folder, dir) = (golden("t5-gated"), tempfile::tempdir().unwrap());
         let outputs = dir.path().join("outputs.safetensors");
