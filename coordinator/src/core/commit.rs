@@ -1,0 +1,233 @@
+//! Commits: gathering what a record binds, writing it, and giving up old ones (COMMIT).
+
+use super::{ConnId, Core, Effect, Failure, Field, Note, Phase, Time};
+use ella_proto::ids::{Rank, Step};
+use ella_proto::v1::{self, to_worker};
+use ella_store::{Body, Commit, Digest, LedgerEpoch, Part, commit_folder};
+use std::collections::BTreeMap;
+
+/// The files of every commit.
+pub const PARTS: [&str; 3] = ["connector.safetensors", "ema.safetensors", "optimizer.safetensors"];
+
+/// A commit whose record is not written yet.
+#[derive(Debug)]
+struct Pending {
+    since: Time,
+    digests: BTreeMap<Rank, v1::StateDigest>,
+    parts: BTreeMap<&'static str, Part>,
+    /// The record is on its way to the log.
+    appending: bool,
+}
+
+impl Pending {
+    fn is_complete(&self, ranks: usize) -> bool {
+        self.digests.len() == ranks && self.parts.len() == PARTS.len()
+    }
+}
+
+/// The commits of the run: those in the log, and those under way.
+#[derive(Debug)]
+pub(super) struct Commits {
+    /// Not given up, oldest first.
+    live: Vec<Commit>,
+    pending: BTreeMap<Step, Pending>,
+    /// Written by this incarnation.
+    written: u64,
+}
+
+impl Commits {
+    pub(super) fn new(live: Vec<Commit>) -> Self {
+        Self { live, pending: BTreeMap::new(), written: 0 }
+    }
+
+    pub(super) fn last(&self) -> Option<&Commit> {
+        self.live.last()
+    }
+
+    pub(super) fn written(&self) -> u64 {
+        self.written
+    }
+
+    pub(super) fn has_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Whether a rank still has something to report for a commit under way.
+    pub(super) fn lacks_reports(&self, ranks: usize) -> bool {
+        self.pending.values().any(|pending| !pending.is_complete(ranks))
+    }
+
+    pub(super) fn oldest_pending(&self) -> Option<Time> {
+        self.pending.values().map(|pending| pending.since).min()
+    }
+
+    pub(super) fn overdue(&self, now: Time, timeout: u64, ranks: usize) -> Option<Failure> {
+        let (step, pending) = self.pending.iter().find(|(_, pending)| now.since(pending.since) >= timeout)?;
+        let names: Vec<&str> = pending.parts.keys().copied().collect();
+        let parts = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        Some(Failure::CommitOverdue { step: *step, digests: pending.digests.len(), ranks, parts, waited_ms: timeout })
+    }
+
+    fn pending(&mut self, step: Step, now: Time) -> &mut Pending {
+        let new = || Pending { since: now, digests: BTreeMap::new(), parts: BTreeMap::new(), appending: false };
+        self.pending.entry(step).or_insert_with(new)
+    }
+
+    /// What the keep rule gives up now.
+    fn surplus(&self, keep: usize) -> Vec<String> {
+        let surplus = self.live.len().saturating_sub(keep.max(1));
+        self.live[..surplus].iter().map(|commit| commit.folder.clone()).collect()
+    }
+}
+
+impl Core {
+    /// Whether a report for a commit of `step` may still be taken in.
+    fn takes_commit(&mut self, step: u64) -> bool {
+        let takes = self.phase.has_begun() && Step(step) > self.last_commit() && step <= self.config.steps;
+        if !takes {
+            self.counts.add("refused_out_of_turn", 1);
+        }
+        takes
+    }
+
+    /// A rank's digest of its whole state.
+    pub(super) fn state(&mut self, now: Time, conn: ConnId, digest: v1::StateDigest) {
+        let Some(rank) = self.members.rank(conn) else { return };
+        if !self.takes_commit(digest.step) {
+            return;
+        }
+        if let Some(failure) = self.malformed(conn, &[(Field::State, &digest.digest)]).or_else(|| self.malformed_ledger(conn, &digest)) {
+            return self.fail(failure);
+        }
+        let pending = self.commits.pending(Step(digest.step), now);
+        if pending.digests.contains_key(&rank) {
+            return self.counts.add("refused_duplicate_digest", 1);
+        }
+        pending.digests.insert(rank, digest);
+        self.advance_commits();
+    }
+
+    fn malformed_ledger(&self, conn: ConnId, digest: &v1::StateDigest) -> Option<Failure> {
+        let is_hash = |hash: &str| hash.len() == 32 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let bad = digest.ledger.iter().find(|epoch| !is_hash(&epoch.hash))?;
+        let found = bad.hash.chars().take(64).collect();
+        Some(Failure::Malformed { who: self.members.who(conn)?, field: Field::Ledger, found })
+    }
+
+    /// A file of a commit is in the store.
+    pub(super) fn part(&mut self, now: Time, conn: ConnId, saved: v1::PartSaved) {
+        let (Some(name), Some(who)) = (PARTS.iter().find(|name| **name == saved.name), self.members.who(conn)) else {
+            return self.counts.add("refused_unknown_part", 1);
+        };
+        if !self.takes_commit(saved.step) {
+            return;
+        }
+        let Ok(blake3) = saved.blake3.parse::<Digest>() else {
+            let failure = self.malformed(conn, &[(Field::State, &saved.blake3)]);
+            return failure.into_iter().for_each(|failure| self.fail(failure));
+        };
+        let step = Step(saved.step);
+        let part = Part { name: saved.name, bytes: saved.bytes, blake3 };
+        let parts = &mut self.commits.pending(step, now).parts;
+        match parts.get(name) {
+            None => {
+                parts.insert(name, part);
+                self.advance_commits();
+            }
+            Some(first) if *first == part => self.counts.add("parts_saved_again", 1),
+            Some(first) => {
+                let (expected, found) = (first.blake3.to_string(), part.blake3.to_string());
+                self.fail(Failure::PartDiffers { who, step, name: part.name, expected, found });
+            }
+        }
+    }
+
+    /// Judges states as soon as all ranks have reported, and writes the record once the parts are in, in the order of the steps.
+    fn advance_commits(&mut self) {
+        let ranks = self.members.len();
+        let judged = self.commits.pending.iter().filter(|(_, pending)| pending.digests.len() == ranks);
+        if let Some(failure) = judged.into_iter().find_map(|(step, pending)| self.judge_states(*step, pending)) {
+            return self.fail(failure);
+        }
+        let Some((&step, pending)) = self.commits.pending.first_key_value() else { return };
+        if pending.appending || !pending.is_complete(ranks) {
+            return;
+        }
+        if let Some(commit) = self.record(step, pending) {
+            self.effects.push(Effect::Append(Body::Commit(commit)));
+            self.commits.pending.entry(step).and_modify(|pending| pending.appending = true);
+        }
+    }
+
+    fn judge_states(&self, step: Step, pending: &Pending) -> Option<Failure> {
+        let column = |text: fn(&v1::StateDigest) -> String| -> Vec<(Rank, String)> {
+            pending.digests.iter().map(|(rank, digest)| (*rank, text(digest))).collect()
+        };
+        let columns = [
+            (Field::State, column(|digest| digest.digest.clone())),
+            (Field::Position, column(|digest| format!("epoch {}, step {}", digest.epoch, digest.step_in_epoch))),
+            (Field::Ledger, column(|digest| ledger_text(&digest.ledger))),
+        ];
+        columns.iter().find_map(|(field, values)| self.members.disagreement(*field, step, values))
+    }
+
+    /// Binds everything together. Only forms that were checked on arrival are parsed here.
+    fn record(&self, step: Step, pending: &Pending) -> Option<Commit> {
+        let digest = pending.digests.values().next()?;
+        let agreed = self.agreed.as_ref()?;
+        let ledger = digest.ledger.iter().map(|e| LedgerEpoch { epoch: e.epoch, samples: e.samples, hash: e.hash.clone() }).collect();
+        Some(Commit {
+            step: step.0,
+            generation: self.generation.0,
+            world: u32::try_from(self.members.len()).ok()?,
+            folder: commit_folder(step.0, self.term.0),
+            parts: pending.parts.values().cloned().collect(),
+            config_digest: self.config.welcome.config_digest.parse().ok()?,
+            data_digest: agreed.data_digest.parse().ok()?,
+            epoch: digest.epoch,
+            step_in_epoch: digest.step_in_epoch,
+            ledger,
+            state_digest: digest.digest.parse().ok()?,
+        })
+    }
+
+    /// A record stands in the log: what waited for it may be done.
+    pub(super) fn appended(&mut self, now: Time, body: Body) {
+        match body {
+            Body::Commit(commit) => self.committed(now, commit),
+            Body::Retire { commits } => {
+                self.effects.push(Effect::DeleteFolders(commits.clone()));
+                self.note(Note::Retired { folders: commits });
+            }
+            Body::End { .. } => self.end_recorded(),
+            Body::Term(_) => {}
+        }
+    }
+
+    fn committed(&mut self, now: Time, commit: Commit) {
+        let (step, folder) = (commit.step, commit.folder.clone());
+        let bytes = commit.parts.iter().map(|part| part.bytes).sum();
+        self.commits.pending.remove(&Step(step));
+        self.commits.live.push(commit);
+        self.commits.written += 1;
+        self.note(Note::Committed { step, folder, bytes });
+        if self.phase.is_over() {
+            return;
+        }
+        self.send_all(&to_worker::Body::Committed(v1::Committed { step }));
+        let surplus = self.commits.surplus(self.config.keep);
+        if !surplus.is_empty() {
+            self.commits.live.drain(..surplus.len());
+            self.effects.push(Effect::Append(Body::Retire { commits: surplus }));
+        }
+        self.advance_commits();
+        if matches!(self.phase, Phase::Closing { .. }) {
+            self.try_end(now);
+        }
+    }
+}
+
+fn ledger_text(ledger: &[v1::LedgerEpoch]) -> String {
+    let epochs: Vec<String> = ledger.iter().map(|e| format!("epoch {}: {} samples, {}", e.epoch, e.samples, e.hash)).collect();
+    if epochs.is_empty() { "empty".into() } else { epochs.join("; ") }
+}

@@ -1,0 +1,285 @@
+//! Why a run failed: typed, and put into words at the edge only.
+
+use super::Outcome;
+use ella_proto::ids::{Rank, Step, Term};
+use ella_proto::v1;
+use std::fmt;
+
+/// A worker, as people look for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Who {
+    /// Its process's id in the run.
+    pub worker_id: String,
+    /// Its place, once it has one.
+    pub rank: Option<Rank>,
+    /// Its machine.
+    pub host: String,
+    /// Its process there.
+    pub pid: u32,
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { worker_id, rank, host, pid } = self;
+        match rank {
+            Some(rank) => write!(f, "worker {worker_id} (rank {rank}, host {host}, pid {pid})"),
+            None => write!(f, "worker {worker_id} (host {host}, pid {pid})"),
+        }
+    }
+}
+
+/// How a worker was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// Its stream ended: the process or the network died.
+    StreamClosed,
+    /// Nothing was heard for this long.
+    Silent {
+        /// Milliseconds.
+        silent_ms: u64,
+    },
+    /// It sent what cannot be read.
+    Unreadable,
+    /// It did not read what it was sent.
+    Stuck,
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::StreamClosed => f.write_str("its stream closed"),
+            Self::Silent { silent_ms } => write!(f, "nothing was heard from it for {silent_ms} ms (workers.lease)"),
+            Self::Unreadable => f.write_str("it sent what is no message of this protocol"),
+            Self::Stuck => f.write_str("it stopped reading what it was sent"),
+        }
+    }
+}
+
+/// What ranks report and must agree on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Field {
+    /// Applied steps.
+    Step,
+    /// Digest of weights, optimizer and EMA.
+    State,
+    /// Digest of the data set's manifest.
+    Data,
+    /// Fingerprint of the frozen models.
+    Models,
+    /// Samples in one epoch.
+    SamplesPerEpoch,
+    /// Epoch and step in it.
+    Position,
+    /// What was trained on.
+    Ledger,
+    /// How training ended.
+    Outcome,
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Step => "step",
+            Self::State => "state digest",
+            Self::Data => "data set digest",
+            Self::Models => "models' fingerprint",
+            Self::SamplesPerEpoch => "samples per epoch",
+            Self::Position => "position in the data",
+            Self::Ledger => "ledger of used samples",
+            Self::Outcome => "outcome",
+        })
+    }
+}
+
+/// What a rank's report differs from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Than {
+    /// What most ranks (of two: rank 0) report.
+    Others,
+    /// The commit that the run resumes from.
+    Commit(Step),
+    /// A run that begins anew.
+    FreshStart,
+}
+
+/// Why a run failed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Failure {
+    /// Too few workers came.
+    #[error("only {have} of {need} workers came within {waited_ms} ms (workers.start_timeout); start the missing ones, or lower workers.count")]
+    TooFew {
+        /// That came.
+        have: usize,
+        /// That the run needs.
+        need: usize,
+        /// Milliseconds.
+        waited_ms: u64,
+    },
+    /// Some ranks did not load in time.
+    #[error("{who} was not ready within {waited_ms} ms (workers.start_timeout); look at its log, or raise the timeout")]
+    NotReady {
+        /// The first that is missing.
+        who: Who,
+        /// Milliseconds.
+        waited_ms: u64,
+    },
+    /// A worker is gone.
+    #[error("{who} was lost: {how}; start the run again to resume from its last commit")]
+    Lost {
+        /// Which.
+        who: Who,
+        /// How it was noticed.
+        how: Loss,
+    },
+    /// A worker reported that it can't go on.
+    #[error("{who} failed ({}): {message}", kind_text(*kind))]
+    Worker {
+        /// Which.
+        who: Who,
+        /// Of what kind.
+        kind: v1::FailureKind,
+        /// In its words.
+        message: String,
+        /// Whether it will fail in the same way again.
+        permanent: bool,
+    },
+    /// A rank reports another value than it should (SAME).
+    #[error("{who} at step {step} has another {field} (expected {expected} {}, found {found}); {}", than_text(*than), advice(*field))]
+    Differs {
+        /// Which.
+        who: Who,
+        /// At which applied step.
+        step: Step,
+        /// What.
+        field: Field,
+        /// As it must be.
+        expected: String,
+        /// As this rank has it.
+        found: String,
+        /// Where the expected value is from.
+        than: Than,
+    },
+    /// A member sent a value of the wrong form.
+    #[error("{who} sent a malformed {field} ({found}); worker and coordinator must be of one build")]
+    Malformed {
+        /// Which.
+        who: Who,
+        /// What.
+        field: Field,
+        /// As sent.
+        found: String,
+    },
+    /// Two ranks saved different bytes under one name.
+    #[error("{who} saved {name} of step {step} with other bytes than before (expected {expected}, found {found}); the ranks' states differ")]
+    PartDiffers {
+        /// The later one.
+        who: Who,
+        /// The commit.
+        step: Step,
+        /// The file.
+        name: String,
+        /// Digest saved first.
+        expected: String,
+        /// Digest saved later.
+        found: String,
+    },
+    /// A commit was begun and not completed.
+    #[error("the commit of step {step} was not complete within {waited_ms} ms (state of {digests} of {ranks} ranks; parts: {parts}); look at the workers' logs and the store")]
+    CommitOverdue {
+        /// Its step.
+        step: Step,
+        /// Ranks whose digest has come.
+        digests: usize,
+        /// Of so many.
+        ranks: usize,
+        /// Parts that have come, by name.
+        parts: String,
+        /// Milliseconds.
+        waited_ms: u64,
+    },
+    /// All ranks have finished, but the last commit or the end's record did not come.
+    #[error("all ranks finished at step {step}, but its commit did not follow within {waited_ms} ms (the last one is of step {last})")]
+    NoLastCommit {
+        /// The last applied step.
+        step: Step,
+        /// The newest commit.
+        last: Step,
+        /// Milliseconds.
+        waited_ms: u64,
+    },
+    /// The workers did not leave in time.
+    #[error("the workers did not commit and leave within {waited_ms} ms of the stop ({reason}); start the run again to resume from its last commit")]
+    DrainOverdue {
+        /// Why they were to leave.
+        reason: String,
+        /// Milliseconds.
+        waited_ms: u64,
+    },
+    /// Another coordinator has the run (TERM).
+    #[error("superseded: the coordinator of term {by} has taken over this run, so this one stops")]
+    Superseded {
+        /// Its term.
+        by: Term,
+    },
+    /// The log refuses (COMMIT).
+    #[error("the run's log could not be written: {error}; start the run again once the store is well")]
+    Append {
+        /// The store's words.
+        error: String,
+    },
+}
+
+impl Failure {
+    /// Whether the run would fail in the same way if it were started again.
+    pub fn permanent(&self) -> bool {
+        match self {
+            Self::Worker { permanent, .. } => *permanent,
+            Self::Differs { .. } | Self::Malformed { .. } | Self::PartDiffers { .. } => true,
+            Self::TooFew { .. }
+            | Self::NotReady { .. }
+            | Self::Lost { .. }
+            | Self::CommitOverdue { .. }
+            | Self::NoLastCommit { .. }
+            | Self::DrainOverdue { .. }
+            | Self::Superseded { .. }
+            | Self::Append { .. } => false,
+        }
+    }
+
+    /// Whether the log is out of reach, so that not even the end can be recorded.
+    pub(super) fn is_of_log(&self) -> bool {
+        matches!(self, Self::Superseded { .. } | Self::Append { .. })
+    }
+}
+
+impl From<Failure> for Outcome {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(Box::new(failure))
+    }
+}
+
+fn kind_text(kind: v1::FailureKind) -> &'static str {
+    match kind {
+        v1::FailureKind::Collective => "a collective broke",
+        v1::FailureKind::Input => "input",
+        v1::FailureKind::Store => "store",
+        v1::FailureKind::Numeric => "numbers",
+        v1::FailureKind::Internal | v1::FailureKind::Unspecified => "internal",
+    }
+}
+
+fn than_text(than: Than) -> String {
+    match than {
+        Than::Others => "like the other ranks".into(),
+        Than::Commit(step) => format!("as in the commit of step {step}"),
+        Than::FreshStart => "of a fresh start".into(),
+    }
+}
+
+fn advice(field: Field) -> &'static str {
+    match field {
+        Field::Data => "all workers, and every resume, must read the data set that the run began with",
+        Field::Models => "all workers must load the same base and text models",
+        _ => "ranks must compute the same bits: look for unlike hardware or builds, or for memory errors",
+    }
+}

@@ -1,0 +1,93 @@
+//! How far training is and how fast. Nothing waits for these messages and none is answered (LIVE).
+
+use super::{ConnId, Core, Effect, Time};
+use ella_proto::ids::Rank;
+use ella_proto::v1;
+use ella_store::Commit;
+use std::collections::VecDeque;
+
+/// Throughput is measured over so many steps.
+const WINDOW: usize = 32;
+
+/// The newest measurements.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    step: u64,
+    samples: u64,
+    epoch: u64,
+    loss: f64,
+    recent: VecDeque<(Time, u64)>,
+}
+
+impl Progress {
+    /// Where a run that resumes from `commit` stands.
+    pub(super) fn from_commit(commit: Option<&Commit>) -> Self {
+        commit.map_or_else(Self::default, |commit| Self {
+            step: commit.step,
+            samples: commit.ledger.iter().map(|epoch| epoch.samples).sum(),
+            epoch: commit.epoch,
+            ..Self::default()
+        })
+    }
+
+    pub(super) fn step(&self) -> u64 {
+        self.step
+    }
+
+    pub(super) fn samples(&self) -> u64 {
+        self.samples
+    }
+
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    pub(super) fn loss(&self) -> f64 {
+        self.loss
+    }
+
+    /// Samples per second over the last steps; 0 before the second.
+    pub(super) fn rate(&self) -> f64 {
+        match (self.recent.front(), self.recent.back()) {
+            (Some((from, first)), Some((to, last))) if to > from => {
+                last.saturating_sub(*first) as f64 * 1000.0 / to.since(*from) as f64
+            }
+            _ => 0.0,
+        }
+    }
+
+    fn take(&mut self, now: Time, progress: &v1::Progress, samples_per_epoch: u64) {
+        self.step = progress.step;
+        self.samples = progress.samples;
+        self.loss = progress.loss;
+        self.epoch = progress.samples.checked_div(samples_per_epoch).unwrap_or(self.epoch);
+        self.recent.push_back((now, progress.samples));
+        if self.recent.len() > WINDOW {
+            self.recent.pop_front();
+        }
+    }
+}
+
+impl Core {
+    /// A rank has applied a step. Rank 0 speaks for all; of the others only the timing is of interest.
+    pub(super) fn measured(&mut self, now: Time, conn: ConnId, progress: v1::Progress) {
+        if !self.phase.has_begun() || progress.step > self.config.steps {
+            return self.counts.add("refused_out_of_turn", 1);
+        }
+        for (reason, n) in &progress.skipped {
+            self.counts.add(&format!("skipped_{reason}"), *n);
+        }
+        let Some(member) = self.members.get_mut(conn) else { return };
+        member.step = member.step.max(progress.step);
+        member.parts = progress.parts.or(member.parts);
+        if member.rank != Some(Rank(0)) {
+            return;
+        }
+        if progress.step <= self.progress.step {
+            return self.counts.add("refused_old_step", 1);
+        }
+        let samples_per_epoch = self.agreed.as_ref().map_or(0, |ready| ready.samples_per_epoch);
+        self.progress.take(now, &progress, samples_per_epoch);
+        self.effects.push(Effect::Metric(progress));
+    }
+}

@@ -1,0 +1,136 @@
+//! The long-running coordinator process: reads a config, serves one run, and says by its exit code how it went.
+
+use anyhow::Context;
+use clap::{Parser, ValueEnum};
+use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
+use ella_proto::config::{ConfigError, RunConfig};
+use ella_store::Store;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tracing_subscriber::EnvFilter;
+
+/// Coordinates one training run. Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 preempted and resumable, 4 do not retry.
+#[derive(Debug, Parser)]
+#[command(name = "ella-coordinator", version)]
+struct Args {
+    /// The run's config.
+    config: PathBuf,
+    /// Overrides one key, as in --set train.lr=1e-4. May be given more than once.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Where workers and clients connect; port 0 takes any free one.
+    #[arg(long, env = "ELLA_LISTEN", default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+    /// Where people and probes look.
+    #[arg(long, env = "ELLA_HTTP", default_value = "127.0.0.1:0")]
+    http: SocketAddr,
+    /// Also write the addresses to this file, as JSON.
+    #[arg(long, value_name = "PATH")]
+    address_file: Option<PathBuf>,
+    /// How long the workers may take to commit and leave when told to, in seconds.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    drain_timeout: u64,
+    /// How the log on stderr looks.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    log_to_stderr(args.log_format);
+    let run = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the async runtime could not start")
+        .and_then(|runtime| runtime.block_on(run(&args)));
+    match run {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+fn log_to_stderr(format: LogFormat) {
+    let filter = EnvFilter::try_from_env("ELLA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    match format {
+        LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<RunError>() {
+        Some(error) => error.exit_code(),
+        None if error.is::<ConfigError>() => 2,
+        None => 1,
+    }
+}
+
+async fn run(args: &Args) -> anyhow::Result<u8> {
+    let config = RunConfig::load(&args.config, &args.set)?;
+    let store = Store::open(&config.run.output).map_err(RunError::from)?;
+    let options = Options {
+        listen: args.listen,
+        http: args.http,
+        drain_timeout: Duration::from_secs(args.drain_timeout),
+        ..Options::default()
+    };
+    let coordinator = match Coordinator::open(&config, store, &options).await? {
+        Opened::Ready(coordinator) => coordinator,
+        Opened::Done { step } => {
+            tracing::info!(step, "the run is done already; raise train.steps to train further");
+            println!("{}", serde_json::json!({ "outcome": "done", "step": step }));
+            return Ok(0);
+        }
+    };
+    announce(coordinator.addresses(), args.address_file.as_deref())?;
+    let outcome = coordinator.run(stops()?).await?;
+    Ok(outcome.exit_code())
+}
+
+/// One line on stdout, and the same in a file that is never seen half-written.
+fn announce(addresses: Addresses, file: Option<&Path>) -> anyhow::Result<()> {
+    let line = serde_json::to_string(&addresses)?;
+    if let Some(path) = file {
+        let partial = path.with_extension("partial");
+        std::fs::write(&partial, &line).and_then(|()| std::fs::rename(&partial, path)).with_context(|| {
+            format!("{}: the addresses could not be written; choose another --address-file", path.display())
+        })?;
+    }
+    let mut out = std::io::stdout();
+    writeln!(out, "{line}").and_then(|()| out.flush()).context("stdout: the addresses could not be written")
+}
+
+/// SIGTERM and SIGINT, in words.
+fn stops() -> anyhow::Result<mpsc::Receiver<String>> {
+    let (stops, receiver) = mpsc::channel(4);
+    let mut term = signal(SignalKind::terminate()).context("SIGTERM can't be caught")?;
+    let mut int = signal(SignalKind::interrupt()).context("SIGINT can't be caught")?;
+    tokio::spawn(async move {
+        loop {
+            let name = tokio::select! {
+                _ = term.recv() => "SIGTERM",
+                _ = int.recv() => "SIGINT",
+            };
+            if stops.send(format!("the coordinator got {name}")).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(receiver)
+}

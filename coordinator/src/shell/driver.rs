@@ -1,0 +1,143 @@
+//! The one task that owns the core: inputs in, effects out, in order.
+
+use super::journal::Journal;
+use super::keeper::Work;
+use crate::core::{Closed, ConnId, Core, Effect, Event, Outcome, Time};
+use ella_proto::v1::{RunStatus, ToWorker};
+use ella_store::Store;
+use std::collections::BTreeMap;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// How long streams may take to close after the outcome, beyond the linger.
+const CLOSING: Duration = Duration::from_secs(1);
+
+/// What other tasks tell the driver.
+#[derive(Debug)]
+pub(super) enum Input {
+    /// A worker's stream was opened; its messages follow.
+    Opened(ConnId, Stream),
+    /// Something happened.
+    Event(Event),
+    /// Someone asks for the status.
+    Status(oneshot::Sender<RunStatus>),
+}
+
+/// The driver's end of a worker's stream.
+#[derive(Debug)]
+pub(super) struct Stream {
+    /// Bounded: a worker that does not read is closed, not waited for.
+    pub(super) outgoing: mpsc::Sender<ToWorker>,
+    /// Ends the reading half.
+    pub(super) gate: CancellationToken,
+}
+
+/// Where effects go.
+pub(super) struct Outlets {
+    /// To the log, in order. Unbounded, so that driver and keeper never wait for each other; there are a few per commit.
+    pub(super) work: mpsc::UnboundedSender<Work>,
+    pub(super) journal: Journal,
+    pub(super) store: Store,
+}
+
+pub(super) struct Driver {
+    core: Core,
+    inbox: mpsc::Receiver<Input>,
+    outlets: Outlets,
+    streams: BTreeMap<ConnId, Stream>,
+    began: Instant,
+    linger: Duration,
+    over: Option<(Outcome, Instant)>,
+    /// Streams that turned out not to be read, to be told to the core.
+    stuck: Vec<ConnId>,
+}
+
+impl Driver {
+    pub(super) fn new(core: Core, inbox: mpsc::Receiver<Input>, outlets: Outlets, linger: Duration) -> Self {
+        Self { core, inbox, outlets, streams: BTreeMap::new(), began: Instant::now(), linger, over: None, stuck: Vec::new() }
+    }
+
+    /// Runs until the outcome is decided and has had time to be read.
+    pub(super) async fn run(mut self, shutdown: CancellationToken) -> Outcome {
+        loop {
+            if let Some((outcome, _)) = self.over.take_if(|(_, at)| Instant::now() >= *at) {
+                return outcome;
+            }
+            let wake = self.wake();
+            let input = tokio::select! {
+                biased;
+                () = shutdown.cancelled(), if self.over.is_none() => Input::Event(Event::Leave("the coordinator broke".into())),
+                Some(input) = self.inbox.recv() => input,
+                () = tokio::time::sleep_until(wake) => Input::Event(Event::Tick),
+            };
+            match input {
+                Input::Opened(conn, stream) => drop(self.streams.insert(conn, stream)),
+                Input::Status(reply) => drop(reply.send(self.status())),
+                Input::Event(event) => self.handle(event),
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        if let Event::Closed(conn, _) = &event {
+            self.streams.remove(conn);
+        }
+        let mut next = Some(event);
+        while let Some(event) = next {
+            for effect in self.core.handle(self.now(), event) {
+                self.carry_out(effect);
+            }
+            next = self.stuck.pop().map(|conn| Event::Closed(conn, Closed::Stuck));
+        }
+        // Once the workers are gone too, only the linger is waited for.
+        if let Some((_, at)) = &mut self.over
+            && self.streams.is_empty()
+        {
+            *at = (*at).min(Instant::now() + self.linger);
+        }
+    }
+
+    fn carry_out(&mut self, effect: Effect) {
+        match effect {
+            Effect::Send(conn, message) => {
+                if self.streams.get(&conn).is_some_and(|stream| stream.outgoing.try_send(message).is_err()) {
+                    self.close(conn);
+                    self.stuck.push(conn);
+                }
+            }
+            Effect::Close(conn) => self.close(conn),
+            Effect::Append(body) => drop(self.outlets.work.send(Work::Append(body))),
+            Effect::DeleteFolders(folders) => drop(self.outlets.work.send(Work::Delete(folders))),
+            Effect::Metric(progress) => self.outlets.journal.metric(&progress),
+            Effect::Note(note) => self.outlets.journal.note(&note),
+            Effect::Finish(outcome) => self.over = Some((outcome, Instant::now() + self.linger + CLOSING)),
+        }
+    }
+
+    /// Ends both halves of a stream; what was sent before still goes out.
+    fn close(&mut self, conn: ConnId) {
+        if let Some(stream) = self.streams.remove(&conn) {
+            stream.gate.cancel();
+        }
+    }
+
+    fn now(&self) -> Time {
+        Time(u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    fn wake(&self) -> Instant {
+        let deadline = self.core.next_deadline().map(|at| self.began + Duration::from_millis(at.0));
+        let over = self.over.as_ref().map(|(_, at)| *at);
+        deadline.into_iter().chain(over).min().unwrap_or_else(|| Instant::now() + Duration::from_secs(60))
+    }
+
+    /// The core's status, with what the shell counts.
+    fn status(&self) -> RunStatus {
+        let mut status = self.core.status(self.now());
+        let own = self.outlets.journal.counts().into_iter().chain([("store_retries", self.outlets.store.retries())]);
+        status.counts.extend(own.filter(|(_, n)| *n > 0).map(|(name, n)| (name.to_owned(), n)));
+        status
+    }
+}

@@ -1,0 +1,79 @@
+//! Why a coordinator could not begin or go on, apart from what befalls the run itself.
+
+use ella_store::{LogError, StoreError};
+use std::net::SocketAddr;
+
+/// Why a coordinator could not begin, or broke.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The run folder holds a run of another config (SAME).
+    #[error("{url}: this run was begun with another config; keys that differ: {}; put them back, or choose another run.output", keys.join(", "))]
+    OtherConfig {
+        /// The run.
+        url: String,
+        /// What differs, among what binds a run.
+        keys: Vec<String>,
+    },
+    /// The effective config in the run folder can't be read.
+    #[error("{url}/run.toml: {reason}; restore it from a copy, or choose another run.output")]
+    BadRunToml {
+        /// The run.
+        url: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The newest commit is not whole.
+    #[error("{url}: the commit of step {step} is damaged: {file}: {found} (expected {expected} bytes); restore the file from a copy")]
+    DamagedCommit {
+        /// The run.
+        url: String,
+        /// The commit.
+        step: u64,
+        /// The part, relative to the run.
+        file: String,
+        /// Its recorded size.
+        expected: u64,
+        /// What is there.
+        found: String,
+    },
+    /// The store can't be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The run's log can't be used.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// An address can't be had.
+    #[error("{address}: cannot listen there ({source}); choose another address, or port 0 for any free one")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A server broke.
+    #[error("the {name} server broke: {reason}")]
+    Server {
+        /// Which.
+        name: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// A task panicked.
+    #[error("a task of the coordinator broke: {0}")]
+    Task(String),
+    /// The driver ended without an outcome, which only another error can cause.
+    #[error("the coordinator ended without an outcome")]
+    NoOutcome,
+}
+
+impl RunError {
+    /// The process's exit code (design.md §6).
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::OtherConfig { .. } | Self::BadRunToml { .. } | Self::Bind { .. } => 2,
+            Self::Store(StoreError::BadUrl { .. } | StoreError::Unsupported { .. }) => 2,
+            Self::DamagedCommit { .. } | Self::Log(LogError::Gap { .. } | LogError::Bad { .. }) => 4,
+            Self::Store(_) | Self::Log(_) | Self::Server { .. } | Self::Task(_) | Self::NoOutcome => 1,
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! The gRPC service: streams of workers, and clients' questions.
+
+use super::RunError;
+use super::driver::{Input, Stream};
+use crate::core::{Closed, ConnId, Event, Outcome};
+use ella_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
+use ella_proto::v1::{FromWorker, RunStatus, StatusRequest, StopReply, StopRequest, ToWorker};
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+/// Messages that may wait to be sent to one worker.
+const OUTGOING: usize = 64;
+/// The largest message that is taken. Control messages are far smaller.
+const LARGEST_MESSAGE: usize = 1 << 20;
+/// How long a stream may be open before its worker says who it is.
+const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+/// How long the driver may take to answer.
+const ANSWER: Duration = Duration::from_secs(2);
+
+struct Service {
+    inputs: mpsc::Sender<Input>,
+    next: AtomicU64,
+    readers: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+/// Serves until `shutdown`.
+pub(super) async fn serve(
+    listener: TcpListener,
+    inputs: mpsc::Sender<Input>,
+    lease: Duration,
+    shutdown: CancellationToken,
+) -> Result<Option<Outcome>, RunError> {
+    let readers = TaskTracker::new();
+    let service = Service { inputs, next: AtomicU64::new(1), readers: readers.clone(), shutdown: shutdown.clone() };
+    let served = Server::builder()
+        // Without these a connection that silently breaks is never noticed.
+        .http2_keepalive_interval(Some(lease / 2))
+        .http2_keepalive_timeout(Some(lease / 2))
+        .max_concurrent_streams(1024)
+        .add_service(CoordinatorServer::new(service).max_decoding_message_size(LARGEST_MESSAGE))
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), shutdown.cancelled_owned())
+        .await;
+    readers.close();
+    readers.wait().await;
+    served.map(|()| None).map_err(|e| RunError::Server { name: "gRPC", reason: e.to_string() })
+}
+
+/// Asks the driver for the status.
+pub(super) async fn ask_status(inputs: &mpsc::Sender<Input>) -> Option<RunStatus> {
+    let (reply, answer) = oneshot::channel();
+    let asked = async {
+        inputs.send(Input::Status(reply)).await.ok()?;
+        answer.await.ok()
+    };
+    tokio::time::timeout(ANSWER, asked).await.ok().flatten()
+}
+
+fn no_answer() -> Status {
+    Status::unavailable("the coordinator is leaving")
+}
+
+#[tonic::async_trait]
+impl Coordinator for Service {
+    type AttachStream = BoxStream<'static, Result<ToWorker, Status>>;
+
+    async fn attach(&self, request: Request<Streaming<FromWorker>>) -> Result<Response<Self::AttachStream>, Status> {
+        let conn = ConnId(self.next.fetch_add(1, Relaxed));
+        let (outgoing, messages) = mpsc::channel(OUTGOING);
+        let gate = self.shutdown.child_token();
+        let stream = Stream { outgoing, gate: gate.clone() };
+        self.inputs.send(Input::Opened(conn, stream)).await.map_err(|_| no_answer())?;
+        self.readers.spawn(read(conn, request.into_inner(), self.inputs.clone(), gate));
+        Ok(Response::new(ReceiverStream::new(messages).map(Ok).boxed()))
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<RunStatus>, Status> {
+        ask_status(&self.inputs).await.map(Response::new).ok_or_else(no_answer)
+    }
+
+    async fn stop(&self, request: Request<StopRequest>) -> Result<Response<StopReply>, Status> {
+        let reason = request.into_inner().reason;
+        let reason = if reason.is_empty() { "asked to stop".to_owned() } else { reason.chars().take(256).collect() };
+        let sent = self.inputs.send_timeout(Input::Event(Event::Stop(reason)), ANSWER).await;
+        sent.map(|()| Response::new(StopReply {})).map_err(|_| no_answer())
+    }
+}
+
+/// Reads one worker's stream to its end, and says how it ended.
+async fn read(conn: ConnId, mut messages: Streaming<FromWorker>, inputs: mpsc::Sender<Input>, gate: CancellationToken) {
+    let mut first = Some(FIRST_MESSAGE);
+    let how = loop {
+        let message = async {
+            match first.take() {
+                Some(patience) => tokio::time::timeout(patience, messages.message()).await.map_err(|_| Closed::Silent),
+                None => Ok(messages.message().await),
+            }
+        };
+        match gate.run_until_cancelled(message).await {
+            Some(Ok(Ok(Some(message)))) => {
+                if inputs.send(Input::Event(Event::Message(conn, message))).await.is_err() {
+                    return;
+                }
+            }
+            Some(Ok(Err(status))) => break how_it_broke(&status),
+            Some(Err(silent)) => break silent,
+            Some(Ok(Ok(None))) | None => break Closed::Gone,
+        }
+    };
+    // No receiver: the coordinator is leaving anyway.
+    let _ = inputs.send(Input::Event(Event::Closed(conn, how))).await;
+}
+
+/// tonic's codes for what can't be decoded; a test against real bytes pins them.
+fn how_it_broke(status: &Status) -> Closed {
+    match status.code() {
+        Code::OutOfRange => Closed::Oversized,
+        Code::Internal if status.message().contains("decode") => Closed::Malformed,
+        _ => Closed::Gone,
+    }
+}

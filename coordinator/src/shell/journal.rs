@@ -1,0 +1,170 @@
+//! What happened, kept in the run folder in batches: `metrics/TERM-NNNNNN.jsonl` (a line a step) and `events/TERM-NNNNNN.jsonl`.
+//! Nothing depends on it, so its failures are counted and told, and never end a run.
+
+use super::RunError;
+use super::start::unix_ms;
+use crate::core::Note;
+use crate::status::PartsReport;
+use ella_proto::v1;
+use ella_store::Store;
+use serde::Serialize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
+
+/// How long lines are gathered before they are written.
+const GATHER: Duration = Duration::from_secs(5);
+/// Lines of one file, and lines that may wait while the store is down.
+const BATCH: usize = 4_096;
+/// Lines that may wait for the writer.
+const QUEUE: usize = 4_096;
+
+#[derive(Debug)]
+enum Line {
+    Metric(String),
+    Event(String),
+}
+
+/// Takes lines; never blocks.
+#[derive(Debug)]
+pub(super) struct Journal {
+    lines: mpsc::Sender<Line>,
+    counts: Arc<JournalCounts>,
+}
+
+#[derive(Debug, Default)]
+struct JournalCounts {
+    dropped: AtomicU64,
+    failed: AtomicU64,
+}
+
+/// One step, as `metrics/` keeps it.
+#[derive(Serialize)]
+struct Metric<'a> {
+    at_unix_ms: u64,
+    step: u64,
+    samples: u64,
+    loss: f64,
+    grad_norm: f64,
+    lr: f64,
+    step_seconds: f64,
+    parts: Option<PartsReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held_out_loss: Option<f64>,
+    #[serde(skip_serializing_if = "std::collections::HashMap::is_empty")]
+    skipped: &'a std::collections::HashMap<String, u64>,
+}
+
+#[derive(Serialize)]
+struct Stamped<'a> {
+    at_unix_ms: u64,
+    #[serde(flatten)]
+    note: &'a Note,
+}
+
+impl Journal {
+    /// Keeps a step's measurements.
+    pub(super) fn metric(&self, progress: &v1::Progress) {
+        let line = Metric {
+            at_unix_ms: unix_ms(),
+            step: progress.step,
+            samples: progress.samples,
+            loss: progress.loss,
+            grad_norm: progress.grad_norm,
+            lr: progress.learning_rate,
+            step_seconds: progress.step_seconds,
+            parts: progress.parts.map(Into::into),
+            held_out_loss: progress.held_out_loss,
+            skipped: &progress.skipped,
+        };
+        self.send(serde_json::to_string(&line).map(Line::Metric));
+    }
+
+    /// Keeps what happened, and logs it.
+    pub(super) fn note(&self, note: &Note) {
+        let line = serde_json::to_string(&Stamped { at_unix_ms: unix_ms(), note });
+        if let Ok(text) = &line {
+            match note {
+                Note::Refused { .. } | Note::Left { .. } => tracing::warn!("{text}"),
+                Note::Ended { outcome: "failed", .. } => tracing::error!("{text}"),
+                _ => tracing::info!("{text}"),
+            }
+        }
+        self.send(line.map(Line::Event));
+    }
+
+    /// What was lost or had to be written again (KNOWN).
+    pub(super) fn counts(&self) -> [(&'static str, u64); 2] {
+        [("journal_lines_dropped", self.counts.dropped.load(Relaxed)), ("journal_writes_failed", self.counts.failed.load(Relaxed))]
+    }
+
+    fn send(&self, line: Result<Line, serde_json::Error>) {
+        if line.map_or(true, |line| self.lines.try_send(line).is_err()) {
+            self.counts.dropped.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+/// A journal of `term`, and the task that writes it. The task ends when the journal is dropped and all is written.
+pub(super) fn journal(store: Store, term: u64) -> (Journal, impl Future<Output = Result<(), RunError>>) {
+    let (lines, inbox) = mpsc::channel(QUEUE);
+    let counts = Arc::new(JournalCounts::default());
+    let files = ["metrics", "events"].map(|folder| File { folder, term, next: 1, lines: Vec::new(), counts: Arc::clone(&counts) });
+    (Journal { lines, counts }, write(store, files, inbox))
+}
+
+struct File {
+    folder: &'static str,
+    term: u64,
+    next: u64,
+    lines: Vec<String>,
+    counts: Arc<JournalCounts>,
+}
+
+async fn write(store: Store, [mut metrics, mut events]: [File; 2], mut inbox: mpsc::Receiver<Line>) -> Result<(), RunError> {
+    let mut open = true;
+    while open {
+        let until = Instant::now() + GATHER;
+        while metrics.lines.len().max(events.lines.len()) < BATCH {
+            match timeout_at(until, inbox.recv()).await {
+                Ok(Some(Line::Metric(line))) => metrics.lines.push(line),
+                Ok(Some(Line::Event(line))) => events.lines.push(line),
+                Ok(None) => open = false,
+                Err(_) => break,
+            }
+            if !open {
+                break;
+            }
+        }
+        metrics.flush(&store, open).await;
+        events.flush(&store, open).await;
+    }
+    Ok(())
+}
+
+impl File {
+    /// Writes the lines as the next file. If the store refuses they wait for the next time, as long as there is room and a next time.
+    async fn flush(&mut self, store: &Store, again: bool) {
+        if self.lines.is_empty() {
+            return;
+        }
+        let key = format!("{}/{:06}-{:06}.jsonl", self.folder, self.term, self.next);
+        let text = self.lines.join("\n") + "\n";
+        match store.put(&key, text.into()).await {
+            Ok(()) => {
+                self.next += 1;
+                self.lines.clear();
+            }
+            Err(error) => {
+                self.counts.failed.fetch_add(1, Relaxed);
+                tracing::warn!("{error}; training goes on");
+                if !again || self.lines.len() >= BATCH {
+                    self.counts.dropped.fetch_add(self.lines.len() as u64, Relaxed);
+                    self.lines.clear();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The core's connection to the world: gRPC for workers and clients, HTTP for people and probes, the store for memory.
+//!
+//! One task, the driver, owns the core; all others send it inputs and carry out its effects. Every task is tracked, and the first
+//! error ends them all.
+
+mod driver;
+mod error;
+mod grpc;
+mod http;
+mod journal;
+mod keeper;
+mod page;
+mod start;
+
+pub use error::RunError;
+
+use crate::core::{Core, CoreConfig, Event, History, Outcome, Time};
+use driver::{Driver, Input};
+use ella_proto::config::RunConfig;
+use ella_proto::ids::Term;
+use ella_proto::v1::Welcome;
+use ella_store::{RunLog, RunState, Store};
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// Inputs that may wait for the driver before senders are held back.
+const INPUTS: usize = 1024;
+/// How long tasks may take to end after the driver has: the store's own deadlines are shorter, mostly.
+const WIND_DOWN: Duration = Duration::from_secs(30);
+
+/// How a coordinator is run, beyond the run's own config.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where workers and clients connect. Port 0: any free one.
+    pub listen: SocketAddr,
+    /// Where people and probes look.
+    pub http: SocketAddr,
+    /// How long a drain may take.
+    pub drain_timeout: Duration,
+    /// How long the final status stays readable.
+    pub linger: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let local = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self { listen: local, http: local, drain_timeout: Duration::from_secs(300), linger: Duration::from_secs(1) }
+    }
+}
+
+/// Where a coordinator listens.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Addresses {
+    /// For workers and clients.
+    pub grpc: SocketAddr,
+    /// For people and probes.
+    pub http: SocketAddr,
+}
+
+/// What opening a run comes to.
+#[derive(Debug)]
+pub enum Opened {
+    /// It waits for workers.
+    Ready(Box<Coordinator>),
+    /// Its log says that it is complete.
+    Done {
+        /// The last applied step.
+        step: u64,
+    },
+}
+
+/// A coordinator that holds its run's newest term and its ports, and has not begun to serve.
+#[derive(Debug)]
+pub struct Coordinator {
+    core: Core,
+    log: RunLog,
+    store: Store,
+    grpc: TcpListener,
+    http: TcpListener,
+    addresses: Addresses,
+    linger: Duration,
+    lease: Duration,
+}
+
+impl Coordinator {
+    /// Opens the run in `store` (`run.output` is not looked at) and claims its next term. A run that is complete is left alone.
+    ///
+    /// # Errors
+    /// If the run has another config, its store or log can't be used, its last commit is damaged, or an address is taken.
+    pub async fn open(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
+        let (grpc, http) = (bind(options.listen).await?, bind(options.http).await?);
+        let (log, state) = match start::open_run(config, &store).await? {
+            start::Run::Done { step } => return Ok(Opened::Done { step }),
+            start::Run::Claimed { log, state } => (log, state),
+        };
+        let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
+        let core = Core::new(core_config(config, store.url(), options), history(&log, state), Time(0));
+        let (linger, lease) = (options.linger, config.workers.lease.duration());
+        Ok(Opened::Ready(Box::new(Self { core, log, store, grpc, http, addresses, linger, lease })))
+    }
+
+    /// Where it listens.
+    pub fn addresses(&self) -> Addresses {
+        self.addresses
+    }
+
+    /// Serves until the run's outcome is decided. The first reason from `stops` asks the workers to commit and leave, a second one
+    /// ends the run at once.
+    ///
+    /// # Errors
+    /// If a server or task of this process breaks; what befalls the run is an [`Outcome`].
+    pub async fn run(self, stops: mpsc::Receiver<String>) -> Result<Outcome, RunError> {
+        let shutdown = CancellationToken::new();
+        let (inputs, inbox) = mpsc::channel(INPUTS);
+        let (journal, journal_task) = journal::journal(self.store.clone(), self.log.term());
+        let (work, keeper_task) = keeper::keeper(self.log, self.store.clone(), inputs.clone());
+        let driver = Driver::new(self.core, inbox, driver::Outlets { work, journal, store: self.store }, self.linger);
+
+        let mut tasks = JoinSet::new();
+        let token = shutdown.clone();
+        tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
+        tasks.spawn(async move { keeper_task.await.map(|()| None) });
+        tasks.spawn(async move { journal_task.await.map(|()| None) });
+        tasks.spawn(grpc::serve(self.grpc, inputs.clone(), self.lease, shutdown.clone()));
+        tasks.spawn(http::serve(self.http, inputs.clone(), shutdown.clone()));
+        tasks.spawn(forward_stops(stops, inputs, shutdown.clone()));
+        supervise(tasks, shutdown).await
+    }
+}
+
+/// Waits for all tasks. The first error wins; the driver's end or an error ends the others.
+async fn supervise(mut tasks: JoinSet<Result<Option<Outcome>, RunError>>, shutdown: CancellationToken) -> Result<Outcome, RunError> {
+    let mut outcome = Err(RunError::NoOutcome);
+    let all = async {
+        while let Some(ended) = tasks.join_next().await {
+            match ended.map_err(|e| RunError::Task(e.to_string())).and_then(|result| result) {
+                Ok(None) => continue,
+                Ok(Some(decided)) if matches!(outcome, Err(RunError::NoOutcome)) => outcome = Ok(decided),
+                Err(error) if !matches!(outcome, Err(ref e) if !matches!(e, RunError::NoOutcome)) => outcome = Err(error),
+                Ok(Some(_)) | Err(_) => {}
+            }
+            shutdown.cancel();
+        }
+    };
+    let overdue = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(WIND_DOWN).await;
+    };
+    tokio::select! {
+        () = all => {}
+        () = overdue => tracing::warn!("tasks did not end within {WIND_DOWN:?}; they are cut off"),
+    }
+    outcome
+}
+
+async fn forward_stops(
+    mut stops: mpsc::Receiver<String>,
+    inputs: mpsc::Sender<Input>,
+    shutdown: CancellationToken,
+) -> Result<Option<Outcome>, RunError> {
+    let mut asked = false;
+    while let Some(Some(reason)) = shutdown.run_until_cancelled(stops.recv()).await {
+        let event = if asked { Event::Leave(reason) } else { Event::Stop(reason) };
+        asked = true;
+        if inputs.send(Input::Event(event)).await.is_err() {
+            break;
+        }
+    }
+    Ok(None)
+}
+
+fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> CoreConfig {
+    let workers = &config.workers;
+    CoreConfig {
+        welcome: Welcome {
+            run_url: run_url.to_owned(),
+            config_toml: config.to_toml(),
+            config_digest: config.digest(),
+            heartbeat_ms: (workers.lease.0 / 4).max(1),
+            lease_ms: workers.lease.0,
+            orphan_ms: workers.orphan_timeout.0,
+            step_timeout_ms: workers.step_timeout.0,
+        },
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        workers: workers.count,
+        steps: config.train.steps,
+        keep: config.checkpoint.keep,
+        start_timeout: workers.start_timeout.0,
+        commit_timeout: workers.start_timeout.0,
+        drain_timeout: u64::try_from(options.drain_timeout.as_millis()).unwrap_or(u64::MAX),
+        blame_window: workers.lease.0.min(2_000),
+        session: start::random_bytes(),
+        units: Vec::new(),
+    }
+}
+
+fn history(log: &RunLog, state: RunState) -> History {
+    History { term: Term(log.term()), commits: state.commits }
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, RunError> {
+    TcpListener::bind(address).await.map_err(|source| RunError::Bind { address, source })
+}
+
+fn local_address(listener: &TcpListener) -> Result<SocketAddr, RunError> {
+    listener.local_addr().map_err(|source| RunError::Bind { address: SocketAddr::from(([0, 0, 0, 0], 0)), source })
+}

@@ -1,0 +1,121 @@
+//! Opening a run: its config, its log, its newest commit; and claiming the next term (TERM).
+
+use super::RunError;
+use ella_proto::config::RunConfig;
+use ella_store::{Body, Commit, Outcome, RunLog, RunState, Store, StoreError, Term, collect_leftovers, probe, remove_leftovers};
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The effective config, in the run folder.
+const RUN_TOML: &str = "run.toml";
+
+/// What a run folder holds.
+pub(super) enum Run {
+    /// A complete run.
+    Done { step: u64 },
+    /// A run to begin or resume, in a term that is ours.
+    Claimed { log: RunLog, state: RunState },
+}
+
+/// Opens the run. Nothing is written to it before its config and log have been found fit.
+pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, RunError> {
+    let written = check_config(config, store).await?;
+    let state = RunState::from_records(&RunLog::read(store).await?);
+    if let Some(step) = complete(&state, config) {
+        return Ok(Run::Done { step });
+    }
+    probe(store).await?;
+    let (mut log, records) = RunLog::claim(store, term(config)?, &nonce(), unix_ms()).await?;
+    let state = RunState::from_records(&records);
+    tracing::info!(term = log.term(), commits = state.commits.len(), run = store.url(), "term claimed");
+    let effective = config.to_toml();
+    if written.as_deref() != Some(&effective) {
+        store.put(RUN_TOML, effective.into()).await?;
+    }
+    collect(store, &state, log.term()).await;
+    let Some(commit) = state.last_commit() else { return Ok(Run::Claimed { log, state }) };
+    check_commit(store, commit).await?;
+    tracing::info!(step = commit.step, folder = commit.folder, "resuming from the last commit");
+    if commit.step < config.train.steps {
+        return Ok(Run::Claimed { log, state });
+    }
+    // The last coordinator was cut off between the last commit and its own end.
+    let step = commit.step;
+    log.append(Body::End { outcome: Outcome::Done, step, reason: String::new() }, unix_ms()).await?;
+    Ok(Run::Done { step })
+}
+
+/// The step at which the run was completed, if it was and no further steps are asked for.
+fn complete(state: &RunState, config: &RunConfig) -> Option<u64> {
+    let ended = state.ended.as_ref().filter(|_| state.is_done())?;
+    (ended.step >= config.train.steps).then_some(ended.step)
+}
+
+/// Refuses a config that would train other bits than the run's first (SAME). Gives the config that is there.
+async fn check_config(config: &RunConfig, store: &Store) -> Result<Option<String>, RunError> {
+    let bad = |reason: String| RunError::BadRunToml { url: store.url().to_owned(), reason };
+    let bytes = match store.get(RUN_TOML).await {
+        Err(StoreError::NotFound { .. }) => return Ok(None),
+        read => read?,
+    };
+    let text = String::from_utf8(bytes.to_vec()).map_err(|e| bad(e.to_string()))?;
+    let there = RunConfig::parse(&text, RUN_TOML, &[]).map_err(|e| bad(e.to_string()))?;
+    let keys = config.binding_differences(&there);
+    if keys.is_empty() { Ok(Some(text)) } else { Err(RunError::OtherConfig { url: store.url().to_owned(), keys }) }
+}
+
+/// Deletes what earlier terms left behind. It costs space only, so a failure is only told.
+async fn collect(store: &Store, state: &RunState, term: u64) {
+    let collected = async {
+        let folders = collect_leftovers(store, state, term).await?;
+        remove_leftovers(store, &folders).await?;
+        Ok::<_, StoreError>(folders)
+    };
+    match collected.await {
+        Ok(folders) if folders.is_empty() => {}
+        Ok(folders) => tracing::info!(?folders, "deleted commits that were given up or never recorded"),
+        Err(error) => tracing::warn!("leftovers could not be deleted: {error}"),
+    }
+}
+
+/// Sizes only: workers check every byte when they load.
+async fn check_commit(store: &Store, commit: &Commit) -> Result<(), RunError> {
+    for part in &commit.parts {
+        let file = format!("{}/{}", commit.folder, part.name);
+        let found = match store.head(&file).await? {
+            Some(meta) if meta.bytes == part.bytes => continue,
+            Some(meta) => format!("{} bytes are there", meta.bytes),
+            None => "it is missing".to_owned(),
+        };
+        let (url, step, expected) = (store.url().to_owned(), commit.step, part.bytes);
+        return Err(RunError::DamagedCommit { url, step, file, expected, found });
+    }
+    Ok(())
+}
+
+fn term(config: &RunConfig) -> Result<Term, RunError> {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "unknown".into()).trim().to_owned();
+    let config_digest = config.digest().parse().map_err(|e: ella_store::digest::BadDigest| RunError::Task(e.to_string()))?;
+    Ok(Term { host, version: env!("CARGO_PKG_VERSION").into(), config_digest })
+}
+
+/// Unique to this incarnation.
+fn nonce() -> String {
+    random_bytes().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Bytes that no other process will have: the standard library seeds each hasher from the system's randomness.
+pub(super) fn random_bytes() -> [u8; 16] {
+    let mut bytes = [0; 16];
+    for half in bytes.chunks_exact_mut(8) {
+        half.copy_from_slice(&RandomState::new().build_hasher().finish().to_le_bytes());
+    }
+    bytes
+}
+
+/// Milliseconds since 1970, for people to read.
+pub(super) fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
