@@ -252,7 +252,7 @@ pub struct Train {
     /// Min-SNR weighting (arXiv 2303.09556); left out: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snr_gamma: Option<f64>,
-    /// Measure the loss on held-out noise before the first step, every so many steps, and at the last; 0: never.
+    /// Measure the loss on held-out noise before the first step, every so many steps, and before the last; 0: never.
     pub eval_every: u64,
     /// On so many samples: the first of the data set.
     pub eval_samples: usize,

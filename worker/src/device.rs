@@ -1,0 +1,95 @@
+//! Which device this worker computes on, and libtorch's CUDA part, which is loaded at run time if it is there (design.md §4
+//! "Devices").
+
+use ella_proto::config::{Device as Choice, Dtype};
+use std::path::PathBuf;
+use tch::{Cuda, Device, Kind};
+
+/// Why a device cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("workers.device = \"cuda\", but {0}; install the NVIDIA driver and libtorch's CUDA libraries (make does the latter), or use \"cpu\"")]
+pub struct NoDevice(String);
+
+/// The device that the config asks for, with the process set up for it. Call it on each thread that computes.
+pub fn set_up(choice: Choice, threads: usize) -> Result<Device, NoDevice> {
+    set_threads(threads);
+    match choice {
+        Choice::Cpu => Ok(Device::Cpu),
+        Choice::Auto => Ok(cuda().unwrap_or(Device::Cpu)),
+        Choice::Cuda => cuda().map_err(NoDevice),
+    }
+}
+
+/// The number of intra-op threads of this thread's operations: part of SAME.
+pub fn set_threads(threads: usize) {
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+}
+
+/// "cpu" or "cuda", as workers tell the coordinator.
+pub fn kind_name(device: Device) -> &'static str {
+    if device.is_cuda() { "cuda" } else { "cpu" }
+}
+
+/// The UUID of a CUDA device: two workers on one GPU must not take it for two.
+pub fn uuid(device: Device) -> Option<String> {
+    let Device::Cuda(ordinal) = device else { return None };
+    let device = nccl_rs::cuda::Driver::load().ok()?.device(u32::try_from(ordinal).ok()?).ok()?;
+    Some(device.uuid().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The tensor kind of a config's dtype.
+pub fn kind(dtype: Dtype) -> Kind {
+    match dtype {
+        Dtype::Fp32 => Kind::Float,
+        Dtype::Fp16 => Kind::Half,
+        Dtype::Bf16 => Kind::BFloat16,
+    }
+}
+
+fn cuda() -> Result<Device, String> {
+    if !std::path::Path::new("/dev/nvidiactl").exists() {
+        return Err("this machine has no NVIDIA device".to_owned());
+    }
+    load_cuda_library()?;
+    if Cuda::is_available() { Ok(Device::Cuda(0)) } else { Err("libtorch finds no usable CUDA device".to_owned()) }
+}
+
+/// Loads libtorch_cuda.so from beside libtorch_cpu.so. It registers itself with libtorch and stays loaded.
+fn load_cuda_library() -> Result<(), String> {
+    let path = libtorch_folder().ok_or("libtorch's folder cannot be found")?.join("libtorch_cuda.so");
+    // SAFETY: the library's initialisers only register operators with the libtorch that this process already runs, of the same
+    // wheel; it is never unloaded.
+    let library = unsafe { libloading::os::unix::Library::open(Some(&path), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    match library {
+        Ok(library) => {
+            std::mem::forget(library);
+            Ok(())
+        }
+        Err(e) => Err(format!("{} cannot be loaded ({e})", path.display())),
+    }
+}
+
+/// Where the running libtorch_cpu.so was loaded from.
+pub fn libtorch_folder() -> Option<PathBuf> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let path = maps.lines().filter_map(|line| line.split_whitespace().nth(5)).find(|path| path.ends_with("/libtorch_cpu.so"))?;
+    Some(PathBuf::from(path).parent()?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_gpu_auto_is_the_processor_and_cuda_says_what_is_missing() {
+        let _ = tch::Tensor::zeros([1], (Kind::Float, Device::Cpu));
+        assert!(libtorch_folder().unwrap().join("libtorch_cpu.so").exists());
+        assert_eq!(set_up(Choice::Cpu, 1).unwrap(), Device::Cpu);
+        if std::path::Path::new("/dev/nvidiactl").exists() {
+            println!("skipped: this machine has an NVIDIA device");
+            return;
+        }
+        assert_eq!(set_up(Choice::Auto, 1).unwrap(), Device::Cpu);
+        assert!(set_up(Choice::Cuda, 1).unwrap_err().to_string().contains("no NVIDIA device"));
+    }
+}

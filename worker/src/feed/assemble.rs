@@ -1,0 +1,249 @@
+//! Makes a step's input from the data set: which samples (ORDER), their latents, features and noise (NOISE).
+
+use super::features::Wanted;
+use super::{FeatureSource, FeedError, Identity, LaneInput, StepInput};
+use crate::noise::{HELD_OUT, SampleNoise, Stream};
+use crate::train::lane::LaneBatch;
+use ella_dataset::ledger::{KeyHash, Tally};
+use ella_dataset::order::{Order, OrderConfig, SampleRef};
+use ella_dataset::{DataSet, ShardReader, decode_rgb};
+use ella_model::vae::Vae;
+use ella_proto::config::RunConfig;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tch::{Device, Kind, Tensor};
+use tokio::runtime::Handle;
+
+/// What a feed reads, and what it encodes with.
+#[derive(Debug)]
+pub struct Parts {
+    /// The run's config.
+    pub config: Arc<RunConfig>,
+    /// The prepared data set.
+    pub data: DataSet,
+    /// Captions to features.
+    pub features: FeatureSource,
+    /// Pictures to latents.
+    pub vae: Vae,
+    /// Its compute format.
+    pub kind: Kind,
+    /// Timesteps of the diffusion schedule.
+    pub timesteps: u32,
+    /// Where lanes are computed.
+    pub device: Device,
+    /// For reading.
+    pub runtime: Handle,
+    /// Digest of the frozen models.
+    pub models_digest: String,
+}
+
+/// Everything that a step's input is made from.
+#[derive(Debug)]
+pub struct Sources {
+    parts: Parts,
+    order: Arc<Order>,
+    identity: Identity,
+    /// The held-out batches, once they have been made.
+    held_out: Option<Vec<LaneBatch>>,
+}
+
+/// One sample's row, with the shard that holds it.
+struct Picked {
+    shard: Arc<ShardReader>,
+    at: SampleRef,
+    key: String,
+    caption: String,
+    noise: SampleNoise,
+}
+
+impl Sources {
+    /// Fixes the order, and checks that the data set suits the networks.
+    pub fn new(parts: Parts) -> Result<Self, FeedError> {
+        let manifest = parts.data.manifest();
+        let unsuited = |what: String| FeedError::Unsuited { data: parts.data.store().url().to_owned(), what };
+        let downscale = parts.vae.config().downscale() as u32;
+        match (manifest.resolution(), &manifest.latents) {
+            (Some(side), None) if !side.is_multiple_of(downscale) => {
+                return Err(unsuited(format!("pictures of {side} pixels are no multiple of the VAE's {downscale}; prepare with another resolution")));
+            }
+            _ if manifest.latents.is_none() && !manifest.has_images() => {
+                return Err(unsuited("it has captions only, and training needs pictures; prepare one from pictures with captions".to_owned()));
+            }
+            _ => {}
+        }
+        let train = &parts.config.train;
+        let config = OrderConfig {
+            seed: parts.config.run.seed,
+            lanes: train.lanes() as u32,
+            micro_batch: train.micro_batch as u32,
+            window: parts.config.data.window as u32,
+        };
+        let rows: Vec<u64> = manifest.shards.iter().map(|s| s.rows).collect();
+        let order = Arc::new(Order::new(config, &rows)?);
+        let identity = Identity { data: manifest.digest().to_string(), models: parts.models_digest.clone() };
+        Ok(Self { parts, order, identity, held_out: None })
+    }
+
+    pub(super) fn order(&self) -> Arc<Order> {
+        self.order.clone()
+    }
+
+    pub(super) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// The input of the step after `step` applied ones, for some lanes.
+    pub(super) fn step(&mut self, step: u64, lanes: &Range<u32>) -> Result<StepInput, FeedError> {
+        let epoch = self.order.position(step).epoch;
+        let mut encode = Duration::ZERO;
+        let inputs = lanes.clone().map(|lane| self.lane(step, lane, epoch, &mut encode)).collect::<Result<_, _>>()?;
+        let held_out = if self.measures(step) { self.held_out(lanes)? } else { Vec::new() };
+        let step_samples = self.order.batch_len(step);
+        Ok(StepInput { epoch, step_samples, lanes: inputs, held_out, encode, waited: Duration::ZERO })
+    }
+
+    fn measures(&self, step: u64) -> bool {
+        let train = &self.parts.config.train;
+        train.eval_every > 0 && (step.is_multiple_of(train.eval_every) || step + 1 == train.steps)
+    }
+
+    fn lane(&self, step: u64, lane: u32, epoch: u64, encode: &mut Duration) -> Result<LaneInput, FeedError> {
+        let samples = self.order.lane(step, lane);
+        let mut tally = Tally::default();
+        if samples.is_empty() {
+            return Ok(LaneInput { lane, batch: None, tally, dropped: 0, truncated: 0 });
+        }
+        let picked = samples.iter().map(|at| self.pick(*at, epoch)).collect::<Result<Vec<_>, _>>()?;
+        for sample in &picked {
+            tally.add(KeyHash::of(&sample.key));
+        }
+        let dropout = self.parts.config.train.caption_dropout;
+        let wanted: Vec<Wanted> = picked.iter().map(|p| p.wanted(p.noise.dropped(dropout))).collect();
+        let dropped = wanted.iter().filter(|w| w.place.is_none()).count() as i64;
+        let (batch, truncated) = self.batch(&picked, &wanted, encode)?;
+        Ok(LaneInput { lane, batch: Some(batch), tally, dropped, truncated })
+    }
+
+    /// The first samples of the data set under noise that no epoch has; each lane's share of them.
+    fn held_out(&mut self, lanes: &Range<u32>) -> Result<Vec<LaneBatch>, FeedError> {
+        if self.held_out.is_none() {
+            self.held_out = Some(self.make_held_out(lanes)?);
+        }
+        Ok(self.held_out.iter().flatten().map(LaneBatch::shallow_clone).collect())
+    }
+
+    fn make_held_out(&self, lanes: &Range<u32>) -> Result<Vec<LaneBatch>, FeedError> {
+        let train = &self.parts.config.train;
+        let count = (train.eval_samples as u64).min(self.order.samples());
+        let all: Vec<u64> = (0..count).collect();
+        let mut batches = Vec::new();
+        for (group, indices) in all.chunks(train.micro_batch).enumerate() {
+            if !lanes.contains(&((group % train.lanes()) as u32)) {
+                continue;
+            }
+            let picked = indices.iter().map(|i| self.pick(self.row(*i), HELD_OUT)).collect::<Result<Vec<_>, _>>()?;
+            let wanted: Vec<Wanted> = picked.iter().map(|p| p.wanted(false)).collect();
+            batches.push(self.batch(&picked, &wanted, &mut Duration::default())?.0);
+        }
+        Ok(batches)
+    }
+
+    /// Where the row of a number in manifest order lies.
+    fn row(&self, index: u64) -> SampleRef {
+        let mut row = index;
+        for (shard, entry) in self.parts.data.manifest().shards.iter().enumerate() {
+            if row < entry.rows {
+                return SampleRef { shard: shard as u32, row: row as u32, index };
+            }
+            row -= entry.rows;
+        }
+        SampleRef { shard: u32::MAX, row: u32::MAX, index }
+    }
+
+    fn pick(&self, at: SampleRef, epoch: u64) -> Result<Picked, FeedError> {
+        let shard = self.parts.runtime.block_on(self.parts.data.shard(at.shard as usize))?;
+        let row = shard.row(at.row as usize)?;
+        let (key, caption) = (row.key.to_owned(), row.caption.to_owned());
+        let noise = SampleNoise::new(self.parts.config.run.seed, epoch, KeyHash::of(&key).0 as u64);
+        Ok(Picked { shard, at, key, caption, noise })
+    }
+
+    fn batch(&self, picked: &[Picked], wanted: &[Wanted], encode: &mut Duration) -> Result<(LaneBatch, i64), FeedError> {
+        let begin = Instant::now();
+        let device = self.parts.device;
+        let latents = self.latents(picked)?;
+        let features = self.parts.features.lane(wanted, device, &self.parts.runtime)?;
+        *encode += begin.elapsed();
+        let noise = normals(picked, Stream::Noise, &latents.size())?.f_to_device(device)?;
+        let timesteps: Vec<i64> = picked.iter().map(|p| p.noise.timestep(self.parts.timesteps)).collect();
+        let timesteps = Tensor::f_from_slice(&timesteps)?.f_to_device(device)?;
+        Ok((LaneBatch { latents, noise, timesteps, features: features.features, mask: features.mask }, features.truncated))
+    }
+
+    /// Scaled latents `[b, 4, h, w]` float32, drawn from the VAE's posterior (paper §2: latents are samples, not means).
+    fn latents(&self, picked: &[Picked]) -> Result<Tensor, FeedError> {
+        let Parts { vae, device, kind, .. } = &self.parts;
+        let (mean, logvar) = match &self.parts.data.manifest().latents {
+            Some(_) => self.stored_moments(picked)?,
+            None => {
+                let images = self.images(picked)?.f_to_device(*device)?.f_to_kind(*kind)?;
+                tch::no_grad(|| vae.encode(&images))?
+            }
+        };
+        let (mean, logvar) = (mean.f_to_kind(Kind::Float)?, logvar.f_to_kind(Kind::Float)?);
+        let noise = normals(picked, Stream::Posterior, &mean.size())?.f_to_device(*device)?;
+        let sample = mean.f_add(&logvar.f_mul_scalar(0.5)?.f_exp()?.f_mul(&noise)?)?;
+        Ok(vae.scale(&sample)?)
+    }
+
+    fn stored_moments(&self, picked: &[Picked]) -> Result<(Tensor, Tensor), FeedError> {
+        let Some(spec) = &self.parts.data.manifest().latents else { return Err(FeedError::Died) };
+        let shape = [1, i64::from(spec.channels), i64::from(spec.height), i64::from(spec.width)];
+        let mut rows = Vec::with_capacity(picked.len());
+        for sample in picked {
+            let row = sample.shard.row(sample.at.row as usize)?;
+            let moments = row.moments.ok_or_else(|| self.bad_row(sample, "it has no moments"))?;
+            rows.push(Tensor::f_from_slice(moments)?.f_reshape(shape)?);
+        }
+        let both = Tensor::f_cat(&rows, 0)?.f_to_device(self.parts.device)?;
+        let half = i64::from(spec.channels) / 2;
+        Ok((both.f_narrow(1, 0, half)?, both.f_narrow(1, half, half)?))
+    }
+
+    /// Pictures `[b, 3, H, W]` float32 in −1…1.
+    fn images(&self, picked: &[Picked]) -> Result<Tensor, FeedError> {
+        let mut pictures = Vec::with_capacity(picked.len());
+        for sample in picked {
+            let row = sample.shard.row(sample.at.row as usize)?;
+            let bytes = row.image.ok_or_else(|| self.bad_row(sample, "it has no picture"))?;
+            let (rgb, width, height) = decode_rgb(bytes).map_err(|refusal| self.bad_row(sample, &format!("its picture is {refusal}")))?;
+            let shape = [i64::from(height), i64::from(width), 3];
+            pictures.push(Tensor::f_from_slice(&rgb)?.f_reshape(shape)?.f_permute([2, 0, 1])?);
+        }
+        Ok(Tensor::f_stack(&pictures, 0)?.f_to_kind(Kind::Float)?.f_div_scalar(127.5)?.f_sub_scalar(1.0)?)
+    }
+
+    fn bad_row(&self, sample: &Picked, what: &str) -> FeedError {
+        FeedError::Row { data: self.parts.data.store().url().to_owned(), key: sample.key.clone(), what: what.to_owned() }
+    }
+}
+
+impl Picked {
+    fn wanted(&self, dropped: bool) -> Wanted {
+        if dropped {
+            return Wanted { caption: String::new(), place: None };
+        }
+        Wanted { caption: self.caption.clone(), place: Some((self.at.shard as usize, self.at.row as usize)) }
+    }
+}
+
+/// Each sample's own normal numbers, `[b, ...]` float32.
+fn normals(picked: &[Picked], stream: Stream, shape: &[i64]) -> Result<Tensor, tch::TchError> {
+    let each = shape[1..].iter().product::<i64>() as usize;
+    let mut numbers = vec![0f32; each * picked.len()];
+    for (sample, slot) in picked.iter().zip(numbers.chunks_mut(each.max(1))) {
+        sample.noise.normals(stream, slot);
+    }
+    Tensor::f_from_slice(&numbers)?.f_reshape(shape)
+}

@@ -1,0 +1,196 @@
+//! The feed: the samples of a rank's lanes, step by step, ahead of the step that uses them (design.md §4 "Feed").
+//!
+//! One thread reads, decodes and encodes; it stays at most [`AHEAD`] steps ahead, which bounds its memory.
+
+mod assemble;
+mod features;
+
+pub use assemble::{Parts, Sources};
+pub use features::{FeatureSource, spec, stored_kind};
+
+use crate::train::lane::LaneBatch;
+use ella_dataset::DataError;
+use ella_dataset::ledger::Tally;
+use ella_dataset::order::{Order, OrderError, Position};
+use ella_model::ModelError;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+/// Steps that are ready or being made ahead of the one that is computed.
+const AHEAD: usize = 2;
+
+/// Why there are no samples for a step.
+#[derive(Debug, thiserror::Error)]
+pub enum FeedError {
+    /// The data set, or its features.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The order over it.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// A network that encodes.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// libtorch's own error.
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+    /// A row that cannot be used, though its shard is whole.
+    #[error("{data}: sample `{key}`: {what}; prepare the data set again")]
+    Row {
+        /// The data set.
+        data: String,
+        /// The sample.
+        key: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The data set does not suit the run.
+    #[error("{data}: {what}")]
+    Unsuited {
+        /// The data set.
+        data: String,
+        /// Why, and what to do.
+        what: String,
+    },
+    /// The feeding thread is gone.
+    #[error("the feeding thread has died")]
+    Died,
+}
+
+impl FeedError {
+    /// Whether starting again would fail in the same way.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::Data(DataError::Store(error)) => !error.is_retryable(),
+            Self::Torch(_) | Self::Died => false,
+            _ => true,
+        }
+    }
+}
+
+/// One lane's samples, ready to compute.
+#[derive(Debug)]
+pub struct LaneInput {
+    /// The lane.
+    pub lane: u32,
+    /// Its samples; `None` if the lane has none left in this epoch.
+    pub batch: Option<LaneBatch>,
+    /// Their keys (ONCE).
+    pub tally: Tally,
+    /// Captions replaced by the empty one.
+    pub dropped: i64,
+    /// Captions cut at the token limit, where they were encoded for this step.
+    pub truncated: i64,
+}
+
+/// All that one rank needs for one step.
+#[derive(Debug)]
+pub struct StepInput {
+    /// The step's epoch.
+    pub epoch: u64,
+    /// Samples of the whole global batch.
+    pub step_samples: u64,
+    /// This rank's lanes, in order.
+    pub lanes: Vec<LaneInput>,
+    /// This rank's share of the held-out samples, at steps that measure.
+    pub held_out: Vec<LaneBatch>,
+    /// Time spent in encoding, in the feeding thread.
+    pub encode: Duration,
+    /// Time that the step waited for this.
+    pub waited: Duration,
+}
+
+/// What identifies the data of a run.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Digest of the data set's manifest.
+    pub data: String,
+    /// Digest of the frozen models.
+    pub models: String,
+}
+
+/// A running feed.
+#[derive(Debug)]
+pub struct Feed {
+    ready: Receiver<Result<StepInput, FeedError>>,
+    order: Arc<Order>,
+    identity: Identity,
+}
+
+impl Feed {
+    /// Starts feeding the steps `steps` to the lanes `lanes`. `set_up` runs first in the feeding thread.
+    pub fn start(
+        sources: Sources,
+        lanes: Range<u32>,
+        steps: Range<u64>,
+        set_up: impl FnOnce() + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (send, ready) = sync_channel(AHEAD.saturating_sub(1));
+        let order = sources.order();
+        let identity = sources.identity().clone();
+        std::thread::Builder::new().name("feed".into()).spawn(move || {
+            set_up();
+            serve(sources, &lanes, steps, &send);
+        })?;
+        Ok(Self { ready, order, identity })
+    }
+
+    /// The next step's samples.
+    pub fn next(&mut self) -> Result<StepInput, FeedError> {
+        let begin = Instant::now();
+        let mut input = self.ready.recv().map_err(|_| FeedError::Died)??;
+        input.waited = begin.elapsed();
+        Ok(input)
+    }
+
+    /// Where the data goes on after `step` steps.
+    pub fn position(&self, step: u64) -> Position {
+        self.order.position(step)
+    }
+
+    /// Samples in an epoch.
+    pub fn samples_per_epoch(&self) -> u64 {
+        self.order.samples()
+    }
+
+    /// What identifies the data.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+}
+
+fn serve(mut sources: Sources, lanes: &Range<u32>, steps: Range<u64>, send: &SyncSender<Result<StepInput, FeedError>>) {
+    for step in steps {
+        let input = sources.step(step, lanes);
+        let failed = input.is_err();
+        // Nobody listens any more when training has ended.
+        if send.send(input).is_err() || failed {
+            return;
+        }
+    }
+}
+
+/// The contiguous lanes that `rank` of `world` owns; sizes differ by at most one.
+pub fn lanes_of(rank: u32, world: u32, lanes: u32) -> Range<u32> {
+    let edge = |r: u32| (u64::from(r) * u64::from(lanes) / u64::from(world.max(1))) as u32;
+    edge(rank)..edge(rank + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::lanes_of;
+
+    #[test]
+    fn ranks_share_all_lanes_out_evenly() {
+        for lanes in 1..40 {
+            for world in 1..=lanes {
+                let shares: Vec<_> = (0..world).map(|rank| lanes_of(rank, world, lanes)).collect();
+                assert_eq!(shares.iter().flat_map(|s| s.clone()).collect::<Vec<_>>(), (0..lanes).collect::<Vec<_>>());
+                let sizes = shares.iter().map(ExactSizeIterator::len);
+                assert!(sizes.clone().max().unwrap() - sizes.min().unwrap() <= 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! `ella-worker`: one process that trains its share of a run. Containers start it; `ella train` starts it on a laptop.
+
+use clap::Parser;
+use ella_proto::config::Device;
+use ella_worker::session::{Options, WorkError, work};
+use ella_worker::train::Ending;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+/// Train one share of a run under a coordinator.
+///
+/// Exit codes: 0 done, 1 failed, 2 bad usage, 3 preempted and resumable, 4 failed in a way that a restart would repeat.
+#[derive(Debug, Parser)]
+#[command(name = "ella-worker", version)]
+struct Arguments {
+    /// The coordinator's gRPC address, http://host:port
+    #[arg(long, env = "ELLA_COORDINATOR")]
+    coordinator: String,
+    /// Where this worker's collective listens; port 0 takes a free one
+    #[arg(long, default_value = "127.0.0.1:0", env = "ELLA_LISTEN")]
+    listen: SocketAddr,
+    /// The host that other workers reach this one by, if not the one it listens on
+    #[arg(long, env = "ELLA_ADVERTISE")]
+    advertise: Option<String>,
+    /// Where to compute
+    #[arg(long, default_value = "auto", env = "ELLA_DEVICE", value_parser = device)]
+    device: Device,
+    /// How log lines look
+    #[arg(long, default_value = "text", env = "ELLA_LOG_FORMAT", value_parser = ["text", "json"])]
+    log_format: String,
+}
+
+fn device(text: &str) -> Result<Device, String> {
+    match text {
+        "auto" => Ok(Device::Auto),
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Ok(Device::Cuda),
+        _ => Err("expected auto, cpu or cuda".to_owned()),
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    start_log(&arguments.log_format);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!("the runtime cannot be started: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let Arguments { coordinator, listen, advertise, device, .. } = arguments;
+    match work(&Options { coordinator, listen, advertise, device }, runtime.handle()) {
+        Ok(Ending::Done) => ExitCode::SUCCESS,
+        Ok(Ending::Preempted) => ExitCode::from(3),
+        Err(error) => {
+            tracing::error!("{error}");
+            exit_code(&error)
+        }
+    }
+}
+
+fn exit_code(error: &WorkError) -> ExitCode {
+    if error.is_permanent() { ExitCode::from(4) } else { ExitCode::FAILURE }
+}
+
+fn start_log(format: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("ELLA_LOG").unwrap_or_else(|_| "info".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    if format == "json" { log.json().init() } else { log.init() }
+}

@@ -1,0 +1,104 @@
+//! Loads what a run trains and what it trains through, and checks that the pieces fit each other.
+
+use crate::device;
+use crate::text::{self, TextIdentity};
+use crate::train::lane::Networks;
+use crate::train::state::{Layout, TrainState};
+use ella_model::ModelError;
+use ella_model::connector::{Tsc, TscConfig};
+use ella_model::schedule::Schedule;
+use ella_model::unet::{UNet, UNetConfig};
+use ella_model::vae::Vae;
+use ella_model::weights::Weights;
+use ella_proto::config::RunConfig;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tch::Device;
+
+/// A run's networks and its fresh state.
+#[derive(Debug)]
+pub struct Loaded {
+    /// What a step needs.
+    pub networks: Networks,
+    /// What is trained, at step 0.
+    pub state: TrainState,
+    /// Pictures to latents.
+    pub vae: Vae,
+    /// Which features the connector takes.
+    pub text: TextIdentity,
+    /// BLAKE3 over all frozen weights and the schedule: which models the run is bound to.
+    pub digest: String,
+}
+
+/// Loads everything that `config` names onto `device`.
+pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
+    let base = folder("base.model", &config.base.model)?;
+    let text_model = folder("text.model", &config.text.model)?;
+    let text = text::identity(&text_model)?;
+    let kind = device::kind(config.base.dtype);
+    let unet = UNet::load(&base.join("unet"), kind, device)?;
+    let vae = Vae::load(&base.join("vae"), kind, device)?;
+    let schedule = Schedule::load(&base.join("scheduler"), device)?;
+    check_latents(unet.config(), &vae, &base)?;
+
+    let sizes = connector_config(config, unet.config(), text.width)?;
+    let layout = Arc::new(Layout::new(Tsc::layout(&sizes)?));
+    let first = Tsc::init(&sizes, config.run.seed, device)?;
+    let values: Vec<_> = first.tensors().iter().map(|(_, t)| t.shallow_clone()).collect();
+    let state = TrainState::fresh(layout.clone(), layout.gather(&values, device)?)?;
+    let connector = Tsc::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
+    let digest = models_digest(&base, &text)?;
+    let networks = Networks { connector, unet, kind, schedule, snr_gamma: config.train.snr_gamma };
+    Ok(Loaded { networks, state, vae, text, digest })
+}
+
+/// A model folder on this machine.
+pub fn folder(key: &'static str, model: &str) -> Result<PathBuf, ModelError> {
+    let path = Path::new(model);
+    if path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let expected = format!("a model folder, as {key} names it; hub ids and single files are not supported yet");
+    Err(ModelError::MissingFile { file: path.to_owned(), expected })
+}
+
+/// The connector's sizes: the config's, completed by what the base and the text encoder ask for.
+fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> Result<TscConfig, ModelError> {
+    let c = &config.connector;
+    let wanted = unet.cross_attention_dim;
+    let width = c.width.map_or(wanted, |w| w as i64);
+    if width != wanted {
+        let rule = format!("the base's cross_attention_dim, {wanted}; leave connector.width out to take it");
+        return Err(ModelError::argument("connector.width", rule, width));
+    }
+    Ok(TscConfig {
+        layers: c.layers as i64,
+        heads: c.heads as i64,
+        latents: c.latents as i64,
+        ..TscConfig::new(width, text_width)
+    })
+}
+
+fn check_latents(unet: &UNetConfig, vae: &Vae, base: &Path) -> Result<(), ModelError> {
+    let latents = vae.config().latent_channels;
+    let name = format!("{}: unet in_channels", base.display());
+    if unet.in_channels != latents {
+        return Err(ModelError::argument(name, format!("the VAE's latent_channels, {latents} (inpainting U-Nets are not supported)"), unet.in_channels));
+    }
+    if unet.out_channels != latents {
+        let name = format!("{}: unet out_channels", base.display());
+        return Err(ModelError::argument(name, format!("the VAE's latent_channels, {latents}"), unet.out_channels));
+    }
+    Ok(())
+}
+
+fn models_digest(base: &Path, text: &TextIdentity) -> Result<String, ModelError> {
+    let scheduler = base.join("scheduler/scheduler_config.json");
+    let scheduler = std::fs::read(&scheduler).map_err(|source| ModelError::Unreadable { file: scheduler, source })?;
+    let mut hasher = blake3::Hasher::new();
+    for part in ["unet", "vae"] {
+        hasher.update(Weights::open(&base.join(part))?.digest().as_bytes());
+    }
+    hasher.update(&scheduler).update(text.weights_digest.as_bytes()).update(text.tokenizer_digest.as_bytes());
+    Ok(hasher.finalize().to_hex().to_string())
+}

@@ -1,0 +1,105 @@
+//! The frozen text encoder: captions to features.
+
+use crate::device;
+use ella_model::ModelError;
+use ella_model::t5::{T5, T5Config};
+use ella_model::tokenizer::{Padding as Rule, TextTokenizer};
+use ella_model::weights::Weights;
+use ella_proto::config::{Dtype, Padding};
+use std::path::{Path, PathBuf};
+use tch::{Device, Kind, Tensor};
+
+/// What decides which features a caption gets.
+#[derive(Clone, Debug)]
+pub struct TextOptions {
+    /// A folder in transformers' layout.
+    pub model: PathBuf,
+    /// Longest caption in tokens.
+    pub max_tokens: usize,
+    /// Padding rule.
+    pub padding: Padding,
+    /// Compute format of the encoder.
+    pub dtype: Dtype,
+}
+
+/// Features of some captions.
+#[derive(Debug)]
+pub struct Rows {
+    /// `[B, S, E]`, in the encoder's compute format.
+    pub features: Tensor,
+    /// Each caption's own tokens, before padding.
+    pub tokens: Vec<usize>,
+    /// How many captions were cut at `max_tokens`.
+    pub truncated: usize,
+}
+
+impl Rows {
+    /// `[B, S]` bool, true where a token is.
+    pub fn mask(&self) -> Result<Tensor, tch::TchError> {
+        let device = self.features.device();
+        let tokens: Vec<i64> = self.tokens.iter().map(|t| *t as i64).collect();
+        let places = Tensor::f_arange(self.features.size()[1], (Kind::Int64, device))?;
+        places.f_unsqueeze(0)?.f_less_tensor(&Tensor::f_from_slice(&tokens)?.f_to_device(device)?.f_unsqueeze(1)?)
+    }
+}
+
+/// Encoder and tokenizer.
+#[derive(Debug)]
+pub struct TextEncoder {
+    t5: T5,
+    tokenizer: TextTokenizer,
+    options: TextOptions,
+    device: Device,
+}
+
+impl TextEncoder {
+    /// Loads both, and checks that they fit each other.
+    pub fn load(options: &TextOptions, device: Device) -> Result<Self, ModelError> {
+        let tokenizer = TextTokenizer::load(&options.model)?;
+        let t5 = T5::load(&options.model, device::kind(options.dtype), device)?;
+        tokenizer.check_vocabulary(t5.config().vocab_size)?;
+        Ok(Self { t5, tokenizer, options: options.clone(), device })
+    }
+
+    /// Width E of the features.
+    pub fn width(&self) -> i64 {
+        self.t5.config().d_model
+    }
+
+    /// Encodes captions in one batch.
+    pub fn encode<S: AsRef<str>>(&self, captions: &[S]) -> Result<Rows, ModelError> {
+        let rule = match self.options.padding {
+            Padding::Fixed => Rule::Fixed,
+            Padding::None => Rule::None,
+        };
+        let encoded = self.tokenizer.encode(captions, self.options.max_tokens, rule)?;
+        let (ids, mask) = encoded.tensors(self.device)?;
+        let features = tch::no_grad(|| self.t5.forward(&ids, &mask))?;
+        Ok(Rows { features, tokens: encoded.lengths, truncated: encoded.truncated.len() })
+    }
+
+    /// How many tokens each caption has before padding, and at most `max_tokens`.
+    pub fn lengths<S: AsRef<str>>(&self, captions: &[S]) -> Result<Vec<usize>, ModelError> {
+        Ok(self.tokenizer.encode(captions, self.options.max_tokens, Rule::None)?.lengths)
+    }
+}
+
+/// What identifies the features of a model under given options, read without loading the encoder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TextIdentity {
+    /// BLAKE3 of the weight files.
+    pub weights_digest: String,
+    /// BLAKE3 of `tokenizer.json`.
+    pub tokenizer_digest: String,
+    /// Width E of the features.
+    pub width: i64,
+}
+
+/// Reads a text model's identity.
+pub fn identity(model: &Path) -> Result<TextIdentity, ModelError> {
+    Ok(TextIdentity {
+        weights_digest: Weights::open(model)?.digest(),
+        tokenizer_digest: TextTokenizer::load(model)?.digest().to_owned(),
+        width: T5Config::load(model)?.d_model,
+    })
+}

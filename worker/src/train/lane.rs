@@ -1,0 +1,110 @@
+//! One lane's part of a step: noisy latents, connector, frozen U-Net, loss, and the gradient of the connector's parameters
+//! (paper §3.1, design.md §4 "Step").
+
+use super::TrainError;
+use ella_model::connector::Tsc;
+use ella_model::schedule::Schedule;
+use ella_model::unet::UNet;
+use std::time::{Duration, Instant};
+use tch::{Kind, Reduction, Tensor};
+
+/// The samples of one lane at one step, on the computing device.
+#[derive(Debug)]
+pub struct LaneBatch {
+    /// `[b, 4, h, w]` float32, scaled.
+    pub latents: Tensor,
+    /// `[b, 4, h, w]` float32 (NOISE).
+    pub noise: Tensor,
+    /// `[b]` int64 (NOISE).
+    pub timesteps: Tensor,
+    /// `[b, S, E]`.
+    pub features: Tensor,
+    /// `[b, S]` bool, true where a token is; `None`: padding is attended too.
+    pub mask: Option<Tensor>,
+}
+
+impl LaneBatch {
+    /// Number of samples.
+    pub fn len(&self) -> i64 {
+        self.latents.size()[0]
+    }
+
+    /// Whether there is no sample.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The same tensors again.
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            latents: self.latents.shallow_clone(),
+            noise: self.noise.shallow_clone(),
+            timesteps: self.timesteps.shallow_clone(),
+            features: self.features.shallow_clone(),
+            mask: self.mask.as_ref().map(Tensor::shallow_clone),
+        }
+    }
+}
+
+/// What a lane adds to a step.
+#[derive(Debug)]
+pub struct LaneGradient {
+    /// `[P]` float32, in the layout's order.
+    pub grad: Tensor,
+    /// Sum of the samples' losses.
+    pub loss_sum: f64,
+    /// Time of the forward pass.
+    pub forward: Duration,
+    /// Time of the backward pass.
+    pub backward: Duration,
+}
+
+/// The networks of a step.
+#[derive(Debug)]
+pub struct Networks {
+    /// What is trained; its tensors are views into the flat buffers.
+    pub connector: Tsc,
+    /// The frozen U-Net.
+    pub unet: UNet,
+    /// Its compute format.
+    pub kind: Kind,
+    /// The diffusion schedule.
+    pub schedule: Schedule,
+    /// Min-SNR weighting.
+    pub snr_gamma: Option<f64>,
+}
+
+impl Networks {
+    /// The loss of each sample, `[b]` float32: mean squared error over channels and places, weighted.
+    pub fn losses(&self, batch: &LaneBatch) -> Result<Tensor, TrainError> {
+        let LaneBatch { latents, noise, timesteps, features, mask } = batch;
+        let noisy = self.schedule.add_noise(latents, noise, timesteps)?;
+        let hidden_states = self.connector.forward(&features.f_to_kind(Kind::Float)?, timesteps, mask.as_ref())?; // [b, L, D]
+        let predicted = self.unet.forward(&noisy.f_to_kind(self.kind)?, timesteps, &hidden_states.f_to_kind(self.kind)?)?;
+        let target = self.schedule.target(latents, noise, timesteps)?;
+        let error = predicted.f_to_kind(Kind::Float)?.f_mse_loss(&target, Reduction::None)?; // [b, 4, h, w]
+        let losses = error.f_mean_dim([1i64, 2, 3].as_slice(), false, Kind::Float)?; // [b]
+        match self.snr_gamma {
+            Some(gamma) => Ok(losses.f_mul(&self.schedule.min_snr_weights(timesteps, gamma)?)?),
+            None => Ok(losses),
+        }
+    }
+
+    /// This lane's share of the step's gradient. The step's loss is the mean over its `step_samples` samples, of all lanes.
+    pub fn gradient(&self, batch: &LaneBatch, step_samples: u64) -> Result<LaneGradient, TrainError> {
+        let begin = Instant::now();
+        let sum = self.losses(batch)?.f_sum(Kind::Float)?;
+        let forward = begin.elapsed();
+        let loss = sum.f_div_scalar(step_samples as f64)?;
+        let params: Vec<&Tensor> = self.connector.tensors().iter().map(|(_, t)| t).collect();
+        let grads = Tensor::f_run_backward(&[loss], &params, false, false)?;
+        let flat: Vec<Tensor> = grads.iter().map(|g| g.f_reshape([-1])).collect::<Result<_, _>>()?;
+        let grad = Tensor::f_cat(&flat, 0)?;
+        Ok(LaneGradient { grad, loss_sum: sum.f_double_value(&[])?, forward, backward: begin.elapsed() - forward })
+    }
+
+    /// The sum of the losses, without a gradient.
+    pub fn evaluate(&self, batch: &LaneBatch) -> Result<f64, TrainError> {
+        tch::no_grad(|| Ok(self.losses(batch)?.f_sum(Kind::Float)?.f_double_value(&[])?))
+    }
+}

@@ -1,0 +1,123 @@
+//! AdamW with warm-up, clipping and an exponential moving average, on flat buffers.
+
+use ella_proto::config::{ScheduleKind, Train};
+use tch::{Kind, Tensor};
+
+/// The learning rate of the update that makes step `step` (the first is 1): linear warm-up, then constant or half a cosine.
+pub fn learning_rate(train: &Train, step: u64) -> f64 {
+    let peak = train.optimizer.lr;
+    let warmup = train.schedule.warmup;
+    if step <= warmup {
+        return peak * step as f64 / warmup as f64;
+    }
+    match train.schedule.kind {
+        ScheduleKind::Constant => peak,
+        ScheduleKind::Cosine => {
+            let span = train.steps.saturating_sub(warmup).max(1) as f64;
+            let done = (step - warmup) as f64 / span;
+            0.5 * peak * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos())
+        }
+    }
+}
+
+/// The average's decay at `step`: `ema_decay`, but never more than (1 + step) / (10 + step), so that the first steps do not stay
+/// in it for ever (diffusers' `EMAModel.get_decay`).
+pub fn ema_decay(train: &Train, step: u64) -> f64 {
+    train.ema_decay.min((1.0 + step as f64) / (10.0 + step as f64))
+}
+
+/// Scales `grad` in place so that its 2-norm is at most `limit` (0: no limit). Returns the norm before.
+pub fn clip(grad: &mut Tensor, limit: f64) -> Result<f64, tch::TchError> {
+    let norm = grad.f_to_kind(Kind::Double)?.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?.sqrt();
+    if limit > 0.0 && norm > limit {
+        // The small constant is torch.nn.utils.clip_grad_norm_'s.
+        let _ = grad.f_mul_scalar_(limit / (norm + 1e-6))?;
+    }
+    Ok(norm)
+}
+
+/// The flat buffers of one trained module, each `[P]` float32 in the layout's order.
+#[derive(Debug)]
+pub struct Buffers {
+    /// Weights.
+    pub params: Tensor,
+    /// First moments.
+    pub exp_avg: Tensor,
+    /// Second moments.
+    pub exp_avg_sq: Tensor,
+    /// Moving average of the weights.
+    pub ema: Tensor,
+}
+
+/// One AdamW update, as `torch.optim.AdamW` (v2.11, single tensor) orders it, and the moving average after it.
+/// `step` is the number of the update, from 1; `grad` is `[P]` float32.
+pub fn update(buffers: &mut Buffers, grad: &Tensor, train: &Train, step: u64) -> Result<(), tch::TchError> {
+    let o = &train.optimizer;
+    let [beta1, beta2] = o.betas;
+    let lr = learning_rate(train, step);
+    let correction1 = 1.0 - beta1.powi(step.min(i32::MAX as u64) as i32);
+    let correction2 = 1.0 - beta2.powi(step.min(i32::MAX as u64) as i32);
+    tch::no_grad(|| {
+        let Buffers { params, exp_avg, exp_avg_sq, ema } = buffers;
+        let _ = params.f_mul_scalar_(1.0 - lr * o.weight_decay)?;
+        let _ = exp_avg.f_lerp_(grad, 1.0 - beta1)?;
+        let squared = grad.f_square()?;
+        let _ = exp_avg_sq.f_mul_scalar_(beta2)?;
+        *exp_avg_sq += squared * (1.0 - beta2);
+        let mut denominator = exp_avg_sq.f_sqrt()?;
+        let _ = denominator.f_div_scalar_(correction2.sqrt())?;
+        let _ = denominator.f_add_scalar_(o.eps)?;
+        let mut change = exp_avg.f_div(&denominator)?;
+        let _ = change.f_mul_scalar_(-lr / correction1)?;
+        let _ = params.f_add_(&change)?;
+        let _ = ema.f_lerp_(params, 1.0 - ema_decay(train, step))?;
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ella_proto::config::Schedule;
+
+    fn train(kind: ScheduleKind, warmup: u64) -> Train {
+        Train { steps: 100, schedule: Schedule { kind, warmup }, ..Train::default() }
+    }
+
+    #[test]
+    fn the_rate_warms_up_and_then_stays_or_falls_to_zero() {
+        let constant = train(ScheduleKind::Constant, 10);
+        assert!((learning_rate(&constant, 1) - 1e-5).abs() < 1e-18);
+        assert_eq!(learning_rate(&constant, 10), 1e-4);
+        assert_eq!(learning_rate(&constant, 1_000_000), 1e-4);
+        let cosine = train(ScheduleKind::Cosine, 10);
+        assert!((learning_rate(&cosine, 55) - 0.5e-4).abs() < 1e-12);
+        assert!(learning_rate(&cosine, 100).abs() < 1e-12);
+        assert_eq!(learning_rate(&train(ScheduleKind::Constant, 0), 1), 1e-4);
+    }
+
+    /// Three updates of `torch.optim.AdamW(lr=0.1, weight_decay=0.01)` on w = [1, -2], gradients [0.5, -1], [-0.25, 0.125], [0, 3].
+    #[test]
+    fn adamw_matches_torch() {
+        let mut config = train(ScheduleKind::Constant, 0);
+        config.optimizer.lr = 0.1;
+        let params = Tensor::from_slice(&[1f32, -2.0]);
+        let mut b = Buffers { exp_avg: params.zeros_like(), exp_avg_sq: params.zeros_like(), ema: params.copy(), params };
+        for (step, grad) in [[0.5f32, -1.0], [-0.25, 0.125], [0.0, 3.0]].iter().enumerate() {
+            update(&mut b, &Tensor::from_slice(grad), &config, step as u64 + 1).unwrap();
+        }
+        let got: Vec<f32> = Vec::try_from(&b.params).unwrap();
+        let want = [0.850_007_95f32, -1.883_491_2];
+        assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() <= 1e-6 * w.abs()), "{got:?} {want:?}");
+    }
+
+    #[test]
+    fn clipping_scales_to_the_limit_and_leaves_small_gradients_alone() {
+        let mut grad = Tensor::from_slice(&[3f32, 4.0]);
+        assert_eq!(clip(&mut grad, 0.0).unwrap(), 5.0);
+        assert_eq!(clip(&mut grad, 10.0).unwrap(), 5.0);
+        assert_eq!(Vec::<f32>::try_from(&grad).unwrap(), [3.0, 4.0]);
+        assert_eq!(clip(&mut grad, 1.0).unwrap(), 5.0);
+        assert!((clip(&mut grad, 0.0).unwrap() - 1.0).abs() < 1e-5);
+    }
+}

@@ -1,0 +1,341 @@
+//! What is trained, as flat buffers, and its files: connector, moving average and optimizer, each one safetensors file whose data
+//! is the flat buffer itself.
+
+use super::optimizer::Buffers;
+use ella_dataset::ledger::Ledger;
+use safetensors::{Dtype, SafeTensors};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use tch::{Device, Kind, Tensor};
+
+/// The weights, in the official key layout.
+pub const CONNECTOR_FILE: &str = "connector.safetensors";
+/// The moving average of the weights, in the official key layout.
+pub const EMA_FILE: &str = "ema.safetensors";
+/// AdamW's moments: `exp_avg.NAME` and `exp_avg_sq.NAME`.
+pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+
+/// Why a commit's file does not fit what is trained.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Not a safetensors file.
+    #[error("{file}: not a safetensors file ({message})")]
+    NotSafetensors {
+        /// The file.
+        file: String,
+        /// The parser's words.
+        message: String,
+    },
+    /// A tensor is missing, or has another shape or format.
+    #[error("{file}: tensor `{key}` is {found}, expected {expected}; the commit belongs to another connector config")]
+    Tensor {
+        /// The file.
+        file: String,
+        /// The tensor's name.
+        key: String,
+        /// What the layout says.
+        expected: String,
+        /// What the file has.
+        found: String,
+    },
+    /// The commit record does not name this file.
+    #[error("its record names no {file}; the record is of another version")]
+    NoPart {
+        /// The file.
+        file: &'static str,
+    },
+    /// libtorch's own error.
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+}
+
+/// One parameter's place in the flat buffers.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Its name in the checkpoint.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<i64>,
+    /// Its first element's index.
+    pub offset: i64,
+    /// Its number of elements.
+    pub len: i64,
+}
+
+/// The places of all parameters.
+#[derive(Debug)]
+pub struct Layout {
+    entries: Vec<Entry>,
+    total: i64,
+}
+
+impl Layout {
+    /// Lays parameters out one after the other.
+    pub fn new(shapes: Vec<(String, Vec<i64>)>) -> Self {
+        let mut total = 0;
+        let mut entries = Vec::with_capacity(shapes.len());
+        for (name, shape) in shapes {
+            let len: i64 = shape.iter().product();
+            entries.push(Entry { name, shape, offset: total, len });
+            total += len;
+        }
+        Self { entries, total }
+    }
+
+    /// Number of elements in all.
+    pub fn total(&self) -> i64 {
+        self.total
+    }
+
+    /// The parameters in order.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// Gathers named tensors into one flat `[P]` float32 buffer on `device`.
+    pub fn gather(&self, tensors: &[Tensor], device: Device) -> Result<Tensor, tch::TchError> {
+        let flat: Vec<Tensor> = tensors.iter().map(|t| t.f_detach()?.f_to_kind(Kind::Float)?.f_reshape([-1])).collect::<Result<_, _>>()?;
+        Tensor::f_cat(&flat, 0)?.f_to_device(device)
+    }
+
+    /// Views into a flat buffer, each a leaf that takes gradients. They share its storage: an update in place is seen at once.
+    pub fn views(&self, flat: &Tensor) -> Result<Vec<(String, Tensor)>, tch::TchError> {
+        let view = |e: &Entry| {
+            let tensor = flat.f_narrow(0, e.offset, e.len)?.f_view(e.shape.as_slice())?.f_detach()?;
+            Ok((e.name.clone(), tensor.set_requires_grad(true)))
+        };
+        self.entries.iter().map(view).collect()
+    }
+
+    /// The header of a safetensors file that holds one flat buffer per prefix, in this layout's order.
+    fn header(&self, prefixes: &[&str], metadata: &BTreeMap<String, String>) -> Vec<u8> {
+        let mut json = format!("{{\"__metadata__\":{}", serde_json::json!(metadata));
+        for (index, prefix) in prefixes.iter().enumerate() {
+            let base = index as i64 * self.total;
+            for e in &self.entries {
+                let (begin, end) = (4 * (base + e.offset), 4 * (base + e.offset + e.len));
+                let name = serde_json::json!(format!("{prefix}{}", e.name));
+                let shape = serde_json::json!(e.shape);
+                let _ = write!(json, ",{name}:{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":[{begin},{end}]}}");
+            }
+        }
+        json.push('}');
+        while !json.len().is_multiple_of(8) {
+            json.push(' ');
+        }
+        let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(json.as_bytes());
+        bytes
+    }
+}
+
+/// Everything a resume needs.
+#[derive(Debug)]
+pub struct TrainState {
+    /// Updates applied.
+    pub step: u64,
+    /// Where each parameter lies.
+    pub layout: Arc<Layout>,
+    /// Weights, moments, average.
+    pub buffers: Buffers,
+    /// What was trained on (ONCE).
+    pub ledger: Ledger,
+}
+
+impl TrainState {
+    /// A fresh state from the connector's first values.
+    pub fn fresh(layout: Arc<Layout>, params: Tensor) -> Result<Self, tch::TchError> {
+        let buffers =
+            Buffers { exp_avg: params.f_zeros_like()?, exp_avg_sq: params.f_zeros_like()?, ema: copy(&params)?, params };
+        Ok(Self { step: 0, layout, buffers, ledger: Ledger::default() })
+    }
+
+    /// Replaces the buffers' contents by those of a commit's three files, in the order of [`part_names`].
+    pub fn restore(&mut self, files: &[bytes::Bytes; 3]) -> Result<(), StateError> {
+        let b = &mut self.buffers;
+        fill(&mut b.params, &self.layout, "", CONNECTOR_FILE, &files[0])?;
+        fill(&mut b.ema, &self.layout, "", EMA_FILE, &files[1])?;
+        fill(&mut b.exp_avg, &self.layout, "exp_avg.", OPTIMIZER_FILE, &files[2])?;
+        fill(&mut b.exp_avg_sq, &self.layout, "exp_avg_sq.", OPTIMIZER_FILE, &files[2])
+    }
+
+    /// A copy in host memory, from which files and digests are made while training goes on.
+    pub fn snapshot(&self) -> Result<Snapshot, tch::TchError> {
+        let copy = |t: &Tensor| copy(&t.f_detach()?.f_to_device(Device::Cpu)?);
+        let b = &self.buffers;
+        Ok(Snapshot {
+            step: self.step,
+            layout: self.layout.clone(),
+            params: copy(&b.params)?,
+            ema: copy(&b.ema)?,
+            exp_avg: copy(&b.exp_avg)?,
+            exp_avg_sq: copy(&b.exp_avg_sq)?,
+            ledger: self.ledger.clone(),
+        })
+    }
+}
+
+fn copy(tensor: &Tensor) -> Result<Tensor, tch::TchError> {
+    let mut copy = tensor.f_empty_like()?;
+    copy.f_copy_(tensor)?;
+    Ok(copy)
+}
+
+/// The files of a commit, in order: a part's index decides which rank uploads it.
+pub fn part_names() -> [&'static str; 3] {
+    [CONNECTOR_FILE, EMA_FILE, OPTIMIZER_FILE]
+}
+
+fn fill(target: &mut Tensor, layout: &Layout, prefix: &str, file: &str, bytes: &[u8]) -> Result<(), StateError> {
+    let tensors = SafeTensors::deserialize(bytes)
+        .map_err(|e| StateError::NotSafetensors { file: file.to_owned(), message: e.to_string() })?;
+    for e in layout.entries() {
+        let key = format!("{prefix}{}", e.name);
+        let wrong = |found: String| StateError::Tensor {
+            file: file.to_owned(),
+            key: key.clone(),
+            expected: format!("F32 {:?}", e.shape),
+            found,
+        };
+        let view = tensors.tensor(&key).map_err(|_| wrong("missing".to_owned()))?;
+        let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
+        if view.dtype() != Dtype::F32 || shape != e.shape {
+            return Err(wrong(format!("{:?} {shape:?}", view.dtype())));
+        }
+        let source = Tensor::f_from_data_size(view.data(), &[e.len], Kind::Float)?;
+        tch::no_grad(|| target.f_narrow(0, e.offset, e.len)?.f_copy_(&source))?;
+    }
+    Ok(())
+}
+
+/// A state in host memory.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Updates applied.
+    pub step: u64,
+    /// What was trained on.
+    pub ledger: Ledger,
+    layout: Arc<Layout>,
+    params: Tensor,
+    ema: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+}
+
+impl Snapshot {
+    /// The bytes of one file, in pieces: the header, then flat buffers.
+    fn pieces(&self, part: usize) -> (Vec<u8>, Vec<&Tensor>) {
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), ("step".to_owned(), self.step.to_string())]);
+        match part {
+            0 => (self.layout.header(&[""], &metadata), vec![&self.params]),
+            1 => (self.layout.header(&[""], &metadata), vec![&self.ema]),
+            _ => (self.layout.header(&["exp_avg.", "exp_avg_sq."], &metadata), vec![&self.exp_avg, &self.exp_avg_sq]),
+        }
+    }
+
+    /// Size and BLAKE3 of one file, without making it.
+    pub fn digest(&self, part: usize) -> (u64, blake3::Hash) {
+        let (header, buffers) = self.pieces(part);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&header);
+        let mut bytes = header.len() as u64;
+        for buffer in buffers {
+            let data = host_bytes(buffer);
+            bytes += data.len() as u64;
+            hasher.update(data);
+        }
+        (bytes, hasher.finalize())
+    }
+
+    /// One whole file.
+    pub fn file(&self, part: usize) -> bytes::Bytes {
+        let (mut file, buffers) = self.pieces(part);
+        file.reserve_exact(buffers.iter().map(|b| 4 * b.numel()).sum());
+        for buffer in buffers {
+            file.extend_from_slice(host_bytes(buffer));
+        }
+        file.into()
+    }
+
+    /// The digest that all ranks must agree on: of the three files, the step and the ledger.
+    pub fn state_digest(&self, parts: &[(u64, blake3::Hash)]) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.step.to_le_bytes());
+        for (_, hash) in parts {
+            hasher.update(hash.as_bytes());
+        }
+        hasher.update(&serde_json::to_vec(&self.ledger).unwrap_or_default());
+        hasher.finalize().to_hex().to_string()
+    }
+}
+
+/// The memory of a contiguous float32 tensor on the host.
+fn host_bytes(tensor: &Tensor) -> &[u8] {
+    debug_assert!(tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous());
+    // SAFETY: the tensor is contiguous float32 in host memory (made so by `snapshot`), holds `numel` elements of 4 bytes, and
+    // outlives the slice, which borrows it; nobody writes to a snapshot.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, 4 * tensor.numel()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(seed: i64) -> TrainState {
+        tch::manual_seed(seed);
+        let layout = Arc::new(Layout::new(vec![("a.weight".into(), vec![3, 4]), ("b".into(), vec![5])]));
+        let mut state = TrainState::fresh(layout, Tensor::randn([17], (Kind::Float, Device::Cpu))).unwrap();
+        state.buffers.exp_avg = Tensor::randn([17], (Kind::Float, Device::Cpu));
+        state.buffers.exp_avg_sq = Tensor::rand([17], (Kind::Float, Device::Cpu));
+        state.step = 9;
+        state
+    }
+
+    fn files(snapshot: &Snapshot) -> [bytes::Bytes; 3] {
+        [snapshot.file(0), snapshot.file(1), snapshot.file(2)]
+    }
+
+    #[test]
+    fn a_state_reads_back_from_its_files_bit_for_bit() {
+        let one = state(1);
+        let written = one.snapshot().unwrap();
+        let mut other = state(2);
+        other.restore(&files(&written)).unwrap();
+        let again = other.snapshot().unwrap();
+        for part in 0..3 {
+            assert_eq!(written.file(part), again.file(part));
+            let (bytes, hash) = written.digest(part);
+            assert_eq!(bytes, written.file(part).len() as u64);
+            assert_eq!(hash, blake3::hash(&written.file(part)));
+        }
+        let file = written.file(0);
+        let read = SafeTensors::deserialize(&file).unwrap();
+        assert_eq!(read.tensor("a.weight").unwrap().shape(), [3, 4]);
+        assert_eq!(read.names().len(), 2);
+    }
+
+    #[test]
+    fn views_share_the_buffers_storage() {
+        let mut state = state(3);
+        let views = state.layout.views(&state.buffers.params).unwrap();
+        let _ = state.buffers.params.fill_(2.0);
+        assert!(views.iter().all(|(_, v)| v.requires_grad() && v.min().double_value(&[]) == 2.0));
+    }
+
+    #[test]
+    fn files_of_another_layout_are_refused_by_name() {
+        let files = files(&state(1).snapshot().unwrap());
+        let mut other =
+            TrainState::fresh(Arc::new(Layout::new(vec![("a.weight".into(), vec![4, 3]), ("b".into(), vec![5])])), Tensor::zeros([17], (Kind::Float, Device::Cpu)))
+                .unwrap();
+        let error = other.restore(&files).unwrap_err().to_string();
+        assert!(error.contains("connector.safetensors") && error.contains("`a.weight`") && error.contains("[4, 3]"), "{error}");
+        let mut garbage = files.clone();
+        garbage[0] = bytes::Bytes::from_static(b"not a file at all");
+        assert!(matches!(state(1).restore(&garbage), Err(StateError::NotSafetensors { .. })));
+        let mut swapped = files;
+        swapped[2] = swapped[0].clone();
+        assert!(state(1).restore(&swapped).unwrap_err().to_string().contains("exp_avg.a.weight"));
+    }
+}

@@ -1,0 +1,119 @@
+//! What ranks tell each other about a step beside the gradient: one small vector of 64-bit integers, summed by the collective.
+//! Integers do not care about order, so every rank ends with the same numbers whatever the dealing of lanes (SAME), and the ledger
+//! is known to all (ONCE).
+
+use ella_dataset::ledger::{LedgerError, TALLY_WORDS, Tally};
+
+/// Losses travel as multiples of 2^-32.
+const LOSS_SCALE: f64 = 4_294_967_296.0;
+const FIXED: usize = 7;
+
+/// Length of the vector.
+pub const WORDS: usize = FIXED + TALLY_WORDS;
+
+/// One step's sums. Before the collective: of this rank's lanes; after it: of all.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepStats {
+    /// Sum of the samples' losses, in units of 2^-32.
+    loss: i64,
+    held_out_loss: i64,
+    /// Samples in `held_out_loss`.
+    pub held_out_samples: i64,
+    /// Ranks that ask to commit and leave after this step.
+    pub leaving: i64,
+    /// Captions replaced by the empty one.
+    pub dropped: i64,
+    /// Captions cut at `text.max_tokens` (counted where they are encoded in the step).
+    pub truncated: i64,
+    /// Ranks that took part: the world size, as a check.
+    pub ranks: i64,
+    /// Keys used.
+    pub tally: Tally,
+}
+
+impl StepStats {
+    /// One rank's sums, before anything is added.
+    pub fn of_one_rank(leaving: bool) -> Self {
+        Self { ranks: 1, leaving: i64::from(leaving), ..Self::default() }
+    }
+
+    /// Adds a sum of sample losses.
+    pub fn add_loss(&mut self, sum: f64) {
+        self.loss = self.loss.wrapping_add(fixed(sum));
+    }
+
+    /// Adds a sum of held-out losses over `samples` samples.
+    pub fn add_held_out(&mut self, sum: f64, samples: i64) {
+        self.held_out_loss = self.held_out_loss.wrapping_add(fixed(sum));
+        self.held_out_samples += samples;
+    }
+
+    /// Mean loss over the step's samples.
+    pub fn mean_loss(&self) -> f64 {
+        self.loss as f64 / LOSS_SCALE / self.tally.samples.max(1) as f64
+    }
+
+    /// Mean held-out loss, where it was measured.
+    pub fn mean_held_out(&self) -> Option<f64> {
+        (self.held_out_samples > 0).then(|| self.held_out_loss as f64 / LOSS_SCALE / self.held_out_samples as f64)
+    }
+
+    /// As the vector that is summed.
+    pub fn words(&self) -> [i64; WORDS] {
+        let mut words = [0; WORDS];
+        words[..FIXED].copy_from_slice(&[
+            self.loss,
+            self.held_out_loss,
+            self.held_out_samples,
+            self.leaving,
+            self.dropped,
+            self.truncated,
+            self.ranks,
+        ]);
+        words[FIXED..].copy_from_slice(&self.tally.words());
+        words
+    }
+
+    /// From the summed vector.
+    pub fn from_words(words: &[i64; WORDS]) -> Result<Self, LedgerError> {
+        let mut tally = [0; TALLY_WORDS];
+        tally.copy_from_slice(&words[FIXED..]);
+        let [loss, held_out_loss, held_out_samples, leaving, dropped, truncated, ranks, ..] = *words;
+        Ok(Self { loss, held_out_loss, held_out_samples, leaving, dropped, truncated, ranks, tally: Tally::from_words(tally)? })
+    }
+}
+
+fn fixed(value: f64) -> i64 {
+    (value * LOSS_SCALE).round() as i64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ella_dataset::ledger::KeyHash;
+
+    #[test]
+    fn sums_of_words_are_words_of_sums() {
+        let mut whole = StepStats::default();
+        let mut words = [0i64; WORDS];
+        for rank in 0..5 {
+            let mut part = StepStats { ranks: 1, dropped: rank, ..StepStats::default() };
+            for sample in 0..20 {
+                let key = KeyHash::of(&format!("{rank}/{sample}"));
+                part.tally.add(key);
+                whole.tally.add(key);
+            }
+            part.add_loss(1.25 * rank as f64);
+            part.add_held_out(0.5, 2);
+            for (sum, word) in words.iter_mut().zip(part.words()) {
+                *sum += word;
+            }
+        }
+        let sum = StepStats::from_words(&words).unwrap();
+        assert_eq!(sum.tally, whole.tally);
+        assert_eq!((sum.ranks, sum.dropped, sum.held_out_samples), (5, 10, 10));
+        assert_eq!(sum.mean_loss(), 12.5 / 100.0);
+        assert_eq!(sum.mean_held_out(), Some(0.25));
+        assert_eq!(StepStats::default().mean_held_out(), None);
+    }
+}
