@@ -117,3 +117,37 @@ impl Hasher {
         Digest(*self.hasher.finalize().as_bytes())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EMPTY: &str = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262";
+
+    #[test]
+    fn a_digest_is_blake3_in_lower_case_hex() {
+        assert_eq!(Digest::of(b"").to_string(), EMPTY);
+        assert_eq!(EMPTY.parse::<Digest>().unwrap(), Digest::of(b""));
+        assert_eq!(serde_json::to_string(&Digest::of(b"")).unwrap(), format!("\"{EMPTY}\""));
+        assert_eq!(serde_json::from_str::<Digest>(&format!("\"{EMPTY}\"")).unwrap(), Digest::of(b""));
+    }
+
+    #[test]
+    fn other_text_is_refused() {
+        for text in ["", "af13", &EMPTY.to_uppercase(), &format!("{EMPTY}0"), &EMPTY.replace('a', "g")] {
+            assert!(text.parse::<Digest>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn pieces_have_the_digest_of_the_whole() {
+        let mut hasher = Hasher::new();
+        hasher.update(b"one").update(b"").update(b"two");
+        assert_eq!((hasher.finish(), hasher.bytes()), (Digest::of(b"onetwo"), 6));
+    }
+
+    #[test]
+    fn a_missing_file_is_an_error() {
+        assert_eq!(Digest::of_file("/nonexistent").unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+}

@@ -10,6 +10,8 @@
 //! - **LIVE** every call has a deadline per attempt and overall, and a typed error.
 //! - **KNOWN** retries are counted by operation and reason ([`Store::retries`], [`Store::retry_report`]).
 
+#[cfg(feature = "cloud")]
+mod cloud;
 pub mod commit;
 #[cfg(feature = "testing")]
 pub mod conformance;

@@ -235,11 +235,16 @@ fn check_commit(commit: &Commit, term: u64) -> Result<(), String> {
 
 /// TERM: a term begins with its `term` record, has a higher number than all before, and all of it is one incarnation's.
 fn check_order(last: Option<&Record>, record: &Record) -> Result<(), String> {
-    let (term, nonce) = last.map_or((0, ""), |last| (last.term, &last.nonce));
+    let Some(Record { term, nonce, .. }) = last else {
+        return match record.body {
+            Body::Term(_) => Ok(()),
+            _ => Err("it is the first record (expected one of kind \"term\")".into()),
+        };
+    };
     match &record.body {
-        Body::Term(_) if record.term <= term => Err(format!("it begins term {} after term {term} (expected a higher one)", record.term)),
+        Body::Term(_) if record.term <= *term => Err(format!("it begins term {} after term {term} (expected a higher one)", record.term)),
         Body::Term(_) => Ok(()),
-        _ if record.term != term || record.nonce != nonce => {
+        _ if record.term != *term || record.nonce != *nonce => {
             Err(format!("it is of term {} by {:?} (expected term {term} by {nonce:?}, who holds the log)", record.term, record.nonce))
         }
         _ => Ok(()),

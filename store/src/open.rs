@@ -3,12 +3,14 @@
 use std::path::{Component, Path as FilePath, PathBuf};
 use std::sync::Arc;
 
+use object_store::DynObjectStore;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
-use object_store::{DynObjectStore, Error};
 use url::Url;
 
+#[cfg(feature = "cloud")]
+use crate::cloud;
 use crate::error::StoreError;
 
 /// A backend, and where in it the folder lies.
@@ -36,7 +38,7 @@ pub(crate) fn open(text: &str) -> Result<Opened, StoreError> {
     match url.scheme() {
         "file" => open_local(&url.to_file_path().map_err(|()| bad(&shown, "not a local path; write it as file:///folder"))?),
         "memory" => Ok(Opened { object: Arc::new(InMemory::new()), folder: folder_of(&url, &shown)?, url: shown, local: None }),
-        "s3" | "gs" | "az" => open_cloud(&url, &shown),
+        "s3" | "gs" | "az" => Ok(Opened { object: cloud::open(&url, &shown)?, folder: folder_of(&url, &shown)?, url: shown, local: None }),
         other => Err(bad(&shown, &format!("unknown scheme {other} (expected file, s3, gs, az or memory)"))),
     }
 }
@@ -87,56 +89,76 @@ fn folder_of(url: &Url, shown: &str) -> Result<Path, StoreError> {
     Path::from_url_path(url.path()).map_err(|error| bad(shown, &error.to_string()))
 }
 
-fn bad(url: &str, reason: &str) -> StoreError {
+pub(crate) fn bad(url: &str, reason: &str) -> StoreError {
     StoreError::BadUrl { url: url.to_owned(), reason: reason.to_owned() }
 }
 
 #[cfg(not(feature = "cloud"))]
-fn open_cloud(_: &Url, shown: &str) -> Result<Opened, StoreError> {
-    Err(StoreError::Unsupported {
-        url: shown.to_owned(),
-        what: "this build has no cloud stores; build with the feature `cloud`, or use a local folder".into(),
-    })
+mod cloud {
+    use super::{Arc, DynObjectStore, StoreError, Url};
+
+    pub(super) fn open(_: &Url, shown: &str) -> Result<Arc<DynObjectStore>, StoreError> {
+        let what = "this build has no cloud stores; build with the feature `cloud`, or use a local folder".into();
+        Err(StoreError::Unsupported { url: shown.to_owned(), what })
+    }
 }
 
-/// Credentials, region and endpoint come from each cloud's usual environment variables.
-#[cfg(feature = "cloud")]
-fn open_cloud(url: &Url, shown: &str) -> Result<Opened, StoreError> {
-    use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
-    use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
-    use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
-    use object_store::{ClientConfigKey, RetryConfig};
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    // An error means that a provider is installed already, which is as good.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let Some(bucket) = url.host_str().filter(|host| !host.is_empty()) else {
-        return Err(bad(shown, "no bucket or container named; write it as SCHEME://BUCKET/FOLDER"));
-    };
-    // Retries and deadlines are ours: a hidden retry of a create would make a lost reply look like a lost race.
-    let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
-    let (timeout, longest) = (ClientConfigKey::Timeout, "1 day");
-    let opened: Result<Arc<DynObjectStore>, Error> = match url.scheme() {
-        "s3" => AmazonS3Builder::from_env()
-            .with_bucket_name(bucket)
-            .with_retry(retry)
-            .with_config(AmazonS3ConfigKey::Client(timeout), longest)
-            .build()
-            .map(|store| Arc::new(store) as _),
-        "gs" => GoogleCloudStorageBuilder::from_env()
-            .with_bucket_name(bucket)
-            .with_retry(retry)
-            .with_config(GoogleConfigKey::Client(timeout), longest)
-            .build()
-            .map(|store| Arc::new(store) as _),
-        _ => MicrosoftAzureBuilder::from_env()
-            .with_container_name(bucket)
-            .with_retry(retry)
-            .with_config(AzureConfigKey::Client(timeout), longest)
-            .build()
-            .map(|store| Arc::new(store) as _),
-    };
-    let object = opened.map_err(|error: Error| {
-        bad(shown, &format!("cannot be opened ({}); set the cloud's usual environment variables", crate::error::chain(&error)))
-    })?;
-    Ok(Opened { object, folder: folder_of(url, shown)?, url: shown.to_owned(), local: None })
+    fn reason(url: &str) -> String {
+        match open(url) {
+            Err(error @ (StoreError::BadUrl { .. } | StoreError::Unsupported { .. })) => error.to_string(),
+            Err(other) => panic!("{url}: {other:?}"),
+            Ok(opened) => panic!("{url} opened as {}", opened.url),
+        }
+    }
+
+    #[test]
+    fn a_url_that_names_no_folder_is_refused_with_the_rule() {
+        for (url, rule) in [
+            ("", "no path or URL given"),
+            ("ftp://host/folder", "unknown scheme ftp"),
+            ("file://host/folder", "not a local path"),
+            ("s3://bucket/a?token=1", "credentials and options in the environment"),
+            ("s3://bucket/a#b", "credentials and options in the environment"),
+            ("s3:// /", "not a URL"),
+        ] {
+            let text = reason(url);
+            assert!(text.contains(rule), "{url:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn secrets_in_a_url_are_not_repeated() {
+        for url in
+            ["s3://key:hunter2@bucket/folder?sig=hunter2", "http://hunter2@host/", "s3://a b:hunter2@bucket/x#hunter2", "gs://hunter2@b"]
+        {
+            let text = reason(url);
+            assert!(!text.contains("hunter2"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_no_folder() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = reason(file.path().to_str().unwrap());
+        assert!(text.contains("a file is there"), "{text}");
+    }
+
+    #[test]
+    fn local_paths_become_absolute_and_are_resolved_through_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        std::fs::create_dir_all(root.join("real/deep")).unwrap();
+        std::os::unix::fs::symlink(root.join("real/deep"), root.join("link")).unwrap();
+        let through = open(&format!("{}/link/../x/./y/../z", root.display())).unwrap();
+        assert_eq!(through.local.unwrap(), root.join("real/x/z"));
+        let file = open(&format!("file://{}/a%20b/", root.display())).unwrap();
+        assert_eq!(file.local.unwrap(), root.join("a b"));
+        let relative = open("some/folder").unwrap();
+        assert_eq!(relative.local.unwrap(), std::env::current_dir().unwrap().join("some/folder"));
+        assert!(!FilePath::new("some").exists(), "opening creates nothing");
+    }
 }

@@ -130,15 +130,17 @@ impl Reader {
         }
     }
 
-    /// The next chunk; `None` at the end. Progress renews the retries.
+    /// The next chunk; `None` at the end. Bytes renew the retries; an empty chunk is no progress.
     async fn next(&mut self) -> Result<Option<Bytes>, StoreError> {
         loop {
             let error = match self.attempt().await {
-                Ok(chunk) => {
-                    self.next += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+                Ok(Some(chunk)) if chunk.is_empty() => continue,
+                Ok(Some(chunk)) => {
+                    self.next += chunk.len() as u64;
                     self.retries = None;
-                    return Ok(chunk);
+                    return Ok(Some(chunk));
                 }
+                Ok(None) => return Ok(None),
                 Err(error) => error,
             };
             self.body = None;

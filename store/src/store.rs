@@ -94,8 +94,9 @@ impl Store {
             return self.clone();
         }
         let local = self.local.as_ref().map(|local| local.join(path).into());
+        let url = format!("{}/{path}", if &*self.url == "/" { "" } else { &self.url });
         let folder = self.folder.parts().chain(path.split('/').map(Into::into)).collect();
-        Self { shared: Arc::clone(&self.shared), folder, url: format!("{}/{path}", self.url.trim_end_matches('/')).into(), local }
+        Self { shared: Arc::clone(&self.shared), folder, url: url.into(), local }
     }
 
     /// The folder's URL (an absolute path for a local one), without credentials.
