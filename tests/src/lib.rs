@@ -1,1 +1,167 @@
-//! stub
+//! What the cross-process tests and benchmarks share: a small world to train in, and the commands that people type.
+//!
+//! The binaries are those that `make build` leaves beside the test's own.
+
+use anyhow::{Context as _, Result, bail, ensure};
+use ella_store::{Body, Commit, RunLog, Store};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a command may take, at the very most.
+pub const PATIENCE: Duration = Duration::from_secs(240);
+
+/// A data set, its features, and models to train on, in a folder that goes away.
+#[derive(Debug)]
+pub struct World {
+    folder: tempfile::TempDir,
+}
+
+impl World {
+    /// Makes one with so many scenes, by the commands that people type.
+    pub fn new(scenes: usize) -> Result<Self> {
+        let world = Self { folder: tempfile::tempdir()? };
+        let path = |name: &str| world.path(name).display().to_string();
+        let (tars, data, models, text) = (path("scenes"), path("data"), path("models"), path("models/text"));
+        let count = scenes.to_string();
+        ella(&["scenes", "--out", &tars, "--count", &count, "--seed", "1", "--size", "64", "--per-tar", "32"])?;
+        ella(&["prepare", &tars, "--out", &data, "--resolution", "64"])?;
+        ella(&["init-base", "--preset", "nano", "--seed", "1", "--captions", &data, "--out", &models])?;
+        ella(&["embed", &data, "--text", &text, "--max-tokens", "64"])?;
+        Ok(world)
+    }
+
+    /// A path in the world's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Writes `NAME.toml`: a run of that name with the world's data and models, 8 lanes of 2, and these further lines.
+    pub fn run(&self, name: &str, steps: u64, further: &str) -> Result<Run> {
+        let at = |what: &str| self.path(what).display().to_string();
+        let text = format!(
+            "[run]\noutput = \"{output}\"\nseed = 3\n[base]\nmodel = \"{base}\"\n[text]\nmodel = \"{text}\"\nmax_tokens = 64\n\
+             [data]\npath = \"{data}\"\nwindow = 2\n[connector]\nlayers = 1\nlatents = 8\n\
+             [train]\nsteps = {steps}\nglobal_batch = 16\nmicro_batch = 2\neval_every = 0\nema_decay = 0.9\n\
+             [train.optimizer]\nlr = 1e-3\n{further}\n",
+            output = at(name),
+            base = at("models/base"),
+            text = at("models/text"),
+            data = at("data"),
+        );
+        let config = self.path(&format!("{name}.toml"));
+        std::fs::write(&config, text)?;
+        Ok(Run { config, output: self.path(name) })
+    }
+}
+
+/// A run's config file and its folder.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// `RUN.toml`.
+    pub config: PathBuf,
+    /// The run folder.
+    pub output: PathBuf,
+}
+
+impl Run {
+    /// The arguments of `ella train` for this run.
+    pub fn train(&self, set: &[&str]) -> Vec<String> {
+        let mut arguments = vec!["train".to_owned(), self.config.display().to_string()];
+        for item in set {
+            arguments.extend(["--set".to_owned(), (*item).to_owned()]);
+        }
+        arguments
+    }
+
+    /// All commits in the run's log, retired ones too.
+    pub fn commits(&self) -> Result<Vec<Commit>> {
+        let store = Store::open(&self.output.display().to_string())?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let records = runtime.block_on(RunLog::read(&store))?;
+        let commit = |body| if let Body::Commit(commit) = body { Some(commit) } else { None };
+        Ok(records.into_iter().filter_map(|r| commit(r.body)).collect())
+    }
+
+    /// The newest commit.
+    pub fn last_commit(&self) -> Result<Commit> {
+        self.commits()?.pop().context("the run has no commit")
+    }
+
+    /// The bytes of the newest commit's files, by name.
+    pub fn last_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let commit = self.last_commit()?;
+        let file = |name: &str| std::fs::read(self.output.join(&commit.folder).join(name));
+        commit.parts.iter().map(|part| Ok((part.name.clone(), file(&part.name)?))).collect()
+    }
+}
+
+/// One of the project's binaries.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let found = own.ancestors().take(3).map(|folder| folder.join(name)).find(|path| path.is_file());
+    found.with_context(|| format!("{name} is not beside {}: run `make build` first", own.display()))
+}
+
+/// Runs `ella` with these arguments and returns its output, whatever its exit code.
+pub fn try_ella<S: AsRef<str>>(arguments: &[S]) -> Result<Output> {
+    let child = spawn(arguments)?;
+    let id = child.id();
+    let (done, waiting) = std::sync::mpsc::channel();
+    let waiter = std::thread::spawn(move || done.send(child.wait_with_output()));
+    let output = waiting.recv_timeout(PATIENCE);
+    if output.is_err() {
+        kill_group(id);
+    }
+    let _ = waiter.join();
+    Ok(output.with_context(|| format!("ella did not end within {} s", PATIENCE.as_secs()))??)
+}
+
+/// Runs `ella` with these arguments, which must succeed, and returns what it printed.
+pub fn ella<S: AsRef<str>>(arguments: &[S]) -> Result<String> {
+    let output = try_ella(arguments)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "ella {} ended with {}:\n{said}",
+        arguments.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(" "),
+        output.status
+    );
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Starts `ella` in a process group of its own.
+pub fn spawn<S: AsRef<str>>(arguments: &[S]) -> Result<Child> {
+    let mut command = Command::new(binary("ella")?);
+    command.args(arguments.iter().map(AsRef::as_ref)).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Ok(command.process_group(0).spawn()?)
+}
+
+/// SIGKILL to a whole process group.
+pub fn kill_group(leader: u32) {
+    signal_group(leader, libc::SIGKILL);
+}
+
+/// A signal to a whole process group.
+pub fn signal_group(leader: u32, signal: i32) {
+    // SAFETY: kill has no memory effects here; the group is one that this process started.
+    unsafe { libc::kill(-(leader as i32), signal) };
+}
+
+/// Polls until `holds` says so, or fails with `what`.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) -> Result<()> {
+    let begin = Instant::now();
+    while !holds() {
+        if begin.elapsed() > PATIENCE {
+            bail!("{what}: not within {} s", PATIENCE.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Whether a file exists.
+pub fn exists(path: impl AsRef<Path>) -> bool {
+    path.as_ref().exists()
+}

@@ -1,0 +1,30 @@
+# Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, once.
+.DEFAULT_GOAL := build
+.PHONY: build demo test bench lint libtorch
+
+# One profile for all: a second one would compile everything again.
+CARGO ?= cargo
+FLAGS := --release --workspace --locked
+
+libtorch:
+	@scripts/libtorch.sh
+
+# Leaves ella, ella-coordinator and ella-worker in cargo's target folder, under release/.
+build: libtorch
+	$(CARGO) build $(FLAGS) --bins
+
+# The main job, end to end, on data made here: see demo/report.html afterwards.
+demo: build
+	@scripts/demo.sh
+
+test: build
+	$(CARGO) test $(FLAGS)
+
+# Programs that print ratios; nothing here is a test.
+bench: build
+	$(CARGO) run --release --locked -p ella-tests --bin bench
+
+lint: libtorch
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy $(FLAGS) --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(FLAGS) --no-deps

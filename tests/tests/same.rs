@@ -1,0 +1,97 @@
+//! SAME and ONCE, with real processes: the trained bytes do not depend on the number of workers, nor on kills and resumes; and the
+//! audit proves that every sample was used as it must.
+
+use anyhow::Result;
+use ella_tests::{Run, World, ella, kill_group, spawn, try_ella, wait_until};
+use std::time::Duration;
+
+const STEPS: u64 = 24;
+/// Not a multiple of the global batch, so that epochs end in partial batches; 3.6 epochs in all.
+const SCENES: usize = 103;
+
+fn finished(world: &World, name: &str, workers: usize) -> Result<Vec<(String, Vec<u8>)>> {
+    let run = world.run(name, STEPS, "[checkpoint]\nevery = 4\n")?;
+    ella(&run.train(&[&format!("workers.count={workers}")]))?;
+    ella(&["audit", &run.output.display().to_string()])?;
+    run.last_files()
+}
+
+/// Kills everything at moments given by a seed, resuming each time with another number of workers.
+fn harassed(world: &World, seed: u64) -> Result<(Run, Vec<(String, Vec<u8>)>)> {
+    let run = world.run(&format!("harassed-{seed}"), STEPS, "[checkpoint]\nevery = 2\n")?;
+    let mut random = seed;
+    let mut next = |below: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % below
+    };
+    for kill in 0..5u64 {
+        let workers = [1, 2, 4, 3][next(4) as usize];
+        let mut child = spawn(&run.train(&[&format!("workers.count={workers}")]))?;
+        // At least one commit each time, so that five kills are five different places; then a random while.
+        let have = run.commits().map_or(0, |c| c.len());
+        wait_until("a commit", || run.commits().is_ok_and(|c| c.len() > have) || child.try_wait().is_ok_and(|s| s.is_some()))?;
+        std::thread::sleep(Duration::from_millis(next(120)));
+        kill_group(child.id());
+        child.wait()?;
+        println!("kill {kill} of seed {seed}: {workers} workers, after the commit of step {}", run.last_commit()?.step);
+    }
+    ella(&run.train(&["workers.count=2"]))?;
+    let files = run.last_files()?;
+    Ok((run, files))
+}
+
+#[test]
+fn the_trained_bytes_depend_on_neither_workers_nor_kills() -> Result<()> {
+    let world = World::new(SCENES)?;
+    let alone = finished(&world, "one", 1)?;
+    assert_eq!(alone.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["connector.safetensors", "ema.safetensors", "optimizer.safetensors"]);
+    for workers in [2, 4] {
+        assert!(finished(&world, &format!("w{workers}"), workers)? == alone, "{workers} workers trained other bytes than one");
+    }
+    let (run, files) = harassed(&world, 11)?;
+    assert!(files == alone, "a run that was killed five times trained other bytes");
+
+    let audit = ella(&["audit", &run.output.display().to_string(), "--json"])?;
+    let audit: serde_json::Value = serde_json::from_str(&audit)?;
+    assert_eq!(audit["ok"], true, "{audit}");
+    let finished: Vec<_> = audit["epochs"].as_array().into_iter().flatten().filter(|e| e["samples"] == SCENES as u64).collect();
+    assert_eq!(finished.len() as u64, STEPS / (SCENES as u64).div_ceil(16), "{audit}");
+
+    audit_sees_damage(&run)
+}
+
+/// A removed commit, a flipped byte, a missing record: each fails the audit, which says what.
+fn audit_sees_damage(run: &Run) -> Result<()> {
+    let folder = run.output.display().to_string();
+    let complains = |about: &str| -> Result<()> {
+        let output = try_ella(&["audit", &folder])?;
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(about), "expected {about}, got: {said}");
+        Ok(())
+    };
+    let commit = run.last_commit()?;
+    let path = run.output.join(&commit.folder);
+
+    let file = path.join("ema.safetensors");
+    let good = std::fs::read(&file)?;
+    let mut bad = good.clone();
+    let middle = bad.len() / 2;
+    bad[middle] ^= 1;
+    std::fs::write(&file, &bad)?;
+    complains("ema.safetensors")?;
+    std::fs::write(&file, &good)?;
+
+    let aside = run.output.join("aside");
+    std::fs::rename(&path, &aside)?;
+    complains(&commit.folder)?;
+    std::fs::rename(&aside, &path)?;
+
+    let record = run.output.join("log/000000000002.json");
+    let kept = std::fs::read(&record)?;
+    std::fs::remove_file(&record)?;
+    complains("000000000002")?;
+    std::fs::write(&record, kept)?;
+    ella(&["audit", &folder])?;
+    Ok(())
+}
