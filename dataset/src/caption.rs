@@ -1,0 +1,142 @@
+//! Captions: where they are, and which are accepted.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use ella_store::{Hasher, Store};
+
+use crate::error::DataError;
+use crate::manifest::{Manifest, Settings, ShardEntry, SourceEntry};
+use crate::report::{Refusal, Refused, Report};
+use crate::shard::{Row, ShardLayout, ShardWriter};
+use crate::source::{Member, Sample};
+
+/// Files larger than this are not captions.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// The caption of a sample, without white space around it, if it is accepted.
+pub(crate) fn of_sample(sample: &Sample, settings: &Settings) -> Result<String, Refusal> {
+    let caption = match (&settings.caption_field, &sample.text) {
+        (None, Member::Data(text)) => text_of(text)?,
+        (None, Member::TooLarge) => return Err(Refusal::CaptionLong),
+        (field, _) => match &sample.json {
+            Member::Absent => return Err(Refusal::CaptionMissing),
+            Member::TooLarge => return Err(Refusal::CaptionLong),
+            Member::Data(json) => field_of(json, field.as_deref().unwrap_or("caption"))?,
+        },
+    };
+    let words = caption.split_whitespace().count();
+    if words < settings.min_caption_words as usize {
+        return Err(Refusal::CaptionShort);
+    }
+    if settings.max_caption_words.is_some_and(|most| words > most as usize) {
+        return Err(Refusal::CaptionLong);
+    }
+    Ok(caption)
+}
+
+fn text_of(bytes: &[u8]) -> Result<String, Refusal> {
+    let text = std::str::from_utf8(bytes).map_err(|_| Refusal::CaptionNotUtf8)?;
+    let text = text.trim_start_matches('\u{feff}').trim();
+    if text.is_empty() { Err(Refusal::CaptionEmpty) } else { Ok(text.to_owned()) }
+}
+
+fn field_of(json: &[u8], field: &str) -> Result<String, Refusal> {
+    let json = std::str::from_utf8(json).map_err(|_| Refusal::CaptionNotUtf8)?;
+    let value: serde_json::Value = serde_json::from_str(json).map_err(|_| Refusal::CaptionJsonInvalid)?;
+    match value.get(field) {
+        None | Some(serde_json::Value::Null) => Err(Refusal::CaptionMissing),
+        Some(serde_json::Value::String(text)) => text_of(text.as_bytes()),
+        Some(_) => Err(Refusal::CaptionJsonInvalid),
+    }
+}
+
+/// Captions of a folder, and what was refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Captions {
+    /// Key (file name without `.txt`) and caption, by key.
+    pub kept: Vec<(String, String)>,
+    /// Keys refused, by reason.
+    pub refused: Refused,
+}
+
+/// Reads every `.txt` file directly in a local folder, in the order of their names. Empty files and files that are
+/// not UTF-8 are refused and counted; a file that cannot be read is an error.
+pub fn captions_from_txt(folder: &Path) -> Result<Captions, DataError> {
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| DataError::Io { path, source }
+    };
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(io(folder))? {
+        let path = entry.map_err(io(folder))?.path();
+        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("txt")) && path.is_file() {
+            files.push(path);
+        }
+    }
+    files.sort();
+    let mut captions = Captions::default();
+    let mut seen = HashSet::new();
+    for path in files {
+        let stem = path.file_stem().unwrap_or_default();
+        let key = stem.to_string_lossy().into_owned();
+        let caption = if stem.to_str().is_none() {
+            Err(Refusal::KeyNotUtf8)
+        } else if !seen.insert(key.clone()) {
+            Err(Refusal::DuplicateKey)
+        } else if path.metadata().map_err(io(&path))?.len() > MAX_FILE_BYTES {
+            Err(Refusal::CaptionLong)
+        } else {
+            text_of(&std::fs::read(&path).map_err(io(&path))?)
+        };
+        match caption {
+            Ok(caption) => captions.kept.push((key, caption)),
+            Err(why) => captions.refused.entry(why).or_default().push(key),
+        }
+    }
+    Ok(captions)
+}
+
+/// Writes a data set of captions only, for features without pictures. The same captions make the same bytes; a
+/// destination that holds another data set is refused.
+pub async fn prepare_captions(captions: Captions, name: &str, out: &Store) -> Result<Report, DataError> {
+    let kept = captions.kept.len() as u64;
+    let mut report = Report { read: 0, kept, refused: captions.refused };
+    report.read = kept + report.refused.values().map(|keys| keys.len() as u64).sum::<u64>();
+    if kept == 0 {
+        return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
+    }
+    let mut hash = Hasher::new();
+    for (key, caption) in &captions.kept {
+        // Lengths make the digest unambiguous.
+        for text in [key, caption] {
+            hash.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+        }
+    }
+    let blake3 = hash.finish();
+    let unit = crate::plan::unit_name(0, &blake3);
+    let bytes = captions.kept.iter().map(|(key, caption)| (key.len() + caption.len()) as u64).sum();
+    let source = SourceEntry { name: name.to_owned(), bytes, blake3, read: report.read, kept, ignored: 0 };
+
+    let mut shards: Vec<(ShardEntry, _)> = Vec::new();
+    for (part, rows) in captions.kept.chunks(CAPTIONS_PER_SHARD).enumerate() {
+        let mut writer = ShardWriter::new(ShardLayout::default())?;
+        for (key, caption) in rows {
+            writer.push(Row { key: key.clone(), caption: caption.clone(), ..Row::default() })?;
+        }
+        let file = writer.finish()?;
+        let entry = ShardEntry::of(format!("shards/{unit}-{part:04}.arrow"), rows.len() as u64, &file);
+        shards.push((entry, file));
+    }
+    let entries = shards.iter().map(|(entry, _)| entry.clone()).collect();
+    let manifest = Manifest::new(None, None, vec![source], entries);
+    crate::plan::refuse_other(out, &manifest).await?;
+    for (entry, file) in shards {
+        crate::plan::create_file(out, &entry, file).await?;
+    }
+    crate::plan::publish(out, &manifest, &report).await?;
+    Ok(report)
+}
+
+/// Small enough that the features of a shard fit in memory (0.5 MiB a row for 128 positions of width 2048 in half precision).
+const CAPTIONS_PER_SHARD: usize = 512;

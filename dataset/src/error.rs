@@ -1,0 +1,188 @@
+//! What can go wrong with data, by what the reader of the message can do about it.
+//!
+//! One bad sample among many is not an error: it is a [`Refusal`](crate::Refusal), counted in the report (KNOWN).
+
+use std::path::PathBuf;
+
+use ella_store::{Digest, StoreError};
+
+/// An error of the data plane. Every message names the file, what is wrong and what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// The object store failed: unreachable, refused, full.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+
+    /// A file on this machine could not be read.
+    #[error("{}: cannot be read ({source})", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+
+    /// A source was named that is not there.
+    #[error("{source_name}: not a source (expected a .tar file, or a folder with .tar files in it); check the path")]
+    SourceMissing {
+        /// The source as it was given.
+        source_name: String,
+    },
+
+    /// A source is not a whole, readable tar.
+    #[error("{source_name}: {what} (at byte {offset}); fetch or make this file again, then run the same command to go on")]
+    SourceCorrupt {
+        /// The source as it was given.
+        source_name: String,
+        /// Where in the file reading stopped.
+        offset: u64,
+        /// What is wrong there.
+        what: String,
+    },
+
+    /// A setting is out of its range.
+    #[error("{field}: must be {rule} (found {found})")]
+    Setting {
+        /// The setting's name.
+        field: &'static str,
+        /// The rule it breaks.
+        rule: &'static str,
+        /// The value given.
+        found: String,
+    },
+
+    /// The destination holds another data set, or features made otherwise.
+    #[error(
+        "{file}: holds something else: {field} differs (expected {expected}, found {found}); choose another destination, or empty this one"
+    )]
+    Other {
+        /// The file that says what the destination holds.
+        file: String,
+        /// The first field that differs.
+        field: String,
+        /// What this command would write.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+
+    /// A record (manifest, plan, unit, features) cannot be understood.
+    #[error("{file}: {what}; the file was written by another version of ella, or was changed: prepare the data again")]
+    Record {
+        /// The file.
+        file: String,
+        /// The field and the rule it breaks.
+        what: String,
+    },
+
+    /// A record that should be there is not.
+    #[error("{file}: not found; {hint}")]
+    RecordMissing {
+        /// The file.
+        file: String,
+        /// What to do.
+        hint: &'static str,
+    },
+
+    /// A file's bytes are not those that its manifest names.
+    #[error(
+        "{file}: damaged: its BLAKE3 digest is wrong (expected {expected}, found {found}); restore the file, or delete it and prepare again"
+    )]
+    Digest {
+        /// The file.
+        file: String,
+        /// The digest in the manifest.
+        expected: Digest,
+        /// The digest of the bytes read.
+        found: Digest,
+    },
+
+    /// An Arrow file does not hold what it should.
+    #[error("{file}: not a usable Arrow file: {what}; prepare the data again")]
+    Arrow {
+        /// The file.
+        file: String,
+        /// The column or part, and the rule it breaks.
+        what: String,
+    },
+
+    /// Two samples of different sources have the same key.
+    #[error(
+        "{second}: key {key:?} is already taken by a sample of {first}; rename one, or prepare with key prefixes (the source's name before each key) into a new destination"
+    )]
+    DuplicateKey {
+        /// The key.
+        key: String,
+        /// The source that came first.
+        first: String,
+        /// The source that repeats it.
+        second: String,
+    },
+
+    /// Nothing was left after the filters.
+    #[error("no sample was kept of {read} read ({refused}); loosen the filters, or check the sources")]
+    NothingKept {
+        /// Samples read.
+        read: u64,
+        /// Counts by reason, as text.
+        refused: String,
+    },
+
+    /// A row that a shard does not have was asked for.
+    #[error("{file}: row {row} was asked for, but it has {rows}")]
+    Row {
+        /// The shard.
+        file: String,
+        /// The row asked for.
+        row: usize,
+        /// Rows there are.
+        rows: usize,
+    },
+
+    /// There are no features of the wanted encoder.
+    #[error("features/{wanted}: no features of this encoder; there {found}; run `ella embed` with this text encoder and these settings")]
+    FeaturesMissing {
+        /// The wanted fingerprint.
+        wanted: Digest,
+        /// Which fingerprints exist, and how each differs.
+        found: String,
+    },
+
+    /// Features lack some shards.
+    #[error(
+        "features/{fingerprint}: {missing_count} of {total} shards have no features yet ({missing}); run `ella embed` again to complete them"
+    )]
+    FeaturesIncomplete {
+        /// The encoder's fingerprint.
+        fingerprint: Digest,
+        /// How many are missing.
+        missing_count: usize,
+        /// How many shards the data set has.
+        total: usize,
+        /// The first missing ones, by name.
+        missing: String,
+    },
+
+    /// A row of features has the wrong size.
+    #[error("features row {row}: {what}")]
+    FeatureRow {
+        /// The row in its shard.
+        row: usize,
+        /// What is wrong.
+        what: String,
+    },
+
+    /// The latent encoder failed.
+    #[error("encoding latents failed: {0}")]
+    Latents(#[source] Box<dyn std::error::Error + Send + Sync>),
+
+    /// A worker thread died or was stopped.
+    #[error("preparing {source_name} stopped: {what}; run the same command again to go on")]
+    Stopped {
+        /// The source being prepared.
+        source_name: String,
+        /// Why.
+        what: String,
+    },
+}

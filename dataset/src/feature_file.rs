@@ -1,0 +1,165 @@
+//! One file of features: Arrow IPC, columns `tokens` (u32: a caption's own tokens) and `features` (list of f16, f32, or u16
+//! holding the bits of bf16: all stored positions of the row, `[positions, width]`).
+
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow_array::{Array, ArrayRef, LargeListArray, UInt32Array, make_array};
+use arrow_buffer::{Buffer, OffsetBuffer};
+use arrow_data::ArrayData;
+use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
+use bytes::Bytes;
+
+use crate::error::DataError;
+use crate::features::{FeatureDtype, FeatureSpec};
+use crate::ipc::{self, BATCH_BYTES, BATCH_ROWS, RowIndex, unwritable};
+
+fn number(dtype: FeatureDtype) -> DataType {
+    match dtype {
+        FeatureDtype::F16 => DataType::Float16,
+        // Arrow has no bfloat16: the bits, as they are.
+        FeatureDtype::Bf16 => DataType::UInt16,
+        FeatureDtype::F32 => DataType::Float32,
+    }
+}
+
+fn columns(spec: &FeatureSpec) -> [(&'static str, DataType); 2] {
+    let item = Arc::new(Field::new("item", number(spec.dtype), false));
+    [("tokens", DataType::UInt32), ("features", DataType::LargeList(item))]
+}
+
+fn schema(spec: &FeatureSpec) -> SchemaRef {
+    Arc::new(Schema::new(columns(spec).map(|(name, kind)| Field::new(name, kind, false)).to_vec()))
+}
+
+/// Writes the features of one shard into memory.
+#[derive(Debug)]
+pub struct FeatureWriter {
+    spec: FeatureSpec,
+    file: ipc::Writer,
+    tokens: Vec<u32>,
+    numbers: Vec<u8>,
+    rows: u64,
+}
+
+impl FeatureWriter {
+    /// An empty file.
+    pub fn new(spec: &FeatureSpec) -> Result<FeatureWriter, DataError> {
+        let file = ipc::Writer::new(schema(spec))?;
+        Ok(FeatureWriter { spec: spec.clone(), file, tokens: Vec::new(), numbers: Vec::new(), rows: 0 })
+    }
+
+    /// Rows so far.
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// Appends the features of the next row: little-endian numbers of the spec's dtype, `[positions, width]`, where positions is
+    /// `max_tokens` with fixed padding and `tokens` (the caption's own) without.
+    pub fn push(&mut self, features: &[u8], tokens: u32) -> Result<(), DataError> {
+        let wrong = |what| Err(DataError::FeatureRow { row: self.rows as usize, what });
+        if tokens == 0 || tokens > self.spec.max_tokens {
+            return wrong(format!("tokens must be 1 to {} (found {tokens})", self.spec.max_tokens));
+        }
+        let expected = self.spec.stored_tokens(tokens) as usize * self.spec.token_bytes();
+        if features.len() != expected {
+            return wrong(format!("{tokens} tokens need {expected} bytes (found {})", features.len()));
+        }
+        if self.tokens.len() == BATCH_ROWS || (self.numbers.len() + features.len()) as u64 > BATCH_BYTES {
+            self.flush()?;
+        }
+        self.rows += 1;
+        self.tokens.push(tokens);
+        self.numbers.extend_from_slice(features);
+        Ok(())
+    }
+
+    /// The file's bytes.
+    pub fn finish(mut self) -> Result<Bytes, DataError> {
+        self.flush()?;
+        self.file.finish()
+    }
+
+    fn flush(&mut self) -> Result<(), DataError> {
+        let (tokens, numbers) = (std::mem::take(&mut self.tokens), std::mem::take(&mut self.numbers));
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        self.file.write(arrays(&self.spec, tokens, numbers).map_err(unwritable)?)
+    }
+}
+
+fn arrays(spec: &FeatureSpec, tokens: Vec<u32>, numbers: Vec<u8>) -> Result<Vec<ArrayRef>, ArrowError> {
+    let lengths = tokens.iter().map(|&t| spec.stored_tokens(t) as usize * spec.width as usize);
+    let offsets = OffsetBuffer::<i64>::from_lengths(lengths);
+    let len = numbers.len() / spec.dtype.bytes();
+    let data = ArrayData::builder(number(spec.dtype)).len(len).add_buffer(Buffer::from(numbers)).align_buffers(true).build()?;
+    let item = Arc::new(Field::new("item", number(spec.dtype), false));
+    let features: ArrayRef = Arc::new(LargeListArray::try_new(item, offsets, make_array(data), None)?);
+    Ok(vec![Arc::new(UInt32Array::from(tokens)), features])
+}
+
+#[derive(Debug)]
+struct Batch {
+    tokens: UInt32Array,
+    /// In numbers, not bytes.
+    offsets: OffsetBuffer<i64>,
+    numbers: Buffer,
+}
+
+/// An open file of features: random access to rows without copying.
+#[derive(Debug)]
+pub struct FeatureReader {
+    file: String,
+    spec: FeatureSpec,
+    index: RowIndex,
+    batches: Vec<Batch>,
+}
+
+impl FeatureReader {
+    /// Opens a file from its bytes, which may be mapped. Rows must have the size that the spec says.
+    pub fn open(file: &str, bytes: Bytes, spec: &FeatureSpec) -> Result<FeatureReader, DataError> {
+        let mut index = RowIndex::default();
+        let mut batches = Vec::new();
+        for batch in ipc::batches(file, bytes, &columns(spec))? {
+            let tokens: UInt32Array = ipc::column(file, &batch, "tokens")?;
+            let features: LargeListArray = ipc::column(file, &batch, "features")?;
+            for (row, (&tokens, range)) in tokens.values().iter().zip(features.offsets().windows(2)).enumerate() {
+                let (expected, found) = (i64::from(spec.stored_tokens(tokens)) * i64::from(spec.width), range[1] - range[0]);
+                if expected != found || tokens == 0 || tokens > spec.max_tokens {
+                    let row = index.rows() + row;
+                    let what = format!("column features: row {row} of {tokens} tokens: expected {expected} numbers, found {found}");
+                    return Err(DataError::Arrow { file: file.to_owned(), what });
+                }
+            }
+            index.push(batch.num_rows());
+            let numbers = features.values().to_data().buffers().first().cloned().unwrap_or_default();
+            batches.push(Batch { tokens, offsets: features.offsets().clone(), numbers });
+        }
+        Ok(FeatureReader { file: file.to_owned(), spec: spec.clone(), index, batches })
+    }
+
+    /// Maps a local file and opens it.
+    pub fn open_path(path: &Path, spec: &FeatureSpec) -> Result<FeatureReader, DataError> {
+        FeatureReader::open(&path.display().to_string(), ipc::map(path)?, spec)
+    }
+
+    /// The encoder.
+    pub fn spec(&self) -> &FeatureSpec {
+        &self.spec
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.index.rows()
+    }
+
+    /// A row's numbers (little-endian, `[positions, width]`) and its caption's own tokens.
+    pub fn row(&self, row: usize) -> Result<(&[u8], u32), DataError> {
+        let missing = || DataError::Row { file: self.file.clone(), row, rows: self.rows() };
+        let (batch, at) = self.index.find(row).ok_or_else(missing)?;
+        let batch = &self.batches[batch];
+        let byte = |i: usize| batch.offsets[i] as usize * self.spec.dtype.bytes();
+        Ok((&batch.numbers[byte(at)..byte(at + 1)], batch.tokens.value(at)))
+    }
+}

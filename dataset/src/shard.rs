@@ -1,0 +1,266 @@
+//! Prepared shards: Arrow IPC files with a row per sample.
+//!
+//! Columns: `key`, `caption` (utf8); with pictures also `width`, `height` (u32, of the original), `crop_x`, `crop_y` (u32, in
+//! pixels of the resized picture) and `image` (binary, JPEG) or `moments` (fixed-size list of f16, `[channels, height, width]`) or both.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow_array::builder::{BinaryBuilder, StringBuilder};
+use arrow_array::{Array, ArrayRef, BinaryArray, FixedSizeListArray, Float16Array, RecordBatch, StringArray, UInt32Array};
+use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
+use bytes::Bytes;
+use half::f16;
+
+use crate::error::DataError;
+use crate::ipc::{self, BATCH_BYTES, BATCH_ROWS, RowIndex, unwritable};
+
+const NUMBERS: [&str; 4] = ["width", "height", "crop_x", "crop_y"];
+
+/// Which columns a shard has beside key and caption.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShardLayout {
+    /// The pictures' sizes and crops.
+    pub pictures: bool,
+    /// Encoded images.
+    pub images: bool,
+    /// VAE moments: numbers a row.
+    pub moments: Option<usize>,
+}
+
+impl ShardLayout {
+    fn columns(&self) -> Vec<(&'static str, DataType)> {
+        let mut columns = vec![("key", DataType::Utf8), ("caption", DataType::Utf8)];
+        if self.pictures {
+            columns.extend(NUMBERS.map(|name| (name, DataType::UInt32)));
+        }
+        if self.images {
+            columns.push(("image", DataType::Binary));
+        }
+        if let Some(len) = self.moments {
+            columns.push(("moments", DataType::FixedSizeList(item(), len as i32)));
+        }
+        columns
+    }
+
+    fn schema(&self) -> SchemaRef {
+        let fields = self.columns().into_iter().map(|(name, kind)| Field::new(name, kind, false));
+        Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+    }
+}
+
+fn item() -> Arc<Field> {
+    Arc::new(Field::new("item", DataType::Float16, false))
+}
+
+/// A row to write.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Row {
+    /// The sample's key.
+    pub key: String,
+    /// Its caption.
+    pub caption: String,
+    /// Width and height of the original, pixels.
+    pub original: (u32, u32),
+    /// Left and top of the crop, in pixels of the resized picture.
+    pub crop: (u32, u32),
+    /// Encoded image; empty where the layout has none.
+    pub image: Vec<u8>,
+    /// VAE moments; empty where the layout has none.
+    pub moments: Vec<f16>,
+}
+
+impl Row {
+    fn bytes(&self) -> u64 {
+        (self.key.len() + self.caption.len() + self.image.len() + 2 * self.moments.len()) as u64
+    }
+}
+
+/// Writes one shard into memory. Equal rows make equal bytes.
+#[derive(Debug)]
+pub struct ShardWriter {
+    layout: ShardLayout,
+    file: ipc::Writer,
+    batch: Vec<Row>,
+    batch_bytes: u64,
+    rows: u64,
+    bytes: u64,
+}
+
+impl ShardWriter {
+    /// An empty shard.
+    pub fn new(layout: ShardLayout) -> Result<ShardWriter, DataError> {
+        Ok(ShardWriter { layout, file: ipc::Writer::new(layout.schema())?, batch: Vec::new(), batch_bytes: 0, rows: 0, bytes: 0 })
+    }
+
+    /// Rows so far.
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// Bytes of the rows so far, without the file's own overhead.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Appends a row. Moments of a wrong length are an error.
+    pub fn push(&mut self, row: Row) -> Result<(), DataError> {
+        let expected = self.layout.moments.unwrap_or(0);
+        if row.moments.len() != expected {
+            let what = format!("moments of {}: expected {expected} numbers, found {}", row.key, row.moments.len());
+            return Err(unwritable(ArrowError::InvalidArgumentError(what)));
+        }
+        if self.batch.len() == BATCH_ROWS || self.batch_bytes + row.bytes() > BATCH_BYTES {
+            self.flush()?;
+        }
+        self.rows += 1;
+        self.bytes += row.bytes();
+        self.batch_bytes += row.bytes();
+        self.batch.push(row);
+        Ok(())
+    }
+
+    /// The file's bytes.
+    pub fn finish(mut self) -> Result<Bytes, DataError> {
+        self.flush()?;
+        self.file.finish()
+    }
+
+    fn flush(&mut self) -> Result<(), DataError> {
+        let rows = std::mem::take(&mut self.batch);
+        self.batch_bytes = 0;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        self.file.write(columns(&self.layout, &rows).map_err(unwritable)?)
+    }
+}
+
+fn columns(layout: &ShardLayout, rows: &[Row]) -> Result<Vec<ArrayRef>, ArrowError> {
+    let text = |of: fn(&Row) -> &str| -> ArrayRef {
+        let mut builder = StringBuilder::new();
+        rows.iter().for_each(|row| builder.append_value(of(row)));
+        Arc::new(builder.finish())
+    };
+    let number = |of: fn(&Row) -> u32| -> ArrayRef { Arc::new(UInt32Array::from_iter_values(rows.iter().map(of))) };
+    let mut columns = vec![text(|row| &row.key), text(|row| &row.caption)];
+    if layout.pictures {
+        columns.extend([number(|r| r.original.0), number(|r| r.original.1), number(|r| r.crop.0), number(|r| r.crop.1)]);
+    }
+    if layout.images {
+        let mut builder = BinaryBuilder::new();
+        rows.iter().for_each(|row| builder.append_value(&row.image));
+        columns.push(Arc::new(builder.finish()));
+    }
+    if let Some(len) = layout.moments {
+        let numbers = Float16Array::from_iter_values(rows.iter().flat_map(|row| row.moments.iter().copied()));
+        columns.push(Arc::new(FixedSizeListArray::try_new(item(), len as i32, Arc::new(numbers), None)?));
+    }
+    Ok(columns)
+}
+
+/// A row of an open shard; everything points into the shard's bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowRef<'a> {
+    /// The sample's key.
+    pub key: &'a str,
+    /// Its caption.
+    pub caption: &'a str,
+    /// Width and height of the original; none if the data set has only captions.
+    pub original: Option<(u32, u32)>,
+    /// Left and top of the crop; none if the data set has only captions.
+    pub crop: Option<(u32, u32)>,
+    /// Encoded image (JPEG), if stored.
+    pub image: Option<&'a [u8]>,
+    /// VAE moments `[channels, height, width]`, if stored.
+    pub moments: Option<&'a [f16]>,
+}
+
+#[derive(Debug)]
+struct Batch {
+    key: StringArray,
+    caption: StringArray,
+    numbers: Option<[UInt32Array; 4]>,
+    image: Option<BinaryArray>,
+    moments: Option<(Float16Array, usize)>,
+}
+
+/// An open shard: random access to rows without copying.
+#[derive(Debug)]
+pub struct ShardReader {
+    file: String,
+    layout: ShardLayout,
+    index: RowIndex,
+    batches: Vec<Batch>,
+}
+
+impl ShardReader {
+    /// Opens a shard from its bytes, which may be mapped. `file` names it in errors; the columns must be those of `layout`.
+    pub fn open(file: &str, bytes: Bytes, layout: ShardLayout) -> Result<ShardReader, DataError> {
+        let mut index = RowIndex::default();
+        let mut batches = Vec::new();
+        for batch in ipc::batches(file, bytes, &layout.columns())? {
+            index.push(batch.num_rows());
+            batches.push(Batch::new(file, &batch, &layout)?);
+        }
+        Ok(ShardReader { file: file.to_owned(), layout, index, batches })
+    }
+
+    /// Maps a local file and opens it.
+    pub fn open_path(path: &Path, layout: ShardLayout) -> Result<ShardReader, DataError> {
+        ShardReader::open(&path.display().to_string(), ipc::map(path)?, layout)
+    }
+
+    /// The columns there are.
+    pub fn layout(&self) -> ShardLayout {
+        self.layout
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.index.rows()
+    }
+
+    /// One row; an error if there is none of that number.
+    pub fn row(&self, row: usize) -> Result<RowRef<'_>, DataError> {
+        let missing = || DataError::Row { file: self.file.clone(), row, rows: self.rows() };
+        let (batch, at) = self.index.find(row).ok_or_else(missing)?;
+        Ok(self.batches[batch].row(at))
+    }
+
+    /// All rows in order.
+    pub fn iter(&self) -> impl Iterator<Item = RowRef<'_>> {
+        self.batches.iter().flat_map(|batch| (0..batch.key.len()).map(|at| batch.row(at)))
+    }
+}
+
+impl Batch {
+    fn new(file: &str, batch: &RecordBatch, layout: &ShardLayout) -> Result<Batch, DataError> {
+        let number = |i: usize| ipc::column::<UInt32Array>(file, batch, NUMBERS[i]);
+        let moments = |len: usize| -> Result<_, DataError> {
+            let list = ipc::column::<FixedSizeListArray>(file, batch, "moments")?;
+            let numbers = list.values().as_any().downcast_ref::<Float16Array>().cloned();
+            let wrong = || DataError::Arrow { file: file.to_owned(), what: "column moments: expected f16".into() };
+            Ok((numbers.ok_or_else(wrong)?, len))
+        };
+        Ok(Batch {
+            key: ipc::column(file, batch, "key")?,
+            caption: ipc::column(file, batch, "caption")?,
+            numbers: if layout.pictures { Some([number(0)?, number(1)?, number(2)?, number(3)?]) } else { None },
+            image: if layout.images { Some(ipc::column(file, batch, "image")?) } else { None },
+            moments: layout.moments.map(moments).transpose()?,
+        })
+    }
+
+    fn row(&self, at: usize) -> RowRef<'_> {
+        let pair = |i: usize| self.numbers.as_ref().map(|n| (n[i].value(at), n[i + 1].value(at)));
+        RowRef {
+            key: self.key.value(at),
+            caption: self.caption.value(at),
+            original: pair(0),
+            crop: pair(2),
+            image: self.image.as_ref().map(|image| image.value(at)),
+            moments: self.moments.as_ref().map(|(numbers, len)| &numbers.values()[at * len..(at + 1) * len]),
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Small tars and pictures made on the spot.
+#![allow(dead_code, unreachable_pub, missing_docs)]
+
+use std::path::Path;
+
+use ella_dataset::{Report, Settings, Source, encode_jpeg};
+use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageFormat, RgbImage, RgbaImage};
+
+/// A smooth picture that differs from seed to seed.
+pub fn rgb(width: u32, height: u32, seed: u32) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| image::Rgb([(x * 3 + seed * 40) as u8, (y * 2) as u8, (x + y + seed) as u8]))
+}
+
+/// As PNG.
+pub fn png(width: u32, height: u32, seed: u32) -> Vec<u8> {
+    let mut out = Vec::new();
+    let encoder = image::codecs::png::PngEncoder::new(&mut out);
+    encoder.write_image(&rgb(width, height, seed), width, height, ExtendedColorType::Rgb8).unwrap();
+    out
+}
+
+/// As lossless WebP.
+pub fn webp(width: u32, height: u32, seed: u32) -> Vec<u8> {
+    let mut out = std::io::Cursor::new(Vec::new());
+    DynamicImage::ImageRgb8(rgb(width, height, seed)).write_to(&mut out, ImageFormat::WebP).unwrap();
+    out.into_inner()
+}
+
+/// A square JPEG.
+pub fn jpeg(side: u32, seed: u32) -> Vec<u8> {
+    encode_jpeg(&rgb(side, side, seed), side, 90).unwrap()
+}
+
+/// A PNG with an alpha channel that is `alpha` everywhere.
+pub fn png_alpha(side: u32, pixel: [u8; 4]) -> Vec<u8> {
+    let mut out = std::io::Cursor::new(Vec::new());
+    let picture = RgbaImage::from_pixel(side, side, image::Rgba(pixel));
+    DynamicImage::ImageRgba8(picture).write_to(&mut out, ImageFormat::Png).unwrap();
+    out.into_inner()
+}
+
+/// A tar with these members.
+pub fn tar_of(members: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (name, bytes) in members {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, *bytes).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+/// A tar of `count` good samples, 40 pixels and more at the short side, numbered from `from`.
+pub fn good_tar(from: u32, count: u32) -> Vec<u8> {
+    let mut members = Vec::new();
+    for i in from..from + count {
+        members.push((format!("{i:06}.jpg"), jpeg(40 + i % 9, i)));
+        members.push((format!("{i:06}.txt"), format!("a picture with the number {i}").into_bytes()));
+    }
+    let members: Vec<_> = members.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+    tar_of(&members)
+}
+
+/// Settings for pictures of 32 pixels and shards of a few rows.
+pub fn small() -> Settings {
+    Settings { shard_bytes: 6000, ..Settings::new(32) }
+}
+
+/// Writes files into a folder and finds them as sources, in the order given.
+pub async fn sources(folder: &Path, files: &[(&str, &[u8])]) -> Vec<Source> {
+    let mut found = Vec::new();
+    for (name, bytes) in files {
+        let path = folder.join(name);
+        std::fs::write(&path, bytes).unwrap();
+        found.extend(Source::find(path.to_str().unwrap()).await.unwrap());
+    }
+    found
+}
+
+/// All files below a folder with their bytes, sorted by name.
+pub fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    fn walk(root: &Path, folder: &Path, out: &mut Vec<(String, Vec<u8>)>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(root, &path, out);
+            } else {
+                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+                out.push((name, std::fs::read(&path).unwrap()));
+            }
+        }
+    }
+    let mut out = Vec::new();
+    walk(folder, folder, &mut out);
+    out.sort();
+    out
+}
+
+/// Keys refused, as `reason: key key`.
+pub fn refused(report: &Report) -> Vec<String> {
+    report.refused.iter().map(|(why, keys)| format!("{why}: {}", keys.join(" "))).collect()
+}
