@@ -1,0 +1,19 @@
+//! The built-in data set: rendered scenes whose truth is known.
+//!
+//! [`scene`] draws a scene by lot, [`Scene::render`] shows it, [`Scene::dense_caption`] tells it, [`Scene::truth`] says
+//! what is in it, and [`write()`] makes WebDataset tars of any number of them. All is a pure function of the seed and
+//! the scene's index: the same seed gives the same bytes, whatever the machine and its number of cores.
+
+mod caption;
+mod render;
+mod truth;
+mod world;
+mod write;
+
+pub use world::{Backdrop, Background, Color, Direction, Object, Place, Relation, Scene, Shape, Size, Texture};
+pub use write::{MAX_OBJECTS, ScenesConfig, ScenesError, ScenesReport, write};
+
+/// Scene `index` of the data set of `seed`, with 1 to 6 objects.
+pub fn scene(seed: u64, index: u64) -> Scene {
+    Scene::draw(seed, index, &(1..=MAX_OBJECTS))
+}
