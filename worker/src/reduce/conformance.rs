@@ -1,0 +1,331 @@
+//! What every engine must do, tried on every engine that can run here.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{AbortHandle, Collective, CollectiveError, InProcess, Listener, Membership, Result, Solo, Tcp};
+
+/// Longer than anything here takes, on any machine.
+pub(super) const LONG: Duration = Duration::from_secs(60);
+/// A timeout that is meant to pass.
+const SHORT: Duration = Duration::from_millis(200);
+
+type Rank = Box<dyn Collective>;
+type Engine = fn(u32) -> Vec<Rank>;
+
+const ENGINES: [(&str, Engine); 2] = [("tcp", tcp), ("in process", in_process)];
+
+fn in_process(world: u32) -> Vec<Rank> {
+    InProcess::group(world).into_iter().map(|rank| Box::new(rank) as Rank).collect()
+}
+
+fn tcp(world: u32) -> Vec<Rank> {
+    let ring = tcp_ring(world).into_iter();
+    ring.map(|rank| Box::new(rank) as Rank).collect()
+}
+
+/// A ring of TCP connections over the loopback interface.
+fn tcp_ring(world: u32) -> Vec<Tcp> {
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let listeners: Vec<_> = (0..world).map(|_| Listener::bind(any).expect("a port")).collect();
+    let peers: Vec<_> = listeners.iter().map(Listener::address).collect();
+    thread::scope(|scope| {
+        let peers = &peers;
+        let connect = |(rank, listener)| {
+            let membership = Membership { rank, peers, session: [1; 16], generation: 1 };
+            Tcp::connect(listener, &membership, LONG).expect("all are there")
+        };
+        let started: Vec<_> = (0..).zip(listeners).map(|rank| scope.spawn(move || connect(rank))).collect();
+        started.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    })
+}
+
+/// Runs `work` on every rank at once; each rank is dropped when its work is done. The results are in rank order.
+fn on_all<R: Send>(ranks: Vec<Rank>, work: impl Fn(&mut dyn Collective) -> R + Sync) -> Vec<R> {
+    thread::scope(|scope| {
+        let work = &work;
+        let started: Vec<_> = ranks.into_iter().map(|mut rank| scope.spawn(move || work(rank.as_mut()))).collect();
+        started.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    })
+}
+
+/// Every engine with every small world.
+fn everywhere(test: impl Fn(&str, u32, Vec<Rank>)) {
+    test("solo", 1, vec![Box::new(Solo::default())]);
+    for (name, engine) in ENGINES {
+        for world in 1..=5 {
+            test(&format!("{name}, world {world}"), world, engine(world));
+        }
+    }
+}
+
+/// Numbers that depend on a seed alone (splitmix64).
+fn random(seed: u64) -> impl Iterator<Item = u64> {
+    (1_u64..).map(move |i| {
+        let mut z = seed.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    })
+}
+
+fn integers(rank: u32, n: usize) -> Vec<i64> {
+    random(u64::from(rank) * 7919 + n as u64).take(n).map(|x| x as i64).collect()
+}
+
+fn floats(rank: u32, n: usize) -> Vec<f32> {
+    integers(rank, n).into_iter().map(|x| x as f32 / i64::MAX as f32).collect()
+}
+
+const LENGTHS: [usize; 8] = [0, 1, 2, 3, 7, 1001, 65_537, 1_000_000];
+
+#[test]
+fn sums_of_integers_equal_the_serial_sum() {
+    everywhere(|name, world, ranks| {
+        let sums = on_all(ranks, |rank| {
+            LENGTHS.map(|n| {
+                let mut data = integers(rank.rank(), n);
+                rank.sum_i64(&mut data).expect(name);
+                data
+            })
+        });
+        for (which, n) in LENGTHS.into_iter().enumerate() {
+            let mut serial = vec![0_i64; n];
+            for rank in 0..world {
+                serial.iter_mut().zip(integers(rank, n)).for_each(|(sum, x)| *sum = sum.wrapping_add(x));
+            }
+            assert!(sums.iter().all(|sum| sum[which] == serial), "{name}, {n} elements");
+        }
+    });
+}
+
+#[test]
+fn sums_of_floats_are_close_to_the_serial_sum_with_equal_bits_on_all_ranks() {
+    everywhere(|name, world, ranks| {
+        let sums = on_all(ranks, |rank| {
+            LENGTHS.map(|n| {
+                let mut data = floats(rank.rank(), n);
+                rank.sum_f32(&mut data).expect(name);
+                data
+            })
+        });
+        for (which, n) in LENGTHS.into_iter().enumerate() {
+            let mut serial = vec![0_f64; n];
+            for rank in 0..world {
+                serial.iter_mut().zip(floats(rank, n)).for_each(|(sum, x)| *sum += f64::from(x));
+            }
+            let first: Vec<_> = sums[0][which].iter().map(|x| x.to_bits()).collect();
+            assert!(sums.iter().all(|sum| sum[which].iter().map(|x| x.to_bits()).eq(first.iter().copied())), "{name}, {n} elements");
+            let close = |(x, exact): (&f32, &f64)| (f64::from(*x) - exact).abs() < 1e-6;
+            assert!(sums[0][which].iter().zip(&serial).all(close), "{name}, {n} elements");
+        }
+    });
+}
+
+#[test]
+fn broadcasts_reach_all_ranks_from_every_root() {
+    everywhere(|name, world, ranks| {
+        let copies = on_all(ranks, |rank| {
+            let mut seen = Vec::new();
+            for root in 0..world {
+                for n in [0, 1, 1000, 700_001] {
+                    let mut data = vec![rank.rank() as u8 + 1; n];
+                    rank.broadcast(root, &mut data).expect(name);
+                    seen.push(data.iter().all(|byte| *byte == root as u8 + 1));
+                }
+            }
+            let outside = rank.broadcast(world, &mut [0]);
+            assert!(matches!(outside, Err(CollectiveError::Rank { .. })), "{name}");
+            rank.barrier().expect("a root outside the world is refused before anything is sent");
+            seen
+        });
+        assert!(copies.into_iter().flatten().all(|right| right), "{name}");
+    });
+}
+
+#[test]
+fn a_hundred_mixed_operations_in_a_row_stay_in_step() {
+    everywhere(|name, world, ranks| {
+        on_all(ranks, |rank| {
+            for (round, draw) in (0..100).zip(random(5)) {
+                let n = (draw % 300) as usize;
+                match draw % 4 {
+                    0 => rank.barrier().expect(name),
+                    1 => {
+                        let mut data = vec![f32::from(u8::try_from(round).unwrap_or(0)); n];
+                        rank.sum_f32(&mut data).expect(name);
+                        assert!(data.iter().all(|x| *x == round as f32 * world as f32), "{name}, round {round}");
+                    }
+                    _ => {
+                        let mut data = vec![i64::from(rank.rank()) + round; n];
+                        rank.sum_i64(&mut data).expect(name);
+                        let expected = i64::from(world) * round + i64::from(world * (world - 1) / 2);
+                        assert!(data.iter().all(|x| *x == expected), "{name}, round {round}");
+                    }
+                }
+            }
+        });
+    });
+}
+
+#[test]
+fn a_barrier_lets_nobody_through_before_the_last() {
+    everywhere(|name, world, ranks| {
+        let arrived = std::sync::atomic::AtomicU32::new(0);
+        on_all(ranks, |rank| {
+            for round in 1..=20 {
+                arrived.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                rank.barrier().expect(name);
+                assert!(arrived.load(std::sync::atomic::Ordering::SeqCst) >= round * world, "{name}");
+            }
+        });
+    });
+}
+
+/// What a rank is told when it fails for the second time.
+fn assert_broken(name: &str, rank: &mut dyn Collective) {
+    let again = rank.barrier();
+    assert!(matches!(again, Err(CollectiveError::Broken { .. } | CollectiveError::Aborted)), "{name}: {again:?}");
+}
+
+#[test]
+fn a_rank_that_leaves_is_lost_to_the_others_at_once() {
+    for (name, engine) in ENGINES {
+        for world in 2..=4 {
+            let began = Instant::now();
+            on_all(engine(world), |rank| {
+                rank.set_timeout(LONG);
+                rank.barrier().expect(name);
+                if rank.rank() == 1 {
+                    return;
+                }
+                // Too much for the buffers in between, so that nobody can be done before the loss shows.
+                let result = rank.sum_f32(&mut vec![1.0; 8 << 20]);
+                match result {
+                    // In a ring, those that are not its neighbours lose a neighbour that left over it.
+                    Err(CollectiveError::PeerLost { rank: lost, .. }) => assert!(world > 2 || lost == 1, "{name}: lost {lost}"),
+                    other => panic!("{name}, world {world}: expected a lost peer, found {other:?}"),
+                }
+                assert_broken(name, rank);
+            });
+            assert!(began.elapsed() < LONG / 2, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_take_part_is_named_when_the_time_is_over() {
+    for (name, engine) in ENGINES {
+        let (done, wait) = mpsc::channel::<()>();
+        let wait = std::sync::Mutex::new(wait);
+        on_all(engine(2), |rank| {
+            if rank.rank() == 1 {
+                // Stays connected and silent until the other has given up.
+                let gave_up = wait.lock().expect("one user").recv_timeout(LONG);
+                return gave_up.expect("rank 0 gives up");
+            }
+            rank.set_timeout(SHORT);
+            let result = rank.sum_i64(&mut [1; 100]);
+            match result {
+                Err(CollectiveError::Timeout { rank: 0, waiting_for: 1, op, elapsed }) => {
+                    assert!(elapsed >= SHORT && op.elements == 100, "{name}: {op} after {elapsed:?}");
+                }
+                other => panic!("{name}: expected a timeout, found {other:?}"),
+            }
+            assert_broken(name, rank);
+            done.send(()).expect("rank 1 waits");
+        });
+    }
+}
+
+#[test]
+fn ranks_that_ask_for_different_things_are_told_both() {
+    type Ask = fn(&mut dyn Collective) -> Result<()>;
+    let asks: [(Ask, Ask); 5] = [
+        (|rank| rank.sum_i64(&mut [1; 10]), |rank| rank.sum_i64(&mut [1; 11])),
+        (|rank| rank.sum_i64(&mut [1; 10]), |rank| rank.sum_f32(&mut [1.0; 10])),
+        (|rank| rank.sum_f32(&mut [1.0; 0]), |rank| rank.barrier()),
+        (|rank| rank.broadcast(0, &mut [1; 10]), |rank| rank.broadcast(1, &mut [1; 10])),
+        (|rank| rank.sum_f32(&mut vec![1.0; 4 << 20]), |rank| rank.sum_f32(&mut vec![1.0; (4 << 20) + 1])),
+    ];
+    for (name, engine) in ENGINES {
+        for (one, other) in asks {
+            let results = on_all(engine(2), |rank| {
+                let result = if rank.rank() == 0 { one(rank) } else { other(rank) };
+                assert_broken(name, rank);
+                result
+            });
+            for (rank, result) in results.into_iter().enumerate() {
+                match result {
+                    Err(CollectiveError::Mismatch { rank: me, peer, ours, theirs }) => {
+                        assert_eq!((me as usize, peer as usize), (rank, 1 - rank), "{name}");
+                        assert_ne!(ours, theirs);
+                    }
+                    other => panic!("{name}, rank {rank}: expected a mismatch, found {other:?}"),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn one_rank_out_of_step_in_a_larger_world_corrupts_nothing() {
+    for (name, engine) in ENGINES {
+        let results = on_all(engine(4), |rank| {
+            rank.barrier().expect(name);
+            if rank.rank() == 2 { rank.sum_i64(&mut [1; 5]) } else { rank.sum_i64(&mut [1; 6]) }
+        });
+        assert!(results.iter().all(Result::is_err), "{name}: {results:?}");
+        assert!(results.iter().any(|result| matches!(result, Err(CollectiveError::Mismatch { .. }))), "{name}: {results:?}");
+    }
+}
+
+#[test]
+fn an_abort_ends_a_blocked_call_at_once_and_later_ones_too() {
+    for (name, engine) in ENGINES {
+        let (handles, aborter) = mpsc::channel::<AbortHandle>();
+        let (done, wait) = mpsc::channel::<()>();
+        let wait = std::sync::Mutex::new(wait);
+        let aborter = thread::spawn(move || aborter.recv_timeout(LONG).expect("rank 0 sends it").abort());
+        let began = Instant::now();
+        on_all(engine(3), |rank| {
+            rank.set_timeout(LONG);
+            rank.barrier().expect(name);
+            if rank.rank() == 1 {
+                let ended = wait.lock().expect("one user").recv_timeout(LONG);
+                return ended.expect("rank 0 ends");
+            }
+            if rank.rank() == 0 {
+                handles.send(rank.abort_handle()).expect("the aborter waits");
+            }
+            let result = rank.sum_f32(&mut vec![1.0; 8 << 20]);
+            if rank.rank() == 0 {
+                assert!(matches!(result, Err(CollectiveError::Aborted)), "{name}: {result:?}");
+                assert_broken(name, rank);
+                rank.abort_handle().abort().expect("harmless when repeated");
+                done.send(()).expect("rank 1 waits");
+            } else {
+                // Its predecessor holds still; it ends because the aborted rank leaves.
+                assert!(matches!(result, Err(CollectiveError::PeerLost { .. })), "{name}: {result:?}");
+            }
+        });
+        aborter.join().expect("no panic").expect("aborted");
+        assert!(began.elapsed() < LONG / 2, "{name}");
+    }
+    let mut solo = Solo::default();
+    solo.abort_handle().abort().expect("aborted");
+    assert!(matches!(solo.barrier(), Err(CollectiveError::Aborted)));
+}
+
+#[test]
+fn one_that_was_aborted_before_it_began_does_not_begin() {
+    for (name, engine) in ENGINES {
+        on_all(engine(2), |rank| {
+            rank.abort_handle().abort().expect("aborted");
+            let result = rank.sum_i64(&mut [1]);
+            assert!(matches!(result, Err(CollectiveError::Aborted)), "{name}: {result:?}");
+        });
+    }
+}

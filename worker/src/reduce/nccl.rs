@@ -1,0 +1,209 @@
+//! Sums of tensors in GPU memory, by NCCL; everything in host memory goes through another engine.
+
+use std::time::{Duration, Instant};
+
+use nccl_rs::cuda::{Device, Driver, Stream};
+use nccl_rs::{Buffer, Communicator, Dtype, Library, UniqueId};
+use tch::{Kind, Tensor};
+
+use super::{AbortHandle, Collective, CollectiveError, DEFAULT_TIMEOUT, Result, tensor};
+
+/// How long NCCL may take to abort. After that only the end of the process helps.
+const ABORT: Duration = Duration::from_secs(10);
+
+/// An engine for host memory, joined by NCCL for tensors on this rank's GPU.
+///
+/// Tensors are reduced in the order of torch's default stream: what was put there before is summed, and what comes there later sees the sum.
+#[derive(Debug)]
+pub struct Nccl {
+    host: Box<dyn Collective>,
+    communicator: Communicator,
+    device: Device,
+    ordinal: u32,
+    timeout: Duration,
+}
+
+impl Nccl {
+    /// Joins the ranks of `host` by NCCL, this one with the GPU `ordinal`. `host` is of no more use when this fails, and its peers find that out.
+    ///
+    /// # Errors
+    /// [`CollectiveError::SharedGpu`] when two ranks are on one GPU; [`CollectiveError::Nccl`]; what `host` reports.
+    pub fn connect(mut host: Box<dyn Collective>, library: &Library, ordinal: u32, timeout: Duration) -> Result<Self> {
+        let device = Driver::load()?.device(ordinal)?;
+        device.make_current()?;
+        refuse_shared_gpus(host.as_mut(), device.uuid())?;
+        let id = agree_on_id(host.as_mut(), || library.unique_id())?;
+        let communicator = Communicator::init(library, &id, (host.rank(), host.world()), timeout)?;
+        Ok(Self { host, communicator, device, ordinal, timeout: DEFAULT_TIMEOUT })
+    }
+
+    /// Runs one collective on the memory of `tensor` and waits for it. Whatever goes wrong, nothing is left running on that memory.
+    fn on_device(&self, tensor: &Tensor, dtype: Dtype) -> Result<()> {
+        let deadline = Instant::now() + self.timeout;
+        let buffer = Buffer { ptr: tensor.data_ptr(), count: tensor.numel(), dtype };
+        let run = || -> std::result::Result<(), nccl_rs::Error> {
+            self.device.make_current()?;
+            // SAFETY: the tensor is contiguous, of this type, and on the communicator's GPU (the caller checked); it is borrowed until this function
+            // returns, which is after the event or after the abort; torch's own work on it is in the order of the same stream.
+            unsafe { self.communicator.all_reduce(buffer, Stream::DEFAULT, deadline) }?;
+            self.communicator.wait(&self.device.record(Stream::DEFAULT)?, deadline)
+        };
+        run().map_err(|error| match self.communicator.abort_handle().abort(ABORT) {
+            // NCCL's abort came back and the failure was an abort: that is what happened.
+            Ok(()) if matches!(error, nccl_rs::Error::Aborted { .. }) => CollectiveError::Aborted,
+            Ok(()) => error.into(),
+            Err(hung) => hung.into(),
+        })
+    }
+}
+
+impl Collective for Nccl {
+    fn rank(&self) -> u32 {
+        self.host.rank()
+    }
+
+    fn world(&self) -> u32 {
+        self.host.world()
+    }
+
+    fn sum_i64(&mut self, data: &mut [i64]) -> Result<()> {
+        self.host.sum_i64(data)
+    }
+
+    fn sum_f32(&mut self, data: &mut [f32]) -> Result<()> {
+        self.host.sum_f32(data)
+    }
+
+    fn broadcast(&mut self, root: u32, data: &mut [u8]) -> Result<()> {
+        self.host.broadcast(root, data)
+    }
+
+    fn barrier(&mut self) -> Result<()> {
+        self.host.barrier()
+    }
+
+    fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+        self.host.set_timeout(timeout);
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        let (host, communicator) = (self.host.abort_handle(), self.communicator.abort_handle());
+        AbortHandle::new(move || {
+            host.abort()?;
+            Ok(communicator.abort(ABORT)?)
+        })
+    }
+
+    fn sum_tensor(&mut self, tensor: &mut Tensor) -> Result<()> {
+        let tch::Device::Cuda(found) = tensor.device() else { return self.host.sum_tensor(tensor) };
+        tensor::check_sum(tensor)?;
+        if found != self.ordinal as usize {
+            let found = format!("GPU {found}, where this rank has GPU {}", self.ordinal);
+            return Err(tensor::refused(tensor, "a tensor on this rank's GPU", found));
+        }
+        let dtype = if tensor.f_kind()? == Kind::Int64 { Dtype::I64 } else { Dtype::F32 };
+        self.on_device(tensor, dtype)
+    }
+}
+
+/// Rank 0 makes the identifier, the others get it from there.
+fn agree_on_id<E>(host: &mut dyn Collective, make: impl FnOnce() -> std::result::Result<UniqueId, E>) -> Result<UniqueId>
+where
+    CollectiveError: From<E>,
+{
+    let mut id = [0; 128];
+    if host.rank() == 0 {
+        id = make()?.0;
+    }
+    host.broadcast(0, &mut id)?;
+    Ok(UniqueId(id))
+}
+
+/// Compares the GPUs of all ranks: each puts its own into its place of a sum.
+fn refuse_shared_gpus(host: &mut dyn Collective, uuid: [u8; 16]) -> Result<()> {
+    let mut all = vec![0_i64; 2 * host.world() as usize];
+    let (halves, _) = uuid.as_chunks::<8>();
+    let mine = 2 * host.rank() as usize;
+    all[mine..mine + 2].copy_from_slice(&[0, 1].map(|i| i64::from_le_bytes(halves[i])));
+    host.sum_i64(&mut all)?;
+    let (all, _) = all.as_chunks::<2>();
+    for (second, gpu) in all.iter().enumerate() {
+        if let Some(first) = all[..second].iter().position(|earlier| earlier == gpu) {
+            let uuid = gpu.iter().flat_map(|half| half.to_le_bytes()).map(|byte| format!("{byte:02x}")).collect();
+            return Err(CollectiveError::SharedGpu { first: first as u32, second: second as u32, uuid });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reduce::{InProcess, Solo};
+
+    fn on_all<R: Send>(world: u32, work: impl Fn(&mut InProcess) -> R + Sync) -> Vec<R> {
+        std::thread::scope(|scope| {
+            let work = &work;
+            let started: Vec<_> = InProcess::group(world).into_iter().map(|mut rank| scope.spawn(move || work(&mut rank))).collect();
+            started.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        })
+    }
+
+    #[test]
+    fn two_ranks_on_one_gpu_are_refused_by_name_on_all_ranks() {
+        let gpus = [[1; 16], [2; 16], [3; 16], [2; 16]];
+        for result in on_all(4, |rank| {
+            let gpu = gpus[rank.rank() as usize];
+            refuse_shared_gpus(rank, gpu)
+        }) {
+            match result {
+                Err(CollectiveError::SharedGpu { first: 1, second: 3, uuid }) => assert_eq!(uuid, "02".repeat(16)),
+                other => panic!("expected ranks 1 and 3, found {other:?}"),
+            }
+        }
+        for result in on_all(4, |rank| {
+            let gpu = [rank.rank() as u8; 16];
+            refuse_shared_gpus(rank, gpu)
+        }) {
+            result.expect("all differ");
+        }
+    }
+
+    #[test]
+    fn all_ranks_get_the_identifier_that_rank_0_made() {
+        for id in on_all(3, |rank| agree_on_id::<CollectiveError>(rank, || Ok(UniqueId([9; 128])))) {
+            assert_eq!(id.expect("all take part"), UniqueId([9; 128]));
+        }
+    }
+
+    #[test]
+    fn a_rank_0_that_cannot_make_one_fails_the_others_at_once() {
+        let absent = || nccl_rs::Error::Aborted { call: "ncclGetUniqueId" };
+        let results = std::thread::scope(|scope| {
+            let started: Vec<_> = InProcess::group(2)
+                .into_iter()
+                .map(|mut rank| scope.spawn(move || agree_on_id(&mut rank, || Err::<UniqueId, _>(absent()))))
+                .collect();
+            started.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
+        });
+        assert!(matches!(results[0], Err(CollectiveError::Nccl(_))), "{results:?}");
+        assert!(matches!(results[1], Err(CollectiveError::PeerLost { rank: 0, .. })), "{results:?}");
+    }
+
+    #[test]
+    fn sums_on_a_gpu_where_there_is_one() {
+        let library = match Library::load(&[]) {
+            Ok(library) if tch::Cuda::is_available() => library,
+            Ok(_) => return eprintln!("skipped: no GPU"),
+            Err(error) => return eprintln!("skipped: {error}"),
+        };
+        let mut ranks = Nccl::connect(Box::new(Solo::default()), &library, 0, Duration::from_secs(60)).expect("one rank, one GPU");
+        let mut tensor = Tensor::arange(1000, (Kind::Float, tch::Device::Cuda(0)));
+        let expected = tensor.copy();
+        ranks.sum_tensor(&mut tensor).expect("a world of one");
+        assert_eq!(tensor, expected);
+        ranks.abort_handle().abort().expect("aborted");
+        assert!(matches!(ranks.sum_tensor(&mut tensor), Err(CollectiveError::Aborted)));
+    }
+}

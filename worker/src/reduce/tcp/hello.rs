@@ -1,0 +1,202 @@
+//! What goes over a connection besides data: the greeting, once, and a header before each operation's data.
+
+use crate::reduce::{Op, OpKind};
+
+/// Tells this protocol, and this machine's byte order, from anything else: it is sent in native order.
+const MAGIC: u64 = 0x656c_6c61_7269_6e67;
+/// Raised when frames change.
+const VERSION: u32 = 1;
+
+/// The greeting of both sides: the caller's, and the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Hello {
+    pub(super) session: [u8; 16],
+    pub(super) generation: u64,
+    pub(super) world: u32,
+    /// The sender.
+    pub(super) from: u32,
+    /// Who the sender thinks it talks to.
+    pub(super) to: u32,
+    /// In an answer, why the caller is refused, if it is.
+    pub(super) verdict: Option<Refusal>,
+}
+
+/// Why a caller is sent away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// Not this protocol at all. Never sent: such a caller gets no answer.
+    Garbage,
+    /// Another version of this protocol.
+    Version,
+    /// Another run.
+    Session,
+    /// Another generation of this run.
+    Generation,
+    /// Not the rank that is awaited here.
+    Rank,
+}
+
+impl Refusal {
+    const ALL: [Self; 5] = [Self::Garbage, Self::Version, Self::Session, Self::Generation, Self::Rank];
+
+    pub(super) fn reason(self) -> &'static str {
+        match self {
+            Self::Garbage => "not the ella-reduce protocol",
+            Self::Version => "another protocol version",
+            Self::Session => "another run",
+            Self::Generation => "another generation",
+            Self::Rank => "an unexpected rank or world size",
+        }
+    }
+}
+
+impl Hello {
+    pub(super) const LEN: usize = 52;
+
+    pub(super) fn encode(&self) -> [u8; Self::LEN] {
+        let mut out = [0; Self::LEN];
+        out[..8].copy_from_slice(&MAGIC.to_ne_bytes());
+        out[8..12].copy_from_slice(&VERSION.to_ne_bytes());
+        out[12..28].copy_from_slice(&self.session);
+        out[28..36].copy_from_slice(&self.generation.to_ne_bytes());
+        let verdict = self.verdict.map_or(0, |refusal| 1 + refusal as u32);
+        for (place, field) in out[36..].chunks_exact_mut(4).zip([self.world, self.from, self.to, verdict]) {
+            place.copy_from_slice(&field.to_ne_bytes());
+        }
+        out
+    }
+
+    pub(super) fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, Refusal> {
+        let mut fields = Fields(bytes);
+        if u64::from_ne_bytes(fields.take()) != MAGIC {
+            return Err(Refusal::Garbage);
+        }
+        if u32::from_ne_bytes(fields.take()) != VERSION {
+            return Err(Refusal::Version);
+        }
+        let (session, generation) = (fields.take(), u64::from_ne_bytes(fields.take()));
+        let [world, from, to, verdict] = [0; 4].map(|_| u32::from_ne_bytes(fields.take()));
+        let verdict = match verdict {
+            0 => None,
+            code => Some(*Refusal::ALL.get(code as usize - 1).ok_or(Refusal::Garbage)?),
+        };
+        Ok(Self { session, generation, world, from, to, verdict })
+    }
+
+    /// Whether `other`, sent to this rank, comes from the rank `awaited` of the same generation of the same run.
+    pub(super) fn judge(&self, other: &Self, awaited: u32) -> Result<(), Refusal> {
+        if other.session != self.session {
+            Err(Refusal::Session)
+        } else if other.generation != self.generation {
+            Err(Refusal::Generation)
+        } else if (other.world, other.from, other.to) != (self.world, awaited, self.from) {
+            Err(Refusal::Rank)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// The length of an operation's header.
+pub(super) const HEADER: usize = 32;
+
+/// The header of an operation: what the sender is doing.
+pub(super) fn encode_op(op: &Op) -> [u8; HEADER] {
+    let (kind, root) = match op.kind {
+        OpKind::SumI64 => (0, 0),
+        OpKind::SumF32 => (1, 0),
+        OpKind::Broadcast { root } => (2, root),
+        OpKind::Barrier => (3, 0),
+    };
+    let mut out = [0; HEADER];
+    out[..8].copy_from_slice(&MAGIC.to_ne_bytes());
+    out[8..16].copy_from_slice(&op.sequence.to_ne_bytes());
+    out[16..24].copy_from_slice(&op.elements.to_ne_bytes());
+    out[24..28].copy_from_slice(&u32::to_ne_bytes(kind));
+    out[28..].copy_from_slice(&root.to_ne_bytes());
+    out
+}
+
+/// Reads a header; none when it is not one.
+pub(super) fn decode_op(bytes: &[u8; HEADER]) -> Option<Op> {
+    let mut fields = Fields(bytes);
+    let [magic, sequence, elements] = [0; 3].map(|_| u64::from_ne_bytes(fields.take()));
+    let [kind, root] = [0; 2].map(|_| u32::from_ne_bytes(fields.take()));
+    let kind = match kind {
+        0 => OpKind::SumI64,
+        1 => OpKind::SumF32,
+        2 => OpKind::Broadcast { root },
+        3 => OpKind::Barrier,
+        _ => return None,
+    };
+    (magic == MAGIC).then_some(Op { sequence, kind, elements })
+}
+
+/// Reads fields one after another from a buffer that holds them all.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let mut field = [0; N];
+        let (head, rest) = self.0.split_at(N.min(self.0.len()));
+        field[..head.len()].copy_from_slice(head);
+        self.0 = rest;
+        field
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HELLO: Hello = Hello { session: [7; 16], generation: 3, world: 4, from: 1, to: 2, verdict: None };
+
+    #[test]
+    fn greetings_come_back_as_they_were_sent() {
+        let verdicts = Refusal::ALL.map(Some).into_iter().chain([None]);
+        for hello in verdicts.map(|verdict| Hello { verdict, ..HELLO }) {
+            assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
+        }
+    }
+
+    #[test]
+    fn what_is_no_greeting_is_refused_whatever_byte_differs() {
+        let good = HELLO.encode();
+        for (at, refusal) in
+            [(0, Refusal::Garbage), (7, Refusal::Garbage), (8, Refusal::Version), (11, Refusal::Version), (51, Refusal::Garbage)]
+        {
+            let mut bad = good;
+            bad[at] ^= 0xff;
+            assert_eq!(Hello::decode(&bad), Err(refusal), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn only_the_awaited_rank_of_this_generation_is_let_in() {
+        let me = Hello { from: 2, to: 3, ..HELLO };
+        assert_eq!(me.judge(&HELLO, 1), Ok(()));
+        let cases = [
+            (Hello { session: [8; 16], ..HELLO }, Refusal::Session),
+            (Hello { generation: 2, ..HELLO }, Refusal::Generation),
+            (Hello { generation: 4, ..HELLO }, Refusal::Generation),
+            (Hello { world: 5, ..HELLO }, Refusal::Rank),
+            (Hello { from: 0, ..HELLO }, Refusal::Rank),
+            (Hello { to: 3, ..HELLO }, Refusal::Rank),
+        ];
+        for (other, refusal) in cases {
+            assert_eq!(me.judge(&other, 1), Err(refusal), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn headers_come_back_as_they_were_sent_and_others_do_not() {
+        for kind in [OpKind::SumI64, OpKind::SumF32, OpKind::Broadcast { root: 3 }, OpKind::Barrier] {
+            let op = Op { sequence: 12, kind, elements: 1 << 40 };
+            let mut bytes = encode_op(&op);
+            assert_eq!(decode_op(&bytes), Some(op));
+            bytes[24] ^= 0x80;
+            assert_eq!(decode_op(&bytes), None);
+        }
+        assert_eq!(decode_op(&[0; HEADER]), None);
+    }
+}

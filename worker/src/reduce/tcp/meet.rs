@@ -1,0 +1,353 @@
+//! Closing the ring: every rank calls the next one and lets in the one before, and nobody else.
+//!
+//! One loop does both, without blocking anywhere: a caller that says nothing, or the wrong thing, delays nobody.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, sockopt};
+
+use super::Listener;
+use super::hello::{Hello, Refusal};
+use super::ring::{Links, poll_for, transient};
+use crate::reduce::{CollectiveError, Result};
+
+/// The first pause before the next rank is called again; it doubles up to the second.
+const RETRY: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(500)];
+/// How long a called rank may take to answer before it is called afresh.
+const ANSWER: Duration = Duration::from_secs(5);
+/// So many callers may be silent at once; a further one takes the oldest one's place.
+const SILENT: usize = 32;
+
+/// Who meets.
+#[derive(Clone, Copy, Debug)]
+pub struct Membership<'a> {
+    /// This rank.
+    pub rank: u32,
+    /// The listeners of all ranks, in rank order; as many as the world has ranks.
+    pub peers: &'a [SocketAddr],
+    /// The run. Whoever does not know it is a stranger.
+    pub session: [u8; 16],
+    /// The generation. Messages of others are refused (TERM).
+    pub generation: u64,
+}
+
+impl Membership<'_> {
+    /// The number of ranks.
+    pub fn world(&self) -> u32 {
+        u32::try_from(self.peers.len()).unwrap_or(u32::MAX)
+    }
+
+    fn next(&self) -> u32 {
+        (self.rank + 1) % self.world()
+    }
+
+    fn prev(&self) -> u32 {
+        (self.rank + self.world() - 1) % self.world()
+    }
+
+    fn hello(&self, to: u32, verdict: Option<Refusal>) -> Hello {
+        Hello { session: self.session, generation: self.generation, world: self.world(), from: self.rank, to, verdict }
+    }
+}
+
+/// Callers that were sent away, by reason.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Refusals {
+    /// Spoke another protocol.
+    pub garbage: u64,
+    /// Spoke another version of this one.
+    pub version: u64,
+    /// Belonged to another run.
+    pub session: u64,
+    /// Belonged to another generation.
+    pub generation: u64,
+    /// Were not the rank that was awaited.
+    pub rank: u64,
+    /// Said nothing, or not enough.
+    pub silent: u64,
+}
+
+impl Refusals {
+    fn count(&mut self, refusal: Refusal) {
+        let counter = match refusal {
+            Refusal::Garbage => &mut self.garbage,
+            Refusal::Version => &mut self.version,
+            Refusal::Session => &mut self.session,
+            Refusal::Generation => &mut self.generation,
+            Refusal::Rank => &mut self.rank,
+        };
+        *counter += 1;
+    }
+}
+
+impl fmt::Display for Refusals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { garbage, version, session, generation, rank, silent } = self;
+        write!(
+            f,
+            "{garbage} of another protocol, {version} of another version, {session} of another run, {generation} of another generation, \
+             {rank} of another rank, {silent} silent"
+        )
+    }
+}
+
+/// Meets the neighbours, or fails within `timeout`.
+pub(super) fn meet(listener: &Listener, who: &Membership<'_>, timeout: Duration) -> Result<(Links, Refusals)> {
+    let now = Instant::now();
+    let mut meeting = Meeting {
+        listener,
+        who,
+        began: now,
+        timeout,
+        call: Call::Pause { until: now },
+        pause: RETRY[0],
+        tried: "not called yet".into(),
+        callers: Vec::new(),
+        prev: None,
+        refused: Refusals::default(),
+    };
+    meeting.run()
+}
+
+/// The call to the next rank.
+enum Call {
+    /// Waiting to call again.
+    Pause { until: Instant },
+    /// Waiting for the connection.
+    Ringing { stream: TcpStream, until: Instant },
+    /// Waiting for the answer to the greeting.
+    Greeted { caller: Greeting, until: Instant },
+    /// Answered, by the right one.
+    Through(TcpStream),
+}
+
+/// A connection on which a greeting is arriving.
+struct Greeting {
+    stream: TcpStream,
+    bytes: [u8; Hello::LEN],
+    received: usize,
+}
+
+impl Greeting {
+    fn new(stream: TcpStream) -> Self {
+        Self { stream, bytes: [0; Hello::LEN], received: 0 }
+    }
+
+    /// The greeting, once all of it has come.
+    fn read(&mut self) -> io::Result<Option<std::result::Result<Hello, Refusal>>> {
+        while self.received < Hello::LEN {
+            match self.stream.read(&mut self.bytes[self.received..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => self.received += n,
+                Err(error) if transient(&error) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Some(Hello::decode(&self.bytes)))
+    }
+}
+
+struct Meeting<'a> {
+    listener: &'a Listener,
+    who: &'a Membership<'a>,
+    began: Instant,
+    timeout: Duration,
+    call: Call,
+    pause: Duration,
+    /// What became of the last call, for the error.
+    tried: String,
+    callers: Vec<Greeting>,
+    prev: Option<TcpStream>,
+    refused: Refusals,
+}
+
+impl Meeting<'_> {
+    fn run(&mut self) -> Result<(Links, Refusals)> {
+        loop {
+            if self.listener.wake.is_raised() {
+                return Err(CollectiveError::Aborted);
+            }
+            self.let_in()?;
+            self.hear_callers();
+            self.step_call();
+            if let (Call::Through(_), Some(_)) = (&self.call, &self.prev) {
+                break;
+            }
+            let left = self.timeout.saturating_sub(self.began.elapsed());
+            if left.is_zero() {
+                return Err(self.out_of_time());
+            }
+            self.wait(left)?;
+        }
+        let call = std::mem::replace(&mut self.call, Call::Pause { until: self.began });
+        match (call, self.prev.take()) {
+            (Call::Through(next), Some(prev)) => Ok((Links { next, prev }, std::mem::take(&mut self.refused))),
+            _ => Err(self.out_of_time()),
+        }
+    }
+
+    /// Takes new callers from the listener.
+    fn let_in(&mut self) -> Result<()> {
+        loop {
+            match self.listener.socket.accept() {
+                Ok((stream, _)) => {
+                    if self.callers.len() == SILENT {
+                        self.callers.remove(0);
+                        self.refused.silent += 1;
+                    }
+                    if prepare(&stream).is_ok() {
+                        self.callers.push(Greeting::new(stream));
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                // The caller gave up, or a signal came.
+                Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => {}
+                Err(source) => return Err(CollectiveError::Io { what: "accept", source }),
+            }
+        }
+    }
+
+    fn hear_callers(&mut self) {
+        for mut caller in std::mem::take(&mut self.callers) {
+            match caller.read() {
+                Ok(None) => self.callers.push(caller),
+                Ok(Some(hello)) => self.answer(caller.stream, hello),
+                Err(_) => self.refused.silent += 1,
+            }
+        }
+    }
+
+    fn answer(&mut self, mut stream: TcpStream, hello: std::result::Result<Hello, Refusal>) {
+        let me = self.who.hello(self.who.prev(), None);
+        let verdict = hello.and_then(|hello| me.judge(&hello, self.who.prev()));
+        // A stranger is not told what this is.
+        let answered = verdict == Err(Refusal::Garbage) || write_all(&mut stream, &Hello { verdict: verdict.err(), ..me }).is_ok();
+        match verdict {
+            // A second call of the right one is as good as the first, which it must have given up.
+            Ok(()) if answered => self.prev = Some(stream),
+            Ok(()) => self.refused.silent += 1,
+            Err(refusal) => {
+                self.refused.count(refusal);
+                tracing::warn!(rank = self.who.rank, reason = refusal.reason(), "a caller was refused");
+            }
+        }
+    }
+
+    /// Moves the call to the next rank on, as far as it goes without waiting.
+    fn step_call(&mut self) {
+        let address = self.who.peers[self.who.next() as usize];
+        let now = Instant::now();
+        let call = std::mem::replace(&mut self.call, Call::Pause { until: now });
+        let moved = match call {
+            Call::Pause { until } if now >= until => begin_call(address).map(|stream| Call::Ringing { stream, until: now + ANSWER }),
+            Call::Ringing { stream, until } => self.greet(stream, until),
+            Call::Greeted { caller, until } => self.hear_answer(caller, until),
+            other => Ok(other),
+        };
+        self.call = moved.unwrap_or_else(|reason| {
+            self.tried = format!("{address}: {reason}");
+            let until = now + self.pause;
+            self.pause = RETRY[1].min(self.pause * 2);
+            Call::Pause { until }
+        });
+    }
+
+    /// Greets the next rank as soon as the connection stands.
+    fn greet(&self, mut stream: TcpStream, until: Instant) -> std::result::Result<Call, String> {
+        if let Err(error) = sockopt::socket_error(&stream).map_err(io::Error::from).and_then(|state| Ok(state?)) {
+            return Err(error.to_string());
+        }
+        if stream.peer_addr().is_err() {
+            return if Instant::now() < until { Ok(Call::Ringing { stream, until }) } else { Err("no connection".into()) };
+        }
+        let next = self.who.next();
+        write_all(&mut stream, &self.who.hello(next, None)).map_err(|error| error.to_string())?;
+        Ok(Call::Greeted { caller: Greeting::new(stream), until })
+    }
+
+    fn hear_answer(&self, mut caller: Greeting, until: Instant) -> std::result::Result<Call, String> {
+        let Some(hello) = caller.read().map_err(|error| format!("no answer: {error}"))? else {
+            return if Instant::now() < until { Ok(Call::Greeted { caller, until }) } else { Err("no answer".into()) };
+        };
+        let hello = hello.map_err(|refusal| format!("it answers as {}", refusal.reason()))?;
+        if let Some(refusal) = hello.verdict {
+            return Err(format!("it refused this rank as {}", refusal.reason()));
+        }
+        let next = self.who.next();
+        let judged = self.who.hello(next, None).judge(&hello, next);
+        judged.map_err(|refusal| format!("it answers as {}", refusal.reason()))?;
+        Ok(Call::Through(caller.stream))
+    }
+
+    fn wait(&self, left: Duration) -> Result<()> {
+        let mut files = vec![PollFd::new(&self.listener.wake.file, PollFlags::IN), PollFd::new(&self.listener.socket, PollFlags::IN)];
+        files.extend(self.callers.iter().map(|caller| PollFd::new(&caller.stream, PollFlags::IN)));
+        let until = match &self.call {
+            Call::Pause { until } => Some(*until),
+            Call::Ringing { stream, until } => {
+                files.push(PollFd::new(stream, PollFlags::OUT));
+                Some(*until)
+            }
+            Call::Greeted { caller, until } => {
+                files.push(PollFd::new(&caller.stream, PollFlags::IN));
+                Some(*until)
+            }
+            Call::Through(_) => None,
+        };
+        let next_step = until.map_or(left, |until| until.saturating_duration_since(Instant::now()));
+        poll_for(&mut files, left.min(next_step))
+    }
+
+    fn out_of_time(&mut self) -> CollectiveError {
+        let (mut waiting_for, mut missing) = (Vec::new(), Vec::new());
+        if !matches!(self.call, Call::Through(_)) {
+            waiting_for.push(self.who.next());
+            missing.push(format!("rank {} was not reached ({})", self.who.next(), self.tried));
+        }
+        if self.prev.is_none() {
+            waiting_for.push(self.who.prev());
+            missing.push(format!("rank {} did not come", self.who.prev()));
+        }
+        self.refused.silent += self.callers.len() as u64;
+        CollectiveError::Meet {
+            rank: self.who.rank,
+            waiting_for,
+            missing: missing.join(", "),
+            elapsed: self.began.elapsed(),
+            refused: std::mem::take(&mut self.refused),
+        }
+    }
+}
+
+/// Begins to connect, without waiting for it.
+fn begin_call(address: SocketAddr) -> std::result::Result<TcpStream, String> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let begin = || -> io::Result<TcpStream> {
+        let socket: OwnedFd = rustix::net::socket(family, SocketType::STREAM, None)?;
+        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+        let stream = TcpStream::from(socket);
+        prepare(&stream)?;
+        match rustix::net::connect(&stream, &address) {
+            Ok(()) | Err(Errno::INPROGRESS) => Ok(stream),
+            Err(error) => Err(error.into()),
+        }
+    };
+    begin().map_err(|error| error.to_string())
+}
+
+/// Nothing on a connection ever blocks, and small frames go out at once.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
+    stream.set_nodelay(true)
+}
+
+/// Sends a greeting: the first bytes on a connection, which its buffer always holds.
+fn write_all(stream: &mut TcpStream, hello: &Hello) -> io::Result<()> {
+    stream.write_all(&hello.encode())
+}

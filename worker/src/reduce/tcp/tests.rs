@@ -1,0 +1,262 @@
+//! What the conformance suite cannot try: strangers, missing ranks, processes that die or stop, and bytes that are no frame.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::hello::{Hello, Refusal};
+use super::*;
+use crate::reduce::conformance::LONG;
+
+const SHORT: Duration = Duration::from_millis(200);
+const SESSION: [u8; 16] = [1; 16];
+
+fn listen() -> Listener {
+    Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).expect("a port")
+}
+
+fn membership(rank: u32, peers: &[SocketAddr]) -> Membership<'_> {
+    Membership { rank, peers, session: SESSION, generation: 5 }
+}
+
+/// A greeting of rank 1 to rank 0 of a world of two.
+const GOOD: Hello = Hello { session: SESSION, generation: 5, world: 2, from: 1, to: 0, verdict: None };
+
+/// Calls `address`, says `words`, and returns the answer, if one comes before the connection is closed.
+fn call(address: SocketAddr, words: &[u8]) -> (TcpStream, Option<Hello>) {
+    let mut stream = TcpStream::connect(address).expect("it listens");
+    stream.set_read_timeout(Some(LONG)).expect("a socket option");
+    stream.write_all(words).expect("room in the buffer");
+    let mut answer = [0; Hello::LEN];
+    let answer = stream.read_exact(&mut answer).ok().and_then(|()| Hello::decode(&answer).ok());
+    (stream, answer)
+}
+
+#[test]
+fn strangers_are_refused_with_a_reason_and_counted_and_the_ring_closes_all_the_same() {
+    let [zero, one] = [listen(), listen()];
+    let peers = [zero.address(), one.address()];
+    let ring = thread::scope(|scope| {
+        let first = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), LONG));
+        let bad = [
+            (Hello { session: [2; 16], ..GOOD }, Refusal::Session),
+            (Hello { generation: 4, ..GOOD }, Refusal::Generation),
+            (Hello { generation: 6, ..GOOD }, Refusal::Generation),
+            (Hello { from: 0, ..GOOD }, Refusal::Rank),
+        ];
+        for (hello, refusal) in bad {
+            let (_, answer) = call(peers[0], &hello.encode());
+            assert_eq!(answer.and_then(|answer| answer.verdict), Some(refusal));
+        }
+        let mut other_version = GOOD.encode();
+        other_version[8] = 9;
+        assert_eq!(call(peers[0], &other_version).1.and_then(|answer| answer.verdict), Some(Refusal::Version));
+        assert_eq!(call(peers[0], &[b'G'; Hello::LEN]).1, None);
+        // One that hangs up half-way, and one that says nothing: neither is waited for.
+        drop(TcpStream::connect(peers[0]).and_then(|mut stream| stream.write_all(&GOOD.encode()[..9])));
+        let silent = TcpStream::connect(peers[0]);
+        let second = scope.spawn(|| Tcp::connect(one, &membership(1, &peers), LONG));
+        let ring = [first, second].map(|rank| rank.join().expect("no panic").expect("the right ones meet"));
+        drop(silent);
+        ring
+    });
+    let expected = Refusals { garbage: 1, version: 1, session: 1, generation: 2, rank: 1, silent: 1 };
+    assert_eq!(*ring[0].refused(), expected);
+    assert_eq!(*ring[1].refused(), Refusals::default());
+}
+
+#[test]
+fn missing_ranks_are_named_when_the_time_is_over() {
+    let [zero, one, two] = [listen(), listen(), listen()];
+    let peers = [zero.address(), one.address(), two.address()];
+    // Rank 1 is not there at all; rank 2 calls but nobody calls it.
+    drop(one);
+    let results = thread::scope(|scope| {
+        let started = [(0, zero), (2, two)].map(|(rank, listener)| {
+            let peers = &peers;
+            scope.spawn(move || Tcp::connect(listener, &membership(rank, peers), SHORT))
+        });
+        started.map(|rank| rank.join().expect("no panic").expect_err("one is missing"))
+    });
+    let missing = results.map(|error| match error {
+        CollectiveError::Meet { rank, waiting_for, missing, elapsed, .. } => {
+            assert!(elapsed >= SHORT, "{rank}: {elapsed:?}");
+            (rank, waiting_for, missing)
+        }
+        other => panic!("expected Meet, found {other:?}"),
+    });
+    assert_eq!((missing[0].0, &missing[0].1), (0, &vec![1]));
+    assert!(missing[0].2.contains(&peers[1].to_string()) && missing[0].2.contains("refused"), "{}", missing[0].2);
+    assert_eq!((missing[1].0, &missing[1].1), (2, &vec![1]));
+}
+
+#[test]
+fn a_neighbour_of_another_generation_is_reported_as_such() {
+    let [zero, one] = [listen(), listen()];
+    let peers = [zero.address(), one.address()];
+    let old = Membership { generation: 4, ..membership(1, &peers) };
+    let errors = thread::scope(|scope| {
+        let first = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), SHORT));
+        let second = scope.spawn(|| Tcp::connect(one, &old, SHORT));
+        [first, second].map(|rank| rank.join().expect("no panic").expect_err("they differ"))
+    });
+    for error in errors {
+        let CollectiveError::Meet { missing, refused, .. } = error else { panic!("expected Meet, found {error:?}") };
+        assert!(missing.contains("another generation"), "{missing}");
+        assert!(refused.generation > 0, "{refused}");
+    }
+}
+
+#[test]
+fn an_abort_ends_the_meeting_at_once() {
+    let (zero, one) = (listen(), listen());
+    let peers = [zero.address(), one.address()];
+    let handle = zero.abort_handle();
+    let began = Instant::now();
+    let result = thread::scope(|scope| {
+        let meeting = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), LONG));
+        handle.abort().expect("aborted");
+        meeting.join().expect("no panic")
+    });
+    assert!(matches!(result, Err(CollectiveError::Aborted)), "{result:?}");
+    assert!(began.elapsed() < LONG / 2);
+}
+
+#[test]
+fn a_rank_outside_the_world_and_a_taken_port_are_refused() {
+    let (zero, other) = (listen(), listen());
+    let peers = [zero.address()];
+    assert!(matches!(Tcp::connect(other, &membership(1, &peers), LONG), Err(CollectiveError::Rank { rank: 1, world: 1 })));
+    assert!(matches!(Tcp::connect(listen(), &membership(0, &[]), LONG), Err(CollectiveError::Rank { rank: 0, world: 0 })));
+    match Listener::bind(zero.address()) {
+        Err(CollectiveError::Bind { address, .. }) => assert_eq!(address, zero.address()),
+        other => panic!("expected Bind, found {other:?}"),
+    }
+}
+
+/// Rank 0 of a world of two whose other rank is played by the test: the connections from it and to it.
+fn with_fake_peer(play: impl FnOnce(TcpStream, TcpStream) + Send) -> Tcp {
+    let (zero, fake) = (listen(), listen());
+    let peers = [zero.address(), fake.address()];
+    thread::scope(|scope| {
+        let real = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), LONG));
+        fake.socket.set_nonblocking(false).expect("a socket option");
+        let (mut from_zero, _) = fake.socket.accept().expect("rank 0 calls");
+        let mut hello = [0; Hello::LEN];
+        from_zero.read_exact(&mut hello).expect("a greeting");
+        from_zero.write_all(&GOOD.encode()).expect("room in the buffer");
+        let (mut to_zero, answer) = call(peers[0], &GOOD.encode());
+        assert_eq!(answer.map(|answer| answer.verdict), Some(None));
+        // The closing barrier: one number, which rank 1 completes.
+        let mut barrier = [0; 32 + 8];
+        from_zero.read_exact(&mut barrier[..32]).expect("a header");
+        to_zero.write_all(&barrier).expect("room in the buffer");
+        from_zero.read_exact(&mut [0; 8]).expect("the sum");
+        let ring = real.join().expect("no panic").expect("the ring closes");
+        play(from_zero, to_zero);
+        ring
+    })
+}
+
+#[test]
+fn what_is_no_frame_is_refused_and_shown() {
+    let mut ring = with_fake_peer(|_, mut to_zero| to_zero.write_all(&[0xab; 32]).expect("room in the buffer"));
+    match ring.sum_i64(&mut [1, 2]) {
+        Err(CollectiveError::Garbled { peer: 1, found, .. }) => assert_eq!(found, "ab".repeat(32)),
+        // The test's end of the connection is closed by now; both are true.
+        other => panic!("expected Garbled, found {other:?}"),
+    }
+}
+
+#[test]
+fn a_peer_that_dies_in_the_middle_of_an_element_is_lost() {
+    let mut ring = with_fake_peer(|_, mut to_zero| {
+        let op = crate::reduce::Op { sequence: 1, kind: OpKind::SumF32, elements: 100 };
+        to_zero.write_all(&super::hello::encode_op(&op)).expect("room in the buffer");
+        to_zero.write_all(&[0; 13]).expect("room in the buffer");
+    });
+    let result = ring.sum_f32(&mut [1.0; 100]);
+    assert!(matches!(result, Err(CollectiveError::PeerLost { rank: 1, .. })), "{result:?}");
+}
+
+/// The other end of the tests below: a process of its own, which sums until something happens to it.
+#[test]
+fn child() {
+    let Ok(parent) = std::env::var("ELLA_REDUCE_TEST_PARENT") else { return };
+    let listener = listen();
+    eprintln!("ADDRESS {}", listener.address());
+    let peers = [parent.parse().expect("an address"), listener.address()];
+    let mut ring = Tcp::connect(listener, &membership(1, &peers), LONG).expect("the parent is there");
+    while ring.sum_f32(&mut vec![1.0; 1 << 20]).is_ok() {}
+}
+
+/// A process that takes part as rank 1; killed when dropped.
+struct Peer(Child);
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn with_child() -> (Tcp, Peer) {
+    let listener = listen();
+    let (_, module) = module_path!().split_once("::").expect("inside a crate");
+    let mut child = Command::new(std::env::current_exe().expect("this test"))
+        .args(["--exact", "--nocapture", &format!("{module}::child")])
+        .env("ELLA_REDUCE_TEST_PARENT", listener.address().to_string())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("this test runs again");
+    let lines = BufReader::new(child.stderr.take().expect("piped")).lines();
+    let peer = Peer(child);
+    let address = lines.map_while(std::io::Result::ok).find_map(|line| line.strip_prefix("ADDRESS ").map(str::to_owned));
+    let peers = [listener.address(), address.expect("it prints one").parse().expect("an address")];
+    (Tcp::connect(listener, &membership(0, &peers), LONG).expect("the child is there"), peer)
+}
+
+/// Sums until it fails; `then` runs on another thread once some sums have gone well.
+fn sum_until_failure(ring: &mut Tcp, then: impl FnOnce() + Send) -> (CollectiveError, Duration) {
+    thread::scope(|scope| {
+        let (warm, wait) = mpsc::channel();
+        let acted = scope.spawn(move || {
+            wait.recv_timeout(LONG).expect("sums go well at first");
+            then();
+            Instant::now()
+        });
+        for sums in 0.. {
+            if let Err(error) = ring.sum_f32(&mut vec![1.0; 1 << 20]) {
+                return (error, acted.join().expect("no panic").elapsed());
+            }
+            if sums == 2 {
+                warm.send(()).expect("it waits");
+            }
+        }
+        unreachable!("the loop ends by returning");
+    })
+}
+
+#[test]
+fn a_killed_process_is_lost_at_once() {
+    let (mut ring, mut peer) = with_child();
+    ring.set_timeout(LONG);
+    let (error, after) = sum_until_failure(&mut ring, || peer.0.kill().expect("it runs"));
+    assert!(matches!(error, CollectiveError::PeerLost { rank: 1, .. }), "{error}");
+    assert!(after < Duration::from_secs(5), "{after:?}");
+}
+
+#[test]
+fn a_stopped_process_is_named_when_the_time_is_over() {
+    let (mut ring, peer) = with_child();
+    ring.set_timeout(Duration::from_millis(500));
+    let pid = i32::try_from(peer.0.id()).expect("a process id");
+    // SAFETY: sends a signal to a child that is not waited for before `peer` is dropped, so that the id is still its own.
+    let stop = || assert_eq!(unsafe { libc::kill(pid, libc::SIGSTOP) }, 0);
+    let (error, _) = sum_until_failure(&mut ring, stop);
+    assert!(matches!(error, CollectiveError::Timeout { rank: 0, waiting_for: 1, .. }), "{error}");
+}
