@@ -184,6 +184,9 @@ impl StoreError {
     }
 }
 
+/// Where the clouds give credentials to their own machines.
+const METADATA_HOSTS: [&str; 3] = ["169.254.169.254", "169.254.170.2", "metadata.google.internal"];
+
 /// Where and what a call was, to make its error from.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place<'a> {
@@ -217,8 +220,18 @@ impl Place<'_> {
                 expected: "an object that does not change".into(),
                 found: "one replaced while it was read".into(),
             },
-            other => self.sort(classify(&other), other.into()),
+            other => self.other(other),
         }
+    }
+
+    fn other(&self, error: object_store::Error) -> StoreError {
+        let (class, text) = (classify(&error), chain(&error));
+        if !METADATA_HOSTS.iter().any(|host| text.contains(host)) {
+            return self.sort(class, error.into());
+        }
+        // Without keys in the environment the client asks the machine's own cloud, which few machines have.
+        let class = if class == Class::Other { Class::Permission } else { class };
+        self.sort(class, format!("no credentials are set, and the machine's cloud gave none: {text}").into())
     }
 
     /// The same for a file's error.
@@ -312,4 +325,43 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sorted(text: &'static str) -> StoreError {
+        let place = Place { url: "s3://b/run", key: "k", operation: Operation::Put };
+        place.error(object_store::Error::Generic { store: "S3", source: text.into() })
+    }
+
+    #[test]
+    fn missing_credentials_are_a_refusal_that_says_so() {
+        let error =
+            sorted("Error performing PUT http://169.254.169.254/latest/api/token - Server returned non-2xx status code: 403: denied");
+        assert_eq!(error.kind(), "permission");
+        assert!(error.to_string().contains("no credentials are set"), "{error}");
+        assert!(sorted("GET http://169.254.169.254/ - Server returned non-2xx status code: 503: ").is_retryable());
+    }
+
+    #[test]
+    fn file_errors_are_sorted_by_what_can_be_done() {
+        use io::ErrorKind as K;
+        for (kind, expected) in [
+            (K::StorageFull, "no space"),
+            (K::QuotaExceeded, "no space"),
+            (K::ReadOnlyFilesystem, "permission"),
+            (K::PermissionDenied, "permission"),
+            (K::NotFound, "not found"),
+            (K::StaleNetworkFileHandle, "unavailable"),
+            (K::NotADirectory, "other"),
+        ] {
+            let place = Place { url: "/run", key: "log/0", operation: Operation::Create };
+            let error = place.error(object_store::Error::Generic { store: "file", source: io::Error::from(kind).into() });
+            assert_eq!(error.kind(), expected, "{error}");
+            assert_eq!(error.kind(), place.io(kind.into()).kind());
+            assert!(error.to_string().starts_with("/run/log/0: "), "{error}");
+        }
+    }
 }

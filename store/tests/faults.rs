@@ -1,5 +1,7 @@
 //! Retries, deadlines and lost replies, by script and on a virtual clock.
 
+#![allow(clippy::unwrap_used, reason = "what fails to unwrap fails the test")]
+
 use std::time::Duration;
 
 use bytes::Bytes;

@@ -1,5 +1,7 @@
 //! The run log: what it accepts, what it refuses, and who wins.
 
+#![allow(clippy::unwrap_used, reason = "what fails to unwrap fails the test")]
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -112,7 +114,8 @@ async fn whoever_finds_its_number_taken_is_superseded_for_good() {
 async fn a_body_that_could_not_be_read_again_is_not_written() {
     let store = memory();
     let (mut log, _) = claim(&store, "a").await;
-    let bad: [(&str, fn(&mut Commit)); 8] = [
+    type Spoil = fn(&mut Commit);
+    let bad: [(&str, Spoil); 8] = [
         ("expected \"commits/000000000010.1\"", |c| c.folder = commit_folder(11, 1)),
         ("expected \"commits/000000000010.1\"", |c| c.folder = commit_folder(10, 2)),
         ("expected \"commits/000000000010.1\"", |c| c.folder = "commits/../../x".into()),

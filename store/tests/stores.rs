@@ -1,5 +1,7 @@
 //! Every kind of store under the one suite, and what is particular to local folders.
 
+#![allow(clippy::unwrap_used, reason = "what fails to unwrap fails the test")]
+
 use std::fs;
 
 use bytes::Bytes;
@@ -33,6 +35,18 @@ async fn a_local_folder_conforms() {
     assert!(!dir.path().join("not yet").exists(), "opening creates nothing");
     conformance(&store).await.unwrap();
     conformance(&store.child("deeper")).await.unwrap();
+}
+
+/// `ELLA_TEST_STORE=s3://bucket/empty-folder cargo test -p ella-store`, with the cloud's usual variables, tries a real bucket.
+#[tokio::test]
+async fn a_store_named_in_the_environment_conforms() {
+    let Ok(url) = std::env::var("ELLA_TEST_STORE") else {
+        println!("skipped: ELLA_TEST_STORE names no bucket to try");
+        return;
+    };
+    let store = Store::open(&url).unwrap();
+    conformance(&store).await.unwrap();
+    assert_eq!(store.retries(), 0, "{:?}", store.retry_report());
 }
 
 #[tokio::test]
