@@ -1,6 +1,8 @@
 //! The text side against goldens (values within 1e-5, gradients within 1e-4, float32), through the code that `ella forward` runs; and
 //! what bad files and inputs are told. `goldens/text.py` made the goldens.
 
+#![allow(clippy::unwrap_used)] // helpers of tests may panic as tests do
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -192,6 +194,30 @@ fn shards_are_read_as_one_and_checked_against_their_index() {
     assert!(matches!(Weights::open(dir.path()), Err(ModelError::MissingTensor { key, .. }) if key == all[half].0));
     fs::write(at("model.safetensors.index.json"), r#"{"weight_map": {"x": "../../secret"}}"#).unwrap();
     assert!(matches!(Weights::open(dir.path()), Err(ModelError::NotConfig { .. })));
+}
+
+#[test]
+fn files_that_cannot_be_written_are_said_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = || ("x".to_owned(), Tensor::zeros([2], (Kind::Float, Device::Cpu)));
+    assert!(matches!(weights::save(&dir.path().join("no/folder.safetensors"), &[one()]), Err(ModelError::Unwritable { .. })));
+    let twice = weights::save(&dir.path().join("twice.safetensors"), &[one(), one()]);
+    assert!(matches!(twice, Err(ModelError::NotSafetensors { reason, .. }) if reason.contains("twice")));
+    let complex = ("z".to_owned(), Tensor::zeros([2], (Kind::ComplexFloat, Device::Cpu)));
+    assert!(weights::save(&dir.path().join("complex.safetensors"), &[complex]).is_err());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn what_is_encoded_is_what_is_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.safetensors");
+    // A transposed view: its bytes lie in another order than its values.
+    let views = [("b".to_owned(), Tensor::arange(6, (Kind::Half, Device::Cpu)).reshape([2, 3]).tr()), ("a".to_owned(), Tensor::from(3i64))];
+    weights::save(&path, &views).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), weights::encode(&path, &views).unwrap());
+    let back = tensors(&path);
+    assert!(back[0].1.equal(&views[1].1) && back[1].1.equal(&views[0].1));
 }
 
 #[test]
