@@ -8,7 +8,7 @@ pub mod stats;
 use crate::commit::{CommitError, Committer};
 use crate::control::{Flags, Outbox};
 use crate::feed::{Feed, FeedError, StepInput};
-use crate::reduce::fixed::{FixedError, FixedPoint};
+use crate::reduce::fixed::{self, FixedError, FixedPoint};
 use crate::reduce::{Collective, CollectiveError};
 use ella_dataset::ledger::LedgerError;
 use ella_model::ModelError;
@@ -213,7 +213,7 @@ enum Sum {
 impl Sum {
     fn new(train: &Train, params: i64, device: Device) -> Result<Self, TrainError> {
         Ok(match train.reduction {
-            Reduction::Exact => Self::Exact(FixedPoint::zeros(params + WORDS as i64, device)?, FixedPoint::new(train.lanes() as u32)),
+            Reduction::Exact => Self::Exact(fixed::zeros(params + WORDS as i64, device)?, FixedPoint::new(train.lanes() as u32)),
             Reduction::Fast => Self::Fast(Tensor::f_zeros([params], (Kind::Float, device))?),
         })
     }
@@ -233,7 +233,7 @@ impl Sum {
                 sum.f_narrow(0, params, WORDS as i64)?.f_copy_(&Tensor::f_from_slice(&words)?)?;
                 collective.sum_tensor(&mut sum)?;
                 sum.f_narrow(0, params, WORDS as i64)?.f_to_device(Device::Cpu)?.f_copy_data(&mut words, WORDS)?;
-                Ok((FixedPoint::to_f32(&sum.f_narrow(0, 0, params)?)?, words))
+                Ok((fixed::to_f32(&sum.f_narrow(0, 0, params)?)?, words))
             }
             Self::Fast(mut sum) => {
                 collective.sum_tensor(&mut sum)?;
