@@ -184,28 +184,24 @@ impl Reader {
 /// The bytes of a reply; files in larger chunks than the backend's own.
 fn body_of(result: GetResult) -> BoxStream<'static, object_store::Result<Bytes>> {
     let Range { start, end } = result.range;
-    let (file, path) = match result.payload {
+    let file = match result.payload {
         GetResultPayload::Stream(body) => return body,
-        GetResultPayload::File(file, path) => (file, path),
+        GetResultPayload::File(file, _) => file,
     };
-    stream::try_unfold((file, start), move |(mut file, at)| {
-        let path = path.clone();
-        async move {
-            if at >= end {
-                return Ok(None);
-            }
-            let read = tokio::task::spawn_blocking(move || {
-                let mut chunk = vec![0; usize::try_from(CHUNK_BYTES.min(end - at)).unwrap_or(0)];
-                file.seek(SeekFrom::Start(at))?;
-                file.read_exact(&mut chunk)?;
-                Ok::<_, std::io::Error>((chunk, file))
-            });
-            let failed = |source: Box<dyn std::error::Error + Send + Sync>| object_store::Error::Generic { store: "file", source };
-            let (chunk, file) =
-                read.await.map_err(|error| failed(error.into()))?.map_err(|error| failed(format!("{}: {error}", path.display()).into()))?;
-            let next = at + chunk.len() as u64;
-            Ok(Some((Bytes::from(chunk), (file, next))))
+    stream::try_unfold((file, start), move |(mut file, at)| async move {
+        if at >= end {
+            return Ok(None);
         }
+        let read = tokio::task::spawn_blocking(move || {
+            let mut chunk = vec![0; usize::try_from(CHUNK_BYTES.min(end - at)).unwrap_or(0)];
+            file.seek(SeekFrom::Start(at))?;
+            file.read_exact(&mut chunk)?;
+            Ok::<_, std::io::Error>((chunk, file))
+        });
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| object_store::Error::Generic { store: "file", source };
+        let (chunk, file) = read.await.map_err(|error| failed(error.into()))?.map_err(|error| failed(error.into()))?;
+        let next = at + chunk.len() as u64;
+        Ok(Some((Bytes::from(chunk), (file, next))))
     })
     .boxed()
 }
