@@ -84,12 +84,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 async fn run(args: &Args) -> anyhow::Result<u8> {
     let config = RunConfig::load(&args.config, &args.set)?;
     let store = Store::open(&config.run.output).map_err(RunError::from)?;
-    let options = Options {
-        listen: args.listen,
-        http: args.http,
-        drain_timeout: Duration::from_secs(args.drain_timeout),
-        ..Options::default()
-    };
+    let options =
+        Options { listen: args.listen, http: args.http, drain_timeout: Duration::from_secs(args.drain_timeout), ..Options::default() };
     let coordinator = match Coordinator::open(&config, store, &options).await? {
         Opened::Ready(coordinator) => coordinator,
         Opened::Done { step } => {
@@ -108,9 +104,9 @@ fn announce(addresses: Addresses, file: Option<&Path>) -> anyhow::Result<()> {
     let line = serde_json::to_string(&addresses)?;
     if let Some(path) = file {
         let partial = path.with_extension("partial");
-        std::fs::write(&partial, &line).and_then(|()| std::fs::rename(&partial, path)).with_context(|| {
-            format!("{}: the addresses could not be written; choose another --address-file", path.display())
-        })?;
+        std::fs::write(&partial, &line)
+            .and_then(|()| std::fs::rename(&partial, path))
+            .with_context(|| format!("{}: the addresses could not be written; choose another --address-file", path.display()))?;
     }
     let mut out = std::io::stdout();
     writeln!(out, "{line}").and_then(|()| out.flush()).context("stdout: the addresses could not be written")

@@ -158,7 +158,7 @@ pub struct Heartbeat {
 pub struct Progress {
     #[prost(uint64, tag = "1")]
     pub step: u64,
-    /// Trained on since the run began, so that a lost message loses no count.
+    /// Of this step. Sums over many steps come exactly with each StateDigest's ledger.
     #[prost(uint64, tag = "2")]
     pub samples: u64,
     #[prost(double, tag = "3")]
@@ -171,7 +171,7 @@ pub struct Progress {
     pub step_seconds: f64,
     #[prost(message, optional, tag = "7")]
     pub parts: ::core::option::Option<StepParts>,
-    /// Samples that were skipped since the last message, by reason (KNOWN).
+    /// Samples that were skipped, by reason (KNOWN).
     #[prost(map = "string, uint64", tag = "8")]
     pub skipped: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
     /// Mean loss on the fixed held-out noise (absent where it was not measured at this step).

@@ -208,6 +208,7 @@ impl Core {
         let (step, folder) = (commit.step, commit.folder.clone());
         let bytes = commit.parts.iter().map(|part| part.bytes).sum();
         self.commits.pending.remove(&Step(step));
+        self.progress.correct(&commit);
         self.commits.live.push(commit);
         self.commits.written += 1;
         self.note(Note::Committed { step, folder, bytes });

@@ -106,7 +106,9 @@ pub enum Than {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Failure {
     /// Too few workers came.
-    #[error("only {have} of {need} workers came within {waited_ms} ms (workers.start_timeout); start the missing ones, or lower workers.count")]
+    #[error(
+        "only {have} of {need} workers came within {waited_ms} ms (workers.start_timeout); start the missing ones, or lower workers.count"
+    )]
     TooFew {
         /// That came.
         have: usize,
@@ -170,7 +172,9 @@ pub enum Failure {
         found: String,
     },
     /// Two ranks saved different bytes under one name.
-    #[error("{who} saved {name} of step {step} with other bytes than before (expected {expected}, found {found}); the ranks' states differ")]
+    #[error(
+        "{who} saved {name} of step {step} with other bytes than before (expected {expected}, found {found}); the ranks' states differ"
+    )]
     PartDiffers {
         /// The later one.
         who: Who,
@@ -184,7 +188,9 @@ pub enum Failure {
         found: String,
     },
     /// A commit was begun and not completed.
-    #[error("the commit of step {step} was not complete within {waited_ms} ms (state of {digests} of {ranks} ranks; parts: {parts}); look at the workers' logs and the store")]
+    #[error(
+        "the commit of step {step} was not complete within {waited_ms} ms (state of {digests} of {ranks} ranks; parts: {parts}); look at the workers' logs and the store"
+    )]
     CommitOverdue {
         /// Its step.
         step: Step,
@@ -208,7 +214,9 @@ pub enum Failure {
         waited_ms: u64,
     },
     /// The workers did not leave in time.
-    #[error("the workers did not commit and leave within {waited_ms} ms of the stop ({reason}); start the run again to resume from its last commit")]
+    #[error(
+        "the workers did not commit and leave within {waited_ms} ms of the stop ({reason}); start the run again to resume from its last commit"
+    )]
     DrainOverdue {
         /// Why they were to leave.
         reason: String,

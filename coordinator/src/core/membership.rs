@@ -154,6 +154,13 @@ impl Members {
         self.0.iter().filter(|(_, member)| member.open).map(|(conn, _)| *conn).collect()
     }
 
+    /// Lets everyone go; gives those whose streams lived.
+    pub(super) fn close_all(&mut self) -> Vec<ConnId> {
+        let open = self.open();
+        self.0.values_mut().for_each(|member| member.open = false);
+        open
+    }
+
     /// Notes that a member spoke, in this term or another (which is no sign of life). False for a stranger.
     pub(super) fn heard(&mut self, conn: ConnId, now: Time, in_term: bool) -> bool {
         match self.0.get_mut(&conn) {
@@ -294,8 +301,7 @@ impl Core {
             return self.refuse(conn, shown, refusal);
         }
         let worker = hello.worker_id.clone();
-        let member =
-            Member { hello, rank: None, heard: now, step: 0, parts: None, ready: None, finished: None, failed: false, open: true };
+        let member = Member { hello, rank: None, heard: now, step: 0, parts: None, ready: None, finished: None, failed: false, open: true };
         let device = member.device();
         self.members.0.insert(conn, member);
         let (have, need) = (self.members.len(), self.config.workers);

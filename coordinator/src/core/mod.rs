@@ -13,6 +13,8 @@
 //! - **L-1** a unit is in exactly one place: waiting, held, done or given up; its holder is a member.
 //! - **P-1** after the outcome nothing is sent but refusals, and nothing is appended; the outcome is announced once.
 //! - **P-2** until the outcome there is always a next deadline (LIVE).
+//! - **P-3** time in which this process did not run is nobody's silence: a coordinator that was stopped and goes on finds its workers
+//!   as it left them (LIVE).
 //! - **T-1** what another term or generation says changes nothing but a counter (TERM, KNOWN).
 
 mod commit;
@@ -22,6 +24,8 @@ mod membership;
 mod phase;
 mod progress;
 mod status;
+#[cfg(test)]
+mod tests;
 
 pub use commit::PARTS;
 pub use failure::{Failure, Field, Loss, Than, Who};
@@ -185,6 +189,32 @@ impl Counts {
     }
 }
 
+/// The core's own time: the shell's, less what passed while this process was stopped. The shell comes back at every deadline, so
+/// coming much too late means that it could not run, and that what workers sent meanwhile still waits to be read (P-3).
+#[derive(Clone, Copy, Debug, Default)]
+struct Clock {
+    last: Time,
+    stopped: u64,
+}
+
+impl Clock {
+    fn read(&self, now: Time) -> Time {
+        Time(now.0.saturating_sub(self.stopped)).max(self.last)
+    }
+
+    /// The time now, and whether this process was stopped since the last event.
+    fn advance(&mut self, now: Time, deadline: Option<Time>, patience: u64) -> (Time, bool) {
+        let at = self.read(now);
+        let stopped = deadline.is_some_and(|deadline| at > deadline.after(patience));
+        if stopped {
+            self.stopped += at.since(self.last);
+        } else {
+            self.last = at;
+        }
+        (self.last, stopped)
+    }
+}
+
 /// The state machine of one coordinator incarnation.
 #[derive(Debug)]
 pub struct Core {
@@ -192,6 +222,7 @@ pub struct Core {
     term: Term,
     generation: Generation,
     phase: Phase,
+    clock: Clock,
     members: Members,
     commits: Commits,
     leases: Leases,
@@ -212,6 +243,7 @@ impl Core {
             term: history.term,
             generation: Generation(0),
             phase: Phase::Waiting { until: now.after(config.start_timeout) },
+            clock: Clock { last: now, stopped: 0 },
             members: Members::default(),
             progress: Progress::from_commit(last),
             commits: Commits::new(history.commits),
@@ -226,6 +258,8 @@ impl Core {
 
     /// Takes in one event and gives what must be done, in order. Deadlines that have passed are acted upon too.
     pub fn handle(&mut self, now: Time, event: Event) -> Vec<Effect> {
+        let (now, stopped) = self.clock.advance(now, self.deadline(), self.config.welcome.lease_ms / 4);
+        self.counts.add_some("coordinator_stopped", usize::from(stopped));
         match event {
             Event::Message(conn, message) => self.message(now, conn, message),
             Event::Closed(conn, how) => self.closed(now, conn, how),
@@ -242,6 +276,10 @@ impl Core {
 
     /// When [`Core::handle`] must be called at the latest; nothing once the outcome is decided.
     pub fn next_deadline(&self) -> Option<Time> {
+        self.deadline().map(|at| at.after(self.clock.stopped))
+    }
+
+    fn deadline(&self) -> Option<Time> {
         if self.phase.is_over() {
             return None;
         }

@@ -208,9 +208,7 @@ impl Core {
                 Some(who) => Failure::NotReady { who, waited_ms },
                 None => return,
             },
-            Phase::Draining { reason, .. } => {
-                Failure::DrainOverdue { reason: reason.clone(), waited_ms: self.config.drain_timeout }
-            }
+            Phase::Draining { reason, .. } => Failure::DrainOverdue { reason: reason.clone(), waited_ms: self.config.drain_timeout },
             Phase::Closing { step, .. } => {
                 Failure::NoLastCommit { step: *step, last: self.last_commit(), waited_ms: self.config.commit_timeout }
             }
@@ -329,7 +327,7 @@ impl Core {
         if aborts {
             self.send_all(&to_worker::Body::Abort(v1::Abort { reason: reason.clone() }));
         }
-        for conn in self.members.open() {
+        for conn in self.members.close_all() {
             self.effects.push(Effect::Close(conn));
         }
         if record {
@@ -358,7 +356,13 @@ impl Core {
     }
 
     /// What a rank reports differs from what the run resumes from.
-    pub(super) fn differs_from_start(&self, field: Field, values: &[(Rank, String)], expected: &str, from: Option<Step>) -> Option<Failure> {
+    pub(super) fn differs_from_start(
+        &self,
+        field: Field,
+        values: &[(Rank, String)],
+        expected: &str,
+        from: Option<Step>,
+    ) -> Option<Failure> {
         let (rank, found) = values.iter().find(|(_, found)| found != expected)?;
         Some(Failure::Differs {
             who: self.members.who_is(*rank)?,

@@ -49,21 +49,29 @@ impl Progress {
     /// Samples per second over the last steps; 0 before the second.
     pub(super) fn rate(&self) -> f64 {
         match (self.recent.front(), self.recent.back()) {
-            (Some((from, first)), Some((to, last))) if to > from => {
-                last.saturating_sub(*first) as f64 * 1000.0 / to.since(*from) as f64
-            }
+            (Some((from, first)), Some((to, last))) if to > from => last.saturating_sub(*first) as f64 * 1000.0 / to.since(*from) as f64,
             _ => 0.0,
         }
     }
 
+    /// A lost message loses no count: its step had as many samples as this one, or the next commit's ledger corrects it.
     fn take(&mut self, now: Time, progress: &v1::Progress, samples_per_epoch: u64) {
+        let steps = progress.step - self.step;
         self.step = progress.step;
-        self.samples = progress.samples;
+        self.samples = self.samples.saturating_add(progress.samples.saturating_mul(steps));
         self.loss = progress.loss;
-        self.epoch = progress.samples.checked_div(samples_per_epoch).unwrap_or(self.epoch);
-        self.recent.push_back((now, progress.samples));
+        self.epoch = self.samples.checked_div(samples_per_epoch).unwrap_or(self.epoch);
+        self.recent.push_back((now, self.samples));
         if self.recent.len() > WINDOW {
             self.recent.pop_front();
+        }
+    }
+
+    /// A commit knows the exact numbers as of its step.
+    pub(super) fn correct(&mut self, commit: &Commit) {
+        if commit.step >= self.step {
+            (self.step, self.epoch) = (commit.step, commit.epoch);
+            self.samples = commit.ledger.iter().map(|epoch| epoch.samples).sum();
         }
     }
 }

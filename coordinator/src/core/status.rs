@@ -6,6 +6,7 @@ use ella_proto::v1::{RunStatus, WorkerStatus};
 impl Core {
     /// What the run is doing now.
     pub fn status(&self, now: Time) -> RunStatus {
+        let now = self.clock.read(now);
         let reason = match &self.phase {
             Phase::Over(outcome) => outcome.reason(),
             _ => self.wait().map_or_else(String::new, |wait| wait.to_string()),

@@ -55,7 +55,7 @@ async fn keep(
 }
 
 /// Costs space only if it fails. The store's future is not `Send`, so it runs on a thread of its own.
-async fn delete(store: Store, folders: Vec<String>) {
+pub(super) async fn delete(store: Store, folders: Vec<String>) {
     let handle = tokio::runtime::Handle::current();
     let deleted = tokio::task::spawn_blocking(move || handle.block_on(remove_leftovers(&store, &folders))).await;
     let problem = match deleted {

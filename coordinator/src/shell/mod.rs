@@ -83,7 +83,6 @@ pub struct Coordinator {
     http: TcpListener,
     addresses: Addresses,
     linger: Duration,
-    lease: Duration,
 }
 
 impl Coordinator {
@@ -99,8 +98,7 @@ impl Coordinator {
         };
         let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
         let core = Core::new(core_config(config, store.url(), options), history(&log, state), Time(0));
-        let (linger, lease) = (options.linger, config.workers.lease.duration());
-        Ok(Opened::Ready(Box::new(Self { core, log, store, grpc, http, addresses, linger, lease })))
+        Ok(Opened::Ready(Box::new(Self { core, log, store, grpc, http, addresses, linger: options.linger })))
     }
 
     /// Where it listens.
@@ -125,7 +123,7 @@ impl Coordinator {
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
         tasks.spawn(async move { keeper_task.await.map(|()| None) });
         tasks.spawn(async move { journal_task.await.map(|()| None) });
-        tasks.spawn(grpc::serve(self.grpc, inputs.clone(), self.lease, shutdown.clone()));
+        tasks.spawn(grpc::serve(self.grpc, inputs.clone(), shutdown.clone()));
         tasks.spawn(http::serve(self.http, inputs.clone(), shutdown.clone()));
         tasks.spawn(forward_stops(stops, inputs, shutdown.clone()));
         supervise(tasks, shutdown).await

@@ -29,8 +29,7 @@ pub(super) fn prometheus(report: &StatusReport) -> String {
     metric("last_commit_step", "gauge", "Step of the newest commit.", &one(report.last_commit_step as f64));
     metric("commits_total", "counter", "Commits written by this coordinator.", &one(report.commits as f64));
     metric("workers", "gauge", "Workers that take part.", &one(report.workers.len() as f64));
-    let silent: Vec<_> =
-        report.workers.iter().map(|w| (label("rank", &w.rank.to_string()), w.silent_ms as f64 / 1000.0)).collect();
+    let silent: Vec<_> = report.workers.iter().map(|w| (label("rank", &w.rank.to_string()), w.silent_ms as f64 / 1000.0)).collect();
     metric("worker_silent_seconds", "gauge", "Time since a worker was last heard of.", &silent);
     let counts: Vec<_> = report.counts.iter().map(|(name, n)| (label("name", name), *n as f64)).collect();
     metric("counted_total", "counter", "What was refused, retried or skipped, by name.", &counts);

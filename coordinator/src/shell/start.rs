@@ -1,8 +1,8 @@
 //! Opening a run: its config, its log, its newest commit; and claiming the next term (TERM).
 
-use super::RunError;
+use super::{RunError, keeper};
 use ella_proto::config::RunConfig;
-use ella_store::{Body, Commit, Outcome, RunLog, RunState, Store, StoreError, Term, collect_leftovers, probe, remove_leftovers};
+use ella_store::{Body, Commit, Outcome, RunLog, RunState, Store, StoreError, Term, collect_leftovers, probe};
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -67,15 +67,13 @@ async fn check_config(config: &RunConfig, store: &Store) -> Result<Option<String
 
 /// Deletes what earlier terms left behind. It costs space only, so a failure is only told.
 async fn collect(store: &Store, state: &RunState, term: u64) {
-    let collected = async {
-        let folders = collect_leftovers(store, state, term).await?;
-        remove_leftovers(store, &folders).await?;
-        Ok::<_, StoreError>(folders)
-    };
-    match collected.await {
+    match collect_leftovers(store, state, term).await {
         Ok(folders) if folders.is_empty() => {}
-        Ok(folders) => tracing::info!(?folders, "deleted commits that were given up or never recorded"),
-        Err(error) => tracing::warn!("leftovers could not be deleted: {error}"),
+        Ok(folders) => {
+            tracing::info!(?folders, "deleting commits that were given up or never recorded");
+            keeper::delete(store.clone(), folders).await;
+        }
+        Err(error) => tracing::warn!("{error}; the next coordinator looks for leftovers again"),
     }
 }
 

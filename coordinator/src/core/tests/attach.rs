@@ -1,0 +1,158 @@
+//! Hello: welcomes, refusals, and the first generation.
+
+use super::*;
+
+fn refused(run: &Run, n: u64, worker: &str, reason: v1::RefusedReason, detail: &str) -> Vec<Effect> {
+    vec![
+        run.to(n, to_worker::Body::Refused(v1::Refused { reason: reason.into(), detail: detail.into() })),
+        Effect::Close(conn(n)),
+        Effect::Note(Note::Refused { worker: worker.into(), why: detail.into() }),
+    ]
+}
+
+#[test]
+fn a_worker_is_welcomed_and_the_run_says_what_it_waits_for() {
+    let mut run = Run::new(config(2), vec![]);
+    assert_eq!(run.core.wait(), Some(Wait::Workers { have: 0, need: 2 }));
+    let effects = run.hello(1);
+    let welcome = run.to(1, to_worker::Body::Welcome(config(2).welcome));
+    let note = Note::Attached { worker: "w1".into(), device: "cpu".into(), have: 1, need: 2 };
+    assert_eq!(effects, vec![welcome, Effect::Note(note)]);
+    assert_eq!(run.core.wait(), Some(Wait::Workers { have: 1, need: 2 }));
+    let status = run.core.status(Time(40));
+    assert_eq!((status.phase.as_str(), status.reason.as_str()), ("waiting", "waiting for workers: 1 of 2 are here"));
+    assert_eq!(status.workers[0].silent_ms, 40);
+}
+
+#[test]
+fn the_last_worker_completes_the_generation_and_all_get_their_places() {
+    let mut run = Run::new(config(2), vec![commit_at(4, 2)]);
+    run.hello(2);
+    let effects = run.hello(1);
+    let assign = |rank: u32| {
+        to_worker::Body::Assign(v1::Assign {
+            rank,
+            peers: vec!["10.0.0.1:4000".into(), "10.0.0.2:4000".into()],
+            commit_json: serde_json::to_vec(&commit_at(4, 2)).unwrap(),
+            session: [6].into_iter().chain([7; 15]).collect(),
+        })
+    };
+    // Ranks go by the order in which streams were opened. Assign is of generation 1, the welcome before it of none.
+    assert_eq!(effects[2..4], [run.to(1, assign(0)), run.to(2, assign(1))]);
+    let note = Note::Generation { generation: 1, workers: vec!["w1".into(), "w2".into()], from_step: 4 };
+    assert_eq!(effects[4..], [Effect::Note(note)]);
+    assert_eq!(run.core.phase(), &Phase::Starting { until: Time(10_000) });
+    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![ella_proto::ids::Rank(0), ella_proto::ids::Rank(1)] }));
+}
+
+#[test]
+fn workers_that_do_not_fit_are_refused_with_the_reason_and_counted() {
+    use v1::RefusedReason as R;
+    let gpu = |n: u64, uuid: &str| Hello { device_kind: "cuda".into(), device_uuid: uuid.into(), ..hello(n) };
+    let mut run = Run::new(config(3), vec![]);
+    run.hello_as(1, gpu(1, "GPU-1"));
+    let holder = "worker w1 (host h1, pid 1)";
+    let cases = [
+        (
+            Hello { version: "2".into(), ..gpu(9, "G") },
+            R::Version,
+            "refused_version",
+            "this worker has version 2, the coordinator 1; start workers of the same version".to_owned(),
+        ),
+        (
+            Hello { config_digest: "x".into(), ..gpu(9, "G") },
+            R::Config,
+            "refused_config",
+            format!(
+                "this worker was started for config x, but the run has {}; start it with the run's config, or with none",
+                hex("config")
+            ),
+        ),
+        (
+            gpu(9, "GPU-1"),
+            R::DuplicateDevice,
+            "refused_duplicate_device",
+            format!("device GPU-1 is already used by {holder}; give each worker a device of its own"),
+        ),
+        (
+            hello(9),
+            R::DeviceKind,
+            "refused_device_kind",
+            "this worker computes on cpu, those before it on cuda; all workers of a run must have one device kind".to_owned(),
+        ),
+        (
+            Hello { worker_id: "w1".into(), ..gpu(9, "G") },
+            R::DuplicateWorker,
+            "refused_duplicate_worker",
+            format!("the worker id is already used by {holder}; each process must make its own"),
+        ),
+    ];
+    for (hello, reason, counter, detail) in cases {
+        let worker = hello.worker_id.clone();
+        let effects = run.hello_as(9, hello);
+        assert_eq!(effects, refused(&run, 9, &worker, reason, &detail));
+        assert_eq!(run.count(counter), 1);
+    }
+    assert_eq!(run.core.wait(), Some(Wait::Workers { have: 1, need: 3 }), "nobody was harmed");
+}
+
+#[test]
+fn malformed_hellos_are_refused_with_the_rule() {
+    let mut run = Run::new(config(2), vec![]);
+    let cases = [
+        (Hello { worker_id: String::new(), ..hello(9) }, "Hello.worker_id must not be empty"),
+        (Hello { device_kind: "abacus".into(), ..hello(9) }, "Hello.device_kind must be \"cpu\" or \"cuda\""),
+        (Hello { device_kind: "cuda".into(), ..hello(9) }, "Hello.device_uuid must name the GPU"),
+        (Hello { peer_address: "host".into(), ..hello(9) }, "Hello.peer_address must be host:port"),
+        (Hello { peer_address: "host:0".into(), ..hello(9) }, "Hello.peer_address must be host:port"),
+        (Hello { host: "x".repeat(300), ..hello(9) }, "no text in Hello may be longer than 256 bytes"),
+    ];
+    for (n, (hello, rule)) in cases.into_iter().enumerate() {
+        let worker = hello.worker_id.clone();
+        let effects = run.hello_as(9, hello);
+        assert_eq!(effects, refused(&run, 9, &worker, v1::RefusedReason::Malformed, rule));
+        assert_eq!(run.count("refused_malformed"), n as u64 + 1);
+    }
+}
+
+#[test]
+fn a_stranger_that_does_not_say_hello_is_refused() {
+    let mut run = Run::new(config(2), vec![]);
+    let effects = run.say(9, from_worker::Body::Heartbeat(v1::Heartbeat { step: 1 }));
+    assert_eq!(effects, refused(&run, 9, "", v1::RefusedReason::Malformed, "the first message must be Hello"));
+}
+
+#[test]
+fn there_are_no_spare_workers_and_no_second_hello() {
+    let mut run = Run::assigned(vec![]);
+    let effects = run.hello(3);
+    let detail = "the run has all of its 2 workers (workers.count); spare workers are not kept";
+    assert_eq!(effects, refused(&run, 3, "w3", v1::RefusedReason::Full, detail));
+    assert_eq!(run.hello(1), vec![]);
+    assert_eq!(run.count("refused_second_hello"), 1);
+}
+
+#[test]
+fn nobody_is_taken_in_when_the_run_is_over() {
+    let mut run = Run::training(vec![]);
+    run.event(Event::Leave("twice".into()));
+    let effects = run.hello(3);
+    assert_eq!(effects, refused(&run, 3, "w3", v1::RefusedReason::RunOver, "the run is over (preempted)"));
+
+    let mut run = Run::training(vec![]);
+    run.event(Event::Superseded(Term(4)));
+    let effects = run.hello(3);
+    let detail = "this coordinator has been superseded; attach to the new one";
+    assert_eq!(effects, refused(&run, 3, "w3", v1::RefusedReason::Superseded, detail));
+}
+
+#[test]
+fn a_run_that_gets_too_few_workers_fails_at_its_deadline() {
+    let mut run = Run::new(config(2), vec![]);
+    run.hello(1);
+    run.until(9_999, &[1]);
+    assert!(!run.core.phase().is_over());
+    run.until(10_000, &[1]);
+    assert_eq!(run.failure(), Failure::TooFew { have: 1, need: 2, waited_ms: 10_000 });
+    assert!(!run.failure().permanent());
+}

@@ -1,0 +1,165 @@
+//! StateDigest, PartSaved, Appended: a commit exists when its record does (COMMIT).
+
+use super::*;
+use ella_proto::ids::Step;
+
+fn committed(run: &Run, n: u64, step: u64) -> Effect {
+    run.to(n, to_worker::Body::Committed(v1::Committed { step }))
+}
+
+fn committed_note(step: u64) -> Effect {
+    Effect::Note(Note::Committed { step, folder: ella_store::commit_folder(step, TERM), bytes: 15 })
+}
+
+#[test]
+fn the_record_is_written_when_all_states_and_parts_are_in_and_told_when_it_stands() {
+    let mut run = Run::training(vec![]);
+    for (n, body) in [(1, part(2, 0)), (1, state(2)), (2, part(2, 1)), (2, part(2, 2))] {
+        assert_eq!(run.say(n, body), vec![]);
+    }
+    let body = Body::Commit(commit_at(2, TERM));
+    assert_eq!(run.say(2, state(2)), vec![Effect::Append(body.clone())]);
+    assert_eq!(run.core.status(run.now).last_commit_step, 0, "not before the record stands");
+    let effects = run.event(Event::Appended(body));
+    assert_eq!(effects, vec![committed_note(2), committed(&run, 1, 2), committed(&run, 2, 2)]);
+    let status = run.core.status(run.now);
+    assert_eq!((status.last_commit_step, status.commits, status.samples), (2, 1, 8));
+}
+
+#[test]
+fn a_state_that_differs_ends_the_run_for_good_naming_the_rank() {
+    let other = |change: fn(&mut v1::StateDigest)| {
+        let from_worker::Body::State(mut digest) = state(2) else { unreachable!() };
+        change(&mut digest);
+        from_worker::Body::State(digest)
+    };
+    let cases = [
+        (other(|digest| digest.digest = hex("other")), Field::State),
+        (other(|digest| digest.epoch = 1), Field::Position),
+        (other(|digest| digest.ledger[0].samples = 7), Field::Ledger),
+    ];
+    for (odd, expected) in cases {
+        let mut run = Run::training(vec![]);
+        run.say(2, odd);
+        run.say(1, state(2));
+        let Failure::Differs { who: named, step, field, .. } = run.failure() else { panic!("{:?}", run.failure()) };
+        assert_eq!((named, step, field), (who(2, Some(1)), Step(2), expected));
+        assert!(run.failure().permanent());
+    }
+}
+
+#[test]
+fn a_part_saved_twice_must_be_the_same() {
+    let mut run = Run::training(vec![]);
+    run.say(1, part(2, 0));
+    assert_eq!(run.say(2, part(2, 0)), vec![]);
+    assert_eq!(run.count("parts_saved_again"), 1);
+    let name = PARTS[0].to_owned();
+    run.say(2, from_worker::Body::Part(v1::PartSaved { step: 2, name: name.clone(), bytes: 5, blake3: hex("other") }));
+    let (expected, found) = (hex(PARTS[0]), hex("other"));
+    assert_eq!(run.failure(), Failure::PartDiffers { who: who(2, Some(1)), step: Step(2), name, expected, found });
+}
+
+#[test]
+fn old_commits_are_given_up_in_the_log_before_they_are_deleted() {
+    let mut run = Run::training(vec![commit_at(1, 1), commit_at(2, 2)]);
+    let retire = Body::Retire { commits: vec![ella_store::commit_folder(1, 1)] };
+    let effects = run.commit(4);
+    assert_eq!(effects.last(), Some(&Effect::Append(retire.clone())));
+    let folders = vec![ella_store::commit_folder(1, 1)];
+    let effects = run.event(Event::Appended(retire));
+    assert_eq!(effects, vec![Effect::DeleteFolders(folders.clone()), Effect::Note(Note::Retired { folders })]);
+}
+
+#[test]
+fn a_keep_rule_that_was_lowered_gives_up_all_that_is_too_much() {
+    let mut run = Run::training(vec![commit_at(1, 1), commit_at(2, 1), commit_at(3, 1)]);
+    let retire = Body::Retire { commits: vec![ella_store::commit_folder(1, 1), ella_store::commit_folder(2, 1)] };
+    assert_eq!(run.commit(4).last(), Some(&Effect::Append(retire)));
+}
+
+#[test]
+fn commits_are_recorded_in_the_order_of_their_steps() {
+    let mut run = Run::training(vec![]);
+    for (n, body) in [(1, state(2)), (2, state(2)), (1, part(2, 0)), (2, part(2, 1))] {
+        run.say(n, body);
+    }
+    assert_eq!(run.report_commit(4), vec![], "step 2 comes first");
+    assert_eq!(run.say(1, part(2, 2)), vec![Effect::Append(Body::Commit(commit_at(2, TERM)))]);
+    let effects = run.event(Event::Appended(Body::Commit(commit_at(2, TERM))));
+    assert_eq!(effects.last(), Some(&Effect::Append(Body::Commit(commit_at(4, TERM)))));
+}
+
+#[test]
+fn reports_out_of_turn_are_refused_and_counted() {
+    let mut run = Run::training(vec![commit_at(2, 2)]);
+    for body in [state(2), part(1, 0), state(11)] {
+        assert_eq!(run.say(1, body), vec![], "already committed, or beyond the last step");
+    }
+    assert_eq!(run.count("refused_out_of_turn"), 3);
+    run.say(1, from_worker::Body::Part(v1::PartSaved { step: 4, name: "../evil".into(), bytes: 1, blake3: hex("x") }));
+    assert_eq!(run.count("refused_unknown_part"), 1);
+    run.say(1, state(4));
+    run.say(1, state(4));
+    assert_eq!(run.count("refused_duplicate_digest"), 1);
+}
+
+#[test]
+fn malformed_digests_name_the_worker() {
+    let mut run = Run::training(vec![]);
+    run.say(2, from_worker::Body::Part(v1::PartSaved { step: 2, name: PARTS[0].into(), bytes: 1, blake3: "x".into() }));
+    assert_eq!(run.failure(), Failure::Malformed { who: who(2, Some(1)), field: Field::State, found: "x".into() });
+
+    let mut run = Run::training(vec![]);
+    let from_worker::Body::State(mut digest) = state(2) else { unreachable!() };
+    digest.ledger[0].hash = "Z".repeat(32);
+    run.say(1, from_worker::Body::State(digest));
+    assert_eq!(run.failure(), Failure::Malformed { who: who(1, Some(0)), field: Field::Ledger, found: "Z".repeat(32) });
+}
+
+#[test]
+fn a_commit_that_is_not_completed_fails_the_run_and_says_what_is_missing() {
+    let mut run = Run::training(vec![]);
+    run.say(1, state(2));
+    run.say(1, part(2, 0));
+    run.until(20_000, &[1, 2]);
+    let parts = PARTS[0].to_owned();
+    assert_eq!(run.failure(), Failure::CommitOverdue { step: Step(2), digests: 1, ranks: 2, parts, waited_ms: 20_000 });
+}
+
+#[test]
+fn a_superseded_coordinator_stops_everything_and_writes_no_more() {
+    let mut run = Run::training(vec![]);
+    run.report_commit(2);
+    let effects = run.event(Event::Superseded(Term(4)));
+    let reason = "superseded: the coordinator of term 4 has taken over this run, so this one stops";
+    let note = Note::Ended { outcome: "failed", step: 0, reason: reason.into(), permanent: false };
+    let expected = vec![
+        run.abort(1, reason),
+        run.abort(2, reason),
+        Effect::Close(conn(1)),
+        Effect::Close(conn(2)),
+        Effect::Note(note),
+        Effect::Finish(Failure::Superseded { by: Term(4) }.into()),
+    ];
+    assert_eq!(effects, expected);
+    assert_eq!(Outcome::from(run.failure()).exit_code(), 1);
+}
+
+#[test]
+fn a_log_that_cannot_be_written_is_fatal() {
+    let mut run = Run::training(vec![]);
+    run.report_commit(2);
+    let effects = run.event(Event::AppendFailed("disk full".into()));
+    assert_eq!(run.failure(), Failure::Append { error: "disk full".into() });
+    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Append(_))));
+}
+
+#[test]
+fn a_record_that_was_on_its_way_when_the_run_failed_still_counts() {
+    let mut run = Run::training(vec![]);
+    run.report_commit(2);
+    run.event(Event::Closed(conn(1), Closed::Gone));
+    assert_eq!(run.event(Event::Appended(Body::Commit(commit_at(2, TERM)))), vec![committed_note(2)]);
+    assert_eq!(run.core.status(run.now).last_commit_step, 2);
+}

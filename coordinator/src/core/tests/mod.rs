@@ -1,0 +1,321 @@
+//! The core by value: given, when, then exactly these effects. Every event passes the [`Oracle`], which checks the invariants that the
+//! core's documentation names.
+
+mod attach;
+mod commit;
+mod finish;
+mod lease;
+mod loss;
+mod progress;
+mod random;
+mod ready;
+mod term;
+
+use super::*;
+use ella_proto::v1::{Hello, from_worker, to_worker};
+use ella_store::Digest;
+use std::collections::BTreeSet;
+
+pub(super) const TERM: u64 = 3;
+const LEASE: u64 = 1_000;
+
+pub(super) fn digest(text: &str) -> Digest {
+    Digest::of(text.as_bytes())
+}
+
+pub(super) fn hex(text: &str) -> String {
+    digest(text).to_string()
+}
+
+pub(super) fn config(workers: usize) -> CoreConfig {
+    CoreConfig {
+        welcome: v1::Welcome {
+            run_url: "/runs/a".into(),
+            config_toml: "[run]".into(),
+            config_digest: hex("config"),
+            heartbeat_ms: LEASE / 4,
+            lease_ms: LEASE,
+            orphan_ms: 5_000,
+            step_timeout_ms: 5_000,
+        },
+        version: "1".into(),
+        workers,
+        steps: 10,
+        keep: 2,
+        start_timeout: 10_000,
+        commit_timeout: 20_000,
+        drain_timeout: 5_000,
+        blame_window: 200,
+        session: [7; 16],
+        units: Vec::new(),
+    }
+}
+
+pub(super) fn hello(n: u64) -> Hello {
+    Hello {
+        worker_id: format!("w{n}"),
+        version: "1".into(),
+        host: format!("h{n}"),
+        pid: n as u32,
+        device_kind: "cpu".into(),
+        device_uuid: String::new(),
+        peer_address: format!("10.0.0.{n}:4000"),
+        config_digest: String::new(),
+    }
+}
+
+pub(super) fn conn(n: u64) -> ConnId {
+    ConnId(n)
+}
+
+pub(super) fn who(n: u64, rank: Option<u32>) -> Who {
+    Who { worker_id: format!("w{n}"), rank: rank.map(ella_proto::ids::Rank), host: format!("h{n}"), pid: n as u32 }
+}
+
+pub(super) fn commit_at(step: u64, term: u64) -> Commit {
+    let part = |name: &str| ella_store::Part { name: name.to_owned(), bytes: 5, blake3: digest(name) };
+    Commit {
+        step,
+        generation: 1,
+        world: 2,
+        folder: ella_store::commit_folder(step, term),
+        parts: PARTS.map(part).to_vec(),
+        config_digest: digest("config"),
+        data_digest: digest("data"),
+        epoch: 0,
+        step_in_epoch: step,
+        ledger: vec![ella_store::LedgerEpoch { epoch: 0, samples: step * 4, hash: "0".repeat(32) }],
+        state_digest: digest(&format!("state {step}")),
+    }
+}
+
+pub(super) fn ready(step: u64) -> v1::Ready {
+    v1::Ready {
+        step,
+        state_digest: hex(&format!("state {step}")),
+        data_digest: hex("data"),
+        models_digest: "models".into(),
+        samples_per_epoch: 100,
+    }
+}
+
+pub(super) fn state(step: u64) -> from_worker::Body {
+    from_worker::Body::State(v1::StateDigest {
+        step,
+        digest: hex(&format!("state {step}")),
+        ledger: vec![v1::LedgerEpoch { epoch: 0, samples: step * 4, hash: "0".repeat(32) }],
+        epoch: 0,
+        step_in_epoch: step,
+    })
+}
+
+pub(super) fn part(step: u64, index: usize) -> from_worker::Body {
+    let name = PARTS[index];
+    from_worker::Body::Part(v1::PartSaved { step, name: name.to_owned(), bytes: 5, blake3: hex(name) })
+}
+
+pub(super) fn done(step: u64) -> from_worker::Body {
+    from_worker::Body::Finished(v1::Finished { step, outcome: v1::Outcome::Done.into() })
+}
+
+pub(super) fn preempted(step: u64) -> from_worker::Body {
+    from_worker::Body::Finished(v1::Finished { step, outcome: v1::Outcome::Preempted.into() })
+}
+
+/// A core under test, with its own time.
+pub(super) struct Run {
+    pub(super) core: Core,
+    pub(super) now: Time,
+    oracle: Oracle,
+}
+
+impl Run {
+    pub(super) fn new(config: CoreConfig, commits: Vec<Commit>) -> Self {
+        let history = History { term: Term(TERM), commits };
+        let oracle = Oracle::new(&history);
+        Self { core: Core::new(config, history, Time(0)), now: Time(0), oracle }
+    }
+
+    /// Two workers, both in, neither ready.
+    pub(super) fn assigned(commits: Vec<Commit>) -> Self {
+        let mut run = Self::new(config(2), commits);
+        run.hello(1);
+        run.hello(2);
+        run
+    }
+
+    /// Two workers that train.
+    pub(super) fn training(commits: Vec<Commit>) -> Self {
+        let from = commits.last().map_or(0, |commit| commit.step);
+        let mut run = Self::assigned(commits);
+        run.say(1, from_worker::Body::Ready(ready(from)));
+        run.say(2, from_worker::Body::Ready(ready(from)));
+        assert_eq!(run.core.phase(), &Phase::Training);
+        run
+    }
+
+    pub(super) fn event(&mut self, event: Event) -> Vec<Effect> {
+        let effects = self.core.handle(self.now, event.clone());
+        self.oracle.check(&self.core, &event, &effects);
+        effects
+    }
+
+    pub(super) fn hello(&mut self, n: u64) -> Vec<Effect> {
+        self.hello_as(n, hello(n))
+    }
+
+    pub(super) fn hello_as(&mut self, n: u64, hello: Hello) -> Vec<Effect> {
+        let message = FromWorker { term: 0, generation: 0, body: Some(from_worker::Body::Hello(hello)) };
+        self.event(Event::Message(conn(n), message))
+    }
+
+    pub(super) fn say(&mut self, n: u64, body: from_worker::Body) -> Vec<Effect> {
+        let message = FromWorker { term: TERM, generation: self.core.generation.0, body: Some(body) };
+        self.event(Event::Message(conn(n), message))
+    }
+
+    pub(super) fn beat(&mut self, n: u64) {
+        assert_eq!(self.say(n, from_worker::Body::Heartbeat(v1::Heartbeat { step: 0 })), vec![]);
+    }
+
+    /// Goes to the next deadline while the other workers keep beating.
+    pub(super) fn until(&mut self, at: u64, beating: &[u64]) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        while self.now < Time(at) {
+            self.now = Time(at.min(self.now.0 + LEASE / 4));
+            for n in beating {
+                if self.core.phase().is_over() {
+                    return effects;
+                }
+                effects.extend(self.say(*n, from_worker::Body::Heartbeat(v1::Heartbeat { step: 0 })));
+            }
+            effects.extend(self.event(Event::Tick));
+        }
+        effects
+    }
+
+    /// Both ranks report a commit's state and save its parts; what the last message brings about is given.
+    pub(super) fn report_commit(&mut self, step: u64) -> Vec<Effect> {
+        self.say(1, state(step));
+        self.say(1, part(step, 0));
+        self.say(2, state(step));
+        self.say(2, part(step, 1));
+        self.say(1, part(step, 2))
+    }
+
+    /// A commit, recorded.
+    pub(super) fn commit(&mut self, step: u64) -> Vec<Effect> {
+        assert_eq!(self.report_commit(step), vec![Effect::Append(Body::Commit(commit_at(step, TERM)))]);
+        self.event(Event::Appended(Body::Commit(commit_at(step, TERM))))
+    }
+
+    pub(super) fn count(&self, name: &str) -> u64 {
+        self.core.status(self.now).counts.get(name).copied().unwrap_or(0)
+    }
+
+    pub(super) fn to(&self, n: u64, body: to_worker::Body) -> Effect {
+        Effect::Send(conn(n), ToWorker { term: TERM, generation: self.core.generation.0, body: Some(body) })
+    }
+
+    pub(super) fn abort(&self, n: u64, reason: &str) -> Effect {
+        self.to(n, to_worker::Body::Abort(v1::Abort { reason: reason.into() }))
+    }
+
+    /// The failure that the run has ended with.
+    pub(super) fn failure(&self) -> Failure {
+        match self.core.phase() {
+            Phase::Over(Outcome::Failed(failure)) => (**failure).clone(),
+            other => panic!("the run has not failed: {other:?}"),
+        }
+    }
+}
+
+/// Checks the named invariants after every event.
+pub(super) struct Oracle {
+    appended: Vec<u64>,
+    recorded: BTreeSet<u64>,
+    given_up: BTreeSet<String>,
+    newest: Option<String>,
+    finished: bool,
+}
+
+impl Oracle {
+    fn new(history: &History) -> Self {
+        let newest = history.commits.last().map(|commit| commit.folder.clone());
+        let appended = history.commits.iter().map(|commit| commit.step).collect();
+        Self { appended, recorded: BTreeSet::new(), given_up: BTreeSet::new(), newest, finished: false }
+    }
+
+    pub(super) fn check(&mut self, core: &Core, event: &Event, effects: &[Effect]) {
+        self.learn(event);
+        let was_over = self.finished;
+        for effect in effects {
+            self.check_effect(core, effect, was_over);
+        }
+        check_members(core);
+        let units: usize = core.leases.sizes().iter().sum();
+        let unique: BTreeSet<_> = core.config.units.iter().collect();
+        assert_eq!(units, unique.len(), "L-1");
+        assert!(core.phase.is_over() || core.leases.holders().all(|holder| core.members.contains(holder)), "L-1: a stranger holds a lease");
+        assert_eq!(core.phase.is_over(), self.finished, "P-1: the outcome is announced once, when it is decided");
+        assert_eq!(core.next_deadline().is_some(), !core.phase.is_over(), "P-2");
+    }
+
+    fn learn(&mut self, event: &Event) {
+        match event {
+            Event::Appended(Body::Commit(commit)) => {
+                self.recorded.insert(commit.step);
+                self.newest = Some(commit.folder.clone());
+            }
+            Event::Appended(Body::Retire { commits }) => self.given_up.extend(commits.iter().cloned()),
+            _ => {}
+        }
+    }
+
+    fn check_effect(&mut self, core: &Core, effect: &Effect, was_over: bool) {
+        match effect {
+            Effect::Append(body) => {
+                assert!(!was_over, "P-1: {body:?} after the outcome");
+                if let Body::Commit(commit) = body {
+                    assert!(self.appended.last().is_none_or(|last| commit.step > *last), "C-2: {} after {:?}", commit.step, self.appended);
+                    assert_eq!(commit.parts.len(), PARTS.len(), "C-1");
+                    assert_eq!(commit.world as usize, core.members.len(), "C-1");
+                    self.appended.push(commit.step);
+                }
+            }
+            Effect::Send(_, ToWorker { body: Some(body), .. }) => {
+                if let to_worker::Body::Committed(v1::Committed { step }) = body {
+                    assert!(self.recorded.contains(step), "C-3: step {step}");
+                }
+                assert!(!was_over || matches!(body, to_worker::Body::Refused(_)), "P-1: {body:?} after the outcome");
+            }
+            Effect::Send(_, ToWorker { body: None, .. }) => panic!("an empty message"),
+            Effect::DeleteFolders(folders) => {
+                for folder in folders {
+                    assert!(self.given_up.contains(folder), "C-4: {folder} was not given up");
+                    assert_ne!(Some(folder), self.newest.as_ref(), "C-4: the newest commit");
+                }
+            }
+            Effect::Finish(_) => {
+                assert!(!self.finished, "P-1: a second outcome");
+                self.finished = true;
+            }
+            Effect::Close(_) | Effect::Metric(_) | Effect::Note(_) => {}
+        }
+    }
+}
+
+fn check_members(core: &Core) {
+    let members: Vec<_> = core.members.iter().map(|(_, member)| member).collect();
+    assert!(members.len() <= core.config.workers, "M-1: too many");
+    let ids: BTreeSet<_> = members.iter().map(|member| &member.hello.worker_id).collect();
+    let kinds: BTreeSet<_> = members.iter().map(|member| &member.hello.device_kind).collect();
+    let gpus: Vec<_> = members.iter().map(|member| &member.hello.device_uuid).filter(|uuid| !uuid.is_empty()).collect();
+    assert_eq!(ids.len(), members.len(), "M-1: worker ids");
+    assert!(kinds.len() <= 1, "M-1: device kinds");
+    assert_eq!(gpus.iter().collect::<BTreeSet<_>>().len(), gpus.len(), "M-1: devices");
+    if core.generation.0 > 0 {
+        let ranks: Vec<_> = members.iter().filter_map(|member| member.rank.map(|rank| rank.0)).collect();
+        assert_eq!(ranks, (0..core.config.workers as u32).collect::<Vec<_>>(), "M-2");
+    }
+}

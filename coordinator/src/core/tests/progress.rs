@@ -1,0 +1,64 @@
+//! Progress: measured, kept, never answered (LIVE).
+
+use super::*;
+
+fn progress(step: u64, samples: u64) -> v1::Progress {
+    v1::Progress { step, samples, loss: 0.5, ..v1::Progress::default() }
+}
+
+#[test]
+fn rank_zeros_steps_are_kept_and_summed() {
+    let mut run = Run::training(vec![commit_at(4, 2)]);
+    for step in 5..8 {
+        run.now = Time(run.now.0 + 100);
+        assert_eq!(run.say(1, from_worker::Body::Progress(progress(step, 4))), vec![Effect::Metric(progress(step, 4))]);
+    }
+    let status = run.core.status(run.now);
+    assert_eq!((status.step, status.samples, status.loss, status.samples_per_second), (7, 28, 0.5, 40.0));
+}
+
+#[test]
+fn a_lost_message_loses_no_count() {
+    let mut run = Run::training(vec![]);
+    run.say(1, from_worker::Body::Progress(progress(1, 40)));
+    run.say(1, from_worker::Body::Progress(progress(4, 40)));
+    let status = run.core.status(run.now);
+    assert_eq!((status.samples, status.epoch), (160, 1));
+}
+
+#[test]
+fn other_ranks_send_their_timing_only() {
+    let mut run = Run::training(vec![]);
+    let parts = v1::StepParts { data: 0.25, ..v1::StepParts::default() };
+    assert_eq!(run.say(2, from_worker::Body::Progress(v1::Progress { parts: Some(parts), ..progress(1, 4) })), vec![]);
+    let status = run.core.status(run.now);
+    assert_eq!((status.step, status.workers[1].step, status.workers[1].parts), (0, 1, Some(parts)));
+}
+
+#[test]
+fn skipped_samples_are_counted_by_reason_and_reasons_are_bounded() {
+    let mut run = Run::training(vec![]);
+    let skipped = |name: String, n| v1::Progress { skipped: [(name, n)].into(), ..v1::Progress::default() };
+    run.say(1, from_worker::Body::Progress(skipped("torn_image".into(), 2)));
+    run.say(2, from_worker::Body::Progress(skipped("torn_image".into(), 3)));
+    assert_eq!(run.count("skipped_torn_image"), 5);
+    for n in 0..500 {
+        run.say(2, from_worker::Body::Progress(skipped(format!("reason {n}"), 1)));
+    }
+    run.say(2, from_worker::Body::Progress(skipped("x".repeat(1000), 1)));
+    assert!(run.core.status(run.now).counts.len() <= MOST_NAMES + 1);
+    assert!(run.count("other") > 0);
+}
+
+#[test]
+fn progress_out_of_turn_is_refused() {
+    let mut run = Run::assigned(vec![]);
+    run.say(1, from_worker::Body::Progress(progress(1, 4)));
+    assert_eq!(run.count("refused_out_of_turn"), 1);
+    let mut run = Run::training(vec![]);
+    run.say(1, from_worker::Body::Progress(progress(11, 4)));
+    assert_eq!(run.count("refused_out_of_turn"), 1);
+    run.say(1, from_worker::Body::Progress(progress(2, 4)));
+    assert_eq!(run.say(1, from_worker::Body::Progress(progress(2, 4))), vec![]);
+    assert_eq!(run.count("refused_old_step"), 1);
+}

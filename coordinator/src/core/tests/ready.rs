@@ -1,0 +1,116 @@
+//! Ready: all ranks must agree with each other and with the commit before training begins.
+
+use super::*;
+use ella_proto::ids::Step;
+
+fn say_ready(run: &mut Run, n: u64, ready: v1::Ready) -> Vec<Effect> {
+    run.say(n, from_worker::Body::Ready(ready))
+}
+
+#[test]
+fn training_begins_when_all_ranks_are_ready_and_agree() {
+    let mut run = Run::assigned(vec![]);
+    assert_eq!(say_ready(&mut run, 2, ready(0)), vec![]);
+    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![ella_proto::ids::Rank(0)] }));
+    let effects = say_ready(&mut run, 1, ready(0));
+    let start = || to_worker::Body::Start(v1::Start {});
+    let note = Note::Started { generation: 1, step: 0 };
+    assert_eq!(effects, vec![run.to(1, start()), run.to(2, start()), Effect::Note(note)]);
+    assert_eq!(run.core.phase(), &Phase::Training);
+    assert_eq!(run.core.wait(), None);
+}
+
+#[test]
+fn a_rank_that_differs_from_the_others_ends_the_run_for_good_and_is_named() {
+    let cases = [
+        (v1::Ready { data_digest: hex("other"), ..ready(0) }, Field::Data, hex("data"), hex("other")),
+        (v1::Ready { models_digest: "x".into(), ..ready(0) }, Field::Models, "models".into(), "x".into()),
+        (v1::Ready { samples_per_epoch: 9, ..ready(0) }, Field::SamplesPerEpoch, "100".into(), "9".into()),
+        (v1::Ready { state_digest: hex("other"), ..ready(0) }, Field::State, hex("state 0"), hex("other")),
+    ];
+    for (odd, field, expected, found) in cases {
+        let mut run = Run::assigned(vec![]);
+        say_ready(&mut run, 2, odd);
+        let effects = say_ready(&mut run, 1, ready(0));
+        let failure = Failure::Differs { who: who(2, Some(1)), step: Step(0), field, expected, found, than: Than::Others };
+        assert_eq!(run.failure(), failure);
+        let reason = failure.to_string();
+        assert!(reason.starts_with("worker w2 (rank 1, host h2, pid 2) at step 0 has another "), "{reason}");
+        let end = Body::End { outcome: ella_store::Outcome::Failed, step: 0, reason: reason.clone() };
+        let note = Note::Ended { outcome: "failed", step: 0, reason: reason.clone(), permanent: true };
+        let expected = vec![
+            run.abort(1, &reason),
+            run.abort(2, &reason),
+            Effect::Close(conn(1)),
+            Effect::Close(conn(2)),
+            Effect::Append(end),
+            Effect::Note(note),
+            Effect::Finish(failure.into()),
+        ];
+        assert_eq!(effects, expected);
+        assert_eq!(Outcome::from(run.failure()).exit_code(), 4);
+    }
+}
+
+#[test]
+fn a_resume_must_agree_with_the_commit() {
+    let cases = [
+        (v1::Ready { data_digest: hex("other"), ..ready(4) }, Field::Data, hex("data"), hex("other")),
+        (v1::Ready { state_digest: hex("other"), ..ready(4) }, Field::State, hex("state 4"), hex("other")),
+        (v1::Ready { step: 3, ..ready(4) }, Field::Step, "4".into(), "3".into()),
+    ];
+    for (odd, field, expected, found) in cases {
+        let mut run = Run::assigned(vec![commit_at(4, 2)]);
+        say_ready(&mut run, 1, odd.clone());
+        say_ready(&mut run, 2, odd);
+        let failure = Failure::Differs { who: who(1, Some(0)), step: Step(4), field, expected, found, than: Than::Commit(Step(4)) };
+        assert_eq!(run.failure(), failure);
+        assert!(failure.permanent());
+        assert!(failure.to_string().contains("as in the commit of step 4"), "{failure}");
+    }
+}
+
+#[test]
+fn a_fresh_start_begins_at_step_zero() {
+    let mut run = Run::assigned(vec![]);
+    say_ready(&mut run, 1, v1::Ready { step: 2, ..ready(0) });
+    say_ready(&mut run, 2, ready(0));
+    let (expected, found) = ("0".into(), "2".into());
+    let who = who(1, Some(0));
+    assert_eq!(run.failure(), Failure::Differs { who, step: Step(0), field: Field::Step, expected, found, than: Than::FreshStart });
+}
+
+#[test]
+fn of_three_the_odd_one_is_named_whoever_it_is() {
+    for odd in 1..=3 {
+        let mut run = Run::new(config(3), vec![]);
+        (1..=3).for_each(|n| drop(run.hello(n)));
+        for n in 1..=3 {
+            say_ready(&mut run, n, v1::Ready { models_digest: if n == odd { "x" } else { "m" }.into(), ..ready(0) });
+        }
+        let Failure::Differs { who: named, .. } = run.failure() else { panic!("{:?}", run.failure()) };
+        assert_eq!(named, who(odd, Some(odd as u32 - 1)));
+    }
+}
+
+#[test]
+fn a_digest_that_is_none_is_told_at_once() {
+    let mut run = Run::assigned(vec![]);
+    say_ready(&mut run, 1, v1::Ready { data_digest: "nonsense".into(), ..ready(0) });
+    assert_eq!(run.failure(), Failure::Malformed { who: who(1, Some(0)), field: Field::Data, found: "nonsense".into() });
+}
+
+#[test]
+fn a_rank_that_does_not_get_ready_is_named_at_the_deadline() {
+    let mut run = Run::assigned(vec![]);
+    say_ready(&mut run, 1, ready(0));
+    run.until(10_000, &[1, 2]);
+    assert_eq!(run.failure(), Failure::NotReady { who: who(2, Some(1)), waited_ms: 10_000 });
+}
+
+#[test]
+fn ready_out_of_turn_is_refused() {
+    let mut run = Run::training(vec![]);
+    assert_eq!(say_ready(&mut run, 1, ready(0)), vec![]);
+    assert_eq!(run.count("refused_out_of_turn"), 1);
+}

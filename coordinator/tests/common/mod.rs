@@ -1,0 +1,281 @@
+//! What the shell's tests share: a run's config, a coordinator in this process, and workers that follow the protocol without training.
+
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test file uses its part
+
+use bytes::Bytes;
+use ella_coordinator::core::{Outcome, PARTS};
+use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
+use ella_proto::config::RunConfig;
+use ella_proto::v1::coordinator_client::CoordinatorClient;
+use ella_proto::v1::from_worker::Body as Say;
+use ella_proto::v1::to_worker::Body as Told;
+use ella_proto::v1::{self, FromWorker, Hello, ToWorker};
+use ella_store::{Commit, Digest, Store, commit_folder};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+/// Nothing in these tests takes this long unless it hangs.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub async fn soon<T>(what: &str, wait: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{what} did not come within {PATIENCE:?}"))
+}
+
+pub const CONFIG: &str = r#"
+    [run]
+    output = "unused"
+    [base]
+    model = "m"
+    [text]
+    model = "t"
+    [data]
+    path = "d"
+    [train]
+    steps = 5
+    [checkpoint]
+    every = 2
+    keep = 2
+    [workers]
+    count = 2
+    lease = "10s"
+    start_timeout = "10s"
+"#;
+
+pub fn config(set: &[&str]) -> RunConfig {
+    let set: Vec<String> = set.iter().map(|s| (*s).to_owned()).collect();
+    RunConfig::parse(CONFIG, "test", &set).unwrap()
+}
+
+pub fn options() -> Options {
+    Options { linger: Duration::from_millis(50), drain_timeout: Duration::from_secs(10), ..Options::default() }
+}
+
+/// A coordinator that serves in this process.
+pub struct Served {
+    pub addresses: Addresses,
+    pub stops: mpsc::Sender<String>,
+    pub run: JoinHandle<Result<Outcome, RunError>>,
+}
+
+impl Served {
+    pub async fn start(config: &RunConfig, store: &Store) -> Self {
+        Self::start_with(config, store, options()).await
+    }
+
+    pub async fn start_with(config: &RunConfig, store: &Store, options: Options) -> Self {
+        let opened = soon("an open run", Coordinator::open(config, store.clone(), &options)).await.unwrap();
+        let Opened::Ready(coordinator) = opened else { panic!("the run is done: {opened:?}") };
+        let (stops, receiver) = mpsc::channel(4);
+        let addresses = coordinator.addresses();
+        Self { addresses, stops, run: tokio::spawn(coordinator.run(receiver)) }
+    }
+
+    pub fn url(&self) -> String {
+        self.addresses.grpc.to_string()
+    }
+
+    pub async fn outcome(self) -> Outcome {
+        soon("an outcome", self.run).await.unwrap().unwrap()
+    }
+
+    /// Asks for the status until `wanted` holds.
+    pub async fn status_when(&self, wanted: impl Fn(&v1::RunStatus) -> bool) -> v1::RunStatus {
+        let asked = async {
+            loop {
+                let status = ella_coordinator::client::status(&self.url()).await.unwrap();
+                if wanted(&status) {
+                    return status;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        soon("the wanted status", asked).await
+    }
+}
+
+pub fn hello(name: &str) -> Hello {
+    Hello {
+        worker_id: name.to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        host: "here".into(),
+        pid: 77,
+        device_kind: "cpu".into(),
+        device_uuid: String::new(),
+        peer_address: "127.0.0.1:4000".into(),
+        config_digest: String::new(),
+    }
+}
+
+/// A worker's side of a stream.
+pub struct Fake {
+    pub name: String,
+    pub out: mpsc::Sender<FromWorker>,
+    pub incoming: Streaming<ToWorker>,
+    pub term: u64,
+    pub generation: u64,
+    pub rank: u32,
+    pub world: u32,
+    pub welcome: v1::Welcome,
+}
+
+/// How a fake worker is to train.
+#[derive(Clone, Copy, Default)]
+pub struct Script {
+    /// Closes its stream, as if killed, after this step.
+    pub dies_after: Option<u64>,
+    /// Reports another state at this step.
+    pub differs_at: Option<u64>,
+    /// Saves and reports this commit's parts all but the record's last message.
+    pub withholds_parts_of: Option<u64>,
+}
+
+/// How a fake worker ended.
+#[derive(Debug, PartialEq)]
+pub enum Ended {
+    Finished,
+    Aborted(String),
+    Died,
+}
+
+impl Fake {
+    pub async fn attach(url: &str, hello: Hello) -> Result<Self, v1::Refused> {
+        let mut client = CoordinatorClient::connect(format!("http://{url}")).await.unwrap();
+        let (out, outgoing) = mpsc::channel(256);
+        let name = hello.worker_id.clone();
+        out.send(FromWorker { term: 0, generation: 0, body: Some(Say::Hello(hello)) }).await.unwrap();
+        let incoming = soon("a stream", client.attach(ReceiverStream::new(outgoing))).await.unwrap().into_inner();
+        let welcome = v1::Welcome::default();
+        let mut fake = Self { name, out, incoming, term: 0, generation: 0, rank: 0, world: 0, welcome };
+        match fake.next().await {
+            Some(Told::Welcome(welcome)) => Ok(Self { welcome, ..fake }),
+            Some(Told::Refused(refused)) => Err(refused),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The next message; none at the stream's end.
+    pub async fn next(&mut self) -> Option<Told> {
+        let message = soon("a message", self.incoming.message()).await.unwrap_or(None)?;
+        (self.term, self.generation) = (message.term, message.generation);
+        message.body
+    }
+
+    pub async fn say(&self, body: Say) {
+        let _ = self.out.send(FromWorker { term: self.term, generation: self.generation, body: Some(body) }).await;
+    }
+
+    /// Takes its place and gets ready; gives the commit that it resumes from.
+    pub async fn get_ready(&mut self) -> Result<Option<Commit>, Ended> {
+        let assign = match self.next().await {
+            Some(Told::Assign(assign)) => assign,
+            Some(Told::Abort(abort)) => return Err(Ended::Aborted(abort.reason)),
+            other => panic!("{other:?}"),
+        };
+        (self.rank, self.world) = (assign.rank, assign.peers.len() as u32);
+        assert_eq!(assign.session.len(), 16);
+        let commit: Option<Commit> = serde_json::from_slice(&assign.commit_json).ok();
+        let step = commit.as_ref().map_or(0, |commit| commit.step);
+        self.say(Say::Ready(v1::Ready {
+            step,
+            state_digest: Digest::of(&step.to_le_bytes()).to_string(),
+            data_digest: Digest::of(b"data").to_string(),
+            models_digest: "m".into(),
+            samples_per_epoch: 64,
+        }))
+        .await;
+        match self.next().await {
+            Some(Told::Start(_)) => Ok(commit),
+            Some(Told::Abort(abort)) => Err(Ended::Aborted(abort.reason)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub async fn progress(&self, step: u64) {
+        let progress = v1::Progress {
+            step,
+            samples: 32,
+            loss: 1.0 / step as f64,
+            grad_norm: 1.0,
+            learning_rate: 1e-4,
+            step_seconds: 0.01,
+            parts: Some(v1::StepParts { forward: 0.005, ..v1::StepParts::default() }),
+            ..v1::Progress::default()
+        };
+        self.say(Say::Progress(progress)).await;
+    }
+
+    /// Reports the state and saves this rank's parts.
+    pub async fn commit(&self, step: u64, store: &Store, script: Script) {
+        let state = if script.differs_at == Some(step) { Digest::of(b"odd") } else { Digest::of(&step.to_le_bytes()) };
+        let ledger = vec![v1::LedgerEpoch { epoch: 0, samples: step * 32, hash: format!("{step:032x}") }];
+        self.say(Say::State(v1::StateDigest { step, digest: state.to_string(), ledger, epoch: 0, step_in_epoch: step })).await;
+        for (index, name) in PARTS.iter().enumerate().filter(|(index, _)| *index as u32 % self.world == self.rank) {
+            let bytes = Bytes::from(format!("{name} {step}"));
+            store.put(&format!("{}/{name}", commit_folder(step, self.term)), bytes.clone()).await.unwrap();
+            if script.withholds_parts_of == Some(step) && index == 0 {
+                continue;
+            }
+            let (len, blake3) = (bytes.len() as u64, Digest::of(&bytes).to_string());
+            self.say(Say::Part(v1::PartSaved { step, name: (*name).to_owned(), bytes: len, blake3 })).await;
+        }
+    }
+
+    /// Trains to the end as a worker does, without waiting for anyone but at commits and at the end.
+    pub async fn train(mut self, config: &RunConfig, store: &Store, script: Script) -> Ended {
+        let from = match self.get_ready().await {
+            Ok(commit) => commit.map_or(0, |commit| commit.step),
+            Err(ended) => return ended,
+        };
+        for step in from + 1..=config.train.steps {
+            if self.rank == 0 {
+                self.progress(step).await;
+            }
+            if step.is_multiple_of(config.checkpoint.every) || step == config.train.steps {
+                self.commit(step, store, script).await;
+                if let Some(ended) = self.until_committed(step).await {
+                    return ended;
+                }
+            }
+            if script.dies_after == Some(step) {
+                return Ended::Died;
+            }
+        }
+        self.finish(config.train.steps, v1::Outcome::Done).await
+    }
+
+    /// Waits for a commit's record; gives how the run ended if it did.
+    pub async fn until_committed(&mut self, step: u64) -> Option<Ended> {
+        loop {
+            match self.next().await {
+                Some(Told::Committed(committed)) if committed.step == step => return None,
+                Some(Told::Committed(_) | Told::Drain(_)) => {}
+                Some(Told::Abort(abort)) => return Some(Ended::Aborted(abort.reason)),
+                None => return Some(Ended::Aborted("the stream ended".into())),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    pub async fn finish(mut self, step: u64, outcome: v1::Outcome) -> Ended {
+        self.say(Say::Finished(v1::Finished { step, outcome: outcome.into() })).await;
+        loop {
+            match self.next().await {
+                None => return Ended::Finished,
+                Some(Told::Abort(abort)) => return Ended::Aborted(abort.reason),
+                Some(_) => {}
+            }
+        }
+    }
+}
+
+/// Two fakes that train to the end; how they ended.
+pub async fn train_two(served: &Served, config: &RunConfig, store: &Store, scripts: [Script; 2]) -> [Ended; 2] {
+    let [one, two] = scripts;
+    let a = Fake::attach(&served.url(), hello("a")).await.unwrap();
+    let b = Fake::attach(&served.url(), hello("b")).await.unwrap();
+    let (a, b) = tokio::join!(a.train(config, store, one), b.train(config, store, two));
+    [a, b]
+}

@@ -1,0 +1,175 @@
+//! The binary as people and supervisors meet it: what it prints, its exit codes, signals, memory, and what it links.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::*;
+use ella_coordinator::client;
+use ella_store::Store;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_ella-coordinator");
+
+struct Process {
+    child: Child,
+    grpc: String,
+}
+
+fn run_toml(folder: &Path) -> PathBuf {
+    let path = folder.join("run.toml");
+    let output = folder.join("run");
+    std::fs::write(&path, CONFIG.replace("unused", output.to_str().unwrap())).unwrap();
+    path
+}
+
+fn command(folder: &Path, extra: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    command.arg(run_toml(folder)).args(extra).kill_on_drop(true).stdin(Stdio::null()).stderr(Stdio::piped()).stdout(Stdio::piped());
+    command
+}
+
+impl Process {
+    async fn start(folder: &Path, extra: &[&str]) -> Self {
+        let mut child = command(folder, extra).stderr(Stdio::inherit()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let line = soon("the addresses", lines.next_line()).await.unwrap().unwrap();
+        let addresses: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert!(addresses["http"].is_string());
+        Self { child, grpc: addresses["grpc"].as_str().unwrap().to_owned() }
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        // SAFETY: kill takes plain numbers; the process is our child and not yet reaped, so its id is its own.
+        assert_eq!(unsafe { libc::kill(self.child.id().unwrap() as libc::pid_t, signal) }, 0);
+    }
+
+    async fn code(mut self) -> i32 {
+        soon("the exit", self.child.wait()).await.unwrap().code().unwrap()
+    }
+}
+
+#[tokio::test]
+async fn it_says_where_it_listens_and_is_small() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("addresses.json");
+    let process = Process::start(folder.path(), &["--address-file", file.to_str().unwrap()]).await;
+    let written: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(written["grpc"].as_str(), Some(process.grpc.as_str()));
+    assert_eq!(client::status(&process.grpc).await.unwrap().phase, "waiting");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.child.id().unwrap())).unwrap();
+    let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap().trim().trim_end_matches(" kB").parse::<u64>().unwrap();
+    println!("idle memory: {rss} kB");
+    assert!(rss < 50 * 1024, "{rss} kB");
+}
+
+#[test]
+fn it_links_no_libtorch() {
+    // The names of needed libraries stand in the binary's string table; libtorch's are not there at all.
+    let bytes = std::fs::read(BINARY).unwrap();
+    let holds = |name: &str| bytes.windows(name.len()).any(|window| window == name.as_bytes());
+    assert!(holds("libc.so.6"), "the search finds needed libraries");
+    for library in ["libtorch", "libc10", "libcudart"] {
+        assert!(!holds(&format!("{library}.so")) && !holds(&format!("{library}_cpu.so")), "{library}");
+    }
+}
+
+#[tokio::test]
+async fn sigterm_while_it_waits_is_preemption() {
+    let folder = tempfile::tempdir().unwrap();
+    let process = Process::start(folder.path(), &["--log-format", "json"]).await;
+    process.signal(libc::SIGTERM);
+    assert_eq!(process.code().await, 3);
+}
+
+#[tokio::test]
+async fn sigterm_twice_leaves_without_waiting_for_the_workers() {
+    let folder = tempfile::tempdir().unwrap();
+    let process = Process::start(folder.path(), &["--set", "workers.count=1"]).await;
+    let mut worker = Fake::attach(&process.grpc, hello("a")).await.unwrap();
+    worker.get_ready().await.unwrap();
+    process.signal(libc::SIGTERM);
+    let told = worker.next().await;
+    assert!(
+        matches!(&told, Some(ella_proto::v1::to_worker::Body::Drain(drain)) if drain.reason == "the coordinator got SIGTERM"),
+        "{told:?}"
+    );
+    process.signal(libc::SIGTERM);
+    assert!(matches!(worker.until_committed(1).await, Some(Ended::Aborted(_))));
+    assert_eq!(process.code().await, 3);
+}
+
+#[tokio::test]
+async fn a_run_is_done_and_stays_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let process = Process::start(folder.path(), &[]).await;
+    let store = Store::open(folder.path().join("run").to_str().unwrap()).unwrap();
+    let config = config(&[]);
+    let a = Fake::attach(&process.grpc, hello("a")).await.unwrap();
+    let b = Fake::attach(&process.grpc, hello("b")).await.unwrap();
+    let (a, b) = tokio::join!(a.train(&config, &store, Script::default()), b.train(&config, &store, Script::default()));
+    assert_eq!((a, b), (Ended::Finished, Ended::Finished));
+    assert_eq!(process.code().await, 0);
+    let again = soon("the exit", command(folder.path(), &[]).output()).await.unwrap();
+    let line: serde_json::Value = serde_json::from_slice(&again.stdout).unwrap();
+    assert_eq!((again.status.code(), line["outcome"].as_str(), line["step"].as_u64()), (Some(0), Some("done"), Some(5)));
+}
+
+#[tokio::test]
+async fn a_coordinator_that_was_stopped_for_longer_than_the_lease_goes_on_with_its_workers() {
+    let folder = tempfile::tempdir().unwrap();
+    let process = Process::start(folder.path(), &["--set", "workers.count=1", "--set", "workers.lease=400ms"]).await;
+    let store = Store::open(folder.path().join("run").to_str().unwrap()).unwrap();
+    let config = config(&["workers.count=1"]);
+    let mut worker = Fake::attach(&process.grpc, hello("a")).await.unwrap();
+    worker.get_ready().await.unwrap();
+    let beats = {
+        let (out, term, generation) = (worker.out.clone(), worker.term, worker.generation);
+        tokio::spawn(async move {
+            let mut every = tokio::time::interval(Duration::from_millis(50));
+            let body = Some(ella_proto::v1::from_worker::Body::Heartbeat(ella_proto::v1::Heartbeat { step: 0 }));
+            while out.send(ella_proto::v1::FromWorker { term, generation, body: body.clone() }).await.is_ok() {
+                every.tick().await;
+            }
+        })
+    };
+    process.signal(libc::SIGSTOP);
+    // It is the passing of time that is tested: three leases.
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
+    process.signal(libc::SIGCONT);
+    let status = soon("a status", client::status(&process.grpc)).await.unwrap();
+    assert_eq!(status.phase, "training", "{}", status.reason);
+    assert!(status.counts.contains_key("coordinator_stopped"), "{:?}", status.counts);
+    for step in 1..=5 {
+        worker.progress(step).await;
+    }
+    worker.commit(5, &store, Script::default()).await;
+    assert_eq!(worker.until_committed(5).await, None);
+    assert_eq!(worker.finish(config.train.steps, ella_proto::v1::Outcome::Done).await, Ended::Finished);
+    beats.abort();
+    assert_eq!(process.code().await, 0);
+}
+
+#[tokio::test]
+async fn bad_usage_and_bad_config_are_told_on_stderr_with_exit_code_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let cases: [(&[&str], &str); 4] = [
+        (&["--set", "train.stepz=1"], "did you mean `train.steps`?"),
+        (&["--set", "workers.count=100"], "workers.count"),
+        (&["--set", "run.output=ftp://x/y"], "unknown scheme ftp"),
+        (&["--listen", "nonsense"], "--listen"),
+    ];
+    for (extra, words) in cases {
+        let output = soon("the exit", command(folder.path(), extra).output()).await.unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{extra:?}: {stderr}");
+        assert!(stderr.contains(words), "{extra:?}: {stderr}");
+        assert!(output.stdout.is_empty());
+    }
+    let missing = Command::new(BINARY).arg(folder.path().join("none.toml")).output().await.unwrap();
+    assert_eq!(missing.status.code(), Some(2));
+}

@@ -1,0 +1,241 @@
+//! The shell against bad input: bytes that are no message, a store that fails, a folder of another run; and what people read over HTTP.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use bytes::{Buf, BufMut, Bytes};
+use common::*;
+use ella_coordinator::client::{self, ClientError};
+use ella_coordinator::core::{Failure, Outcome};
+use ella_coordinator::shell::{Coordinator, RunError};
+use ella_coordinator::status::StatusReport;
+use ella_proto::v1::from_worker::Body as Say;
+use ella_store::{Limits, Operation, Store, faulty};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+
+/// Sends bytes as they are.
+#[derive(Default)]
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Bytes;
+    type Error = tonic::Status;
+
+    fn encode(&mut self, item: Bytes, to: &mut EncodeBuf<'_>) -> Result<(), tonic::Status> {
+        to.put(item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Bytes;
+    type Error = tonic::Status;
+
+    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, tonic::Status> {
+        Ok(Some(from.copy_to_bytes(from.remaining())))
+    }
+}
+
+async fn send_raw(url: &str, bytes: Bytes) {
+    let channel = tonic::transport::Endpoint::from_shared(format!("http://{url}")).unwrap().connect().await.unwrap();
+    let mut grpc = tonic::client::Grpc::new(channel);
+    grpc.ready().await.unwrap();
+    let path = "/ella.v1.Coordinator/Attach".parse().unwrap();
+    // The stream stays open: it is for the server to end it.
+    let stream = futures::StreamExt::chain(futures::stream::iter([bytes]), futures::stream::pending());
+    let mut answers = soon("an answer", grpc.streaming(tonic::Request::new(stream), path, Raw)).await.unwrap().into_inner();
+    let end = soon("the stream's end", answers.message()).await;
+    assert!(matches!(end, Ok(None) | Err(_)), "{end:?}");
+}
+
+#[tokio::test]
+async fn garbage_and_oversized_messages_are_refused_and_counted() {
+    let store = Store::open("memory://").unwrap();
+    let served = Served::start(&config(&[]), &store).await;
+    send_raw(&served.url(), Bytes::from_static(&[0xff; 40])).await;
+    send_raw(&served.url(), Bytes::from(vec![0x0a; 2 << 20])).await;
+    let empty = Bytes::new();
+    let channel = async {
+        // An empty message is well-formed, and says nothing.
+        let channel = tonic::transport::Endpoint::from_shared(format!("http://{}", served.url())).unwrap().connect().await.unwrap();
+        let mut grpc = tonic::client::Grpc::new(channel);
+        grpc.ready().await.unwrap();
+        let stream = futures::stream::iter([empty]);
+        let _ = grpc.streaming(tonic::Request::new(stream), "/ella.v1.Coordinator/Attach".parse().unwrap(), Raw).await.unwrap();
+    };
+    soon("an empty message's answer", channel).await;
+    let status = served.status_when(|status| status.counts.len() >= 3).await;
+    for name in ["refused_unreadable", "refused_oversized", "refused_empty"] {
+        assert_eq!(status.counts.get(name), Some(&1), "{:?}", status.counts);
+    }
+    assert_eq!(status.phase, "waiting", "nobody was harmed");
+}
+
+#[tokio::test]
+async fn the_journal_outlives_a_store_that_refuses_it_and_says_so() {
+    let faults = faulty::Faults::new();
+    let store = faults.inject(&Store::open("memory://").unwrap());
+    faults.push(Operation::Put, "metrics/", faulty::Failure::Denied, 100);
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    let ended = train_two(&served, &config, &store, [Script::default(); 2]).await;
+    assert_eq!(ended, [Ended::Finished, Ended::Finished]);
+    assert_eq!(served.outcome().await, Outcome::Done);
+    assert!(store.list("metrics").await.unwrap().is_empty());
+    assert!(!store.list("events").await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_log_that_cannot_be_written_fails_the_run() {
+    let faults = faulty::Faults::new();
+    let store = faults.inject(&Store::open("memory://").unwrap());
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    faults.push(Operation::Create, "log/", faulty::Failure::Full, 100);
+    let ended = train_two(&served, &config, &store, [Script::default(); 2]).await;
+    let outcome = served.outcome().await;
+    assert!(matches!(&outcome, Outcome::Failed(failure) if matches!(**failure, Failure::Append { .. })), "{outcome:?}");
+    assert!(outcome.reason().contains("no space left"), "{}", outcome.reason());
+    assert_eq!(ended, [Ended::Aborted(outcome.reason()), Ended::Aborted(outcome.reason())]);
+}
+
+#[tokio::test]
+async fn a_lost_reply_or_a_store_that_is_away_for_a_moment_ends_nothing() {
+    let faults = faulty::Faults::new();
+    let limits = Limits { first_pause: Duration::from_millis(1), longest_pause: Duration::from_millis(2), ..Limits::default() };
+    let store = faults.inject(&Store::open("memory://").unwrap()).with_limits(limits);
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    faults.push(Operation::Create, "log/", faulty::Failure::Before, 2);
+    faults.push(Operation::Create, "log/", faulty::Failure::LostReply, 1);
+    let ended = train_two(&served, &config, &store, [Script::default(); 2]).await;
+    assert_eq!(ended, [Ended::Finished, Ended::Finished]);
+    assert_eq!(served.outcome().await, Outcome::Done);
+    assert!(faults.is_spent() && store.retries() >= 2);
+}
+
+#[tokio::test]
+async fn a_run_of_another_config_is_refused_naming_the_keys() {
+    let store = Store::open("memory://").unwrap();
+    let served = Served::start(&config(&[]), &store).await;
+    served.stops.send("enough".into()).await.unwrap();
+    served.outcome().await;
+    let other = config(&["run.seed=9", "train.optimizer.lr=1", "checkpoint.every=3"]);
+    let error = Coordinator::open(&other, store.clone(), &options()).await.unwrap_err();
+    let RunError::OtherConfig { keys, .. } = &error else { panic!("{error}") };
+    assert_eq!(keys, &["run.seed", "train.optimizer.lr"]);
+    assert_eq!(error.exit_code(), 2);
+    // What binds no bits may change, and is written anew.
+    let free = config(&["checkpoint.every=3"]);
+    let _served = Served::start(&free, &store).await;
+    assert_eq!(store.get("run.toml").await.unwrap(), free.to_toml().as_bytes());
+
+    store.put("run.toml", Bytes::from_static(b"[run")).await.unwrap();
+    let error = Coordinator::open(&free, store.clone(), &options()).await.unwrap_err();
+    assert!(matches!(error, RunError::BadRunToml { .. }) && error.exit_code() == 2, "{error}");
+}
+
+#[tokio::test]
+async fn a_damaged_commit_or_log_is_told_with_the_file_and_nothing_is_deleted() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    let dies = Script { dies_after: Some(4), ..Script::default() };
+    train_two(&served, &config, &store, [Script::default(), dies]).await;
+    served.outcome().await;
+    let file = "commits/000000000004.1/ema.safetensors";
+    let whole = store.get(file).await.unwrap();
+    store.put(file, whole.slice(..3)).await.unwrap();
+    let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
+    assert!(matches!(error, RunError::DamagedCommit { step: 4, .. }), "{error}");
+    assert!(error.to_string().contains(file) && error.to_string().contains("3 bytes are there"), "{error}");
+    assert_eq!(error.exit_code(), 4);
+    store.delete(file).await.unwrap();
+    let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
+    assert!(error.to_string().contains("it is missing"), "{error}");
+    store.put(file, whole).await.unwrap();
+
+    store.delete("log/000000000001.json").await.unwrap();
+    let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
+    assert!(error.to_string().contains("log/000000000001.json") && error.exit_code() == 4, "{error}");
+    assert_eq!(store.folders("commits").await.unwrap().len(), 2);
+}
+
+async fn get(address: std::net::SocketAddr, path: &str) -> (u16, String) {
+    let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
+    socket.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes()).await.unwrap();
+    let mut text = String::new();
+    soon("a reply", socket.read_to_string(&mut text)).await.unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+#[tokio::test]
+async fn people_and_probes_read_the_status_over_http() {
+    let store = Store::open("memory://").unwrap();
+    let served = Served::start(&config(&["workers.count=1"]), &store).await;
+    let mut worker = Fake::attach(&served.url(), hello("<b>w</b>")).await.unwrap();
+    worker.get_ready().await.unwrap();
+    worker.progress(1).await;
+    worker.say(Say::Heartbeat(ella_proto::v1::Heartbeat { step: 1 })).await;
+    let status = StatusReport::from(served.status_when(|status| status.step == 1).await);
+    assert_eq!((status.loss, status.samples, status.workers[0].parts.unwrap().forward), (Some(1.0), 32, 0.005));
+
+    let http = served.addresses.http;
+    let (code, body) = get(http, "/api/v1/status").await;
+    let report: StatusReport = serde_json::from_str(&body[body.find('{').unwrap()..=body.rfind('}').unwrap()]).unwrap();
+    assert_eq!((code, report.step, report.phase.as_str()), (200, 1, "training"));
+    let (code, body) = get(http, "/metrics").await;
+    assert!(code == 200 && body.contains("\nella_step 1\n") && body.contains("ella_phase{phase=\"training\"} 1"), "{body}");
+    let (code, body) = get(http, "/").await;
+    assert!(code == 200 && body.contains("&lt;b&gt;w&lt;/b&gt;") && !body.contains("<b>w"), "{body}");
+    for path in ["/healthz", "/readyz"] {
+        assert_eq!(get(http, path).await.0, 200);
+    }
+    assert_eq!(get(http, "/nothing").await.0, 404);
+}
+
+#[tokio::test]
+async fn the_final_status_is_readable_for_a_moment() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&["workers.count=1"]);
+    let lingering = ella_coordinator::shell::Options { linger: Duration::from_secs(2), ..options() };
+    let served = Served::start_with(&config, &store, lingering).await;
+    let worker = Fake::attach(&served.url(), hello("a")).await.unwrap();
+    worker.train(&config, &store, Script::default()).await;
+    let status = client::status(&served.url()).await.unwrap();
+    assert_eq!((status.phase.as_str(), status.step, status.last_commit_step), ("done", 5, 5));
+    let refused = Fake::attach(&served.url(), hello("b")).await.err().unwrap();
+    assert_eq!(refused.detail, "the run is over (done)");
+}
+
+#[tokio::test]
+async fn a_client_says_what_is_wrong_with_an_address() {
+    let error = client::status("not an address").await.unwrap_err();
+    assert!(matches!(error, ClientError::BadUrl { .. }), "{error}");
+    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let error = soon("an error", client::stop(&free.to_string(), "")).await.unwrap_err();
+    assert!(matches!(error, ClientError::Unreachable { .. }), "{error}");
+    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let options = ella_coordinator::shell::Options { http: taken.local_addr().unwrap(), ..options() };
+    let error = Coordinator::open(&config(&[]), Store::open("memory://").unwrap(), &options).await.unwrap_err();
+    assert!(matches!(error, RunError::Bind { .. }) && error.exit_code() == 2, "{error}");
+}

@@ -1,0 +1,231 @@
+//! Whole runs over real gRPC, with workers that follow the protocol without training.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::*;
+use ella_coordinator::client;
+use ella_coordinator::core::{Failure, Outcome};
+use ella_coordinator::shell::{Coordinator, Opened};
+use ella_proto::v1::{self, RefusedReason};
+use ella_store::{Body, RunLog, RunState, Store};
+
+async fn state_of(store: &Store) -> RunState {
+    RunState::from_records(&RunLog::read(store).await.unwrap())
+}
+
+/// The lines of a journal, all files in order.
+async fn journal(store: &Store, folder: &str) -> Vec<serde_json::Value> {
+    let mut lines = Vec::new();
+    for meta in store.list(folder).await.unwrap() {
+        let text = String::from_utf8(store.get(&meta.key).await.unwrap().to_vec()).unwrap();
+        lines.extend(text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()));
+    }
+    lines
+}
+
+#[tokio::test]
+async fn two_workers_train_to_the_end_and_the_run_folder_holds_what_is_promised() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().to_str().unwrap()).unwrap();
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    let ended = train_two(&served, &config, &store, [Script::default(); 2]).await;
+    assert_eq!(ended, [Ended::Finished, Ended::Finished]);
+    assert_eq!(served.outcome().await, Outcome::Done);
+
+    let state = state_of(&store).await;
+    assert!(state.is_done() && state.term == 1);
+    assert_eq!(state.commits.iter().map(|commit| commit.step).collect::<Vec<_>>(), [4, 5], "two are kept");
+    assert_eq!(store.folders("commits").await.unwrap(), ["commits/000000000004.1", "commits/000000000005.1"]);
+    for commit in &state.commits {
+        ella_store::verify_commit(&store, commit).await.unwrap();
+        assert_eq!(commit.config_digest.to_string(), config.digest());
+    }
+    let toml = store.get("run.toml").await.unwrap();
+    assert_eq!(String::from_utf8(toml.to_vec()).unwrap(), config.to_toml());
+    let steps: Vec<_> = journal(&store, "metrics").await.iter().map(|line| (line["step"].as_u64(), line["samples"].as_u64())).collect();
+    assert_eq!(steps, (1..=5).map(|step| (Some(step), Some(32))).collect::<Vec<_>>());
+    let events = journal(&store, "events").await;
+    let names: Vec<_> = events.iter().map(|line| line["event"].as_str().unwrap()).collect();
+    let expected = ["attached", "attached", "generation", "started", "committed", "committed", "retired", "committed", "ended"];
+    assert_eq!(names.iter().filter(|name| expected.contains(name)).count(), names.len());
+    assert_eq!((names.first(), names.last()), (Some(&"attached"), Some(&"ended")), "{names:?}");
+
+    // Once more: nothing to do. With more steps: it goes on from the last commit.
+    let again = Coordinator::open(&config, store.clone(), &options()).await.unwrap();
+    assert!(matches!(again, Opened::Done { step: 5 }), "{again:?}");
+    let longer = common::config(&["train.steps=7"]);
+    let served = Served::start(&longer, &store).await;
+    let status = client::status(&served.url()).await.unwrap();
+    assert_eq!((status.term, status.step, status.last_commit_step, status.samples), (2, 5, 5, 160));
+    train_two(&served, &longer, &store, [Script::default(); 2]).await;
+    assert_eq!(served.outcome().await, Outcome::Done);
+    assert_eq!(state_of(&store).await.last_commit().unwrap().step, 7);
+}
+
+#[tokio::test]
+async fn a_worker_that_dies_ends_the_run_with_a_clear_reason_and_the_last_commit_stays() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    let dies = Script { dies_after: Some(2), ..Script::default() };
+    let ended = train_two(&served, &config, &store, [Script::default(), dies]).await;
+    let reason = "worker b (rank 1, host here, pid 77) was lost: its stream closed; start the run again to resume from its last commit";
+    assert_eq!(ended, [Ended::Aborted(reason.into()), Ended::Died]);
+    let outcome = served.outcome().await;
+    assert_eq!((outcome.exit_code(), outcome.reason().as_str()), (1, reason));
+    let state = state_of(&store).await;
+    assert_eq!(state.last_commit().unwrap().step, 2);
+    assert_eq!(state.ended.unwrap().reason, reason);
+
+    // Started again, it resumes from there.
+    let served = Served::start(&config, &store).await;
+    let mut a = Fake::attach(&served.url(), hello("c")).await.unwrap();
+    let mut b = Fake::attach(&served.url(), hello("d")).await.unwrap();
+    let (a, b) = tokio::join!(a.get_ready(), b.get_ready());
+    let (a, b) = (a.unwrap().unwrap(), b.unwrap().unwrap());
+    assert_eq!((a.step, a.folder.as_str()), (2, "commits/000000000002.1"));
+    assert_eq!(a, b);
+}
+
+#[tokio::test]
+async fn a_rank_with_another_state_fails_the_run_for_good_and_is_named() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    let differs = Script { differs_at: Some(4), ..Script::default() };
+    let ended = train_two(&served, &config, &store, [Script::default(), differs]).await;
+    let outcome = served.outcome().await;
+    assert!(outcome.reason().starts_with("worker b (rank 1, host here, pid 77) at step 4 has another state digest"), "{outcome:?}");
+    assert_eq!(outcome.exit_code(), 4);
+    assert_eq!(ended, [Ended::Aborted(outcome.reason()), Ended::Aborted(outcome.reason())]);
+    assert_eq!(state_of(&store).await.last_commit().unwrap().step, 2, "the commit before stays");
+}
+
+#[tokio::test]
+async fn a_second_coordinator_takes_over_and_the_first_stops() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&[]);
+    let first = Served::start(&config, &store).await;
+    let mut a = Fake::attach(&first.url(), hello("a")).await.unwrap();
+    let mut b = Fake::attach(&first.url(), hello("b")).await.unwrap();
+    let _ = tokio::join!(a.get_ready(), b.get_ready());
+    let second = Served::start(&config, &store).await;
+    tokio::join!(a.commit(2, &store, Script::default()), b.commit(2, &store, Script::default()));
+    let reason = "superseded: the coordinator of term 2 has taken over this run, so this one stops";
+    assert_eq!(a.until_committed(2).await, Some(Ended::Aborted(reason.into())));
+    let outcome = first.outcome().await;
+    assert_eq!((outcome.exit_code(), outcome.reason().as_str()), (1, reason));
+    assert!(state_of(&store).await.commits.is_empty(), "the late commit is not in the log");
+    second.stops.send("enough".into()).await.unwrap();
+    assert_eq!(second.outcome().await, Outcome::Preempted { reason: "enough".into() });
+}
+
+#[tokio::test]
+async fn a_killed_coordinators_unrecorded_commit_is_swept_by_the_next() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    let mut a = Fake::attach(&served.url(), hello("a")).await.unwrap();
+    let mut b = Fake::attach(&served.url(), hello("b")).await.unwrap();
+    let _ = tokio::join!(a.get_ready(), b.get_ready());
+    tokio::join!(a.commit(2, &store, Script::default()), b.commit(2, &store, Script::default()));
+    assert_eq!(a.until_committed(2).await, None);
+    let withholds = Script { withholds_parts_of: Some(4), ..Script::default() };
+    tokio::join!(a.commit(4, &store, withholds), b.commit(4, &store, withholds));
+    served.run.abort();
+    let _ = served.run.await;
+    assert_eq!(store.folders("commits").await.unwrap().len(), 2);
+
+    let served = Served::start(&config, &store).await;
+    assert_eq!(store.folders("commits").await.unwrap(), ["commits/000000000002.1"]);
+    assert_eq!(client::status(&served.url()).await.unwrap().last_commit_step, 2);
+    let ended = train_two(&served, &config, &store, [Script::default(); 2]).await;
+    assert_eq!(ended, [Ended::Finished, Ended::Finished]);
+    assert_eq!(served.outcome().await, Outcome::Done);
+    let terms: Vec<u64> = RunLog::read(&store).await.unwrap().iter().filter(|r| matches!(r.body, Body::Term(_))).map(|r| r.term).collect();
+    assert_eq!(terms, [1, 2]);
+}
+
+#[tokio::test]
+async fn a_coordinator_cut_off_before_its_end_record_finds_the_run_done() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    let mut a = Fake::attach(&served.url(), hello("a")).await.unwrap();
+    let mut b = Fake::attach(&served.url(), hello("b")).await.unwrap();
+    let _ = tokio::join!(a.get_ready(), b.get_ready());
+    tokio::join!(a.commit(5, &store, Script::default()), b.commit(5, &store, Script::default()));
+    assert_eq!(a.until_committed(5).await, None);
+    served.run.abort();
+    let _ = served.run.await;
+    let opened = Coordinator::open(&config, store.clone(), &options()).await.unwrap();
+    assert!(matches!(opened, Opened::Done { step: 5 }), "{opened:?}");
+    assert!(state_of(&store).await.is_done());
+}
+
+#[tokio::test]
+async fn stop_drains_commits_and_leaves() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    let mut a = Fake::attach(&served.url(), hello("a")).await.unwrap();
+    let mut b = Fake::attach(&served.url(), hello("b")).await.unwrap();
+    let _ = tokio::join!(a.get_ready(), b.get_ready());
+    client::stop(&served.url(), "the night begins").await.unwrap();
+    for fake in [&mut a, &mut b] {
+        let told = fake.next().await;
+        assert!(matches!(&told, Some(v1::to_worker::Body::Drain(drain)) if drain.reason == "the night begins"), "{told:?}");
+    }
+    let status = served.status_when(|status| status.phase == "draining").await;
+    assert_eq!(status.reason, "waiting for the workers to commit and leave (the night begins)");
+    tokio::join!(a.commit(3, &store, Script::default()), b.commit(3, &store, Script::default()));
+    let (a, b) = tokio::join!(a.finish(3, v1::Outcome::Preempted), b.finish(3, v1::Outcome::Preempted));
+    assert_eq!((a, b), (Ended::Finished, Ended::Finished));
+    let outcome = served.outcome().await;
+    assert_eq!((outcome.exit_code(), outcome.name()), (3, "preempted"));
+    assert_eq!(state_of(&store).await.last_commit().unwrap().step, 3);
+}
+
+#[tokio::test]
+async fn a_second_stop_leaves_at_once() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    let mut a = Fake::attach(&served.url(), hello("a")).await.unwrap();
+    let mut b = Fake::attach(&served.url(), hello("b")).await.unwrap();
+    let _ = tokio::join!(a.get_ready(), b.get_ready());
+    served.stops.send("first".into()).await.unwrap();
+    served.stops.send("second".into()).await.unwrap();
+    assert_eq!(a.until_committed(1).await, Some(Ended::Aborted("second".into())));
+    assert_eq!(served.outcome().await, Outcome::Preempted { reason: "second".into() });
+    assert!(state_of(&store).await.commits.is_empty());
+}
+
+#[tokio::test]
+async fn a_silent_worker_is_lost_after_its_lease() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&["workers.lease=300ms"]);
+    let served = Served::start(&config, &store).await;
+    let mut a = Fake::attach(&served.url(), hello("a")).await.unwrap();
+    let mut b = Fake::attach(&served.url(), hello("b")).await.unwrap();
+    assert_eq!((a.welcome.heartbeat_ms, a.welcome.lease_ms), (75, 300));
+    let _ = tokio::join!(a.get_ready(), b.get_ready());
+    let outcome = served.outcome().await;
+    let Outcome::Failed(failure) = &outcome else { panic!("{outcome:?}") };
+    assert!(matches!(**failure, Failure::Lost { .. }) && outcome.reason().contains("nothing was heard from it for 300 ms"), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn a_spare_worker_is_refused_and_the_run_goes_on() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&["workers.count=1"]);
+    let served = Served::start(&config, &store).await;
+    let a = Fake::attach(&served.url(), hello("a")).await.unwrap();
+    let refused = Fake::attach(&served.url(), hello("b")).await.err().unwrap();
+    assert_eq!(refused.reason(), RefusedReason::Full);
+    assert_eq!(a.train(&config, &store, Script::default()).await, Ended::Finished);
+    assert_eq!(served.outcome().await, Outcome::Done);
+}
