@@ -1,2 +1,115 @@
-//! cli
-fn main(){ ella_model::t(); }
+//! `ella`: the one command people type. Each subcommand has its own module; this file only tells them apart.
+
+mod audit;
+mod embed;
+mod export;
+mod forward;
+mod init_base;
+mod latents;
+mod prepare;
+mod report;
+mod run;
+mod sample;
+mod scenes;
+mod status;
+mod train;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+use ui::{Fail, Out};
+
+/// Train ELLA connectors: a frozen diffusion model learns to follow long prompts through a large language model.
+///
+/// Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 preempted and resumable, 4 do not retry.
+#[derive(Debug, Parser)]
+#[command(name = "ella", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Print the result as one JSON object on stdout, and nothing else there
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Render the built-in data set: scenes with dense captions whose truth is known, as WebDataset tars
+    Scenes(scenes::Scenes),
+    /// Turn WebDataset tars into a prepared data set
+    Prepare(prepare::Prepare),
+    /// Store the text encoder's features of every caption
+    Embed(embed::Embed),
+    /// Train a connector here, or resume: starts a coordinator and its workers
+    Train(train::Train),
+    /// Say what a run is doing, or what became of it
+    Status(status::Status),
+    /// Prove from a run's folder that its commits are whole and that every sample was used exactly once
+    Audit(audit::Audit),
+    /// Draw pictures from prompts
+    Sample(sample::Sample),
+    /// Take the newest commit's connector out of a run, in the official key layout
+    Export(export::Export),
+    /// Run one network on tensors from a file
+    Forward(forward::Forward),
+    /// Write random models to try things on
+    InitBase(init_base::InitBase),
+    /// Show a run on one self-contained HTML page
+    Report(report::Report),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return ExitCode::from(refused(&error)),
+    };
+    log_to_stderr();
+    let out = Out { json: cli.json };
+    let result = match &cli.command {
+        Command::Scenes(command) => command.run(out),
+        Command::Prepare(command) => command.run(out),
+        Command::Embed(command) => command.run(out),
+        Command::Train(command) => command.run(out),
+        Command::Status(command) => command.run(out),
+        Command::Audit(command) => command.run(out),
+        Command::Sample(command) => command.run(out),
+        Command::Export(command) => command.run(out),
+        Command::Forward(command) => command.run(out),
+        Command::InitBase(command) => command.run(out),
+        Command::Report(command) => command.run(out),
+    };
+    ExitCode::from(result.unwrap_or_else(|fail| out.fail(&fail)))
+}
+
+/// Help is help; anything else is bad usage, said in one line.
+fn refused(error: &clap::Error) -> u8 {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        let _ = error.print();
+        return ui::DONE;
+    }
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = error.print();
+        return ui::USAGE;
+    }
+    let text = error.to_string();
+    let body = text.split("\n\nUsage:").next().unwrap_or_default().split("\n\nFor more information").next().unwrap_or_default();
+    let json = std::env::args().any(|argument| argument == "--json");
+    Out { json }.fail(&Fail::usage(format_args!("{}; see --help", ui::one_line(body.trim_start_matches("error: ")))))
+}
+
+/// What libraries have to say, such as retries; `ELLA_LOG` asks for more.
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("ELLA_LOG").unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+}
+
+/// The runtime that stores are read in.
+fn runtime() -> Result<tokio::runtime::Runtime, Fail> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Fail::failed(format_args!("the async runtime cannot be started ({error})")))
+}

@@ -1,0 +1,197 @@
+//! `ella audit`: proof of ONCE and COMMIT from what lies in a run's folder and its data set.
+//!
+//! This file reads; [`proof`] judges what was read.
+
+mod proof;
+
+use std::collections::BTreeSet;
+
+use clap::Args;
+use ella_dataset::DataSet;
+use ella_dataset::ledger::KeyHash;
+use ella_dataset::order::{Order, OrderConfig};
+use ella_proto::config::RunConfig;
+use ella_store::{Record, RunState, Store, verify_commit};
+use proof::{Expected, History};
+use serde::{Deserialize, Serialize};
+
+use crate::run::RunFolder;
+use crate::ui::{DONE, FAILED, Fail, Meter, Out};
+
+#[derive(Debug, Args)]
+pub(crate) struct Audit {
+    /// The run's folder: a path or URL
+    run: String,
+    /// The data set, if it is no longer where the run's config says
+    #[arg(long, value_name = "PATH")]
+    data: Option<String>,
+}
+
+/// What the audit found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Verdict {
+    /// Nothing is wrong.
+    pub(crate) ok: bool,
+    pub(crate) run: String,
+    /// Of the newest commit.
+    pub(crate) step: u64,
+    pub(crate) records: usize,
+    pub(crate) terms: usize,
+    /// What the newest commit's ledger says of each epoch, beside what the data set says.
+    pub(crate) epochs: Vec<Epoch>,
+    /// Commits that were not given up.
+    pub(crate) commits: Vec<CommitVerdict>,
+    /// Commits given up by the keep rule; their records are checked, their files are gone.
+    pub(crate) retired: usize,
+    pub(crate) problems: Vec<String>,
+    /// What is no problem, but worth knowing.
+    pub(crate) notes: Vec<String>,
+}
+
+/// One epoch of the ledger.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Epoch {
+    pub(crate) epoch: u64,
+    /// Samples used, by the ledger.
+    pub(crate) samples: u64,
+    /// Samples that the steps taken must have used.
+    pub(crate) expected: u64,
+    /// All of the data set was due.
+    pub(crate) finished: bool,
+    /// Count and multiset hash agree: each sample that was due was used exactly once.
+    pub(crate) exact: bool,
+}
+
+/// One commit's files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CommitVerdict {
+    pub(crate) step: u64,
+    pub(crate) folder: String,
+    pub(crate) bytes: u64,
+    /// Every part is there with its size and BLAKE3.
+    pub(crate) whole: bool,
+}
+
+impl Audit {
+    pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
+        let verdict = crate::runtime()?.block_on(self.judge())?;
+        out.result(&verdict, || text(&verdict));
+        Ok(if verdict.ok { DONE } else { FAILED })
+    }
+
+    async fn judge(&self) -> Result<Verdict, Fail> {
+        let run = RunFolder::open(&self.run).await?;
+        let mut verdict = Verdict { run: run.store.url().to_owned(), ..Verdict::default() };
+        let records = match run.records().await {
+            Ok(records) => records,
+            Err(error) => {
+                verdict.problems.push(error.to_string());
+                readable(&run.store).await?
+            }
+        };
+        let history = History::of(&records);
+        verdict.records = records.len();
+        verdict.terms = history.terms;
+        verdict.retired = history.state.retired.len();
+        verdict.problems.extend(proof::log_problems(&history, &run.config));
+        check_files(&run.store, &history.state, &mut verdict).await;
+        leftovers(&run.store, &history, &mut verdict).await?;
+        if let Some(last) = history.commits.last() {
+            verdict.step = last.step;
+            let data = self.data.as_deref().unwrap_or(&run.config.data.path);
+            match expected(data, &run.config).await {
+                Err(fail) => verdict.problems.push(format!("the data set can't be read, so ONCE is not proved: {}; --data names another place", fail.message)),
+                Ok(expected) => proof::ledgers(&expected, &history.commits, &mut verdict),
+            }
+        }
+        verdict.ok = verdict.problems.is_empty();
+        Ok(verdict)
+    }
+}
+
+/// The records that can still be read in a damaged log.
+async fn readable(store: &Store) -> Result<Vec<Record>, Fail> {
+    let mut records = Vec::new();
+    for file in store.list("log").await? {
+        records.extend(serde_json::from_slice::<Record>(&store.get(&file.key).await?).ok());
+    }
+    Ok(records)
+}
+
+/// Reads every file of every commit that was not given up.
+async fn check_files(store: &Store, state: &RunState, verdict: &mut Verdict) {
+    let mut meter = Meter::new("commits", state.commits.len() as u64);
+    for (done, commit) in state.commits.iter().enumerate() {
+        meter.at(done as u64, &commit.folder);
+        let faults = verify_commit(store, commit).await.err().unwrap_or_default();
+        let (whole, bytes) = (faults.is_empty(), commit.parts.iter().map(|part| part.bytes).sum());
+        verdict.problems.extend(faults.iter().map(|fault| format!("{}: {fault}", store.url())));
+        verdict.commits.push(CommitVerdict { step: commit.step, folder: commit.folder.clone(), bytes, whole });
+    }
+}
+
+/// Folders that are not a commit, or not any more. A coordinator that died on the way to its record leaves one.
+async fn leftovers(store: &Store, history: &History, verdict: &mut Verdict) -> Result<(), Fail> {
+    let named: BTreeSet<&str> = history.commits.iter().map(|commit| commit.folder.as_str()).collect();
+    for folder in store.folders("commits").await? {
+        if history.state.retired.contains(&folder) {
+            verdict.notes.push(format!("{folder}: given up, and not deleted yet"));
+        } else if !named.contains(folder.as_str()) {
+            verdict.notes.push(format!("{folder}: no record names it, so it is no commit"));
+        }
+    }
+    Ok(())
+}
+
+/// What must have been used, from the data set's manifest and the keys in its shards (each checked against its digest).
+async fn expected(data: &str, config: &RunConfig) -> Result<Expected, Fail> {
+    let data = DataSet::open(data).await?;
+    let manifest = data.manifest();
+    let rows: Vec<u64> = manifest.shards.iter().map(|shard| shard.rows).collect();
+    let order = OrderConfig {
+        seed: config.run.seed,
+        lanes: config.train.lanes() as u32,
+        micro_batch: config.train.micro_batch as u32,
+        window: config.data.window as u32,
+    };
+    let order = Order::new(order, &rows).map_err(Fail::failed)?;
+    let mut keys = Vec::with_capacity(manifest.samples as usize);
+    let mut meter = Meter::new("shards", rows.len() as u64);
+    for shard in 0..rows.len() {
+        meter.at(shard as u64, "");
+        keys.extend(data.shard(shard).await?.iter().map(|row| KeyHash::of(row.key)));
+    }
+    Ok(Expected::new(order, keys, manifest.digest()))
+}
+
+fn text(verdict: &Verdict) -> String {
+    let mut text = format!("run      {}\nlog      {} records of {} terms\n", verdict.run, verdict.records, verdict.terms);
+    let whole = verdict.commits.iter().filter(|commit| commit.whole).count();
+    let kept = verdict.commits.len();
+    text += &format!("commits  {whole} of {kept} whole (every part's size and BLAKE3), {} given up by the keep rule\n", verdict.retired);
+    for group in verdict.epochs.chunk_by(|a, b| a.finished && b.finished && a.exact && b.exact) {
+        text += &epochs_line(group);
+    }
+    for note in &verdict.notes {
+        text += &format!("note     {note}\n");
+    }
+    for problem in &verdict.problems {
+        text += &format!("PROBLEM  {problem}\n");
+    }
+    text + &match verdict.problems.len() {
+        0 => format!("verdict  step {} stands on whole commits, and every sample was used exactly as it was due", verdict.step),
+        1 => "verdict  1 problem".to_owned(),
+        n => format!("verdict  {n} problems"),
+    }
+}
+
+fn epochs_line(group: &[Epoch]) -> String {
+    let (Some(first), Some(last)) = (group.first(), group.last()) else { return String::new() };
+    let name = if first.epoch == last.epoch { format!("epoch {}", first.epoch) } else { format!("epochs {} to {}", first.epoch, last.epoch) };
+    let found = match (first.exact, first.finished) {
+        (true, true) => format!("all {} samples, each exactly once", first.expected),
+        (true, false) => format!("{} samples so far: exactly those that were due, each once", first.expected),
+        (false, _) => format!("{} samples, which are not the {} that were due", first.samples, first.expected),
+    };
+    format!("{name:8} {found}\n")
+}

@@ -1,0 +1,67 @@
+//! `ella forward`: one network on tensors from a file, for parity checks and porting.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use ella_model::connector::DEFAULT_HEADS;
+use ella_model::forward::{Net, Options, forward};
+use serde_json::json;
+use tch::{Device, Kind};
+
+use crate::ui::{DONE, Fail, Out};
+
+#[derive(Debug, Args)]
+pub(crate) struct Forward {
+    /// Which network
+    #[arg(value_parser = clap::builder::PossibleValuesParser::new(Net::NAMES.map(|(name, _)| name)))]
+    net: String,
+    /// The network's folder; for the connector a safetensors file in the official key layout
+    #[arg(long, value_name = "M")]
+    model: PathBuf,
+    /// Safetensors file with the inputs
+    #[arg(long, value_name = "F")]
+    inputs: PathBuf,
+    /// Safetensors file that is written
+    #[arg(long, value_name = "F")]
+    outputs: PathBuf,
+    /// Take `grad_output` too, and give gradients (connector, unet)
+    #[arg(long)]
+    grad: bool,
+    /// What to compute in
+    #[arg(long, value_enum, default_value_t = Dtype::Fp32)]
+    dtype: Dtype,
+    /// The connector's attention heads, which its file does not tell
+    #[arg(long, default_value_t = DEFAULT_HEADS)]
+    heads: i64,
+}
+
+/// Number formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dtype {
+    /// 32-bit floats
+    Fp32,
+    /// IEEE half
+    Fp16,
+    /// bfloat16
+    Bf16,
+}
+
+impl Dtype {
+    pub(crate) fn kind(self) -> Kind {
+        match self {
+            Dtype::Fp32 => Kind::Float,
+            Dtype::Fp16 => Kind::Half,
+            Dtype::Bf16 => Kind::BFloat16,
+        }
+    }
+}
+
+impl Forward {
+    pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
+        let net: Net = self.net.parse()?;
+        let options = Options { grad: self.grad, kind: self.dtype.kind(), heads: self.heads, device: Device::Cpu };
+        forward(net, &self.model, &self.inputs, &self.outputs, &options)?;
+        out.result(&json!({ "net": self.net, "outputs": self.outputs }), || format!("{}: {}", self.net, self.outputs.display()));
+        Ok(DONE)
+    }
+}

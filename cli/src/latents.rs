@@ -1,0 +1,78 @@
+//! Latents for `ella prepare --latents`: the VAE of a base model, as the data set's encoder.
+
+use std::error::Error;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use ella_dataset::{LatentEncoder, LatentSpec};
+use ella_model::ModelError;
+use ella_model::vae::Vae;
+use ella_model::weights::Weights;
+use ella_proto::config::Device as Choice;
+use ella_worker::device;
+use half::f16;
+use tch::{Device, Kind, Tensor};
+
+use crate::ui::Fail;
+
+/// Pictures encoded at once.
+const BATCH: usize = 8;
+
+/// A VAE's encoder.
+#[derive(Debug)]
+pub(crate) struct VaeLatents {
+    vae: Mutex<Vae>,
+    spec: LatentSpec,
+    device: Device,
+    threads: usize,
+}
+
+impl VaeLatents {
+    /// Loads the VAE of the base model in `model` (its folder `vae/`, or a VAE's own folder), for square pictures.
+    pub(crate) fn load(model: &Path, resolution: u32) -> Result<Self, Fail> {
+        let inner = model.join("vae");
+        let folder = if inner.is_dir() { inner.as_path() } else { model };
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let device = device::set_up(Choice::Auto, threads)?;
+        let vae = Vae::load(folder, Kind::Float, device)?;
+        let (channels, downscale) = (vae.config().latent_channels, vae.config().downscale() as u32);
+        if !resolution.is_multiple_of(downscale) {
+            return Err(Fail::usage(format_args!("--resolution must be a multiple of the VAE's {downscale} (found {resolution})")));
+        }
+        let digest = Weights::open(folder)?.digest();
+        let model = digest.parse().map_err(Fail::failed)?;
+        let side = resolution / downscale;
+        let spec = LatentSpec { model, channels: 2 * channels as u32, height: side, width: side };
+        Ok(Self { vae: Mutex::new(vae), spec, device, threads })
+    }
+
+    /// `rgb` `[count, side, side, 3]` to moments `[count, channels, height, width]`: means, then log-variances, not scaled.
+    fn moments(&self, rgb: &[u8], count: usize, side: u32) -> Result<Vec<f16>, ModelError> {
+        // The calling thread is one of a pool.
+        device::set_threads(self.threads);
+        let shape = [count as i64, i64::from(side), i64::from(side), 3];
+        let pictures = Tensor::f_from_slice(rgb)?.f_reshape(shape)?.f_permute([0, 3, 1, 2])?.f_to_device(self.device)?;
+        let pictures = pictures.f_to_kind(Kind::Float)?.f_div_scalar(127.5)?.f_sub_scalar(1.0)?;
+        let vae = self.vae.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mean, logvar) = tch::no_grad(|| vae.encode(&pictures))?;
+        let both = Tensor::f_cat(&[mean, logvar], 1)?.f_to_kind(Kind::Half)?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let mut numbers = vec![f16::ZERO; both.numel()];
+        let len = numbers.len();
+        both.f_copy_data(&mut numbers, len)?;
+        Ok(numbers)
+    }
+}
+
+impl LatentEncoder for VaeLatents {
+    fn spec(&self) -> LatentSpec {
+        self.spec.clone()
+    }
+
+    fn batch(&self) -> usize {
+        BATCH
+    }
+
+    fn encode(&self, rgb: &[u8], count: usize, side: u32) -> Result<Vec<f16>, Box<dyn Error + Send + Sync>> {
+        Ok(self.moments(rgb, count, side)?)
+    }
+}

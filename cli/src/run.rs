@@ -1,0 +1,134 @@
+//! Reading a run's folder: its config, its log, its metrics. For the commands that look at runs; none of them changes one.
+
+use std::collections::BTreeMap;
+
+use ella_proto::config::RunConfig;
+use ella_store::{LogError, Record, RunLog, RunState, Store, StoreError};
+use serde::Deserialize;
+
+use crate::ui::Fail;
+
+/// The effective config's name in a run folder.
+pub(crate) const RUN_TOML: &str = "run.toml";
+
+/// A run folder, which is surely one.
+#[derive(Debug)]
+pub(crate) struct RunFolder {
+    pub(crate) store: Store,
+    /// The run's effective config.
+    pub(crate) config: RunConfig,
+}
+
+impl RunFolder {
+    /// Opens a run folder by path or URL.
+    pub(crate) async fn open(url: &str) -> Result<Self, Fail> {
+        let store = Store::open(url)?;
+        let bytes = match store.get(RUN_TOML).await {
+            Err(StoreError::NotFound { .. }) => {
+                let hint = "this is no run folder: give what `run.output` names in the run's config";
+                return Err(Fail::failed(format_args!("{}/{RUN_TOML}: not found; {hint}", store.url())));
+            }
+            read => read?,
+        };
+        let origin = format!("{}/{RUN_TOML}", store.url());
+        let text = String::from_utf8(bytes.to_vec()).map_err(|_| Fail::failed(format_args!("{origin}: is not UTF-8; restore it from a copy")))?;
+        let config = RunConfig::parse(&text, &origin, &[]).map_err(|error| Fail::failed(format_args!("{error}; restore {RUN_TOML} from a copy")))?;
+        Ok(Self { store, config })
+    }
+
+    /// The log, checked as [`RunLog::read`] does.
+    pub(crate) async fn records(&self) -> Result<Vec<Record>, LogError> {
+        RunLog::read(&self.store).await
+    }
+
+    /// What the log says.
+    pub(crate) async fn state(&self) -> Result<RunState, Fail> {
+        Ok(RunState::from_records(&self.records().await?))
+    }
+
+    /// The steps that were measured, in order. A step that was computed again after a resume is there once, as it was last.
+    pub(crate) async fn metrics(&self) -> Result<Vec<Metric>, Fail> {
+        let mut steps = BTreeMap::new();
+        for file in self.store.list("metrics").await? {
+            let Some(term) = term_of(&file.key) else { continue };
+            let text = self.store.get(&file.key).await?;
+            for (number, line) in text.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
+                let metric: Metric = serde_json::from_slice(line).map_err(|error| {
+                    let place = format!("{}/{}: line {}", self.store.url(), file.key, number + 1);
+                    Fail::failed(format_args!("{place}: {error}; the file was changed or written by another version of ella"))
+                })?;
+                steps.insert(metric.step, Metric { term, ..metric });
+            }
+        }
+        Ok(steps.into_values().collect())
+    }
+}
+
+/// The term in a name like `metrics/000003-000001.jsonl`. Names of later terms sort later.
+fn term_of(key: &str) -> Option<u64> {
+    key.strip_prefix("metrics/")?.strip_suffix(".jsonl")?.split_once('-')?.0.parse().ok()
+}
+
+/// One step, as the coordinator kept it.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub(crate) struct Metric {
+    /// Of the coordinator that wrote it.
+    #[serde(skip)]
+    pub(crate) term: u64,
+    pub(crate) at_unix_ms: u64,
+    pub(crate) step: u64,
+    /// Trained on since the run began.
+    pub(crate) samples: u64,
+    /// `null` stands for a number that is not finite.
+    pub(crate) loss: Option<f64>,
+    #[serde(default)]
+    pub(crate) held_out_loss: Option<f64>,
+    #[serde(default)]
+    pub(crate) step_seconds: f64,
+    #[serde(default)]
+    pub(crate) parts: Option<Parts>,
+    /// Since the step before, by reason (KNOWN).
+    #[serde(default)]
+    pub(crate) skipped: BTreeMap<String, u64>,
+}
+
+/// Seconds of one step, by what they were spent on.
+pub(crate) type Parts = BTreeMap<String, f64>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_of_a_resumed_run_are_those_that_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = RunConfig::parse(
+            "[run]\noutput='r'\n[base]\nmodel='m'\n[text]\nmodel='t'\n[data]\npath='d'\n",
+            "x",
+            &[],
+        )
+        .unwrap();
+        let line = |step: u64, loss: f64| format!("{{\"at_unix_ms\":1,\"step\":{step},\"samples\":{step},\"loss\":{loss},\"lr\":0.1,\"parts\":null}}\n");
+        let metrics = crate::runtime().unwrap().block_on(async {
+            let store = Store::open(dir.path().to_str().unwrap()).unwrap();
+            store.put(RUN_TOML, config.to_toml().into()).await.unwrap();
+            store.put("metrics/000001-000001.jsonl", (line(1, 5.0) + &line(2, 4.0) + &line(3, 3.0)).into()).await.unwrap();
+            store.put("metrics/000002-000001.jsonl", (line(3, 2.0) + &line(4, 1.0)).into()).await.unwrap();
+            RunFolder::open(dir.path().to_str().unwrap()).await.unwrap().metrics().await.unwrap()
+        });
+        let seen: Vec<_> = metrics.iter().map(|m| (m.term, m.step, m.loss.unwrap())).collect();
+        assert_eq!(seen, [(1, 1, 5.0), (1, 2, 4.0), (2, 3, 2.0), (2, 4, 1.0)]);
+    }
+
+    #[test]
+    fn a_damaged_line_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let fail = crate::runtime().unwrap().block_on(async {
+            let config = RunConfig::parse("[run]\noutput='r'\n[base]\nmodel='m'\n[text]\nmodel='t'\n[data]\npath='d'\n", "x", &[]).unwrap();
+            let store = Store::open(dir.path().to_str().unwrap()).unwrap();
+            store.put("metrics/000001-000001.jsonl", "{\"step\":1\n".into()).await.unwrap();
+            RunFolder { store, config }.metrics().await.unwrap_err()
+        });
+        assert!(fail.message.contains("metrics/000001-000001.jsonl: line 1"), "{}", fail.message);
+    }
+}

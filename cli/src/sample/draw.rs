@@ -1,0 +1,172 @@
+//! From noise to pictures: DDIM with classifier-free guidance, the connector asked anew at every timestep.
+
+use std::path::Path;
+
+use ella_model::ModelError;
+use ella_model::config::ConfigFile;
+use ella_model::connector::Tsc;
+use ella_model::rng::CounterRng;
+use ella_model::sampler::Ddim;
+use ella_model::schedule::Schedule;
+use ella_model::unet::UNet;
+use ella_model::vae::Vae;
+use ella_proto::config::Padding;
+use ella_worker::text::{TextEncoder, TextOptions};
+use tch::{Device, Kind, Tensor};
+
+use super::grid::Picture;
+use crate::ui::Fail;
+
+/// Pictures drawn at once; each goes through the U-Net twice.
+const BATCH: usize = 4;
+
+/// Where the networks are.
+pub(super) struct Models<'a> {
+    pub(super) connector: &'a Path,
+    pub(super) heads: i64,
+    pub(super) base: &'a Path,
+    pub(super) text: TextOptions,
+}
+
+/// How to draw.
+#[derive(Debug)]
+pub(super) struct Settings {
+    pub(super) steps: usize,
+    pub(super) guidance: f64,
+}
+
+/// All networks of a base, its connector and text encoder, in float32.
+#[derive(Debug)]
+pub(super) struct Drawer {
+    connector: Tsc,
+    unet: UNet,
+    vae: Vae,
+    text: TextEncoder,
+    padding: Padding,
+    sampler: Ddim,
+    guidance: f64,
+    /// Side of the pictures that the base was made for, in pixels.
+    own_size: i64,
+    device: Device,
+}
+
+/// What came of some prompts.
+#[derive(Debug)]
+pub(super) struct Drawn {
+    pub(super) pictures: Vec<Picture>,
+    /// Prompts cut at the token limit.
+    pub(super) truncated: usize,
+}
+
+impl Drawer {
+    pub(super) fn load(models: &Models<'_>, settings: &Settings, device: Device) -> Result<Self, Fail> {
+        let base = models.base;
+        let connector = Tsc::load(models.connector, models.heads, Kind::Float, device)?;
+        let unet = UNet::load(&base.join("unet"), Kind::Float, device)?;
+        let vae = Vae::load(&base.join("vae"), Kind::Float, device)?;
+        let text = TextEncoder::load(&models.text, device)?;
+        let fits = |what: &str, file: &Path, expected: i64, found: i64| match expected == found {
+            true => Ok(()),
+            false => {
+                let hint = "the models do not belong together";
+                Err(Fail::failed(format_args!("{}: {what} is {found}, but {} has {expected}; {hint}", models.connector.display(), file.display())))
+            }
+        };
+        fits("the connector's width", base, unet.config().cross_attention_dim, connector.config().width)?;
+        fits("the connector's text width", &models.text.model, text.width(), connector.config().text_width)?;
+        let sampler = Ddim::new(&Schedule::load(&base.join("scheduler"), device)?, settings.steps)?;
+        let own_size = own_size(base)? * vae.config().downscale();
+        let (padding, guidance) = (models.text.padding, settings.guidance);
+        Ok(Self { connector, unet, vae, text, padding, sampler, guidance, own_size, device })
+    }
+
+    /// Channels of a latent.
+    pub(super) fn channels(&self) -> i64 {
+        self.unet.config().in_channels
+    }
+
+    /// How often the progress of so many prompts will count.
+    pub(super) fn total_steps(&self, prompts: usize) -> u64 {
+        (prompts.div_ceil(BATCH) * self.sampler.timesteps().len()) as u64
+    }
+
+    /// Seeded noise `[count, C, h, w]` for square pictures. Each picture's depends on the seed and its own number only.
+    pub(super) fn noise(&self, seed: u64, count: usize, size: Option<i64>) -> Result<Tensor, Fail> {
+        let (size, downscale) = (size.unwrap_or(self.own_size), self.vae.config().downscale());
+        if size < downscale || size % downscale != 0 || size > 1 << 14 {
+            return Err(Fail::usage(format_args!("--size must be a multiple of the VAE's {downscale} up to 16384 (found {size})")));
+        }
+        let (channels, side) = (self.channels(), size / downscale);
+        let len = (channels * side * side) as usize;
+        let numbers: Vec<f32> = (0..count).flat_map(|picture| CounterRng::new(seed, &format!("picture {picture}")).normal(len, 1.0)).collect();
+        Ok(Tensor::f_from_slice(&numbers)?.f_reshape([count as i64, channels, side, side])?)
+    }
+
+    /// One picture for each prompt, from `noise` `[prompts, C, h, w]`. `progress` hears of steps done.
+    pub(super) fn draw(&self, prompts: &[String], negative: &str, noise: &Tensor, progress: &mut dyn FnMut(u64)) -> Result<Drawn, Fail> {
+        let mut drawn = Drawn { pictures: Vec::with_capacity(prompts.len()), truncated: 0 };
+        let mut done = 0;
+        for (group, prompts) in prompts.chunks(BATCH).enumerate() {
+            let noise = noise.f_narrow(0, (group * BATCH) as i64, prompts.len() as i64)?.f_to_device(self.device)?;
+            let mut step = || {
+                done += 1;
+                progress(done);
+            };
+            let images = tch::no_grad(|| self.group(prompts, negative, noise, (&mut drawn.truncated, &mut step)))?;
+            drawn.pictures.extend(pictures(&images)?);
+        }
+        Ok(drawn)
+    }
+
+    /// Images `[b, 3, H, W]` in −1…1.
+    fn group(
+        &self,
+        prompts: &[String],
+        negative: &str,
+        mut latents: Tensor,
+        (truncated, step): (&mut usize, &mut dyn FnMut()),
+    ) -> Result<Tensor, ModelError> {
+        let b = prompts.len();
+        let texts: Vec<&str> = std::iter::repeat_n(negative, b).chain(prompts.iter().map(String::as_str)).collect();
+        let rows = self.text.encode(&texts)?; // [2b, S, E]: negative, then positive
+        *truncated += rows.truncated.saturating_sub(if self.cut(negative)? { b } else { 0 });
+        let mask = if self.padding == Padding::None { Some(rows.mask()?) } else { None };
+        for (index, &t) in self.sampler.timesteps().iter().enumerate() {
+            let timesteps = Tensor::f_full([2 * b as i64], t, (Kind::Int64, self.device))?;
+            let states = self.connector.forward(&rows.features, &timesteps, mask.as_ref())?; // [2b, L, D]
+            let both = self.unet.forward(&Tensor::f_cat(&[&latents, &latents], 0)?, &timesteps, &states)?;
+            let halves = both.f_chunk(2, 0)?;
+            let output = halves[1].f_sub(&halves[0])?.f_mul_scalar(self.guidance)?.f_add(&halves[0])?;
+            latents = self.sampler.step(&output, index, &latents)?;
+            step();
+        }
+        Ok(self.vae.decode(&self.vae.unscale(&latents)?)?.f_clamp(-1.0, 1.0)?)
+    }
+
+    /// Whether a text is longer than the token limit: counted once, not for each picture.
+    fn cut(&self, text: &str) -> Result<bool, ModelError> {
+        Ok(self.text.encode(&[text])?.truncated > 0)
+    }
+}
+
+/// The side of the latents that a base was made for, by its configuration.
+fn own_size(base: &Path) -> Result<i64, ModelError> {
+    let config = ConfigFile::open(&base.join("unet/config.json"))?;
+    let own = config.value("sample_size").and_then(serde_json::Value::as_i64).filter(|size| *size > 0);
+    Ok(own.unwrap_or(64))
+}
+
+/// `[b, 3, H, W]` in −1…1 to 8-bit pictures.
+fn pictures(images: &Tensor) -> Result<Vec<Picture>, Fail> {
+    let (b, _, h, w) = images.size4()?;
+    let bytes = images.f_to_kind(Kind::Float)?.f_add_scalar(1.0)?.f_mul_scalar(127.5)?.f_round()?.f_to_kind(Kind::Uint8)?;
+    let bytes = bytes.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_to_device(Device::Cpu)?; // [b, H, W, 3]
+    let one = |index: i64| -> Result<Picture, Fail> {
+        let row = bytes.f_get(index)?;
+        let mut rgb = vec![0u8; row.numel()];
+        let len = rgb.len();
+        row.f_copy_data(&mut rgb, len)?;
+        Ok(Picture { width: w as u32, height: h as u32, rgb })
+    };
+    (0..b).map(one).collect()
+}

@@ -1,0 +1,258 @@
+//! The processes of a run on this machine: started, listened to, ended. None outlives this one.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, ChildStderr, ChildStdout, Command};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::ui::{Fail, note};
+
+/// Lines of each process that are kept to be shown.
+const KEPT: usize = 8;
+/// How long a process's last lines may take once it has ended.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// One process.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) name: String,
+    pub(super) ended: Option<ExitStatus>,
+    child: Child,
+    lines: Arc<Mutex<VecDeque<String>>>,
+    listener: Option<JoinHandle<()>>,
+}
+
+/// Where what processes say goes, beside the last lines that are kept.
+#[derive(Clone, Debug)]
+pub(super) struct Logs {
+    /// A folder with a file each, if the run is on this machine.
+    pub(super) folder: Option<PathBuf>,
+    /// Show every line.
+    pub(super) verbose: bool,
+}
+
+/// All processes, the coordinator first if it is ours.
+#[derive(Debug, Default)]
+pub(super) struct Children {
+    members: Vec<Member>,
+}
+
+/// A binary beside this one.
+pub(super) fn binary(name: &str) -> Result<PathBuf, Fail> {
+    let own = std::env::current_exe().map_err(|error| Fail::failed(format_args!("the folder of this program is unknown ({error})")))?;
+    let path = own.with_file_name(name);
+    if path.is_file() {
+        return Ok(path);
+    }
+    Err(Fail::failed(format_args!("{}: not found (expected beside this program); build it with `make build`", path.display())))
+}
+
+impl Children {
+    /// Starts a process; its stdout is given back.
+    pub(super) fn start(&mut self, name: &str, program: &Path, arguments: &[String], logs: &Logs) -> Result<Option<ChildStdout>, Fail> {
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        // A group of its own: a terminal's ctrl-C comes to this process only, which passes it on once.
+        command.process_group(0);
+        let parent = std::process::id();
+        // SAFETY: between fork and exec only async-signal-safe calls are made: prctl, getppid and the construction of an error
+        // from a number, which does not allocate.
+        unsafe { command.pre_exec(move || die_with_parent(parent)) };
+        let failed = |error| Fail::failed(format_args!("{}: cannot be started ({error})", program.display()));
+        let mut child = command.spawn().map_err(failed)?;
+        let lines = Arc::new(Mutex::new(VecDeque::new()));
+        let listener = child.stderr.take().map(|stderr| {
+            let file = logs.folder.as_ref().and_then(|folder| open_log(folder, name));
+            let shown = logs.verbose.then(|| name.to_owned());
+            tokio::spawn(listen(stderr, Arc::clone(&lines), file, shown))
+        });
+        let stdout = child.stdout.take();
+        self.members.push(Member { name: name.to_owned(), ended: None, child, lines, listener });
+        Ok(stdout)
+    }
+
+    pub(super) fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    pub(super) fn all_ended(&self) -> bool {
+        self.members.iter().all(|member| member.ended.is_some())
+    }
+
+    /// Waits until one more process has ended, and says which. Never, if all have.
+    pub(super) async fn next_end(&mut self) -> usize {
+        let running = self.members.iter_mut().enumerate().filter(|(_, member)| member.ended.is_none());
+        let waits: Vec<_> = running.map(|(at, member)| Box::pin(async move { (at, member.wait().await) })).collect();
+        if waits.is_empty() {
+            return std::future::pending().await;
+        }
+        let ((at, status), ..) = futures::future::select_all(waits).await;
+        self.members[at].ended = Some(status);
+        at
+    }
+
+    /// Waits until all have ended, and kills those that have not by then.
+    pub(super) async fn reap(&mut self, patience: Duration) {
+        let all = async {
+            while !self.all_ended() {
+                self.next_end().await;
+            }
+        };
+        if timeout(patience, all).await.is_err() {
+            self.signal(libc::SIGKILL);
+            while !self.all_ended() {
+                self.next_end().await;
+            }
+        }
+        for member in &mut self.members {
+            if let Some(listener) = member.listener.take() {
+                // A grandchild may hold the pipe open; its words are not waited for.
+                let _ = timeout(LAST_WORDS, listener).await;
+            }
+        }
+    }
+
+    /// Sends a signal to all that run.
+    pub(super) fn signal(&self, signal: i32) {
+        self.members.iter().for_each(|member| member.signal(signal));
+    }
+
+    /// Sends a signal to one of them, if it runs.
+    pub(super) fn signal_one(&self, at: usize, signal: i32) {
+        if let Some(member) = self.members.get(at) {
+            member.signal(signal);
+        }
+    }
+}
+
+impl Member {
+    /// Its last lines.
+    pub(super) fn last_lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    /// What it last logged as an error, without time and level.
+    pub(super) fn last_error(&self) -> Option<String> {
+        self.last_lines().iter().rev().find_map(|line| Some(line.split_once("ERROR ")?.1.trim().to_owned()))
+    }
+
+    async fn wait(&mut self) -> ExitStatus {
+        use std::os::unix::process::ExitStatusExt;
+        // The system refuses only to wait for what is no child; it is over then, whatever became of it.
+        self.child.wait().await.unwrap_or_else(|_| ExitStatus::from_raw(1 << 8))
+    }
+
+    fn signal(&self, signal: i32) {
+        let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()) else { return };
+        // SAFETY: kill takes plain numbers. The process has not been waited for (its id is known), so the number is still its own.
+        unsafe { libc::kill(pid, signal) };
+    }
+}
+
+/// Asks the kernel to kill this process when its parent dies, which may already have happened.
+fn die_with_parent(parent: u32) -> std::io::Result<()> {
+    // SAFETY: prctl with PR_SET_PDEATHSIG takes a signal number and touches no memory of ours; getppid takes nothing.
+    let (set, now) = unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL), libc::getppid()) };
+    if set != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    if now as u32 == parent { Ok(()) } else { Err(std::io::Error::from_raw_os_error(libc::ESRCH)) }
+}
+
+/// A log that can't be written is told of, and is no reason not to train.
+fn open_log(folder: &Path, name: &str) -> Option<File> {
+    let path = folder.join(format!("{name}.log"));
+    let opened = std::fs::create_dir_all(folder).and_then(|()| File::options().append(true).create(true).open(&path));
+    opened.map_err(|error| note(format_args!("{}: cannot be written ({error}); going on without it", path.display()))).ok()
+}
+
+async fn listen(stderr: ChildStderr, kept: Arc<Mutex<VecDeque<String>>>, mut file: Option<File>, shown: Option<String>) {
+    let mut reader = BufReader::new(stderr);
+    let mut line = Vec::new();
+    while matches!(reader.read_until(b'\n', &mut line).await, Ok(1..)) {
+        let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+        if let Some(open) = &mut file
+            && writeln!(open, "{text}").is_err()
+        {
+            file = None;
+        }
+        if let Some(name) = &shown {
+            note(format_args!("[{name}] {text}"));
+        }
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() == KEPT {
+            kept.pop_front();
+        }
+        kept.push_back(text);
+        drop(kept);
+        line.clear();
+    }
+}
+
+/// How a process ended, in words.
+pub(super) fn ending(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit code {code}"),
+        (None, Some(signal)) => format!("ended by signal {signal}"),
+        (None, None) => "ended".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logs(folder: Option<PathBuf>) -> Logs {
+        Logs { folder, verbose: false }
+    }
+
+    fn shell(script: &str) -> [String; 2] {
+        ["-c".to_owned(), script.to_owned()]
+    }
+
+    #[tokio::test]
+    async fn lines_are_kept_and_written_and_the_error_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut children = Children::default();
+        let script = "echo 'x INFO begun' >&2; echo '2026 ERROR the disk: is full' >&2; echo bye >&2; exit 4";
+        children.start("one", Path::new("/bin/sh"), &shell(script), &logs(Some(dir.path().join("logs")))).unwrap();
+        assert_eq!(children.next_end().await, 0);
+        children.reap(Duration::from_secs(5)).await;
+        let member = &children.members()[0];
+        assert_eq!(member.ended.unwrap().code(), Some(4));
+        assert_eq!(member.last_error().unwrap(), "the disk: is full");
+        assert_eq!(std::fs::read_to_string(dir.path().join("logs/one.log")).unwrap().lines().count(), 3);
+    }
+
+    #[tokio::test]
+    async fn whoever_does_not_leave_is_killed() {
+        let mut children = Children::default();
+        for name in ["stubborn", "quick"] {
+            let script = if name == "quick" { "exit 0" } else { "trap '' TERM; while true; do sleep 1; done" };
+            children.start(name, Path::new("/bin/sh"), &shell(script), &logs(None)).unwrap();
+        }
+        assert_eq!(children.next_end().await, 1);
+        children.signal(libc::SIGTERM);
+        children.reap(Duration::from_millis(50)).await;
+        assert!(children.all_ended());
+        assert_eq!(ending(children.members()[0].ended.unwrap()), "ended by signal 9");
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_named() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _inside = runtime.enter();
+        let fail = Children::default().start("x", Path::new("/nonexistent/program"), &[], &logs(None)).unwrap_err();
+        assert!(fail.message.contains("/nonexistent/program"), "{}", fail.message);
+        assert!(binary("ella-nonexistent").unwrap_err().message.contains("make build"));
+    }
+}

@@ -1,0 +1,240 @@
+//! What people and scripts see: results, progress, errors, exit codes (design.md §6).
+
+use std::fmt::Display;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use ella_coordinator::client::ClientError;
+use ella_dataset::DataError;
+use ella_dataset::scenes::ScenesError;
+use ella_model::ModelError;
+use ella_proto::config::ConfigError;
+use ella_store::{LogError, StoreError};
+use ella_worker::device::NoDevice;
+use ella_worker::feed::FeedError;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+/// Done.
+pub(crate) const DONE: u8 = 0;
+/// Failed; trying again may help.
+pub(crate) const FAILED: u8 = 1;
+/// Bad usage or config.
+pub(crate) const USAGE: u8 = 2;
+
+/// Time between two plain lines of progress.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Why a command ends without its result, in one line, and the exit code that says so to scripts.
+#[derive(Debug)]
+pub(crate) struct Fail {
+    pub(crate) code: u8,
+    pub(crate) message: String,
+}
+
+impl Fail {
+    pub(crate) fn failed(message: impl Display) -> Self {
+        Self { code: FAILED, message: message.to_string() }
+    }
+
+    pub(crate) fn usage(message: impl Display) -> Self {
+        Self { code: USAGE, message: message.to_string() }
+    }
+
+    /// A file of this machine that could not be read or written.
+    pub(crate) fn io(path: impl AsRef<std::path::Path>, action: &str, error: &std::io::Error) -> Self {
+        let hint = "check the path, its permissions and free space";
+        Self::failed(format!("{}: cannot be {action} ({error}); {hint}", path.as_ref().display()))
+    }
+}
+
+/// Errors that are the outcome of work, not of how the command was typed.
+macro_rules! fail_from {
+    ($($error:ty),+) => { $(impl From<$error> for Fail {
+        fn from(error: $error) -> Self {
+            Self::failed(error)
+        }
+    })+ };
+}
+
+fail_from!(ModelError, LogError, NoDevice, ClientError, tch::TchError);
+
+impl From<StoreError> for Fail {
+    fn from(error: StoreError) -> Self {
+        Self { code: store_code(&error), message: error.to_string() }
+    }
+}
+
+impl From<DataError> for Fail {
+    fn from(error: DataError) -> Self {
+        Self { code: data_code(&error), message: error.to_string() }
+    }
+}
+
+impl From<FeedError> for Fail {
+    fn from(error: FeedError) -> Self {
+        let code = if let FeedError::Data(inner) = &error { data_code(inner) } else { FAILED };
+        Self { code, message: error.to_string() }
+    }
+}
+
+impl From<ScenesError> for Fail {
+    fn from(error: ScenesError) -> Self {
+        let code = if matches!(error, ScenesError::Setting { .. }) { USAGE } else { FAILED };
+        Self { code, message: error.to_string() }
+    }
+}
+
+impl From<ConfigError> for Fail {
+    fn from(error: ConfigError) -> Self {
+        Self::usage(error)
+    }
+}
+
+fn store_code(error: &StoreError) -> u8 {
+    if matches!(error, StoreError::BadUrl { .. } | StoreError::Unsupported { .. }) { USAGE } else { FAILED }
+}
+
+fn data_code(error: &DataError) -> u8 {
+    match error {
+        DataError::Setting { .. } => USAGE,
+        DataError::Store(error) => store_code(error),
+        _ => FAILED,
+    }
+}
+
+/// How a command's result is given.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Out {
+    /// One JSON object on stdout, and nothing else there.
+    pub(crate) json: bool,
+}
+
+impl Out {
+    /// Gives the result: the object, or the text made for people.
+    pub(crate) fn result(self, value: &impl Serialize, text: impl FnOnce() -> String) {
+        let text = if self.json { serde_json::to_string(value).unwrap_or_default() } else { text() };
+        // Whoever closed stdout does not want to read it.
+        let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+    }
+
+    /// Tells why there is no result, and gives the exit code.
+    pub(crate) fn fail(self, fail: &Fail) -> u8 {
+        let message = one_line(&fail.message);
+        let _ = writeln!(std::io::stderr(), "ella: {message}");
+        if self.json {
+            self.result(&serde_json::json!({ "error": message }), String::new);
+        }
+        fail.code
+    }
+}
+
+/// A message without the pictures that parsers draw of their input, in one line.
+pub(crate) fn one_line(text: &str) -> String {
+    let drawn = |line: &str| line.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start().starts_with('|');
+    let lines: Vec<&str> = text.lines().filter(|line| !drawn(line.trim())).map(str::trim).filter(|line| !line.is_empty()).collect();
+    let mut message = String::new();
+    for line in lines {
+        if !message.is_empty() {
+            message.push_str(if message.ends_with([':', ';', ',', '.']) { " " } else { ": " });
+        }
+        message.push_str(line);
+    }
+    message
+}
+
+/// One line for whoever watches, on stderr.
+pub(crate) fn note(text: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// How far something has come: a bar on a terminal, now and then a plain line elsewhere.
+#[derive(Debug)]
+pub(crate) struct Meter {
+    bar: Option<ProgressBar>,
+    what: &'static str,
+    total: u64,
+    shown: Instant,
+}
+
+impl Meter {
+    /// `what` names the work, `total` is how much of it there is.
+    pub(crate) fn new(what: &'static str, total: u64) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(total);
+            let style = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len}  {msg}  {elapsed_precise}, {eta_precise} left");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_prefix(what);
+            bar.enable_steady_tick(Duration::from_millis(500));
+            bar
+        });
+        Self { bar, what, total, shown: Instant::now() }
+    }
+
+    /// Plain lines even on a terminal, where other lines come between.
+    pub(crate) fn lines(what: &'static str, total: u64) -> Self {
+        Self { bar: None, what, total, shown: Instant::now() }
+    }
+
+    /// Where work that was begun before goes on: what was done then tells nothing about the time left.
+    pub(crate) fn starts_at(&self, done: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(done);
+            bar.reset_eta();
+        }
+    }
+
+    pub(crate) fn at(&mut self, done: u64, message: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(done);
+            bar.set_message(message.to_owned());
+        } else if self.shown.elapsed() >= LINE_EVERY {
+            self.shown = Instant::now();
+            let gap = if message.is_empty() { "" } else { "  " };
+            note(format_args!("{} {done}/{}{gap}{message}", self.what, self.total));
+        }
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A size for people.
+pub(crate) fn bytes(n: u64) -> String {
+    let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let at = (n.max(1).ilog2() / 10).min(4) as usize;
+    if at == 0 { format!("{n} bytes") } else { format!("{:.1} {}", n as f64 / 1024f64.powi(at as i32), units[at]) }
+}
+
+/// A time span for people.
+pub(crate) fn span(seconds: f64) -> String {
+    let whole = seconds.max(0.0).round() as u64;
+    match whole {
+        0..60 => format!("{seconds:.1} s"),
+        60..3600 => format!("{} min {:02} s", whole / 60, whole % 60),
+        _ => format!("{} h {:02} min", whole / 3600, whole % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_parsers_drawing_is_left_out_of_the_line() {
+        let text = "run.toml: TOML parse error at line 3, column 9\n  |\n3 | steps = \"many\"\n  |         ^^^^^^\ninvalid type: string, expected u64\n";
+        assert_eq!(one_line(text), "run.toml: TOML parse error at line 3, column 9: invalid type: string, expected u64");
+        assert_eq!(one_line("plain"), "plain");
+    }
+
+    #[test]
+    fn sizes_and_spans_read_well() {
+        assert_eq!((bytes(0), bytes(1023), bytes(1536)), ("0 bytes".into(), "1023 bytes".into(), "1.5 KiB".into()));
+        assert_eq!((span(0.25), span(61.2), span(7260.0)), ("0.2 s".into(), "1 min 01 s".into(), "2 h 01 min".into()));
+    }
+}
