@@ -160,7 +160,7 @@ impl Tsc {
     /// the released weights were trained (paper §0).
     ///
     /// # Shapes
-    /// `text_features` [B, S, E] of the parameters' kind; `timesteps` [B] i64; `key_mask` [B, S] bool; to [B, L, D].
+    /// `text_features` `[B, S, E]` of the parameters' kind; `timesteps` `[B]` i64; `key_mask` `[B, S]` bool; to `[B, L, D]`.
     pub fn forward(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Tensor> {
         let kind = text_features.f_kind()?;
         let sinusoid = timestep_embedding(timesteps, self.config.time_channel)?.f_to_kind(kind)?;
@@ -177,7 +177,7 @@ impl Tsc {
         Ok(latents)
     }
 
-    /// [B, S] true where attended, to [B, 1, 1, L + S] true where hidden; the latents themselves are always seen.
+    /// `[B, S]` true where attended, to `[B, 1, 1, L + S]` true where hidden; the latents themselves are always seen.
     fn mask(&self, key_mask: &Tensor) -> Result<Tensor> {
         let (b, _) = key_mask.size2()?;
         let latents = Tensor::f_zeros([b, self.config.latents], (Kind::Bool, key_mask.device()))?;
@@ -238,7 +238,7 @@ impl Block {
         })
     }
 
-    /// `latents` [B, L, D], `x` [B, S, D], `time` [B, T] after SiLU, `mask` [B, 1, 1, L + S].
+    /// `latents` `[B, L, D]`, `x` `[B, S, D]`, `time` `[B, T]` after SiLU, `mask` `[B, 1, 1, L + S]`.
     fn forward(&self, latents: &Tensor, x: &Tensor, time: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         let queries = self.ln_1.forward(latents, time)?;
         let text = self.ln_2.forward(x, time)?;
@@ -248,7 +248,7 @@ impl Block {
         Ok(latents.f_add(&hidden)?)
     }
 
-    /// `nn.MultiheadAttention` of the queries over [queries, text]; each part is projected once.
+    /// `nn.MultiheadAttention` of the queries over `[queries, text]`; each part is projected once.
     fn attend(&self, queries: &Tensor, text: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         let (b, l, d) = queries.size3()?;
         let head = d / self.heads;
@@ -284,7 +284,7 @@ impl AdaLayerNorm {
         Ok(AdaLayerNorm { linear, norm: LayerNorm::plain(width, EPS) })
     }
 
-    /// `x` [B, tokens, D], `time` [B, T] after SiLU.
+    /// `x` `[B, tokens, D]`, `time` `[B, T]` after SiLU.
     fn forward(&self, x: &Tensor, time: &Tensor) -> Result<Tensor> {
         let shift_scale = self.linear.forward(time)?.f_unsqueeze(1)?.f_chunk(2, -1)?;
         let scale = shift_scale[1].f_add_scalar(1.0)?;

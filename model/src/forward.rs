@@ -19,15 +19,15 @@ use crate::weights::{self, Weights};
 /// The networks that can be run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Net {
-    /// `text_features` [B,S,E], `timesteps` [B] to `hidden_states` [B,L,D].
+    /// `text_features` `[B,S,E]`, `timesteps` `[B]` to `hidden_states` `[B,L,D]`.
     Connector,
-    /// `sample` [B,C,H,W], `timesteps` [B], `hidden_states` [B,L,D] to `sample`.
+    /// `sample` `[B,C,H,W]`, `timesteps` `[B]`, `hidden_states` `[B,L,D]` to `sample`.
     Unet,
-    /// `input_ids` [B,S], `attention_mask` [B,S] to `last_hidden_state` [B,S,E].
+    /// `input_ids` `[B,S]`, `attention_mask` `[B,S]` to `last_hidden_state` `[B,S,E]`.
     Text,
-    /// `image` [B,3,H,W] to `mean`, `logvar` [B,C,H/f,W/f].
+    /// `image` `[B,3,H,W]` to `mean`, `logvar` `[B,C,H/f,W/f]`.
     VaeEncode,
-    /// `latent` [B,C,H,W] to `image` [B,3,fH,fW].
+    /// `latent` `[B,C,H,W]` to `image` `[B,3,fH,fW]`.
     VaeDecode,
 }
 

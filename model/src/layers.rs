@@ -36,7 +36,7 @@ impl Linear {
         Ok(Linear { weight, bias: Some(p.get("bias", &[output], Init::Uniform { bound })?) })
     }
 
-    /// [.., in] to [.., out].
+    /// `[.., in]` to `[.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
     }
@@ -74,7 +74,7 @@ impl Conv2d {
         self.weight.kind()
     }
 
-    /// [B, in, H, W] to [B, out, H', W'].
+    /// `[B, in, H, W]` to `[B, out, H', W']`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
         Ok(x.f_conv2d(&self.weight, Some(&self.bias), stride, padding, [1, 1], 1)?)
@@ -101,7 +101,7 @@ impl LayerNorm {
         LayerNorm { affine: None, width, eps }
     }
 
-    /// [.., width] to the same shape and kind.
+    /// `[.., width]` to the same shape and kind.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (weight, bias) = float_pair(self.affine.as_ref())?;
         let y = x.f_to_kind(Kind::Float)?.f_layer_norm([self.width], weight.as_ref(), bias.as_ref(), self.eps, false)?;
@@ -139,7 +139,7 @@ fn float_pair(affine: Option<&(Tensor, Tensor)>) -> Result<(Option<Tensor>, Opti
     })
 }
 
-/// A table of vectors, weight `weight` [count, width].
+/// A table of vectors, weight `weight` `[count, width]`.
 #[derive(Debug)]
 pub struct Embedding {
     weight: Tensor,
@@ -151,7 +151,7 @@ impl Embedding {
         Ok(Embedding { weight: p.get("weight", &[count, width], Init::Normal { std })? })
     }
 
-    /// Ids [..] (i64) to [.., width].
+    /// Ids `[..]` (i64) to `[.., width]`.
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         Ok(Tensor::f_embedding(&self.weight, ids, -1, false, false)?)
     }

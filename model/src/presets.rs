@@ -170,7 +170,7 @@ fn rounded(x: &Tensor) -> Result<Tensor> {
     Ok(x.f_mul_scalar(1024.0)?.f_round()?.f_div_scalar(1024.0)?.f_to_kind(Kind::Float)?)
 }
 
-/// Pictures with areas of colour, sharp and soft, [8, 3, size, size] in −1…1.
+/// Pictures with areas of colour, sharp and soft, `[8, 3, size, size]` in −1…1.
 fn pictures(seed: u64, size: i64) -> Result<Tensor> {
     let colours = |name: &str, cells: i64| -> Result<Tensor> {
         let values = CounterRng::new(seed, name).uniform((4 * 3 * cells * cells) as usize, 1.0);

@@ -19,7 +19,7 @@ use crate::weights::Weights;
 const NOT_ENCODER: [&str; 4] = ["decoder.*", "lm_head.weight", "shared.weight", "encoder.embed_tokens.weight"];
 
 /// Fields of `config.json` that say nothing about the encoder's forward pass.
-const IRRELEVANT: [&str; 27] = [
+const IRRELEVANT: [&str; 28] = [
     "add_cross_attention",
     "architectures",
     "bos_token_id",
@@ -45,6 +45,7 @@ const IRRELEVANT: [&str; 27] = [
     "scale_decoder_outputs",
     "task_specific_params",
     "tie_word_embeddings",
+    "tokenizer_class",
     "torch_dtype",
     "transformers_version",
 ];
@@ -192,7 +193,7 @@ impl T5 {
     /// The last hidden state. Positions whose mask is 0 are not attended to, but have outputs of their own.
     ///
     /// # Shapes
-    /// `input_ids` [B, S] i64 below `vocab_size`, `attention_mask` [B, S] i64 of 0 and 1; to [B, S, E] of the weights' kind.
+    /// `input_ids` `[B, S]` i64 below `vocab_size`, `attention_mask` `[B, S]` i64 of 0 and 1; to `[B, S, E]` of the weights' kind.
     pub fn forward(&self, input_ids: &Tensor, attention_mask: &Tensor) -> Result<Tensor> {
         let (_, s) = input_ids.size2()?;
         let mut x = self.embedding.forward(input_ids)?; // [B, S, E]
@@ -207,7 +208,7 @@ impl T5 {
         self.norm.forward(&x)
     }
 
-    /// The learned bias of every pair of positions, [1, H, S, S].
+    /// The learned bias of every pair of positions, `[1, H, S, S]`.
     fn position_bias(&self, s: i64, device: Device) -> Result<Tensor> {
         let positions = Tensor::f_arange(s, (Kind::Int64, device))?;
         let offset = positions.f_unsqueeze(0)?.f_sub(&positions.f_unsqueeze(1)?)?; // key - query
@@ -271,7 +272,7 @@ impl Block {
         })
     }
 
-    /// `x` [B, S, E], `bias` [B, H, S, S] float32.
+    /// `x` `[B, S, E]`, `bias` `[B, H, S, S]` float32.
     fn forward(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
         let x = within_half(x.f_add(&self.attend(&self.attention_norm.forward(x)?, bias)?)?)?;
         within_half(x.f_add(&self.ff.forward(&self.ff_norm.forward(&x)?)?)?)

@@ -22,9 +22,9 @@ pub enum Padding {
 /// Token ids of some captions, row by row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Encoded {
-    /// Ids [rows × width].
+    /// Ids `[rows × width]`.
     pub ids: Vec<i64>,
-    /// 1 for a caption's own tokens and 0 for padding, [rows × width].
+    /// 1 for a caption's own tokens and 0 for padding, `[rows × width]`.
     pub mask: Vec<i64>,
     /// Tokens in each row before padding, the end mark included.
     pub lengths: Vec<usize>,
@@ -35,7 +35,7 @@ pub struct Encoded {
 }
 
 impl Encoded {
-    /// (`input_ids`, `attention_mask`), both [rows, width] i64.
+    /// (`input_ids`, `attention_mask`), both `[rows, width]` i64.
     pub fn tensors(&self, device: Device) -> Result<(Tensor, Tensor)> {
         let shape = [self.lengths.len() as i64, self.width as i64];
         let tensor = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_reshape(shape)?.f_to_device(device)?) };
