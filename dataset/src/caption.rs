@@ -132,7 +132,7 @@ pub async fn prepare_captions(captions: Captions, name: &str, out: &Store) -> Re
     let manifest = Manifest::new(None, None, vec![source], entries);
     crate::plan::refuse_other(out, &manifest).await?;
     for (entry, file) in shards {
-        crate::plan::create_file(out, &entry, file).await?;
+        crate::plan::create_file(out, entry, file, |_| false).await?;
     }
     crate::plan::publish(out, &manifest, &report).await?;
     Ok(report)

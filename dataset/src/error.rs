@@ -15,7 +15,7 @@ pub enum DataError {
     Store(#[from] StoreError),
 
     /// A file on this machine could not be read.
-    #[error("{}: cannot be read ({source})", path.display())]
+    #[error("{}: cannot be read ({source}); check the path and its permissions", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -149,16 +149,16 @@ pub enum DataError {
         found: String,
     },
 
-    /// Features lack some shards.
+    /// Features lack some files.
     #[error(
-        "features/{fingerprint}: {missing_count} of {total} shards have no features yet ({missing}); run `ella embed` again to complete them"
+        "features/{fingerprint}: {missing_count} of {total} files of features are not there yet ({missing}); run `ella embed` again to complete them"
     )]
     FeaturesIncomplete {
         /// The encoder's fingerprint.
         fingerprint: Digest,
         /// How many are missing.
         missing_count: usize,
-        /// How many shards the data set has.
+        /// How many files there should be: one for every shard, and the empty caption's.
         total: usize,
         /// The first missing ones, by name.
         missing: String,

@@ -15,6 +15,7 @@ use ella_store::{Created, Digest, Store};
 use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
+use crate::feature_file::FeatureReader;
 use crate::manifest::{MANIFEST, Manifest, SCHEMA, ShardEntry, at, canonical, parse, pretty, read, validate_shards};
 use crate::plan::{create_file, difference};
 
@@ -136,8 +137,7 @@ pub struct FeatureManifest {
     /// Files in the order of the data set's shards, with as many rows.
     pub shards: Vec<ShardEntry>,
     /// One row: the empty caption's, for captions that training drops.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub empty: Option<ShardEntry>,
+    pub empty: ShardEntry,
 }
 
 impl FeatureManifest {
@@ -152,6 +152,8 @@ impl FeatureManifest {
             .and_then(|()| same("encoder", spec.fingerprint().to_string(), self.encoder.fingerprint().to_string()))
             .and_then(|()| same("shards", data.shards.len().to_string(), self.shards.len().to_string()))
             .or_else(wrong)?;
+        same("empty.name", format!("{EMPTY}.arrow"), self.empty.name.clone()).or_else(wrong)?;
+        same("empty.rows", "1".into(), self.empty.rows.to_string()).or_else(wrong)?;
         for (i, (features, shard)) in self.shards.iter().zip(&data.shards).enumerate() {
             same(&format!("shards[{i}].rows"), shard.rows.to_string(), features.rows.to_string()).or_else(wrong)?;
         }
@@ -261,7 +263,9 @@ impl FeatureSet {
 
     /// Stores a file and then its record. If another worker was first, its record stays.
     async fn store_file(&self, stem: &str, entry: ShardEntry, file: Bytes) -> Result<ShardEntry, DataError> {
-        create_file(&self.folder, &entry, file).await?;
+        let (spec, rows) = (self.spec.clone(), entry.rows);
+        let whole = move |there: &Bytes| FeatureReader::open("features", there.clone(), &spec).is_ok_and(|file| file.rows() as u64 == rows);
+        let entry = create_file(&self.folder, entry, file, whole).await?;
         let record = ShardRecord { schema: SCHEMA, shard: entry.clone() };
         match self.folder.create(&format!("{stem}.json"), pretty(&record)).await? {
             Created::Yes => Ok(entry),
@@ -277,13 +281,13 @@ impl FeatureSet {
             manifest.validate(&file, &self.spec, &self.data)?;
             return Ok(manifest);
         }
-        self.check_complete().await?;
         let mut shards = Vec::with_capacity(self.data.shards.len());
+        self.check_complete().await?;
         for shard in 0..self.data.shards.len() {
-            shards.extend(self.entry(shard).await?);
+            shards.push(self.entry(shard).await?.ok_or_else(|| self.incomplete(vec![self.stem(shard).to_owned()]))?);
         }
+        let empty = self.record(EMPTY).await?.ok_or_else(|| self.incomplete(vec![EMPTY.to_owned()]))?;
         let (data, encoder, fingerprint) = (self.data.digest(), self.spec.clone(), self.spec.fingerprint());
-        let empty = self.record(EMPTY).await?;
         let manifest = FeatureManifest { schema: SCHEMA, data, encoder, fingerprint, shards, empty };
         manifest.validate(&file, &self.spec, &self.data)?;
         // Whoever was first wrote the same: it is made from the same records.
@@ -291,22 +295,24 @@ impl FeatureSet {
         Ok(manifest)
     }
 
-    /// Fails, naming the first missing shards, unless every shard has its features.
+    /// Fails, naming the first missing ones, unless every shard and the empty caption have their features.
     pub async fn check_complete(&self) -> Result<(), DataError> {
-        let missing = self.missing().await?;
-        if missing.is_empty() {
-            return Ok(());
+        let mut missing: Vec<_> = self.missing().await?.iter().map(|&i| self.stem(i).to_owned()).collect();
+        if !self.has_empty().await? {
+            missing.push(EMPTY.to_owned());
         }
-        let mut names: Vec<_> = missing.iter().take(NAMED).map(|&i| self.stem(i).to_owned()).collect();
-        if missing.len() > NAMED {
-            names.push("…".into());
+        if missing.is_empty() { Ok(()) } else { Err(self.incomplete(missing)) }
+    }
+
+    fn incomplete(&self, mut missing: Vec<String>) -> DataError {
+        let missing_count = missing.len();
+        if missing_count > NAMED {
+            missing.truncate(NAMED);
+            missing.push("…".into());
         }
-        Err(DataError::FeaturesIncomplete {
-            fingerprint: self.spec.fingerprint(),
-            missing_count: missing.len(),
-            total: self.data.shards.len(),
-            missing: names.join(", "),
-        })
+        // The empty caption's file counts as one more.
+        let total = self.data.shards.len() + 1;
+        DataError::FeaturesIncomplete { fingerprint: self.spec.fingerprint(), missing_count, total, missing: missing.join(", ") }
     }
 
     /// A shard's name without folder and extension.

@@ -29,7 +29,7 @@ pub use features::{FeatureDtype, FeatureManifest, FeatureSet, FeatureSpec, Paddi
 pub use manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, Settings, ShardEntry, SourceEntry};
 pub use picture::{Picture, PictureRules, cut, decode_rgb, encode_jpeg};
 pub use plan::{PLAN, Plan, REPORT, UnitRecord};
-pub use prepare::{LatentEncoder, PrepareOptions, Progress, Work, prepare, prepare_unit};
+pub use prepare::{LatentEncoder, PrepareOptions, Progress, Watch, Work, prepare, prepare_unit};
 pub use report::{Refusal, Refused, Report};
 pub use set::{CacheLimits, DataSet, Features};
 pub use shard::{Row, RowRef, ShardLayout, ShardReader, ShardWriter};

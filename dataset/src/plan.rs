@@ -190,12 +190,23 @@ fn unit_key(unit: &str) -> String {
     format!("units/{unit}.json")
 }
 
-/// Writes a file of a unit, once. The same file already there is what an earlier, interrupted attempt left.
-pub(crate) async fn create_file(out: &Store, entry: &ShardEntry, file: Bytes) -> Result<(), DataError> {
+/// Writes a file of a unit, once, and describes what is there. A file already there is what an earlier attempt left, here or
+/// elsewhere: whole, for files appear whole or not at all, but perhaps of other bytes where a GPU or another processor made it.
+/// If `same` takes it for this unit's, it stands.
+pub(crate) async fn create_file(
+    out: &Store,
+    entry: ShardEntry,
+    file: Bytes,
+    same: impl FnOnce(&Bytes) -> bool,
+) -> Result<ShardEntry, DataError> {
     if out.create(&entry.name, file).await? == Created::Yes {
-        return Ok(());
+        return Ok(entry);
     }
-    entry.check(out.url(), &out.get(&entry.name).await?)
+    let there = out.get(&entry.name).await?;
+    match entry.check(out.url(), &there) {
+        Err(_) if same(&there) => Ok(ShardEntry::of(entry.name, entry.rows, &there)),
+        checked => checked.map(|()| entry),
+    }
 }
 
 /// Refuses a destination whose manifest is another one.
@@ -210,6 +221,7 @@ pub(crate) async fn refuse_other(out: &Store, manifest: &Manifest) -> Result<(),
 
 /// Writes the report and then, once, the manifest that makes the data set visible.
 pub(crate) async fn publish(out: &Store, manifest: &Manifest, report: &Report) -> Result<(), DataError> {
+    refuse_other(out, manifest).await?;
     out.put(REPORT, pretty(report)).await?;
     match out.create(MANIFEST, pretty(manifest)).await? {
         Created::Yes => Ok(()),

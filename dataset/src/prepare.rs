@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use bytes::Bytes;
 use ella_store::Store;
 use fast_image_resize::Resizer;
 use half::f16;
@@ -23,7 +24,7 @@ use crate::manifest::{LatentSpec, SCHEMA, Settings, ShardEntry, SourceEntry};
 use crate::picture::{self, PictureRules};
 use crate::plan::{KeyIndex, Plan, UnitRecord, create_file};
 use crate::report::{Refusal, Report};
-use crate::shard::{Row, ShardLayout, ShardWriter};
+use crate::shard::{Row, ShardLayout, ShardReader, ShardWriter};
 use crate::source::{Member, Sample, Source, TarRead, read_samples};
 
 /// A batch of samples is handed to the cores at this many encoded bytes.
@@ -58,6 +59,9 @@ pub struct Progress {
     pub kept: u64,
 }
 
+/// Is told of progress.
+pub type Watch = Arc<dyn Fn(&Progress) + Send + Sync>;
+
 /// What does not change the result: threads, and who watches. And the encoder, which does.
 #[derive(Clone, Default)]
 pub struct PrepareOptions {
@@ -66,7 +70,7 @@ pub struct PrepareOptions {
     /// Makes latents.
     pub latents: Option<Arc<dyn LatentEncoder>>,
     /// Called after every batch of samples.
-    pub progress: Option<Arc<dyn Fn(&Progress) + Send + Sync>>,
+    pub progress: Option<Watch>,
 }
 
 impl fmt::Debug for PrepareOptions {
@@ -141,6 +145,7 @@ pub async fn prepare_unit(plan: &Plan, index: usize, source: &Source, out: &Stor
         waiting: Vec::new(),
         shard: None,
         storing: None,
+        closed: 0,
         shards: Vec::new(),
         keys: Vec::new(),
         seen: HashSet::new(),
@@ -231,7 +236,8 @@ struct Unit {
     /// Rows whose latents are still to be made.
     waiting: Vec<Kept>,
     shard: Option<ShardWriter>,
-    storing: Option<JoinHandle<Result<(), DataError>>>,
+    storing: Option<JoinHandle<Result<ShardEntry, DataError>>>,
+    closed: usize,
     shards: Vec<ShardEntry>,
     keys: Vec<String>,
     seen: HashSet<String>,
@@ -328,12 +334,15 @@ impl Unit {
         let Some(shard) = self.shard.take() else { return Ok(()) };
         let rows = shard.rows();
         let file = shard.finish()?;
-        let name = format!("shards/{}-{:04}.arrow", self.name, self.shards.len());
+        let name = format!("shards/{}-{:04}.arrow", self.name, self.closed);
         let entry = ShardEntry::of(name, rows, &file);
         self.stored()?;
-        self.shards.push(entry.clone());
-        let out = self.out.clone();
-        self.storing = Some(Handle::current().spawn(async move { create_file(&out, &entry, file).await }));
+        self.closed += 1;
+        let (out, layout) = (self.out.clone(), self.layout);
+        self.storing = Some(Handle::current().spawn(async move {
+            let ours = file.clone();
+            create_file(&out, entry, file, move |there| same_samples(&ours, there, layout)).await
+        }));
         Ok(())
     }
 
@@ -341,8 +350,16 @@ impl Unit {
     fn stored(&mut self) -> Result<(), DataError> {
         let Some(storing) = self.storing.take() else { return Ok(()) };
         let stopped = |e: tokio::task::JoinError| DataError::Stopped { source_name: self.name.clone(), what: e.to_string() };
-        Handle::current().block_on(storing).map_err(stopped)?
+        self.shards.push(Handle::current().block_on(storing).map_err(stopped)??);
+        Ok(())
     }
+}
+
+/// Whether two shards hold the same samples, even if another machine's arithmetic made other bytes of their pictures.
+fn same_samples(a: &Bytes, b: &Bytes, layout: ShardLayout) -> bool {
+    let open = |bytes: &Bytes| ShardReader::open("shard", bytes.clone(), layout);
+    let (Ok(a), Ok(b)) = (open(a), open(b)) else { return false };
+    a.iter().map(|row| (row.key, row.caption)).eq(b.iter().map(|row| (row.key, row.caption)))
 }
 
 /// Filters one sample and makes its picture. Pure: this is what runs on all cores.

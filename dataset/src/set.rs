@@ -80,7 +80,7 @@ impl DataSet {
         let set = FeatureSet::find(&self.store, &self.manifest, spec).await?;
         let manifest = set.finish().await?;
         let files = Cache::new(manifest.shards.len(), self.limits);
-        let empty = Cache::new(manifest.empty.iter().len(), self.limits);
+        let empty = Cache::new(1, self.limits);
         Ok(Features { folder: set.folder().clone(), manifest, files, empty })
     }
 
@@ -111,14 +111,12 @@ impl Features {
         let open = move |file: &str, bytes| FeatureReader::open(file, bytes, &spec);
         self.files.get(&self.folder, &self.manifest.shards, index, open).await
     }
-}
 
-impl Features {
     /// The empty caption's features: one row.
     pub async fn empty(&self) -> Result<Arc<FeatureReader>, DataError> {
         let spec = self.manifest.encoder.clone();
         let open = move |file: &str, bytes| FeatureReader::open(file, bytes, &spec);
-        self.empty.get(&self.folder, self.manifest.empty.as_slice(), 0, open).await
+        self.empty.get(&self.folder, std::slice::from_ref(&self.manifest.empty), 0, open).await
     }
 }
 

@@ -305,3 +305,56 @@ impl<R: Read> Read for Counted<R> {
         Ok(n)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_end_at_the_first_dot_of_the_base_name() {
+        let cases: [(&str, Option<(&str, &str)>); 9] = [
+            ("a.jpg", Some(("a", "jpg"))),
+            ("a.seg.png", Some(("a", "seg.png"))),
+            ("x.y/a.jpg", Some(("x.y/a", "jpg"))),
+            ("./a.txt", Some(("a", "txt"))),
+            ("a", None),
+            ("x.y/a", None),
+            (".a.jpg", None),
+            ("x/._a.jpg", None),
+            ("x/__key__.json", None),
+        ];
+        for (path, expected) in cases {
+            let expected = expected.map(|(key, extension)| (key.as_bytes(), extension.as_bytes()));
+            assert_eq!(split(path.as_bytes()), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_failing_connection_is_not_taken_for_a_corrupt_tar() {
+        struct Failing;
+        impl Read for Failing {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::Error::other("connection reset"))
+            }
+        }
+        let error = read_samples("s3://b/x.tar", Failing, |_| true).unwrap_err().to_string();
+        assert!(error.contains("s3://b/x.tar: cannot be read (connection reset)"), "{error}");
+    }
+
+    #[test]
+    fn reading_stops_when_nobody_wants_more() {
+        let mut builder = tar::Builder::new(Vec::new());
+        for name in ["a.txt", "b.txt", "c.txt"] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(1);
+            builder.append_data(&mut header, name, &b"x"[..]).unwrap();
+        }
+        let tar = builder.into_inner().unwrap();
+        let mut keys = Vec::new();
+        let read = read_samples("x.tar", tar.as_slice(), |sample| {
+            keys.push(sample.key);
+            keys.len() < 2
+        });
+        assert_eq!((read.unwrap(), keys.join(" ")), (None, "a b".to_owned()));
+    }
+}

@@ -1,5 +1,5 @@
 //! Preparing tars: what is kept, what is refused why, and that the bytes depend on nothing else.
-#![allow(missing_docs)]
+#![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
 
@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use common::{files, good_tar, jpeg, png, png_alpha, refused, small, sources, tar_of, webp};
 use ella_dataset::{
-    DataError, DataSet, LatentEncoder, LatentSpec, Manifest, PrepareOptions, Progress, Settings, Source, decode_rgb, prepare,
+    DataError, DataSet, LatentEncoder, LatentSpec, Manifest, PrepareOptions, Progress, Row, Settings, ShardLayout, ShardReader,
+    ShardWriter, Source, decode_rgb, prepare,
 };
 use ella_store::{Digest, Store};
 use half::f16;
@@ -222,7 +223,7 @@ async fn a_destination_with_other_data_is_refused_and_left_alone() {
     let changed = sources(dir.path(), &[("a.tar", &good_tar(700, 9))]).await;
     assert_eq!(field(prepare(&changed, &store(&out), &small(), &threads(1)).await).0, "manifest.json");
     let after = files(out.path());
-    assert!(before.iter().filter(|(name, _)| name != "report.json").all(|file| after.contains(file)));
+    assert!(before.iter().all(|file| after.contains(file)));
 }
 
 #[tokio::test]
@@ -342,6 +343,39 @@ async fn progress_reaches_the_end() {
     let last = seen.last().unwrap();
     assert_eq!((last.sources_done, last.read, last.kept, last.bytes_done), (2, 25, 25, last.bytes));
     assert!(seen.is_sorted_by_key(|p| p.read) && seen.len() > 3);
+}
+
+#[tokio::test]
+async fn a_shard_left_by_another_machine_stands_if_it_holds_the_same_samples() {
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let sources = sources(dir.path(), &[("a.tar", &good_tar(0, 4))]).await;
+    prepare(&sources, &store(&out), &small(), &threads(1)).await.unwrap();
+    let manifest = Manifest::load(&store(&out)).await.unwrap();
+    let path = out.path().join(&manifest.shards[0].name);
+    let layout = ShardLayout { pictures: true, images: true, moments: None };
+    let rewrite = |change: fn(&mut Row)| {
+        let reader = ShardReader::open("shard", std::fs::read(&path).unwrap().into(), layout).unwrap();
+        let mut writer = ShardWriter::new(layout).unwrap();
+        for row in reader.iter() {
+            let (key, caption, image) = (row.key.into(), row.caption.into(), row.image.unwrap().to_vec());
+            let mut row = Row { key, caption, image, original: row.original.unwrap(), crop: row.crop.unwrap(), ..Row::default() };
+            change(&mut row);
+            writer.push(row).unwrap();
+        }
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, writer.finish().unwrap()).unwrap();
+        std::fs::remove_file(out.path().join("manifest.json")).unwrap();
+        std::fs::remove_dir_all(out.path().join("units")).unwrap();
+    };
+    rewrite(|row| row.image.push(0));
+    prepare(&sources, &store(&out), &small(), &threads(1)).await.unwrap();
+    let stands = Manifest::load(&store(&out)).await.unwrap();
+    assert_ne!(stands.digest(), manifest.digest());
+    DataSet::open(out.path().to_str().unwrap()).await.unwrap().shard(0).await.unwrap();
+
+    rewrite(|row| row.caption.push('!'));
+    let error = prepare(&sources, &store(&out), &small(), &threads(1)).await.unwrap_err();
+    assert!(matches!(&error, DataError::Digest { file, .. } if file.ends_with(&manifest.shards[0].name)), "{error}");
 }
 
 /// Moments that tell which picture they were made of: its mean brightness, everywhere.

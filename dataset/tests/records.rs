@@ -1,5 +1,5 @@
 //! Shards, manifests and features: round trips, and what is said of damaged ones.
-#![allow(missing_docs)]
+#![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
 
@@ -241,7 +241,10 @@ async fn embed(data: &DataSet, spec: &FeatureSpec, shard: usize) -> Result<(), D
         let tokens = 1 + (row as u32 % 6);
         writer.push(&feature(spec, row, tokens), tokens)?;
     }
-    set.write(shard, writer.rows(), writer.finish()?).await.map(drop)
+    set.write(shard, writer.rows(), writer.finish()?).await?;
+    let mut empty = FeatureWriter::new(spec)?;
+    empty.push(&feature(spec, 0, 1), 1)?;
+    set.write_empty(empty.finish()?).await.map(drop)
 }
 
 #[tokio::test]
@@ -256,7 +259,7 @@ async fn features_are_used_only_when_complete() {
     let error = data.features(&spec).await.unwrap_err();
     let DataError::FeaturesIncomplete { missing, missing_count: 1, total, .. } = &error else { panic!("{error}") };
     let stem = data.manifest().shards[0].name.trim_start_matches("shards/").trim_end_matches(".arrow").to_owned();
-    assert_eq!((missing, *total), (&stem, count));
+    assert_eq!((missing, *total), (&stem, count + 1));
 
     embed(&data, &spec, 0).await.unwrap();
     embed(&data, &spec, 0).await.unwrap();
@@ -269,7 +272,16 @@ async fn features_are_used_only_when_complete() {
             assert_eq!(file.row(row).unwrap(), (feature(&spec, row, tokens).as_slice(), tokens));
         }
     }
+    assert_eq!(features.empty().await.unwrap().row(0).unwrap(), (feature(&spec, 0, 1).as_slice(), 1));
     assert_eq!(data.features(&spec).await.unwrap().manifest(), features.manifest());
+
+    // Without the empty caption's, dropped captions have no features: not complete either.
+    let folder = out.path().join("features").join(spec.fingerprint().to_string());
+    let hidden = ["manifest.json", "empty.json"].map(|name| folder.join(name));
+    hidden.iter().for_each(|path| std::fs::remove_file(path).unwrap());
+    let error = data.features(&spec).await.unwrap_err();
+    assert!(matches!(&error, DataError::FeaturesIncomplete { missing, missing_count: 1, .. } if missing == "empty"), "{error}");
+    embed(&data, &spec, 0).await.unwrap();
 
     let path = out.path().join("features").join(spec.fingerprint().to_string()).join(&features.manifest().shards[0].name);
     let mut bytes = std::fs::read(&path).unwrap();

@@ -1,5 +1,5 @@
 //! Small tars and pictures made on the spot.
-#![allow(dead_code, unreachable_pub, missing_docs)]
+#![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
 use std::path::Path;
 
