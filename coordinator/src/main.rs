@@ -94,8 +94,10 @@ async fn run(args: &Args) -> anyhow::Result<u8> {
             return Ok(0);
         }
     };
+    // Before anyone knows where to find this process, it must be ready to be told to stop.
+    let stops = stops()?;
     announce(coordinator.addresses(), args.address_file.as_deref())?;
-    let outcome = coordinator.run(stops()?).await?;
+    let outcome = coordinator.run(stops).await?;
     Ok(outcome.exit_code())
 }
 

@@ -168,6 +168,9 @@ async fn a_damaged_commit_or_log_is_told_with_the_file_and_nothing_is_deleted() 
     assert!(matches!(error, RunError::DamagedCommit { step: 4, .. }), "{error}");
     assert!(error.to_string().contains(file) && error.to_string().contains("3 bytes are there"), "{error}");
     assert_eq!(error.exit_code(), 4);
+    store.delete("run.toml").await.unwrap();
+    let error = Coordinator::open(&common::config(&["run.seed=9"]), store.clone(), &options()).await.unwrap_err();
+    assert!(matches!(error, RunError::OtherDigest { step: 4, .. }) && error.exit_code() == 2, "{error}");
     store.delete(file).await.unwrap();
     let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
     assert!(error.to_string().contains("it is missing"), "{error}");

@@ -309,7 +309,8 @@ impl Core {
             return self.counts.add("refused_other_generation", 1);
         }
         match body {
-            B::Hello(_) | B::Heartbeat(_) => {}
+            B::Hello(_) => {}
+            B::Heartbeat(beat) => self.beat(conn, beat),
             B::Ready(ready) => self.ready(now, conn, ready),
             B::Progress(progress) => self.measured(now, conn, progress),
             B::State(digest) => self.state(now, conn, digest),

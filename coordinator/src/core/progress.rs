@@ -77,6 +77,14 @@ impl Progress {
 }
 
 impl Core {
+    /// A sign of life, with how far the worker is.
+    pub(super) fn beat(&mut self, conn: ConnId, beat: v1::Heartbeat) {
+        let steps = self.config.steps;
+        if let Some(member) = self.members.get_mut(conn) {
+            member.step = member.step.max(beat.step.min(steps));
+        }
+    }
+
     /// A rank has applied a step. Rank 0 speaks for all; of the others only the timing is of interest.
     pub(super) fn measured(&mut self, now: Time, conn: ConnId, progress: v1::Progress) {
         if !self.phase.has_begun() || progress.step > self.config.steps {

@@ -14,6 +14,16 @@ pub enum RunError {
         /// What differs, among what binds a run.
         keys: Vec<String>,
     },
+    /// The run folder holds commits of another config, and its own config is gone.
+    #[error(
+        "{url}/run.toml: missing, and the commit of step {step} was made with another config; restore it from a copy, or choose another run.output"
+    )]
+    OtherDigest {
+        /// The run.
+        url: String,
+        /// The newest commit.
+        step: u64,
+    },
     /// The effective config in the run folder can't be read.
     #[error("{url}/run.toml: {reason}; restore it from a copy, or choose another run.output")]
     BadRunToml {
@@ -70,7 +80,7 @@ impl RunError {
     /// The process's exit code (design.md §6).
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::OtherConfig { .. } | Self::BadRunToml { .. } | Self::Bind { .. } => 2,
+            Self::OtherConfig { .. } | Self::OtherDigest { .. } | Self::BadRunToml { .. } | Self::Bind { .. } => 2,
             Self::Store(StoreError::BadUrl { .. } | StoreError::Unsupported { .. }) => 2,
             Self::DamagedCommit { .. } | Self::Log(LogError::Gap { .. } | LogError::Bad { .. }) => 4,
             Self::Store(_) | Self::Log(_) | Self::Server { .. } | Self::Task(_) | Self::NoOutcome => 1,

@@ -97,7 +97,7 @@ impl Coordinator {
             start::Run::Claimed { log, state } => (log, state),
         };
         let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
-        let core = Core::new(core_config(config, store.url(), options), history(&log, state), Time(0));
+        let core = Core::new(core_config(config, store.url(), options), history(&log, *state), Time(0));
         Ok(Opened::Ready(Box::new(Self { core, log, store, grpc, http, addresses, linger: options.linger })))
     }
 
@@ -130,16 +130,20 @@ impl Coordinator {
     }
 }
 
-/// Waits for all tasks. The first error wins; the driver's end or an error ends the others.
+/// Waits for all tasks. The first outcome or error wins, and ends the others.
 async fn supervise(mut tasks: JoinSet<Result<Option<Outcome>, RunError>>, shutdown: CancellationToken) -> Result<Outcome, RunError> {
-    let mut outcome = Err(RunError::NoOutcome);
+    let mut first = None;
     let all = async {
         while let Some(ended) = tasks.join_next().await {
             match ended.map_err(|e| RunError::Task(e.to_string())).and_then(|result| result) {
                 Ok(None) => continue,
-                Ok(Some(decided)) if matches!(outcome, Err(RunError::NoOutcome)) => outcome = Ok(decided),
-                Err(error) if !matches!(outcome, Err(ref e) if !matches!(e, RunError::NoOutcome)) => outcome = Err(error),
-                Ok(Some(_)) | Err(_) => {}
+                Ok(Some(outcome)) => {
+                    first.get_or_insert(Ok(outcome));
+                }
+                Err(error) => {
+                    tracing::error!("{error}");
+                    first.get_or_insert(Err(error));
+                }
             }
             shutdown.cancel();
         }
@@ -152,7 +156,7 @@ async fn supervise(mut tasks: JoinSet<Result<Option<Outcome>, RunError>>, shutdo
         () = all => {}
         () = overdue => tracing::warn!("tasks did not end within {WIND_DOWN:?}; they are cut off"),
     }
-    outcome
+    first.unwrap_or(Err(RunError::NoOutcome))
 }
 
 async fn forward_stops(

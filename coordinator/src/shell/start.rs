@@ -15,7 +15,7 @@ pub(super) enum Run {
     /// A complete run.
     Done { step: u64 },
     /// A run to begin or resume, in a term that is ours.
-    Claimed { log: RunLog, state: RunState },
+    Claimed { log: RunLog, state: Box<RunState> },
 }
 
 /// Opens the run. Nothing is written to it before its config and log have been found fit.
@@ -25,9 +25,12 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     if let Some(step) = complete(&state, config) {
         return Ok(Run::Done { step });
     }
+    if let (None, Some(commit)) = (&written, state.last_commit().filter(|commit| commit.config_digest.to_string() != config.digest())) {
+        return Err(RunError::OtherDigest { url: store.url().to_owned(), step: commit.step });
+    }
     probe(store).await?;
     let (mut log, records) = RunLog::claim(store, term(config)?, &nonce(), unix_ms()).await?;
-    let state = RunState::from_records(&records);
+    let state = Box::new(RunState::from_records(&records));
     tracing::info!(term = log.term(), commits = state.commits.len(), run = store.url(), "term claimed");
     let effective = config.to_toml();
     if written.as_deref() != Some(&effective) {

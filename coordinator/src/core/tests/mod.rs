@@ -16,6 +16,19 @@ use ella_proto::v1::{Hello, from_worker, to_worker};
 use ella_store::Digest;
 use std::collections::BTreeSet;
 
+/// The core's promise, kept by a look at its sources: nothing in it reaches for a clock, a socket, a file or a random number.
+#[test]
+fn the_core_does_no_io() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/core");
+    let sources = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file());
+    for path in sources {
+        let text = std::fs::read_to_string(&path).unwrap();
+        for word in ["tokio", "tonic", "SystemTime", "Instant", "std::fs", "std::net", "std::env", "RandomState", "HashMap::new"] {
+            assert!(!text.contains(word), "{}: {word}", path.display());
+        }
+    }
+}
+
 pub(super) const TERM: u64 = 3;
 const LEASE: u64 = 1_000;
 

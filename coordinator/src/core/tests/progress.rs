@@ -36,6 +36,15 @@ fn other_ranks_send_their_timing_only() {
 }
 
 #[test]
+fn a_heartbeat_says_how_far_a_worker_is() {
+    let mut run = Run::training(vec![]);
+    for (said, known) in [(3, 3), (2, 3), (99, 10)] {
+        assert_eq!(run.say(2, from_worker::Body::Heartbeat(v1::Heartbeat { step: said })), vec![]);
+        assert_eq!(run.core.status(run.now).workers[1].step, known);
+    }
+}
+
+#[test]
 fn skipped_samples_are_counted_by_reason_and_reasons_are_bounded() {
     let mut run = Run::training(vec![]);
     let skipped = |name: String, n| v1::Progress { skipped: [(name, n)].into(), ..v1::Progress::default() };
