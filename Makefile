@@ -1,6 +1,6 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test bench lint libtorch
+.PHONY: build demo test bench lint libtorch proto
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -24,7 +24,12 @@ test: build
 bench: build
 	$(CARGO) run --release --locked -p ella-tests --bin bench
 
+# The wire contract's generated types, which are checked in.
+proto:
+	$(CARGO) run --quiet --manifest-path proto/codegen/Cargo.toml --target-dir target/codegen
+
 lint: libtorch
+	$(CARGO) run --quiet --manifest-path proto/codegen/Cargo.toml --target-dir target/codegen --locked -- --check
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(FLAGS) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(FLAGS) --no-deps

@@ -13,11 +13,9 @@
 #[cfg(feature = "cloud")]
 mod cloud;
 pub mod commit;
-#[cfg(feature = "testing")]
 pub mod conformance;
 pub mod digest;
 mod error;
-#[cfg(feature = "testing")]
 pub mod faulty;
 mod limits;
 pub mod log;
