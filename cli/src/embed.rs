@@ -143,8 +143,12 @@ impl Embed {
             (None, false) if folder.is_dir() => {
                 return Err(Fail::usage(format_args!("{}: a folder of .txt files needs --out DST for its data set", self.data)));
             }
-            (None, false) => return Err(Fail::failed(format_args!("{}: not found (expected a data set or a folder of .txt files)", self.data))),
-            (Some(_), true) => return Err(Fail::usage(format_args!("{}: --out is for folders of .txt files; this is a data set", self.data))),
+            (None, false) => {
+                return Err(Fail::failed(format_args!("{}: not found (expected a data set or a folder of .txt files)", self.data)));
+            }
+            (Some(_), true) => {
+                return Err(Fail::usage(format_args!("{}: --out is for folders of .txt files; this is a data set", self.data)));
+            }
             (Some(out), false) => out,
         };
         let store = Store::open(out)?;
@@ -177,7 +181,10 @@ fn human(done: &EmbedReport, url: &str, fingerprint: &str) -> String {
     let mut text = format!("{:>8}  captions\n{:>8}  embedded now", done.captions, done.embedded);
     if let Some(ratio) = per_kept(done) {
         text += &format!(", in {}: {:.1} captions/s", span(done.took.as_secs_f64()), rate(done));
-        text += &format!("\n{:>8}  cut at the token limit\n{:>8}  tokens, {ratio:.2} computed for each one kept", done.truncated, done.tokens_kept);
+        text += &format!(
+            "\n{:>8}  cut at the token limit\n{:>8}  tokens, {ratio:.2} computed for each one kept",
+            done.truncated, done.tokens_kept
+        );
     }
     text + &format!("\nfeatures: {}/features/{fingerprint}", url.trim_end_matches('/'))
 }

@@ -34,7 +34,10 @@ impl Export {
         let run = runtime.block_on(RunFolder::open(&self.run))?;
         let state = runtime.block_on(run.state())?;
         let commit = state.last_commit().ok_or_else(|| {
-            Fail::failed(format_args!("{}: the run has no commit yet; train it at least to its first one (checkpoint.every)", run.store.url()))
+            Fail::failed(format_args!(
+                "{}: the run has no commit yet; train it at least to its first one (checkpoint.every)",
+                run.store.url()
+            ))
         })?;
         let bytes = runtime.block_on(self.fetch(&run, commit))?;
         self.write(&bytes, run.config.connector.heads as i64)?;
@@ -59,7 +62,8 @@ impl Export {
     /// Loads the bytes as the network they must be, and writes them in the number format asked for. The file appears whole or not at all.
     fn write(&self, bytes: &[u8], heads: i64) -> Result<(), Fail> {
         let folder = self.out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let partial = tempfile::Builder::new().suffix(".safetensors").tempfile_in(folder).map_err(|error| Fail::io(&self.out, "written", &error))?;
+        let partial =
+            tempfile::Builder::new().suffix(".safetensors").tempfile_in(folder).map_err(|error| Fail::io(&self.out, "written", &error))?;
         std::fs::write(partial.path(), bytes).map_err(|error| Fail::io(&self.out, "written", &error))?;
         let dtype = if self.dtype == "fp16" { Dtype::Fp16 } else { Dtype::Fp32 };
         let network = Tsc::load(partial.path(), heads, dtype.kind(), Device::Cpu)?;

@@ -48,7 +48,11 @@ impl InitBase {
         let made = json!({ "preset": self.preset, "seed": self.seed, "captions": captions.len(), "base": base, "text": text });
         out.result(&made, || {
             let learned = captions.len();
-            format!("{}: random diffusion model\n{}: random text encoder, its tokenizer from {learned} captions", base.display(), text.display())
+            format!(
+                "{}: random diffusion model\n{}: random text encoder, its tokenizer from {learned} captions",
+                base.display(),
+                text.display()
+            )
         });
         Ok(DONE)
     }

@@ -66,7 +66,8 @@ impl Prepare {
             }
             let meter = Mutex::new(Meter::new("prepare", sources.iter().map(Source::bytes).sum()));
             let progress = Arc::new(move |p: &ella_dataset::Progress| {
-                let message = format!("bytes of sources, {} of {} done; {} samples read, {} kept", p.sources_done, p.sources, p.read, p.kept);
+                let message =
+                    format!("bytes of sources, {} of {} done; {} samples read, {} kept", p.sources_done, p.sources, p.read, p.kept);
                 meter.lock().unwrap_or_else(PoisonError::into_inner).at(p.bytes_done, &message);
             });
             let options = PrepareOptions { threads: self.threads, latents, progress: Some(progress) };

@@ -31,8 +31,10 @@ impl RunFolder {
             read => read?,
         };
         let origin = format!("{}/{RUN_TOML}", store.url());
-        let text = String::from_utf8(bytes.to_vec()).map_err(|_| Fail::failed(format_args!("{origin}: is not UTF-8; restore it from a copy")))?;
-        let config = RunConfig::parse(&text, &origin, &[]).map_err(|error| Fail::failed(format_args!("{error}; restore {RUN_TOML} from a copy")))?;
+        let text =
+            String::from_utf8(bytes.to_vec()).map_err(|_| Fail::failed(format_args!("{origin}: is not UTF-8; restore it from a copy")))?;
+        let config =
+            RunConfig::parse(&text, &origin, &[]).map_err(|error| Fail::failed(format_args!("{error}; restore {RUN_TOML} from a copy")))?;
         Ok(Self { store, config })
     }
 
@@ -64,6 +66,12 @@ impl RunFolder {
     }
 }
 
+/// Samples trained on so far: exactly up to the newest commit (its ledger's), and as measured after it.
+pub(crate) fn samples(state: &RunState, metrics: &[Metric]) -> u64 {
+    let (step, counted) = state.last_commit().map_or((0, 0), |c| (c.step, c.ledger.iter().map(|epoch| epoch.samples).sum()));
+    counted + metrics.iter().filter(|metric| metric.step > step).map(|metric| metric.samples).sum::<u64>()
+}
+
 /// The term in a name like `metrics/000003-000001.jsonl`. Names of later terms sort later.
 fn term_of(key: &str) -> Option<u64> {
     key.strip_prefix("metrics/")?.strip_suffix(".jsonl")?.split_once('-')?.0.parse().ok()
@@ -77,7 +85,7 @@ pub(crate) struct Metric {
     pub(crate) term: u64,
     pub(crate) at_unix_ms: u64,
     pub(crate) step: u64,
-    /// Trained on since the run began.
+    /// Of this step.
     pub(crate) samples: u64,
     /// `null` stands for a number that is not finite.
     pub(crate) loss: Option<f64>,
@@ -102,13 +110,10 @@ mod tests {
     #[test]
     fn metrics_of_a_resumed_run_are_those_that_count() {
         let dir = tempfile::tempdir().unwrap();
-        let config = RunConfig::parse(
-            "[run]\noutput='r'\n[base]\nmodel='m'\n[text]\nmodel='t'\n[data]\npath='d'\n",
-            "x",
-            &[],
-        )
-        .unwrap();
-        let line = |step: u64, loss: f64| format!("{{\"at_unix_ms\":1,\"step\":{step},\"samples\":{step},\"loss\":{loss},\"lr\":0.1,\"parts\":null}}\n");
+        let config = RunConfig::parse("[run]\noutput='r'\n[base]\nmodel='m'\n[text]\nmodel='t'\n[data]\npath='d'\n", "x", &[]).unwrap();
+        let line = |step: u64, loss: f64| {
+            format!("{{\"at_unix_ms\":1,\"step\":{step},\"samples\":{step},\"loss\":{loss},\"lr\":0.1,\"parts\":null}}\n")
+        };
         let metrics = crate::runtime().unwrap().block_on(async {
             let store = Store::open(dir.path().to_str().unwrap()).unwrap();
             store.put(RUN_TOML, config.to_toml().into()).await.unwrap();

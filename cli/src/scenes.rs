@@ -34,7 +34,14 @@ impl Scenes {
         let made = write(&self.out, &config, &mut |done| meter.at(done, ""))?;
         drop(meter);
         out.result(&made, || {
-            format!("{} scenes with {} objects in {} tars ({}): {}", made.scenes, made.objects, made.tars, bytes(made.bytes), self.out.display())
+            format!(
+                "{} scenes with {} objects in {} tars ({}): {}",
+                made.scenes,
+                made.objects,
+                made.tars,
+                bytes(made.bytes),
+                self.out.display()
+            )
         });
         Ok(DONE)
     }

@@ -6,7 +6,7 @@ use ella_coordinator::status::StatusReport;
 use ella_store::RunState;
 use serde::Serialize;
 
-use crate::run::{Metric, RunFolder};
+use crate::run::{Metric, RunFolder, samples};
 use crate::ui::{DONE, Fail, Out};
 
 #[derive(Debug, Args)]
@@ -50,8 +50,9 @@ impl Status {
 async fn read(url: &str) -> Result<FolderStatus, Fail> {
     let run = RunFolder::open(url).await?;
     let state = run.state().await?;
-    let last = run.metrics().await?.pop().unwrap_or_default();
-    let Metric { step, samples, loss, .. } = last;
+    let metrics = run.metrics().await?;
+    let samples = samples(&state, &metrics);
+    let Metric { step, loss, .. } = metrics.last().cloned().unwrap_or_default();
     let (outcome, reason) = outcome(&state);
     let last_commit_step = state.last_commit().map_or(0, |commit| commit.step);
     let (steps, commits) = (run.config.train.steps, state.commits.len());

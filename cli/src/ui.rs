@@ -204,6 +204,11 @@ impl Drop for Meter {
     }
 }
 
+/// A number of things for people: `1 term`, `2 terms`.
+pub(crate) fn count(n: usize, thing: &str) -> String {
+    format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
+}
+
 /// A size for people.
 pub(crate) fn bytes(n: u64) -> String {
     let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];

@@ -16,7 +16,7 @@ use proof::{Expected, History};
 use serde::{Deserialize, Serialize};
 
 use crate::run::RunFolder;
-use crate::ui::{DONE, FAILED, Fail, Meter, Out};
+use crate::ui::{DONE, FAILED, Fail, Meter, Out, count};
 
 #[derive(Debug, Args)]
 pub(crate) struct Audit {
@@ -100,7 +100,9 @@ impl Audit {
             verdict.step = last.step;
             let data = self.data.as_deref().unwrap_or(&run.config.data.path);
             match expected(data, &run.config).await {
-                Err(fail) => verdict.problems.push(format!("the data set can't be read, so ONCE is not proved: {}; --data names another place", fail.message)),
+                Err(fail) => verdict
+                    .problems
+                    .push(format!("the data set can't be read, so ONCE is not proved: {}; --data names another place", fail.message)),
                 Ok(expected) => proof::ledgers(&expected, &history.commits, &mut verdict),
             }
         }
@@ -165,7 +167,7 @@ async fn expected(data: &str, config: &RunConfig) -> Result<Expected, Fail> {
 }
 
 fn text(verdict: &Verdict) -> String {
-    let mut text = format!("run      {}\nlog      {} records of {} terms\n", verdict.run, verdict.records, verdict.terms);
+    let mut text = format!("run      {}\nlog      {} of {}\n", verdict.run, count(verdict.records, "record"), count(verdict.terms, "term"));
     let whole = verdict.commits.iter().filter(|commit| commit.whole).count();
     let kept = verdict.commits.len();
     text += &format!("commits  {whole} of {kept} whole (every part's size and BLAKE3), {} given up by the keep rule\n", verdict.retired);
@@ -180,14 +182,14 @@ fn text(verdict: &Verdict) -> String {
     }
     text + &match verdict.problems.len() {
         0 => format!("verdict  step {} stands on whole commits, and every sample was used exactly as it was due", verdict.step),
-        1 => "verdict  1 problem".to_owned(),
-        n => format!("verdict  {n} problems"),
+        n => format!("verdict  {}", count(n, "problem")),
     }
 }
 
 fn epochs_line(group: &[Epoch]) -> String {
     let (Some(first), Some(last)) = (group.first(), group.last()) else { return String::new() };
-    let name = if first.epoch == last.epoch { format!("epoch {}", first.epoch) } else { format!("epochs {} to {}", first.epoch, last.epoch) };
+    let name =
+        if first.epoch == last.epoch { format!("epoch {}", first.epoch) } else { format!("epochs {} to {}", first.epoch, last.epoch) };
     let found = match (first.exact, first.finished) {
         (true, true) => format!("all {} samples, each exactly once", first.expected),
         (true, false) => format!("{} samples so far: exactly those that were due, each once", first.expected),

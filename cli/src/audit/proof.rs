@@ -114,14 +114,18 @@ pub(super) fn ledgers(expected: &Expected, commits: &[Commit], verdict: &mut Ver
     for commit in commits {
         if commit.data_digest != expected.data {
             let (data, found) = (expected.data, commit.data_digest);
-            verdict.problems.push(format!("{}: trained on another data set (expected manifest digest {data}, found {found})", commit.folder));
+            verdict
+                .problems
+                .push(format!("{}: trained on another data set (expected manifest digest {data}, found {found})", commit.folder));
             continue;
         }
         let position = expected.order.position(commit.step);
         if (commit.epoch, commit.step_in_epoch) != (position.epoch, position.step_in_epoch) {
             let (epoch, step) = (position.epoch, position.step_in_epoch);
             let found = format!("epoch {}, step {}", commit.epoch, commit.step_in_epoch);
-            verdict.problems.push(format!("{}: its data position is wrong (expected epoch {epoch}, step {step}, found {found})", commit.folder));
+            verdict
+                .problems
+                .push(format!("{}: its data position is wrong (expected epoch {epoch}, step {step}, found {found})", commit.folder));
         }
         let due = partial.advance(expected, position.epoch, position.step_in_epoch);
         let epochs = epochs(expected, commit, position.epoch, due);
@@ -143,7 +147,13 @@ fn epochs(expected: &Expected, commit: &Commit, current: u64, due: Tally) -> Vec
     let last = commit.ledger.iter().map(|entry| entry.epoch).max().unwrap_or_default();
     let verdict = |epoch: u64| {
         let finished = epoch < current;
-        let wanted = if finished { expected.whole } else if epoch == current { due } else { Tally::default() };
+        let wanted = if finished {
+            expected.whole
+        } else if epoch == current {
+            due
+        } else {
+            Tally::default()
+        };
         let used = found(epoch).unwrap_or_default();
         Epoch { epoch, samples: used.samples, expected: wanted.samples, finished, exact: used == wanted }
     };
@@ -290,8 +300,7 @@ mod tests {
         let other = log_problems(&history(&[other]), &config());
         assert!(other[0].contains("another config"), "{other:?}");
         let mut early_end = history(&[commit(8)]);
-        early_end.state.ended =
-            Some(ella_store::Ended { term: 1, outcome: Outcome::Done, step: 9, reason: String::new(), at_unix_ms: 0 });
+        early_end.state.ended = Some(ella_store::Ended { term: 1, outcome: Outcome::Done, step: 9, reason: String::new(), at_unix_ms: 0 });
         assert!(log_problems(&early_end, &config())[0].contains("done at step 9"));
     }
 }

@@ -68,7 +68,10 @@ impl Chart<'_> {
         for (class, points) in &self.dots {
             for (x, y) in points.iter() {
                 let (cx, cy) = (scale.x(*x), scale.y(*y));
-                let _ = writeln!(svg, "<circle class=\"{class}\" cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"2.6\"><title>step {x}: {y:.4}</title></circle>");
+                let _ = writeln!(
+                    svg,
+                    "<circle class=\"{class}\" cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"2.6\"><title>step {x}: {y:.4}</title></circle>"
+                );
             }
         }
         for (step, word) in &self.marks {
@@ -90,15 +93,24 @@ impl Chart<'_> {
     }
 
     fn axes(&self, scale: &Scale, svg: &mut String) {
-        for value in nice(scale.low, scale.high, 5) {
+        let values = nice(scale.low, scale.high, 5);
+        let digits = digits(&values);
+        for value in values {
             let y = scale.y(value);
-            let _ = writeln!(svg, "<path class=\"rule\" d=\"M{LEFT} {y:.1}h{WIDTH}\"/><text class=\"tick\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>", LEFT - 8.0, y + 4.0, short(value));
+            let _ = writeln!(
+                svg,
+                "<path class=\"rule\" d=\"M{LEFT} {y:.1}h{WIDTH}\"/><text class=\"tick\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+                LEFT - 8.0,
+                y + 4.0,
+                format_args!("{value:.digits$}")
+            );
         }
         let base = TOP + self.height;
         let _ = writeln!(svg, "<path class=\"axis\" d=\"M{LEFT} {base}h{WIDTH}\"/>");
         for step in nice(0.0, scale.x, 8) {
             let x = scale.x(step);
-            let _ = writeln!(svg, "<text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>", base + 22.0, short(step));
+            let _ =
+                writeln!(svg, "<text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>", base + 22.0, short(step));
         }
     }
 
@@ -129,6 +141,13 @@ fn nice(low: f64, high: f64, count: u32) -> Vec<f64> {
     (first..=last).map(|n| n as f64 * step).collect()
 }
 
+/// Decimal places that tell ticks apart.
+fn digits(ticks: &[f64]) -> usize {
+    let step = ticks.windows(2).map(|pair| pair[1] - pair[0]).fold(1.0, f64::min);
+    // The step is 1, 2 or 5 times a power of ten, but for rounding.
+    (-(step * 1.001).log10().floor()).clamp(0.0, 9.0) as usize
+}
+
 /// A number without digits that say nothing.
 pub(super) fn short(value: f64) -> String {
     let digits = match value.abs() {
@@ -150,6 +169,7 @@ mod tests {
         assert_eq!(nice(0.0, 400.0, 8), [0.0, 50.0, 100.0, 150.0, 200.0, 250.0, 300.0, 350.0, 400.0]);
         let ticks = nice(0.83, 1.21, 5);
         assert!((3..=8).contains(&ticks.len()) && ticks.iter().all(|t| (0.83..=1.21).contains(t)), "{ticks:?}");
+        assert_eq!([digits(&[0.2, 0.4, 0.6]), digits(&[0.0, 50.0]), digits(&[0.00, 0.05]), digits(&[])], [1, 0, 2, 0]);
         assert!(nice(1.0, 1.0, 5).is_empty() && nice(f64::NAN, 1.0, 5).is_empty());
     }
 

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use ella_proto::config::RunConfig;
-use ella_store::{Body, Outcome, Record, Store};
+use ella_store::{Body, Outcome, Record, RunState, Store};
 
 use super::numbers::{self, Numbers};
 use crate::audit::Verdict;
-use crate::run::{Metric, RunFolder};
+use crate::run::{Metric, RunFolder, samples};
 use crate::ui::Fail;
 
 /// One coordinator's time: from its start or a resume to its end.
@@ -39,6 +39,8 @@ pub(super) struct Facts {
     pub(super) commits: Vec<u64>,
     /// Commits that the run still has.
     pub(super) kept: usize,
+    /// Trained on since the run began.
+    pub(super) samples_used: u64,
     /// What the workers computed on.
     pub(super) devices: BTreeSet<String>,
     pub(super) audit: Option<Verdict>,
@@ -54,15 +56,16 @@ impl Facts {
         if metrics.is_empty() {
             return Err(Fail::failed(format_args!("{}/metrics: nothing was measured yet; train the run first", run.store.url())));
         }
-        let kept = run.state().await?.commits.len();
+        let state = RunState::from_records(&records);
         let commits = records.iter().filter_map(|record| if let Body::Commit(commit) = &record.body { Some(commit.step) } else { None });
         Ok(Self {
             title: String::new(),
             run: run.store.url().to_owned(),
+            samples_used: samples(&state, &metrics),
             metrics,
             terms: terms(&records),
             commits: commits.collect(),
-            kept,
+            kept: state.commits.len(),
             devices: devices(&run.store).await?,
             config: run.config,
             audit: None,
@@ -140,9 +143,13 @@ mod tests {
         };
         let end = Body::End { outcome: Outcome::Done, step: 9, reason: String::new() };
         let bodies = [(1, term("a")), (1, commit(4)), (2, term("b")), (2, commit(8)), (2, commit(9)), (2, end)];
-        let record = |(seq, (term, body)): (usize, (u64, Body))| Record { seq: seq as u64, term, nonce: String::new(), at_unix_ms: 1, body };
+        let record =
+            |(seq, (term, body)): (usize, (u64, Body))| Record { seq: seq as u64, term, nonce: String::new(), at_unix_ms: 1, body };
         let records: Vec<Record> = bodies.into_iter().enumerate().map(record).collect();
         let found = terms(&records);
-        assert_eq!(found.iter().map(|t| (t.term, t.from_step, t.to_step, t.ended.is_some())).collect::<Vec<_>>(), [(1, 0, 4, false), (2, 4, 9, true)]);
+        assert_eq!(
+            found.iter().map(|t| (t.term, t.from_step, t.to_step, t.ended.is_some())).collect::<Vec<_>>(),
+            [(1, 0, 4, false), (2, 4, 9, true)]
+        );
     }
 }

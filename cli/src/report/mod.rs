@@ -42,18 +42,27 @@ impl Report {
         let numbers = facts.numbers();
         let page = page::page(&facts, &numbers);
         std::fs::write(&self.out, page).map_err(|error| Fail::io(&self.out, "written", &error))?;
-        let held_out = numbers.held_out.map(|tenths| json!({ "first_tenth": tenths.first, "last_tenth": tenths.last, "ratio": tenths.ratio() }));
-        let training = numbers.training.map(|tenths| json!({ "first_tenth": tenths.first, "last_tenth": tenths.last, "ratio": tenths.ratio() }));
+        let held_out =
+            numbers.held_out.map(|tenths| json!({ "first_tenth": tenths.first, "last_tenth": tenths.last, "ratio": tenths.ratio() }));
+        let training =
+            numbers.training.map(|tenths| json!({ "first_tenth": tenths.first, "last_tenth": tenths.last, "ratio": tenths.ratio() }));
         let made = json!({
             "report": self.out, "step": numbers.step, "held_out_loss": held_out, "training_loss": training,
             "samples_per_second": numbers.samples_per_second, "terms": facts.terms.len(), "commits": facts.commits.len(),
         });
         out.result(&made, || {
             let line = |name: &str, tenths: Option<numbers::Tenths>| match tenths {
-                Some(t) => format!("{name}  {:.4} over the first tenth of the steps, {:.4} over the last: ×{:.3}\n", t.first, t.last, t.ratio()),
+                Some(t) => {
+                    format!("{name}  {:.4} over the first tenth of the steps, {:.4} over the last: ×{:.3}\n", t.first, t.last, t.ratio())
+                }
                 None => String::new(),
             };
-            format!("{}{}report         {}", line("held-out loss", numbers.held_out), line("training loss", numbers.training), self.out.display())
+            format!(
+                "{}{}report         {}",
+                line("held-out loss", numbers.held_out),
+                line("training loss", numbers.training),
+                self.out.display()
+            )
         });
         Ok(DONE)
     }

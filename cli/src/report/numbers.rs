@@ -29,7 +29,6 @@ impl Tenths {
 pub(super) struct Numbers {
     /// The newest step that was measured.
     pub(super) step: u64,
-    pub(super) samples: u64,
     pub(super) loss: Curve,
     pub(super) smooth: Curve,
     pub(super) held_out_points: Curve,
@@ -59,7 +58,7 @@ pub(super) fn of(metrics: &[Metric]) -> Numbers {
     };
     let loss = curve(|metric| metric.loss);
     let held_out_points = curve(|metric| metric.held_out_loss);
-    let smooth = thin(&smoothed(&loss, (loss.len() / 40).max(1)));
+    let smooth = thin(&smoothed(&loss, (loss.len() / 25).max(1)));
     let (samples, seconds) = spans(metrics).fold((0.0, 0.0), |sum, span| (sum.0 + span.samples, sum.1 + span.seconds));
     let mut skipped = BTreeMap::new();
     for (reason, count) in metrics.iter().flat_map(|metric| &metric.skipped) {
@@ -69,7 +68,6 @@ pub(super) fn of(metrics: &[Metric]) -> Numbers {
     let (parts, encode) = parts(metrics, step_seconds);
     Numbers {
         step: last.step,
-        samples: last.samples,
         held_out: tenths(&held_out_points, last.step),
         training: tenths(&loss, last.step),
         loss: thin(&loss),
@@ -122,7 +120,7 @@ struct Span {
 fn spans(metrics: &[Metric]) -> impl Iterator<Item = Span> + '_ {
     metrics.windows(2).filter(|pair| pair[0].term == pair[1].term).map(|pair| Span {
         step: pair[1].step as f64,
-        samples: pair[1].samples.saturating_sub(pair[0].samples) as f64,
+        samples: pair[1].samples as f64,
         seconds: pair[1].at_unix_ms.saturating_sub(pair[0].at_unix_ms) as f64 / 1000.0,
     })
 }
@@ -165,7 +163,17 @@ mod tests {
     fn metric(term: u64, step: u64, at_unix_ms: u64, loss: f64) -> Metric {
         let parts = BTreeMap::from([("forward".to_owned(), 0.1), ("encode".to_owned(), 9.0), ("commit".to_owned(), 0.0)]);
         let held_out_loss = step.is_multiple_of(5).then_some(loss);
-        Metric { term, at_unix_ms, step, samples: 4 * step, loss: Some(loss), held_out_loss, step_seconds: 0.25, parts: Some(parts), ..Metric::default() }
+        Metric {
+            term,
+            at_unix_ms,
+            step,
+            samples: 4,
+            loss: Some(loss),
+            held_out_loss,
+            step_seconds: 0.25,
+            parts: Some(parts),
+            ..Metric::default()
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::chart::{Chart, short};
 use super::facts::{Facts, TermFact};
 use super::numbers::{Numbers, Tenths};
 use crate::audit::{Epoch, Verdict};
-use crate::ui::span;
+use crate::ui::{count, span};
 
 const STYLE: &str = include_str!("style.css");
 /// Of the parts of a step, from the largest on.
@@ -20,7 +20,8 @@ pub(super) fn page(facts: &Facts, numbers: &Numbers) -> String {
     let mut body = head(facts, numbers);
     body += &loss(facts, numbers);
     if let Some(png) = &facts.samples {
-        let _ = write!(body, "<h2>Samples</h2>\n<img alt=\"Pictures drawn with the trained connector\" src=\"data:image/png;base64,{png}\">\n");
+        let _ =
+            write!(body, "<h2>Samples</h2>\n<img alt=\"Pictures drawn with the trained connector\" src=\"data:image/png;base64,{png}\">\n");
     }
     body += &speed(facts, numbers);
     body += &audit(facts);
@@ -40,7 +41,7 @@ fn escape(text: impl Display) -> String {
 
 fn head(facts: &Facts, numbers: &Numbers) -> String {
     let steps = facts.config.train.steps;
-    let mut tiles = tile("Steps", &format!("{} of {steps}", numbers.step), &format!("{} samples", numbers.samples));
+    let mut tiles = tile("Steps", &format!("{} of {steps}", numbers.step), &format!("{} samples", facts.samples_used));
     if let Some(t) = numbers.held_out {
         tiles += &fall("Held-out loss", t);
     } else if let Some(t) = numbers.training {
@@ -50,8 +51,10 @@ fn head(facts: &Facts, numbers: &Numbers) -> String {
     tiles += &tile("Throughput", &rate, &format!("{} of training", span(numbers.trained_seconds)));
     let verdict = match &facts.audit {
         None => ("not audited".to_owned(), "run ella audit".to_owned()),
-        Some(verdict) if verdict.ok => ("<span class=\"good\">holds</span>".to_owned(), "every sample exactly once, every byte as committed".to_owned()),
-        Some(verdict) => ("<span class=\"bad\">fails</span>".to_owned(), format!("problems: {}", verdict.problems.len())),
+        Some(verdict) if verdict.ok => {
+            ("<span class=\"good\">holds</span>".to_owned(), "every sample exactly once, every byte as committed".to_owned())
+        }
+        Some(verdict) => ("<span class=\"bad\">fails</span>".to_owned(), count(verdict.problems.len(), "problem")),
     };
     tiles += &tile("Audit", &verdict.0, &verdict.1);
     format!(
@@ -149,7 +152,9 @@ fn audit(facts: &Facts) -> String {
     let word = if *ok { "<b class=\"good\">Holds.</b>" } else { "<b class=\"bad\">Fails.</b>" };
     let whole = commits.iter().filter(|commit| commit.whole).count();
     let mut html = format!(
-        "<h2>Audit</h2>\n<p>{word} At step {step}: {records} log records of {terms} terms; {whole} of {} commits whole, {retired} given up by the keep rule.</p>\n",
+        "<h2>Audit</h2>\n<p>{word} At step {step}: {} of {}; {whole} of {} commits whole, {retired} given up by the keep rule.</p>\n",
+        count(*records, "log record"),
+        count(*terms, "term"),
         commits.len()
     );
     if facts.commits.last().is_some_and(|newest| newest != step) {
@@ -165,7 +170,10 @@ fn audit(facts: &Facts) -> String {
     for Epoch { epoch, samples, expected, finished, exact } in shown(epochs) {
         let found = if *exact { "<span class=\"good\">agree</span>" } else { "<span class=\"bad\">differ</span>" };
         let under_way = if *finished { "" } else { " (under way)" };
-        let _ = writeln!(html, "<tr><td>{epoch}{under_way}</td><td class=\"n\">{samples}</td><td class=\"n\">{expected}</td><td>{found}</td></tr>");
+        let _ = writeln!(
+            html,
+            "<tr><td>{epoch}{under_way}</td><td class=\"n\">{samples}</td><td class=\"n\">{expected}</td><td>{found}</td></tr>"
+        );
     }
     html += "</table>\n";
     if epochs.len() > shown(epochs).count() {
@@ -198,9 +206,9 @@ fn history(facts: &Facts) -> String {
     let devices: Vec<String> = facts.devices.iter().map(escape).collect();
     let devices = if devices.is_empty() { String::new() } else { format!(" Workers computed on {}.", devices.join(", ")) };
     format!(
-        "<h2>Terms and commits</h2>\n<p>{} commits, of which {} are kept.{devices}</p>\n<div class=\"scroll\"><table><tr><th class=\"n\">term</th>\
+        "<h2>Terms and commits</h2>\n<p>{}, of which {} are kept.{devices}</p>\n<div class=\"scroll\"><table><tr><th class=\"n\">term</th>\
          <th>began (UTC)</th><th class=\"n\">from step</th><th class=\"n\">last commit</th><th class=\"n\">workers</th><th>end</th><th>host, version</th></tr>\n{rows}</table></div>\n",
-        facts.commits.len(),
+        count(facts.commits.len(), "commit"),
         facts.kept
     )
 }
@@ -234,8 +242,11 @@ fn counted(numbers: &Numbers) -> String {
     if numbers.skipped.is_empty() {
         return String::new();
     }
-    let rows: String =
-        numbers.skipped.iter().map(|(reason, count)| format!("<tr><td>{}</td><td class=\"n\">{count}</td></tr>\n", escape(reason.replace('_', " ")))).collect();
+    let rows: String = numbers
+        .skipped
+        .iter()
+        .map(|(reason, count)| format!("<tr><td>{}</td><td class=\"n\">{count}</td></tr>\n", escape(reason.replace('_', " "))))
+        .collect();
     format!("<h2>Counted</h2>\n<table>{rows}</table>\n")
 }
 
@@ -290,7 +301,7 @@ mod tests {
             .map(|step| Metric {
                 term: 1 + step / 11,
                 step,
-                samples: 4 * step,
+                samples: 4,
                 at_unix_ms: 1000 * step,
                 loss: Some(1.0 / step as f64),
                 held_out_loss: Some(2.0 / step as f64),
@@ -303,15 +314,27 @@ mod tests {
             run: "/runs/a".into(),
             config,
             metrics,
-            terms: vec![TermFact { term: 1, to_step: 10, ..TermFact::default() }, TermFact { term: 2, from_step: 10, to_step: 20, ..TermFact::default() }],
+            terms: vec![
+                TermFact { term: 1, to_step: 10, ..TermFact::default() },
+                TermFact { term: 2, from_step: 10, to_step: 20, ..TermFact::default() },
+            ],
             commits: vec![10, 20],
             kept: 2,
+            samples_used: 80,
             devices: BTreeSet::from(["cpu".to_owned()]),
             audit: Some(Verdict { step: 20, epochs: vec![epoch], problems: vec!["a byte was <flipped>".into()], ..Verdict::default() }),
             samples: Some("QUJD".into()),
         };
         let page = page(&facts, &facts.numbers());
-        for expected in ["A &lt;title&gt; &amp; more", "term 2 resumes at 10", "a byte was &lt;flipped&gt;", "base64,QUJD", "differ", "20 of 1000", "Workers computed on cpu"] {
+        for expected in [
+            "A &lt;title&gt; &amp; more",
+            "term 2 resumes at 10",
+            "a byte was &lt;flipped&gt;",
+            "base64,QUJD",
+            "differ",
+            "20 of 1000",
+            "Workers computed on cpu",
+        ] {
             assert!(page.contains(expected), "{expected}");
         }
         assert!(!page.contains("http://") && !page.contains("https://") && !page.contains("<script") && !page.contains("NaN"));

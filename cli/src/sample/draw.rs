@@ -69,7 +69,11 @@ impl Drawer {
             true => Ok(()),
             false => {
                 let hint = "the models do not belong together";
-                Err(Fail::failed(format_args!("{}: {what} is {found}, but {} has {expected}; {hint}", models.connector.display(), file.display())))
+                Err(Fail::failed(format_args!(
+                    "{}: {what} is {found}, but {} has {expected}; {hint}",
+                    models.connector.display(),
+                    file.display()
+                )))
             }
         };
         fits("the connector's width", base, unet.config().cross_attention_dim, connector.config().width)?;
@@ -98,7 +102,8 @@ impl Drawer {
         }
         let (channels, side) = (self.channels(), size / downscale);
         let len = (channels * side * side) as usize;
-        let numbers: Vec<f32> = (0..count).flat_map(|picture| CounterRng::new(seed, &format!("picture {picture}")).normal(len, 1.0)).collect();
+        let numbers: Vec<f32> =
+            (0..count).flat_map(|picture| CounterRng::new(seed, &format!("picture {picture}")).normal(len, 1.0)).collect();
         Ok(Tensor::f_from_slice(&numbers)?.f_reshape([count as i64, channels, side, side])?)
     }
 

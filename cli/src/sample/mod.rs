@@ -17,7 +17,7 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::embed::Padding;
-use crate::ui::{DONE, Fail, Meter, Out};
+use crate::ui::{DONE, Fail, Meter, Out, count};
 
 #[derive(Debug, Args)]
 pub(crate) struct Sample {
@@ -40,8 +40,8 @@ pub(crate) struct Sample {
     #[arg(long, default_value = "", value_name = "N", hide_default_value = true)]
     negative: String,
     /// Steps from noise to picture
-    #[arg(long, default_value_t = 50)]
-    steps: usize,
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
     /// How much the prompt counts beside the negative one; 1 is no guidance
     #[arg(long, default_value_t = 7.5)]
     guidance: f64,
@@ -80,7 +80,7 @@ impl Sample {
         self.check_folder()?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let device = device::set_up(Choice::Auto, threads)?;
-        let drawer = Drawer::load(&self.models(), &Settings { steps: self.steps, guidance: self.guidance }, device)?;
+        let drawer = Drawer::load(&self.models(), &Settings { steps: self.steps as usize, guidance: self.guidance }, device)?;
         let noise = match &self.latents {
             Some(file) => self.given_noise(file, &drawer, prompts.len())?,
             None => drawer.noise(self.seed, prompts.len(), self.size)?,
@@ -98,7 +98,7 @@ impl Sample {
             "truncated": drawn.truncated,
         });
         out.result(&made, || {
-            let mut text = format!("{} pictures of {}×{}", prompts.len(), drawn.pictures[0].width, drawn.pictures[0].height);
+            let mut text = format!("{} of {}×{}", count(prompts.len(), "picture"), drawn.pictures[0].width, drawn.pictures[0].height);
             if drawn.truncated > 0 {
                 text += &format!(", {} prompts cut at {} tokens", drawn.truncated, self.max_tokens);
             }

@@ -218,12 +218,7 @@ impl Train {
     }
 }
 
-fn start_workers(
-    children: &mut Children,
-    config: &RunConfig,
-    worker: &std::path::Path,
-    (grpc, logs): (&str, &Logs),
-) -> Result<(), Fail> {
+fn start_workers(children: &mut Children, config: &RunConfig, worker: &std::path::Path, (grpc, logs): (&str, &Logs)) -> Result<(), Fail> {
     let device = match config.workers.device {
         Device::Auto => "auto",
         Device::Cpu => "cpu",
@@ -339,5 +334,7 @@ fn human(trained: &Trained) -> String {
     let Trained { outcome, run, step, steps, loss, commits, last_commit_step } = trained;
     let loss = loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
     let next = if *outcome == "done" { "" } else { "; the same command resumes it" };
-    format!("{outcome} at step {step} of {steps}{loss}{next}\ncommits  {commits} kept, the newest of step {last_commit_step}\nrun      {run}")
+    format!(
+        "{outcome} at step {step} of {steps}{loss}{next}\ncommits  {commits} kept, the newest of step {last_commit_step}\nrun      {run}"
+    )
 }

@@ -1,0 +1,120 @@
+//! scenes, prepare, init-base, embed, as black boxes.
+
+mod common;
+
+use common::{ella, world};
+use serde_json::json;
+
+#[test]
+fn scenes_are_the_same_for_the_same_seed_and_wrong_sizes_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    let made = ella(here, &["scenes", "--out", "a", "--count", "5", "--per-tar", "3", "--json"]).ok().json();
+    assert_eq!((&made["scenes"], &made["tars"]), (&json!(5), &json!(2)));
+    ella(here, &["scenes", "--out", "b", "--count", "5", "--per-tar", "3", "--seed", "7"]).ok();
+    for tar in ["scenes-00000.tar", "scenes-00001.tar"] {
+        assert!(std::fs::read(here.join("a").join(tar)).unwrap() == std::fs::read(here.join("b").join(tar)).unwrap(), "{tar}");
+    }
+    ella(here, &["scenes", "--out", "c", "--size", "8", "--json"]).fails(2, &["size", "8", "16 to 4096"]);
+    ella(here, &["scenes", "--count", "5"]).fails(2, &["--out"]);
+    std::fs::write(here.join("file"), "x").unwrap();
+    ella(here, &["scenes", "--out", "file/x", "--json"]).fails(1, &["file/x"]);
+}
+
+#[test]
+fn prepare_counts_what_it_refuses_and_names_broken_sources() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    ella(here, &["scenes", "--out", "small", "--count", "3", "--size", "64"]).ok();
+    ella(here, &["scenes", "--out", "large", "--count", "4", "--size", "96", "--seed", "9"]).ok();
+    let all = ["prepare", "small", "large/scenes-00000.tar", "--out", "data", "--resolution", "64", "--min-edge", "80"];
+    let made = ella(here, &[&all[..], &["--json"]].concat()).ok().json();
+    assert_eq!((&made["read"], &made["kept"]), (&json!(7), &json!(4)));
+    let refused = made["refused"]["min_edge"].as_array().unwrap();
+    assert_eq!(refused.len(), 3);
+    assert!(refused.iter().all(|key| key.as_str().unwrap().starts_with("scene-")));
+    assert_eq!(made.as_object().unwrap().len(), 3);
+
+    // The same again is done already; the text for people names the counts and the list.
+    let text = ella(here, &all).ok().stdout;
+    assert!(text.contains("7  read") && text.contains("3    min_edge") && text.contains("report.json"), "{text}");
+
+    ella(here, &["prepare", "nowhere", "--out", "x", "--json"]).fails(1, &["nowhere", "not a source"]);
+    ella(here, &["prepare", "small", "--out", "x", "--resolution", "63", "--json"]).fails(2, &["resolution", "multiple of 8", "63"]);
+    ella(here, &["prepare", "small", "--out", "x", "--resolution", "512", "--json"]).fails(1, &["no sample was kept", "min_edge"]);
+    ella(here, &["prepare", "small", "--out", "data", "--resolution", "32", "--json"])
+        .fails(1, &["data/plan.json", "holds something else"]);
+    ella(here, &["prepare", "small", "--out", "ftp://x/y"]).fails(2, &["ftp"]);
+    let tar = std::fs::read(here.join("small/scenes-00000.tar")).unwrap();
+    std::fs::write(here.join("cut.tar"), &tar[..tar.len() / 2]).unwrap();
+    ella(here, &["prepare", "cut.tar", "--out", "y", "--resolution", "64", "--json"]).fails(1, &["cut.tar", "truncated"]);
+    std::fs::write(here.join("empty.tar"), "").unwrap();
+    ella(here, &["prepare", "empty.tar", "--out", "y", "--resolution", "64"]).fails(1, &["empty.tar", "is empty"]);
+}
+
+#[test]
+fn latents_are_those_of_the_base_models_vae() {
+    let dir = world();
+    let here = dir.path();
+    let arguments = ["prepare", "tars", "--out", "latent", "--resolution", "64", "--latents", "models/base", "--json"];
+    assert_eq!(ella(here, &arguments).ok().json()["kept"], 16);
+    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(here.join("latent/manifest.json")).unwrap()).unwrap();
+    assert_eq!((&manifest["latents"]["channels"], &manifest["latents"]["height"]), (&json!(8), &json!(8)));
+    ella(here, &["prepare", "tars", "--out", "l2", "--resolution", "64", "--latents", "models/text"]).fails(1, &["models/text"]);
+}
+
+#[test]
+fn init_base_takes_captions_of_every_kind_and_gives_the_same_bytes() {
+    let dir = world();
+    let here = dir.path();
+    std::fs::create_dir(here.join("texts")).unwrap();
+    std::fs::write(here.join("texts/a.txt"), "a red square on a blue ground").unwrap();
+    std::fs::write(here.join("b.txt"), "one caption\nand another\n").unwrap();
+    let made = ella(here, &["init-base", "--preset", "nano", "--captions", "texts", "b.txt", "tars", "--out", "m1", "--json"]).ok().json();
+    assert_eq!(made["captions"], 1 + 2 + 16);
+    assert!(here.join("m1/base/unet/config.json").is_file() && here.join("m1/text/tokenizer.json").is_file());
+    ella(here, &["init-base", "--preset", "nano", "--captions", "tars", "--out", "m2"]).ok();
+    let file = "text/tokenizer.json";
+    // Tars and the data set made of them hold the same captions.
+    assert_eq!(std::fs::read(here.join("models").join(file)).unwrap(), std::fs::read(here.join("m2").join(file)).unwrap());
+
+    std::fs::create_dir(here.join("none")).unwrap();
+    ella(here, &["init-base", "--preset", "nano", "--captions", "none", "--out", "m3", "--json"]).fails(1, &["none: no caption"]);
+    ella(here, &["init-base", "--preset", "nano", "--captions", "gone.txt", "--out", "m3"]).fails(1, &["gone.txt", "cannot be read"]);
+    ella(here, &["init-base", "--preset", "huge", "--out", "m3", "--json"]).fails(2, &["huge", "nano"]);
+}
+
+#[test]
+fn embed_goes_on_where_it_was_and_takes_plain_texts() {
+    let dir = world();
+    let here = dir.path();
+    let arguments = ["embed", "data", "--text", "models/text", "--padding", "none", "--max-tokens", "40", "--device", "cpu", "--json"];
+    let first = ella(here, &arguments).ok().json();
+    assert_eq!((&first["captions"], &first["embedded"]), (&json!(16), &json!(16)));
+    let ratio = first["tokens_computed_per_token_kept"].as_f64().unwrap();
+    assert!((1.0..2.0).contains(&ratio), "{first}");
+    let again = ella(here, &arguments).ok().json();
+    assert_eq!((&again["embedded"], &again["fingerprint"]), (&json!(0), &first["fingerprint"]));
+    assert!(again["tokens_computed_per_token_kept"].is_null());
+    let other = ella(here, &["embed", "data", "--text", "models/text", "--max-tokens", "8", "--json"]).ok().json();
+    assert_eq!(other["truncated"], 16);
+    assert_ne!(other["fingerprint"], first["fingerprint"]);
+
+    std::fs::create_dir(here.join("texts")).unwrap();
+    for (name, text) in [("a", "a red circle"), ("b", ""), ("c", "two blue squares")] {
+        std::fs::write(here.join(format!("texts/{name}.txt")), text).unwrap();
+    }
+    let texts = ella(here, &["embed", "texts", "--text", "models/text", "--out", "texts-data", "--json"]).ok().json();
+    assert_eq!((&texts["captions"], &texts["refused"]), (&json!(2), &json!({ "caption_empty": ["b"] })));
+
+    ella(here, &["embed", "texts", "--text", "models/text", "--json"]).fails(2, &["texts", "--out"]);
+    ella(here, &["embed", "data", "--text", "models/text", "--out", "x"]).fails(2, &["--out"]);
+    ella(here, &["embed", "nowhere", "--text", "models/text", "--json"]).fails(1, &["nowhere", "not found"]);
+    ella(here, &["embed", "tars", "--text", "models/text"]).fails(1, &["tars", "manifest.json"]);
+    ella(here, &["embed", "data", "--text", "models/base", "--json"]).fails(1, &["models/base", "tokenizer.json"]);
+    ella(here, &["embed", "data", "--text", "models/text", "--max-tokens", "0"]).fails(2, &["--max-tokens"]);
+    ella(here, &["embed", "data", "--text", "models/text", "--dtype", "int8"]).fails(2, &["int8"]);
+    if !std::path::Path::new("/dev/nvidiactl").exists() {
+        ella(here, &["embed", "data", "--text", "models/text", "--device", "cuda"]).fails(1, &["cuda"]);
+    }
+}

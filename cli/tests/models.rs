@@ -1,0 +1,90 @@
+//! forward and sample, as black boxes.
+
+mod common;
+
+use std::path::Path;
+
+use common::{ella, world};
+use ella_model::connector::{Tsc, TscConfig, save};
+use ella_model::weights::{self, Weights};
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+/// An untrained connector that fits the nano models.
+fn connector(here: &Path) {
+    let config = TscConfig { layers: 1, latents: 4, heads: 4, ..TscConfig::new(64, 64) };
+    save(&here.join("connector.safetensors"), Tsc::init(&config, 3, Device::Cpu).unwrap().tensors(), Kind::Float).unwrap();
+}
+
+fn noise(here: &Path, name: &str, shape: &[i64]) {
+    let len: i64 = shape.iter().product();
+    let numbers = Tensor::arange(len, (Kind::Float, Device::Cpu)).sin().reshape(shape);
+    weights::save(&here.join(name), &[("latents".to_owned(), numbers)]).unwrap();
+}
+
+#[test]
+fn forward_runs_a_network_on_a_files_tensors() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    connector(here);
+    let inputs = [
+        ("text_features".to_owned(), Tensor::ones([2, 5, 64], (Kind::Float, Device::Cpu))),
+        ("timesteps".to_owned(), Tensor::from_slice(&[0i64, 999])),
+        ("grad_output".to_owned(), Tensor::ones([2, 4, 64], (Kind::Float, Device::Cpu))),
+    ];
+    weights::save(&here.join("in.safetensors"), &inputs).unwrap();
+    weights::save(&here.join("plain.safetensors"), &inputs[..2]).unwrap();
+    let arguments =
+        ["forward", "connector", "--model", "connector.safetensors", "--heads", "4", "--outputs", "out.safetensors", "--inputs"];
+    let made = ella(here, &[&arguments[..], &["plain.safetensors", "--json"]].concat()).ok().json();
+    assert_eq!(made, json!({ "net": "connector", "outputs": "out.safetensors" }));
+    assert_eq!(Weights::open(&here.join("out.safetensors")).unwrap().shape("hidden_states").unwrap(), [2, 4, 64]);
+    ella(here, &[&arguments[..], &["in.safetensors", "--grad"]].concat()).ok();
+    let names: Vec<String> = Weights::open(&here.join("out.safetensors")).unwrap().names().map(str::to_owned).collect();
+    assert!(names.contains(&"grad.text_features".to_owned()) && names.contains(&"grad.connector.latents".to_owned()));
+
+    ella(here, &[&arguments[..], &["in.safetensors", "--json"]].concat()).fails(1, &["in.safetensors", "grad_output"]);
+    ella(here, &[&arguments[..], &["none.safetensors"]].concat()).fails(1, &["none.safetensors", "not found"]);
+    ella(here, &["forward", "unit", "--model", "m", "--inputs", "i", "--outputs", "o", "--json"]).fails(2, &["unit", "unet"]);
+    std::fs::write(here.join("cut.safetensors"), &std::fs::read(here.join("in.safetensors")).unwrap()[..600]).unwrap();
+    ella(here, &[&arguments[..], &["cut.safetensors"]].concat()).fails(1, &["cut.safetensors", "cut short"]);
+}
+
+#[test]
+fn samples_are_seeded_apart_and_a_prompts_picture_does_not_depend_on_its_neighbours() {
+    let dir = world();
+    let here = dir.path();
+    connector(here);
+    let models = ["sample", "--connector", "connector.safetensors", "--base", "models/base", "--text", "models/text"];
+    let rest = ["--heads", "4", "--steps", "2", "--max-tokens", "16", "--seed", "5"];
+    let run = |more: &[&str]| ella(here, &[&models[..], &rest[..], more].concat());
+    let read = |name: &str| image::open(here.join(name)).unwrap().into_rgb8();
+
+    let made =
+        run(&["--prompt", "a red circle", "--prompt", "a blue square", "--prompt", "a star", "--out", "three.png", "--json"]).ok().json();
+    assert_eq!((&made["width"], &made["files"]), (&json!(64), &json!(["three.png"])));
+    let grid = read("three.png");
+    assert_eq!((grid.width(), grid.height()), (64 * 2 + 2, 64 * 2 + 2));
+    run(&["--prompt", "a red circle", "--out", "one.png"]).ok();
+    let one = read("one.png");
+    assert!(one.enumerate_pixels().all(|(x, y, pixel)| grid.get_pixel(x, y).0.iter().zip(pixel.0).all(|(a, b)| a.abs_diff(b) <= 1)));
+    run(&["--prompt", "a red circle", "--negative", "blue", "--guidance", "3", "--padding", "none", "--out-dir", "each"]).ok();
+    assert_ne!(read("each/0000.png"), one);
+
+    noise(here, "noise.safetensors", &[2, 4, 8, 16]);
+    std::fs::write(here.join("prompts.txt"), "a red circle\n\na blue square\n").unwrap();
+    let given = run(&["--prompts", "prompts.txt", "--latents", "noise.safetensors", "--out-dir", "wide", "--json"]).ok().json();
+    assert_eq!((&given["width"], &given["height"], &given["files"][1]), (&json!(128), &json!(64), &json!("wide/0001.png")));
+
+    run(&["--json"]).fails(2, &["--prompt"]);
+    run(&["--prompt", "x", "--size", "60", "--json"]).fails(2, &["--size", "multiple of the VAE's 8", "60"]);
+    run(&["--prompt", "x", "--steps", "0"]).fails(2, &["--steps"]);
+    run(&["--prompt", "x", "--latents", "noise.safetensors", "--json"]).fails(1, &["noise.safetensors", "[1, 4, h, w]"]);
+    run(&["--prompt", "x", "--out", "no/such/grid.png"]).fails(1, &["no/such/grid.png"]);
+    let other = ["--heads", "4", "--prompt", "x", "--base", "models/base", "--text", "models/text", "--json"];
+    ella(here, &[&["sample", "--connector", "models/text/model.safetensors"], &other[..]].concat())
+        .fails(1, &["model.safetensors", "connector.latents"]);
+    let wide = TscConfig { layers: 1, latents: 4, heads: 4, ..TscConfig::new(32, 64) };
+    save(&here.join("wide.safetensors"), Tsc::init(&wide, 3, Device::Cpu).unwrap().tensors(), Kind::Float).unwrap();
+    ella(here, &[&["sample", "--connector", "wide.safetensors"], &other[..]].concat()).fails(1, &["wide.safetensors", "width is 32", "64"]);
+}

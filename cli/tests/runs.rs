@@ -1,0 +1,197 @@
+//! train, status, audit, export, report, on one small run made by real processes.
+
+mod common;
+
+use std::path::Path;
+
+use common::{Ran, ella, world};
+use ella_model::connector::{Tsc, TscConfig};
+use ella_model::weights::Weights;
+use serde_json::json;
+
+const CONFIG: &str = r#"
+[run]
+output = "run"
+[base]
+model = "models/base"
+[text]
+model = "models/text"
+max_tokens = 24
+features = "inline"
+[data]
+path = "data"
+[connector]
+layers = 1
+heads = 4
+latents = 4
+[train]
+steps = 7
+global_batch = 4
+micro_batch = 2
+eval_every = 2
+eval_samples = 4
+[checkpoint]
+every = 2
+keep = 2
+[workers]
+count = 2
+device = "cpu"
+"#;
+
+/// The binaries that `ella train` starts are built with the workspace; a test of this crate alone may lack them.
+fn trained(here: &Path) -> Option<Ran> {
+    let folder = Path::new(env!("CARGO_BIN_EXE_ella")).parent().unwrap();
+    if !folder.join("ella-worker").is_file() || !folder.join("ella-coordinator").is_file() {
+        println!("skipped: ella-coordinator and ella-worker are not built");
+        return None;
+    }
+    std::fs::write(here.join("run.toml"), CONFIG).unwrap();
+    Some(ella(here, &["train", "run.toml", "--json"]))
+}
+
+#[test]
+fn a_run_is_trained_told_audited_exported_and_reported() {
+    let dir = world();
+    let here = dir.path();
+    let Some(done) = trained(here) else { return };
+    let done = done.ok().json();
+    assert_eq!((&done["outcome"], &done["step"], &done["commits"]), (&json!("done"), &json!(7), &json!(2)));
+    assert!(done["loss"].as_f64().unwrap() > 0.0);
+    assert!(here.join("run/logs/coordinator.log").is_file() && here.join("run/logs/worker-1.log").is_file());
+
+    let again = ella(here, &["train", "run.toml"]).ok();
+    assert!(again.stdout.contains("done already, at step 7"), "{again:?}");
+    let other = ella(here, &["train", "run.toml", "--set", "train.optimizer.lr=1.0", "--json"]);
+    other.fails(2, &["another config", "train.optimizer.lr"]);
+
+    let status = ella(here, &["status", "run", "--json"]).ok().json();
+    assert_eq!((&status["outcome"], &status["last_commit_step"], &status["term"]), (&json!("done"), &json!(7), &json!(1)));
+    assert!(ella(here, &["status", "run"]).ok().stdout.contains("step     7 of 7"));
+
+    let audit = ella(here, &["audit", "run", "--json"]).ok().json();
+    assert_eq!((&audit["ok"], &audit["problems"]), (&json!(true), &json!([])));
+    // 16 samples in batches of 4: one epoch and three steps of the next.
+    let epochs = json!([
+        { "epoch": 0, "samples": 16, "expected": 16, "finished": true, "exact": true },
+        { "epoch": 1, "samples": 12, "expected": 12, "finished": false, "exact": true },
+    ]);
+    assert_eq!(audit["epochs"], epochs);
+    export(here);
+    report(here, &audit);
+    damage(here);
+}
+
+fn export(here: &Path) {
+    let made = ella(here, &["export", "run", "--out", "c.safetensors", "--json"]).ok().json();
+    assert_eq!((&made["step"], &made["file"]), (&json!(7), &json!("c.safetensors")));
+    ella(here, &["export", "run", "--out", "ema16.safetensors", "--ema", "--dtype", "fp16"]).ok();
+    let layout = Tsc::layout(&TscConfig { layers: 1, heads: 4, latents: 4, ..TscConfig::new(64, 64) }).unwrap();
+    for file in ["c.safetensors", "ema16.safetensors"] {
+        let weights = Weights::open(&here.join(file)).unwrap();
+        assert_eq!(weights.names().count(), layout.len());
+        for (name, shape) in &layout {
+            assert_eq!(weights.shape(name).unwrap(), shape, "{name}");
+        }
+    }
+    let half = Weights::open(&here.join("ema16.safetensors")).unwrap();
+    assert_eq!(half.describe("connector.latents").unwrap().1, tch::Kind::Half);
+    ella(here, &["export", "run", "--out", "no/c.safetensors", "--json"]).fails(1, &["no/c.safetensors"]);
+}
+
+fn report(here: &Path, audit: &serde_json::Value) {
+    std::fs::write(here.join("audit.json"), audit.to_string()).unwrap();
+    image::RgbImage::new(2, 2).save(here.join("grid.png")).unwrap();
+    let arguments = ["report", "run", "--out", "report.html", "--audit", "audit.json", "--samples", "grid.png", "--title", "Small"];
+    let made = ella(here, &[&arguments[..], &["--json"]].concat()).ok().json();
+    assert!(made["held_out_loss"]["ratio"].as_f64().unwrap() > 0.0, "{made}");
+    let page = std::fs::read_to_string(here.join("report.html")).unwrap();
+    for expected in ["<h1>Small</h1>", "data:image/png;base64,", "holds", "7 of 7", "<svg", "global_batch"] {
+        assert!(page.contains(expected), "{expected}");
+    }
+    let text = ella(here, &arguments).ok().stdout;
+    assert!(text.contains("held-out loss") && text.contains("first tenth"), "{text}");
+    ella(here, &["report", "run", "--out", "r.html", "--audit", "run.toml", "--json"]).fails(1, &["run.toml", "no audit's verdict"]);
+    ella(here, &["report", "run", "--out", "r.html", "--samples", "run.toml"]).fails(1, &["run.toml", "not a PNG"]);
+    ella(here, &["report", "run", "--out", "no/r.html"]).fails(1, &["no/r.html"]);
+}
+
+/// Each kind of damage fails the audit, which says what; put back, the audit holds again.
+fn damage(here: &Path) {
+    let complaint = |about: &[&str]| {
+        let ran = ella(here, &["audit", "run", "--json"]);
+        assert_eq!(ran.code, 1, "{ran:?}");
+        let found = ran.json();
+        let problems = found["problems"].to_string();
+        assert_eq!(found["ok"], false);
+        about.iter().for_each(|word| assert!(problems.contains(word), "expected {word}: {problems}"));
+    };
+    let folder = here.join("run/commits/000000000007.1");
+    let part = folder.join("optimizer.safetensors");
+    let good = std::fs::read(&part).unwrap();
+    let mut flipped = good.clone();
+    flipped[good.len() / 2] ^= 1;
+    std::fs::write(&part, flipped).unwrap();
+    complaint(&["000000000007.1/optimizer.safetensors", "wrong bytes"]);
+    ella(here, &["export", "run", "--out", "x.safetensors"]).ok(); // another part of that commit
+    std::fs::write(&part, good).unwrap();
+
+    let connector = folder.join("connector.safetensors");
+    let good = std::fs::read(&connector).unwrap();
+    std::fs::write(&connector, &good[..good.len() - 1]).unwrap();
+    ella(here, &["export", "run", "--out", "x.safetensors", "--json"]).fails(1, &["connector.safetensors", "corrupt"]);
+    std::fs::write(&connector, good).unwrap();
+
+    std::fs::rename(&folder, here.join("aside")).unwrap();
+    complaint(&["000000000007.1/connector.safetensors", "missing"]);
+    std::fs::rename(here.join("aside"), &folder).unwrap();
+
+    let record = here.join("run/log/000000000002.json");
+    let kept = std::fs::read_to_string(&record).unwrap();
+    std::fs::remove_file(&record).unwrap();
+    complaint(&["log/000000000002.json", "missing"]);
+    ella(here, &["status", "run", "--json"]).fails(1, &["log/000000000002.json"]);
+    std::fs::write(&record, kept.replace("\"samples\": 16", "\"samples\": 15")).unwrap();
+    complaint(&["ledger of epoch 0 has 15 samples", "expected 16"]);
+    std::fs::write(&record, kept).unwrap();
+
+    std::fs::rename(here.join("data"), here.join("moved")).unwrap();
+    complaint(&["data set can't be read", "--data"]);
+    ella(here, &["audit", "run", "--data", "moved"]).ok();
+    std::fs::rename(here.join("moved"), here.join("data")).unwrap();
+
+    std::fs::create_dir(here.join("run/commits/000000000009.1")).unwrap();
+    let text = ella(here, &["audit", "run"]).ok().stdout;
+    assert!(text.contains("000000000009.1: no record names it"), "{text}");
+}
+
+#[test]
+fn what_is_no_run_or_config_is_refused_in_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    for command in
+        [&["audit", "x", "--json"][..], &["status", "x", "--json"], &["export", "x", "--out", "o"], &["report", "x", "--out", "o"]]
+    {
+        ella(here, command).fails(1, &["x/run.toml", "no run folder"]);
+    }
+    ella(here, &["status", "http://127.0.0.1:1", "--json"]).fails(1, &["127.0.0.1:1", "no coordinator"]);
+    ella(here, &["train", "gone.toml", "--json"]).fails(2, &["gone.toml", "cannot be read"]);
+    std::fs::write(here.join("run.toml"), CONFIG).unwrap();
+    ella(here, &["train", "run.toml", "--set", "train.step=3", "--json"]).fails(2, &["train.step", "train.steps"]);
+    ella(here, &["train", "run.toml", "--set", "train.global_batch=3"]).fails(2, &["train.global_batch"]);
+    std::fs::write(here.join("bad.toml"), "[run]\noutput = 3\n").unwrap();
+    ella(here, &["train", "bad.toml", "--json"]).fails(2, &["bad.toml", "line 2"]);
+    ella(here, &["train", "run.toml", "--coordinator", "http://127.0.0.1:1", "--json"]).fails(1, &["no coordinator"]);
+    ella(here, &["dance", "--json"]).fails(2, &["dance"]);
+    assert!(ella(here, &["--help"]).ok().stdout.contains("Exit codes"));
+    assert!(ella(here, &["--version"]).ok().stdout.starts_with("ella "));
+    assert_eq!(ella(here, &[]).code, 2);
+}
+
+#[test]
+fn a_run_that_cannot_load_its_models_says_why() {
+    let dir = world();
+    let here = dir.path();
+    std::fs::remove_file(here.join("models/base/unet/diffusion_pytorch_model.safetensors")).unwrap();
+    let Some(ran) = trained(here) else { return };
+    ran.fails(4, &["models/base/unet"]);
+}
