@@ -177,6 +177,9 @@ pub struct Progress {
     /// Mean loss on the fixed held-out noise (absent where it was not measured at this step).
     #[prost(double, optional, tag = "9")]
     pub held_out_loss: ::core::option::Option<f64>,
+    /// When the step was applied, by the worker's clock, in milliseconds since 1970: it may be read much later (LIVE).
+    #[prost(uint64, tag = "10")]
+    pub at_unix_ms: u64,
 }
 /// Seconds of one step, by what they were spent on.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]

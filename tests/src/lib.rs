@@ -143,6 +143,12 @@ pub fn kill_group(leader: u32) {
     signal_group(leader, libc::SIGKILL);
 }
 
+/// A signal to one process.
+pub fn signal(process: u32, signal: i32) {
+    // SAFETY: kill has no memory effects here; the process is a child of this one.
+    unsafe { libc::kill(process as i32, signal) };
+}
+
 /// A signal to a whole process group.
 pub fn signal_group(leader: u32, signal: i32) {
     // SAFETY: kill has no memory effects here; the group is one that this process started.

@@ -14,8 +14,8 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-/// How long lines are gathered before they are written.
-const GATHER: Duration = Duration::from_secs(5);
+/// How long lines are gathered before they are written, if no commit comes.
+const GATHER: Duration = Duration::from_secs(10);
 /// Lines of one file, and lines that may wait while the store is down.
 const BATCH: usize = 4_096;
 /// Lines that may wait for the writer.
@@ -25,6 +25,8 @@ const QUEUE: usize = 4_096;
 enum Line {
     Metric(String),
     Event(String),
+    /// Write now: what led to a commit must not be lost by a death after it.
+    Flush,
 }
 
 /// Takes lines; never blocks.
@@ -68,7 +70,7 @@ impl Journal {
     /// Keeps a step's measurements.
     pub(super) fn metric(&self, progress: &v1::Progress) {
         let line = Metric {
-            at_unix_ms: unix_ms(),
+            at_unix_ms: progress.at_unix_ms,
             step: progress.step,
             samples: progress.samples,
             loss: progress.loss,
@@ -93,6 +95,9 @@ impl Journal {
             }
         }
         self.send(line.map(Line::Event));
+        if matches!(note, Note::Committed { .. }) {
+            self.send(Ok(Line::Flush));
+        }
     }
 
     /// What was lost or had to be written again (KNOWN).
@@ -131,11 +136,11 @@ async fn write(store: Store, [mut metrics, mut events]: [File; 2], mut inbox: mp
             match timeout_at(until, inbox.recv()).await {
                 Ok(Some(Line::Metric(line))) => metrics.lines.push(line),
                 Ok(Some(Line::Event(line))) => events.lines.push(line),
-                Ok(None) => open = false,
-                Err(_) => break,
-            }
-            if !open {
-                break;
+                Ok(Some(Line::Flush)) | Err(_) => break,
+                Ok(None) => {
+                    open = false;
+                    break;
+                }
             }
         }
         metrics.flush(&store, open).await;

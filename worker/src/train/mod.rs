@@ -198,6 +198,7 @@ impl Trainer {
             parts: Some(times.parts()),
             skipped,
             held_out_loss: all.mean_held_out(),
+            at_unix_ms: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),
         });
     }
 }
