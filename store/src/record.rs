@@ -86,6 +86,8 @@ pub struct Commit {
     pub config_digest: Digest,
     /// The digest of the data set's manifest.
     pub data_digest: Digest,
+    /// The digest of the frozen models: base, schedule, text encoder and tokenizer.
+    pub models_digest: Digest,
     /// The epoch of the next step, from 0.
     pub epoch: u64,
     /// Steps of that epoch already taken.

@@ -31,6 +31,7 @@ fn commit(step: u64, term: u64) -> Commit {
         parts: vec![part("connector.safetensors", b"weights"), part("optimizer.safetensors", b"")],
         config_digest: Digest::of(b"config"),
         data_digest: Digest::of(b"data"),
+        models_digest: Digest::of(b"models"),
         epoch: 1,
         step_in_epoch: step % 7,
         ledger: vec![LedgerEpoch { epoch: 0, samples: u64::MAX, hash: "0123456789abcdef".repeat(2) }],

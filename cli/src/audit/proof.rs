@@ -205,6 +205,7 @@ mod tests {
             parts: vec![Part { name: "connector.safetensors".into(), bytes: 1, blake3: Digest::of(b"x") }],
             config_digest: config().digest().parse().unwrap(),
             data_digest: Digest::of(b"data"),
+            models_digest: Digest::of(b"models"),
             epoch: position.epoch,
             step_in_epoch: position.step_in_epoch,
             ledger: tallies

@@ -184,6 +184,7 @@ impl Core {
             parts: pending.parts.values().cloned().collect(),
             config_digest: self.config.welcome.config_digest.parse().ok()?,
             data_digest: agreed.data_digest.parse().ok()?,
+            models_digest: agreed.models_digest.parse().ok()?,
             epoch: digest.epoch,
             step_in_epoch: digest.step_in_epoch,
             ledger,

@@ -287,7 +287,7 @@ fn than_text(than: Than) -> String {
 fn advice(field: Field) -> &'static str {
     match field {
         Field::Data => "all workers, and every resume, must read the data set that the run began with",
-        Field::Models => "all workers must load the same base and text models",
+        Field::Models => "all workers, and every resume, must load the base and text models that the run began with",
         _ => "ranks must compute the same bits: look for unlike hardware or builds, or for memory errors",
     }
 }

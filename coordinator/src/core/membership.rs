@@ -353,7 +353,9 @@ impl Core {
         if !matches!(self.phase, Phase::Starting { .. }) {
             return self.counts.add("refused_out_of_turn", 1);
         }
-        if let Some(failure) = self.malformed(conn, &[(Field::State, &ready.state_digest), (Field::Data, &ready.data_digest)]) {
+        let digests =
+            [(Field::State, &*ready.state_digest), (Field::Data, &*ready.data_digest), (Field::Models, &*ready.models_digest)];
+        if let Some(failure) = self.malformed(conn, &digests) {
             return self.fail(failure);
         }
         if let Some(member) = self.members.0.get_mut(&conn) {
@@ -372,17 +374,22 @@ impl Core {
     fn judge_ready(&self, all: &[(Rank, v1::Ready)]) -> Option<Failure> {
         let column = |text: fn(&v1::Ready) -> String| -> Vec<(Rank, String)> { all.iter().map(|(r, ready)| (*r, text(ready))).collect() };
         let data = column(|ready| ready.data_digest.clone());
+        let models = column(|ready| ready.models_digest.clone());
         let step = column(|ready| ready.step.to_string());
         let state = column(|ready| ready.state_digest.clone());
         let from = self.commits.last();
         let at = from.map(|commit| Step(commit.step));
         let with_commit = from.and_then(|commit| {
-            let checks = [(Field::Data, &data, commit.data_digest.to_string()), (Field::State, &state, commit.state_digest.to_string())];
+            let checks = [
+                (Field::Data, &data, commit.data_digest.to_string()),
+                (Field::Models, &models, commit.models_digest.to_string()),
+                (Field::State, &state, commit.state_digest.to_string()),
+            ];
             checks.into_iter().find_map(|(field, values, expected)| self.differs_from_start(field, values, &expected, at))
         });
         let columns = [
             (Field::Data, &data),
-            (Field::Models, &column(|ready| ready.models_digest.clone())),
+            (Field::Models, &models),
             (Field::SamplesPerEpoch, &column(|ready| ready.samples_per_epoch.to_string())),
             (Field::State, &state),
         ];

@@ -182,7 +182,7 @@ impl Fake {
             step,
             state_digest: Digest::of(&step.to_le_bytes()).to_string(),
             data_digest: Digest::of(b"data").to_string(),
-            models_digest: "m".into(),
+            models_digest: Digest::of(b"models").to_string(),
             samples_per_epoch: 64,
         }))
         .await;

@@ -95,6 +95,7 @@ pub(super) fn commit_at(step: u64, term: u64) -> Commit {
         parts: PARTS.map(part).to_vec(),
         config_digest: digest("config"),
         data_digest: digest("data"),
+        models_digest: digest("models"),
         epoch: 0,
         step_in_epoch: step,
         ledger: vec![ella_store::LedgerEpoch { epoch: 0, samples: step * 4, hash: "0".repeat(32) }],
@@ -107,7 +108,7 @@ pub(super) fn ready(step: u64) -> v1::Ready {
         step,
         state_digest: hex(&format!("state {step}")),
         data_digest: hex("data"),
-        models_digest: "models".into(),
+        models_digest: hex("models"),
         samples_per_epoch: 100,
     }
 }

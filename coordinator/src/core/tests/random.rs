@@ -73,7 +73,7 @@ impl Sim {
         match message.body.as_ref().unwrap() {
             to_worker::Body::Assign(assign) => {
                 let odd = self.random.chance(40);
-                say(from_worker::Body::Ready(v1::Ready { models_digest: if odd { "odd" } else { "m" }.into(), ..ready(self.step) }));
+                say(from_worker::Body::Ready(v1::Ready { models_digest: hex(if odd { "odd" } else { "models" }), ..ready(self.step) }));
                 worker.rank = Some(assign.rank);
             }
             to_worker::Body::Start(_) => worker.started = true,

@@ -24,7 +24,7 @@ fn training_begins_when_all_ranks_are_ready_and_agree() {
 fn a_rank_that_differs_from_the_others_ends_the_run_for_good_and_is_named() {
     let cases = [
         (v1::Ready { data_digest: hex("other"), ..ready(0) }, Field::Data, hex("data"), hex("other")),
-        (v1::Ready { models_digest: "x".into(), ..ready(0) }, Field::Models, "models".into(), "x".into()),
+        (v1::Ready { models_digest: hex("x"), ..ready(0) }, Field::Models, hex("models"), hex("x")),
         (v1::Ready { samples_per_epoch: 9, ..ready(0) }, Field::SamplesPerEpoch, "100".into(), "9".into()),
         (v1::Ready { state_digest: hex("other"), ..ready(0) }, Field::State, hex("state 0"), hex("other")),
     ];
@@ -56,6 +56,7 @@ fn a_rank_that_differs_from_the_others_ends_the_run_for_good_and_is_named() {
 fn a_resume_must_agree_with_the_commit() {
     let cases = [
         (v1::Ready { data_digest: hex("other"), ..ready(4) }, Field::Data, hex("data"), hex("other")),
+        (v1::Ready { models_digest: hex("other"), ..ready(4) }, Field::Models, hex("models"), hex("other")),
         (v1::Ready { state_digest: hex("other"), ..ready(4) }, Field::State, hex("state 4"), hex("other")),
         (v1::Ready { step: 3, ..ready(4) }, Field::Step, "4".into(), "3".into()),
     ];
@@ -86,7 +87,7 @@ fn of_three_the_odd_one_is_named_whoever_it_is() {
         let mut run = Run::new(config(3), vec![]);
         (1..=3).for_each(|n| drop(run.hello(n)));
         for n in 1..=3 {
-            say_ready(&mut run, n, v1::Ready { models_digest: if n == odd { "x" } else { "m" }.into(), ..ready(0) });
+            say_ready(&mut run, n, v1::Ready { models_digest: hex(if n == odd { "x" } else { "models" }), ..ready(0) });
         }
         let Failure::Differs { who: named, .. } = run.failure() else { panic!("{:?}", run.failure()) };
         assert_eq!(named, who(odd, Some(odd as u32 - 1)));
@@ -95,9 +96,15 @@ fn of_three_the_odd_one_is_named_whoever_it_is() {
 
 #[test]
 fn a_digest_that_is_none_is_told_at_once() {
-    let mut run = Run::assigned(vec![]);
-    say_ready(&mut run, 1, v1::Ready { data_digest: "nonsense".into(), ..ready(0) });
-    assert_eq!(run.failure(), Failure::Malformed { who: who(1, Some(0)), field: Field::Data, found: "nonsense".into() });
+    let nonsense = || "nonsense".to_owned();
+    for (bad, field) in [
+        (v1::Ready { data_digest: nonsense(), ..ready(0) }, Field::Data),
+        (v1::Ready { models_digest: nonsense(), ..ready(0) }, Field::Models),
+    ] {
+        let mut run = Run::assigned(vec![]);
+        say_ready(&mut run, 1, bad);
+        assert_eq!(run.failure(), Failure::Malformed { who: who(1, Some(0)), field, found: nonsense() });
+    }
 }
 
 #[test]
