@@ -166,6 +166,11 @@ impl StoreError {
         matches!(self, Self::Timeout { .. } | Self::Unavailable { .. })
     }
 
+    /// Whether no connection could be made at all: the address may be wrong.
+    pub(crate) fn is_unreachable(&self) -> bool {
+        matches!(self, Self::Unavailable { source, .. } if refuses_connections(source.as_ref()))
+    }
+
     /// The variant's name, for counters and tests.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -268,6 +273,18 @@ enum Class {
     NoSpace,
     Unavailable,
     Other,
+}
+
+#[cfg(feature = "cloud")]
+fn refuses_connections(error: &(dyn Error + 'static)) -> bool {
+    use object_store::client::{HttpError, HttpErrorKind};
+    let mut causes = std::iter::successors(Some(error), |&error| error.source());
+    causes.any(|error| error.downcast_ref::<HttpError>().is_some_and(|error| error.kind() == HttpErrorKind::Connect))
+}
+
+#[cfg(not(feature = "cloud"))]
+fn refuses_connections(_: &(dyn Error + 'static)) -> bool {
+    false
 }
 
 /// Looks through the causes: a file error, a connection error, or a server's status.

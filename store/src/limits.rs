@@ -16,6 +16,8 @@ pub struct Limits {
     pub attempt: Duration,
     /// All attempts and the pauses between them.
     pub overall: Duration,
+    /// The same where no connection was ever made: the address is more likely wrong than its server away.
+    pub first_contact: Duration,
     /// The slowest transfer that is still waited for.
     pub bytes_per_second: u64,
     /// The pause before the first retry; it doubles, with jitter.
@@ -29,6 +31,7 @@ impl Default for Limits {
         Self {
             attempt: Duration::from_secs(20),
             overall: Duration::from_secs(90),
+            first_contact: Duration::from_secs(15),
             bytes_per_second: 1 << 20,
             first_pause: Duration::from_millis(100),
             longest_pause: Duration::from_secs(10),
@@ -59,7 +62,8 @@ impl Limits {
             .without_max_times()
             .with_jitter()
             .build();
-        Retries { pauses: Box::new(pauses), deadline: Instant::now() + self.overall_for(bytes) }
+        let begun = Instant::now();
+        Retries { pauses: Box::new(pauses), deadline: begun + self.overall_for(bytes), contact: begun + self.first_contact }
     }
 }
 
@@ -67,6 +71,8 @@ impl Limits {
 pub(crate) struct Retries {
     pauses: Box<dyn Iterator<Item = Duration> + Send + Sync>,
     deadline: Instant,
+    /// The deadline as long as no connection was ever made.
+    contact: Instant,
 }
 
 impl std::fmt::Debug for Retries {
@@ -86,7 +92,9 @@ impl Retries {
         if !error.is_retryable() {
             return Err(error);
         }
-        let Some(pause) = self.pauses.next().filter(|pause| *pause < self.left()) else { return Err(error) };
+        let deadline = if error.is_unreachable() && !store.is_met() { self.contact.min(self.deadline) } else { self.deadline };
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Some(pause) = self.pauses.next().filter(|pause| *pause < left) else { return Err(error) };
         tracing::warn!(%error, ?pause, "store call is retried");
         store.count_retry(place.operation, error.kind());
         sleep(pause).await;
@@ -106,10 +114,16 @@ where
     loop {
         let deadline = limits.attempt_for(bytes).min(retries.left());
         let error = match timeout(deadline, attempt(number)).await {
-            Ok(Ok(value)) => return Ok(value),
+            Ok(Ok(value)) => {
+                store.meet();
+                return Ok(value);
+            }
             Ok(Err(error)) => error,
             Err(_) => place.timeout(deadline),
         };
+        if !error.is_retryable() {
+            store.meet();
+        }
         retries.pause(store, place, error).await?;
         number += 1;
     }

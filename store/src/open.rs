@@ -61,8 +61,10 @@ fn open_local(path: &FilePath) -> Result<Opened, StoreError> {
     let local = absolute(path).map_err(|error| bad(&shown, &format!("cannot be made an absolute path ({error})")))?;
     let text = local.to_str().ok_or_else(|| bad(&shown, "a store's path must be UTF-8"))?;
     let folder = Path::parse(text).map_err(|error| bad(&shown, &error.to_string()))?;
-    if local.exists() && !local.is_dir() {
-        return Err(bad(&shown, "a file is there (expected a folder, or nothing); choose another path"));
+    // What is there of the path must be folders: a file on the way would fail every call.
+    if let Some(there) = local.ancestors().find(|path| path.exists()).filter(|path| !path.is_dir()) {
+        let file = if there == local { "a file is there".to_owned() } else { format!("{} is a file", there.display()) };
+        return Err(bad(&shown, &format!("{file} (expected a folder, or nothing); choose another path")));
     }
     // The root is the file system's, so that the folder need not exist before the first write.
     let object = Arc::new(LocalFileSystem::new().with_fsync(true));
@@ -145,6 +147,8 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let text = reason(file.path().to_str().unwrap());
         assert!(text.contains("a file is there"), "{text}");
+        let text = reason(file.path().join("run/here").to_str().unwrap());
+        assert!(text.contains(&format!("{} is a file (expected a folder", file.path().display())), "{text}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path as FilePath, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::TryStreamExt;
@@ -29,6 +30,8 @@ struct Shared {
     object: Arc<DynObjectStore>,
     limits: Limits,
     retries: Mutex<BTreeMap<(Operation, &'static str), u64>>,
+    /// Something answered there once.
+    met: AtomicBool,
 }
 
 /// An object's name, relative to the store's folder, and its size.
@@ -66,7 +69,7 @@ impl Store {
     pub fn open(url: &str) -> Result<Self, StoreError> {
         let opened = open::open(url)?;
         Ok(Self {
-            shared: Arc::new(Shared { object: opened.object, limits: Limits::default(), retries: Mutex::default() }),
+            shared: Arc::new(Shared { object: opened.object, limits: Limits::default(), retries: Mutex::default(), met: AtomicBool::default() }),
             folder: opened.folder,
             url: opened.url.into(),
             local: opened.local.map(Into::into),
@@ -84,7 +87,7 @@ impl Store {
     }
 
     fn rebuilt(&self, object: Arc<DynObjectStore>, limits: Limits) -> Self {
-        Self { shared: Arc::new(Shared { object, limits, retries: Mutex::default() }), ..self.clone() }
+        Self { shared: Arc::new(Shared { object, limits, retries: Mutex::default(), met: AtomicBool::default() }), ..self.clone() }
     }
 
     /// The folder `path` below this one.
@@ -127,6 +130,16 @@ impl Store {
 
     pub(crate) fn count_retry(&self, operation: Operation, reason: &'static str) {
         *self.shared.retries.lock().unwrap_or_else(PoisonError::into_inner).entry((operation, reason)).or_default() += 1;
+    }
+
+    /// Notes that something answers at the store's address.
+    pub(crate) fn meet(&self) {
+        self.shared.met.store(true, Relaxed);
+    }
+
+    /// Whether anything ever answered at the store's address.
+    pub(crate) fn is_met(&self) -> bool {
+        self.shared.met.load(Relaxed)
     }
 
     pub(crate) fn object(&self) -> &DynObjectStore {

@@ -199,6 +199,21 @@ async fn a_server_that_is_not_there_is_given_up_at_the_deadline() {
     assert!(error.is_retryable() && store.retries() > 0);
 }
 
+#[tokio::test]
+async fn an_address_where_nothing_ever_answered_is_given_up_sooner() {
+    let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+    let url = format!("http://127.0.0.1:{port}");
+    let limits = Limits { overall: Duration::from_millis(800), first_contact: Duration::from_millis(200), ..store_at(&url).limits() };
+    let tried = async |store: Store| {
+        let error = store.get("a").await.unwrap_err();
+        assert_eq!(error.kind(), "unavailable", "{error}");
+        store.retries()
+    };
+    let (never, met) = (store_at(&url).with_limits(limits), store_at(&url).with_limits(limits));
+    met.meet();
+    assert!(tried(never).await < tried(met).await);
+}
+
 #[test]
 fn a_cloud_url_without_bucket_or_settings_says_so() {
     for url in ["s3:///folder", "gs:///folder", "az:///folder"] {
