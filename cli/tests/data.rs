@@ -1,5 +1,7 @@
 //! scenes, prepare, init-base, embed, as black boxes.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
 mod common;
 
 use common::{ella, world};

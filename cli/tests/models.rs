@@ -1,5 +1,7 @@
 //! forward and sample, as black boxes.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
 mod common;
 
 use std::path::Path;

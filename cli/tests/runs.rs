@@ -1,5 +1,7 @@
 //! train, status, audit, export, report, on one small run made by real processes.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
 mod common;
 
 use std::path::Path;

@@ -46,6 +46,11 @@ pub(super) fn log_problems(history: &History, config: &RunConfig) -> Vec<String>
         problems.push(format!("{}: trained under another config than run.toml's (expected digest {digest}, found {found})", commit.folder));
     }
     for pair in history.commits.windows(2) {
+        if pair[0].models_digest != pair[1].models_digest {
+            let (folder, expected, found) = (&pair[1].folder, pair[0].models_digest, pair[1].models_digest);
+            problems
+                .push(format!("{folder}: trained through other frozen models than the commit before (expected {expected}, found {found})"));
+        }
         problems.extend(step_back(&pair[0], &pair[1]));
     }
     problems
@@ -300,6 +305,10 @@ mod tests {
         other.config_digest = Digest::of(b"other");
         let other = log_problems(&history(&[other]), &config());
         assert!(other[0].contains("another config"), "{other:?}");
+        let mut models = commit(9);
+        models.models_digest = Digest::of(b"other");
+        let models = log_problems(&history(&[commit(8), models]), &config());
+        assert!(models[0].contains("other frozen models"), "{models:?}");
         let mut early_end = history(&[commit(8)]);
         early_end.state.ended = Some(ella_store::Ended { term: 1, outcome: Outcome::Done, step: 9, reason: String::new(), at_unix_ms: 0 });
         assert!(log_problems(&early_end, &config())[0].contains("done at step 9"));

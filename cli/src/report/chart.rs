@@ -8,6 +8,8 @@ const LEFT: f64 = 52.0;
 const TOP: f64 = 22.0;
 const BOTTOM: f64 = 34.0;
 const RIGHT: f64 = 14.0;
+/// Room for a mark's word.
+const WORD: f64 = 170.0;
 
 /// What is drawn.
 #[derive(Clone, Debug, Default)]
@@ -74,8 +76,12 @@ impl Chart<'_> {
                 );
             }
         }
+        // A word that would run into the one before is left to the line's title.
+        let mut free = 0.0;
         for (step, word) in &self.marks {
-            self.mark(&scale, (*step, word), &mut svg);
+            let x = scale.x(*step);
+            self.mark(x, (word, x >= free), &mut svg);
+            free = if x >= free { x + WORD } else { free };
         }
         svg + "</svg>\n"
     }
@@ -114,18 +120,14 @@ impl Chart<'_> {
         }
     }
 
-    fn mark(&self, scale: &Scale, (step, word): (f64, &str), svg: &mut String) {
-        let x = scale.x(step);
-        // The word stays inside the picture.
-        let anchor = if step > 0.8 * scale.x { ("end", -5.0) } else { ("start", 5.0) };
-        let _ = writeln!(
-            svg,
-            "<path class=\"mark\" d=\"M{x:.1} {TOP}v{}\"/><text class=\"word\" x=\"{:.1}\" y=\"{}\" text-anchor=\"{}\">{word}</text>",
-            self.height,
-            x + anchor.1,
-            TOP - 7.0,
-            anchor.0
-        );
+    fn mark(&self, x: f64, (word, said): (&str, bool), svg: &mut String) {
+        let _ = writeln!(svg, "<path class=\"mark\" d=\"M{x:.1} {TOP}v{}\"><title>{word}</title></path>", self.height);
+        if said {
+            // The word stays inside the picture.
+            let (anchor, gap) = if x > LEFT + WIDTH - WORD { ("end", -5.0) } else { ("start", 5.0) };
+            let (x, y) = (x + gap, TOP - 7.0);
+            let _ = writeln!(svg, "<text class=\"word\" x=\"{x:.1}\" y=\"{y}\" text-anchor=\"{anchor}\">{word}</text>");
+        }
     }
 }
 

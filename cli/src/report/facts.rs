@@ -135,6 +135,7 @@ mod tests {
                 parts: Vec::new(),
                 config_digest: Digest::of(b""),
                 data_digest: Digest::of(b""),
+                models_digest: Digest::of(b""),
                 epoch: 0,
                 step_in_epoch: step,
                 ledger: Vec::new(),

@@ -73,10 +73,15 @@ fn fall(name: &str, tenths: Tenths) -> String {
     tile(name, &value, &format!("first to last tenth of the steps: ×{:.3}", tenths.ratio()))
 }
 
-/// Restarts, as the charts mark them.
+/// Restarts, as the charts mark them: once for each step that was resumed from.
 fn marks(facts: &Facts) -> Vec<(f64, String)> {
-    let resumed = facts.terms.iter().skip(1);
-    resumed.map(|term| (term.from_step as f64, format!("term {} resumes at {}", term.term, term.from_step))).collect()
+    let resumed: Vec<&TermFact> = facts.terms.iter().skip(1).collect();
+    let word = |terms: &[&TermFact]| {
+        let numbers: Vec<String> = terms.iter().map(|term| term.term.to_string()).collect();
+        let plural = if terms.len() == 1 { ("term", "resumes") } else { ("terms", "resume") };
+        (terms[0].from_step as f64, format!("{} {} {} at {}", plural.0, numbers.join(", "), plural.1, terms[0].from_step))
+    };
+    resumed.chunk_by(|a, b| a.from_step == b.from_step).map(word).collect()
 }
 
 fn loss(facts: &Facts, numbers: &Numbers) -> String {

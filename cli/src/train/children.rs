@@ -139,9 +139,14 @@ impl Member {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
-    /// What it last logged as an error, without time and level.
+    /// What it last logged as an error, without time, level and module. Events, which are JSON, are the run's journal's.
     pub(super) fn last_error(&self) -> Option<String> {
-        self.last_lines().iter().rev().find_map(|line| Some(line.split_once("ERROR ")?.1.trim().to_owned()))
+        let said = |line: &String| {
+            let message = line.split_once("ERROR ")?.1.trim();
+            let message = message.strip_prefix("ella_worker: ").unwrap_or(message);
+            (!message.starts_with('{')).then(|| message.to_owned())
+        };
+        self.last_lines().iter().rev().find_map(said)
     }
 
     async fn wait(&mut self) -> ExitStatus {

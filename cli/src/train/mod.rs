@@ -186,8 +186,7 @@ impl Train {
         }
         poll.abort();
         children.reap(LEAVING).await;
-        let last = status.borrow().clone();
-        last
+        status.borrow().clone()
     }
 
     /// Turns what is left into the result: the coordinator's exit code counts, and its reason is in the run's log.
