@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 /// How long a command may take, at the very most.
 pub const PATIENCE: Duration = Duration::from_secs(240);
 
+/// Files by name.
+pub type Files = Vec<(String, Vec<u8>)>;
+
 /// A data set, its features, and models to train on, in a folder that goes away.
 #[derive(Debug)]
 pub struct World {
@@ -90,7 +93,7 @@ impl Run {
     }
 
     /// The bytes of the newest commit's files, by name.
-    pub fn last_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+    pub fn last_files(&self) -> Result<Files> {
         let commit = self.last_commit()?;
         let file = |name: &str| std::fs::read(self.output.join(&commit.folder).join(name));
         commit.parts.iter().map(|part| Ok((part.name.clone(), file(&part.name)?))).collect()

@@ -2,14 +2,14 @@
 //! audit proves that every sample was used as it must.
 
 use anyhow::Result;
-use ella_tests::{Run, World, ella, kill_group, spawn, try_ella, wait_until};
+use ella_tests::{Files, Run, World, ella, kill_group, spawn, try_ella, wait_until};
 use std::time::Duration;
 
 const STEPS: u64 = 24;
 /// Not a multiple of the global batch, so that epochs end in partial batches; 3.6 epochs in all.
 const SCENES: usize = 103;
 
-fn finished(world: &World, name: &str, workers: usize) -> Result<Vec<(String, Vec<u8>)>> {
+fn finished(world: &World, name: &str, workers: usize) -> Result<Files> {
     let run = world.run(name, STEPS, "[checkpoint]\nevery = 4\n")?;
     ella(&run.train(&[&format!("workers.count={workers}")]))?;
     ella(&["audit", &run.output.display().to_string()])?;
@@ -17,7 +17,7 @@ fn finished(world: &World, name: &str, workers: usize) -> Result<Vec<(String, Ve
 }
 
 /// Kills everything at moments given by a seed, resuming each time with another number of workers.
-fn harassed(world: &World, seed: u64) -> Result<(Run, Vec<(String, Vec<u8>)>)> {
+fn harassed(world: &World, seed: u64) -> Result<(Run, Files)> {
     let run = world.run(&format!("harassed-{seed}"), STEPS, "[checkpoint]\nevery = 2\n")?;
     let mut random = seed;
     let mut next = |below: u64| {
