@@ -87,7 +87,7 @@ pub enum DataError {
 
     /// A file's bytes are not those that its manifest names.
     #[error(
-        "{file}: damaged: its BLAKE3 digest is wrong (expected {expected}, found {found}); restore the file, or delete it and prepare again"
+        "{file}: damaged: its BLAKE3 digest is wrong (expected {expected}, found {found}); restore it from a copy, or delete it and run the same `ella prepare` (`ella embed` for features) again"
     )]
     Digest {
         /// The file.
@@ -141,21 +141,19 @@ pub enum DataError {
     },
 
     /// There are no features of the wanted encoder.
-    #[error("features/{wanted}: no features of this encoder; there {found}; run `ella embed` with this text encoder and these settings")]
+    #[error("{folder}: no features of this encoder; there {found}; run `ella embed` with this text encoder and these settings")]
     FeaturesMissing {
-        /// The wanted fingerprint.
-        wanted: Digest,
+        /// Where the wanted ones would lie: their folder is named by the encoder's fingerprint.
+        folder: String,
         /// Which fingerprints exist, and how each differs.
         found: String,
     },
 
     /// Features lack some files.
-    #[error(
-        "features/{fingerprint}: {missing_count} of {total} files of features are not there yet ({missing}); run `ella embed` again to complete them"
-    )]
+    #[error("{folder}: {missing_count} of {total} files of features are not there ({missing}); run `ella embed` again to complete them")]
     FeaturesIncomplete {
-        /// The encoder's fingerprint.
-        fingerprint: Digest,
+        /// The features' folder.
+        folder: String,
         /// How many are missing.
         missing_count: usize,
         /// How many files there should be: one for every shard, and the empty caption's.

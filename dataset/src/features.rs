@@ -191,7 +191,7 @@ impl FeatureSet {
         let set = FeatureSet::new(store, data, spec);
         if read(&set.folder, SPEC).await?.is_none() {
             let found = what_there_is(store, spec).await?;
-            return Err(DataError::FeaturesMissing { wanted: spec.fingerprint(), found });
+            return Err(DataError::FeaturesMissing { folder: set.folder.url().to_owned(), found });
         }
         set.check_spec().await?;
         Ok(set)
@@ -218,11 +218,12 @@ impl FeatureSet {
         &self.folder
     }
 
-    /// Shards of the data set that have no features yet.
+    /// Shards of the data set that have no features, or whose features lack their file or its record.
     pub async fn missing(&self) -> Result<Vec<usize>, DataError> {
         let there = self.folder.list("").await?;
-        let done = |i: &usize| there.binary_search_by(|meta| meta.key.as_str().cmp(&self.record_key(*i))).is_err();
-        Ok((0..self.data.shards.len()).filter(done).collect())
+        let lacks = |name: String| there.binary_search_by(|meta| meta.key.cmp(&name)).is_err();
+        let lacking = |i: &usize| ["json", "arrow"].iter().any(|kind| lacks(format!("{}.{kind}", self.stem(*i))));
+        Ok((0..self.data.shards.len()).filter(lacking).collect())
     }
 
     /// The record of a shard's features, if they are there.
@@ -232,7 +233,7 @@ impl FeatureSet {
 
     /// Whether the empty caption has its features.
     pub async fn has_empty(&self) -> Result<bool, DataError> {
-        Ok(self.record(EMPTY).await?.is_some())
+        Ok(self.whole(EMPTY).await?.is_some())
     }
 
     /// Stores the empty caption's features, a file of one row, once. To be called before [`FeatureSet::finish`].
@@ -247,6 +248,12 @@ impl FeatureSet {
         Ok(Some(record.shard))
     }
 
+    /// A record whose file is there too.
+    async fn whole(&self, stem: &str) -> Result<Option<ShardEntry>, DataError> {
+        let Some(entry) = self.record(stem).await? else { return Ok(None) };
+        Ok(self.folder.head(&entry.name).await?.map(|_| entry))
+    }
+
     /// Stores a shard's features, once, and then their record. If another worker was first, its features stay.
     pub async fn write(&self, shard: usize, rows: u64, file: Bytes) -> Result<ShardEntry, DataError> {
         let name = format!("{}.arrow", self.stem(shard));
@@ -255,21 +262,31 @@ impl FeatureSet {
             let what = format!("expected {expected} rows, as in its shard, found {rows}");
             return Err(DataError::Arrow { file: at(&self.folder, &name), what });
         }
-        if let Some(entry) = self.entry(shard).await? {
+        if let Some(entry) = self.whole(self.stem(shard)).await? {
             return Ok(entry);
         }
         self.store_file(self.stem(shard), ShardEntry::of(name, rows, &file), file).await
     }
 
-    /// Stores a file and then its record. If another worker was first, its record stays.
+    /// Stores a file and then its record. If another worker was first, its record stays; a file that was lost and made again must be
+    /// the one that its record describes.
     async fn store_file(&self, stem: &str, entry: ShardEntry, file: Bytes) -> Result<ShardEntry, DataError> {
         let (spec, rows) = (self.spec.clone(), entry.rows);
         let whole = move |there: &Bytes| FeatureReader::open("features", there.clone(), &spec).is_ok_and(|file| file.rows() as u64 == rows);
         let entry = create_file(&self.folder, entry, file, whole).await?;
-        let record = ShardRecord { schema: SCHEMA, shard: entry.clone() };
-        match self.folder.create(&format!("{stem}.json"), pretty(&record)).await? {
-            Created::Yes => Ok(entry),
-            Created::AlreadyThere => Ok(self.record(stem).await?.unwrap_or(entry)),
+        let (key, record) = (format!("{stem}.json"), ShardRecord { schema: SCHEMA, shard: entry.clone() });
+        if self.folder.create(&key, pretty(&record)).await? == Created::Yes {
+            return Ok(entry);
+        }
+        let there = self.record(stem).await?.unwrap_or_else(|| entry.clone());
+        match (there == entry, at(&self.folder, &key)) {
+            (true, _) => Ok(entry),
+            (false, file) => Err(DataError::Other {
+                file,
+                field: "shard.blake3".into(),
+                expected: entry.blake3.to_string(),
+                found: there.blake3.to_string(),
+            }),
         }
     }
 
@@ -312,7 +329,8 @@ impl FeatureSet {
         }
         // The empty caption's file counts as one more.
         let total = self.data.shards.len() + 1;
-        DataError::FeaturesIncomplete { fingerprint: self.spec.fingerprint(), missing_count, total, missing: missing.join(", ") }
+        let folder = self.folder.url().to_owned();
+        DataError::FeaturesIncomplete { folder, missing_count, total, missing: missing.join(", ") }
     }
 
     /// A shard's name without folder and extension.
@@ -320,10 +338,6 @@ impl FeatureSet {
         let name = self.data.shards.get(shard).map_or("", |entry| entry.name.as_str());
         let base = name.rsplit('/').next().unwrap_or_default();
         base.strip_suffix(".arrow").unwrap_or(base)
-    }
-
-    fn record_key(&self, shard: usize) -> String {
-        format!("{}.json", self.stem(shard))
     }
 }
 

@@ -144,6 +144,16 @@ impl UnitRecord {
         crate::manifest::validate_shards(&self.shards).or_else(|what| wrong(&what))
     }
 
+    /// Whether its shards are there, by name and size. One that was lost is made again: its bytes are given by its input.
+    pub(crate) async fn is_whole(&self, out: &Store) -> Result<bool, DataError> {
+        for shard in &self.shards {
+            if out.head(&shard.name).await?.is_none_or(|meta| meta.bytes != shard.bytes) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Writes the record of a finished unit, once. A record that is already there wins, if it says the same.
     pub async fn write(&self, unit: &str, out: &Store) -> Result<(), DataError> {
         let key = unit_key(unit);

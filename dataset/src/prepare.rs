@@ -111,9 +111,11 @@ pub struct Work<'a> {
     pub progress: Progress,
 }
 
-/// Prepares one source of a plan and writes its record, unless that is already there.
+/// Prepares one source of a plan and writes its record, unless that is already there with all its shards.
 pub async fn prepare_unit(plan: &Plan, index: usize, source: &Source, out: &Store, work: Work<'_>) -> Result<UnitRecord, DataError> {
-    if let Some(record) = plan.record(index, out).await? {
+    if let Some(record) = plan.record(index, out).await?
+        && record.is_whole(out).await?
+    {
         return Ok(record);
     }
     let stopped = |what: String| DataError::Stopped { source_name: source.name().to_owned(), what };

@@ -11,7 +11,7 @@ use crate::error::DataError;
 use crate::feature_file::FeatureReader;
 use crate::features::{FeatureManifest, FeatureSet, FeatureSpec};
 use crate::ipc;
-use crate::manifest::{Manifest, ShardEntry, join};
+use crate::manifest::{Manifest, ShardEntry, at, join, read};
 use crate::shard::{ShardLayout, ShardReader};
 
 /// How much is kept open.
@@ -54,7 +54,7 @@ impl DataSet {
             images: manifest.has_images(),
             moments: manifest.latents.as_ref().map(|spec| spec.len()),
         };
-        let shards = Cache::new(manifest.shards.len(), limits);
+        let shards = Cache::new(manifest.shards.len(), limits, "run the same `ella prepare` again to make it anew");
         Ok(DataSet { store, manifest, layout, limits, shards })
     }
 
@@ -79,8 +79,11 @@ impl DataSet {
     pub async fn features(&self, spec: &FeatureSpec) -> Result<Features, DataError> {
         let set = FeatureSet::find(&self.store, &self.manifest, spec).await?;
         let manifest = set.finish().await?;
-        let files = Cache::new(manifest.shards.len(), self.limits);
-        let empty = Cache::new(1, self.limits);
+        // A manifest tells what there was; what was deleted since is better missed now than hours into training.
+        set.check_complete().await?;
+        let hint = "run the same `ella embed` again to make it anew";
+        let files = Cache::new(manifest.shards.len(), self.limits, hint);
+        let empty = Cache::new(1, self.limits, hint);
         Ok(Features { folder: set.folder().clone(), manifest, files, empty })
     }
 
@@ -123,6 +126,8 @@ impl Features {
 /// Open files by number, the least recently used closed first.
 struct Cache<T> {
     limits: CacheLimits,
+    /// What to do about a file that is not there.
+    hint: &'static str,
     /// Each file's own lock, so that it is opened once while others are being opened.
     slots: Vec<tokio::sync::Mutex<Slot<T>>>,
     /// Open files, the least recently used in front.
@@ -149,9 +154,9 @@ impl<T> fmt::Debug for Cache<T> {
 }
 
 impl<T: Send + Sync + 'static> Cache<T> {
-    fn new(files: usize, limits: CacheLimits) -> Cache<T> {
+    fn new(files: usize, limits: CacheLimits, hint: &'static str) -> Cache<T> {
         let slot = || tokio::sync::Mutex::new(Slot { open: None, checked: false });
-        Cache { limits, slots: (0..files).map(|_| slot()).collect(), used: Mutex::default() }
+        Cache { limits, hint, slots: (0..files).map(|_| slot()).collect(), used: Mutex::default() }
     }
 
     async fn get(
@@ -171,7 +176,10 @@ impl<T: Send + Sync + 'static> Cache<T> {
         }
         let local = store.local_path().map(|folder| folder.join(&entry.name));
         let in_memory = if local.is_some() { 0 } else { entry.bytes };
-        let fetched = if local.is_some() { Bytes::new() } else { store.get(&entry.name).await? };
+        let there = local.as_ref().is_none_or(|path| path.exists());
+        let fetched = if local.is_none() { read(store, &entry.name).await? } else { there.then(Bytes::new) };
+        let missing = || DataError::RecordMissing { file: at(store, &entry.name), hint: self.hint };
+        let fetched = fetched.ok_or_else(missing)?;
         let (entry, folder, check) = (entry.clone(), store.url().to_owned(), !slot.checked || local.is_none());
         // Mapping, digesting and validating read the whole file: not on a thread that others wait for.
         let opening = tokio::task::spawn_blocking(move || {

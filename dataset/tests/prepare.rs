@@ -205,6 +205,21 @@ async fn a_finished_source_is_not_read_again() {
 }
 
 #[tokio::test]
+async fn a_shard_that_was_lost_is_named_and_made_again() {
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let sources = sources(dir.path(), &[("a.tar", &good_tar(0, 5)), ("b.tar", &good_tar(50, 5))]).await;
+    prepare(&sources, &store(&out), &small(), &threads(1)).await.unwrap();
+    let whole = files(out.path());
+    let data = DataSet::open(out.path().to_str().unwrap()).await.unwrap();
+    let lost = data.manifest().shards[1].name.clone();
+    std::fs::remove_file(out.path().join(&lost)).unwrap();
+    let error = data.shard(1).await.unwrap_err().to_string();
+    assert!(error.contains(&lost) && error.contains("not found") && error.contains("ella prepare"), "{error}");
+    prepare(&sources, &store(&out), &small(), &threads(2)).await.unwrap();
+    assert_eq!(files(out.path()), whole);
+}
+
+#[tokio::test]
 async fn a_destination_with_other_data_is_refused_and_left_alone() {
     let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let one = sources(dir.path(), &[("a.tar", &good_tar(0, 5))]).await;

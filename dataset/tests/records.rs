@@ -166,7 +166,7 @@ async fn a_flipped_byte_is_an_error_naming_the_shard_and_both_digests() {
     assert!(file.ends_with(&entry.name));
     assert_eq!((*expected, *found), (entry.blake3, Digest::of(&bytes)));
     std::fs::remove_file(&path).unwrap();
-    assert!(matches!(data.shard(1).await, Err(DataError::Io { .. })));
+    assert!(matches!(data.shard(1).await, Err(DataError::RecordMissing { .. })));
     assert!(matches!(data.shard(999).await, Err(DataError::Row { .. })));
 }
 
@@ -289,6 +289,16 @@ async fn features_are_used_only_when_complete() {
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, bytes).unwrap();
     assert!(matches!(data.features(&spec).await.unwrap().shard(0).await, Err(DataError::Digest { .. })));
+
+    // What the error advises: delete the file, and embed again.
+    let good = data.features(&spec).await.unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let error = good.shard(0).await.unwrap_err().to_string();
+    assert!(error.contains("not found") && error.contains("ella embed"), "{error}");
+    let error = data.features(&spec).await.unwrap_err();
+    assert!(matches!(&error, DataError::FeaturesIncomplete { missing, missing_count: 1, .. } if missing == &stem), "{error}");
+    embed(&data, &spec, 0).await.unwrap();
+    data.features(&spec).await.unwrap().shard(0).await.unwrap();
 }
 
 #[tokio::test]
