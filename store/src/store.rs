@@ -69,7 +69,12 @@ impl Store {
     pub fn open(url: &str) -> Result<Self, StoreError> {
         let opened = open::open(url)?;
         Ok(Self {
-            shared: Arc::new(Shared { object: opened.object, limits: Limits::default(), retries: Mutex::default(), met: AtomicBool::default() }),
+            shared: Arc::new(Shared {
+                object: opened.object,
+                limits: Limits::default(),
+                retries: Mutex::default(),
+                met: AtomicBool::default(),
+            }),
             folder: opened.folder,
             url: opened.url.into(),
             local: opened.local.map(Into::into),
