@@ -51,7 +51,7 @@ fn prepare_counts_what_it_refuses_and_names_broken_sources() {
     std::fs::write(here.join("cut.tar"), &tar[..tar.len() / 2]).unwrap();
     ella(here, &["prepare", "cut.tar", "--out", "y", "--resolution", "64", "--json"]).fails(1, &["cut.tar", "truncated"]);
     std::fs::write(here.join("empty.tar"), "").unwrap();
-    ella(here, &["prepare", "empty.tar", "--out", "y", "--resolution", "64"]).fails(1, &["empty.tar", "is empty"]);
+    ella(here, &["prepare", "empty.tar", "--out", "z", "--resolution", "64"]).fails(1, &["empty.tar", "is empty"]);
 }
 
 #[test]

@@ -255,7 +255,8 @@ mod tests {
 
     #[test]
     fn any_edit_of_a_ledger_is_found() {
-        let edits: [(&str, fn(&mut Commit)); 6] = [
+        type Edit = fn(&mut Commit);
+        let edits: [(&str, Edit); 6] = [
             ("a sample more", |c| c.ledger[0].samples += 1),
             ("another hash", |c| c.ledger[0].hash = c.ledger[0].hash.chars().rev().collect()),
             ("an epoch left out", |c| drop(c.ledger.remove(0))),
