@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     match run {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            tracing::error!("{error:#}");
+            tracing::error!("{}", said(&error));
             ExitCode::from(exit_code(&error))
         }
     }
@@ -71,6 +71,15 @@ fn log_to_stderr(format: LogFormat) {
         LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
         LogFormat::Json => builder.json().init(),
     }
+}
+
+/// An error with its causes, each said once: many of ours name their cause themselves.
+fn said(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+        "" => cause,
+        said if said.contains(&cause) => text,
+        said => format!("{said}: {cause}"),
+    })
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {

@@ -353,8 +353,7 @@ impl Core {
         if !matches!(self.phase, Phase::Starting { .. }) {
             return self.counts.add("refused_out_of_turn", 1);
         }
-        let digests =
-            [(Field::State, &*ready.state_digest), (Field::Data, &*ready.data_digest), (Field::Models, &*ready.models_digest)];
+        let digests = [(Field::State, &*ready.state_digest), (Field::Data, &*ready.data_digest), (Field::Models, &*ready.models_digest)];
         if let Some(failure) = self.malformed(conn, &digests) {
             return self.fail(failure);
         }

@@ -25,11 +25,9 @@ pub enum RunError {
         step: u64,
     },
     /// The effective config in the run folder can't be read.
-    #[error("{url}/run.toml: {reason}; restore it from a copy, or choose another run.output")]
+    #[error("{reason}; restore it from a copy, or choose another run.output")]
     BadRunToml {
-        /// The run.
-        url: String,
-        /// What is wrong.
+        /// Which file, and what is wrong with it.
         reason: String,
     },
     /// The newest commit is not whole.

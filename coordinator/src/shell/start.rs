@@ -57,13 +57,14 @@ fn complete(state: &RunState, config: &RunConfig) -> Option<u64> {
 
 /// Refuses a config that would train other bits than the run's first (SAME). Gives the config that is there.
 async fn check_config(config: &RunConfig, store: &Store) -> Result<Option<String>, RunError> {
-    let bad = |reason: String| RunError::BadRunToml { url: store.url().to_owned(), reason };
+    let bad = |reason: String| RunError::BadRunToml { reason };
     let bytes = match store.get(RUN_TOML).await {
         Err(StoreError::NotFound { .. }) => return Ok(None),
         read => read?,
     };
-    let text = String::from_utf8(bytes.to_vec()).map_err(|e| bad(e.to_string()))?;
-    let there = RunConfig::parse(&text, RUN_TOML, &[]).map_err(|e| bad(e.to_string()))?;
+    let text = String::from_utf8(bytes.to_vec()).map_err(|_| bad(format!("{}/{RUN_TOML}: not UTF-8", store.url())))?;
+    let origin = format!("{}/{RUN_TOML}", store.url());
+    let there = RunConfig::parse(&text, &origin, &[]).map_err(|e| bad(e.to_string()))?;
     let keys = config.binding_differences(&there);
     if keys.is_empty() { Ok(Some(text)) } else { Err(RunError::OtherConfig { url: store.url().to_owned(), keys }) }
 }

@@ -37,9 +37,9 @@ fn check_below(table: &toml::Table, known: &toml::Table, origin: &str, above: &s
     Ok(())
 }
 
-/// The known key within a third of the word's length in edits, if any.
+/// The known key within a third of the word's length in edits, or two (letters that changed places), if any.
 fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a str> {
-    known.map(|k| (edits(key, k), k.as_str())).min().filter(|(distance, k)| *distance <= 1.max(k.len().max(key.len()) / 3)).map(|(_, k)| k)
+    known.map(|k| (edits(key, k), k.as_str())).min().filter(|(distance, k)| *distance <= 2.max(k.len().max(key.len()) / 3)).map(|(_, k)| k)
 }
 
 /// Levenshtein distance.

@@ -1,6 +1,7 @@
 //! A run's config: `RUN.toml`, with overrides. Unknown keys are refused with the nearest known one; every value is checked here,
 //! once, so that what carries a [`RunConfig`] may trust it.
 
+mod check;
 mod keys;
 mod units;
 
@@ -39,8 +40,10 @@ pub enum ConfigError {
         nearest: Option<String>,
     },
     /// A value outside its rule.
-    #[error("config: `{key}` is {found}, but {rule}")]
+    #[error("{origin}: `{key}` is {found}, but {rule}")]
     Value {
+        /// The file, and whether keys of it were overridden.
+        origin: String,
         /// The key, with its section.
         key: &'static str,
         /// The rule.
@@ -49,8 +52,10 @@ pub enum ConfigError {
         found: String,
     },
     /// Something that ella does not do yet.
-    #[error("config: `{key}` = {found} is not supported yet; {instead}")]
+    #[error("{origin}: `{key}` = {found} is not supported yet; {instead}")]
     Unsupported {
+        /// The file, and whether keys of it were overridden.
+        origin: String,
         /// The key, with its section.
         key: &'static str,
         /// The value.
@@ -373,7 +378,8 @@ pub struct Workers {
     pub threads: usize,
     /// A worker not heard of for this long is lost.
     pub lease: Millis,
-    /// A worker that hears of no coordinator for this long stops itself.
+    /// A worker whose coordinator answers nothing for this long (it is stopped, or cut off) stops itself. One whose stream ends stops at
+    /// once: membership is fixed once training has begun.
     pub orphan_timeout: Millis,
     /// A collective that waits for this long has failed.
     pub step_timeout: Millis,
@@ -404,20 +410,23 @@ impl RunConfig {
 
     /// Parses TOML text. `origin` names it in errors.
     pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self, ConfigError> {
-        let syntax = |origin: &str, e: String| ConfigError::Syntax { origin: origin.to_owned(), message: e.trim_end().to_owned() };
-        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| syntax(origin, e.to_string()))?;
+        let syntax = |origin: &str, message: String| ConfigError::Syntax { origin: origin.to_owned(), message };
+        let mut table: toml::Table = text.parse().map_err(|e| syntax(origin, words(text, &e)))?;
         keys::check(&table, &keys::known(), origin)?;
         if overrides.is_empty() {
             // Straight from the text, so that the parser's errors carry line and column.
-            let config: Self = toml::from_str(text).map_err(|e| syntax(origin, e.to_string()))?;
-            return config.validated();
+            let config: Self = toml::from_str(text).map_err(|e| syntax(origin, words(text, &e)))?;
+            check::values(&config, origin)?;
+            return Ok(config);
         }
         for item in overrides {
             keys::set(&mut table, item)?;
             keys::check(&table, &keys::known(), &format!("--set {item}"))?;
         }
-        let config: Self = table.try_into().map_err(|e: toml::de::Error| syntax(&format!("{origin} with --set"), e.to_string()))?;
-        config.validated()
+        let origin = format!("{origin} with --set");
+        let config: Self = table.try_into().map_err(|e: toml::de::Error| syntax(&origin, words("", &e)))?;
+        check::values(&config, &origin)?;
+        Ok(config)
     }
 
     /// The effective config, as it stands in the run folder.
@@ -463,90 +472,14 @@ impl RunConfig {
     fn binding_json(&self) -> Vec<u8> {
         self.binding().to_string().into_bytes()
     }
-
-    fn validated(self) -> Result<Self, ConfigError> {
-        self.check_sizes()?;
-        self.check_rates()?;
-        self.check_supported()?;
-        Ok(self)
-    }
-
-    fn check_sizes(&self) -> Result<(), ConfigError> {
-        let t = &self.train;
-        at_least_one("text.max_tokens", self.text.max_tokens as u64)?;
-        at_least_one("data.window", self.data.window as u64)?;
-        at_least_one("connector.layers", self.connector.layers as u64)?;
-        at_least_one("connector.heads", self.connector.heads as u64)?;
-        at_least_one("connector.latents", self.connector.latents as u64)?;
-        at_least_one("train.steps", t.steps)?;
-        at_least_one("train.global_batch", t.global_batch as u64)?;
-        at_least_one("train.micro_batch", t.micro_batch as u64)?;
-        at_least_one("train.eval_samples", t.eval_samples as u64)?;
-        at_least_one("checkpoint.every", self.checkpoint.every)?;
-        at_least_one("checkpoint.keep", self.checkpoint.keep as u64)?;
-        at_least_one("workers.count", self.workers.count as u64)?;
-        at_least_one("workers.threads", self.workers.threads as u64)?;
-        at_least_one("workers.lease", self.workers.lease.0)?;
-        at_least_one("workers.step_timeout", self.workers.step_timeout.0)?;
-        if !t.global_batch.is_multiple_of(t.micro_batch) {
-            let rule = format!("it must be a multiple of train.micro_batch = {} (lanes are global_batch / micro_batch)", t.micro_batch);
-            return Err(ConfigError::Value { key: "train.global_batch", rule, found: t.global_batch.to_string() });
-        }
-        if self.workers.count > t.lanes() {
-            let rule = format!("there are only {} lanes (train.global_batch / train.micro_batch), and each worker needs one", t.lanes());
-            return Err(ConfigError::Value { key: "workers.count", rule, found: self.workers.count.to_string() });
-        }
-        Ok(())
-    }
-
-    fn check_rates(&self) -> Result<(), ConfigError> {
-        let t = &self.train;
-        let o = &t.optimizer;
-        in_range("train.caption_dropout", t.caption_dropout, 0.0..=1.0)?;
-        in_range("train.grad_clip", t.grad_clip, 0.0..=f64::MAX)?;
-        in_range("train.ema_decay", t.ema_decay, 0.0..=1.0)?;
-        in_range("train.optimizer.lr", o.lr, 0.0..=f64::MAX)?;
-        in_range("train.optimizer.weight_decay", o.weight_decay, 0.0..=f64::MAX)?;
-        in_range("train.optimizer.betas", o.betas[0], 0.0..=1.0 - f64::EPSILON)?;
-        in_range("train.optimizer.betas", o.betas[1], 0.0..=1.0 - f64::EPSILON)?;
-        in_range("train.optimizer.eps", o.eps, f64::MIN_POSITIVE..=f64::MAX)?;
-        if let Some(gamma) = t.snr_gamma {
-            in_range("train.snr_gamma", gamma, f64::MIN_POSITIVE..=f64::MAX)?;
-        }
-        Ok(())
-    }
-
-    fn check_supported(&self) -> Result<(), ConfigError> {
-        if self.text.features == Features::Ahead {
-            let instead = "use \"cached\" (run `ella embed` first) or \"inline\"";
-            return Err(ConfigError::Unsupported { key: "text.features", found: "\"ahead\"".into(), instead });
-        }
-        if let Some(work) = self.checkpoint.max_lost_work {
-            let instead = "use checkpoint.every, in steps";
-            return Err(ConfigError::Unsupported { key: "checkpoint.max_lost_work", found: work.to_string(), instead });
-        }
-        Ok(())
-    }
 }
 
-fn at_least_one(key: &'static str, found: u64) -> Result<(), ConfigError> {
-    if found >= 1 {
-        return Ok(());
-    }
-    Err(ConfigError::Value { key, rule: "it must be at least 1".into(), found: found.to_string() })
-}
-
-fn in_range(key: &'static str, found: f64, range: std::ops::RangeInclusive<f64>) -> Result<(), ConfigError> {
-    if range.contains(&found) {
-        return Ok(());
-    }
-    let (low, high) = (range.start(), range.end());
-    let rule = match (*low == f64::MIN_POSITIVE, *high == f64::MAX) {
-        (true, true) => "it must be a number above 0".to_owned(),
-        (false, true) => format!("it must be a number of at least {low}"),
-        _ => format!("it must lie from {low} to {high}"),
-    };
-    Err(ConfigError::Value { key, rule, found: found.to_string() })
+/// A parser's error in one line: its words, and where.
+fn words(text: &str, error: &toml::de::Error) -> String {
+    let Some(span) = error.span() else { return error.to_string().trim_end().replace('\n', " ") };
+    let before = text.get(..span.start).unwrap_or_default();
+    let (line, column) = (before.matches('\n').count() + 1, before.rsplit('\n').next().unwrap_or_default().chars().count() + 1);
+    format!("line {line}, column {column}: {}", error.message())
 }
 
 #[cfg(test)]
@@ -591,6 +524,7 @@ mod tests {
             "--set worker.count=3: unknown key `worker`; did you mean `workers`?"
         );
         assert_eq!(text(parse("[zzzzzzzzz]", &[]).unwrap_err()), "run.toml: unknown key `zzzzzzzzz`");
+        assert_eq!(text(parse("[trian]", &[]).unwrap_err()), "run.toml: unknown key `trian`; did you mean `train`?");
     }
 
     #[test]
@@ -604,6 +538,7 @@ mod tests {
             ("[train.optimizer]\nbetas = [0.9, 1.0]", "train.optimizer.betas"),
             ("[train.optimizer]\neps = 0.0", "train.optimizer.eps"),
             ("[workers]\ncount = 9", "workers.count"),
+            ("[workers]\nthreads = 100000", "workers.threads"),
             ("[checkpoint]\nkeep = 0", "checkpoint.keep"),
             ("[checkpoint]\nmax_lost_work = \"60s\"", "checkpoint.max_lost_work"),
         ] {
@@ -611,7 +546,15 @@ mod tests {
             assert!(error.contains(&format!("`{key}`")), "{toml}: {error}");
         }
         let error = parse("[train]\nsteps = \"many\"", &[]).unwrap_err().to_string();
-        assert!(error.contains("run.toml") && error.contains("line"), "{error}");
+        assert_eq!(error, "run.toml: line 12, column 9: invalid type: string \"many\", expected u64");
+        let error = parse("[train\nsteps = 3", &[]).unwrap_err().to_string();
+        assert!(error.starts_with("run.toml: line 11, column 7: ") && !error.contains('\n'), "{error}");
+        let error = parse("", &["train.steps=many"]).unwrap_err().to_string();
+        assert_eq!(error, "run.toml with --set: invalid type: string \"many\", expected u64 in `train.steps`");
+        let error = parse("", &["text.max_tokens=100000"]).unwrap_err().to_string();
+        assert_eq!(error, "run.toml with --set: `text.max_tokens` is 100000, but it must lie from 1 to 65536");
+        let error = parse("", &["train.steps=0"]).unwrap_err().to_string();
+        assert_eq!(error, "run.toml with --set: `train.steps` is 0, but it must be 1 or more");
         let error = parse("", &["train.steps"]).unwrap_err().to_string();
         assert!(error.contains("section.key=value"), "{error}");
     }

@@ -1,0 +1,112 @@
+//! The rules for values, which types cannot hold. Each is checked once, and named with its file and key.
+
+use super::{ConfigError, Features, RunConfig};
+use std::ops::RangeInclusive;
+
+/// Most threads of a worker: more than any machine has, and fewer than a system refuses to start.
+const MOST_THREADS: u64 = 1024;
+/// Most positions of a caption: sizes that text encoders have, with room.
+const MOST_TOKENS: u64 = 1 << 16;
+
+/// Refuses the first value outside its rule. `origin` is the file, as errors name it.
+pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError> {
+    let check = Check { config, origin };
+    check.sizes()?;
+    check.rates()?;
+    check.supported()
+}
+
+struct Check<'a> {
+    config: &'a RunConfig,
+    origin: &'a str,
+}
+
+impl Check<'_> {
+    fn sizes(&self) -> Result<(), ConfigError> {
+        let RunConfig { text, data, connector, train, checkpoint, workers, .. } = self.config;
+        let any = 1..=u64::MAX;
+        self.within("text.max_tokens", text.max_tokens as u64, 1..=MOST_TOKENS)?;
+        self.within("workers.threads", workers.threads as u64, 1..=MOST_THREADS)?;
+        for (key, found) in [
+            ("data.window", data.window as u64),
+            ("connector.layers", connector.layers as u64),
+            ("connector.heads", connector.heads as u64),
+            ("connector.latents", connector.latents as u64),
+            ("train.steps", train.steps),
+            ("train.global_batch", train.global_batch as u64),
+            ("train.micro_batch", train.micro_batch as u64),
+            ("train.eval_samples", train.eval_samples as u64),
+            ("checkpoint.every", checkpoint.every),
+            ("checkpoint.keep", checkpoint.keep as u64),
+            ("workers.count", workers.count as u64),
+            ("workers.lease", workers.lease.0),
+            ("workers.orphan_timeout", workers.orphan_timeout.0),
+            ("workers.step_timeout", workers.step_timeout.0),
+            ("workers.start_timeout", workers.start_timeout.0),
+        ] {
+            self.within(key, found, any.clone())?;
+        }
+        self.lanes()
+    }
+
+    fn lanes(&self) -> Result<(), ConfigError> {
+        let (train, count) = (&self.config.train, self.config.workers.count);
+        if !train.global_batch.is_multiple_of(train.micro_batch) {
+            let rule = format!("it must be a multiple of train.micro_batch = {} (lanes are global_batch / micro_batch)", train.micro_batch);
+            return Err(self.wrong("train.global_batch", train.global_batch, rule));
+        }
+        if count > train.lanes() {
+            let rule =
+                format!("there are only {} lanes (train.global_batch / train.micro_batch), and each worker needs one", train.lanes());
+            return Err(self.wrong("workers.count", count, rule));
+        }
+        Ok(())
+    }
+
+    fn rates(&self) -> Result<(), ConfigError> {
+        let train = &self.config.train;
+        let optimizer = &train.optimizer;
+        let below_one = |x: f64| (0.0..1.0).contains(&x);
+        let fraction = |x: f64| (0.0..=1.0).contains(&x);
+        let not_negative = |x: f64| x >= 0.0 && x.is_finite();
+        let positive = |x: f64| x > 0.0 && x.is_finite();
+        self.holds("train.caption_dropout", train.caption_dropout, fraction, "it must lie from 0 to 1")?;
+        self.holds("train.grad_clip", train.grad_clip, not_negative, "it must be 0 (off) or more")?;
+        self.holds("train.ema_decay", train.ema_decay, fraction, "it must lie from 0 to 1")?;
+        self.holds("train.optimizer.lr", optimizer.lr, not_negative, "it must be a number of 0 or more")?;
+        self.holds("train.optimizer.weight_decay", optimizer.weight_decay, not_negative, "it must be a number of 0 or more")?;
+        for beta in optimizer.betas {
+            self.holds("train.optimizer.betas", beta, below_one, "each must be at least 0 and below 1")?;
+        }
+        self.holds("train.optimizer.eps", optimizer.eps, positive, "it must be a number above 0")?;
+        train.snr_gamma.map_or(Ok(()), |gamma| self.holds("train.snr_gamma", gamma, positive, "it must be a number above 0"))
+    }
+
+    fn supported(&self) -> Result<(), ConfigError> {
+        let refused = |key, found, instead| Err(ConfigError::Unsupported { origin: self.origin.to_owned(), key, found, instead });
+        if self.config.text.features == Features::Ahead {
+            return refused("text.features", "\"ahead\"".to_owned(), "use \"cached\" (run `ella embed` first) or \"inline\"");
+        }
+        if let Some(work) = self.config.checkpoint.max_lost_work {
+            return refused("checkpoint.max_lost_work", work.to_string(), "use checkpoint.every, in steps");
+        }
+        Ok(())
+    }
+
+    fn within(&self, key: &'static str, found: u64, range: RangeInclusive<u64>) -> Result<(), ConfigError> {
+        if range.contains(&found) {
+            return Ok(());
+        }
+        let (low, high) = (range.start(), range.end());
+        let rule = if *high == u64::MAX { format!("it must be {low} or more") } else { format!("it must lie from {low} to {high}") };
+        Err(self.wrong(key, found, rule))
+    }
+
+    fn holds(&self, key: &'static str, found: f64, holds: impl Fn(f64) -> bool, rule: &str) -> Result<(), ConfigError> {
+        if holds(found) { Ok(()) } else { Err(self.wrong(key, found, rule.to_owned())) }
+    }
+
+    fn wrong(&self, key: &'static str, found: impl ToString, rule: String) -> ConfigError {
+        ConfigError::Value { origin: self.origin.to_owned(), key, rule, found: found.to_string() }
+    }
+}
