@@ -68,7 +68,7 @@ fn fixed_point(n: usize) -> anyhow::Result<()> {
         lanes.add(&mut acc, &grad)?;
         println!("one lane to fixed point: {:?}", began.elapsed());
         let began = Instant::now();
-        std::hint::black_box(fixed::to_f32(&acc)?);
+        let _ = std::hint::black_box(fixed::to_f32(&acc)?);
         println!("fixed point to f32: {:?}", began.elapsed());
     }
     Ok(())

@@ -16,6 +16,7 @@ const CLOSING: Duration = Duration::from_secs(1);
 
 /// What other tasks tell the driver.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // some hundred bytes each, in a short queue
 pub(super) enum Input {
     /// A worker's stream was opened; its messages follow.
     Opened(ConnId, Stream),

@@ -13,6 +13,7 @@ const TRIES: usize = 3;
 
 /// What the keeper is asked to do.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // some hundred bytes each, in a short queue
 pub(super) enum Work {
     /// Append a record.
     Append(Body),
