@@ -44,7 +44,10 @@ fn harassed(world: &World, seed: u64) -> Result<(Run, Files)> {
 fn the_trained_bytes_depend_on_neither_workers_nor_kills() -> Result<()> {
     let world = World::new(SCENES)?;
     let alone = finished(&world, "one", 1)?;
-    assert_eq!(alone.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["connector.safetensors", "ema.safetensors", "optimizer.safetensors"]);
+    assert_eq!(
+        alone.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(),
+        ["connector.safetensors", "ema.safetensors", "optimizer.safetensors"]
+    );
     for workers in [2, 4] {
         assert!(finished(&world, &format!("w{workers}"), workers)? == alone, "{workers} workers trained other bytes than one");
     }

@@ -53,7 +53,9 @@ fn coordinator_costs_nothing() -> Result<(f64, f64)> {
     let coordinator = child.id();
     let mut processes = Processes(vec![child]);
     for _ in 0..2 {
-        processes.0.push(Command::new(binary("ella-worker")?).args(["--coordinator", &url, "--device", "cpu"]).stderr(Stdio::null()).spawn()?);
+        processes
+            .0
+            .push(Command::new(binary("ella-worker")?).args(["--coordinator", &url, "--device", "cpu"]).stderr(Stdio::null()).spawn()?);
     }
     ella_tests::wait_until("the first steps", || run.output.join("metrics").read_dir().is_ok_and(|mut files| files.next().is_some()))?;
     let mut windows = Vec::new();
