@@ -3,7 +3,7 @@
 //! Every epoch permutes the shards; the rows of the permuted shards, end to end, are cut into one equal segment per
 //! lane; within a segment rows are permuted inside windows of consecutive shards. Step *s* takes the next `micro_batch`
 //! samples of every lane. So a lane has at most `window` shards open at a time, a resume is one integer, and which rank
-//! runs which lane is of no account. Both permutations are [`Permutation`]s: no list of samples exists anywhere; the
+//! runs which lane is of no account. Both permutations are `Permutation`s: no list of samples exists anywhere; the
 //! only tables are the shards' prefix sums.
 
 mod permutation;
