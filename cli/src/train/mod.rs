@@ -296,19 +296,19 @@ async fn recorded(config: &RunConfig) -> Option<String> {
     Some(outcome(&state).1).filter(|reason| state.is_over() && !reason.is_empty())
 }
 
-/// One line that says why, after the last words of those that ended badly.
+/// One line that says why. Where nothing says it, the last words of those that ended badly come before.
 fn failure(children: &Children, last: Option<&StatusReport>, recorded: Option<String>, code: u8) -> Fail {
-    let bad = |member: &&Member| !matches!(member.ended.and_then(|status| status.code()), Some(0 | 3));
-    let mut ends = Vec::new();
-    for member in children.members().iter().filter(bad) {
-        for line in member.last_lines() {
-            note(format_args!("[{}] {line}", member.name));
-        }
-        ends.push(format!("{}: {}", member.name, member.ended.map_or_else(String::new, ending)));
-    }
+    let ended_badly = |member: &&Member| !matches!(member.ended.and_then(|status| status.code()), Some(0 | 3));
+    let bad: Vec<&Member> = children.members().iter().filter(ended_badly).collect();
     let seen = last.filter(|status| status.phase == "failed" && !status.reason.is_empty()).map(|status| status.reason.clone());
-    let said = || children.members().iter().filter(bad).find_map(Member::last_error);
-    let why = recorded.or(seen).or_else(said).unwrap_or_else(|| "the run ended before it was done; the same command resumes it".to_owned());
+    let why = recorded.or(seen).or_else(|| bad.iter().find_map(|member| member.last_error()));
+    let why = why.unwrap_or_else(|| {
+        for member in &bad {
+            member.last_lines().iter().for_each(|line| note(format_args!("[{}] {line}", member.name)));
+        }
+        "the run ended before it was done; the same command resumes it".to_owned()
+    });
+    let ends: Vec<String> = bad.iter().map(|m| format!("{}: {}", m.name, m.ended.map_or_else(String::new, ending))).collect();
     Fail { code, message: format!("{} ({})", one_line(&why), ends.join(", ")) }
 }
 
