@@ -53,7 +53,8 @@ impl Committer {
         Ok(Self { jobs: Some(jobs), thread: Some(thread) })
     }
 
-    /// Hands a snapshot over. `position` is where the data goes on after it. Waits only if two commits are still under way.
+    /// Hands a snapshot over. `position` is where the data goes on after it. Waits only if two commits are still under way, and then
+    /// no longer than the store's own deadlines let the first of them take.
     pub fn save(&mut self, snapshot: Snapshot, position: Position) -> Result<(), CommitError> {
         let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send((snapshot, position)).is_ok());
         if sent { Ok(()) } else { Err(self.finish().err().unwrap_or(CommitError::Died)) }
@@ -64,7 +65,7 @@ impl Committer {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Waits for what is under way.
+    /// Waits for what is under way: no longer than the store's deadlines allow.
     pub fn finish(&mut self) -> Result<(), CommitError> {
         self.jobs = None;
         match self.thread.take().map(JoinHandle::join) {

@@ -2,22 +2,30 @@
 //! flags and an inbox; it never waits for the coordinator (LIVE).
 
 use ella_proto::v1::coordinator_client::CoordinatorClient;
-use ella_proto::v1::{FromWorker, Heartbeat, Hello, Progress, Refused, ToWorker, Welcome, from_worker, to_worker};
+use ella_proto::v1::{
+    FromWorker, Heartbeat, Hello, Progress, Refused, RefusedReason, StatusRequest, ToWorker, Welcome, from_worker, to_worker,
+};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, timeout};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
 
-/// Messages that may wait for a coordinator that does not read. Progress is dropped, and counted, when less than half is free.
+/// Messages that may wait for a coordinator that does not read. What may be lost (progress, heartbeats) takes at most half of it; the
+/// other half is for commits, of which each has four messages at most.
 const BACKLOG: usize = 4096;
+/// Questions in a row that a coordinator may leave unanswered. More than one, so that a stop of this process counts as one at most.
+const PROBES: u32 = 4;
 /// How long a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why the control plane is of no use any more.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum ControlError {
     /// No connection.
     #[error("{url}: no coordinator answers ({message}); check the address and that ella-coordinator runs")]
@@ -28,11 +36,24 @@ pub enum ControlError {
         message: String,
     },
     /// The coordinator does not want this worker.
-    #[error("the coordinator refused this worker: {0}")]
-    Refused(String),
+    #[error("the coordinator refused this worker: {detail}")]
+    Refused {
+        /// In short.
+        reason: RefusedReason,
+        /// In words.
+        detail: String,
+    },
     /// The stream ended.
-    #[error("the coordinator is gone: {0}")]
+    #[error("the coordinator is gone ({0}); start the run again to resume from its last commit")]
     Lost(String),
+    /// The stream stands, but nobody answers.
+    #[error(
+        "the coordinator has answered nothing for {seconds} s (workers.orphan_timeout); start the run again to resume from its last commit"
+    )]
+    Silent {
+        /// For how long.
+        seconds: u64,
+    },
     /// The coordinator ended the run.
     #[error("the coordinator ended the run: {0}")]
     Aborted(String),
@@ -46,6 +67,15 @@ pub enum ControlError {
     },
 }
 
+impl ControlError {
+    /// Whether starting again would fail in the same way.
+    pub fn is_permanent(&self) -> bool {
+        use RefusedReason as R;
+        let Self::Refused { reason, .. } = self else { return false };
+        matches!(reason, R::Version | R::Config | R::DeviceKind | R::Malformed)
+    }
+}
+
 /// What the coordinator says, in order.
 pub type Message = to_worker::Body;
 
@@ -54,9 +84,11 @@ pub type Message = to_worker::Body;
 pub struct Flags {
     /// Commit at the next step boundary and leave.
     pub drain: AtomicBool,
+    /// Steps are being taken: from here on there is something to commit.
+    pub training: AtomicBool,
     /// The last applied step, for heartbeats.
     pub step: AtomicU64,
-    /// Progress messages that were dropped because nobody read them.
+    /// Messages of progress that were dropped because nobody read them.
     pub dropped_progress: AtomicU64,
     term: AtomicU64,
     generation: AtomicU64,
@@ -68,13 +100,13 @@ type OnStop = Box<dyn Fn() + Send>;
 
 #[derive(Default)]
 struct Stop {
-    reason: Option<String>,
+    why: Option<ControlError>,
     call: Option<OnStop>,
 }
 
 impl std::fmt::Debug for Stop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Stop").field("reason", &self.reason).finish_non_exhaustive()
+        f.debug_struct("Stop").field("why", &self.why).finish_non_exhaustive()
     }
 }
 
@@ -82,7 +114,7 @@ impl Flags {
     /// Calls `call` when the run is ended from outside: it frees a rank that waits in a collective. At once, if it has been ended.
     pub fn on_stop(&self, call: OnStop) {
         let mut stop = lock(&self.stop);
-        if stop.reason.is_some() {
+        if stop.why.is_some() {
             call();
         }
         stop.call = Some(call);
@@ -99,13 +131,14 @@ impl Flags {
     }
 
     /// Why the run was ended from outside, if it was.
-    pub fn stopped(&self) -> Option<String> {
-        lock(&self.stop).reason.clone()
+    pub fn stopped(&self) -> Option<ControlError> {
+        lock(&self.stop).why.clone()
     }
 
-    fn stop(&self, reason: String) {
+    /// Ends the run. Only the first reason counts.
+    fn stop(&self, why: ControlError) {
         let mut stop = lock(&self.stop);
-        stop.reason.get_or_insert(reason);
+        stop.why.get_or_insert(why);
         if let Some(call) = &stop.call {
             call();
         }
@@ -123,6 +156,8 @@ pub struct Control {
     inbox: Mutex<Receiver<Message>>,
     /// Flags that both planes share.
     pub flags: Arc<Flags>,
+    /// What serves the stream; it ends with this.
+    _tasks: JoinSet<()>,
 }
 
 /// Sends to the coordinator from any thread.
@@ -133,18 +168,24 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// Sends a message that must arrive. Waits if the coordinator does not read and the backlog is full.
+    /// Sends a message that must arrive. Never waits: a coordinator that leaves so many unread is given up (LIVE).
     pub fn send(&self, body: from_worker::Body) {
-        // An error means that the stream has ended, which the inbox reports.
-        let _ = self.out.blocking_send(self.stamp(body));
+        // A closed queue means that the stream has ended, which the flags say.
+        if let Err(TrySendError::Full(_)) = self.out.try_send(self.stamp(body)) {
+            self.flags.stop(ControlError::Lost(format!("it reads nothing, and {BACKLOG} messages wait for it")));
+        }
     }
 
     /// Sends progress, unless nobody reads it.
     pub fn progress(&self, progress: Progress) {
-        let sent = self.out.capacity() > BACKLOG / 2 && self.out.try_send(self.stamp(from_worker::Body::Progress(progress))).is_ok();
-        if !sent {
-            self.flags.dropped_progress.fetch_add(1, Ordering::Relaxed);
+        if !self.offer(from_worker::Body::Progress(progress)) && self.flags.dropped_progress.fetch_add(1, Ordering::Relaxed) == 0 {
+            tracing::warn!("the coordinator reads nothing: progress is dropped until it does");
         }
+    }
+
+    /// Sends what may be lost, while much room is left.
+    fn offer(&self, body: from_worker::Body) -> bool {
+        self.out.capacity() > BACKLOG / 2 && self.out.try_send(self.stamp(body)).is_ok()
     }
 
     fn stamp(&self, body: from_worker::Body) -> FromWorker {
@@ -154,37 +195,22 @@ impl Outbox {
 }
 
 impl Control {
-    /// Connects, says hello, and waits for the welcome.
-    pub async fn attach(url: &str, hello: Hello) -> Result<(Self, Welcome), ControlError> {
-        let unreachable = |message: String| ControlError::Unreachable { url: url.to_owned(), message };
-        let endpoint = Endpoint::from_shared(url.to_owned())
-            .map_err(|e| unreachable(e.to_string()))?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            // A coordinator that is stopped or cut off may come back within the workers' patience (LIVE).
-            .http2_keep_alive_interval(Duration::from_secs(10))
-            .keep_alive_timeout(Duration::from_secs(60))
-            .keep_alive_while_idle(true);
-        let channel = endpoint.connect().await.map_err(|e| unreachable(describe(&e)))?;
-        let flags = Arc::new(Flags::default());
+    /// Connects, says hello, and waits for the welcome. `flags` are those that the caller raises and looks at.
+    pub async fn attach(url: &str, hello: Hello, flags: Arc<Flags>) -> Result<(Self, Welcome), ControlError> {
+        let mut client = connect(url).await?;
         let (out, outgoing) = tokio::sync::mpsc::channel(BACKLOG);
         let outbox = Outbox { out: out.clone(), flags: flags.clone() };
-        let _ = out.try_send(outbox.stamp(from_worker::Body::Hello(hello)));
-        let mut client = CoordinatorClient::new(channel);
-        let mut incoming = deadline("answer", CONNECT_TIMEOUT, client.attach(ReceiverStream::new(outgoing))).await?.map_err(|e| unreachable(e.message().to_owned()))?.into_inner();
-        let first = deadline("welcome", CONNECT_TIMEOUT, incoming.message()).await?.map_err(|e| ControlError::Lost(e.message().to_owned()))?;
-        let welcome = match first.and_then(|m: ToWorker| Some((m.term, m.body?))) {
-            Some((term, Message::Welcome(welcome))) => {
-                flags.term.store(term, Ordering::Relaxed);
-                welcome
-            }
-            Some((_, Message::Refused(refused))) => return Err(ControlError::Refused(refusal(&refused))),
-            _ => return Err(ControlError::Lost("its first message was no welcome".to_owned())),
-        };
-        let (inbound, inbox) = channel_pair();
-        tokio::spawn(listen(incoming, inbound, flags.clone()));
-        tokio::spawn(beat(outbox, Duration::from_millis(welcome.heartbeat_ms.max(1))));
-        Ok((Self { out, inbox: Mutex::new(inbox), flags }, welcome))
+        outbox.send(from_worker::Body::Hello(hello));
+        let answer = deadline("answer", CONNECT_TIMEOUT, client.attach(ReceiverStream::new(outgoing))).await?;
+        let mut incoming = answer.map_err(|e| unreachable(url, e.message()))?.into_inner();
+        let first = deadline("welcome", CONNECT_TIMEOUT, incoming.message()).await?;
+        let welcome = welcomed(first.map_err(|e| ControlError::Lost(e.message().to_owned()))?, &flags)?;
+        let (inbound, inbox) = std::sync::mpsc::channel();
+        let mut tasks = JoinSet::new();
+        let orphaned = orphaned(client, Duration::from_millis(welcome.orphan_ms));
+        tasks.spawn(listen(incoming, orphaned, inbound, flags.clone()));
+        tasks.spawn(beat(outbox, Duration::from_millis(welcome.heartbeat_ms.max(1))));
+        Ok((Self { out, inbox: Mutex::new(inbox), flags, _tasks: tasks }, welcome))
     }
 
     /// A sender for other threads.
@@ -197,29 +223,59 @@ impl Control {
         let got = lock(&self.inbox).recv_timeout(patience);
         match (got, self.flags.stopped()) {
             (Ok(message), _) => Ok(message),
-            (Err(_), Some(reason)) => Err(ControlError::Lost(reason)),
+            (Err(_), Some(why)) => Err(why),
             (Err(RecvTimeoutError::Timeout), None) => Err(ControlError::Late { what, seconds: patience.as_secs() }),
             (Err(RecvTimeoutError::Disconnected), None) => Err(ControlError::Lost("its stream ended".to_owned())),
         }
     }
 }
 
-fn channel_pair() -> (Sender<Message>, Receiver<Message>) {
-    channel()
+async fn connect(url: &str) -> Result<CoordinatorClient<Channel>, ControlError> {
+    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|e| unreachable(url, &describe(&e)))?;
+    let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+    let channel = deadline("connection", CONNECT_TIMEOUT, endpoint.connect()).await?;
+    Ok(CoordinatorClient::new(channel.map_err(|e| unreachable(url, &describe(&e)))?))
+}
+
+fn unreachable(url: &str, message: &str) -> ControlError {
+    ControlError::Unreachable { url: url.to_owned(), message: message.to_owned() }
+}
+
+/// Takes the first message for what it must be.
+fn welcomed(first: Option<ToWorker>, flags: &Flags) -> Result<Welcome, ControlError> {
+    match first.and_then(|m| Some((m.term, m.body?))) {
+        Some((term, Message::Welcome(welcome))) => {
+            flags.term.store(term, Ordering::Relaxed);
+            Ok(welcome)
+        }
+        Some((_, Message::Refused(refused))) => Err(refusal(refused)),
+        _ => Err(ControlError::Lost("its first message was no welcome".to_owned())),
+    }
 }
 
 async fn deadline<T>(what: &'static str, patience: Duration, wait: impl Future<Output = T>) -> Result<T, ControlError> {
-    tokio::time::timeout(patience, wait).await.map_err(|_| ControlError::Late { what, seconds: patience.as_secs() })
+    timeout(patience, wait).await.map_err(|_| ControlError::Late { what, seconds: patience.as_secs() })
 }
 
-/// Takes in what the coordinator says until the stream ends.
-async fn listen(mut incoming: tonic::Streaming<ToWorker>, inbound: Sender<Message>, flags: Arc<Flags>) {
-    let ended = loop {
-        match incoming.next().await {
-            None => break "its stream ended".to_owned(),
-            Some(Err(status)) => break status.message().to_owned(),
-            Some(Ok(message)) if message.term < flags.term.load(Ordering::Relaxed) => {
-                tracing::warn!(term = message.term, "refused a message of an older term");
+/// Takes in what the coordinator says, until the stream ends or nobody is there any more.
+async fn listen(
+    mut incoming: tonic::Streaming<ToWorker>,
+    orphaned: impl Future<Output = ControlError>,
+    inbound: Sender<Message>,
+    flags: Arc<Flags>,
+) {
+    tokio::pin!(orphaned);
+    let why = loop {
+        let next = tokio::select! {
+            biased;
+            next = incoming.next() => next,
+            why = &mut orphaned => break why,
+        };
+        match next {
+            None => break ControlError::Lost("its stream ended".to_owned()),
+            Some(Err(status)) => break ControlError::Lost(status.message().to_owned()),
+            Some(Ok(message)) if message.term < flags.term() || message.generation < flags.generation() => {
+                tracing::warn!(message.term, message.generation, "refused a message of an older term or generation");
             }
             Some(Ok(ToWorker { generation, body: Some(body), .. })) => {
                 flags.generation.store(generation, Ordering::Relaxed);
@@ -228,27 +284,46 @@ async fn listen(mut incoming: tonic::Streaming<ToWorker>, inbound: Sender<Messag
                         tracing::info!(reason = drain.reason, "asked to commit and leave");
                         flags.drain.store(true, Ordering::Relaxed);
                     }
-                    Message::Abort(abort) => break abort.reason,
+                    Message::Abort(abort) => break ControlError::Aborted(abort.reason),
                     body => drop(inbound.send(body)),
                 }
             }
             Some(Ok(_)) => tracing::warn!("an empty message from the coordinator"),
         }
     };
-    flags.stop(ended);
+    flags.stop(why);
+}
+
+/// Asks again and again whether the coordinator still answers, and returns when it has not for `patience`. Whatever it answers, it is
+/// there; that it is not will be seen on the stream too, unless it is stopped or cut off.
+async fn orphaned(mut client: CoordinatorClient<Channel>, patience: Duration) -> ControlError {
+    let each = patience / PROBES;
+    let mut unanswered = 0;
+    while unanswered < PROBES {
+        match timeout(each, client.status(StatusRequest {})).await {
+            Ok(_) => {
+                unanswered = 0;
+                tokio::time::sleep(each).await;
+            }
+            Err(_) => unanswered += 1,
+        }
+    }
+    ControlError::Silent { seconds: patience.as_secs() }
 }
 
 async fn beat(outbox: Outbox, every: Duration) {
     let mut ticks = tokio::time::interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while !outbox.out.is_closed() {
         ticks.tick().await;
-        let step = outbox.flags.step.load(Ordering::Relaxed);
-        let _ = outbox.out.try_send(outbox.stamp(from_worker::Body::Heartbeat(Heartbeat { step })));
+        outbox.offer(from_worker::Body::Heartbeat(Heartbeat { step: outbox.flags.step.load(Ordering::Relaxed) }));
     }
 }
 
-fn refusal(refused: &Refused) -> String {
-    if refused.detail.is_empty() { refused.reason().as_str_name().to_owned() } else { refused.detail.clone() }
+fn refusal(refused: Refused) -> ControlError {
+    let reason = refused.reason();
+    let detail = if refused.detail.is_empty() { reason.as_str_name().to_owned() } else { refused.detail };
+    ControlError::Refused { reason, detail }
 }
 
 /// An error with its causes, which tonic keeps to itself.
@@ -260,4 +335,58 @@ fn describe(error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unread() -> (Outbox, tokio::sync::mpsc::Receiver<FromWorker>) {
+        let (out, queue) = tokio::sync::mpsc::channel(BACKLOG);
+        (Outbox { out, flags: Arc::default() }, queue)
+    }
+
+    /// LIVE: nothing waits for a coordinator that does not read. Progress is dropped and counted; what must arrive has room, and the run
+    /// ends when that is used up.
+    #[test]
+    fn nothing_waits_for_a_coordinator_that_does_not_read() {
+        let (outbox, queue) = unread();
+        for step in 0..BACKLOG as u64 {
+            outbox.progress(Progress { step, ..Progress::default() });
+        }
+        assert_eq!((queue.len(), outbox.flags.dropped_progress.load(Ordering::Relaxed)), (BACKLOG / 2, BACKLOG as u64 / 2));
+        let called = Arc::new(AtomicBool::new(false));
+        let flag = called.clone();
+        outbox.flags.on_stop(Box::new(move || flag.store(true, Ordering::Relaxed)));
+        for _ in 0..BACKLOG / 2 {
+            outbox.send(from_worker::Body::Finished(Default::default()));
+        }
+        assert!(outbox.flags.stopped().is_none() && queue.len() == BACKLOG);
+        outbox.send(from_worker::Body::Finished(Default::default()));
+        assert!(matches!(outbox.flags.stopped(), Some(ControlError::Lost(why)) if why.contains("4096")));
+        assert!(called.load(Ordering::Relaxed), "a rank that waits for others is freed");
+    }
+
+    #[test]
+    fn only_the_first_reason_counts_and_latecomers_are_told_at_once() {
+        let flags = Flags::default();
+        flags.stop(ControlError::Aborted("first".into()));
+        flags.stop(ControlError::Lost("second".into()));
+        assert!(matches!(flags.stopped(), Some(ControlError::Aborted(why)) if why == "first"));
+        let called = Arc::new(AtomicBool::new(false));
+        let flag = called.clone();
+        flags.on_stop(Box::new(move || flag.store(true, Ordering::Relaxed)));
+        assert!(called.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test]
+    async fn a_coordinator_that_is_not_there_is_named() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        drop(listener);
+        for url in [url.as_str(), "not a url"] {
+            let error = Control::attach(url, Hello::default(), Arc::default()).await.unwrap_err();
+            assert!(matches!(error, ControlError::Unreachable { .. }) && error.to_string().contains(url), "{error}");
+        }
+    }
 }

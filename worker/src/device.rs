@@ -7,7 +7,9 @@ use tch::{Cuda, Device, Kind};
 
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("workers.device = \"cuda\", but {0}; install the NVIDIA driver and libtorch's CUDA libraries (make does the latter), or use \"cpu\"")]
+#[error(
+    "workers.device = \"cuda\", but {0}; install the NVIDIA driver and libtorch's CUDA libraries (make does the latter), or use \"cpu\""
+)]
 pub struct NoDevice(String);
 
 /// The device that the config asks for, with the process set up for it. Call it on each thread that computes.

@@ -2,8 +2,8 @@
 //! there, so that an interrupted run goes on where it was.
 
 use crate::feed::{FeedError, stored_kind};
-use crate::text::{Rows, TextEncoder};
-use ella_dataset::{DataSet, FeatureSpec, FeatureWriter, Padding};
+use crate::text::TextEncoder;
+use ella_dataset::{DataSet, FeatureSpec, FeatureWriter};
 use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 use tokio::runtime::Handle;
@@ -81,26 +81,24 @@ fn embed_captions(
         report.truncated += rows.truncated as u64;
         report.tokens_kept += rows.tokens.iter().map(|t| *t as u64).sum::<u64>();
         report.tokens_computed += (rows.features.size()[0] * rows.features.size()[1]) as u64;
-        for (at, row) in group.iter().enumerate() {
-            stored[*row] = (row_bytes(&rows, at, spec)?, rows.tokens[at] as u32);
+        let features = rows.features.f_to_kind(stored_kind(spec.dtype))?.f_to_device(Device::Cpu)?;
+        for ((at, row), tokens) in group.iter().enumerate().zip(&rows.tokens) {
+            let tokens = *tokens as u32;
+            stored[*row] = (row_bytes(&features.f_get(at as i64)?, tokens, spec)?, tokens);
         }
         progress(group.len() as u64);
     }
     let mut writer = FeatureWriter::new(spec)?;
-    for (bytes, tokens) in &stored {
-        writer.push(bytes, *tokens)?;
+    // Each row is let go as it is written: a shard's features are large.
+    for (bytes, tokens) in stored {
+        writer.push(&bytes, tokens)?;
     }
     Ok(writer.finish()?)
 }
 
-/// One caption's stored positions, little-endian, in the stored format.
-fn row_bytes(rows: &Rows, at: usize, spec: &FeatureSpec) -> Result<Vec<u8>, tch::TchError> {
-    let positions = match spec.padding {
-        Padding::Fixed => i64::from(spec.max_tokens),
-        Padding::None => rows.tokens[at] as i64,
-    };
-    let row = rows.features.f_get(at as i64)?.f_narrow(0, 0, positions)?;
-    let row: Tensor = row.f_to_kind(stored_kind(spec.dtype))?.f_to_device(Device::Cpu)?.f_contiguous()?;
+/// The positions that are stored of one caption's features `[S, E]`, little-endian.
+fn row_bytes(row: &Tensor, tokens: u32, spec: &FeatureSpec) -> Result<Vec<u8>, tch::TchError> {
+    let row = row.f_narrow(0, 0, i64::from(spec.stored_tokens(tokens)))?.f_contiguous()?;
     let mut bytes = vec![0u8; row.numel() * spec.dtype.bytes()];
     row.f_copy_data_u8(&mut bytes, row.numel())?;
     Ok(bytes)

@@ -2,10 +2,14 @@
 
 use clap::Parser;
 use ella_proto::config::Device;
+use ella_worker::control::Flags;
 use ella_worker::session::{Options, WorkError, work};
 use ella_worker::train::Ending;
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Train one share of a run under a coordinator.
 ///
@@ -49,14 +53,35 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let flags = Arc::new(Flags::default());
+    runtime.spawn(watch_signals(flags.clone()));
     let Arguments { coordinator, listen, advertise, device, .. } = arguments;
-    match work(&Options { coordinator, listen, advertise, device }, runtime.handle()) {
+    let ending = work(&Options { coordinator, listen, advertise, device }, flags, runtime.handle());
+    // What a store still does for a worker that has failed is not waited for.
+    runtime.shutdown_background();
+    match ending {
         Ok(Ending::Done) => ExitCode::SUCCESS,
         Ok(Ending::Preempted) => ExitCode::from(3),
         Err(error) => {
             tracing::error!("{error}");
             exit_code(&error)
         }
+    }
+}
+
+/// SIGTERM and SIGINT ask for a commit at the next step boundary. A second one, or one before the first step, when there is nothing to
+/// commit, leaves at once: resumable.
+async fn watch_signals(flags: Arc<Flags>) {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        tracing::error!("signals cannot be watched: SIGTERM will end this worker without a commit");
+        return;
+    };
+    loop {
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        if flags.drain.swap(true, Ordering::Relaxed) || !flags.training.load(Ordering::Relaxed) {
+            std::process::exit(3);
+        }
+        tracing::info!("signal: commit at the next step boundary, then leave");
     }
 }
 

@@ -11,6 +11,7 @@ use ella_model::unet::{UNet, UNetConfig};
 use ella_model::vae::Vae;
 use ella_model::weights::Weights;
 use ella_proto::config::RunConfig;
+use ella_store::{Digest, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tch::Device;
@@ -26,8 +27,10 @@ pub struct Loaded {
     pub vae: Vae,
     /// Which features the connector takes.
     pub text: TextIdentity,
-    /// BLAKE3 over all frozen weights and the schedule: which models the run is bound to.
-    pub digest: String,
+    /// BLAKE3 of the VAE's weights, as data sets with latents name them.
+    pub vae_weights: String,
+    /// BLAKE3 over all frozen networks and the schedule: which models the run is bound to.
+    pub digest: Digest,
 }
 
 /// Loads everything that `config` names onto `device`.
@@ -49,7 +52,8 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let connector = Tsc::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
     let digest = models_digest(&base, &text)?;
     let networks = Networks { connector, unet, kind, schedule, snr_gamma: config.train.snr_gamma };
-    Ok(Loaded { networks, state, vae, text, digest })
+    let vae_weights = Weights::open(&base.join("vae"))?.digest();
+    Ok(Loaded { networks, state, vae, text, vae_weights, digest })
 }
 
 /// A model folder on this machine.
@@ -71,19 +75,18 @@ fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> R
         let rule = format!("the base's cross_attention_dim, {wanted}; leave connector.width out to take it");
         return Err(ModelError::argument("connector.width", rule, width));
     }
-    Ok(TscConfig {
-        layers: c.layers as i64,
-        heads: c.heads as i64,
-        latents: c.latents as i64,
-        ..TscConfig::new(width, text_width)
-    })
+    Ok(TscConfig { layers: c.layers as i64, heads: c.heads as i64, latents: c.latents as i64, ..TscConfig::new(width, text_width) })
 }
 
 fn check_latents(unet: &UNetConfig, vae: &Vae, base: &Path) -> Result<(), ModelError> {
     let latents = vae.config().latent_channels;
     let name = format!("{}: unet in_channels", base.display());
     if unet.in_channels != latents {
-        return Err(ModelError::argument(name, format!("the VAE's latent_channels, {latents} (inpainting U-Nets are not supported)"), unet.in_channels));
+        return Err(ModelError::argument(
+            name,
+            format!("the VAE's latent_channels, {latents} (inpainting U-Nets are not supported)"),
+            unet.in_channels,
+        ));
     }
     if unet.out_channels != latents {
         let name = format!("{}: unet out_channels", base.display());
@@ -92,13 +95,14 @@ fn check_latents(unet: &UNetConfig, vae: &Vae, base: &Path) -> Result<(), ModelE
     Ok(())
 }
 
-fn models_digest(base: &Path, text: &TextIdentity) -> Result<String, ModelError> {
+fn models_digest(base: &Path, text: &TextIdentity) -> Result<Digest, ModelError> {
     let scheduler = base.join("scheduler/scheduler_config.json");
     let scheduler = std::fs::read(&scheduler).map_err(|source| ModelError::Unreadable { file: scheduler, source })?;
-    let mut hasher = blake3::Hasher::new();
+    let mut hasher = Hasher::new();
     for part in ["unet", "vae"] {
-        hasher.update(Weights::open(&base.join(part))?.digest().as_bytes());
+        hasher.update(text::fingerprint(&base.join(part))?.as_bytes());
     }
-    hasher.update(&scheduler).update(text.weights_digest.as_bytes()).update(text.tokenizer_digest.as_bytes());
-    Ok(hasher.finalize().to_hex().to_string())
+    hasher.update(Digest::of(&scheduler).as_bytes());
+    hasher.update(text.weights_digest.as_bytes()).update(text.tokenizer_digest.as_bytes());
+    Ok(hasher.finish())
 }

@@ -33,7 +33,9 @@ impl SampleNoise {
         words[8..16].copy_from_slice(&epoch.to_le_bytes());
         words[16..].copy_from_slice(&sample.to_le_bytes());
         let hash = blake3::hash(&words);
-        let word = |at: usize| u32::from_le_bytes([hash.as_bytes()[at], hash.as_bytes()[at + 1], hash.as_bytes()[at + 2], hash.as_bytes()[at + 3]]);
+        let word = |at: usize| {
+            u32::from_le_bytes([hash.as_bytes()[at], hash.as_bytes()[at + 1], hash.as_bytes()[at + 2], hash.as_bytes()[at + 3]])
+        };
         Self { key: [word(0), word(4)] }
     }
 
@@ -79,12 +81,7 @@ fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let left = u64::from(counter[0]) * 0xD251_1F53;
         let right = u64::from(counter[2]) * 0xCD9E_8D57;
-        counter = [
-            (right >> 32) as u32 ^ counter[1] ^ key[0],
-            right as u32,
-            (left >> 32) as u32 ^ counter[3] ^ key[1],
-            left as u32,
-        ];
+        counter = [(right >> 32) as u32 ^ counter[1] ^ key[0], right as u32, (left >> 32) as u32 ^ counter[3] ^ key[1], left as u32];
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
     counter
@@ -121,7 +118,9 @@ mod tests {
         };
         let base = first(1, 2, 3, Stream::Noise);
         assert_eq!(base, values[..4]);
-        for other in [first(2, 2, 3, Stream::Noise), first(1, 3, 3, Stream::Noise), first(1, 2, 4, Stream::Noise), first(1, 2, 3, Stream::Posterior)] {
+        for other in
+            [first(2, 2, 3, Stream::Noise), first(1, 3, 3, Stream::Noise), first(1, 2, 4, Stream::Noise), first(1, 2, 3, Stream::Posterior)]
+        {
             assert_ne!(base, other);
         }
     }

@@ -6,6 +6,7 @@ use ella_model::t5::{T5, T5Config};
 use ella_model::tokenizer::{Padding as Rule, TextTokenizer};
 use ella_model::weights::Weights;
 use ella_proto::config::{Dtype, Padding};
+use ella_store::{Digest, Hasher};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
@@ -87,9 +88,9 @@ impl TextEncoder {
 /// What identifies the features of a model under given options, read without loading the encoder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TextIdentity {
-    /// BLAKE3 of the weight files.
-    pub weights_digest: String,
-    /// BLAKE3 of `tokenizer.json`.
+    /// BLAKE3 of the weights and `config.json`.
+    pub weights_digest: Digest,
+    /// BLAKE3 of `tokenizer.json`, lower-case hex.
     pub tokenizer_digest: String,
     /// Width E of the features.
     pub width: i64,
@@ -98,8 +99,17 @@ pub struct TextIdentity {
 /// Reads a text model's identity.
 pub fn identity(model: &Path) -> Result<TextIdentity, ModelError> {
     Ok(TextIdentity {
-        weights_digest: Weights::open(model)?.digest(),
+        weights_digest: fingerprint(model)?,
         tokenizer_digest: TextTokenizer::load(model)?.digest().to_owned(),
         width: T5Config::load(model)?.d_model,
     })
+}
+
+/// BLAKE3 over a network's weights and its configuration: the same weights under another configuration are another network.
+pub fn fingerprint(folder: &Path) -> Result<Digest, ModelError> {
+    let file = folder.join("config.json");
+    let config = std::fs::read(&file).map_err(|source| ModelError::Unreadable { file, source })?;
+    let mut hasher = Hasher::new();
+    hasher.update(Weights::open(folder)?.digest().as_bytes()).update(&config);
+    Ok(hasher.finish())
 }

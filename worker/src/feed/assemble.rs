@@ -6,7 +6,7 @@ use crate::noise::{HELD_OUT, SampleNoise, Stream};
 use crate::train::lane::LaneBatch;
 use ella_dataset::ledger::{KeyHash, Tally};
 use ella_dataset::order::{Order, OrderConfig, SampleRef};
-use ella_dataset::{DataSet, ShardReader, decode_rgb};
+use ella_dataset::{DataSet, LatentSpec, ShardReader, decode_rgb};
 use ella_model::vae::Vae;
 use ella_proto::config::RunConfig;
 use std::ops::Range;
@@ -26,8 +26,8 @@ pub struct Parts {
     pub features: FeatureSource,
     /// Pictures to latents.
     pub vae: Vae,
-    /// Its compute format.
-    pub kind: Kind,
+    /// BLAKE3 of its weights: stored latents must be its own.
+    pub vae_weights: String,
     /// Timesteps of the diffusion schedule.
     pub timesteps: u32,
     /// Where lanes are computed.
@@ -60,18 +60,8 @@ struct Picked {
 impl Sources {
     /// Fixes the order, and checks that the data set suits the networks.
     pub fn new(parts: Parts) -> Result<Self, FeedError> {
+        check_suited(&parts)?;
         let manifest = parts.data.manifest();
-        let unsuited = |what: String| FeedError::Unsuited { data: parts.data.store().url().to_owned(), what };
-        let downscale = parts.vae.config().downscale() as u32;
-        match (manifest.resolution(), &manifest.latents) {
-            (Some(side), None) if !side.is_multiple_of(downscale) => {
-                return Err(unsuited(format!("pictures of {side} pixels are no multiple of the VAE's {downscale}; prepare with another resolution")));
-            }
-            _ if manifest.latents.is_none() && !manifest.has_images() => {
-                return Err(unsuited("it has captions only, and training needs pictures; prepare one from pictures with captions".to_owned()));
-            }
-            _ => {}
-        }
         let train = &parts.config.train;
         let config = OrderConfig {
             seed: parts.config.run.seed,
@@ -87,6 +77,10 @@ impl Sources {
 
     pub(super) fn order(&self) -> Arc<Order> {
         self.order.clone()
+    }
+
+    pub(super) fn patience(&self) -> Duration {
+        self.parts.config.workers.step_timeout.duration()
     }
 
     pub(super) fn identity(&self) -> &Identity {
@@ -183,11 +177,11 @@ impl Sources {
 
     /// Scaled latents `[b, 4, h, w]` float32, drawn from the VAE's posterior (paper §2: latents are samples, not means).
     fn latents(&self, picked: &[Picked]) -> Result<Tensor, FeedError> {
-        let Parts { vae, device, kind, .. } = &self.parts;
+        let Parts { vae, device, .. } = &self.parts;
         let (mean, logvar) = match &self.parts.data.manifest().latents {
-            Some(_) => self.stored_moments(picked)?,
+            Some(spec) => self.stored_moments(spec, picked)?,
             None => {
-                let images = self.images(picked)?.f_to_device(*device)?.f_to_kind(*kind)?;
+                let images = self.images(picked)?.f_to_device(*device)?;
                 tch::no_grad(|| vae.encode(&images))?
             }
         };
@@ -197,8 +191,7 @@ impl Sources {
         Ok(vae.scale(&sample)?)
     }
 
-    fn stored_moments(&self, picked: &[Picked]) -> Result<(Tensor, Tensor), FeedError> {
-        let Some(spec) = &self.parts.data.manifest().latents else { return Err(FeedError::Died) };
+    fn stored_moments(&self, spec: &LatentSpec, picked: &[Picked]) -> Result<(Tensor, Tensor), FeedError> {
         let shape = [1, i64::from(spec.channels), i64::from(spec.height), i64::from(spec.width)];
         let mut rows = Vec::with_capacity(picked.len());
         for sample in picked {
@@ -226,6 +219,31 @@ impl Sources {
 
     fn bad_row(&self, sample: &Picked, what: &str) -> FeedError {
         FeedError::Row { data: self.parts.data.store().url().to_owned(), key: sample.key.clone(), what: what.to_owned() }
+    }
+}
+
+/// Refuses a data set that these networks cannot be trained on.
+fn check_suited(parts: &Parts) -> Result<(), FeedError> {
+    let manifest = parts.data.manifest();
+    let refuse = |what: String| Err(FeedError::Unsuited { data: parts.data.store().url().to_owned(), what });
+    let vae = parts.vae.config();
+    let downscale = vae.downscale() as u32;
+    match (manifest.resolution(), &manifest.latents) {
+        (_, Some(latents)) if latents.model.to_string() != parts.vae_weights => {
+            let (expected, found) = (&parts.vae_weights, latents.model);
+            refuse(format!("its latents are another VAE's (expected {expected}, found {found}); prepare it with --latents of base.model"))
+        }
+        (_, Some(latents)) if i64::from(latents.channels) != 2 * vae.latent_channels => {
+            let (expected, found) = (2 * vae.latent_channels, latents.channels);
+            refuse(format!("its latents have the wrong number of channels (expected {expected}, found {found}); prepare it again"))
+        }
+        (Some(side), None) if !side.is_multiple_of(downscale) => {
+            refuse(format!("pictures of {side} pixels are no multiple of the VAE's {downscale}; prepare with another resolution"))
+        }
+        (_, None) if !manifest.has_images() => {
+            refuse("it has captions only, and training needs pictures; prepare one from pictures with captions".to_owned())
+        }
+        _ => Ok(()),
     }
 }
 

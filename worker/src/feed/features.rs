@@ -4,16 +4,14 @@ use super::FeedError;
 use crate::text::{TextEncoder, TextIdentity};
 use ella_dataset::{FeatureDtype, FeatureReader, FeatureSpec, Features, Padding as Stored};
 use ella_proto::config::{Dtype, Padding, Text};
-use ella_store::Digest;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 /// The spec of the features that a text model gives under a run's settings.
 pub fn spec(text: &Text, identity: &TextIdentity) -> Result<FeatureSpec, FeedError> {
-    let digest = |hex: &str| hex.parse::<Digest>().map_err(|_| FeedError::Died);
     Ok(FeatureSpec {
-        weights_digest: digest(&identity.weights_digest)?,
-        tokenizer_digest: digest(&identity.tokenizer_digest)?,
+        weights_digest: identity.weights_digest,
+        tokenizer_digest: identity.tokenizer_digest.parse()?,
         max_tokens: text.max_tokens as u32,
         padding: match text.padding {
             Padding::Fixed => Stored::Fixed,

@@ -1,6 +1,6 @@
 //! The feed: the samples of a rank's lanes, step by step, ahead of the step that uses them (design.md §4 "Feed").
 //!
-//! One thread reads, decodes and encodes; it stays at most [`AHEAD`] steps ahead, which bounds its memory.
+//! One thread reads, decodes and encodes; it stays at most `AHEAD` steps ahead, which bounds its memory.
 
 mod assemble;
 mod features;
@@ -13,9 +13,10 @@ use ella_dataset::DataError;
 use ella_dataset::ledger::Tally;
 use ella_dataset::order::{Order, OrderError, Position};
 use ella_model::ModelError;
+use ella_store::digest::BadDigest;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 /// Steps that are ready or being made ahead of the one that is computed.
@@ -54,6 +55,15 @@ pub enum FeedError {
         /// Why, and what to do.
         what: String,
     },
+    /// A digest that is none.
+    #[error(transparent)]
+    Digest(#[from] BadDigest),
+    /// The samples of a step did not come in time.
+    #[error("no samples for the next step within {seconds} s (workers.step_timeout); look at the data set's store, or raise the timeout")]
+    Late {
+        /// The deadline.
+        seconds: u64,
+    },
     /// The feeding thread is gone.
     #[error("the feeding thread has died")]
     Died,
@@ -63,8 +73,8 @@ impl FeedError {
     /// Whether starting again would fail in the same way.
     pub fn is_permanent(&self) -> bool {
         match self {
-            Self::Data(DataError::Store(error)) => !error.is_retryable(),
-            Self::Torch(_) | Self::Died => false,
+            Self::Data(DataError::Store(error)) => error.is_permanent(),
+            Self::Torch(_) | Self::Late { .. } | Self::Died => false,
             _ => true,
         }
     }
@@ -117,30 +127,31 @@ pub struct Feed {
     ready: Receiver<Result<StepInput, FeedError>>,
     order: Arc<Order>,
     identity: Identity,
+    patience: Duration,
 }
 
 impl Feed {
-    /// Starts feeding the steps `steps` to the lanes `lanes`. `set_up` runs first in the feeding thread.
-    pub fn start(
-        sources: Sources,
-        lanes: Range<u32>,
-        steps: Range<u64>,
-        set_up: impl FnOnce() + Send + 'static,
-    ) -> std::io::Result<Self> {
+    /// Starts feeding the steps `steps` to the lanes `lanes`. `set_up` runs first in the feeding thread. A step waits for its samples
+    /// for the config's `step_timeout`: other ranks would not wait longer for this one.
+    pub fn start(sources: Sources, lanes: Range<u32>, steps: Range<u64>, set_up: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
         let (send, ready) = sync_channel(AHEAD.saturating_sub(1));
+        let patience = sources.patience();
         let order = sources.order();
         let identity = sources.identity().clone();
         std::thread::Builder::new().name("feed".into()).spawn(move || {
             set_up();
             serve(sources, &lanes, steps, &send);
         })?;
-        Ok(Self { ready, order, identity })
+        Ok(Self { ready, order, identity, patience })
     }
 
     /// The next step's samples.
-    pub fn next(&mut self) -> Result<StepInput, FeedError> {
+    pub fn next_step(&mut self) -> Result<StepInput, FeedError> {
         let begin = Instant::now();
-        let mut input = self.ready.recv().map_err(|_| FeedError::Died)??;
+        let mut input = self.ready.recv_timeout(self.patience).map_err(|error| match error {
+            RecvTimeoutError::Timeout => FeedError::Late { seconds: self.patience.as_secs() },
+            RecvTimeoutError::Disconnected => FeedError::Died,
+        })??;
         input.waited = begin.elapsed();
         Ok(input)
     }
@@ -180,7 +191,23 @@ pub fn lanes_of(rank: u32, world: u32, lanes: u32) -> Range<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::lanes_of;
+    use super::*;
+    use ella_dataset::order::OrderConfig;
+
+    /// LIVE: neither a feed that hangs nor one whose thread has died is waited for in vain.
+    #[test]
+    fn samples_that_do_not_come_are_not_waited_for_for_ever() {
+        let order = Order::new(OrderConfig { seed: 0, lanes: 1, micro_batch: 1, window: 1 }, &[1]).unwrap();
+        let (send, ready) = sync_channel(1);
+        let identity = Identity { data: String::new(), models: String::new() };
+        let mut feed = Feed { ready, order: Arc::new(order), identity, patience: Duration::from_millis(5) };
+        let late = feed.next_step().unwrap_err();
+        assert!(matches!(late, FeedError::Late { .. }) && !late.is_permanent() && late.to_string().contains("workers.step_timeout"));
+        send.send(Err(FeedError::Died)).unwrap();
+        assert!(matches!(feed.next_step(), Err(FeedError::Died)));
+        drop(send);
+        assert!(matches!(feed.next_step(), Err(FeedError::Died)));
+    }
 
     #[test]
     fn ranks_share_all_lanes_out_evenly() {

@@ -95,11 +95,15 @@ impl Networks {
         let begin = Instant::now();
         let sum = self.losses(batch)?.f_sum(Kind::Float)?;
         let forward = begin.elapsed();
-        let loss = sum.f_div_scalar(step_samples as f64)?;
+        let scale = loss_scale(self.kind, batch, step_samples);
+        let loss = sum.f_div_scalar(step_samples as f64)?.f_mul_scalar(scale)?;
         let params: Vec<&Tensor> = self.connector.tensors().iter().map(|(_, t)| t).collect();
         let grads = Tensor::f_run_backward(&[loss], &params, false, false)?;
         let flat: Vec<Tensor> = grads.iter().map(|g| g.f_reshape([-1])).collect::<Result<_, _>>()?;
-        let grad = Tensor::f_cat(&flat, 0)?;
+        let mut grad = Tensor::f_cat(&flat, 0)?;
+        if scale != 1.0 {
+            let _ = grad.f_div_scalar_(scale)?;
+        }
         Ok(LaneGradient { grad, loss_sum: sum.f_double_value(&[])?, forward, backward: begin.elapsed() - forward })
     }
 
@@ -107,4 +111,17 @@ impl Networks {
     pub fn evaluate(&self, batch: &LaneBatch) -> Result<f64, TrainError> {
         tch::no_grad(|| Ok(self.losses(batch)?.f_sum(Kind::Float)?.f_double_value(&[])?))
     }
+}
+
+/// What a loss is multiplied with for the backward pass, and its gradient divided by: a power of two, so that nothing else changes.
+///
+/// 1, unless the U-Net computes in float16. There the gradient of a mean over a whole batch's latents, about the error divided by
+/// their number, is smaller than the smallest number; so it is brought back to the order of the error itself.
+fn loss_scale(kind: Kind, batch: &LaneBatch, step_samples: u64) -> f64 {
+    if kind != Kind::Half {
+        return 1.0;
+    }
+    let elements = batch.latents.numel() as f64 / batch.len().max(1) as f64 * step_samples as f64;
+    // A quarter leaves room for what backward passes amplify.
+    (elements.log2().floor() - 2.0).max(0.0).exp2()
 }

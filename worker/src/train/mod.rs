@@ -4,23 +4,24 @@ pub mod lane;
 pub mod optimizer;
 pub mod state;
 pub mod stats;
+mod sum;
 
 use crate::commit::{CommitError, Committer};
 use crate::control::{Flags, Outbox};
 use crate::feed::{Feed, FeedError, StepInput};
-use crate::reduce::fixed::{self, FixedError, FixedPoint};
+use crate::reduce::fixed::FixedError;
 use crate::reduce::{Collective, CollectiveError};
 use ella_dataset::ledger::LedgerError;
 use ella_model::ModelError;
-use ella_proto::config::{Reduction, RunConfig, Train};
+use ella_proto::config::RunConfig;
 use ella_proto::v1::{FailureKind, Progress, StepParts};
 use lane::Networks;
 use state::TrainState;
-use stats::{StepStats, WORDS};
+use stats::StepStats;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
-use tch::{Device, Kind, Tensor};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use sum::Sum;
 
 /// Why training stopped short.
 #[derive(Debug, thiserror::Error)]
@@ -50,13 +51,27 @@ pub enum TrainError {
     /// The sums of a step cannot be formed.
     #[error(transparent)]
     Sum(#[from] FixedError),
-    /// The summed gradient is not finite.
-    #[error("step {step}: the gradient's norm is {norm}; lower train.optimizer.lr, or look at the samples of this step")]
+    /// A loss or the summed gradient is not finite.
+    #[error("step {step}: the {what} is {value}; lower train.optimizer.lr, or look at the samples of this step")]
     NotFinite {
         /// The step.
         step: u64,
-        /// The norm.
-        norm: f64,
+        /// Of what.
+        what: &'static str,
+        /// The value.
+        value: f64,
+    },
+    /// The ranks together have not used what makes up the step (ONCE).
+    #[error("step {step}: {what} of all ranks are {found} (expected {expected}); all ranks must run the same program on the same data")]
+    Dealt {
+        /// The step.
+        step: u64,
+        /// What was counted.
+        what: &'static str,
+        /// As it must be.
+        expected: u64,
+        /// As it is.
+        found: u64,
     },
     /// The ranks' sums do not make sense.
     #[error("step {step}: {source}")]
@@ -69,9 +84,6 @@ pub enum TrainError {
     /// A commit could not be saved.
     #[error(transparent)]
     Commit(#[from] CommitError),
-    /// The run was ended from outside.
-    #[error("{0}")]
-    Stopped(String),
 }
 
 impl TrainError {
@@ -81,10 +93,11 @@ impl TrainError {
             Self::Torch(_) | Self::Sum(_) => (FailureKind::Internal, false),
             Self::Model(_) => (FailureKind::Input, true),
             Self::Feed(error) => (FailureKind::Input, error.is_permanent()),
-            Self::Collective(_) | Self::Stopped(_) => (FailureKind::Collective, false),
+            Self::Collective(_) => (FailureKind::Collective, false),
             // The same step gives the same numbers (SAME), so a restart would end here again.
-            Self::Gradient { .. } | Self::NotFinite { .. } | Self::Ledger { .. } => (FailureKind::Numeric, true),
-            Self::Commit(_) => (FailureKind::Store, false),
+            Self::Gradient { .. } | Self::NotFinite { .. } | Self::Ledger { .. } | Self::Dealt { .. } => (FailureKind::Numeric, true),
+            Self::Commit(CommitError::Store { source, .. }) => (FailureKind::Store, source.is_permanent()),
+            Self::Commit(CommitError::Died) => (FailureKind::Internal, false),
         }
     }
 }
@@ -123,11 +136,12 @@ impl Trainer {
     /// Trains until the last step, or until a rank is asked to leave.
     pub fn run(&mut self) -> Result<Ending, TrainError> {
         while self.state.step < self.config.train.steps {
-            let input = self.feed.next()?;
+            let input = self.feed.next_step()?;
             let stats = self.step(input)?;
             let step = self.state.step;
-            let leaving = stats.leaving > 0;
-            if leaving || step.is_multiple_of(self.config.checkpoint.every) || step == self.config.train.steps {
+            let last = step == self.config.train.steps;
+            let leaving = stats.leaving > 0 && !last;
+            if leaving || last || step.is_multiple_of(self.config.checkpoint.every) {
                 self.committer.save(self.state.snapshot()?, self.feed.position(step))?;
             }
             if leaving {
@@ -145,6 +159,31 @@ impl Trainer {
         let begin = Instant::now();
         let mut times = Times { data: input.waited, encode: input.encode, ..Times::default() };
         let number = self.state.step + 1;
+        let (sum, mine) = self.lanes(&input, &mut times)?;
+
+        let reducing = Instant::now();
+        let (mut grad, words) = sum.reduce(self.collective.as_mut(), mine.words())?;
+        times.reduce = reducing.elapsed();
+        let all = StepStats::from_words(&words).map_err(|source| TrainError::Ledger { step: number, source })?;
+        self.check_dealt(&all, input.step_samples)?;
+
+        let updating = Instant::now();
+        let norm = optimizer::clip(&mut grad, self.config.train.grad_clip)?;
+        if !norm.is_finite() {
+            return Err(TrainError::NotFinite { step: number, what: "gradient's norm", value: norm });
+        }
+        optimizer::update(&mut self.state.buffers, &grad, &self.config.train, number)?;
+        self.state.step = number;
+        self.state.ledger.add_tally(input.epoch, &all.tally);
+        self.flags.step.store(number, Ordering::Relaxed);
+        times.update = updating.elapsed();
+        self.report(&all, norm, begin.elapsed() + input.waited, &times);
+        Ok(all)
+    }
+
+    /// The gradients of this rank's lanes, summed, and what it has to tell of them.
+    fn lanes(&self, input: &StepInput, times: &mut Times) -> Result<(Sum, StepStats), TrainError> {
+        let step = self.state.step + 1;
         let mut mine = StepStats::of_one_rank(self.flags.drain.load(Ordering::Relaxed));
         for batch in &input.held_out {
             mine.add_held_out(self.networks.evaluate(batch)?, batch.len());
@@ -156,92 +195,54 @@ impl Trainer {
             mine.truncated += lane.truncated;
             let Some(batch) = &lane.batch else { continue };
             let gradient = self.networks.gradient(batch, input.step_samples)?;
+            if !gradient.loss_sum.is_finite() {
+                return Err(TrainError::NotFinite { step, what: "loss", value: gradient.loss_sum });
+            }
             mine.add_loss(gradient.loss_sum);
             times.forward += gradient.forward;
             times.backward += gradient.backward;
-            sum.add(&gradient.grad).map_err(|source| TrainError::Gradient { step: number, lane: lane.lane, source })?;
+            sum.add(&gradient.grad).map_err(|source| TrainError::Gradient { step, lane: lane.lane, source })?;
         }
-        let reducing = Instant::now();
-        let (mut grad, words) = sum.reduce(self.collective.as_mut(), mine.words())?;
-        times.reduce = reducing.elapsed();
-        let all = StepStats::from_words(&words).map_err(|source| TrainError::Ledger { step: number, source })?;
-
-        let updating = Instant::now();
-        let norm = optimizer::clip(&mut grad, self.config.train.grad_clip)?;
-        if !norm.is_finite() {
-            return Err(TrainError::NotFinite { step: number, norm });
-        }
-        optimizer::update(&mut self.state.buffers, &grad, &self.config.train, number)?;
-        self.state.step = number;
-        self.state.ledger.add_tally(input.epoch, &all.tally);
-        self.flags.step.store(number, Ordering::Relaxed);
-        times.update = updating.elapsed();
-        self.report(&all, norm, begin.elapsed() + input.waited, &times);
-        Ok(all)
+        Ok((sum, mine))
     }
 
+    /// All ranks took part, and together used every sample of the step (ONCE).
+    fn check_dealt(&self, all: &StepStats, step_samples: u64) -> Result<(), TrainError> {
+        let step = self.state.step + 1;
+        let world = u64::from(self.collective.world());
+        for (what, expected, found) in [("places", world, all.ranks as u64), ("samples", step_samples, all.tally.samples)] {
+            if found != expected {
+                return Err(TrainError::Dealt { step, what, expected, found });
+            }
+        }
+        Ok(())
+    }
+
+    /// Rank 0 speaks for all; of the others only the timing is of interest.
     fn report(&self, all: &StepStats, norm: f64, took: Duration, times: &Times) {
         let step = self.state.step;
+        let at_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+        let timing = Progress { step, step_seconds: took.as_secs_f64(), parts: Some(times.parts()), at_unix_ms, ..Progress::default() };
+        if self.collective.rank() != 0 {
+            return self.outbox.progress(timing);
+        }
         let mut skipped = std::collections::HashMap::new();
-        for (name, count) in [("captions_dropped", all.dropped), ("captions_truncated", all.truncated)] {
+        let counts =
+            [("captions_dropped", all.dropped), ("captions_truncated", all.truncated), ("held_out_samples_not_finite", all.held_out_lost)];
+        for (name, count) in counts {
             if count > 0 {
                 skipped.insert(name.to_owned(), count as u64);
             }
         }
         self.outbox.progress(Progress {
-            step,
             samples: all.tally.samples,
             loss: all.mean_loss(),
             grad_norm: norm,
             learning_rate: optimizer::learning_rate(&self.config.train, step),
-            step_seconds: took.as_secs_f64(),
-            parts: Some(times.parts()),
             skipped,
             held_out_loss: all.mean_held_out(),
-            at_unix_ms: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),
+            ..timing
         });
-    }
-}
-
-/// The gradient's sum over lanes, and then over ranks.
-enum Sum {
-    /// Integers `[P + WORDS]`: the gradient in fixed point, then the step's own sums.
-    Exact(Tensor, FixedPoint),
-    /// Floats `[P]`.
-    Fast(Tensor),
-}
-
-impl Sum {
-    fn new(train: &Train, params: i64, device: Device) -> Result<Self, TrainError> {
-        Ok(match train.reduction {
-            Reduction::Exact => Self::Exact(fixed::zeros(params + WORDS as i64, device)?, FixedPoint::new(train.lanes() as u32)),
-            Reduction::Fast => Self::Fast(Tensor::f_zeros([params], (Kind::Float, device))?),
-        })
-    }
-
-    fn add(&mut self, grad: &Tensor) -> Result<(), FixedError> {
-        match self {
-            Self::Exact(sum, fixed) => fixed.add(&mut sum.f_narrow(0, 0, grad.size()[0])?, grad),
-            Self::Fast(sum) => Ok(drop(sum.f_add_(grad)?)),
-        }
-    }
-
-    /// The gradient `[P]` float32 and the step's sums, over all ranks.
-    fn reduce(self, collective: &mut dyn Collective, mut words: [i64; WORDS]) -> Result<(Tensor, [i64; WORDS]), TrainError> {
-        match self {
-            Self::Exact(mut sum, _) => {
-                let params = sum.size()[0] - WORDS as i64;
-                sum.f_narrow(0, params, WORDS as i64)?.f_copy_(&Tensor::f_from_slice(&words)?)?;
-                collective.sum_tensor(&mut sum)?;
-                sum.f_narrow(0, params, WORDS as i64)?.f_to_device(Device::Cpu)?.f_copy_data(&mut words, WORDS)?;
-                Ok((fixed::to_f32(&sum.f_narrow(0, 0, params)?)?, words))
-            }
-            Self::Fast(mut sum) => {
-                collective.sum_tensor(&mut sum)?;
-                collective.sum_i64(&mut words)?;
-                Ok((sum, words))
-            }
-        }
     }
 }
 

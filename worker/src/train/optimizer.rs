@@ -21,14 +21,22 @@ pub fn learning_rate(train: &Train, step: u64) -> f64 {
 }
 
 /// The average's decay at `step`: `ema_decay`, but never more than (1 + step) / (10 + step), so that the first steps do not stay
-/// in it for ever (diffusers' `EMAModel.get_decay`).
+/// in it for ever (the warm-up of diffusers' `EMAModel`).
 pub fn ema_decay(train: &Train, step: u64) -> f64 {
     train.ema_decay.min((1.0 + step as f64) / (10.0 + step as f64))
 }
 
+/// Elements whose squares are summed at a time.
+const NORM_PIECE: i64 = 1 << 20;
+
 /// Scales `grad` in place so that its 2-norm is at most `limit` (0: no limit). Returns the norm before.
 pub fn clip(grad: &mut Tensor, limit: f64) -> Result<f64, tch::TchError> {
-    let norm = grad.f_to_kind(Kind::Double)?.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?.sqrt();
+    // In pieces: the whole in float64 would be twice the gradient's memory.
+    let mut square = Tensor::f_zeros([], (Kind::Double, grad.device()))?;
+    for piece in grad.f_split(NORM_PIECE, 0)? {
+        let _ = square.f_add_(&piece.f_to_kind(Kind::Double)?.f_square_()?.f_sum(Kind::Double)?)?;
+    }
+    let norm = square.f_double_value(&[])?.sqrt();
     if limit > 0.0 && norm > limit {
         // The small constant is torch.nn.utils.clip_grad_norm_'s.
         let _ = grad.f_mul_scalar_(limit / (norm + 1e-6))?;
@@ -61,9 +69,9 @@ pub fn update(buffers: &mut Buffers, grad: &Tensor, train: &Train, step: u64) ->
         let Buffers { params, exp_avg, exp_avg_sq, ema } = buffers;
         let _ = params.f_mul_scalar_(1.0 - lr * o.weight_decay)?;
         let _ = exp_avg.f_lerp_(grad, 1.0 - beta1)?;
-        let squared = grad.f_square()?;
-        let _ = exp_avg_sq.f_mul_scalar_(beta2)?;
-        *exp_avg_sq += squared * (1.0 - beta2);
+        let mut squared = grad.f_square()?;
+        let _ = squared.f_mul_scalar_(1.0 - beta2)?;
+        let _ = exp_avg_sq.f_mul_scalar_(beta2)?.f_add_(&squared)?;
         let mut denominator = exp_avg_sq.f_sqrt()?;
         let _ = denominator.f_div_scalar_(correction2.sqrt())?;
         let _ = denominator.f_add_scalar_(o.eps)?;

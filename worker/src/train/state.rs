@@ -146,8 +146,7 @@ pub struct TrainState {
 impl TrainState {
     /// A fresh state from the connector's first values.
     pub fn fresh(layout: Arc<Layout>, params: Tensor) -> Result<Self, tch::TchError> {
-        let buffers =
-            Buffers { exp_avg: params.f_zeros_like()?, exp_avg_sq: params.f_zeros_like()?, ema: copy(&params)?, params };
+        let buffers = Buffers { exp_avg: params.f_zeros_like()?, exp_avg_sq: params.f_zeros_like()?, ema: copy(&params)?, params };
         Ok(Self { step: 0, layout, buffers, ledger: Ledger::default() })
     }
 
@@ -162,7 +161,7 @@ impl TrainState {
 
     /// A copy in host memory, from which files and digests are made while training goes on.
     pub fn snapshot(&self) -> Result<Snapshot, tch::TchError> {
-        let copy = |t: &Tensor| copy(&t.f_detach()?.f_to_device(Device::Cpu)?);
+        let copy = |t: &Tensor| t.f_detach()?.f_to_device_(Device::Cpu, Kind::Float, false, true);
         let b = &self.buffers;
         Ok(Snapshot {
             step: self.step,
@@ -188,16 +187,12 @@ pub fn part_names() -> [&'static str; 3] {
 }
 
 fn fill(target: &mut Tensor, layout: &Layout, prefix: &str, file: &str, bytes: &[u8]) -> Result<(), StateError> {
-    let tensors = SafeTensors::deserialize(bytes)
-        .map_err(|e| StateError::NotSafetensors { file: file.to_owned(), message: e.to_string() })?;
+    let tensors =
+        SafeTensors::deserialize(bytes).map_err(|e| StateError::NotSafetensors { file: file.to_owned(), message: e.to_string() })?;
     for e in layout.entries() {
         let key = format!("{prefix}{}", e.name);
-        let wrong = |found: String| StateError::Tensor {
-            file: file.to_owned(),
-            key: key.clone(),
-            expected: format!("F32 {:?}", e.shape),
-            found,
-        };
+        let wrong =
+            |found: String| StateError::Tensor { file: file.to_owned(), key: key.clone(), expected: format!("F32 {:?}", e.shape), found };
         let view = tensors.tensor(&key).map_err(|_| wrong("missing".to_owned()))?;
         let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
         if view.dtype() != Dtype::F32 || shape != e.shape {
@@ -326,9 +321,11 @@ mod tests {
     #[test]
     fn files_of_another_layout_are_refused_by_name() {
         let files = files(&state(1).snapshot().unwrap());
-        let mut other =
-            TrainState::fresh(Arc::new(Layout::new(vec![("a.weight".into(), vec![4, 3]), ("b".into(), vec![5])])), Tensor::zeros([17], (Kind::Float, Device::Cpu)))
-                .unwrap();
+        let mut other = TrainState::fresh(
+            Arc::new(Layout::new(vec![("a.weight".into(), vec![4, 3]), ("b".into(), vec![5])])),
+            Tensor::zeros([17], (Kind::Float, Device::Cpu)),
+        )
+        .unwrap();
         let error = other.restore(&files).unwrap_err().to_string();
         assert!(error.contains("connector.safetensors") && error.contains("`a.weight`") && error.contains("[4, 3]"), "{error}");
         let mut garbage = files.clone();

@@ -6,7 +6,7 @@ use ella_dataset::ledger::{LedgerError, TALLY_WORDS, Tally};
 
 /// Losses travel as multiples of 2^-32.
 const LOSS_SCALE: f64 = 4_294_967_296.0;
-const FIXED: usize = 7;
+const FIXED: usize = 8;
 
 /// Length of the vector.
 pub const WORDS: usize = FIXED + TALLY_WORDS;
@@ -19,6 +19,8 @@ pub struct StepStats {
     held_out_loss: i64,
     /// Samples in `held_out_loss`.
     pub held_out_samples: i64,
+    /// Held-out samples whose batch has a loss that is not finite; they are not in the mean.
+    pub held_out_lost: i64,
     /// Ranks that ask to commit and leave after this step.
     pub leaving: i64,
     /// Captions replaced by the empty one.
@@ -44,6 +46,10 @@ impl StepStats {
 
     /// Adds a sum of held-out losses over `samples` samples.
     pub fn add_held_out(&mut self, sum: f64, samples: i64) {
+        if !sum.is_finite() {
+            self.held_out_lost += samples;
+            return;
+        }
         self.held_out_loss = self.held_out_loss.wrapping_add(fixed(sum));
         self.held_out_samples += samples;
     }
@@ -65,6 +71,7 @@ impl StepStats {
             self.loss,
             self.held_out_loss,
             self.held_out_samples,
+            self.held_out_lost,
             self.leaving,
             self.dropped,
             self.truncated,
@@ -78,8 +85,9 @@ impl StepStats {
     pub fn from_words(words: &[i64; WORDS]) -> Result<Self, LedgerError> {
         let mut tally = [0; TALLY_WORDS];
         tally.copy_from_slice(&words[FIXED..]);
-        let [loss, held_out_loss, held_out_samples, leaving, dropped, truncated, ranks, ..] = *words;
-        Ok(Self { loss, held_out_loss, held_out_samples, leaving, dropped, truncated, ranks, tally: Tally::from_words(tally)? })
+        let tally = Tally::from_words(tally)?;
+        let [loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, ..] = *words;
+        Ok(Self { loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, tally })
     }
 }
 
@@ -105,13 +113,14 @@ mod tests {
             }
             part.add_loss(1.25 * rank as f64);
             part.add_held_out(0.5, 2);
+            part.add_held_out(f64::NAN, 1);
             for (sum, word) in words.iter_mut().zip(part.words()) {
                 *sum += word;
             }
         }
         let sum = StepStats::from_words(&words).unwrap();
         assert_eq!(sum.tally, whole.tally);
-        assert_eq!((sum.ranks, sum.dropped, sum.held_out_samples), (5, 10, 10));
+        assert_eq!((sum.ranks, sum.dropped, sum.held_out_samples, sum.held_out_lost), (5, 10, 10, 5));
         assert_eq!(sum.mean_loss(), 12.5 / 100.0);
         assert_eq!(sum.mean_held_out(), Some(0.25));
         assert_eq!(StepStats::default().mean_held_out(), None);

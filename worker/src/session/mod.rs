@@ -1,0 +1,166 @@
+//! A worker's life: attach, be assigned, load, train, finish.
+
+mod error;
+mod load;
+
+pub use error::WorkError;
+
+use crate::commit::Place;
+use crate::control::{Control, Flags, Message};
+use crate::device;
+use crate::models;
+use crate::reduce::Listener;
+use crate::train::state::part_names;
+use crate::train::{Ending, TrainError, Trainer};
+use ella_proto::config::{Device as Choice, RunConfig};
+use ella_proto::v1::{Failed, Finished, Hello, Outcome, Ready, Welcome, from_worker};
+use ella_store::Store;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use tch::Device;
+use tokio::runtime::Handle;
+
+/// How long a worker that has failed waits for the coordinator to end its stream: by then its message has been read.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// What a worker is started with.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The coordinator's URL, `http://host:port`.
+    pub coordinator: String,
+    /// Where this worker's collective listens; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// The host that other workers reach it by, if not the one it listens on.
+    pub advertise: Option<String>,
+    /// Where to compute.
+    pub device: Choice,
+}
+
+/// Works for a coordinator until its run is over. Call it from a thread of its own, outside the runtime. Raise `flags.drain` to have the
+/// run commit and leave.
+pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<Ending, WorkError> {
+    let device = device::set_up(options.device, 1)?;
+    let listener = Listener::bind(options.listen)?;
+    let hello = hello(options, device, &listener)?;
+    let (control, welcome) = runtime.block_on(Control::attach(&options.coordinator, hello, flags))?;
+    let result = attached(options, runtime, &control, &welcome, listener);
+    let unread = control.flags.dropped_progress.load(Ordering::Relaxed);
+    if unread > 0 {
+        tracing::warn!(unread, "messages of progress were dropped while the coordinator did not read");
+    }
+    match (result, control.flags.stopped()) {
+        (Ok(ending), _) => Ok(ending),
+        // What the end of the run did to this rank is not its reason.
+        (Err(error), Some(why)) => {
+            tracing::info!("interrupted: {error}");
+            Err(why.into())
+        }
+        (Err(error), None) => {
+            confess(&control, &error);
+            Err(error)
+        }
+    }
+}
+
+/// Tells the coordinator why this worker leaves, and waits until it has heard: it answers by ending the stream.
+fn confess(control: &Control, error: &WorkError) {
+    let (kind, permanent) = error.failure();
+    control.outbox().send(from_worker::Body::Failed(Failed { kind: kind.into(), message: error.to_string(), permanent }));
+    let until = Instant::now() + FAREWELL;
+    while control.next("end of the run", until.saturating_duration_since(Instant::now())).is_ok() {}
+}
+
+fn hello(options: &Options, device: Device, listener: &Listener) -> Result<Hello, WorkError> {
+    let mut id = [0u8; 16];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut id))
+        .map_err(|source| WorkError::System { what: "random bytes", source })?;
+    let address = listener.address();
+    let peer_address = match &options.advertise {
+        Some(host) => format!("{host}:{}", address.port()),
+        None => address.to_string(),
+    };
+    Ok(Hello {
+        worker_id: id.iter().map(|b| format!("{b:02x}")).collect(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        host: std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
+        pid: std::process::id(),
+        device_kind: device::kind_name(device).to_owned(),
+        device_uuid: device::uuid(device).unwrap_or_default(),
+        peer_address,
+        config_digest: String::new(),
+    })
+}
+
+fn attached(options: &Options, runtime: &Handle, control: &Control, welcome: &Welcome, listener: Listener) -> Result<Ending, WorkError> {
+    let config = Arc::new(RunConfig::parse(&welcome.config_toml, "run.toml", &[])?);
+    let device = device::set_up(options.device, config.workers.threads)?;
+    check_device(&config, device)?;
+    let patience = config.workers.start_timeout.duration();
+    let assign = match control.next("assignment", patience)? {
+        Message::Assign(assign) => assign,
+        _ => return Err(WorkError::Protocol("something else than an assignment")),
+    };
+    let store = Store::open(&welcome.run_url)?;
+    let mut loaded = models::load(&config, device)?;
+    if let Some(commit) = load::parse_commit(&assign)? {
+        load::restore(&mut loaded.state, &commit, &store, runtime)?;
+    }
+    let world = assign.peers.len() as u32;
+    let collective = load::connect(listener, &assign, control, &config, device)?;
+    let place = Place { store, rank: assign.rank, world, term: control.flags.term() };
+    let mut trainer = load::assemble(&config, loaded, device, (control, runtime), (collective, place))?;
+
+    control.outbox().send(from_worker::Body::Ready(ready(&trainer)?));
+    match control.next("start", patience)? {
+        Message::Start(_) => {}
+        _ => return Err(WorkError::Protocol("something else than a start")),
+    }
+    control.flags.training.store(true, Ordering::Relaxed);
+    let ending = trainer.run()?;
+    finish(trainer, ending, control)
+}
+
+/// The device that the run asks for is the one that this worker has told the coordinator of (SAME).
+fn check_device(config: &RunConfig, device: Device) -> Result<(), WorkError> {
+    let wanted = match config.workers.device {
+        Choice::Auto => return Ok(()),
+        Choice::Cpu => "cpu",
+        Choice::Cuda => "cuda",
+    };
+    let found = device::kind_name(device);
+    if wanted == found { Ok(()) } else { Err(WorkError::OtherDevice { wanted, found }) }
+}
+
+fn ready(trainer: &Trainer) -> Result<Ready, WorkError> {
+    let snapshot = trainer.state.snapshot()?;
+    let digests: Vec<_> = (0..part_names().len()).map(|part| snapshot.digest(part)).collect();
+    Ok(Ready {
+        step: trainer.state.step,
+        state_digest: snapshot.state_digest(&digests),
+        data_digest: trainer.feed.identity().data.clone(),
+        models_digest: trainer.feed.identity().models.clone(),
+        samples_per_epoch: trainer.feed.samples_per_epoch(),
+    })
+}
+
+/// Waits until the last commit's record stands, so that nobody leaves before the work is safe.
+fn finish(mut trainer: Trainer, ending: Ending, control: &Control) -> Result<Ending, WorkError> {
+    let step = trainer.state.step;
+    trainer.committer.finish().map_err(TrainError::from)?;
+    let outcome = match ending {
+        Ending::Done => Outcome::Done,
+        Ending::Preempted => Outcome::Preempted,
+    };
+    control.outbox().send(from_worker::Body::Finished(Finished { step, outcome: outcome.into() }));
+    // Others may still be saving their files: the coordinator gives them this long, and then ends the run itself.
+    let patience = trainer.config.workers.start_timeout.duration() + FAREWELL;
+    loop {
+        match control.next("record of the last commit", patience)? {
+            Message::Committed(committed) if committed.step >= step => return Ok(ending),
+            _ => {}
+        }
+    }
+}

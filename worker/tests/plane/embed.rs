@@ -1,0 +1,69 @@
+//! Embedding: resumable, the same bytes whoever does it, and bound to everything that changes a feature.
+
+use crate::world::{SCENES, config, embedded, open, path};
+use ella_proto::config::RunConfig;
+use ella_worker::feed::spec;
+use ella_worker::text::identity;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+fn folder(config: &RunConfig) -> PathBuf {
+    let spec = spec(&config.text, &identity(Path::new(&config.text.model)).unwrap()).unwrap();
+    Path::new(&config.data.path).join("features").join(spec.fingerprint().to_string())
+}
+
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap())).collect()
+}
+
+#[test]
+fn an_interrupted_embedding_goes_on_and_ends_with_the_same_bytes() {
+    for set in ["text.padding=none", "text.padding=fixed"] {
+        // A length of their own, so that no other test meets them half-made.
+        let config = config(&[set, "text.max_tokens=24"]);
+        let first = embedded(&config);
+        assert_eq!((first.captions, first.embedded), (SCENES, SCENES));
+        assert!(first.truncated > 0 && first.tokens_kept <= first.tokens_computed);
+        let folder = folder(&config);
+        let whole = files(&folder);
+        let rows = open(&config).manifest().shards[1].rows;
+
+        let again = embedded(&config);
+        assert_eq!((again.embedded, again.tokens_computed), (0, 0), "all of it was there");
+
+        // Killed between a file and its record, and before the manifest.
+        let victims = whole.keys().filter(|name| name.starts_with("00000-") && name.contains("-0001."));
+        let victims: Vec<_> = victims.chain(["manifest.json".to_owned(), "empty.json".to_owned()].iter()).cloned().collect();
+        assert_eq!(victims.len(), 4, "{:?}", whole.keys());
+        for name in victims {
+            std::fs::remove_file(folder.join(name)).unwrap();
+        }
+        assert_eq!(embedded(&config).embedded, rows);
+        assert!(files(&folder) == whole);
+    }
+}
+
+#[test]
+fn what_changes_a_feature_changes_its_fingerprint() {
+    let known = folder(&config(&[]));
+    for other in ["text.padding=none", "text.dtype=bf16", "text.max_tokens=41"] {
+        assert_ne!(folder(&config(&[other])), known, "{other}");
+    }
+    // Other weights, tokenizer or configuration under the same file names.
+    let copy = tempfile::tempdir().unwrap();
+    for file in ["model.safetensors", "config.json", "tokenizer.json"] {
+        std::fs::copy(path("text").join(file), copy.path().join(file)).unwrap();
+    }
+    let of_copy = || identity(copy.path()).unwrap();
+    let first = of_copy();
+    assert_eq!(first, identity(&path("text")).unwrap());
+    let text = std::fs::read_to_string(copy.path().join("config.json")).unwrap();
+    std::fs::write(
+        copy.path().join("config.json"),
+        text.replace("\"relative_attention_max_distance\":128", "\"relative_attention_max_distance\":64")
+            .replace("\"relative_attention_max_distance\": 128", "\"relative_attention_max_distance\": 64"),
+    )
+    .unwrap();
+    assert_ne!(of_copy().weights_digest, first.weights_digest);
+}

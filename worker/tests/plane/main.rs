@@ -1,0 +1,11 @@
+//! The data plane from outside: the feed, the gradient, embedding, and a worker's life under a scripted coordinator, on a small data set and
+//! nano models that are made once.
+
+#![allow(clippy::unwrap_used, missing_docs)] // what fails to unwrap fails the test
+
+mod coordinator;
+mod embed;
+mod feed;
+mod gradient;
+mod session;
+mod world;

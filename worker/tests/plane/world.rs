@@ -1,0 +1,205 @@
+//! A data set of 43 scenes in several shards, features and models: made once, by the library calls that the commands make.
+
+use ella_dataset::order::{Order, OrderConfig};
+use ella_dataset::scenes::{ScenesConfig, scene, write};
+use ella_dataset::{DataSet, LatentEncoder, LatentSpec, PrepareOptions, Settings, Source, prepare};
+use ella_model::presets::{Preset, init_base};
+use ella_model::vae::Vae;
+use ella_model::weights::Weights;
+use ella_proto::config::RunConfig;
+use ella_store::Store;
+use ella_worker::embed::{EmbedReport, embed};
+use ella_worker::feed::{self, FeatureSource, Parts, Sources};
+use ella_worker::models::{self, Loaded};
+use ella_worker::text::{TextEncoder, TextOptions, identity};
+use half::f16;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
+use tch::{Device, Kind, Tensor};
+use tokio::runtime::Runtime;
+
+/// Neither lanes nor steps divide it: the last step of an epoch has lanes of 1, 1, 1 and 0 samples.
+pub(crate) const SCENES: u64 = 43;
+const SIDE: u32 = 32;
+pub(crate) const LANES: u32 = 4;
+pub(crate) const EPOCH: u64 = 6;
+
+pub(crate) static RUNTIME: LazyLock<Runtime> =
+    LazyLock::new(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap());
+
+/// Waits for a future, from inside the runtime too.
+fn wait<T>(future: impl Future<Output = T>) -> T {
+    tokio::task::block_in_place(|| RUNTIME.block_on(future))
+}
+
+static WORLD: OnceLock<PathBuf> = OnceLock::new();
+static EMBEDDING: Mutex<()> = Mutex::new(());
+
+/// A place in the world's folder.
+pub(crate) fn path(name: &str) -> PathBuf {
+    WORLD.get_or_init(make).join(name)
+}
+
+pub(crate) fn text(path: impl AsRef<Path>) -> String {
+    path.as_ref().display().to_string()
+}
+
+fn make() -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("worker-plane");
+    let _ = std::fs::remove_dir_all(&folder);
+    let tars = folder.join("scenes");
+    let config = ScenesConfig { count: SCENES, seed: 5, size: SIDE, per_tar: 20, ..ScenesConfig::default() };
+    write(&tars, &config, &mut |_| {}).unwrap();
+    let captions: Vec<String> = (0..SCENES).map(|index| scene(5, index).dense_caption()).collect();
+    init_base(Preset::Nano, 1, &captions, &folder).unwrap();
+    prepare_into(&tars, &folder.join("data"), None);
+    let latents = VaeLatents::load(&folder.join("base/vae"));
+    prepare_into(&tars, &folder.join("latents"), Some(Arc::new(latents)));
+    folder
+}
+
+fn prepare_into(tars: &Path, out: &Path, latents: Option<Arc<dyn LatentEncoder>>) {
+    let out = Store::open(&text(out)).unwrap();
+    let settings = Settings { shard_bytes: 8 << 10, images: latents.is_none(), ..Settings::new(SIDE) };
+    let options = PrepareOptions { threads: 1, latents, ..PrepareOptions::default() };
+    wait(async {
+        let sources = Source::find(&text(tars)).await.unwrap();
+        prepare(&sources, &out, &settings, &options).await.unwrap();
+    });
+}
+
+/// The base's VAE, as `ella prepare --latents` has it.
+struct VaeLatents(Mutex<Vae>, LatentSpec);
+
+impl VaeLatents {
+    fn load(folder: &Path) -> Self {
+        let vae = Vae::load(folder, Kind::Float, Device::Cpu).unwrap();
+        let model = Weights::open(folder).unwrap().digest().parse().unwrap();
+        let side = SIDE / vae.config().downscale() as u32;
+        Self(Mutex::new(vae), LatentSpec { model, channels: 8, height: side, width: side })
+    }
+}
+
+impl LatentEncoder for VaeLatents {
+    fn spec(&self) -> LatentSpec {
+        self.1.clone()
+    }
+
+    fn batch(&self) -> usize {
+        8
+    }
+
+    fn encode(&self, rgb: &[u8], count: usize, side: u32) -> Result<Vec<f16>, Box<dyn std::error::Error + Send + Sync>> {
+        let side = i64::from(side);
+        let pictures = Tensor::from_slice(rgb).reshape([count as i64, side, side, 3]).permute([0, 3, 1, 2]);
+        let vae = self.0.lock().unwrap();
+        let (mean, logvar) = tch::no_grad(|| vae.encode(&(pictures.to_kind(Kind::Float) / 127.5 - 1.0)))?;
+        Ok(Vec::try_from(Tensor::cat(&[mean, logvar], 1).to_kind(Kind::Half).flatten(0, -1))?)
+    }
+}
+
+/// A run of 4 lanes of 2, with these further settings.
+pub(crate) fn config(set: &[&str]) -> RunConfig {
+    let at = |name: &str| text(path(name));
+    let toml = format!(
+        "[run]\noutput = \"unused\"\nseed = 3\n[base]\nmodel = \"{}\"\n[text]\nmodel = \"{}\"\nmax_tokens = 40\n[data]\npath = \"{}\"\n\
+         window = 2\n[connector]\nlayers = 1\nlatents = 8\n[train]\nsteps = 20\nglobal_batch = 8\nmicro_batch = 2\neval_every = 0\n\
+         caption_dropout = 0.25\n[workers]\ndevice = \"cpu\"\n",
+        at("base"),
+        at("text"),
+        at("data"),
+    );
+    let set: Vec<String> = set.iter().map(|item| (*item).to_owned()).collect();
+    RunConfig::parse(&toml, "test", &set).unwrap()
+}
+
+pub(crate) fn open(config: &RunConfig) -> DataSet {
+    wait(DataSet::open(&config.data.path)).unwrap()
+}
+
+pub(crate) fn encoder(config: &RunConfig) -> TextEncoder {
+    let (model, max_tokens) = (PathBuf::from(&config.text.model), config.text.max_tokens);
+    TextEncoder::load(&TextOptions { model, max_tokens, padding: config.text.padding, dtype: config.text.dtype }, Device::Cpu).unwrap()
+}
+
+/// Embeds what is missing, as the config asks for it.
+pub(crate) fn embedded(config: &RunConfig) -> EmbedReport {
+    let _alone = EMBEDDING.lock().unwrap_or_else(PoisonError::into_inner);
+    let spec = feed::spec(&config.text, &identity(Path::new(&config.text.model)).unwrap()).unwrap();
+    let done = || embed(&open(config), &encoder(config), &spec, 2, (RUNTIME.handle(), &mut |_| {}));
+    tokio::task::block_in_place(done).unwrap()
+}
+
+pub(crate) fn load(config: &RunConfig) -> Loaded {
+    models::load(config, Device::Cpu).unwrap()
+}
+
+/// What a feed of this run needs.
+pub(crate) fn parts(config: &RunConfig) -> Parts {
+    let Loaded { networks, vae, vae_weights, text, digest, .. } = load(config);
+    let data = open(config);
+    let features = if config.text.features == ella_proto::config::Features::Inline {
+        FeatureSource::Inline { encoder: Box::new(encoder(config)), padding: config.text.padding }
+    } else {
+        embedded(config);
+        let features = wait(data.features(&feed::spec(&config.text, &text).unwrap())).unwrap();
+        let empty = wait(features.empty()).unwrap();
+        FeatureSource::Cached { features: Box::new(features), empty }
+    };
+    Parts {
+        config: Arc::new(config.clone()),
+        data,
+        features,
+        vae,
+        vae_weights,
+        timesteps: networks.schedule.config().num_train_timesteps as u32,
+        device: Device::Cpu,
+        runtime: RUNTIME.handle().clone(),
+        models_digest: digest.to_string(),
+    }
+}
+
+/// A running feed of some lanes and steps.
+pub(crate) fn fed(config: &RunConfig, lanes: Range<u32>, steps: Range<u64>) -> feed::Feed {
+    feed::Feed::start(Sources::new(parts(config)).unwrap(), lanes, steps, || ella_worker::device::set_threads(1)).unwrap()
+}
+
+/// The run's order, and the key of every sample in manifest order.
+pub(crate) fn order(config: &RunConfig) -> (Order, Vec<String>) {
+    let data = open(config);
+    let rows: Vec<u64> = data.manifest().shards.iter().map(|shard| shard.rows).collect();
+    let (lanes, micro_batch) = (config.train.lanes() as u32, config.train.micro_batch as u32);
+    let order = OrderConfig { seed: config.run.seed, lanes, micro_batch, window: config.data.window as u32 };
+    let mut keys = Vec::new();
+    for shard in 0..rows.len() {
+        keys.extend(wait(data.shard(shard)).unwrap().iter().map(|row| row.key.to_owned()));
+    }
+    (Order::new(order, &rows).unwrap(), keys)
+}
+
+/// The largest difference between two tensors, relative to the second's largest element.
+pub(crate) fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    let (a, b) = (a.to_kind(Kind::Double), b.to_kind(Kind::Double));
+    (&a - &b).abs().max().double_value(&[]) / b.abs().max().double_value(&[]).max(1e-300)
+}
+
+/// A copy of the run's data set, without features, in which a byte of one shard is flipped.
+pub(crate) fn damaged_copy(config: &RunConfig, shard: usize) -> tempfile::TempDir {
+    let (from, to) = (PathBuf::from(&config.data.path), tempfile::tempdir().unwrap());
+    let shards = open(config).manifest().shards.clone();
+    std::fs::create_dir_all(to.path().join("shards")).unwrap();
+    for name in shards.iter().map(|entry| entry.name.as_str()).chain(["manifest.json"]) {
+        std::fs::copy(from.join(name), to.path().join(name)).unwrap();
+    }
+    // The features are of the whole data set, which has the same manifest.
+    embedded(config);
+    std::os::unix::fs::symlink(from.join("features"), to.path().join("features")).unwrap();
+    let victim = to.path().join(&shards[shard].name);
+    let mut bytes = std::fs::read(&victim).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(victim, bytes).unwrap();
+    to
+}
