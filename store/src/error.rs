@@ -166,6 +166,11 @@ impl StoreError {
         matches!(self, Self::Timeout { .. } | Self::Unavailable { .. })
     }
 
+    /// Whether starting again later would fail in the same way. A full disk may have room by then.
+    pub fn is_permanent(&self) -> bool {
+        !self.is_retryable() && !matches!(self, Self::NoSpace { .. })
+    }
+
     /// Whether no connection could be made at all: the address may be wrong.
     pub(crate) fn is_unreachable(&self) -> bool {
         matches!(self, Self::Unavailable { source, .. } if refuses_connections(source.as_ref()))
@@ -378,6 +383,7 @@ mod tests {
             let error = place.error(object_store::Error::Generic { store: "file", source: io::Error::from(kind).into() });
             assert_eq!(error.kind(), expected, "{error}");
             assert_eq!(error.kind(), place.io(kind.into()).kind());
+            assert_eq!(error.is_permanent(), !matches!(expected, "no space" | "unavailable"), "{error}");
             assert!(error.to_string().starts_with("/run/log/0: "), "{error}");
         }
     }
