@@ -8,7 +8,7 @@ use ella_proto::v1::{
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
@@ -21,6 +21,8 @@ use tonic::transport::{Channel, Endpoint};
 const BACKLOG: usize = 4096;
 /// Questions in a row that a coordinator may leave unanswered. More than one, so that a stop of this process counts as one at most.
 const PROBES: u32 = 4;
+/// How often a wait for another thread looks whether the run has ended.
+const LOOK: Duration = Duration::from_millis(100);
 /// How long a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -135,8 +137,20 @@ impl Flags {
         lock(&self.stop).why.clone()
     }
 
+    /// Waits for what another thread of this worker sends, but not for ever, and not beyond the end of the run.
+    pub fn receive<T>(&self, from: &Receiver<T>, patience: Duration) -> Result<T, RecvTimeoutError> {
+        let begin = Instant::now();
+        loop {
+            let left = patience.saturating_sub(begin.elapsed());
+            match from.recv_timeout(left.min(LOOK)) {
+                Err(RecvTimeoutError::Timeout) if left > LOOK && self.stopped().is_none() => {}
+                other => return other,
+            }
+        }
+    }
+
     /// Ends the run. Only the first reason counts.
-    fn stop(&self, why: ControlError) {
+    pub(crate) fn stop(&self, why: ControlError) {
         let mut stop = lock(&self.stop);
         stop.why.get_or_insert(why);
         if let Some(call) = &stop.call {
@@ -174,6 +188,11 @@ impl Outbox {
         if let Err(TrySendError::Full(_)) = self.out.try_send(self.stamp(body)) {
             self.flags.stop(ControlError::Lost(format!("it reads nothing, and {BACKLOG} messages wait for it")));
         }
+    }
+
+    /// The flags of this worker.
+    pub fn flags(&self) -> &Arc<Flags> {
+        &self.flags
     }
 
     /// Sends progress, unless nobody reads it.
@@ -338,13 +357,14 @@ fn describe(error: &dyn std::error::Error) -> String {
 }
 
 #[cfg(test)]
+pub(crate) fn unread() -> (Outbox, tokio::sync::mpsc::Receiver<FromWorker>) {
+    let (out, queue) = tokio::sync::mpsc::channel(BACKLOG);
+    (Outbox { out, flags: Arc::default() }, queue)
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
-
-    fn unread() -> (Outbox, tokio::sync::mpsc::Receiver<FromWorker>) {
-        let (out, queue) = tokio::sync::mpsc::channel(BACKLOG);
-        (Outbox { out, flags: Arc::default() }, queue)
-    }
 
     /// LIVE: nothing waits for a coordinator that does not read. Progress is dropped and counted; what must arrive has room, and the run
     /// ends when that is used up.
@@ -377,6 +397,21 @@ mod tests {
         let flag = called.clone();
         flags.on_stop(Box::new(move || flag.store(true, Ordering::Relaxed)));
         assert!(called.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn waits_for_other_threads_end_with_their_deadline_or_with_the_run() {
+        let flags = Flags::default();
+        let (send, receive) = std::sync::mpsc::channel();
+        assert_eq!(flags.receive(&receive, Duration::from_millis(1)), Err(RecvTimeoutError::Timeout));
+        send.send(7).unwrap();
+        flags.stop(ControlError::Lost("gone".into()));
+        assert_eq!(flags.receive(&receive, Duration::from_secs(600)), Ok(7), "what is there is taken");
+        let begin = Instant::now();
+        assert_eq!(flags.receive(&receive, Duration::from_secs(600)), Err(RecvTimeoutError::Timeout));
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        drop(send);
+        assert_eq!(flags.receive(&receive, Duration::from_secs(600)), Err(RecvTimeoutError::Disconnected));
     }
 
     #[tokio::test]

@@ -383,7 +383,7 @@ pub struct Workers {
     pub orphan_timeout: Millis,
     /// A collective that waits for this long has failed.
     pub step_timeout: Millis,
-    /// How long the coordinator waits for the workers to come, and for them to load.
+    /// How long the coordinator waits for the workers to come, and for them to load; and how long a commit may take.
     pub start_timeout: Millis,
 }
 

@@ -8,6 +8,7 @@ mod features;
 pub use assemble::{Parts, Sources};
 pub use features::{FeatureSource, spec, stored_kind};
 
+use crate::control::Flags;
 use crate::train::lane::LaneBatch;
 use ella_dataset::DataError;
 use ella_dataset::ledger::Tally;
@@ -128,12 +129,19 @@ pub struct Feed {
     order: Arc<Order>,
     identity: Identity,
     patience: Duration,
+    flags: Arc<Flags>,
 }
 
 impl Feed {
     /// Starts feeding the steps `steps` to the lanes `lanes`. `set_up` runs first in the feeding thread. A step waits for its samples
-    /// for the config's `step_timeout`: other ranks would not wait longer for this one.
-    pub fn start(sources: Sources, lanes: Range<u32>, steps: Range<u64>, set_up: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
+    /// for the config's `step_timeout` (other ranks would not wait longer for this one), and not beyond the end of the run.
+    pub fn start(
+        sources: Sources,
+        lanes: Range<u32>,
+        steps: Range<u64>,
+        set_up: impl FnOnce() + Send + 'static,
+        flags: Arc<Flags>,
+    ) -> std::io::Result<Self> {
         let (send, ready) = sync_channel(AHEAD.saturating_sub(1));
         let patience = sources.patience();
         let order = sources.order();
@@ -142,13 +150,13 @@ impl Feed {
             set_up();
             serve(sources, &lanes, steps, &send);
         })?;
-        Ok(Self { ready, order, identity, patience })
+        Ok(Self { ready, order, identity, patience, flags })
     }
 
     /// The next step's samples.
     pub fn next_step(&mut self) -> Result<StepInput, FeedError> {
         let begin = Instant::now();
-        let mut input = self.ready.recv_timeout(self.patience).map_err(|error| match error {
+        let mut input = self.flags.receive(&self.ready, self.patience).map_err(|error| match error {
             RecvTimeoutError::Timeout => FeedError::Late { seconds: self.patience.as_secs() },
             RecvTimeoutError::Disconnected => FeedError::Died,
         })??;
@@ -200,7 +208,7 @@ mod tests {
         let order = Order::new(OrderConfig { seed: 0, lanes: 1, micro_batch: 1, window: 1 }, &[1]).unwrap();
         let (send, ready) = sync_channel(1);
         let identity = Identity { data: String::new(), models: String::new() };
-        let mut feed = Feed { ready, order: Arc::new(order), identity, patience: Duration::from_millis(5) };
+        let mut feed = Feed { ready, order: Arc::new(order), identity, patience: Duration::from_millis(5), flags: Arc::default() };
         let late = feed.next_step().unwrap_err();
         assert!(matches!(late, FeedError::Late { .. }) && !late.is_permanent() && late.to_string().contains("workers.step_timeout"));
         send.send(Err(FeedError::Died)).unwrap();

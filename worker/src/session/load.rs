@@ -86,12 +86,12 @@ pub(super) fn assemble(
     })?;
     let threads = config.workers.threads;
     let steps = state.step..config.train.steps;
-    let feed = Feed::start(sources, lanes, steps, move || device::set_threads(threads))
+    let flags = control.flags.clone();
+    let feed = Feed::start(sources, lanes, steps, move || device::set_threads(threads), flags.clone())
         .map_err(|source| WorkError::System { what: "a feeding thread", source })?;
     let outbox = control.outbox();
     let committer = Committer::start(place, outbox.clone(), runtime.clone())
         .map_err(|source| WorkError::System { what: "a committing thread", source })?;
-    let flags = control.flags.clone();
     Ok(Trainer { config: config.clone(), state, networks, feed, collective, committer, outbox, flags })
 }
 

@@ -110,7 +110,7 @@ fn attached(options: &Options, runtime: &Handle, control: &Control, welcome: &We
     }
     let world = assign.peers.len() as u32;
     let collective = load::connect(listener, &assign, control, &config, device)?;
-    let place = Place { store, rank: assign.rank, world, term: control.flags.term() };
+    let place = Place { store, rank: assign.rank, world, term: control.flags.term(), patience };
     let mut trainer = load::assemble(&config, loaded, device, (control, runtime), (collective, place))?;
 
     control.outbox().send(from_worker::Body::Ready(ready(&trainer)?));

@@ -97,6 +97,7 @@ impl TrainError {
             // The same step gives the same numbers (SAME), so a restart would end here again.
             Self::Gradient { .. } | Self::NotFinite { .. } | Self::Ledger { .. } | Self::Dealt { .. } => (FailureKind::Numeric, true),
             Self::Commit(CommitError::Store { source, .. }) => (FailureKind::Store, source.is_permanent()),
+            Self::Commit(CommitError::Late { .. }) => (FailureKind::Store, false),
             Self::Commit(CommitError::Died) => (FailureKind::Internal, false),
         }
     }

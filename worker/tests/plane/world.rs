@@ -162,7 +162,7 @@ pub(crate) fn parts(config: &RunConfig) -> Parts {
 
 /// A running feed of some lanes and steps.
 pub(crate) fn fed(config: &RunConfig, lanes: Range<u32>, steps: Range<u64>) -> feed::Feed {
-    feed::Feed::start(Sources::new(parts(config)).unwrap(), lanes, steps, || ella_worker::device::set_threads(1)).unwrap()
+    feed::Feed::start(Sources::new(parts(config)).unwrap(), lanes, steps, || ella_worker::device::set_threads(1), Arc::default()).unwrap()
 }
 
 /// The run's order, and the key of every sample in manifest order.
