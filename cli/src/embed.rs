@@ -8,7 +8,7 @@ use ella_proto::config;
 use ella_store::Store;
 use ella_worker::embed::{EmbedReport, embed};
 use ella_worker::text::{TextEncoder, TextOptions, identity};
-use ella_worker::{device, feed};
+use ella_worker::{device, feed, models};
 use serde_json::json;
 
 use crate::forward::Dtype;
@@ -97,6 +97,7 @@ impl From<Dtype> for config::Dtype {
 impl Embed {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let runtime = crate::runtime()?;
+        models::folder("--text", &self.text.display().to_string())?;
         let device = device::set_up(self.device.into(), self.threads as usize)?;
         let (url, captions) = runtime.block_on(self.data_set())?;
         if let Some(report) = captions.as_ref().filter(|report| !report.refused.is_empty()) {

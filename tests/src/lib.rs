@@ -109,7 +109,11 @@ pub fn binary(name: &str) -> Result<PathBuf> {
 
 /// Runs `ella` with these arguments and returns its output, whatever its exit code.
 pub fn try_ella<S: AsRef<str>>(arguments: &[S]) -> Result<Output> {
-    let child = spawn(arguments)?;
+    wait(spawn(arguments)?)
+}
+
+/// Waits for a process that leads its group, and returns its output.
+pub fn wait(child: Child) -> Result<Output> {
     let id = child.id();
     let (done, waiting) = std::sync::mpsc::channel();
     let waiter = std::thread::spawn(move || done.send(child.wait_with_output()));
@@ -118,7 +122,7 @@ pub fn try_ella<S: AsRef<str>>(arguments: &[S]) -> Result<Output> {
         kill_group(id);
     }
     let _ = waiter.join();
-    Ok(output.with_context(|| format!("ella did not end within {} s", PATIENCE.as_secs()))??)
+    Ok(output.with_context(|| format!("the command did not end within {} s", PATIENCE.as_secs()))??)
 }
 
 /// Runs `ella` with these arguments, which must succeed, and returns what it printed.
@@ -137,7 +141,13 @@ pub fn ella<S: AsRef<str>>(arguments: &[S]) -> Result<String> {
 /// Starts `ella` in a process group of its own.
 pub fn spawn<S: AsRef<str>>(arguments: &[S]) -> Result<Child> {
     let mut command = Command::new(binary("ella")?);
-    command.args(arguments.iter().map(AsRef::as_ref)).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.args(arguments.iter().map(AsRef::as_ref));
+    lead(command)
+}
+
+/// Starts a command in a process group of its own, its output piped.
+pub fn lead(mut command: Command) -> Result<Child> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     Ok(command.process_group(0).spawn()?)
 }
 

@@ -10,8 +10,8 @@ use draw::{Drawer, Models, Settings};
 use ella_model::connector::DEFAULT_HEADS;
 use ella_model::weights::Weights;
 use ella_proto::config::{self, Device as Choice};
-use ella_worker::device;
 use ella_worker::text::TextOptions;
+use ella_worker::{device, models};
 use grid::{Grid, Picture};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -78,6 +78,8 @@ impl Sample {
             return Err(Fail::usage(format_args!("--guidance must be a finite number (found {})", self.guidance)));
         }
         self.check_folder()?;
+        models::folder("--base", &self.base.display().to_string())?;
+        models::folder("--text", &self.text.display().to_string())?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let device = device::set_up(Choice::Auto, threads)?;
         let drawer = Drawer::load(&self.models(), &Settings { steps: self.steps as usize, guidance: self.guidance }, device)?;

@@ -36,6 +36,8 @@ const OPENING: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(250);
 /// How long the others may take to leave once one process has ended against expectation: the coordinator looks for whom to blame.
 const AFTERMATH: Duration = Duration::from_secs(45);
+/// The same where not all workers had come: the run can't begin without the one that ended, and nobody else knows why it did.
+const NOT_BEGUN: Duration = Duration::from_secs(5);
 /// How long workers may take to leave once their coordinator has.
 const LEAVING: Duration = Duration::from_secs(10);
 
@@ -166,7 +168,12 @@ impl Train {
                 at = children.next_end() => {
                     // A worker that has left in good order is not waited on; any other end is the beginning of the run's.
                     let early = children.members()[at].ended.is_some_and(|status| !matches!(status.code(), Some(0 | 3)));
-                    let patience = if owned && at == 0 { Some(LEAVING) } else { early.then_some(AFTERMATH) };
+                    let waiting = status.borrow().as_ref().is_none_or(|status| status.phase == "waiting");
+                    let patience = match (owned && at == 0, early) {
+                        (true, _) => Some(LEAVING),
+                        (false, true) => Some(if waiting { NOT_BEGUN } else { AFTERMATH }),
+                        (false, false) => None,
+                    };
                     deadline = patience.map(|patience| Instant::now() + patience).into_iter().chain(deadline).min();
                 }
                 () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
@@ -316,7 +323,12 @@ fn failure(children: &Children, last: Option<&StatusReport>, recorded: Option<St
 async fn read(config: &RunConfig, outcome: &'static str) -> Result<Trained, Fail> {
     let run = RunFolder::open(&config.run.output).await?;
     let state = run.state().await?;
-    let last = run.metrics().await?.pop().unwrap_or_default();
+    // The run is what its commits are, whatever became of its metrics.
+    let metrics = run.metrics().await.unwrap_or_else(|fail| {
+        note(&fail.message);
+        Vec::new()
+    });
+    let last = metrics.last().cloned().unwrap_or_default();
     let last_commit_step = state.last_commit().map_or(0, |commit| commit.step);
     Ok(Trained {
         outcome,
