@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 /// What an address that never answers may take at most.
 const PATIENCE: Duration = Duration::from_secs(40);
 
+/// Arguments, the environment's settings, and the address that must be named.
+type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
+
 /// A port of this machine on which nothing listens.
 fn closed_port() -> Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
@@ -37,7 +40,7 @@ fn a_store_that_cannot_be_reached_is_given_up_in_time() -> Result<()> {
     let train = run.train(&["run.output=s3://bucket/run"]);
     let train: Vec<&str> = train.iter().map(String::as_str).collect();
     let (scenes, out) = (shared.path("scenes"), shared.path("from-the-cloud"));
-    let cases: [(&[&str], &[(&str, &str)], &str); 5] = [
+    let cases: [Case; 5] = [
         (&train, &with_keys, "s3://bucket/run/"),
         (&["prepare", &scenes, "--out", "s3://bucket/data", "--resolution", "64"], &with_keys, "s3://bucket/data/"),
         (&["prepare", "s3://bucket/a.tar", "--out", &out], &with_keys, "s3://bucket/a.tar"),

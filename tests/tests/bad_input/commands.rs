@@ -7,8 +7,11 @@ use safetensors::tensor::{Dtype, TensorView};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Writes tensors, all of zeros: name, whether integers, shape.
-fn write_tensors(path: &Path, tensors: &[(&str, bool, &[usize])]) -> Result<()> {
+/// A tensor of zeros: its name, whether it holds integers, its shape.
+type Spec<'a> = (&'a str, bool, &'a [usize]);
+
+/// Writes tensors.
+fn write_tensors(path: &Path, tensors: &[Spec]) -> Result<()> {
     let zeros = vec![0u8; 1 << 16];
     let view = |integer: bool, shape: &[usize]| {
         let (dtype, size) = if integer { (Dtype::I64, 8) } else { (Dtype::F32, 4) };
@@ -23,11 +26,10 @@ fn forward_names_the_input_and_its_rule() -> Result<()> {
     let shared = shared()?;
     let inputs = shared.path("inputs.safetensors");
     let outputs = shared.path("outputs.safetensors");
-    let (features, steps): ((&str, bool, &[usize]), (&str, bool, &[usize])) =
-        (("text_features", false, &[2, 5, 64]), ("timesteps", true, &[2]));
+    let (features, steps): (Spec, Spec) = (("text_features", false, &[2, 5, 64]), ("timesteps", true, &[2]));
     let model = shared.path(CONNECTOR);
     let connector = ["forward", "connector", "--model", &model, "--inputs", &inputs, "--outputs", &outputs];
-    let cases: [(&[(&str, bool, &[usize])], &[&str]); 6] = [
+    let cases: [(&[Spec], &[&str]); 6] = [
         (&[features], &["tensor timesteps", "missing"]),
         (&[("text_features", false, &[2, 5, 32]), steps], &["text_features", "[B=2, S=5, 64]", "found [2, 5, 32]"]),
         (&[("text_features", false, &[10, 64]), steps], &["text_features", "found [10, 64]"]),

@@ -6,6 +6,9 @@ use ella_tests::{ella, exists};
 use std::io::Read as _;
 use std::path::PathBuf;
 
+/// A sample's key, its picture, its caption.
+type Parts<'a> = (&'a str, Option<&'a [u8]>, Option<&'a [u8]>);
+
 /// One of the world's tars.
 fn tar(shared: &Shared) -> Result<Vec<u8>> {
     Ok(std::fs::read(shared.world.path("scenes/scenes-00000.tar"))?)
@@ -86,7 +89,7 @@ fn single_bad_samples_are_skipped_and_counted_by_reason() -> Result<()> {
     let mut flipped = image.clone();
     let middle = image.len() / 2;
     flipped[middle] ^= 0xff;
-    let samples: [(&str, Option<&[u8]>, Option<&[u8]>); 11] = [
+    let samples: [Parts; 11] = [
         ("good", Some(&image), Some(b"a red box")),
         ("zero", Some(b""), Some(b"a caption")),
         ("garbage", Some(b"no picture at all"), Some(b"a caption")),
