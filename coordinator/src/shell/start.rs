@@ -28,6 +28,9 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     if let (None, Some(commit)) = (&written, state.last_commit().filter(|commit| commit.config_digest.to_string() != config.digest())) {
         return Err(RunError::OtherDigest { url: store.url().to_owned(), step: commit.step });
     }
+    if let Some(commit) = state.last_commit() {
+        check_commit(store, commit).await?;
+    }
     probe(store).await?;
     let (mut log, records) = RunLog::claim(store, term(config)?, &nonce(), unix_ms()).await?;
     let state = Box::new(RunState::from_records(&records));
@@ -38,6 +41,7 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     }
     collect(store, &state, log.term()).await;
     let Some(commit) = state.last_commit() else { return Ok(Run::Claimed { log, state }) };
+    // Again, as another coordinator may have committed since.
     check_commit(store, commit).await?;
     tracing::info!(step = commit.step, folder = commit.folder, "resuming from the last commit");
     if commit.step < config.train.steps {

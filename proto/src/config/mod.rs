@@ -447,17 +447,9 @@ impl RunConfig {
 
     fn binding(&self) -> serde_json::Value {
         let mut value = serde_json::to_value(self).unwrap_or_default();
-        for path in [
-            "run.output",
-            "base.model",
-            "text.model",
-            "text.features",
-            "data.path",
-            "checkpoint",
-            "train.eval_every",
-            "train.eval_samples",
-            "workers.count",
-        ] {
+        for path in
+            ["run.output", "base.model", "text.model", "data.path", "checkpoint", "train.eval_every", "train.eval_samples", "workers.count"]
+        {
             keys::remove(&mut value, path);
         }
         for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {
