@@ -18,7 +18,7 @@ demo: build
 	@scripts/demo.sh
 
 test: build
-	$(CARGO) test $(FLAGS)
+	$(CARGO) test $(FLAGS) --no-fail-fast
 
 # Programs that print ratios; nothing here is a test.
 bench: build

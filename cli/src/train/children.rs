@@ -241,10 +241,11 @@ mod tests {
     #[tokio::test]
     async fn whoever_does_not_leave_is_killed() {
         let mut children = Children::default();
-        for name in ["stubborn", "quick"] {
-            let script = if name == "quick" { "exit 0" } else { "trap '' TERM; while true; do sleep 1; done" };
-            children.start(name, Path::new("/bin/sh"), &shell(script), &logs(None)).unwrap();
-        }
+        let stubborn = shell("trap '' TERM; echo deaf; while true; do sleep 1; done");
+        let mut said = children.start("stubborn", Path::new("/bin/sh"), &stubborn, &logs(None)).unwrap().unwrap();
+        // Before that, the signal would still end it.
+        tokio::io::AsyncReadExt::read_exact(&mut said, &mut [0; 5]).await.unwrap();
+        children.start("quick", Path::new("/bin/sh"), &shell("exit 0"), &logs(None)).unwrap();
         assert_eq!(children.next_end().await, 1);
         children.signal(libc::SIGTERM);
         children.reap(Duration::from_millis(50)).await;
