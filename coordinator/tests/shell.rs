@@ -162,7 +162,8 @@ async fn a_damaged_commit_or_log_is_told_with_the_file_and_nothing_is_deleted() 
     train_two(&served, &config, &store, [Script::default(), dies]).await;
     served.outcome().await;
     let file = "commits/000000000004.1/ema.safetensors";
-    let whole = store.get(file).await.unwrap();
+    let (whole, folders, records) =
+        (store.get(file).await.unwrap(), store.folders("commits").await.unwrap(), store.list("log").await.unwrap());
     store.put(file, whole.slice(..3)).await.unwrap();
     let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
     assert!(matches!(error, RunError::DamagedCommit { step: 4, .. }), "{error}");
@@ -175,11 +176,12 @@ async fn a_damaged_commit_or_log_is_told_with_the_file_and_nothing_is_deleted() 
     let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
     assert!(error.to_string().contains("it is missing"), "{error}");
     store.put(file, whole).await.unwrap();
+    assert_eq!(store.list("log").await.unwrap(), records, "a refused start leaves no term behind");
 
     store.delete("log/000000000001.json").await.unwrap();
     let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
     assert!(error.to_string().contains("log/000000000001.json") && error.exit_code() == 4, "{error}");
-    assert_eq!(store.folders("commits").await.unwrap().len(), 2);
+    assert_eq!(store.folders("commits").await.unwrap(), folders);
 }
 
 async fn get(address: std::net::SocketAddr, path: &str) -> (u16, String) {
