@@ -3,6 +3,8 @@
 //! `error`, `weights`, `params`, `config`, `layers` and `rng` are the ground that every network stands on. A network is a
 //! configuration, a constructor over [`params::Params`] whose tensor names are the checkpoint's, and a `forward`.
 
+pub mod clip;
+pub mod clip_tokenizer;
 pub mod config;
 pub mod connector;
 pub mod error;

@@ -1,4 +1,4 @@
-//! Captions to token ids, by a `tokenizer.json` of the T5 kind (`$A </s>`).
+//! Captions to token ids, by a `tokenizer.json` of the T5 kind (`$A </s>`), or by CLIP's tokenizer (`clip_tokenizer`).
 
 use std::path::{Path, PathBuf};
 
@@ -82,11 +82,16 @@ impl TextTokenizer {
         let pad = tokenizer
             .token_to_id(PAD)
             .ok_or_else(|| refuse(format!("has no padding token (expected {PAD}, found none); use a tokenizer of the T5 kind")))?;
-        let added = tokenizer.get_post_processor().map_or(0, |post| post.added_tokens(false));
-        Ok(TextTokenizer { tokenizer, digest: blake3::hash(&bytes).to_hex().to_string(), pad: pad.into(), added, file })
+        Ok(Self::new(tokenizer, file, blake3::hash(&bytes), pad))
     }
 
-    /// BLAKE3 of `tokenizer.json`, lower-case hex.
+    /// A tokenizer at hand, read from `file`, that fills rows up with the id `pad`.
+    pub(crate) fn new(tokenizer: Tokenizer, file: PathBuf, digest: blake3::Hash, pad: u32) -> Self {
+        let added = tokenizer.get_post_processor().map_or(0, |post| post.added_tokens(false));
+        TextTokenizer { tokenizer, file, digest: digest.to_hex().to_string(), pad: pad.into(), added }
+    }
+
+    /// BLAKE3 of `tokenizer.json`, for CLIP's of what it would say and of the padding id; lower-case hex.
     pub fn digest(&self) -> &str {
         &self.digest
     }
