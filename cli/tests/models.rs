@@ -78,6 +78,27 @@ fn samples_are_seeded_apart_and_a_prompts_picture_does_not_depend_on_its_neighbo
     let given = run(&["--prompts", "prompts.txt", "--latents", "noise.safetensors", "--out-dir", "wide", "--json"]).ok().json();
     assert_eq!((&given["width"], &given["height"], &given["files"][1]), (&json!(128), &json!(64), &json!("wide/0001.png")));
 
+    let sampler = |name: &str, more: &[&str]| {
+        let made = run(&[&["--prompt", "a red circle", "--sampler", name, "--out", "by.png", "--json"][..], more].concat());
+        assert_eq!(made.ok().json()["sampler"], name);
+        read("by.png")
+    };
+    let names = ["ddim", "euler", "euler-a", "dpm++2m", "dpm++2m-karras"];
+    let drawn = names.map(|name| sampler(name, &[]));
+    assert!((0..5).all(|i| (0..i).all(|j| drawn[i] != drawn[j])), "two samplers draw the same");
+    // What a step adds belongs to the picture, not to its place among those drawn at once.
+    let pair = sampler("euler-a", &["--prompt", "a star"]);
+    assert!(drawn[2].enumerate_pixels().all(|(x, y, pixel)| pair.get_pixel(x, y).0.iter().zip(pixel.0).all(|(a, b)| a.abs_diff(b) <= 1)));
+    noise(here, "single.safetensors", &[1, 4, 8, 8]);
+    let seed = |name: &str| {
+        run(&["--prompt", "x", "--sampler", name, "--latents", "single.safetensors", "--out", "by.png", "--json"]).ok().json()["seed"]
+            .clone()
+    };
+    assert_eq!((seed("euler"), seed("euler-a")), (json!(null), json!(5)));
+
+    run(&["--prompt", "x", "--sampler", "heun", "--json"]).fails(2, &["--sampler", "heun", "dpm++2m-karras"]);
+    let many = ["--heads", "4", "--prompt", "x", "--sampler", "dpm++2m", "--steps", "1000", "--json"];
+    ella(here, &[&models[..], &many[..]].concat()).fails(1, &["steps must be 1 to 999", "1000"]);
     run(&["--json"]).fails(2, &["--prompt"]);
     run(&["--prompt", "x", "--size", "60", "--json"]).fails(2, &["--size", "multiple of the VAE's 8", "60"]);
     run(&["--prompt", "x", "--steps", "0"]).fails(2, &["--steps"]);

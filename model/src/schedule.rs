@@ -1,7 +1,7 @@
 //! The noise schedule of a base model: how much noise a timestep stands for, and what the U-Net was taught to predict.
 //!
 //! Read from `scheduler_config.json`. Only the noise schedule is taken from it, whichever sampler it names: training needs no sampler, and
-//! [`crate::sampler::Ddim`] is the one that samples. The tables are computed in float32 by the same operations as in diffusers 0.42
+//! [`crate::sampler`] lets its caller choose one. The tables are computed in float32 by the same operations as in diffusers 0.42
 //! (`schedulers/scheduling_ddim.py`), so that they agree bit for bit.
 
 use std::path::Path;
@@ -30,6 +30,8 @@ pub enum Prediction {
     Epsilon,
     /// The velocity v = √ᾱ·ε − √(1−ᾱ)·x₀ (Imagen Video, section 2.4).
     Velocity,
+    /// The image x₀.
+    Sample,
 }
 
 /// How a sampler's timesteps are spread over the trained ones (table 2 of arXiv:2305.08891).
@@ -43,7 +45,16 @@ pub enum Spacing {
     Linspace,
 }
 
-/// The fields of `scheduler_config.json` that a schedule and the DDIM sampler use.
+/// The noise that is left after the last step of a sampler that counts in σ = √((1−ᾱ)/ᾱ).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinalSigma {
+    /// None.
+    Zero,
+    /// That of timestep 0.
+    Least,
+}
+
+/// The fields of `scheduler_config.json` that a schedule and its samplers use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScheduleConfig {
     /// The number of timesteps N; timesteps are 0..N.
@@ -58,14 +69,16 @@ pub struct ScheduleConfig {
     pub prediction: Prediction,
     /// Whether betas are rescaled so that nothing of the image is left at the last timestep (arXiv:2305.08891, algorithm 1).
     pub rescale_betas_zero_snr: bool,
-    /// The sampler's last step goes to ᾱ = 1, else to that of timestep 0.
+    /// DDIM's last step goes to ᾱ = 1, else to that of timestep 0.
     pub set_alpha_to_one: bool,
     /// Added to a sampler's timesteps when the spacing is leading.
     pub steps_offset: i64,
-    /// How a sampler's timesteps are spread.
-    pub spacing: Spacing,
-    /// The sampler clamps predicted images to ±this, if given.
+    /// How a sampler's timesteps are spread, or nothing: then each sampler has its own way.
+    pub spacing: Option<Spacing>,
+    /// DDIM clamps predicted images to ±this, if given.
     pub clip_sample: Option<f64>,
+    /// Where Euler's method and DPM-Solver++ end.
+    pub final_sigma: FinalSigma,
 }
 
 impl ScheduleConfig {
@@ -77,7 +90,8 @@ impl ScheduleConfig {
         Self::read(ConfigFile::open(&dir.join("scheduler_config.json"))?)
     }
 
-    /// Reads an opened configuration; errors as in [`ScheduleConfig::load`]. Missing fields have the defaults of the class named.
+    /// Reads an opened configuration; errors as in [`ScheduleConfig::load`]. Missing fields have the defaults of the class named, but for
+    /// the spacing: it has that of the sampler's, as where diffusers makes one scheduler from the configuration of another.
     pub fn read(c: ConfigFile) -> Result<Self> {
         c.only("_class_name", &CLASSES.map(Value::from))?;
         c.only("thresholding", &[json!(false)])?;
@@ -85,11 +99,21 @@ impl ScheduleConfig {
             return Err(c.refuse("trained_betas", "null or absent"));
         }
         let class = c.value("_class_name").and_then(Value::as_str).unwrap_or(CLASSES[0]);
-        let (clips, ends_at_one, spacing) = match class {
-            "PNDMScheduler" => (false, false, "leading"),
-            "EulerDiscreteScheduler" => (false, true, "linspace"),
-            _ => (true, true, "leading"),
+        let (clips, ends_at_one) = match class {
+            "PNDMScheduler" => (false, false),
+            "DDIMScheduler" | "DDPMScheduler" => (true, true),
+            _ => (false, true),
         };
+        for (field, supported) in WITHOUT_CHOICE {
+            c.only(field, &[Value::from(supported)])?;
+        }
+        c.only("use_flow_sigmas", &[json!(false)])?;
+        for field in ["sigma_min", "sigma_max"] {
+            if c.value(field).is_some() {
+                return Err(c.refuse(field, "null or absent"));
+            }
+        }
+        let spacing = c.value("timestep_spacing").is_some().then(|| choice(&c, "timestep_spacing", "", &SPACINGS)).transpose()?;
         let clip_sample_range = c.optional("clip_sample_range", "a number above 0", 1.0)?;
         let config = Self {
             num_train_timesteps: c.size_or("num_train_timesteps", 1000)?,
@@ -100,11 +124,12 @@ impl ScheduleConfig {
             rescale_betas_zero_snr: c.optional("rescale_betas_zero_snr", BOOL, false)?,
             set_alpha_to_one: c.optional("set_alpha_to_one", BOOL, ends_at_one)?,
             steps_offset: c.optional("steps_offset", "a whole number of at least 0", 0)?,
-            spacing: choice(&c, "timestep_spacing", spacing, &SPACINGS)?,
+            spacing,
             clip_sample: c.optional("clip_sample", BOOL, clips)?.then_some(clip_sample_range),
+            final_sigma: choice(&c, "final_sigmas_type", "zero", &FINAL_SIGMAS)?,
         };
         config.check(&c, clip_sample_range)?;
-        c.finish(&OF_OTHER_SAMPLERS)?;
+        c.finish(&OF_SAMPLERS)?;
         Ok(config)
     }
 
@@ -116,8 +141,8 @@ impl ScheduleConfig {
         rule("steps_offset", self.steps_offset >= 0, "a whole number of at least 0")?;
         rule("clip_sample_range", clip_sample_range > 0.0, "a number above 0")?;
         // Where nothing of the image is left, noise does not determine it.
-        let solvable = !self.rescale_betas_zero_snr || self.prediction == Prediction::Velocity;
-        rule("rescale_betas_zero_snr", solvable, "false unless prediction_type is v_prediction")
+        let solvable = !self.rescale_betas_zero_snr || self.prediction != Prediction::Epsilon;
+        rule("rescale_betas_zero_snr", solvable, "false unless prediction_type is v_prediction or sample")
     }
 }
 
@@ -125,25 +150,43 @@ const BOOL: &str = "true or false";
 const BETAS: &str = "a number with 0 < beta_start <= beta_end < 1";
 
 /// Samplers whose configurations describe a noise schedule in these fields.
-const CLASSES: [&str; 4] = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"];
+const CLASSES: [&str; 6] = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+];
 const BETA_SCHEDULES: [(&str, BetaSchedule); 3] =
     [("linear", BetaSchedule::Linear), ("scaled_linear", BetaSchedule::ScaledLinear), ("squaredcos_cap_v2", BetaSchedule::SquaredCosCapV2)];
-const PREDICTIONS: [(&str, Prediction); 2] = [("epsilon", Prediction::Epsilon), ("v_prediction", Prediction::Velocity)];
+const PREDICTIONS: [(&str, Prediction); 3] =
+    [("epsilon", Prediction::Epsilon), ("v_prediction", Prediction::Velocity), ("sample", Prediction::Sample)];
 const SPACINGS: [(&str, Spacing); 3] = [("leading", Spacing::Leading), ("trailing", Spacing::Trailing), ("linspace", Spacing::Linspace)];
 
-/// Fields that steer samplers other than DDIM, or that do so only beside a switch that is refused; none changes the noise schedule.
-const OF_OTHER_SAMPLERS: [&str; 12] = [
+const FINAL_SIGMAS: [(&str, FinalSigma); 2] = [("zero", FinalSigma::Zero), ("sigma_min", FinalSigma::Least)];
+
+/// Fields with which timesteps and noise would belong together otherwise than here, and the value that they must have.
+const WITHOUT_CHOICE: [(&str, &str); 2] = [("interpolation_type", "linear"), ("timestep_type", "discrete")];
+
+/// Fields that choose a sampler, which is the caller's to name, or that count only beside a switch that is refused; none changes the noise
+/// schedule.
+const OF_SAMPLERS: [&str; 16] = [
+    "algorithm_type",
     "dynamic_thresholding_ratio",
-    "final_sigmas_type",
-    "interpolation_type",
+    "euler_at_final",
+    "flow_shift",
+    "lower_order_final",
     "sample_max_value",
-    "sigma_max",
-    "sigma_min",
     "skip_prk_steps",
-    "timestep_type",
+    "solver_order",
+    "solver_type",
+    "time_shift_type",
     "use_beta_sigmas",
+    "use_dynamic_shifting",
     "use_exponential_sigmas",
     "use_karras_sigmas",
+    "use_lu_lambdas",
     "variance_type",
 ];
 
@@ -190,10 +233,11 @@ impl Schedule {
         Ok((signal.f_mul(x0)?).f_add(&sigma.f_mul(noise)?)?)
     }
 
-    /// What the U-Net's output is compared with: ε or v, by the configuration. Shapes as in [`Schedule::add_noise`].
+    /// What the U-Net's output is compared with: ε, v or x₀, by the configuration. Shapes as in [`Schedule::add_noise`].
     pub fn target(&self, x0: &Tensor, noise: &Tensor, t: &Tensor) -> Result<Tensor> {
         match self.config.prediction {
             Prediction::Epsilon => Ok(noise.shallow_clone()),
+            Prediction::Sample => Ok(x0.shallow_clone()),
             Prediction::Velocity => {
                 let (signal, sigma) = self.mix(x0, t)?;
                 Ok((signal.f_mul(noise)?).f_sub(&sigma.f_mul(x0)?)?)
@@ -201,7 +245,8 @@ impl Schedule {
         }
     }
 
-    /// The min-SNR-γ weight of each sample's loss (arXiv:2303.09556), `[B]` float32: min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR+1) for v.
+    /// The min-SNR-γ weight of each sample's loss (arXiv:2303.09556), `[B]` float32: min(SNR, γ)/SNR for ε,
+    /// min(SNR, γ)/(SNR+1) for v, min(SNR, γ) for x₀.
     pub fn min_snr_weights(&self, t: &Tensor, gamma: f64) -> Result<Tensor> {
         let a = self.table.f_index_select(0, t)?;
         let snr = a.f_div(&a.f_rsub_scalar(1.0)?)?;
@@ -209,6 +254,7 @@ impl Schedule {
         match self.config.prediction {
             Prediction::Epsilon => Ok(least.f_div(&snr)?),
             Prediction::Velocity => Ok(least.f_div(&snr.f_add_scalar(1.0)?)?),
+            Prediction::Sample => Ok(least),
         }
     }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use ella_model::config::ConfigFile;
 use ella_model::params::Params;
-use ella_model::sampler::Ddim;
+use ella_model::sampler::{Ddim, Sampler};
 use ella_model::schedule::{Schedule, ScheduleConfig};
 use ella_model::unet::{UNet, UNetConfig};
 use ella_model::vae::{Vae, VaeConfig};
@@ -221,7 +221,7 @@ fn ddim_timesteps_equal_diffusers() {
     for name in SCHEDULES {
         let (schedule, golden) = schedule(name);
         for count in (1..=60).chain([100, 250, 333, 500]) {
-            let expected: Vec<i64> = Vec::try_from(golden.get(&format!("timesteps.{count}"))).unwrap();
+            let expected: Vec<f32> = Vec::try_from(golden.get(&format!("timesteps.{count}")).to_kind(Kind::Float)).unwrap();
             assert_eq!(Ddim::new(&schedule, count).unwrap().timesteps(), expected, "{name}, {count} steps");
         }
     }
@@ -232,11 +232,11 @@ fn ddim_latents_equal_diffusers_over_twenty_steps() {
     for name in SCHEDULES {
         let (schedule, golden) = schedule(name);
         let expected = golden.get("sequence");
-        let sampler = Ddim::new(&schedule, 20).unwrap();
+        let mut sampler = Ddim::new(&schedule, 20).unwrap();
         let mut x = expected.get(0);
-        for (i, &t) in sampler.timesteps().iter().enumerate() {
-            let output = (&x * 0.7 + t as f64 / 1000.0).tanh();
-            x = sampler.step(&output, i, &x).unwrap();
+        for (i, t) in sampler.timesteps().to_vec().into_iter().enumerate() {
+            let output = (&x * 0.7 + f64::from(t) / 1000.0).tanh();
+            x = sampler.step(&output, i, &x, &mut || panic!("DDIM takes no noise")).unwrap();
             let error = relative(&x, &expected.get(i as i64 + 1));
             assert!(error <= 1e-4, "{name}, step {i}: relative error {error:.2e}");
         }
@@ -380,12 +380,17 @@ fn schedule_configurations_beyond_support_are_refused_by_field() {
         ("beta_schedule", json!("sigmoid")),
         ("beta_start", json!(0)),
         ("num_train_timesteps", json!(1)),
-        ("prediction_type", json!("sample")),
+        ("final_sigmas_type", json!("half")),
+        ("interpolation_type", json!("log_linear")),
+        ("prediction_type", json!("flow_prediction")),
         ("rescale_betas_zero_snr", json!(true)),
+        ("sigma_max", json!(80)),
         ("steps_offset", json!(-1)),
         ("thresholding", json!(true)),
         ("timestep_spacing", json!("log")),
+        ("timestep_type", json!("continuous")),
         ("trained_betas", json!([0.1])),
+        ("use_flow_sigmas", json!(true)),
         ("a_field_of_tomorrow", json!(1)),
     ] {
         refused(ScheduleConfig::read(edited("schedules/sd15", field, &value)), field, &value);
@@ -397,7 +402,8 @@ fn absent_scheduler_fields_have_the_defaults_of_the_class() {
     let read = |class: &str| ScheduleConfig::read(config(json!({"_class_name": class}))).unwrap();
     assert_eq!((read("DDIMScheduler").clip_sample, read("DDIMScheduler").set_alpha_to_one), (Some(1.0), true));
     assert_eq!((read("PNDMScheduler").clip_sample, read("PNDMScheduler").set_alpha_to_one), (None, false));
-    assert_eq!(read("EulerDiscreteScheduler").spacing, ella_model::schedule::Spacing::Linspace);
+    assert_eq!((read("EulerDiscreteScheduler").clip_sample, read("EulerDiscreteScheduler").set_alpha_to_one), (None, true));
+    assert_eq!(read("EulerDiscreteScheduler").spacing, None);
 }
 
 #[test]
@@ -411,7 +417,7 @@ fn inputs_of_wrong_shape_are_named() {
     };
     assert_eq!(what(&floats(&[2, 4, 8]), &t, &h), "sample");
     assert_eq!(what(&x, &Tensor::from_slice(&[0i64]), &h), "timesteps");
-    assert_eq!(what(&x, &t.to_kind(Kind::Float), &h), "timesteps");
+    assert_eq!(what(&x, &t.to_kind(Kind::BFloat16), &h), "timesteps");
     assert_eq!(what(&x, &t, &floats(&[2, 3, 11])), "hidden_states");
     assert_eq!(what(&x, &t, &floats(&[1, 3, 10])), "hidden_states");
 
@@ -433,6 +439,7 @@ fn timesteps_and_steps_out_of_range_are_refused() {
     for steps in [0, 1001, 1000] {
         assert!(matches!(Ddim::new(&schedule, steps), Err(ModelError::Input { what, .. }) if what == "steps"), "{steps}");
     }
-    let sampler = Ddim::new(&schedule, 4).unwrap();
-    assert!(matches!(sampler.step(&noise, 4, &x0), Err(ModelError::Input { what, .. }) if what == "index"));
+    let mut sampler = Ddim::new(&schedule, 4).unwrap();
+    let result = sampler.step(&noise, 4, &x0, &mut || panic!("DDIM takes no noise"));
+    assert!(matches!(result, Err(ModelError::Input { what, .. }) if what == "index"));
 }

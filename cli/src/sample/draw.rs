@@ -1,4 +1,4 @@
-//! From noise to pictures: DDIM with classifier-free guidance, the connector asked anew at every timestep.
+//! From noise to pictures: a sampler with classifier-free guidance, the connector asked anew at every timestep.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use ella_model::ModelError;
 use ella_model::config::ConfigFile;
 use ella_model::connector::Tsc;
 use ella_model::rng::CounterRng;
-use ella_model::sampler::Ddim;
+use ella_model::sampler::{Method, Sampler};
 use ella_model::schedule::Schedule;
 use ella_model::unet::UNet;
 use ella_model::vae::Vae;
@@ -31,8 +31,11 @@ pub(super) struct Models<'a> {
 /// How to draw.
 #[derive(Debug)]
 pub(super) struct Settings {
+    pub(super) method: Method,
     pub(super) steps: usize,
     pub(super) guidance: f64,
+    /// What all noise is drawn from.
+    pub(super) seed: u64,
 }
 
 /// All networks of a base, its connector and text encoder, in float32.
@@ -43,8 +46,9 @@ pub(super) struct Drawer {
     vae: Vae,
     text: TextEncoder,
     padding: Padding,
-    sampler: Ddim,
+    sampler: Box<dyn Sampler>,
     guidance: f64,
+    seed: u64,
     /// Side of the pictures that the base was made for, in pixels.
     own_size: i64,
     device: Device,
@@ -78,10 +82,10 @@ impl Drawer {
         };
         fits("the connector's width", base, unet.config().cross_attention_dim, connector.config().width)?;
         fits("the connector's text width", &models.text.model, text.width(), connector.config().text_width)?;
-        let sampler = Ddim::new(&Schedule::load(&base.join("scheduler"), device)?, settings.steps)?;
+        let sampler = settings.method.sampler(&Schedule::load(&base.join("scheduler"), device)?, settings.steps)?;
         let own_size = own_size(base)? * vae.config().downscale();
-        let (padding, guidance) = (models.text.padding, settings.guidance);
-        Ok(Self { connector, unet, vae, text, padding, sampler, guidance, own_size, device })
+        let (padding, guidance, seed) = (models.text.padding, settings.guidance, settings.seed);
+        Ok(Self { connector, unet, vae, text, padding, sampler, guidance, seed, own_size, device })
     }
 
     /// Channels of a latent.
@@ -95,40 +99,45 @@ impl Drawer {
     }
 
     /// Seeded noise `[count, C, h, w]` for square pictures. Each picture's depends on the seed and its own number only.
-    pub(super) fn noise(&self, seed: u64, count: usize, size: Option<i64>) -> Result<Tensor, Fail> {
+    pub(super) fn noise(&self, count: usize, size: Option<i64>) -> Result<Tensor, Fail> {
         let (size, downscale) = (size.unwrap_or(self.own_size), self.vae.config().downscale());
         if size < downscale || size % downscale != 0 || size > 1 << 14 {
             return Err(Fail::usage(format_args!("--size must be a multiple of the VAE's {downscale} up to 16384 (found {size})")));
         }
-        let (channels, side) = (self.channels(), size / downscale);
-        let len = (channels * side * side) as usize;
-        let numbers: Vec<f32> =
-            (0..count).flat_map(|picture| CounterRng::new(seed, &format!("picture {picture}")).normal(len, 1.0)).collect();
-        Ok(Tensor::f_from_slice(&numbers)?.f_reshape([count as i64, channels, side, side])?)
+        let side = size / downscale;
+        let names = (0..count).map(|picture| format!("picture {picture}"));
+        Ok(normal(self.seed, names, &[count as i64, self.channels(), side, side])?)
     }
 
     /// One picture for each prompt, from `noise` `[prompts, C, h, w]`. `progress` hears of steps done.
-    pub(super) fn draw(&self, prompts: &[String], negative: &str, noise: &Tensor, progress: &mut dyn FnMut(u64)) -> Result<Drawn, Fail> {
+    pub(super) fn draw(
+        &mut self,
+        prompts: &[String],
+        negative: &str,
+        noise: &Tensor,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Drawn, Fail> {
         let mut drawn = Drawn { pictures: Vec::with_capacity(prompts.len()), truncated: 0 };
         let mut done = 0;
         for (group, prompts) in prompts.chunks(BATCH).enumerate() {
-            let noise = noise.f_narrow(0, (group * BATCH) as i64, prompts.len() as i64)?.f_to_device(self.device)?;
+            let first = group * BATCH;
+            let noise = noise.f_narrow(0, first as i64, prompts.len() as i64)?.f_to_device(self.device)?;
             let mut step = || {
                 done += 1;
                 progress(done);
             };
-            let images = tch::no_grad(|| self.group(prompts, negative, noise, (&mut drawn.truncated, &mut step)))?;
+            let images = tch::no_grad(|| self.group(prompts, negative, (first, noise), (&mut drawn.truncated, &mut step)))?;
             drawn.pictures.extend(pictures(&images)?);
         }
         Ok(drawn)
     }
 
-    /// Images `[b, 3, H, W]` in −1…1.
+    /// Images `[b, 3, H, W]` in −1…1, from the number of the first and the noise of all.
     fn group(
-        &self,
+        &mut self,
         prompts: &[String],
         negative: &str,
-        mut latents: Tensor,
+        (first, noise): (usize, Tensor),
         (truncated, step): (&mut usize, &mut dyn FnMut()),
     ) -> Result<Tensor, ModelError> {
         let b = prompts.len();
@@ -136,13 +145,20 @@ impl Drawer {
         let rows = self.text.encode(&texts)?; // [2b, S, E]: negative, then positive
         *truncated += rows.truncated.saturating_sub(if self.cut(negative)? { b } else { 0 });
         let mask = if self.padding == Padding::None { Some(rows.mask()?) } else { None };
-        for (index, &t) in self.sampler.timesteps().iter().enumerate() {
-            let timesteps = Tensor::f_full([2 * b as i64], t, (Kind::Int64, self.device))?;
+        let (seed, device) = (self.seed, self.device);
+        let mut latents = noise.f_mul_scalar(self.sampler.init_sigma())?;
+        for (index, t) in self.sampler.timesteps().to_vec().into_iter().enumerate() {
+            let timesteps = Tensor::f_full([2 * b as i64], f64::from(t), (Kind::Float, device))?;
             let states = self.connector.forward(&rows.features, &timesteps, mask.as_ref())?; // [2b, L, D]
-            let both = self.unet.forward(&Tensor::f_cat(&[&latents, &latents], 0)?, &timesteps, &states)?;
+            let input = self.sampler.scale_input(&latents, index)?;
+            let both = self.unet.forward(&Tensor::f_cat(&[&input, &input], 0)?, &timesteps, &states)?;
             let halves = both.f_chunk(2, 0)?;
             let output = halves[1].f_sub(&halves[0])?.f_mul_scalar(self.guidance)?.f_add(&halves[0])?;
-            latents = self.sampler.step(&output, index, &latents)?;
+            let mut fresh = || {
+                let names = (first..first + b).map(|picture| format!("picture {picture} step {index}"));
+                Ok(normal(seed, names, &latents.size())?.f_to_device(device)?)
+            };
+            latents = self.sampler.step(&output, index, &latents, &mut fresh)?;
             step();
         }
         Ok(self.vae.decode(&self.vae.unscale(&latents)?)?.f_clamp(-1.0, 1.0)?)
@@ -152,6 +168,13 @@ impl Drawer {
     fn cut(&self, text: &str) -> Result<bool, ModelError> {
         Ok(self.text.encode(&[text])?.truncated > 0)
     }
+}
+
+/// Normal noise of a shape whose first dimension counts the `names`: each row depends on the seed and its name only.
+fn normal(seed: u64, names: impl Iterator<Item = String>, shape: &[i64]) -> Result<Tensor, ModelError> {
+    let len = shape[1..].iter().product::<i64>() as usize;
+    let numbers: Vec<f32> = names.flat_map(|name| CounterRng::new(seed, &name).normal(len, 1.0)).collect();
+    Ok(Tensor::f_from_slice(&numbers)?.f_reshape(shape)?)
 }
 
 /// The side of the latents that a base was made for, by its configuration.

@@ -6,8 +6,10 @@ mod grid;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use draw::{Drawer, Models, Settings};
 use ella_model::connector::DEFAULT_HEADS;
+use ella_model::sampler::Method;
 use ella_model::weights::Weights;
 use ella_proto::config::{self, Device as Choice};
 use ella_worker::text::TextOptions;
@@ -39,13 +41,16 @@ pub(crate) struct Sample {
     /// What not to draw
     #[arg(long, default_value = "", value_name = "N", hide_default_value = true)]
     negative: String,
+    /// How to step from noise to picture
+    #[arg(long, default_value_t = Method::Ddim, value_parser = method())]
+    sampler: Method,
     /// Steps from noise to picture
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// How much the prompt counts beside the negative one; 1 is no guidance
     #[arg(long, default_value_t = 7.5)]
     guidance: f64,
-    /// What the first noise is drawn from
+    /// What the first noise is drawn from, and that of each step of euler-a
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Width and height, in pixels [default: the base's own]
@@ -82,10 +87,11 @@ impl Sample {
         models::folder("--text", &self.text.display().to_string())?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let device = device::set_up(Choice::Auto, threads)?;
-        let drawer = Drawer::load(&self.models(), &Settings { steps: self.steps as usize, guidance: self.guidance }, device)?;
+        let settings = Settings { method: self.sampler, steps: self.steps as usize, guidance: self.guidance, seed: self.seed };
+        let mut drawer = Drawer::load(&self.models(), &settings, device)?;
         let noise = match &self.latents {
             Some(file) => self.given_noise(file, &drawer, prompts.len())?,
-            None => drawer.noise(self.seed, prompts.len(), self.size)?,
+            None => drawer.noise(prompts.len(), self.size)?,
         };
         let mut meter = Meter::new("sample", drawer.total_steps(prompts.len()));
         let drawn = drawer.draw(&prompts, &self.negative, &noise, &mut |done| meter.at(done, "steps"))?;
@@ -94,10 +100,11 @@ impl Sample {
             None => vec![self.write_grid(&drawn.pictures)?],
             Some(folder) => write_each(folder, &drawn.pictures)?,
         };
+        let seeded = self.latents.is_none() || self.sampler.is_random();
         let made = json!({
             "files": files, "prompts": prompts, "width": drawn.pictures[0].width, "height": drawn.pictures[0].height,
-            "steps": self.steps, "guidance": self.guidance, "seed": if self.latents.is_some() { None } else { Some(self.seed) },
-            "truncated": drawn.truncated,
+            "sampler": self.sampler.to_string(), "steps": self.steps, "guidance": self.guidance,
+            "seed": seeded.then_some(self.seed), "truncated": drawn.truncated,
         });
         out.result(&made, || {
             let mut text = format!("{} of {}×{}", count(prompts.len(), "picture"), drawn.pictures[0].width, drawn.pictures[0].height);
@@ -159,6 +166,11 @@ impl Sample {
         grid.compose(pictures).save(&self.out)?;
         Ok(self.out.clone())
     }
+}
+
+/// Reads a sampler's name; `--help` and errors list them all.
+fn method() -> impl TypedValueParser<Value = Method> {
+    PossibleValuesParser::new(Method::NAMES.map(|(name, _)| name)).try_map(|name| name.parse::<Method>())
 }
 
 fn write_each(folder: &Path, pictures: &[Picture]) -> Result<Vec<PathBuf>, Fail> {
