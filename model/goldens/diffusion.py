@@ -15,6 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from safetensors.torch import save_file
 
+# Width of the pooled text of the small SDXL.
+POOLED = 10
 UNETS = {
     # The SD 1.5 kind: 1x1 convolutions around the transformers, one number of heads, the deepest block without attention.
     "unet-sd15": dict(
@@ -32,7 +34,33 @@ UNETS = {
         upcast_attention=True, norm_num_groups=2, norm_eps=1e-4, flip_sin_to_cos=False, freq_shift=1,
         time_embedding_dim=14, downsample_padding=0, sample_size=8,
     ),
+    # SD 2.1: heads of one width, attention in float32, the deepest block without attention.
+    "unet-sd2": dict(
+        in_channels=4, out_channels=4, block_out_channels=(4, 8, 12), layers_per_block=1, cross_attention_dim=10,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(1, 2, 3), use_linear_projection=True, upcast_attention=True, norm_num_groups=2, sample_size=8,
+    ),
+    # SDXL: conditions added to the time embedding, transformers that deepen, the first block without.
+    "unet-sdxl": dict(
+        in_channels=4, out_channels=4, block_out_channels=(4, 8, 8), layers_per_block=1, cross_attention_dim=10,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(1, 2, 4), transformer_layers_per_block=(1, 2, 3), use_linear_projection=True,
+        norm_num_groups=2, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=POOLED + 6 * 8, sample_size=8,
+    ),
+    # What small SDXLs do: a depth for each layer, and another way up than down.
+    "unet-uneven": dict(
+        in_channels=4, out_channels=4, block_out_channels=(4, 8), layers_per_block=2, cross_attention_dim=10,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        attention_head_dim=(1, 2), transformer_layers_per_block=(1, (2, 1)),
+        reverse_transformer_layers_per_block=((1, 2, 1), 2), use_linear_projection=True, norm_num_groups=2, sample_size=8,
+    ),
 }
+
+# Weights that are well conditioned, see `expected`.
+SEEDS = {"unet-sd2": 23, "unet-sdxl": 88, "unet-uneven": 4}
 
 VAE = dict(
     in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 12, 16), layers_per_block=1,
@@ -101,7 +129,7 @@ def expected(what, model, run, bounds):
 
 
 def unet(out, name, config):
-    g = torch.Generator().manual_seed(len(name))
+    g = torch.Generator().manual_seed(SEEDS.get(name, len(name)))
     model = UNet2DConditionModel(**config).eval()
     randomise(model, g, 3**-0.5)
     model.save_pretrained(out / name)
@@ -112,10 +140,15 @@ def unet(out, name, config):
         t = torch.tensor([0, 999, 421][:b])
         hidden = torch.randn(b, tokens, config["cross_attention_dim"], generator=g)
         grad_output = torch.randn(sample.shape, generator=g)
+        added = {}
+        if config.get("addition_embed_type") == "text_time":
+            added["text_embeds"] = torch.randn(b, POOLED, generator=g)
+            # Height and width of the original, top and left of the crop, height and width of the picture.
+            added["time_ids"] = torch.tensor([[1024, 768, 0, 0, 1024, 1024], [333, 1999, 7, 512, 512, 640], [64] * 6][:b]).float()
 
         def run(net):
             x = hidden.to(net.dtype, copy=True).requires_grad_()
-            y = net(sample.to(net.dtype), t, x).sample
+            y = net(sample.to(net.dtype), t, x, added_cond_kwargs=added).sample
             y.backward(grad_output.to(net.dtype))
             return y.detach(), x.grad
 
@@ -125,7 +158,30 @@ def unet(out, name, config):
             f"{case}.sample": sample, f"{case}.timesteps": t, f"{case}.hidden_states": hidden, f"{case}.grad_output": grad_output,
             f"{case}.output": y, f"{case}.grad.hidden_states": grad,
         }
+        golden |= {f"{case}.{key}": value for key, value in added.items()}
+    if name == "unet-sd2":
+        golden |= v_prediction(name, model, g)
     save(out / name / "golden.safetensors", golden)
+
+
+def v_prediction(name, model, g):
+    """The loss of each sample and its gradient when the network is taken to predict v, as SD 2.1's schedule says."""
+    schedule = DDIMScheduler.from_config({k: v for k, v in SCHEDULES["v-leading"].items() if k != "_class_name"})
+    x0, noise = torch.randn(3, 4, 9, 7, generator=g), torch.randn(3, 4, 9, 7, generator=g)
+    t = torch.tensor([0, 999, 421])
+    hidden = torch.randn(3, 5, model.config.cross_attention_dim, generator=g)
+
+    def run(net):
+        x = hidden.to(net.dtype, copy=True).requires_grad_()
+        noisy, target = schedule.add_noise(x0, noise, t), schedule.get_velocity(x0, noise, t)
+        loss = (net(noisy.to(net.dtype), t, x).sample - target).square().mean(dim=(1, 2, 3))
+        loss.sum().backward()
+        return loss.detach(), x.grad
+
+    loss, grad = expected(f"{name} v", model, run, {torch.float32: (2e-6, 1e-5)})
+    return {
+        "v.x0": x0, "v.noise": noise, "v.timesteps": t, "v.hidden_states": hidden, "v.loss": loss, "v.grad.hidden_states": grad,
+    }
 
 
 @torch.no_grad()

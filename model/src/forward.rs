@@ -14,7 +14,7 @@ use crate::config::ConfigFile;
 use crate::connector::{DEFAULT_HEADS, Tsc};
 use crate::error::{ModelError, Result};
 use crate::t5::T5;
-use crate::unet::UNet;
+use crate::unet::{Added, UNet};
 use crate::vae::Vae;
 use crate::weights::{self, Weights};
 
@@ -23,7 +23,8 @@ use crate::weights::{self, Weights};
 pub enum Net {
     /// `text_features` `[B,S,E]`, `timesteps` `[B]` to `hidden_states` `[B,L,D]`.
     Connector,
-    /// `sample` `[B,C,H,W]`, `timesteps` `[B]`, `hidden_states` `[B,L,D]` to `sample`.
+    /// `sample` `[B,C,H,W]`, `timesteps` `[B]`, `hidden_states` `[B,L,D]`, for SDXL `text_embeds` `[B,P]` and `time_ids` `[B,6]` too,
+    /// to `sample`.
     Unet,
     /// `input_ids` `[B,S]`, `attention_mask` `[B,S]` to `last_hidden_state` `[B,S,E]`; CLIP also to `penultimate_hidden_state`
     /// `[B,S,E]` and `pooled` `[B,P]`. The model's `config.json` says which family it is.
@@ -113,7 +114,14 @@ fn unet(unet: &UNet, inputs: &Inputs) -> Result<Named> {
     let states = [Dim::Any("B"), Dim::Any("L"), Dim::Is(config.cross_attention_dim)];
     let states = inputs.floats("hidden_states", &states)?;
     let watched = vec![("hidden_states".to_owned(), states.shallow_clone())];
-    inputs.differentiate("sample", watched, || unet.forward(&sample, &timesteps, &states))
+    let added = match config.added {
+        None => None,
+        Some(_) => Some(Added {
+            text_embeds: inputs.floats("text_embeds", &[Dim::Any("B"), Dim::Any("P")])?,
+            time_ids: inputs.numbers("time_ids", &[Dim::Any("B"), Dim::Any("N")])?,
+        }),
+    };
+    inputs.differentiate("sample", watched, || unet.forward_added(&sample, &timesteps, &states, added.as_ref()))
 }
 
 /// The families of text encoders.
@@ -197,6 +205,13 @@ impl Inputs {
 
     fn floats(&self, name: &str, dims: &[Dim]) -> Result<Tensor> {
         self.take(name, dims, self.options.kind)
+    }
+
+    /// Floats or integers, as float32 whatever the network computes in: its kind may not tell 1000 from 1001.
+    fn numbers(&self, name: &str, dims: &[Dim]) -> Result<Tensor> {
+        let (_, stored) = self.file.describe(name)?;
+        let floats = matches!(stored, Kind::Double | Kind::Float | Kind::Half | Kind::BFloat16);
+        Ok(self.take(name, dims, if floats { Kind::Float } else { Kind::Int64 })?.f_to_kind(Kind::Float)?)
     }
 
     /// Integers from 0 to below `limit`.

@@ -123,8 +123,8 @@ pub(crate) struct Transformer {
 }
 
 impl Transformer {
-    /// For feature maps of the `level`'s channels.
-    pub(crate) fn new(p: &Params, level: usize, config: &UNetConfig) -> Result<Self> {
+    /// `depth` layers for feature maps of the `level`'s channels.
+    pub(crate) fn new(p: &Params, level: usize, depth: i64, config: &UNetConfig) -> Result<Self> {
         let width = config.block_out_channels[level];
         let project = |name| match config.use_linear_projection {
             true => Linear::new(&p.at(name), width, width),
@@ -135,9 +135,7 @@ impl Transformer {
         Ok(Self {
             norm: GroupNorm::new(&p.at("norm"), width, config.norm_num_groups, GROUP_EPS)?,
             proj_in: project("proj_in")?,
-            blocks: (0..config.transformer_layers[level])
-                .map(|i| Block::new(&blocks.at(i), width, config.heads[level], config))
-                .collect::<Result<_>>()?,
+            blocks: (0..depth).map(|i| Block::new(&blocks.at(i), width, config.heads[level], config)).collect::<Result<_>>()?,
             proj_out: project("proj_out")?,
         })
     }

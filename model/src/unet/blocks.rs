@@ -26,14 +26,22 @@ struct Layer {
     attention: Option<Transformer>,
 }
 
+/// Where a block is, and how many transformer layers follow each of its residual blocks, if any do.
+#[derive(Clone, Copy, Debug)]
+struct Place<'a> {
+    level: usize,
+    transformers: Option<&'a [i64]>,
+}
+
 impl Layer {
-    /// The `i`-th layer of a block at `level`, with `input` channels coming in.
-    fn new(p: &Params, i: i64, input: i64, level: (usize, bool), config: &UNetConfig) -> Result<Self> {
-        let (level, attends) = level;
+    /// The `i`-th layer of a block at `place.level`, with `input` channels coming in.
+    fn new(p: &Params, i: i64, input: i64, place: Place, config: &UNetConfig) -> Result<Self> {
+        let Place { level, transformers } = place;
         let channels = (input, config.block_out_channels[level]);
+        let depth = transformers.map(|depths| depths[i as usize]);
         Ok(Self {
             resnet: Resnet::new(&p.at("resnets").at(i), channels, Some(config.time_embed_dim), norm(config))?,
-            attention: attends.then(|| Transformer::new(&p.at("attentions").at(i), level, config)).transpose()?,
+            attention: depth.map(|depth| Transformer::new(&p.at("attentions").at(i), level, depth, config)).transpose()?,
         })
     }
 
@@ -61,9 +69,10 @@ impl DownBlock {
     /// The block at `level`.
     pub(crate) fn new(p: &Params, level: usize, config: &UNetConfig) -> Result<Self> {
         let channels = &config.block_out_channels;
-        let attends = config.down_attention[level];
+        let transformers = config.down_attention[level].then_some(config.down_transformers[level].as_slice());
+        let place = Place { level, transformers };
         let input = |i| if i == 0 { channels[level.saturating_sub(1)] } else { channels[level] };
-        let layer = |i| Layer::new(p, i, input(i), (level, attends), config);
+        let layer = |i| Layer::new(p, i, input(i), place, config);
         let halves = level < config.halvings();
         let half = || Downsample::new(&p.at("downsamplers").at(0), channels[level], config.downsample_padding);
         Ok(Self {
@@ -101,7 +110,8 @@ impl MidBlock {
         let level = config.halvings();
         let channels = config.block_out_channels[level];
         let resnet = |i: i64| Resnet::new(&p.at("resnets").at(i), (channels, channels), Some(config.time_embed_dim), norm(config));
-        Ok(Self { first: resnet(0)?, attention: Transformer::new(&p.at("attentions").at(0), level, config)?, second: resnet(1)? })
+        let attention = Transformer::new(&p.at("attentions").at(0), level, config.mid_transformers, config)?;
+        Ok(Self { first: resnet(0)?, attention, second: resnet(1)? })
     }
 
     /// [B, C, H, W] to the same shape.
@@ -129,7 +139,8 @@ impl UpBlock {
         // The last layer takes the map from before this level: the one above's, or the first convolution's.
         let skip = |j| if j == last { channels[level.saturating_sub(1)] } else { channels[level] };
         let input = |j| if j == 0 { below } else { channels[level] };
-        let layer = |j| Layer::new(p, j, input(j) + skip(j), (level, config.up_attention[i]), config);
+        let place = Place { level, transformers: config.up_attention[i].then_some(config.up_transformers[i].as_slice()) };
+        let layer = |j| Layer::new(p, j, input(j) + skip(j), place, config);
         let double = || Upsample::new(&p.at("upsamplers").at(0), channels[level]);
         Ok(Self { layers: (0..=last).map(layer).collect::<Result<_>>()?, upsample: (level > 0).then(double).transpose()? })
     }

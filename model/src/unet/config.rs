@@ -1,19 +1,21 @@
 //! `config.json` of diffusers' `UNet2DConditionModel`: what is supported, what is refused.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::AddedConfig;
 use crate::config::ConfigFile;
 use crate::error::Result;
 
 /// The shape of a U-Net. Lists have an entry for each block of the way down; the way up is their mirror image.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UNetConfig {
-    /// Channels of the noisy sample; 9 for in-painting models, which also take a mask and the masked image.
+    /// Channels of the noisy sample.
     pub in_channels: i64,
-    /// Channels of the prediction.
+    /// Channels of the prediction: as many.
     pub out_channels: i64,
     /// Whether the sample comes in 0..1 and is to be moved to -1..1 first.
     pub center_input_sample: bool,
@@ -33,8 +35,12 @@ pub struct UNetConfig {
     pub up_attention: Vec<bool>,
     /// Attention heads in each block.
     pub heads: Vec<i64>,
-    /// Transformer layers after each residual block.
-    pub transformer_layers: Vec<i64>,
+    /// Transformer layers after each residual block of each block of the way down.
+    pub down_transformers: Vec<Vec<i64>>,
+    /// Transformer layers in the middle.
+    pub mid_transformers: i64,
+    /// Transformer layers after each residual block of each block of the way up, in the order of the way up.
+    pub up_transformers: Vec<Vec<i64>>,
     /// Width of the text features.
     pub cross_attention_dim: i64,
     /// Whether the projections around transformers are stored as linear layers, else as 1×1 convolutions.
@@ -47,6 +53,8 @@ pub struct UNetConfig {
     pub norm_num_groups: i64,
     /// ε of the residual blocks' group norms.
     pub norm_eps: f64,
+    /// What is added to the time embedding, if anything is: SDXL's `text_time`.
+    pub added: Option<AddedConfig>,
 }
 
 impl UNetConfig {
@@ -63,9 +71,11 @@ impl UNetConfig {
         refuse_unsupported(&c)?;
         let block_out_channels: Vec<i64> = c.optional("block_out_channels", CHANNELS, vec![320, 640, 1280, 1280])?;
         let n = block_out_channels.len();
-        if n == 0 || block_out_channels.iter().any(|&channels| !(1..=1 << 20).contains(&channels)) {
+        if n == 0 || block_out_channels.iter().any(|channels| !COUNTS.contains(channels)) {
             return Err(c.refuse("block_out_channels", CHANNELS));
         }
+        let layers_per_block = per_block(&c, "layers_per_block", n, 2)?;
+        let (down_transformers, up_transformers) = transformers(&c, &layers_per_block)?;
         let config = Self {
             in_channels: c.size_or("in_channels", 4)?,
             out_channels: c.size_or("out_channels", 4)?,
@@ -73,19 +83,22 @@ impl UNetConfig {
             flip_sin_to_cos: c.optional("flip_sin_to_cos", BOOL, true)?,
             freq_shift: c.optional("freq_shift", "0 or 1", 0)?,
             time_embed_dim: c.size_or("time_embedding_dim", 4 * block_out_channels[0])?,
-            layers_per_block: per_block(&c, "layers_per_block", n, 2)?,
             down_attention: block_types(&c, "down_block_types", n, ["DownBlock2D", "CrossAttnDownBlock2D"])?,
             up_attention: block_types(&c, "up_block_types", n, ["UpBlock2D", "CrossAttnUpBlock2D"])?,
             // diffusers calls the number of heads attention_head_dim here, and keeps to it (its issue 2011).
             heads: per_block(&c, "attention_head_dim", n, 8)?,
-            transformer_layers: per_block(&c, "transformer_layers_per_block", n, 1)?,
+            mid_transformers: down_transformers[n - 1][0],
             cross_attention_dim: c.size_or("cross_attention_dim", 1280)?,
             use_linear_projection: c.optional("use_linear_projection", BOOL, false)?,
             upcast_attention: c.optional("upcast_attention", BOOL, false)?,
             downsample_padding: c.optional("downsample_padding", "0 or 1", 1)?,
             norm_num_groups: c.size_or("norm_num_groups", 32)?,
             norm_eps: c.optional("norm_eps", "a number", 1e-5)?,
+            added: added(&c)?,
             block_out_channels,
+            layers_per_block,
+            down_transformers,
+            up_transformers,
         };
         config.check(&c)?;
         // sample_size is a default for callers who name no size; dropout does nothing in a frozen network.
@@ -100,6 +113,9 @@ impl UNetConfig {
 
     fn check(&self, c: &ConfigFile) -> Result<()> {
         let rule = |field, holds: bool, rule: &str| if holds { Ok(()) } else { Err(c.refuse(field, rule)) };
+        let out = self.out_channels;
+        let why = "ella has nothing to give for the further inputs of in-painting, depth, upscaling and editing models";
+        rule("in_channels", self.in_channels == out, &format!("out_channels, {out}, because {why}"))?;
         rule("freq_shift", (0..=1).contains(&self.freq_shift), "0 or 1")?;
         rule("downsample_padding", (0..=1).contains(&self.downsample_padding), "0 or 1")?;
         rule("norm_eps", self.norm_eps > 0.0, "above 0")?;
@@ -144,16 +160,12 @@ fn refuse_unsupported(c: &ConfigFile) -> Result<()> {
         ("time_embedding_type", &[json!("positional")]),
     ];
     let absent = [
-        "addition_embed_type",
-        "addition_time_embed_dim",
         "class_embed_type",
         "cross_attention_norm",
         "encoder_hid_dim",
         "encoder_hid_dim_type",
         "num_attention_heads",
         "num_class_embeds",
-        "projection_class_embeddings_input_dim",
-        "reverse_transformer_layers_per_block",
         "time_cond_proj_dim",
         "time_embedding_act_fn",
         "timestep_post_act",
@@ -166,11 +178,73 @@ fn refuse_unsupported(c: &ConfigFile) -> Result<()> {
     only.iter().try_for_each(|(field, supported)| c.only(field, supported))
 }
 
-#[derive(Deserialize)]
+/// The conditions that are added to the time embedding.
+fn added(c: &ConfigFile) -> Result<Option<AddedConfig>> {
+    let (kind, time, input) = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim");
+    if c.value(kind).is_none() {
+        return match [time, input].into_iter().find(|field| c.value(field).is_some()) {
+            Some(field) => Err(c.refuse(field, "null or absent, as addition_embed_type is")),
+            None => Ok(None),
+        };
+    }
+    c.only(kind, &[json!("text_time")])?;
+    let added = AddedConfig { time_width: c.size(time)?, input_width: c.size(input)? };
+    if added.time_width < 4 {
+        return Err(c.refuse(time, "at least 4"));
+    }
+    if added.input_width <= added.time_width {
+        return Err(c.refuse(input, &format!("above addition_time_embed_dim, {}", added.time_width)));
+    }
+    Ok(Some(added))
+}
+
+/// What sizes and counts of one block may be.
+const COUNTS: RangeInclusive<i64> = 1..=1 << 20;
+
+#[derive(Clone, Deserialize)]
 #[serde(untagged)]
 enum OneOrMany {
     One(i64),
     Many(Vec<i64>),
+}
+
+/// A number for each residual block of each block.
+type Counts = Vec<Vec<i64>>;
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Depths {
+    All(i64),
+    Each(Vec<OneOrMany>),
+}
+
+/// The numbers of transformer layers after each residual block, by block: (of the way down, of the way up), for blocks of `layers` residual
+/// blocks on the way down. The way up is the mirror image unless it has its own field.
+fn transformers(c: &ConfigFile, layers: &[i64]) -> Result<(Counts, Counts)> {
+    let (down, up) = ("transformer_layers_per_block", "reverse_transformer_layers_per_block");
+    let lists = format!("a list of {} whole numbers of at least 1, or of lists with one for each residual block", layers.len());
+    let rule = format!("a whole number of at least 1, or {lists}");
+    let depths = match c.optional(down, &rule, Depths::All(1))? {
+        Depths::All(depth) => vec![OneOrMany::One(depth); layers.len()],
+        Depths::Each(depths) => depths,
+    };
+    let downward = spread(&depths, layers.iter().copied()).ok_or_else(|| c.refuse(down, &rule))?;
+    // A list for the way down has no mirror image: blocks of the way up have one residual block more.
+    let depths: Vec<OneOrMany> = c.get(up, &lists)?.unwrap_or_else(|| depths.into_iter().rev().collect());
+    let upward = spread(&depths, layers.iter().rev().map(|layers| layers + 1));
+    Ok((downward, upward.ok_or_else(|| c.refuse(up, &format!("{lists} of the way up")))?))
+}
+
+/// A number for each of a block's `layers`, for all blocks, if all fit.
+fn spread(depths: &[OneOrMany], layers: impl ExactSizeIterator<Item = i64>) -> Option<Counts> {
+    let block = |(depths, layers): (&OneOrMany, i64)| {
+        let depths = match depths {
+            OneOrMany::One(depth) => vec![*depth; layers as usize],
+            OneOrMany::Many(depths) => depths.clone(),
+        };
+        (depths.len() as i64 == layers && depths.iter().all(|depth| COUNTS.contains(depth))).then_some(depths)
+    };
+    if depths.len() == layers.len() { depths.iter().zip(layers).map(block).collect() } else { None }
 }
 
 /// A positive number for all blocks, or a list with one for each of `n`.
@@ -180,7 +254,7 @@ fn per_block(c: &ConfigFile, field: &str, n: usize, default: i64) -> Result<Vec<
         OneOrMany::One(value) => vec![value; n],
         OneOrMany::Many(values) => values,
     };
-    let fits = values.len() == n && values.iter().all(|value| (1..=1 << 20).contains(value));
+    let fits = values.len() == n && values.iter().all(|value| COUNTS.contains(value));
     if fits { Ok(values) } else { Err(c.refuse(field, &rule)) }
 }
 

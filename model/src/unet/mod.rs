@@ -1,4 +1,4 @@
-//! The frozen diffusion U-Net: diffusers' `UNet2DConditionModel` of the SD kind, driven by its `config.json`.
+//! The frozen diffusion U-Net: diffusers' `UNet2DConditionModel` of the SD 1, SD 2 and SDXL kinds, driven by its `config.json`.
 //!
 //! Follows diffusers 0.42, `models/unets/unet_2d_condition.py`. Parameters never require gradients; gradients flow through the
 //! activations to the text features, which is all that training a connector needs.
@@ -7,27 +7,30 @@ mod attention;
 mod blocks;
 mod config;
 mod resnet;
+mod time;
 
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
 use self::blocks::{Condition, DownBlock, MidBlock, UpBlock};
+use self::time::TimeEmbedding;
 use crate::error::{ModelError, Result};
-use crate::layers::{Conv2d, GroupNorm, Linear, silu, sinusoid};
+use crate::layers::{Conv2d, GroupNorm, silu};
 use crate::params::Params;
 use crate::weights::Weights;
 
 pub(crate) use self::attention::attend;
 pub use self::config::UNetConfig;
 pub(crate) use self::resnet::{Downsample, Norm, Resnet, Upsample};
+pub use self::time::{Added, AddedConfig};
 
 /// The U-Net.
 #[derive(Debug)]
 pub struct UNet {
     config: UNetConfig,
     conv_in: Conv2d,
-    time_embedding: (Linear, Linear),
+    time: TimeEmbedding,
     down_blocks: Vec<DownBlock>,
     mid_block: MidBlock,
     up_blocks: Vec<UpBlock>,
@@ -40,14 +43,10 @@ impl UNet {
     pub fn new(config: &UNetConfig, p: &Params) -> Result<Self> {
         let blocks = 0..config.block_out_channels.len();
         let first = config.block_out_channels[0];
-        let time = p.at("time_embedding");
         let (down, up) = (p.at("down_blocks"), p.at("up_blocks"));
         Ok(Self {
             conv_in: Conv2d::new(&p.at("conv_in"), config.in_channels, first, 3)?,
-            time_embedding: (
-                Linear::new(&time.at("linear_1"), first, config.time_embed_dim)?,
-                Linear::new(&time.at("linear_2"), config.time_embed_dim, config.time_embed_dim)?,
-            ),
+            time: TimeEmbedding::new(config, p)?,
             down_blocks: blocks.clone().map(|i| DownBlock::new(&down.at(i), i, config)).collect::<Result<_>>()?,
             mid_block: MidBlock::new(&p.at("mid_block"), config)?,
             up_blocks: blocks.map(|i| UpBlock::new(&up.at(i), i, config)).collect::<Result<_>>()?,
@@ -77,10 +76,22 @@ impl UNet {
     /// Predicts ε or v, whichever the network was taught. Inputs are cast to the network's kind; the output is of that kind.
     ///
     /// # Shapes
-    /// `sample` [B, Cin, H, W] of any H and W, `timesteps` `[B]` i64 or float32, `hidden_states` [B, L, D] with D the `cross_attention_dim`;
+    /// `sample` [B, Cin, H, W] of any H and W, `timesteps` `[B]` i64, `hidden_states` [B, L, D] with D the `cross_attention_dim`;
     /// returns [B, Cout, H, W].
+    ///
+    /// # Errors
+    /// An input does not fit, or the network needs [`Added`] conditions too.
     pub fn forward(&self, sample: &Tensor, timesteps: &Tensor, hidden_states: &Tensor) -> Result<Tensor> {
-        self.check(sample, timesteps, hidden_states)?;
+        self.forward_added(sample, timesteps, hidden_states, None)
+    }
+
+    /// [`UNet::forward`] with the further conditions of SDXL's kind.
+    ///
+    /// # Errors
+    /// An input does not fit; conditions are missing that the network needs, or given to one that has no use for them.
+    pub fn forward_added(&self, sample: &Tensor, timesteps: &Tensor, hidden_states: &Tensor, added: Option<&Added>) -> Result<Tensor> {
+        let batch = self.check(sample, timesteps, hidden_states)?;
+        AddedConfig::check(self.config.added.as_ref(), added, batch)?;
         let kind = self.conv_in.kind();
         let text = hidden_states.f_to_kind(kind)?;
 
@@ -90,10 +101,8 @@ impl UNet {
             x = x.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?;
         }
 
-        // 1. time; every residual block would activate it, so it is done once
-        let UNetConfig { flip_sin_to_cos, freq_shift, .. } = self.config;
-        let t = sinusoid(timesteps, self.config.block_out_channels[0], flip_sin_to_cos, freq_shift)?.f_to_kind(kind)?;
-        let time = silu(&self.time_embedding.1.forward(&silu(&self.time_embedding.0.forward(&t)?)?)?)?;
+        // 1. time
+        let time = self.time.forward(timesteps, added, kind)?;
         let c = Condition { time: &time, text: &text };
 
         // 2. pre-process
@@ -117,21 +126,26 @@ impl UNet {
         self.conv_out.forward(&silu(&self.conv_norm_out.forward(&x)?)?)
     }
 
-    fn check(&self, sample: &Tensor, timesteps: &Tensor, hidden_states: &Tensor) -> Result<()> {
-        let refuse =
-            |what: &str, expected: String, x: &Tensor| Err(ModelError::argument(what, expected, format!("{:?} {:?}", x.size(), x.kind())));
+    /// The number of samples, if all inputs fit.
+    fn check(&self, sample: &Tensor, timesteps: &Tensor, hidden_states: &Tensor) -> Result<i64> {
+        let refuse = |what: &str, expected: String, x: &Tensor| Err(misshapen(what, expected, x));
         let channels = self.config.in_channels;
         let batch = match sample.size()[..] {
             [batch, c, _, _] if c == channels => batch,
             _ => return refuse("sample", format!("[B, {channels}, H, W]"), sample),
         };
-        if timesteps.size() != [batch] || !matches!(timesteps.kind(), Kind::Int64 | Kind::Float) {
-            return refuse("timesteps", format!("[{batch}] Int64 or Float"), timesteps);
+        if timesteps.size() != [batch] || timesteps.kind() != Kind::Int64 {
+            return refuse("timesteps", format!("[{batch}] Int64"), timesteps);
         }
         let width = self.config.cross_attention_dim;
         match hidden_states.size()[..] {
-            [b, _, d] if b == batch && d == width => Ok(()),
+            [b, _, d] if b == batch && d == width => Ok(batch),
             _ => refuse("hidden_states", format!("[{batch}, L, {width}]"), hidden_states),
         }
     }
+}
+
+/// The error of an input of the wrong shape or kind.
+fn misshapen(what: &str, expected: String, x: &Tensor) -> ModelError {
+    ModelError::argument(what, expected, format!("{:?} {:?}", x.size(), x.kind()))
 }
