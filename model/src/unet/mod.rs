@@ -76,7 +76,7 @@ impl UNet {
     /// Predicts ε or v, whichever the network was taught. Inputs are cast to the network's kind; the output is of that kind.
     ///
     /// # Shapes
-    /// `sample` [B, Cin, H, W] of any H and W, `timesteps` `[B]` i64, `hidden_states` [B, L, D] with D the `cross_attention_dim`;
+    /// `sample` [B, Cin, H, W] of any H and W, `timesteps` `[B]` i64 or float32, `hidden_states` [B, L, D] with D the `cross_attention_dim`;
     /// returns [B, Cout, H, W].
     ///
     /// # Errors
@@ -134,8 +134,8 @@ impl UNet {
             [batch, c, _, _] if c == channels => batch,
             _ => return refuse("sample", format!("[B, {channels}, H, W]"), sample),
         };
-        if timesteps.size() != [batch] || timesteps.kind() != Kind::Int64 {
-            return refuse("timesteps", format!("[{batch}] Int64"), timesteps);
+        if timesteps.size() != [batch] || !matches!(timesteps.kind(), Kind::Int64 | Kind::Float) {
+            return refuse("timesteps", format!("[{batch}] Int64 or Float"), timesteps);
         }
         let width = self.config.cross_attention_dim;
         match hidden_states.size()[..] {
