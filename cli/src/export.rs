@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use ella_model::connector::{self, Tsc};
+use ella_model::connector::{self, Connector};
 use ella_store::{Commit, Digest};
 use ella_worker::train::state::{CONNECTOR_FILE, EMA_FILE};
 use serde_json::json;
@@ -66,7 +66,7 @@ impl Export {
             tempfile::Builder::new().suffix(".safetensors").tempfile_in(folder).map_err(|error| Fail::io(&self.out, "written", &error))?;
         std::fs::write(partial.path(), bytes).map_err(|error| Fail::io(&self.out, "written", &error))?;
         let dtype = if self.dtype == "fp16" { Dtype::Fp16 } else { Dtype::Fp32 };
-        let network = Tsc::load(partial.path(), heads, dtype.kind(), Device::Cpu)?;
+        let network = Connector::load(partial.path(), heads, dtype.kind(), Device::Cpu)?;
         Ok(connector::save(&self.out, network.tensors(), dtype.kind())?)
     }
 }

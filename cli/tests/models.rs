@@ -7,15 +7,19 @@ mod common;
 use std::path::Path;
 
 use common::{ella, world};
-use ella_model::connector::{Tsc, TscConfig, save};
+use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind, save};
 use ella_model::weights::{self, Weights};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 /// An untrained connector that fits the nano models.
 fn connector(here: &Path) {
-    let config = TscConfig { layers: 1, latents: 4, heads: 4, ..TscConfig::new(64, 64) };
-    save(&here.join("connector.safetensors"), Tsc::init(&config, 3, Device::Cpu).unwrap().tensors(), Kind::Float).unwrap();
+    untrained(&here.join("connector.safetensors"), ConnectorKind::Tsc, 64);
+}
+
+fn untrained(file: &Path, kind: ConnectorKind, width: i64) {
+    let config = ConnectorConfig { layers: 1, latents: 4, heads: 4, ..ConnectorConfig::new(kind, width, 64) };
+    save(file, Connector::init(&config, 3, Device::Cpu).unwrap().tensors(), Kind::Float).unwrap();
 }
 
 fn noise(here: &Path, name: &str, shape: &[i64]) {
@@ -44,6 +48,13 @@ fn forward_runs_a_network_on_a_files_tensors() {
     ella(here, &[&arguments[..], &["in.safetensors", "--grad"]].concat()).ok();
     let names: Vec<String> = Weights::open(&here.join("out.safetensors")).unwrap().names().map(str::to_owned).collect();
     assert!(names.contains(&"grad.text_features".to_owned()) && names.contains(&"grad.connector.latents".to_owned()));
+
+    for (kind, states) in [(ConnectorKind::TscZero, 4), (ConnectorKind::Resampler, 4), (ConnectorKind::Mlp, 5)] {
+        untrained(&here.join("connector.safetensors"), kind, 64);
+        ella(here, &[&arguments[..], &["plain.safetensors"]].concat()).ok();
+        assert_eq!(Weights::open(&here.join("out.safetensors")).unwrap().shape("hidden_states").unwrap(), [2, states, 64], "{kind:?}");
+    }
+    connector(here);
 
     ella(here, &[&arguments[..], &["in.safetensors", "--json"]].concat()).fails(1, &["in.safetensors", "grad_output"]);
     ella(here, &[&arguments[..], &["none.safetensors"]].concat()).fails(1, &["none.safetensors", "not found"]);
@@ -78,6 +89,14 @@ fn samples_are_seeded_apart_and_a_prompts_picture_does_not_depend_on_its_neighbo
     let given = run(&["--prompts", "prompts.txt", "--latents", "noise.safetensors", "--out-dir", "wide", "--json"]).ok().json();
     assert_eq!((&given["width"], &given["height"], &given["files"][1]), (&json!(128), &json!(64), &json!("wide/0001.png")));
 
+    for kind in [ConnectorKind::TscZero, ConnectorKind::Resampler, ConnectorKind::Mlp] {
+        untrained(&here.join("connector.safetensors"), kind, 64);
+        run(&["--prompt", "a red circle", "--out", "kind.png"]).ok();
+        assert_ne!(read("kind.png"), one, "{kind:?}");
+    }
+    run(&["--prompt", "x", "--padding", "none", "--json"]).fails(1, &["mlp", "fixed"]);
+    connector(here);
+
     let sampler = |name: &str, more: &[&str]| {
         let made = run(&[&["--prompt", "a red circle", "--sampler", name, "--out", "by.png", "--json"][..], more].concat());
         assert_eq!(made.ok().json()["sampler"], name);
@@ -106,8 +125,7 @@ fn samples_are_seeded_apart_and_a_prompts_picture_does_not_depend_on_its_neighbo
     run(&["--prompt", "x", "--out", "no/such/grid.png"]).fails(1, &["no/such/grid.png"]);
     let other = ["--heads", "4", "--prompt", "x", "--base", "models/base", "--text", "models/text", "--json"];
     ella(here, &[&["sample", "--connector", "models/text/model.safetensors"], &other[..]].concat())
-        .fails(1, &["model.safetensors", "connector.latents"]);
-    let wide = TscConfig { layers: 1, latents: 4, heads: 4, ..TscConfig::new(32, 64) };
-    save(&here.join("wide.safetensors"), Tsc::init(&wide, 3, Device::Cpu).unwrap().tensors(), Kind::Float).unwrap();
+        .fails(1, &["model.safetensors", "holds no connector", "connector.latents"]);
+    untrained(&here.join("wide.safetensors"), ConnectorKind::Tsc, 32);
     ella(here, &[&["sample", "--connector", "wide.safetensors"], &other[..]].concat()).fails(1, &["wide.safetensors", "width is 32", "64"]);
 }

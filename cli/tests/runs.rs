@@ -7,7 +7,7 @@ mod common;
 use std::path::Path;
 
 use common::{Ran, ella, world};
-use ella_model::connector::{Tsc, TscConfig};
+use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
 use ella_model::weights::Weights;
 use serde_json::json;
 
@@ -87,7 +87,8 @@ fn export(here: &Path) {
     let made = ella(here, &["export", "run", "--out", "c.safetensors", "--json"]).ok().json();
     assert_eq!((&made["step"], &made["file"]), (&json!(7), &json!("c.safetensors")));
     ella(here, &["export", "run", "--out", "ema16.safetensors", "--ema", "--dtype", "fp16"]).ok();
-    let layout = Tsc::layout(&TscConfig { layers: 1, heads: 4, latents: 4, ..TscConfig::new(64, 64) }).unwrap();
+    let sizes = ConnectorConfig { layers: 1, heads: 4, latents: 4, ..ConnectorConfig::new(ConnectorKind::Tsc, 64, 64) };
+    let layout = Connector::layout(&sizes).unwrap();
     for file in ["c.safetensors", "ema16.safetensors"] {
         let weights = Weights::open(&here.join(file)).unwrap();
         assert_eq!(weights.names().count(), layout.len());

@@ -1,4 +1,4 @@
-"""Dumps the goldens of the text side: the connector from a plain PyTorch module, the T5 encoder from transformers.
+"""Dumps the goldens of the text side: the connectors from plain PyTorch modules, the T5 encoder from transformers.
 
     python model/goldens/text.py model/tests/goldens            writes the goldens
     python model/goldens/text.py --check-base DIR ELLA          DIR: what `ella init-base` wrote; ELLA: the ella binary
@@ -41,28 +41,84 @@ class Mlp(nn.Module):
 
 
 class PerceiverBlock(nn.Module):
-    def __init__(self, width, heads, time_width):
+    def __init__(self, width, heads, time_width, zero=False):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.mlp = Mlp(width)
         self.ln_1 = AdaLayerNorm(width, time_width)
         self.ln_2 = AdaLayerNorm(width, time_width)
         self.ln_ff = AdaLayerNorm(width, time_width)
+        if zero:
+            self.gate_linear = nn.Linear(time_width, 2 * width)
+
+    def gates(self, time):
+        if not hasattr(self, "gate_linear"):
+            return 1, 1
+        return self.gate_linear(nn.functional.silu(time)).chunk(2, dim=-1)
 
     def forward(self, x, latents, time):
+        attention_gate, mlp_gate = self.gates(time)
         queries = self.ln_1(latents, time)
         keys = torch.cat([queries, self.ln_2(x, time)], dim=1)
+        latents = latents + attention_gate * self.attn(queries, keys, keys, need_weights=False)[0]
+        return latents + mlp_gate * self.mlp(self.ln_ff(latents, time))
+
+
+class PlainBlock(nn.Module):
+    """A block that knows no timestep: the official code's norm_type "ln" (commit b7c2202)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = Mlp(width)
+        self.ln_1 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width)
+        self.ln_ff = nn.LayerNorm(width)
+
+    def forward(self, x, latents):
+        queries = self.ln_1(latents)
+        keys = torch.cat([queries, self.ln_2(x)], dim=1)
         latents = latents + self.attn(queries, keys, keys, need_weights=False)[0]
-        return latents + self.mlp(self.ln_ff(latents, time))
+        return latents + self.mlp(self.ln_ff(latents))
+
+
+class PlainResampler(nn.Module):
+    """The connector without time."""
+
+    def __init__(self, width, layers, heads, latents, text_width):
+        super().__init__()
+        connector = nn.Module()
+        connector.latents = nn.Parameter(torch.zeros(latents, width))
+        connector.proj_in = nn.Linear(text_width, width)
+        connector.perceiver_blocks = nn.ModuleList(PlainBlock(width, heads) for _ in range(layers))
+        self.connector = connector
+
+    def forward(self, text_features, timesteps):
+        latents = self.connector.latents.unsqueeze(0).repeat(len(text_features), 1, 1)
+        x = self.connector.proj_in(text_features)
+        for block in self.connector.perceiver_blocks:
+            latents = block(x, latents)
+        return latents
+
+
+class LlavaMlp(nn.Module):
+    """The connector as LLaVA's projector."""
+
+    def __init__(self, width, text_width):
+        super().__init__()
+        self.connector = nn.ModuleDict({"linear_1": nn.Linear(text_width, width), "linear_2": nn.Linear(width, width)})
+
+    def forward(self, text_features, timesteps):
+        return self.connector["linear_2"](nn.functional.gelu(self.connector["linear_1"](text_features)))
 
 
 class Resampler(nn.Module):
-    def __init__(self, width, layers, heads, latents, text_width, time_width):
+    def __init__(self, width, layers, heads, latents, text_width, time_width, zero):
         super().__init__()
         self.latents = nn.Parameter(torch.zeros(latents, width))
         self.time_aware_linear = nn.Linear(time_width, width)
         self.proj_in = nn.Linear(text_width, width)
-        self.perceiver_blocks = nn.ModuleList(PerceiverBlock(width, heads, time_width) for _ in range(layers))
+        self.perceiver_blocks = nn.ModuleList(PerceiverBlock(width, heads, time_width, zero) for _ in range(layers))
 
     def forward(self, x, time):
         latents = self.latents.unsqueeze(0) + self.time_aware_linear(nn.functional.silu(time))
@@ -83,13 +139,13 @@ class TimestepEmbedding(nn.Module):
 
 
 class Tsc(nn.Module):
-    """The official connector (TencentQQGYLab/ELLA, model.py at 3c228f1) without its dependencies."""
+    """The official connector (TencentQQGYLab/ELLA, model.py at 3c228f1) without its dependencies; with `zero`, AdaLN-Zero (b7c2202)."""
 
-    def __init__(self, width, layers, heads, latents, text_width, time_channel, time_embed_dim):
+    def __init__(self, width, layers, heads, latents, text_width, time_channel, time_embed_dim, zero=False):
         super().__init__()
         self.time_channel = time_channel
         self.time_embedding = TimestepEmbedding(time_channel, time_embed_dim)
-        self.connector = Resampler(width, layers, heads, latents, text_width, time_embed_dim)
+        self.connector = Resampler(width, layers, heads, latents, text_width, time_embed_dim, zero)
 
     def forward(self, text_features, timesteps):
         half = self.time_channel // 2
@@ -99,13 +155,18 @@ class Tsc(nn.Module):
         return self.connector(text_features, self.time_embedding(sinusoid).unsqueeze(1))
 
 
-TSCS = {
+CONNECTORS = {
     # The default number of heads; a time embedding that is not as wide as the network; both ends of the schedule.
-    "tsc-8-heads": (dict(width=24, layers=2, heads=8, latents=5, text_width=20, time_channel=320, time_embed_dim=16), 7, [0, 999, 500], torch.float32),
+    "tsc-8-heads": (Tsc, dict(width=24, layers=2, heads=8, latents=5, text_width=20, time_channel=320, time_embed_dim=16), 7, [0, 999, 500], torch.float32),
     # A longer text, one sample a step apart from the next: what a low-precision sinusoid would confuse.
-    "tsc-4-heads": (dict(width=32, layers=1, heads=4, latents=9, text_width=12, time_channel=32, time_embed_dim=32), 33, [998, 999], torch.float32),
+    "tsc-4-heads": (Tsc, dict(width=32, layers=1, heads=4, latents=9, text_width=12, time_channel=32, time_embed_dim=32), 33, [998, 999], torch.float32),
     # Stored in float16, as released; a single token.
-    "tsc-half": (dict(width=16, layers=3, heads=2, latents=3, text_width=8, time_channel=64, time_embed_dim=24), 1, [999, 0, 1, 250], torch.float16),
+    "tsc-half": (Tsc, dict(width=16, layers=3, heads=2, latents=3, text_width=8, time_channel=64, time_embed_dim=24), 1, [999, 0, 1, 250], torch.float16),
+    # The paper's other kinds.
+    "tsc-zero": (Tsc, dict(width=24, layers=2, heads=4, latents=5, text_width=12, time_channel=32, time_embed_dim=16, zero=True), 9, [0, 999, 500], torch.float32),
+    "resampler": (PlainResampler, dict(width=24, layers=2, heads=8, latents=5, text_width=20), 7, [0, 999, 500], torch.float32),
+    "resampler-1-block": (PlainResampler, dict(width=16, layers=1, heads=2, latents=9, text_width=12), 33, [998, 3], torch.float32),
+    "mlp": (LlavaMlp, dict(width=24, text_width=20), 11, [0, 999, 500], torch.float32),
 }
 
 T5S = {
@@ -122,8 +183,8 @@ def randomize(model, spread):
         nn.init.normal_(parameter, std=spread * width**-0.5)
 
 
-def dump_tsc(folder, config, tokens, timesteps, dtype):
-    model = Tsc(**config)
+def dump_connector(folder, kind, config, tokens, timesteps, dtype):
+    model = kind(**config)
     randomize(model, 1.0)
     stored = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
@@ -197,10 +258,10 @@ def main():
         check_base(Path(sys.argv[2]), sys.argv[3])
         return
     root = Path(sys.argv[1])
-    for name, arguments in TSCS.items():
+    for name, arguments in CONNECTORS.items():
         torch.manual_seed(1)
         (root / name).mkdir(parents=True, exist_ok=True)
-        dump_tsc(root / name, *arguments)
+        dump_connector(root / name, *arguments)
     for name, arguments in T5S.items():
         torch.manual_seed(1)
         (root / name).mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,18 @@ pub enum ModelError {
         /// Their names.
         keys: Vec<String>,
     },
+    /// A file whose tensors are of no kind of connector.
+    #[error(
+        "{}: holds no connector (expected connector.latents and its fellows, or connector.linear_1 and connector.linear_2 for an mlp; \
+         found {}); give a file that ella export wrote, or one in the official key layout",
+        file.display(), if keys.is_empty() { "no tensor".to_owned() } else { some_of(keys) }
+    )]
+    NotConnector {
+        /// The file.
+        file: PathBuf,
+        /// The names of its tensors.
+        keys: Vec<String>,
+    },
     /// A configuration file that is not the JSON object it should be.
     #[error("{}: {reason}; write it anew from the model's source", file.display())]
     NotConfig {

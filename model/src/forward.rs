@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::clip::Clip;
 use crate::config::ConfigFile;
-use crate::connector::{DEFAULT_HEADS, Tsc};
+use crate::connector::{Connector, DEFAULT_HEADS};
 use crate::error::{ModelError, Result};
 use crate::t5::T5;
 use crate::unet::{Added, UNet};
@@ -21,7 +21,7 @@ use crate::weights::{self, Weights};
 /// The networks that can be run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Net {
-    /// `text_features` `[B,S,E]`, `timesteps` `[B]` to `hidden_states` `[B,L,D]`.
+    /// `text_features` `[B,S,E]`, `timesteps` `[B]` to `hidden_states` `[B,L,D]`; of an MLP, `[B,S,D]`.
     Connector,
     /// `sample` `[B,C,H,W]`, `timesteps` `[B]`, `hidden_states` `[B,L,D]`, for SDXL `text_embeds` `[B,P]` and `time_ids` `[B,6]` too,
     /// to `sample`.
@@ -85,7 +85,7 @@ type Named = Vec<(String, Tensor)>;
 pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &Options) -> Result<()> {
     let inputs = Inputs::open(inputs, options)?;
     let results = match net {
-        Net::Connector => connector(&Tsc::load(model, options.heads, options.kind, options.device)?, &inputs)?,
+        Net::Connector => connector(&Connector::load(model, options.heads, options.kind, options.device)?, &inputs)?,
         Net::Unet => unet(&UNet::load(model, options.kind, options.device)?, &inputs)?,
         Net::Text | Net::VaeEncode | Net::VaeDecode if options.grad => {
             let what = "a gradient through a network that stays frozen and has nothing trained before it".to_owned();
@@ -98,12 +98,12 @@ pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &
     weights::save(outputs, &results)
 }
 
-fn connector(tsc: &Tsc, inputs: &Inputs) -> Result<Named> {
-    let features = inputs.floats("text_features", &[Dim::Any("B"), Dim::Any("S"), Dim::Is(tsc.config().text_width)])?;
+fn connector(connector: &Connector, inputs: &Inputs) -> Result<Named> {
+    let features = inputs.floats("text_features", &[Dim::Any("B"), Dim::Any("S"), Dim::Is(connector.config().text_width)])?;
     let timesteps = inputs.timesteps()?;
     let mut watched = vec![("text_features".to_owned(), features.shallow_clone())];
-    watched.extend(tsc.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())));
-    inputs.differentiate("hidden_states", watched, || tsc.forward(&features, &timesteps, None))
+    watched.extend(connector.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())));
+    inputs.differentiate("hidden_states", watched, || connector.forward(&features, &timesteps, None))
 }
 
 fn unet(unet: &UNet, inputs: &Inputs) -> Result<Named> {

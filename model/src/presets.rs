@@ -282,7 +282,7 @@ fn write(file: &Path, bytes: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connector::{Tsc, TscConfig};
+    use crate::connector::{Connector, ConnectorConfig, ConnectorKind};
     use crate::schedule::Schedule;
     use crate::tokenizer::{Padding, TextTokenizer};
 
@@ -368,8 +368,8 @@ mod tests {
         let (mean, _) = vae.encode(&pictures(3, 64).unwrap().narrow(0, 0, 4)).unwrap();
         let latents = vae.scale(&mean).unwrap();
 
-        let config = TscConfig { layers: 2, ..TscConfig::new(64, 64) };
-        let tsc = Tsc::init(&config, 1, Device::Cpu).unwrap();
+        let config = ConnectorConfig { layers: 2, ..ConnectorConfig::new(ConnectorKind::Tsc, 64, 64) };
+        let tsc = Connector::init(&config, 1, Device::Cpu).unwrap();
         let mut state: Vec<(Tensor, Tensor, Tensor)> =
             tsc.tensors().iter().map(|(_, w)| (w.shallow_clone().set_requires_grad(true), w.zeros_like(), w.zeros_like())).collect();
         let mut losses = Vec::new();

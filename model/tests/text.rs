@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ella_model::connector::Tsc;
+use ella_model::connector::Connector;
 use ella_model::forward::{Net, Options, forward};
 use ella_model::t5::T5;
 use ella_model::weights::{self, Weights};
@@ -55,8 +55,9 @@ fn compare(name: &str, net: Net, model: &str, options: &Options) -> (f64, f64) {
 }
 
 #[test]
-fn the_connector_agrees_with_the_official_module() {
-    for (name, heads) in [("tsc-8-heads", 8), ("tsc-4-heads", 4), ("tsc-half", 2)] {
+fn the_connectors_agree_with_the_reference_modules() {
+    let tscs = [("tsc-8-heads", 8), ("tsc-4-heads", 4), ("tsc-half", 2), ("tsc-zero", 4)];
+    for (name, heads) in tscs.into_iter().chain([("resampler", 8), ("resampler-1-block", 2), ("mlp", 8)]) {
         let options = Options { grad: true, heads, ..Options::default() };
         let (values, gradients) = compare(name, Net::Connector, "connector.safetensors", &options);
         assert!(values <= 1e-5 && gradients <= 1e-4, "{name}");
@@ -118,7 +119,7 @@ impl Damaged {
     }
 
     fn error(&self) -> ModelError {
-        let error = Tsc::load(&self.path(), 4, Kind::Float, Device::Cpu).unwrap_err();
+        let error = Connector::load(&self.path(), 4, Kind::Float, Device::Cpu).unwrap_err();
         assert!(error.to_string().contains("c.safetensors"), "{error}");
         error
     }

@@ -5,12 +5,12 @@ use crate::text::{self, TextIdentity};
 use crate::train::lane::Networks;
 use crate::train::state::{Layout, TrainState};
 use ella_model::ModelError;
-use ella_model::connector::{Tsc, TscConfig};
+use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
 use ella_model::schedule::Schedule;
 use ella_model::unet::{UNet, UNetConfig};
 use ella_model::vae::Vae;
 use ella_model::weights::Weights;
-use ella_proto::config::RunConfig;
+use ella_proto::config::{ConnectorKind as Wanted, RunConfig};
 use ella_store::{Digest, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -46,11 +46,11 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     check_latents(unet.config(), &vae, &base)?;
 
     let sizes = connector_config(config, unet.config(), text.width)?;
-    let layout = Arc::new(Layout::new(Tsc::layout(&sizes)?));
-    let first = Tsc::init(&sizes, config.run.seed, device)?;
+    let layout = Arc::new(Layout::new(Connector::layout(&sizes)?));
+    let first = Connector::init(&sizes, config.run.seed, device)?;
     let values: Vec<_> = first.tensors().iter().map(|(_, t)| t.shallow_clone()).collect();
     let state = TrainState::fresh(layout.clone(), layout.gather(&values, device)?)?;
-    let connector = Tsc::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
+    let connector = Connector::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
     let digest = models_digest(&base, &text)?;
     let networks = Networks { connector, unet, kind, schedule, snr_gamma: config.train.snr_gamma };
     let vae_weights = Weights::open(&base.join("vae"))?.digest();
@@ -67,8 +67,8 @@ pub fn folder(key: &'static str, model: &str) -> Result<PathBuf, ModelError> {
     Err(ModelError::MissingFile { file: path.to_owned(), expected })
 }
 
-/// The connector's sizes: the config's, completed by what the base and the text encoder ask for.
-fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> Result<TscConfig, ModelError> {
+/// The connector's kind and sizes: the config's, completed by what the base and the text encoder ask for.
+fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> Result<ConnectorConfig, ModelError> {
     let c = &config.connector;
     let wanted = unet.cross_attention_dim;
     let width = c.width.map_or(wanted, |w| w as i64);
@@ -76,7 +76,14 @@ fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> R
         let rule = format!("the base's cross_attention_dim, {wanted}; leave connector.width out to take it");
         return Err(ModelError::argument("connector.width", rule, width));
     }
-    Ok(TscConfig { layers: c.layers as i64, heads: c.heads as i64, latents: c.latents as i64, ..TscConfig::new(width, text_width) })
+    let kind = match c.kind {
+        Wanted::Tsc => ConnectorKind::Tsc,
+        Wanted::TscZero => ConnectorKind::TscZero,
+        Wanted::Resampler => ConnectorKind::Resampler,
+        Wanted::Mlp => ConnectorKind::Mlp,
+    };
+    let (layers, heads, latents) = (c.layers as i64, c.heads as i64, c.latents as i64);
+    Ok(ConnectorConfig { layers, heads, latents, ..ConnectorConfig::new(kind, width, text_width) })
 }
 
 /// Refuses bases that also take pooled text, which no connector makes yet, before their weights are read.

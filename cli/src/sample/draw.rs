@@ -4,7 +4,7 @@ use std::path::Path;
 
 use ella_model::ModelError;
 use ella_model::config::ConfigFile;
-use ella_model::connector::Tsc;
+use ella_model::connector::Connector;
 use ella_model::rng::CounterRng;
 use ella_model::sampler::{Method, Sampler};
 use ella_model::schedule::Schedule;
@@ -41,7 +41,7 @@ pub(super) struct Settings {
 /// All networks of a base, its connector and text encoder, in float32.
 #[derive(Debug)]
 pub(super) struct Drawer {
-    connector: Tsc,
+    connector: Connector,
     unet: UNet,
     vae: Vae,
     text: TextEncoder,
@@ -65,7 +65,7 @@ pub(super) struct Drawn {
 impl Drawer {
     pub(super) fn load(models: &Models<'_>, settings: &Settings, device: Device) -> Result<Self, Fail> {
         let base = models.base;
-        let connector = Tsc::load(models.connector, models.heads, Kind::Float, device)?;
+        let connector = Connector::load(models.connector, models.heads, Kind::Float, device)?;
         let unet = UNet::load(&base.join("unet"), Kind::Float, device)?;
         let vae = Vae::load(&base.join("vae"), Kind::Float, device)?;
         let text = TextEncoder::load(&models.text, device)?;
@@ -149,7 +149,7 @@ impl Drawer {
         let mut latents = noise.f_mul_scalar(self.sampler.init_sigma())?;
         for (index, t) in self.sampler.timesteps().to_vec().into_iter().enumerate() {
             let timesteps = Tensor::f_full([2 * b as i64], f64::from(t), (Kind::Float, device))?;
-            let states = self.connector.forward(&rows.features, &timesteps, mask.as_ref())?; // [2b, L, D]
+            let states = self.connector.forward(&rows.features, &timesteps, mask.as_ref())?; // [2b, L or S, D]
             let input = self.sampler.scale_input(&latents, index)?;
             let both = self.unet.forward(&Tensor::f_cat(&[&input, &input], 0)?, &timesteps, &states)?;
             let halves = both.f_chunk(2, 0)?;

@@ -23,7 +23,7 @@ use crate::ui::{DONE, Fail, Meter, Out, count};
 
 #[derive(Debug, Args)]
 pub(crate) struct Sample {
-    /// The trained connector: a safetensors file in the official key layout
+    /// The trained connector: a safetensors file; its kind is told by the names of its tensors
     #[arg(long, value_name = "FILE")]
     connector: PathBuf,
     /// The diffusion model's folder: unet/, vae/, scheduler/

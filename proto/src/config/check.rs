@@ -1,6 +1,6 @@
 //! The rules for values, which types cannot hold. Each is checked once, and named with its file and key.
 
-use super::{ConfigError, Features, RunConfig};
+use super::{ConfigError, ConnectorKind, Features, Padding, RunConfig};
 use std::ops::RangeInclusive;
 
 /// Most threads of a worker: more than any machine has, and fewer than a system refuses to start.
@@ -13,6 +13,7 @@ pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError
     let check = Check { config, origin };
     check.sizes()?;
     check.rates()?;
+    check.padding()?;
     check.supported()
 }
 
@@ -80,6 +81,15 @@ impl Check<'_> {
         }
         self.holds("train.optimizer.eps", optimizer.eps, positive, "it must be a number above 0")?;
         train.snr_gamma.map_or(Ok(()), |gamma| self.holds("train.snr_gamma", gamma, positive, "it must be a number above 0"))
+    }
+
+    fn padding(&self) -> Result<(), ConfigError> {
+        let RunConfig { text, connector, .. } = self.config;
+        if text.padding == Padding::None && connector.kind == ConnectorKind::Mlp {
+            let rule = "connector.kind = \"mlp\" makes a state of every position, and a U-Net attends to all of them; use \"fixed\"";
+            return Err(self.wrong("text.padding", "\"none\"", rule.to_owned()));
+        }
+        Ok(())
     }
 
     fn supported(&self) -> Result<(), ConfigError> {

@@ -200,6 +200,12 @@ pub enum ConnectorKind {
     /// The timestep-aware semantic connector, AdaLN (paper §3.1).
     #[default]
     Tsc,
+    /// The same with gates, AdaLN-Zero (paper §1.2).
+    TscZero,
+    /// Perceiver blocks that know no timestep.
+    Resampler,
+    /// Two linear maps of each token (LLaVA's): it has no layers, heads or latents, and the U-Net sees as many states as tokens.
+    Mlp,
 }
 
 /// `[connector]`
@@ -533,6 +539,7 @@ mod tests {
             ("[workers]\nthreads = 100000", "workers.threads"),
             ("[checkpoint]\nkeep = 0", "checkpoint.keep"),
             ("[checkpoint]\nmax_lost_work = \"60s\"", "checkpoint.max_lost_work"),
+            ("[connector]\nkind = \"ada\"", "tsc-zero"),
         ] {
             let error = parse(toml, &[]).unwrap_err().to_string();
             assert!(error.contains(&format!("`{key}`")), "{toml}: {error}");
@@ -552,14 +559,37 @@ mod tests {
     }
 
     #[test]
+    fn every_kind_of_connector_is_read_and_an_mlp_wants_rows_of_one_length() {
+        for (name, kind) in [
+            ("tsc", ConnectorKind::Tsc),
+            ("tsc-zero", ConnectorKind::TscZero),
+            ("resampler", ConnectorKind::Resampler),
+            ("mlp", ConnectorKind::Mlp),
+        ] {
+            assert_eq!(parse(&format!("[connector]\nkind = \"{name}\""), &[]).unwrap().connector.kind, kind);
+            let ragged = parse("", &[&format!("connector.kind={name}"), "text.padding=none"]).map_err(|error| error.to_string());
+            match kind {
+                ConnectorKind::Mlp => assert!(ragged.unwrap_err().contains("`text.padding` is \"none\"")),
+                _ => assert_eq!(ragged.unwrap().connector.kind, kind),
+            }
+        }
+    }
+
+    #[test]
     fn the_digest_binds_what_determines_the_bits_and_nothing_else() {
         let base = parse("", &[]).unwrap();
         for free in ["workers.count=2", "run.output=x", "checkpoint.every=7", "checkpoint.keep=1", "train.steps=5", "workers.lease=1s"] {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
         }
-        for bound in
-            ["workers.threads=2", "run.seed=1", "train.micro_batch=4", "text.padding=none", "train.optimizer.lr=1", "data.window=2"]
-        {
+        for bound in [
+            "workers.threads=2",
+            "run.seed=1",
+            "train.micro_batch=4",
+            "text.padding=none",
+            "train.optimizer.lr=1",
+            "data.window=2",
+            "connector.kind=mlp",
+        ] {
             let other = parse("", &[bound]).unwrap();
             assert_ne!(other.digest(), base.digest(), "{bound}");
             let key = bound.split('=').next().unwrap();

@@ -69,7 +69,7 @@ fn sample_names_what_it_cannot_use() -> Result<()> {
     let prompt = ["--prompt", "a red box"];
     let (nothing, other) = (shared.path("no-connector"), shared.path("models/text/model.safetensors"));
     refused(&nothing, &base, &text, &prompt, FAILED, &["no-connector", "not found"])?;
-    refused(&other, &base, &text, &prompt, FAILED, &["models/text/model.safetensors", "connector.latents", "missing"])?;
+    refused(&other, &base, &text, &prompt, FAILED, &["models/text/model.safetensors", "holds no connector", "connector.latents"])?;
     refused(&connector, &text, &text, &prompt, FAILED, &["models/text/unet/config.json", "not found"])?;
     refused(&connector, &base, &base, &prompt, FAILED, &["models/base", "tokenizer.json", "not found"])?;
     refused(&connector, &base, &text, &[], USAGE, &["--prompt"])?;

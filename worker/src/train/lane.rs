@@ -2,7 +2,7 @@
 //! (paper §3.1, design.md §4 "Step").
 
 use super::TrainError;
-use ella_model::connector::Tsc;
+use ella_model::connector::Connector;
 use ella_model::schedule::Schedule;
 use ella_model::unet::UNet;
 use std::time::{Duration, Instant};
@@ -63,7 +63,7 @@ pub struct LaneGradient {
 #[derive(Debug)]
 pub struct Networks {
     /// What is trained; its tensors are views into the flat buffers.
-    pub connector: Tsc,
+    pub connector: Connector,
     /// The frozen U-Net.
     pub unet: UNet,
     /// Its compute format.
@@ -79,7 +79,7 @@ impl Networks {
     pub fn losses(&self, batch: &LaneBatch) -> Result<Tensor, TrainError> {
         let LaneBatch { latents, noise, timesteps, features, mask } = batch;
         let noisy = self.schedule.add_noise(latents, noise, timesteps)?;
-        let hidden_states = self.connector.forward(&features.f_to_kind(Kind::Float)?, timesteps, mask.as_ref())?; // [b, L, D]
+        let hidden_states = self.connector.forward(&features.f_to_kind(Kind::Float)?, timesteps, mask.as_ref())?; // [b, L or S, D]
         let predicted = self.unet.forward(&noisy.f_to_kind(self.kind)?, timesteps, &hidden_states.f_to_kind(self.kind)?)?;
         let target = self.schedule.target(latents, noise, timesteps)?;
         let error = predicted.f_to_kind(Kind::Float)?.f_mse_loss(&target, Reduction::None)?; // [b, 4, h, w]

@@ -1,7 +1,8 @@
 //! A worker's life under a coordinator that follows a script.
 
 use crate::coordinator::{Scripted, TERM, Worker, soon, welcome};
-use crate::world::{EPOCH, LANES, RUNTIME, SCENES, config, damaged_copy, embedded, order, text};
+use crate::world::{EPOCH, LANES, RUNTIME, SCENES, config, damaged_copy, embedded, load, order, text};
+use ella_model::connector::{Connector, ConnectorKind};
 use ella_proto::config::RunConfig;
 use ella_proto::v1::from_worker::Body as Said;
 use ella_proto::v1::to_worker::Body as Say;
@@ -13,6 +14,7 @@ use ella_worker::reduce::CollectiveError;
 use ella_worker::session::WorkError;
 use ella_worker::train::{Ending, TrainError};
 use std::sync::atomic::Ordering;
+use tch::{Device, Kind};
 use tempfile::TempDir;
 
 fn run_folder() -> (TempDir, String) {
@@ -141,6 +143,33 @@ fn every_kind_of_step_runs() {
             assert_eq!(worker.ended().await.unwrap(), Ending::Done);
         }
         assert!((losses[0] - losses[1]).abs() < 1e-4 * losses[0], "{losses:?}");
+    });
+}
+
+/// Every parameter of every kind is trained, and the file that comes of it tells its kind.
+#[test]
+fn every_kind_of_connector_is_trained() {
+    RUNTIME.block_on(async {
+        for (set, kind) in [
+            ("connector.kind=tsc-zero", ConnectorKind::TscZero),
+            ("connector.kind=resampler", ConnectorKind::Resampler),
+            ("connector.kind=mlp", ConnectorKind::Mlp),
+        ] {
+            let config = prepared(&["train.steps=2", "checkpoint.every=2", set]);
+            let (folder, url) = run_folder();
+            let (mut worker, ready) = Scripted::start().await.training(&config, &url, None).await;
+            let (heard, finished) = Heard::of(&mut worker).await;
+            assert_eq!((finished.step, finished.outcome()), (2, Outcome::Done), "{set}");
+            worker.say(Say::Committed(v1::Committed { step: 2 }));
+            assert_eq!(worker.ended().await.unwrap(), Ending::Done);
+            let file = folder.path().join(heard.commit(2, &config, &ready).folder).join("connector.safetensors");
+            let trained = Connector::load(&file, 8, Kind::Float, Device::Cpu).unwrap();
+            assert_eq!(trained.config().kind, kind);
+            let first = load(&config).networks.connector;
+            for ((name, before), (_, after)) in first.tensors().iter().zip(trained.tensors()) {
+                assert!(!before.equal(after), "{set}: {name} is as it was");
+            }
+        }
     });
 }
 

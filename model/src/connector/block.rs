@@ -1,0 +1,122 @@
+//! One perceiver block, and its norms: plain, or led by the timestep.
+
+use tch::{Kind, Tensor};
+
+use super::{ConnectorConfig, ConnectorKind};
+use crate::error::Result;
+use crate::layers::{LayerNorm, Linear};
+use crate::params::{Init, Params};
+
+/// The epsilon of norms that the timestep leads.
+const ADA_EPS: f64 = 1e-6;
+
+/// The epsilon of the resampler's own norms: PyTorch's default, which the official code left as it is.
+const PLAIN_EPS: f64 = 1e-5;
+
+/// Latents attend to themselves and the text, then pass an MLP.
+#[derive(Debug)]
+pub(super) struct Block {
+    in_proj: (Tensor, Tensor),
+    out_proj: Linear,
+    c_fc: Linear,
+    c_proj: Linear,
+    ln_1: Norm,
+    ln_2: Norm,
+    ln_ff: Norm,
+    /// AdaLN-Zero's: from the time embedding to a factor for each channel of the attention and of the MLP.
+    gates: Option<Linear>,
+    heads: i64,
+}
+
+impl Block {
+    pub(super) fn new(p: &Params, config: &ConnectorConfig) -> Result<Self> {
+        let (d, t) = (config.width, config.time_embed_dim);
+        let (attn, mlp) = (p.at("attn"), p.at("mlp"));
+        Ok(Block {
+            in_proj: (attn.get("in_proj_weight", &[3 * d, d], Init::XavierUniform)?, attn.get("in_proj_bias", &[3 * d], Init::Zeros)?),
+            out_proj: Linear::with_init(&attn.at("out_proj"), d, d, (Init::KaimingUniform, Init::Zeros))?,
+            c_fc: Linear::new(&mlp.at("c_fc"), d, 4 * d)?,
+            c_proj: Linear::new(&mlp.at("c_proj"), 4 * d, d)?,
+            ln_1: Norm::new(&p.at("ln_1"), config)?,
+            ln_2: Norm::new(&p.at("ln_2"), config)?,
+            ln_ff: Norm::new(&p.at("ln_ff"), config)?,
+            gates: (config.kind == ConnectorKind::TscZero).then(|| gates(&p.at("gate_linear"), t, d)).transpose()?,
+            heads: config.heads,
+        })
+    }
+
+    /// `latents` `[B, L, D]`, `x` `[B, S, D]`, `time` `[B, T]` after SiLU for kinds that know it, `mask` `[B, 1, 1, L + S]`.
+    pub(super) fn forward(&self, latents: &Tensor, x: &Tensor, time: Option<&Tensor>, mask: Option<&Tensor>) -> Result<Tensor> {
+        let gates = match self.gates.as_ref().zip(time) {
+            Some((linear, time)) => Some(linear.forward(time)?.f_unsqueeze(1)?.f_chunk(2, -1)?), // 2 of [B, 1, D]
+            None => None,
+        };
+        let gated = |x: Tensor, branch: usize| match &gates {
+            Some(gates) => x.f_mul(&gates[branch]),
+            None => Ok(x),
+        };
+        let queries = self.ln_1.forward(latents, time)?;
+        let text = self.ln_2.forward(x, time)?;
+        let latents = latents.f_add(&gated(self.attend(&queries, &text, mask)?, 0)?)?;
+        let hidden = self.c_fc.forward(&self.ln_ff.forward(&latents, time)?)?;
+        let hidden = self.c_proj.forward(&hidden.f_relu()?.f_square()?)?; // squared ReLU
+        Ok(latents.f_add(&gated(hidden, 1)?)?)
+    }
+
+    /// `nn.MultiheadAttention` of the queries over `[queries, text]`; each part is projected once.
+    fn attend(&self, queries: &Tensor, text: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        let (b, l, d) = queries.size3()?;
+        let head = d / self.heads;
+        let split = |x: Tensor| -> Result<Tensor> {
+            Ok(x.f_reshape([b, -1, self.heads, head])?.f_transpose(1, 2)?) // [B, heads, tokens, head]
+        };
+        let (weight, bias) = &self.in_proj;
+        let own = queries.f_linear(weight, Some(bias))?.f_chunk(3, -1)?;
+        let theirs = text.f_linear(&weight.f_narrow(0, d, 2 * d)?, Some(bias.f_narrow(0, d, 2 * d)?))?.f_chunk(2, -1)?;
+        let q = split(own[0].f_mul_scalar((head as f64).powf(-0.5))?)?;
+        let k = split(Tensor::f_cat(&[&own[1], &theirs[0]], 1)?)?;
+        let v = split(Tensor::f_cat(&[&own[2], &theirs[1]], 1)?)?;
+        let mut scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_to_kind(Kind::Float)?; // [B, heads, L, L + S]
+        if let Some(mask) = mask {
+            scores = scores.f_masked_fill(mask, f64::NEG_INFINITY)?;
+        }
+        let shares = scores.f_softmax(-1, Kind::Float)?.f_to_kind(v.f_kind()?)?;
+        let mixed = shares.f_matmul(&v)?.f_transpose(1, 2)?.f_reshape([b, l, d])?;
+        self.out_proj.forward(&mixed)
+    }
+}
+
+/// Only the bias starts at zero: the official code (commit b7c2202) leaves the weight as PyTorch makes it, so that its blocks do not
+/// start as the identity, as AdaLN-Zero's name says.
+fn gates(p: &Params, time_width: i64, width: i64) -> Result<Linear> {
+    Linear::with_init(p, time_width, 2 * width, (Init::KaimingUniform, Init::Zeros))
+}
+
+/// A layer norm: with learned scale and shift, or with both from the time embedding.
+#[derive(Debug)]
+struct Norm {
+    /// For kinds that know the timestep.
+    linear: Option<Linear>,
+    norm: LayerNorm,
+}
+
+impl Norm {
+    fn new(p: &Params, config: &ConnectorConfig) -> Result<Self> {
+        let width = config.width;
+        if !config.kind.is_timed() {
+            return Ok(Norm { linear: None, norm: LayerNorm::new(p, width, PLAIN_EPS)? });
+        }
+        let linear = Linear::with_init(&p.at("linear"), config.time_embed_dim, 2 * width, (Init::Zeros, Init::Zeros))?;
+        Ok(Norm { linear: Some(linear), norm: LayerNorm::plain(width, ADA_EPS) })
+    }
+
+    /// `x` `[B, tokens, D]`, `time` `[B, T]` after SiLU.
+    fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
+        let Some((linear, time)) = self.linear.as_ref().zip(time) else {
+            return self.norm.forward(x);
+        };
+        let shift_scale = linear.forward(time)?.f_unsqueeze(1)?.f_chunk(2, -1)?;
+        let scale = shift_scale[1].f_add_scalar(1.0)?;
+        Ok(self.norm.forward(x)?.f_mul(&scale)?.f_add(&shift_scale[0])?)
+    }
+}

@@ -1,0 +1,51 @@
+//! What a connector's file tells: its kind, by the names of its tensors, and its sizes, by their shapes.
+
+use super::{ConnectorConfig, ConnectorKind};
+use crate::error::{ModelError, Result};
+use crate::weights::Weights;
+
+/// The kind and sizes that a connector's file implies.
+pub(super) fn config_of(weights: &Weights, heads: i64) -> Result<ConnectorConfig> {
+    let kind = kind_of(weights)?;
+    let input = if kind == ConnectorKind::Mlp { "connector.linear_1.weight" } else { "connector.proj_in.weight" };
+    let mut config = ConnectorConfig { heads, ..ConnectorConfig::new(kind, 0, 0) };
+    if kind != ConnectorKind::Mlp {
+        config.latents = matrix(weights, "connector.latents")?.0;
+        config.layers = layers(weights);
+    }
+    (config.width, config.text_width) = matrix(weights, input)?;
+    if kind.is_timed() {
+        (config.time_embed_dim, config.time_channel) = matrix(weights, "time_embedding.linear_1.weight")?;
+    }
+    Ok(config)
+}
+
+/// Told by groups of names rather than by one, so that of a file that lacks a tensor just that tensor is found missing.
+fn kind_of(weights: &Weights) -> Result<ConnectorKind> {
+    let any = |test: fn(&str) -> bool| weights.names().any(test);
+    if any(|name| name.starts_with("connector.linear_")) {
+        Ok(ConnectorKind::Mlp)
+    } else if any(|name| name.starts_with("connector.perceiver_blocks.") && name.contains(".gate_linear.")) {
+        Ok(ConnectorKind::TscZero)
+    } else if any(|name| name.starts_with("time_embedding.") || name.starts_with("connector.time_aware_linear.")) {
+        Ok(ConnectorKind::Tsc)
+    } else if any(|name| name.starts_with("connector.")) {
+        Ok(ConnectorKind::Resampler)
+    } else {
+        Err(ModelError::NotConnector { file: weights.path().into(), keys: weights.names().map(str::to_owned).collect() })
+    }
+}
+
+fn matrix(weights: &Weights, name: &str) -> Result<(i64, i64)> {
+    match *weights.describe(name)?.0 {
+        [rows, columns] => Ok((rows, columns)),
+        ref found => {
+            Err(ModelError::WrongShape { file: weights.path().into(), key: name.into(), expected: vec![-1, -1], found: found.into() })
+        }
+    }
+}
+
+fn layers(weights: &Weights) -> i64 {
+    let there = |n: &i64| weights.shape(&format!("connector.perceiver_blocks.{n}.attn.in_proj_weight")).is_some();
+    (0..).take_while(there).count() as i64
+}

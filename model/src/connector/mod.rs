@@ -1,0 +1,216 @@
+//! Connectors: from a text encoder's features to the U-Net's cross-attention states. [`Connector`] is any of the four kinds that the
+//! paper compares (§1.4), and all that the rest of the program knows.
+//!
+//! Architecture, initial values and state-dict keys of the three kinds with perceiver blocks are those of paper §1 (the official
+//! `model.py`: <https://github.com/TencentQQGYLab/ELLA/blob/3c228f1/model.py>, and its first published form, commit b7c2202, which
+//! had all three). Letters: B batch, S text tokens, L latent queries, D width, E text width, T width of the time embedding.
+
+mod block;
+mod file;
+mod mlp;
+mod resampler;
+#[cfg(test)]
+mod tests;
+mod tsc;
+
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{ModelError, Result};
+use crate::params::Params;
+use crate::weights::{self, Weights};
+use mlp::Mlp;
+use resampler::Resampler;
+use tsc::Tsc;
+
+/// The attention heads of the released connectors; a file does not tell.
+pub const DEFAULT_HEADS: i64 = 8;
+
+/// The channels of the released connectors' timestep sinusoid.
+pub const DEFAULT_TIME_CHANNEL: i64 = 320;
+
+/// The kinds of connector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectorKind {
+    /// ELLA's timestep-aware semantic connector: a resampler whose norms take shift and scale from the timestep (AdaLN).
+    Tsc,
+    /// The same with a gate from the timestep on both branches of every block (AdaLN-Zero).
+    TscZero,
+    /// A resampler that knows no timestep, with plain layer norms.
+    Resampler,
+    /// Two linear maps of each token, as LLaVA has them: neither timestep nor latents.
+    Mlp,
+}
+
+impl ConnectorKind {
+    /// Whether its output depends on the timestep.
+    pub fn is_timed(self) -> bool {
+        matches!(self, ConnectorKind::Tsc | ConnectorKind::TscZero)
+    }
+}
+
+/// The sizes of a connector. What its kind does not have counts for nothing: the time's for a `Resampler`, and for an `Mlp` the
+/// blocks', heads' and latents' too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectorConfig {
+    /// Which kind.
+    pub kind: ConnectorKind,
+    /// D: the U-Net's `cross_attention_dim`.
+    pub width: i64,
+    /// Perceiver blocks.
+    pub layers: i64,
+    /// Attention heads; must divide `width`.
+    pub heads: i64,
+    /// L: the states that the U-Net attends to.
+    pub latents: i64,
+    /// E: the text encoder's width.
+    pub text_width: i64,
+    /// The timestep sinusoid's channels.
+    pub time_channel: i64,
+    /// T: the time embedding's width. `width` in the official code's defaults, but independent of it in files.
+    pub time_embed_dim: i64,
+}
+
+impl ConnectorConfig {
+    /// The released shape at a given width: 6 layers, 8 heads, 64 latents, 320 time channels, and a time embedding of `width`.
+    pub fn new(kind: ConnectorKind, width: i64, text_width: i64) -> Self {
+        ConnectorConfig {
+            kind,
+            width,
+            layers: 6,
+            heads: DEFAULT_HEADS,
+            latents: 64,
+            text_width,
+            time_channel: DEFAULT_TIME_CHANNEL,
+            time_embed_dim: width,
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let (blocks, timed) = (self.kind != ConnectorKind::Mlp, self.kind.is_timed());
+        let sizes = [
+            (true, "connector width", self.width),
+            (blocks, "connector layers", self.layers),
+            (blocks, "connector heads", self.heads),
+            (blocks, "connector latents", self.latents),
+            (true, "text width", self.text_width),
+            (timed, "connector time channels", self.time_channel),
+            (timed, "connector time embedding width", self.time_embed_dim),
+        ];
+        if let Some((_, name, size)) = sizes.into_iter().find(|(counts, _, size)| *counts && !(1..=1 << 20).contains(size)) {
+            return Err(ModelError::argument(name, "a size from 1 to 2^20", size));
+        }
+        if blocks && self.width % self.heads != 0 {
+            let rule = format!("a divisor of the width {}", self.width);
+            return Err(ModelError::argument("connector heads", rule, self.heads));
+        }
+        if timed && self.time_channel % 2 != 0 {
+            return Err(ModelError::argument("connector time channels", "even", self.time_channel));
+        }
+        Ok(())
+    }
+}
+
+/// A connector of any kind.
+#[derive(Debug)]
+pub struct Connector {
+    config: ConnectorConfig,
+    network: Network,
+    params: Vec<(String, Tensor)>,
+}
+
+#[derive(Debug)]
+enum Network {
+    Tsc(Tsc),
+    Resampler(Resampler),
+    Mlp(Mlp),
+}
+
+impl Connector {
+    /// Builds the network from any source of parameters, and refuses parameters left over.
+    ///
+    /// # Errors
+    /// Sizes that do not fit one another; a parameter missing, of another shape, or surplus.
+    pub fn new(config: &ConnectorConfig, p: &Params) -> Result<Self> {
+        config.check()?;
+        let network = match config.kind {
+            ConnectorKind::Tsc | ConnectorKind::TscZero => Network::Tsc(Tsc::new(p, config)?),
+            ConnectorKind::Resampler => Network::Resampler(Resampler::new(&p.at("connector"), config)?),
+            ConnectorKind::Mlp => Network::Mlp(Mlp::new(&p.at("connector"), config)?),
+        };
+        p.finish(&[])?;
+        Ok(Connector { config: config.clone(), network, params: p.taken() })
+    }
+
+    /// Random initial values (paper §1.1), each a pure function of `seed` and the parameter's name. float32.
+    pub fn init(config: &ConnectorConfig, seed: u64, device: Device) -> Result<Self> {
+        Self::new(config, &Params::random(seed, Kind::Float, device))
+    }
+
+    /// A connector over tensors that are at hand: views into a flat buffer, leaves that require gradients.
+    pub fn from_tensors(config: &ConnectorConfig, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<Self> {
+        Self::new(config, &Params::given(tensors))
+    }
+
+    /// Loads a safetensors file. Its kind is told by the names of its tensors, and all sizes but `heads` by their shapes.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is of no known kind, or lacks tensors of its kind or has others besides.
+    pub fn load(path: &Path, heads: i64, kind: Kind, device: Device) -> Result<Self> {
+        let weights = Weights::open(path)?;
+        let config = file::config_of(&weights, heads)?;
+        Self::new(&config, &Params::from_weights(weights, kind, device))
+    }
+
+    /// Checkpoint names and shapes in the order that flat buffers keep them.
+    pub fn layout(config: &ConnectorConfig) -> Result<Vec<(String, Vec<i64>)>> {
+        let p = Params::shapes();
+        Self::new(config, &p)?;
+        Ok(p.taken().into_iter().map(|(name, tensor)| (name, tensor.size())).collect())
+    }
+
+    /// The network's kind and sizes.
+    pub fn config(&self) -> &ConnectorConfig {
+        &self.config
+    }
+
+    /// The parameters under their checkpoint names, in [`Connector::layout`]'s order.
+    pub fn tensors(&self) -> &[(String, Tensor)] {
+        &self.params
+    }
+
+    /// The parameters' checkpoint names, in [`Connector::layout`]'s order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.params.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// Connects one batch of features, each sample at its own timestep; kinds without time do not look at `timesteps`.
+    ///
+    /// `key_mask` is true where a token may be attended to. Without it every position counts, padding too, which is how
+    /// the released weights were trained (paper §0).
+    ///
+    /// # Shapes
+    /// `text_features` `[B, S, E]` of the parameters' kind; `timesteps` `[B]`, whole or between; `key_mask` `[B, S]` bool; to `[B, L, D]`, and
+    /// from an `Mlp` to `[B, S, D]`.
+    ///
+    /// # Errors
+    /// A `key_mask` for an `Mlp`, whose every token becomes a state that the U-Net attends to.
+    pub fn forward(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Tensor> {
+        match &self.network {
+            Network::Tsc(tsc) => tsc.forward(text_features, timesteps, key_mask),
+            Network::Resampler(resampler) => resampler.forward(text_features, None, key_mask),
+            Network::Mlp(_) if key_mask.is_some() => Err(ModelError::Unsupported {
+                what: "text of unequal length (padding \"none\") with a connector of the kind mlp, whose padding nothing masks".into(),
+                instead: "use padding \"fixed\", or another kind".into(),
+            }),
+            Network::Mlp(mlp) => mlp.forward(text_features),
+        }
+    }
+}
+
+/// Writes a connector's parameters as safetensors in the official key layout, as `kind` (the released file is `Half`).
+pub fn save(path: &Path, tensors: &[(String, Tensor)], kind: Kind) -> Result<()> {
+    let convert = |(name, tensor): &(String, Tensor)| Ok((name.clone(), tensor.f_to_kind(kind)?));
+    weights::save(path, &tensors.iter().map(convert).collect::<Result<Vec<_>>>()?)
+}

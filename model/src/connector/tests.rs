@@ -1,0 +1,207 @@
+//! Every kind's layout, initial values and files.
+
+use super::*;
+
+const KINDS: [ConnectorKind; 4] = [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler, ConnectorKind::Mlp];
+
+fn small(kind: ConnectorKind) -> ConnectorConfig {
+    ConnectorConfig { layers: 2, heads: 2, latents: 3, time_channel: 6, time_embed_dim: 5, ..ConnectorConfig::new(kind, 8, 4) }
+}
+
+fn made(kind: ConnectorKind) -> Connector {
+    Connector::init(&small(kind), 3, Device::Cpu).unwrap()
+}
+
+/// The same without what is zero at first.
+fn stirred(kind: ConnectorKind) -> Connector {
+    let values = |shape: &[i64]| Tensor::arange(shape.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().reshape(shape) * 0.3;
+    let layout = Connector::layout(&small(kind)).unwrap();
+    let tensors = layout.into_iter().map(|(name, shape)| (name, values(&shape)));
+    Connector::from_tensors(&small(kind), tensors).unwrap()
+}
+
+fn features(b: i64, s: i64) -> Tensor {
+    Tensor::arange(b * s * 4, (Kind::Float, Device::Cpu)).sin().reshape([b, s, 4])
+}
+
+/// The released shape.
+fn released(kind: ConnectorKind) -> ConnectorConfig {
+    ConnectorConfig::new(kind, 768, 2048)
+}
+
+fn parameters(config: &ConnectorConfig) -> i64 {
+    Connector::layout(config).unwrap().iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
+}
+
+#[test]
+fn the_paper_s_parameter_counts_come_out() {
+    // Paper §1.2, Table 6.
+    assert_eq!(parameters(&released(ConnectorKind::Mlp)), 2_164_224);
+    assert_eq!(parameters(&ConnectorConfig { layers: 1, ..released(ConnectorKind::Resampler) }), 8_712_192);
+    assert_eq!(parameters(&released(ConnectorKind::Resampler)), 44_159_232);
+    assert_eq!(parameters(&released(ConnectorKind::Tsc)), 66_820_608);
+    assert_eq!(parameters(&released(ConnectorKind::TscZero)), 73_907_712);
+}
+
+/// The keys of the official code, in the order of flat buffers, at the released sizes.
+fn official(kind: ConnectorKind) -> Vec<(String, Vec<i64>)> {
+    let timed = kind.is_timed();
+    let mut keys: Vec<(String, Vec<i64>)> = Vec::new();
+    let mut key = |there: bool, name: &str, shape: &[i64]| {
+        if there {
+            keys.push((name.to_owned(), shape.to_vec()));
+        }
+    };
+    key(timed, "time_embedding.linear_1.weight", &[768, 320]);
+    key(timed, "time_embedding.linear_1.bias", &[768]);
+    key(timed, "time_embedding.linear_2.weight", &[768, 768]);
+    key(timed, "time_embedding.linear_2.bias", &[768]);
+    key(true, "connector.latents", &[64, 768]);
+    key(timed, "connector.time_aware_linear.weight", &[768, 768]);
+    key(timed, "connector.time_aware_linear.bias", &[768]);
+    key(true, "connector.proj_in.weight", &[768, 2048]);
+    key(true, "connector.proj_in.bias", &[768]);
+    for n in 0..6 {
+        let mut block = |there, name: &str, shape: &[i64]| key(there, &format!("connector.perceiver_blocks.{n}.{name}"), shape);
+        block(true, "attn.in_proj_weight", &[2304, 768]);
+        block(true, "attn.in_proj_bias", &[2304]);
+        block(true, "attn.out_proj.weight", &[768, 768]);
+        block(true, "attn.out_proj.bias", &[768]);
+        block(true, "mlp.c_fc.weight", &[3072, 768]);
+        block(true, "mlp.c_fc.bias", &[3072]);
+        block(true, "mlp.c_proj.weight", &[768, 3072]);
+        block(true, "mlp.c_proj.bias", &[768]);
+        for norm in ["ln_1", "ln_2", "ln_ff"] {
+            block(timed, &format!("{norm}.linear.weight"), &[1536, 768]);
+            block(timed, &format!("{norm}.linear.bias"), &[1536]);
+            block(!timed, &format!("{norm}.weight"), &[768]);
+            block(!timed, &format!("{norm}.bias"), &[768]);
+        }
+        block(kind == ConnectorKind::TscZero, "gate_linear.weight", &[1536, 768]);
+        block(kind == ConnectorKind::TscZero, "gate_linear.bias", &[1536]);
+    }
+    keys
+}
+
+#[test]
+fn the_released_shape_has_the_official_keys() {
+    for kind in [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler] {
+        assert_eq!(Connector::layout(&released(kind)).unwrap(), official(kind), "{kind:?}");
+    }
+}
+
+#[test]
+fn a_saved_connector_loads_as_its_kind_with_the_same_sizes_and_values() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("connector.safetensors");
+    for kind in KINDS {
+        let made = stirred(kind);
+        save(&path, made.tensors(), Kind::Float).unwrap();
+        let loaded = Connector::load(&path, 2, Kind::Float, Device::Cpu).unwrap();
+        assert_eq!(loaded.config().kind, kind);
+        assert_eq!(Connector::layout(loaded.config()).unwrap(), Connector::layout(made.config()).unwrap(), "{kind:?}");
+        let (x, t) = (features(2, 5), Tensor::from_slice(&[0i64, 999]));
+        let (a, b) = (made.forward(&x, &t, None).unwrap(), loaded.forward(&x, &t, None).unwrap());
+        let states = if kind == ConnectorKind::Mlp { 5 } else { 3 };
+        assert!(a.equal(&b) && a.size() == [2, states, 8], "{kind:?}");
+    }
+}
+
+#[test]
+fn a_file_s_kind_is_told_even_where_a_tensor_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("connector.safetensors");
+    for kind in KINDS {
+        let all = made(kind);
+        for at in 0..all.tensors().len() {
+            let mut tensors: Vec<_> = all.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+            let (lost, _) = tensors.remove(at);
+            save(&path, &tensors, Kind::Float).unwrap();
+            match Connector::load(&path, 2, Kind::Float, Device::Cpu).unwrap_err() {
+                ModelError::MissingTensor { key, .. } => assert_eq!(key, lost, "{kind:?}"),
+                // Blocks are counted by this one.
+                ModelError::SurplusTensors { .. } | ModelError::Input { .. } if lost.ends_with("in_proj_weight") => {}
+                other => panic!("{kind:?} without {lost}: {other}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_file_of_another_network_is_no_connector() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("other.safetensors");
+    let load = |tensors: &[(String, Tensor)]| {
+        weights::save(&path, tensors).unwrap();
+        Connector::load(&path, 2, Kind::Float, Device::Cpu).unwrap_err()
+    };
+    let one = |name: &str| (name.to_owned(), Tensor::zeros([2, 2], (Kind::Float, Device::Cpu)));
+    let error = load(&[one("shared.weight"), one("mm_projector.0.weight")]);
+    assert!(matches!(&error, ModelError::NotConnector { keys, .. } if keys == &["mm_projector.0.weight", "shared.weight"]));
+    let text = error.to_string();
+    assert!(["other.safetensors", "shared.weight", "connector.latents"].iter().all(|word| text.contains(word)), "{text}");
+    assert!(load(&[]).to_string().contains("found no tensor"));
+    // Of two kinds at once.
+    let mut both = vec![one("connector.linear_1.weight")];
+    both.extend(made(ConnectorKind::Resampler).tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())));
+    assert!(matches!(load(&both), ModelError::MissingTensor { .. } | ModelError::SurplusTensors { .. }));
+}
+
+#[test]
+fn masked_tokens_have_no_influence_and_unmasked_ones_do() {
+    let t = Tensor::from_slice(&[17i64]);
+    let (full, mask) = (features(1, 5), Tensor::from_slice(&[true, true, true, false, false]).reshape([1, 5]));
+    for kind in [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler] {
+        let connector = made(kind);
+        let masked = connector.forward(&full, &t, Some(&mask)).unwrap();
+        let short = connector.forward(&full.narrow(1, 0, 3), &t, None).unwrap();
+        assert!(masked.allclose(&short, 1e-5, 1e-6, false), "{kind:?}");
+        assert!(!masked.allclose(&connector.forward(&full, &t, None).unwrap(), 1e-5, 1e-6, false), "{kind:?}");
+    }
+    let refused = made(ConnectorKind::Mlp).forward(&full, &t, Some(&mask));
+    assert!(matches!(refused, Err(ModelError::Unsupported { what, .. }) if what.contains("mlp")));
+}
+
+#[test]
+fn the_timestep_counts_for_the_timed_kinds_only() {
+    let of = |connector: &Connector, t: i64| connector.forward(&features(1, 5), &Tensor::from_slice(&[t]), None).unwrap();
+    for kind in KINDS {
+        let connector = stirred(kind);
+        assert_eq!(of(&connector, 10).equal(&of(&connector, 900)), !kind.is_timed(), "{kind:?}");
+    }
+}
+
+#[test]
+fn the_initial_values_are_the_paper_s() {
+    for kind in KINDS {
+        let config = ConnectorConfig { layers: 1, ..ConnectorConfig::new(kind, 256, 64) };
+        for (name, tensor) in Connector::init(&config, 1, Device::Cpu).unwrap().tensors() {
+            let zeros = ["in_proj_bias", "out_proj.bias", "time_aware_linear.bias", "gate_linear.bias"];
+            let affine = name.contains(".ln_") && !kind.is_timed();
+            let zero = zeros.iter().any(|end| name.ends_with(end)) || name.contains(".ln_") && !(affine && name.ends_with("weight"));
+            assert_eq!(tensor.abs().max().double_value(&[]) == 0.0, zero, "{kind:?} {name}");
+            if affine && !zero {
+                assert!(tensor.equal(&tensor.ones_like()), "{name}");
+            }
+            if name == "connector.latents" {
+                assert!((tensor.std(true).double_value(&[]) - 256f64.powf(-0.5)).abs() < 2e-3);
+            }
+        }
+    }
+}
+
+#[test]
+fn sizes_that_do_not_fit_are_refused() {
+    let refused = |config: ConnectorConfig, word: &str| {
+        let error = Connector::init(&config, 0, Device::Cpu).unwrap_err();
+        assert!(matches!(&error, ModelError::Input { what, .. } if what == word), "{error}");
+    };
+    refused(ConnectorConfig { heads: 3, ..small(ConnectorKind::Tsc) }, "connector heads");
+    refused(ConnectorConfig { heads: 3, ..small(ConnectorKind::Resampler) }, "connector heads");
+    refused(ConnectorConfig { layers: 0, ..small(ConnectorKind::TscZero) }, "connector layers");
+    refused(ConnectorConfig { time_channel: 7, ..small(ConnectorKind::TscZero) }, "connector time channels");
+    refused(ConnectorConfig { width: 0, ..small(ConnectorKind::Mlp) }, "connector width");
+    // What a kind does not have cannot be wrong.
+    Connector::init(&ConnectorConfig { time_channel: 7, time_embed_dim: 0, ..small(ConnectorKind::Resampler) }, 0, Device::Cpu).unwrap();
+    Connector::init(&ConnectorConfig { heads: 3, layers: 0, ..small(ConnectorKind::Mlp) }, 0, Device::Cpu).unwrap();
+}
