@@ -65,7 +65,7 @@ async fn connect(url: &str) -> Result<CoordinatorClient<Channel>, ClientError> {
     let channel = endpoint.connect();
     let unreachable = |reason: String| ClientError::Unreachable { url: url.to_owned(), reason };
     match tokio::time::timeout(CONNECT, channel).await {
-        Ok(connected) => connected.map(CoordinatorClient::new).map_err(|e| unreachable(causes(&e))),
+        Ok(connected) => connected.map(CoordinatorClient::new).map_err(|e| unreachable(ella_proto::with_causes(&e))),
         Err(_) => Err(unreachable(format!("no connection within {CONNECT:?}"))),
     }
 }
@@ -85,14 +85,4 @@ fn failed(url: &str, status: tonic::Status) -> ClientError {
         }
         _ => ClientError::Refused { url: url.to_owned(), status: Box::new(status) },
     }
-}
-
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }

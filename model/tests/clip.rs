@@ -3,13 +3,16 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic as tests do
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod common;
 
+use std::fs;
+use std::path::Path;
+
+use common::{folder as golden, tensors};
 use ella_model::clip::Clip;
 use ella_model::forward::{Net, Options, forward};
 use ella_model::tokenizer::Padding;
-use ella_model::weights::{self, Weights};
+use ella_model::weights::{self};
 use ella_model::{ModelError, Result, clip_tokenizer};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -17,19 +20,6 @@ use tempfile::TempDir;
 
 const ENCODERS: [&str; 3] = ["clip-l", "clip-h", "clip-g"];
 const TOKENIZERS: [&str; 2] = ["clip-tokenizer-l", "clip-tokenizer-g"];
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
-}
-
-fn tensors(path: &Path) -> Vec<(String, Tensor)> {
-    let file = Weights::open(path).unwrap();
-    let load = |name: &str| {
-        let (shape, kind) = file.describe(name).unwrap();
-        (name.to_owned(), file.load(name, shape, kind, Device::Cpu).unwrap())
-    };
-    file.names().map(load).collect()
-}
 
 /// A copy of a golden folder whose files a test may change.
 fn copy(name: &str) -> TempDir {

@@ -5,8 +5,11 @@
 // The lint's exception for tests does not reach their helper functions.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
+mod common;
 
+use std::path::Path;
+
+use common::{Golden, folder, relative};
 use ella_model::config::ConfigFile;
 use ella_model::params::Params;
 use ella_model::sampler::{Ddim, Sampler};
@@ -22,32 +25,6 @@ const CPU: Device = Device::Cpu;
 const UNETS: [&str; 2] = ["unet-sd15", "unet-linear"];
 const SCHEDULES: [&str; 5] = ["sd15", "v-trailing", "v-leading", "linear-linspace", "cosine-trailing"];
 const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
-
-fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
-}
-
-/// The tensors of a golden file by name.
-struct Golden(Weights);
-
-impl Golden {
-    fn open(name: &str) -> Self {
-        Golden(Weights::open(&folder(name).join("golden.safetensors")).unwrap())
-    }
-
-    fn get(&self, name: &str) -> Tensor {
-        let (shape, kind) = self.0.describe(name).unwrap();
-        self.0.load(name, shape, kind, CPU).unwrap()
-    }
-}
-
-fn relative(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.size(), b.size());
-    let (a, b) = (a.to_kind(Kind::Double), b.to_kind(Kind::Double));
-    let error = (&a - &b).abs().max().double_value(&[]) / b.abs().max().double_value(&[]);
-    assert!(error.is_finite(), "not finite");
-    error
-}
 
 #[track_caller]
 fn within(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {

@@ -5,15 +5,18 @@
 // The lint's exception for tests does not reach their helper functions.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::path::Path;
 
+use common::relative;
 use ella_model::config::ConfigFile;
 use ella_model::sampler::{Dpm, Method, Sampler};
 use ella_model::schedule::{Prediction, Schedule, ScheduleConfig};
 use ella_model::weights::Weights;
 use ella_model::{ModelError, Result};
 use serde_json::{Map, Value, json};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 const STEPS: usize = 20;
 /// The counts of steps whose timesteps are compared, in the golden's order.
@@ -66,14 +69,6 @@ fn sequence(sampler: &mut dyn Sampler, noise: &Tensor, random: &Tensor) -> Vec<T
         latents.push(sampler.step(&output, index, x, &mut || Ok(random.get(index as i64))).unwrap());
     }
     latents
-}
-
-fn relative(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.size(), b.size());
-    let (a, b) = (a.to_kind(Kind::Double), b.to_kind(Kind::Double));
-    let error = (&a - &b).abs().max().double_value(&[]) / b.abs().max().double_value(&[]);
-    assert!(error.is_finite(), "not finite");
-    error
 }
 
 /// The worst relative error of a sequence.

@@ -3,9 +3,12 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic as tests do
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod common;
 
+use std::fs;
+use std::path::PathBuf;
+
+use common::{folder as golden, relative, tensors};
 use ella_model::connector::Connector;
 use ella_model::forward::{Net, Options, forward};
 use ella_model::t5::T5;
@@ -13,25 +16,6 @@ use ella_model::weights::{self, Weights};
 use ella_model::{ModelError, Result};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
-}
-
-fn tensors(path: &Path) -> Vec<(String, Tensor)> {
-    let file = Weights::open(path).unwrap();
-    let load = |name: &str| {
-        let (shape, kind) = file.describe(name).unwrap();
-        (name.to_owned(), file.load(name, shape, kind, Device::Cpu).unwrap())
-    };
-    file.names().map(load).collect()
-}
-
-/// The largest difference, relative to the largest value.
-fn relative(found: &Tensor, expected: &Tensor) -> f64 {
-    assert_eq!(found.size(), expected.size());
-    ((found - expected).abs().max() / expected.abs().max()).double_value(&[])
-}
 
 /// Runs the golden and returns the worst relative error of (values, gradients).
 fn compare(name: &str, net: Net, model: &str, options: &Options) -> (f64, f64) {

@@ -5,8 +5,11 @@
 // The lint's exception for tests does not reach their helper functions.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
+mod common;
 
+use std::path::Path;
+
+use common::{Golden, folder};
 use ella_model::config::ConfigFile;
 use ella_model::forward::{self, Net, Options};
 use ella_model::params::Params;
@@ -20,23 +23,7 @@ use tch::{Device, Kind, Tensor};
 const CPU: Device = Device::Cpu;
 const UNETS: [&str; 3] = ["unet-sd2", "unet-sdxl", "unet-uneven"];
 
-fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
-}
-
-/// The tensors of a golden file by name.
-struct Golden(Weights);
-
 impl Golden {
-    fn open(name: &str) -> Self {
-        Golden(Weights::open(&folder(name).join("golden.safetensors")).unwrap())
-    }
-
-    fn get(&self, name: &str) -> Tensor {
-        let (shape, kind) = self.0.describe(name).unwrap();
-        self.0.load(name, shape, kind, CPU).unwrap()
-    }
-
     /// The conditions of a case, where the network takes them.
     fn added(&self, case: &str) -> Option<Added> {
         self.0.shape(&format!("{case}.text_embeds"))?;

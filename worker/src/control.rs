@@ -250,10 +250,10 @@ impl Control {
 }
 
 async fn connect(url: &str) -> Result<CoordinatorClient<Channel>, ControlError> {
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|e| unreachable(url, &describe(&e)))?;
+    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|e| unreachable(url, &ella_proto::with_causes(&e)))?;
     let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
     let channel = deadline("connection", CONNECT_TIMEOUT, endpoint.connect()).await?;
-    Ok(CoordinatorClient::new(channel.map_err(|e| unreachable(url, &describe(&e)))?))
+    Ok(CoordinatorClient::new(channel.map_err(|e| unreachable(url, &ella_proto::with_causes(&e)))?))
 }
 
 fn unreachable(url: &str, message: &str) -> ControlError {
@@ -343,17 +343,6 @@ fn refusal(refused: Refused) -> ControlError {
     let reason = refused.reason();
     let detail = if refused.detail.is_empty() { reason.as_str_name().to_owned() } else { refused.detail };
     ControlError::Refused { reason, detail }
-}
-
-/// An error with its causes, which tonic keeps to itself.
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }
 
 #[cfg(test)]
