@@ -14,7 +14,7 @@ use crate::config::ConfigFile;
 use crate::error::{ModelError, Result};
 use crate::layers::{Embedding, LayerNorm, Linear, gelu};
 use crate::params::{Init, Params};
-use crate::weights::Weights;
+use crate::part::Part;
 
 /// Tensors that checkpoints hold beside the text encoder: what older releases of transformers saved of the position
 /// numbers, and the other half of a whole CLIP.
@@ -187,8 +187,13 @@ impl Clip {
 
     /// Loads a transformers folder, computing in `kind`.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let config = ClipConfig::load(folder)?;
-        let p = Params::from_weights(Weights::open(folder)?, kind, device);
+        Self::from_part(Part::open(folder)?, kind, device)
+    }
+
+    /// Builds the encoder from what [`Clip::load`] finds in a folder, wherever it lies.
+    pub fn from_part(part: Part, kind: Kind, device: Device) -> Result<Self> {
+        let config = ClipConfig::read(part.config)?;
+        let p = Params::from_weights(part.weights, kind, device);
         Self::new(&config, &p)
     }
 

@@ -40,6 +40,11 @@ impl ConfigFile {
         ConfigFile { file: file.into(), fields, read: RefCell::default() }
     }
 
+    /// All fields as JSON, sorted by name: equal for equal configurations.
+    pub fn text(&self) -> String {
+        Value::Object(self.fields.clone()).to_string()
+    }
+
     /// The file that errors name.
     pub fn file(&self) -> &Path {
         &self.file

@@ -9,11 +9,9 @@ use std::str::FromStr;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::clip::Clip;
-use crate::config::ConfigFile;
 use crate::connector::{Connector, DEFAULT_HEADS};
 use crate::error::{ModelError, Result};
-use crate::t5::T5;
+use crate::text::{Text, TextOutput};
 use crate::unet::{Added, UNet};
 use crate::vae::Vae;
 use crate::weights::{self, Weights};
@@ -91,7 +89,7 @@ pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &
             let what = "a gradient through a network that stays frozen and has nothing trained before it".to_owned();
             return Err(ModelError::Unsupported { what, instead: "leave --grad out".into() });
         }
-        Net::Text => tch::no_grad(|| text(model, &inputs))?,
+        Net::Text => tch::no_grad(|| text(&Text::load(model, options.kind, options.device)?, &inputs))?,
         Net::VaeEncode => tch::no_grad(|| vae_encode(&Vae::load(model, options.kind, options.device)?, &inputs))?,
         Net::VaeDecode => tch::no_grad(|| vae_decode(&Vae::load(model, options.kind, options.device)?, &inputs))?,
     };
@@ -124,44 +122,18 @@ fn unet(unet: &UNet, inputs: &Inputs) -> Result<Named> {
     inputs.differentiate("sample", watched, || unet.forward_added(&sample, &timesteps, &states, added.as_ref()))
 }
 
-/// The families of text encoders.
-enum Text {
-    T5(T5),
-    Clip(Clip),
-}
-
-impl Text {
-    fn load(folder: &Path, options: &Options) -> Result<Self> {
-        let config = ConfigFile::open(&folder.join("config.json"))?;
-        let rule = "t5, mt5 or clip_text_model";
-        match config.required::<String>("model_type", rule)?.as_str() {
-            "t5" | "mt5" => Ok(Text::T5(T5::load(folder, options.kind, options.device)?)),
-            "clip_text_model" => Ok(Text::Clip(Clip::load(folder, options.kind, options.device)?)),
-            _ => Err(config.refuse("model_type", rule)),
-        }
-    }
-}
-
-fn text(folder: &Path, inputs: &Inputs) -> Result<Named> {
-    let text = Text::load(folder, &inputs.options)?;
-    let vocabulary = match &text {
-        Text::T5(t5) => t5.config().vocab_size,
-        Text::Clip(clip) => clip.config().vocab_size,
-    };
+fn text(text: &Text, inputs: &Inputs) -> Result<Named> {
     let dims = [Dim::Any("B"), Dim::Any("S")];
-    let ids = inputs.integers("input_ids", &dims, vocabulary)?;
+    let ids = inputs.integers("input_ids", &dims, text.config().vocab_size())?;
     let mask = inputs.integers("attention_mask", &dims, 2)?;
     inputs.finish()?;
-    Ok(match text {
-        Text::T5(t5) => vec![("last_hidden_state".into(), t5.forward(&ids, &mask)?)],
-        Text::Clip(clip) => {
-            let out = clip.forward(&ids, &mask)?;
-            vec![
-                ("last_hidden_state".into(), out.last_hidden_state),
-                ("penultimate_hidden_state".into(), out.penultimate_hidden_state),
-                ("pooled".into(), out.pooled),
-            ]
-        }
+    Ok(match text.forward(&ids, &mask)? {
+        TextOutput::States(states) => vec![("last_hidden_state".into(), states)],
+        TextOutput::Clip(out) => vec![
+            ("last_hidden_state".into(), out.last_hidden_state),
+            ("penultimate_hidden_state".into(), out.penultimate_hidden_state),
+            ("pooled".into(), out.pooled),
+        ],
     })
 }
 

@@ -3,6 +3,7 @@
 //! `error`, `weights`, `params`, `config`, `layers` and `rng` are the ground that every network stands on. A network is a
 //! configuration, a constructor over [`params::Params`] whose tensor names are the checkpoint's, and a `forward`.
 
+pub mod base;
 pub mod clip;
 pub mod clip_tokenizer;
 pub mod config;
@@ -11,15 +12,16 @@ pub mod error;
 pub mod forward;
 pub mod layers;
 pub mod params;
+pub mod part;
 pub mod presets;
 pub mod rng;
 pub mod sampler;
 pub mod schedule;
 pub mod t5;
+pub mod text;
 pub mod tokenizer;
 pub mod unet;
 pub mod unigram;
-
 pub mod vae;
 pub mod weights;
 

@@ -217,6 +217,11 @@ impl Schedule {
         Self::new(ScheduleConfig::load(dir)?, device)
     }
 
+    /// From an opened configuration.
+    pub fn read(config: ConfigFile, device: Device) -> Result<Self> {
+        Self::new(ScheduleConfig::read(config)?, device)
+    }
+
     /// The configuration that it was made from.
     pub fn config(&self) -> &ScheduleConfig {
         &self.config

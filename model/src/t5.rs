@@ -13,7 +13,7 @@ use crate::config::ConfigFile;
 use crate::error::Result;
 use crate::layers::{Embedding, Linear, gelu, gelu_tanh, silu};
 use crate::params::{Init, Params};
-use crate::weights::Weights;
+use crate::part::Part;
 
 /// Tensors that encoder-decoder checkpoints hold beside the encoder.
 const NOT_ENCODER: [&str; 4] = ["decoder.*", "lm_head.weight", "shared.weight", "encoder.embed_tokens.weight"];
@@ -180,8 +180,13 @@ impl T5 {
 
     /// Loads a transformers folder, computing in `kind`.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let config = T5Config::load(folder)?;
-        let p = Params::from_weights(Weights::open(folder)?, kind, device);
+        Self::from_part(Part::open(folder)?, kind, device)
+    }
+
+    /// Builds the encoder from what [`T5::load`] finds in a folder, wherever it lies.
+    pub fn from_part(part: Part, kind: Kind, device: Device) -> Result<Self> {
+        let config = T5Config::read(part.config)?;
+        let p = Params::from_weights(part.weights, kind, device);
         Self::new(&config, &p)
     }
 

@@ -11,8 +11,8 @@ use crate::config::ConfigFile;
 use crate::error::{ModelError, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear, silu};
 use crate::params::Params;
+use crate::part::Part;
 use crate::unet::{Downsample, Norm, Resnet, Upsample, attend};
-use crate::weights::Weights;
 
 /// ε of every group norm: fixed in the reference.
 const EPS: f64 = 1e-6;
@@ -149,9 +149,14 @@ impl Vae {
     /// # Errors
     /// A file is missing or damaged, the configuration unsupported, or tensors are missing, misshapen or left over.
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let config = VaeConfig::load(dir)?;
+        Self::from_part(Part::open(dir)?, kind, device)
+    }
+
+    /// Builds the network from what [`Vae::load`] finds in a folder, wherever it lies; errors as there.
+    pub fn from_part(part: Part, kind: Kind, device: Device) -> Result<Self> {
+        let config = VaeConfig::read(part.config)?;
         let kind = if config.force_upcast && kind == Kind::Half { Kind::Float } else { kind };
-        let p = Params::from_weights(Weights::open(dir)?, kind, device);
+        let p = Params::from_weights(part.weights, kind, device);
         let net = Self::new(&config, &p)?;
         p.finish(&[])?;
         Ok(net)

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensorError, SafeTensors, View};
@@ -18,11 +19,11 @@ use crate::error::{ModelError, Result};
 const NAMES: [&str; 4] =
     ["diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"];
 
-/// The tensors of one model, memory-mapped.
-#[derive(Debug)]
+/// The tensors of one model, memory-mapped. Clones share the maps.
+#[derive(Clone, Debug)]
 pub struct Weights {
     path: PathBuf,
-    files: Vec<Mapped>,
+    files: Vec<Arc<Mapped>>,
     entries: BTreeMap<String, Entry>,
 }
 
@@ -32,7 +33,7 @@ struct Mapped {
     map: Mmap,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Entry {
     file: usize,
     dtype: Dtype,
@@ -96,7 +97,7 @@ impl Weights {
                 return Err(ModelError::NotSafetensors { file: file.into(), reason });
             }
         }
-        self.files.push(Mapped { file: file.into(), map });
+        self.files.push(Arc::new(Mapped { file: file.into(), map }));
         Ok(())
     }
 

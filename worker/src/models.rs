@@ -5,11 +5,10 @@ use crate::text::{self, TextIdentity};
 use crate::train::lane::Networks;
 use crate::train::state::{Layout, TrainState};
 use ella_model::ModelError;
+use ella_model::base::Base;
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
-use ella_model::schedule::Schedule;
-use ella_model::unet::{UNet, UNetConfig};
+use ella_model::unet::UNetConfig;
 use ella_model::vae::Vae;
-use ella_model::weights::Weights;
 use ella_proto::config::{ConnectorKind as Wanted, RunConfig};
 use ella_store::{Digest, Hasher};
 use std::path::{Path, PathBuf};
@@ -35,15 +34,13 @@ pub struct Loaded {
 
 /// Loads everything that `config` names onto `device`.
 pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
-    let base = folder("base.model", &config.base.model)?;
+    let base = Base::open(&folder("base.model", &config.base.model)?)?;
     let text_model = folder("text.model", &config.text.model)?;
     let text = text::identity(&text_model)?;
     let kind = device::kind(config.base.dtype);
-    check_conditions(&UNetConfig::load(&base.join("unet"))?, &base)?;
-    let unet = UNet::load(&base.join("unet"), kind, device)?;
-    let vae = Vae::load(&base.join("vae"), kind, device)?;
-    let schedule = Schedule::load(&base.join("scheduler"), device)?;
-    check_latents(unet.config(), &vae, &base)?;
+    check_conditions(&UNetConfig::read(base.unet_part()?.config)?, base.path())?;
+    let (unet, vae, schedule) = (base.unet(kind, device)?, base.vae(kind, device)?, base.schedule(device)?);
+    check_latents(unet.config(), &vae, base.path())?;
 
     let sizes = connector_config(config, unet.config(), text.width)?;
     let layout = Arc::new(Layout::new(Connector::layout(&sizes)?));
@@ -53,7 +50,7 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let connector = Connector::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
     let digest = models_digest(&base, &text)?;
     let networks = Networks { connector, unet, kind, schedule, snr_gamma: config.train.snr_gamma };
-    let vae_weights = Weights::open(&base.join("vae"))?.digest();
+    let vae_weights = base.vae_part()?.weights.digest();
     Ok(Loaded { networks, state, vae, text, vae_weights, digest })
 }
 
@@ -114,14 +111,12 @@ fn check_latents(unet: &UNetConfig, vae: &Vae, base: &Path) -> Result<(), ModelE
     Ok(())
 }
 
-fn models_digest(base: &Path, text: &TextIdentity) -> Result<Digest, ModelError> {
-    let scheduler = base.join("scheduler/scheduler_config.json");
-    let scheduler = std::fs::read(&scheduler).map_err(|source| ModelError::Unreadable { file: scheduler, source })?;
+fn models_digest(base: &Base, text: &TextIdentity) -> Result<Digest, ModelError> {
     let mut hasher = Hasher::new();
-    for part in ["unet", "vae"] {
-        hasher.update(text::fingerprint(&base.join(part))?.as_bytes());
+    for part in [base.unet_part()?, base.vae_part()?] {
+        hasher.update(part.fingerprint().as_bytes());
     }
-    hasher.update(Digest::of(&scheduler).as_bytes());
+    hasher.update(base.scheduler()?.text().as_bytes());
     hasher.update(text.weights_digest.as_bytes()).update(text.tokenizer_digest.as_bytes());
     Ok(hasher.finish())
 }

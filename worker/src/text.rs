@@ -2,11 +2,10 @@
 
 use crate::device;
 use ella_model::ModelError;
-use ella_model::t5::{T5, T5Config};
+use ella_model::part::Part;
+use ella_model::text::{Text, TextConfig};
 use ella_model::tokenizer::{Padding as Rule, TextTokenizer};
-use ella_model::weights::Weights;
 use ella_proto::config::{Dtype, Padding};
-use ella_store::{Digest, Hasher};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
@@ -47,7 +46,7 @@ impl Rows {
 /// Encoder and tokenizer.
 #[derive(Debug)]
 pub struct TextEncoder {
-    t5: T5,
+    network: Text,
     tokenizer: TextTokenizer,
     options: TextOptions,
     device: Device,
@@ -57,14 +56,14 @@ impl TextEncoder {
     /// Loads both, and checks that they fit each other.
     pub fn load(options: &TextOptions, device: Device) -> Result<Self, ModelError> {
         let tokenizer = TextTokenizer::load(&options.model)?;
-        let t5 = T5::load(&options.model, device::kind(options.dtype), device)?;
-        tokenizer.check_vocabulary(t5.config().vocab_size)?;
-        Ok(Self { t5, tokenizer, options: options.clone(), device })
+        let network = Text::load(&options.model, device::kind(options.dtype), device)?;
+        tokenizer.check_vocabulary(network.config().vocab_size())?;
+        Ok(Self { network, tokenizer, options: options.clone(), device })
     }
 
     /// Width E of the features.
     pub fn width(&self) -> i64 {
-        self.t5.config().d_model
+        self.network.config().width()
     }
 
     /// Encodes captions in one batch.
@@ -75,7 +74,7 @@ impl TextEncoder {
         };
         let encoded = self.tokenizer.encode(captions, self.options.max_tokens, rule)?;
         let (ids, mask) = encoded.tensors(self.device)?;
-        let features = tch::no_grad(|| self.t5.forward(&ids, &mask))?;
+        let features = tch::no_grad(|| self.network.forward(&ids, &mask))?.last_hidden_state();
         Ok(Rows { features, tokens: encoded.lengths, truncated: encoded.truncated.len() })
     }
 
@@ -88,8 +87,8 @@ impl TextEncoder {
 /// What identifies the features of a model under given options, read without loading the encoder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TextIdentity {
-    /// BLAKE3 of the weights and `config.json`.
-    pub weights_digest: Digest,
+    /// BLAKE3 of the weights and the configuration, lower-case hex.
+    pub weights_digest: String,
     /// BLAKE3 of `tokenizer.json`, lower-case hex.
     pub tokenizer_digest: String,
     /// Width E of the features.
@@ -98,18 +97,10 @@ pub struct TextIdentity {
 
 /// Reads a text model's identity.
 pub fn identity(model: &Path) -> Result<TextIdentity, ModelError> {
+    let part = Part::open(model)?;
     Ok(TextIdentity {
-        weights_digest: fingerprint(model)?,
+        weights_digest: part.fingerprint(),
         tokenizer_digest: TextTokenizer::load(model)?.digest().to_owned(),
-        width: T5Config::load(model)?.d_model,
+        width: TextConfig::read(part.config)?.width(),
     })
-}
-
-/// BLAKE3 over a network's weights and its configuration: the same weights under another configuration are another network.
-pub fn fingerprint(folder: &Path) -> Result<Digest, ModelError> {
-    let file = folder.join("config.json");
-    let config = std::fs::read(&file).map_err(|source| ModelError::Unreadable { file, source })?;
-    let mut hasher = Hasher::new();
-    hasher.update(Weights::open(folder)?.digest().as_bytes()).update(&config);
-    Ok(hasher.finish())
 }

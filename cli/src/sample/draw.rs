@@ -3,11 +3,10 @@
 use std::path::Path;
 
 use ella_model::ModelError;
-use ella_model::config::ConfigFile;
+use ella_model::base::Base;
 use ella_model::connector::Connector;
 use ella_model::rng::CounterRng;
 use ella_model::sampler::{Method, Sampler};
-use ella_model::schedule::Schedule;
 use ella_model::unet::UNet;
 use ella_model::vae::Vae;
 use ella_proto::config::Padding;
@@ -64,10 +63,9 @@ pub(super) struct Drawn {
 
 impl Drawer {
     pub(super) fn load(models: &Models<'_>, settings: &Settings, device: Device) -> Result<Self, Fail> {
-        let base = models.base;
         let connector = Connector::load(models.connector, models.heads, Kind::Float, device)?;
-        let unet = UNet::load(&base.join("unet"), Kind::Float, device)?;
-        let vae = Vae::load(&base.join("vae"), Kind::Float, device)?;
+        let base = Base::open(models.base)?;
+        let (unet, vae) = (base.unet(Kind::Float, device)?, base.vae(Kind::Float, device)?);
         let text = TextEncoder::load(&models.text, device)?;
         let fits = |what: &str, file: &Path, expected: i64, found: i64| match expected == found {
             true => Ok(()),
@@ -80,10 +78,10 @@ impl Drawer {
                 )))
             }
         };
-        fits("the connector's width", base, unet.config().cross_attention_dim, connector.config().width)?;
+        fits("the connector's width", base.path(), unet.config().cross_attention_dim, connector.config().width)?;
         fits("the connector's text width", &models.text.model, text.width(), connector.config().text_width)?;
-        let sampler = settings.method.sampler(&Schedule::load(&base.join("scheduler"), device)?, settings.steps)?;
-        let own_size = own_size(base)? * vae.config().downscale();
+        let sampler = settings.method.sampler(&base.schedule(device)?, settings.steps)?;
+        let own_size = unet.config().sample_size * vae.config().downscale();
         let (padding, guidance, seed) = (models.text.padding, settings.guidance, settings.seed);
         Ok(Self { connector, unet, vae, text, padding, sampler, guidance, seed, own_size, device })
     }
@@ -175,13 +173,6 @@ fn normal(seed: u64, names: impl Iterator<Item = String>, shape: &[i64]) -> Resu
     let len = shape[1..].iter().product::<i64>() as usize;
     let numbers: Vec<f32> = names.flat_map(|name| CounterRng::new(seed, &name).normal(len, 1.0)).collect();
     Ok(Tensor::f_from_slice(&numbers)?.f_reshape(shape)?)
-}
-
-/// The side of the latents that a base was made for, by its configuration.
-fn own_size(base: &Path) -> Result<i64, ModelError> {
-    let config = ConfigFile::open(&base.join("unet/config.json"))?;
-    let own = config.value("sample_size").and_then(serde_json::Value::as_i64).filter(|size| *size > 0);
-    Ok(own.unwrap_or(64))
 }
 
 /// `[b, 3, H, W]` in −1…1 to 8-bit pictures.

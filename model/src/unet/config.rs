@@ -13,6 +13,8 @@ use crate::error::Result;
 /// The shape of a U-Net. Lists have an entry for each block of the way down; the way up is their mirror image.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UNetConfig {
+    /// Height and width of the latents that the network was made for; others go through it as well.
+    pub sample_size: i64,
     /// Channels of the noisy sample.
     pub in_channels: i64,
     /// Channels of the prediction: as many.
@@ -77,6 +79,7 @@ impl UNetConfig {
         let layers_per_block = per_block(&c, "layers_per_block", n, 2)?;
         let (down_transformers, up_transformers) = transformers(&c, &layers_per_block)?;
         let config = Self {
+            sample_size: c.size_or("sample_size", 64)?,
             in_channels: c.size_or("in_channels", 4)?,
             out_channels: c.size_or("out_channels", 4)?,
             center_input_sample: c.optional("center_input_sample", BOOL, false)?,
@@ -101,8 +104,8 @@ impl UNetConfig {
             up_transformers,
         };
         config.check(&c)?;
-        // sample_size is a default for callers who name no size; dropout does nothing in a frozen network.
-        c.finish(&["sample_size", "dropout", "addition_embed_type_num_heads"])?;
+        // dropout does nothing in a frozen network.
+        c.finish(&["dropout", "addition_embed_type_num_heads"])?;
         Ok(config)
     }
 

@@ -18,7 +18,7 @@ use self::time::TimeEmbedding;
 use crate::error::{ModelError, Result};
 use crate::layers::{Conv2d, GroupNorm, silu};
 use crate::params::Params;
-use crate::weights::Weights;
+use crate::part::Part;
 
 pub(crate) use self::attention::attend;
 pub use self::config::UNetConfig;
@@ -61,8 +61,13 @@ impl UNet {
     /// # Errors
     /// A file is missing or damaged, the configuration unsupported, or tensors are missing, misshapen or left over.
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let config = UNetConfig::load(dir)?;
-        let p = Params::from_weights(Weights::open(dir)?, kind, device);
+        Self::from_part(Part::open(dir)?, kind, device)
+    }
+
+    /// Builds the network from what [`UNet::load`] finds in a folder, wherever it lies; errors as there.
+    pub fn from_part(part: Part, kind: Kind, device: Device) -> Result<Self> {
+        let config = UNetConfig::read(part.config)?;
+        let p = Params::from_weights(part.weights, kind, device);
         let net = Self::new(&config, &p)?;
         p.finish(&[])?;
         Ok(net)

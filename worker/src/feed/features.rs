@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 /// The spec of the features that a text model gives under a run's settings.
 pub fn spec(text: &Text, identity: &TextIdentity) -> Result<FeatureSpec, FeedError> {
     Ok(FeatureSpec {
-        weights_digest: identity.weights_digest,
+        weights_digest: identity.weights_digest.parse()?,
         tokenizer_digest: identity.tokenizer_digest.parse()?,
         max_tokens: text.max_tokens as u32,
         padding: match text.padding {
