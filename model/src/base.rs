@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind};
 
+use crate::clip_tokenizer;
 use crate::config::ConfigFile;
 use crate::error::{ModelError, Result};
 use crate::part::Part;
 use crate::schedule::Schedule;
+use crate::tokenizer::TextTokenizer;
 use crate::unet::UNet;
 use crate::vae::Vae;
 
@@ -15,6 +17,15 @@ use crate::vae::Vae;
 #[derive(Debug)]
 pub struct Base {
     path: PathBuf,
+}
+
+/// One of a base's own text encoders, and what makes token ids for it.
+#[derive(Debug)]
+pub struct TextEncoderPart {
+    /// What [`crate::clip::Clip`] is loaded from.
+    pub part: Part,
+    /// Its tokenizer, where one lies beside it.
+    pub tokenizer: Option<TextTokenizer>,
 }
 
 impl Base {
@@ -49,6 +60,22 @@ impl Base {
         ConfigFile::open(&self.path.join("scheduler/scheduler_config.json"))
     }
 
+    /// The base's own text encoders: one, or SDXL's two in the order in which their features are joined. A base may have none.
+    ///
+    /// # Errors
+    /// An encoder's or a tokenizer's files are damaged or incomplete.
+    pub fn text_encoders(&self) -> Result<Vec<TextEncoderPart>> {
+        let one = |(encoder, tokenizer): (&str, &str)| {
+            let folder = self.path.join(encoder);
+            let read = || -> Result<TextEncoderPart> {
+                let tokenizer = self.path.join(tokenizer).is_dir().then(|| clip_tokenizer::load(&folder)).transpose()?;
+                Ok(TextEncoderPart { part: Part::open(&folder)?, tokenizer })
+            };
+            folder.is_dir().then(read)
+        };
+        [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")].into_iter().filter_map(one).collect()
+    }
+
     /// The U-Net, computing in `kind` on `device`.
     pub fn unet(&self, kind: Kind, device: Device) -> Result<UNet> {
         UNet::from_part(self.unet_part()?, kind, device)
@@ -62,5 +89,31 @@ impl Base {
     /// The noise schedule.
     pub fn schedule(&self, device: Device) -> Result<Schedule> {
         Schedule::read(self.scheduler()?, device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folders_text_encoders_come_with_the_tokenizers_beside_them() {
+        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+        let dir = tempfile::tempdir().unwrap();
+        let base = Base::open(dir.path()).unwrap();
+        assert!(base.text_encoders().unwrap().is_empty());
+        for (golden, name) in [("clip-l", "text_encoder"), ("clip-g", "text_encoder_2"), ("clip-tokenizer-l", "tokenizer")] {
+            std::os::unix::fs::symlink(goldens.join(golden), dir.path().join(name)).unwrap();
+        }
+        let found = base.text_encoders().unwrap();
+        assert_eq!(found.iter().map(|one| one.tokenizer.is_some()).collect::<Vec<_>>(), [true, false]);
+        assert!(
+            found.iter().zip(["text_encoder", "text_encoder_2"]).all(|(one, name)| one
+                .part
+                .config
+                .file()
+                .starts_with(dir.path().join(name)))
+        );
     }
 }
