@@ -27,6 +27,9 @@ pub(crate) struct Forward {
     /// Take `grad_output` too, and give gradients (connector, unet)
     #[arg(long)]
     grad: bool,
+    /// Compute the gradients block by block, in less memory (unet)
+    #[arg(long, requires = "grad")]
+    checkpoint: bool,
     /// What to compute in
     #[arg(long, value_enum, default_value_t = Dtype::Fp32)]
     dtype: Dtype,
@@ -59,7 +62,8 @@ impl Dtype {
 impl Forward {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let net: Net = self.net.parse()?;
-        let options = Options { grad: self.grad, kind: self.dtype.kind(), heads: self.heads, device: Device::Cpu };
+        let (kind, device) = (self.dtype.kind(), Device::Cpu);
+        let options = Options { grad: self.grad, checkpoint: self.checkpoint, kind, heads: self.heads, device };
         forward(net, &self.model, &self.inputs, &self.outputs, &options)?;
         out.result(&json!({ "net": self.net, "outputs": self.outputs }), || format!("{}: {}", self.net, self.outputs.display()));
         Ok(DONE)

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::connector::{Connector, DEFAULT_HEADS};
 use crate::error::{ModelError, Result};
+use crate::layers::inner_product;
 use crate::text::{Text, TextOutput};
 use crate::unet::{Added, UNet};
 use crate::vae::Vae;
@@ -58,6 +59,8 @@ impl FromStr for Net {
 pub struct Options {
     /// Take `grad_output` too, and give gradients (connector and U-Net).
     pub grad: bool,
+    /// Compute the gradients in the memory of one block at a time (U-Net).
+    pub checkpoint: bool,
     /// The kind to compute in, and of the outputs: `Float`, `Half` or `BFloat16`.
     pub kind: Kind,
     /// A connector's attention heads.
@@ -68,7 +71,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { grad: false, kind: Kind::Float, heads: DEFAULT_HEADS, device: Device::Cpu }
+        Options { grad: false, checkpoint: false, kind: Kind::Float, heads: DEFAULT_HEADS, device: Device::Cpu }
     }
 }
 
@@ -82,6 +85,10 @@ type Named = Vec<(String, Tensor)>;
 /// network takes; `grad` for a network that nothing is trained through.
 pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &Options) -> Result<()> {
     let inputs = Inputs::open(inputs, options)?;
+    if options.checkpoint && !(options.grad && net == Net::Unet) {
+        let what = "checkpointing of anything but the U-Net's gradients".to_owned();
+        return Err(ModelError::Unsupported { what, instead: "leave --checkpoint out, or run unet with --grad".into() });
+    }
     let results = match net {
         Net::Connector => connector(&Connector::load(model, options.heads, options.kind, options.device)?, &inputs)?,
         Net::Unet => unet(&UNet::load(model, options.kind, options.device)?, &inputs)?,
@@ -111,7 +118,7 @@ fn unet(unet: &UNet, inputs: &Inputs) -> Result<Named> {
     let timesteps = inputs.timesteps()?;
     let states = [Dim::Any("B"), Dim::Any("L"), Dim::Is(config.cross_attention_dim)];
     let states = inputs.floats("hidden_states", &states)?;
-    let watched = vec![("hidden_states".to_owned(), states.shallow_clone())];
+    let mut watched = vec![("hidden_states".to_owned(), states.shallow_clone())];
     let added = match config.added {
         None => None,
         Some(_) => Some(Added {
@@ -119,6 +126,15 @@ fn unet(unet: &UNet, inputs: &Inputs) -> Result<Named> {
             time_ids: inputs.numbers("time_ids", &[Dim::Any("B"), Dim::Any("N")])?,
         }),
     };
+    watched.extend(added.as_ref().map(|added| ("text_embeds".to_owned(), added.text_embeds.shallow_clone())));
+    if inputs.options.checkpoint {
+        let _ = watched.iter_mut().map(|(_, tensor)| tensor.f_set_requires_grad(true)).collect::<std::result::Result<Vec<_>, _>>()?;
+        let pass = unet.forward_checkpointed(&sample, &timesteps, &states, added.as_ref())?;
+        let output = pass.prediction().shallow_clone();
+        let gradients = pass.gradients(&inputs.grad_output(&output)?)?;
+        let gradients = std::iter::once(gradients.hidden_states).chain(gradients.text_embeds);
+        return Ok(with_gradients("sample", output, watched.into_iter().map(|(name, _)| name), gradients));
+    }
     inputs.differentiate("sample", watched, || unet.forward_added(&sample, &timesteps, &states, added.as_ref()))
 }
 
@@ -150,6 +166,12 @@ fn vae_decode(vae: &Vae, inputs: &Inputs) -> Result<Named> {
     let latent = inputs.floats("latent", &[Dim::Any("B"), channels, Dim::Any("H"), Dim::Any("W")])?;
     inputs.finish()?;
     Ok(vec![("image".into(), vae.decode(&latent)?)])
+}
+
+/// The output under `name`, and the gradients by what has these names.
+fn with_gradients(name: &str, output: Tensor, names: impl Iterator<Item = String>, gradients: impl Iterator<Item = Tensor>) -> Named {
+    let gradients = names.map(|name| format!("grad.{name}")).zip(gradients);
+    std::iter::once((name.to_owned(), output)).chain(gradients).collect()
 }
 
 /// One axis of an input.
@@ -249,14 +271,17 @@ impl Inputs {
         let (names, leaves): (Vec<String>, Vec<Tensor>) =
             watched.into_iter().map(|(name, tensor)| (name, tensor.set_requires_grad(true))).unzip();
         let output = run()?;
+        let loss = inner_product(&output, &self.grad_output(&output)?)?;
+        let gradients = Tensor::f_run_backward(&[loss], &leaves, false, false)?;
+        Ok(with_gradients(name, output, names.into_iter(), gradients.into_iter()))
+    }
+
+    /// `grad_output`, of the output's shape: the last input.
+    fn grad_output(&self, output: &Tensor) -> Result<Tensor> {
         let dims: Vec<Dim> = output.size().into_iter().map(Dim::Is).collect();
         let weight = self.floats("grad_output", &dims)?;
         self.finish()?;
-        let loss = output.f_to_kind(Kind::Float)?.f_mul(&weight.f_to_kind(Kind::Float)?)?.f_sum(Kind::Float)?;
-        let gradients = Tensor::f_run_backward(&[loss], &leaves, false, false)?;
-        let mut results = vec![(name.to_owned(), output)];
-        results.extend(names.iter().map(|name| format!("grad.{name}")).zip(gradients));
-        Ok(results)
+        Ok(weight)
     }
 
     fn label(&self, name: &str) -> String {

@@ -177,6 +177,12 @@ pub fn sinusoid(timesteps: &Tensor, channels: i64, cosines_first: bool, shift: i
     Ok(if channels % 2 == 1 { embedding.f_constant_pad_nd([0, 1])? } else { embedding })
 }
 
+/// Σ a · b in float32. Its gradient by `a` is exactly `b`, in the kind of `a`: by this a gradient `b` that is at hand goes on through
+/// whatever made `a`.
+pub fn inner_product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    Ok(a.f_to_kind(Kind::Float)?.f_mul(&b.f_to_kind(Kind::Float)?)?.f_sum(Kind::Float)?)
+}
+
 /// `x · σ(x)`.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
     Ok(x.f_silu()?)

@@ -49,7 +49,9 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let state = TrainState::fresh(layout.clone(), layout.gather(&values, device)?)?;
     let connector = Connector::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
     let digest = models_digest(&base, &text)?;
-    let networks = Networks { connector, unet, kind, schedule, snr_gamma: config.train.snr_gamma };
+    let train = &config.train;
+    let checkpointing = train.gradient_checkpointing;
+    let networks = Networks { connector, unet, kind, schedule, snr_gamma: train.snr_gamma, checkpointing };
     let vae_weights = base.vae_part()?.weights.digest();
     Ok(Loaded { networks, state, vae, text, vae_weights, digest })
 }

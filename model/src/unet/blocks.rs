@@ -81,6 +81,11 @@ impl DownBlock {
         })
     }
 
+    /// Whether it takes the text.
+    pub(crate) fn attends(&self) -> bool {
+        self.layers.iter().any(|layer| layer.attention.is_some())
+    }
+
     /// The feature map one level down; what every layer made, and the smaller map, are pushed to `skips`.
     pub(crate) fn forward(&self, x: Tensor, c: Condition, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x;

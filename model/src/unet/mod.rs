@@ -5,6 +5,7 @@
 
 mod attention;
 mod blocks;
+mod checkpoint;
 mod config;
 mod resnet;
 mod time;
@@ -21,6 +22,7 @@ use crate::params::Params;
 use crate::part::Part;
 
 pub(crate) use self::attention::attend;
+pub use self::checkpoint::{Checkpointed, Gradients};
 pub use self::config::UNetConfig;
 pub(crate) use self::resnet::{Downsample, Norm, Resnet, Upsample};
 pub use self::time::{Added, AddedConfig};
@@ -95,23 +97,9 @@ impl UNet {
     /// # Errors
     /// An input does not fit; conditions are missing that the network needs, or given to one that has no use for them.
     pub fn forward_added(&self, sample: &Tensor, timesteps: &Tensor, hidden_states: &Tensor, added: Option<&Added>) -> Result<Tensor> {
-        let batch = self.check(sample, timesteps, hidden_states)?;
-        AddedConfig::check(self.config.added.as_ref(), added, batch)?;
-        let kind = self.conv_in.kind();
-        let text = hidden_states.f_to_kind(kind)?;
-
-        // 0. centre
-        let mut x = sample.f_to_kind(kind)?;
-        if self.config.center_input_sample {
-            x = x.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?;
-        }
-
-        // 1. time
-        let time = self.time.forward(timesteps, added, kind)?;
+        // 0. centre, 1. time, 2. pre-process
+        let Start { mut x, time, text } = self.start(sample, timesteps, hidden_states, added)?;
         let c = Condition { time: &time, text: &text };
-
-        // 2. pre-process
-        let mut x = self.conv_in.forward(&x)?;
         let mut skips = vec![x.shallow_clone()];
 
         // 3. down
@@ -128,7 +116,25 @@ impl UNet {
         }
 
         // 6. post-process
-        self.conv_out.forward(&silu(&self.conv_norm_out.forward(&x)?)?)
+        self.finish(&x)
+    }
+
+    /// What the blocks take, from inputs that are checked and cast to the network's kind.
+    fn start(&self, sample: &Tensor, timesteps: &Tensor, hidden_states: &Tensor, added: Option<&Added>) -> Result<Start> {
+        let batch = self.check(sample, timesteps, hidden_states)?;
+        AddedConfig::check(self.config.added.as_ref(), added, batch)?;
+        let kind = self.conv_in.kind();
+        let mut x = sample.f_to_kind(kind)?;
+        if self.config.center_input_sample {
+            x = x.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?;
+        }
+        let time = self.time.forward(timesteps, added, kind)?;
+        Ok(Start { x: self.conv_in.forward(&x)?, time, text: hidden_states.f_to_kind(kind)? })
+    }
+
+    /// The prediction, from what the last block made.
+    fn finish(&self, x: &Tensor) -> Result<Tensor> {
+        self.conv_out.forward(&silu(&self.conv_norm_out.forward(x)?)?)
     }
 
     /// The number of samples, if all inputs fit.
@@ -148,6 +154,13 @@ impl UNet {
             _ => refuse("hidden_states", format!("[{batch}, L, {width}]"), hidden_states),
         }
     }
+}
+
+/// What goes into the first block: its feature map [B, C, H, W], and the two parts of every block's [`Condition`].
+struct Start {
+    x: Tensor,
+    time: Tensor,
+    text: Tensor,
 }
 
 /// The error of an input of the wrong shape or kind.

@@ -263,6 +263,8 @@ pub struct Train {
     /// Min-SNR weighting (arXiv 2303.09556); left out: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snr_gamma: Option<f64>,
+    /// Make the U-Net's gradient block by block: a second forward pass for the memory of one block's activations.
+    pub gradient_checkpointing: bool,
     /// Measure the loss on held-out noise before the first step, every so many steps, and before the last; 0: never.
     pub eval_every: u64,
     /// On so many samples: the first of the data set.
@@ -284,6 +286,7 @@ impl Default for Train {
             grad_clip: 1.0,
             ema_decay: 0.9999,
             snr_gamma: None,
+            gradient_checkpointing: false,
             eval_every: 50,
             eval_samples: 16,
             optimizer: Optimizer::default(),

@@ -3,6 +3,7 @@
 
 use super::TrainError;
 use ella_model::connector::Connector;
+use ella_model::layers::inner_product;
 use ella_model::schedule::Schedule;
 use ella_model::unet::UNet;
 use std::time::{Duration, Instant};
@@ -72,15 +73,27 @@ pub struct Networks {
     pub schedule: Schedule,
     /// Min-SNR weighting.
     pub snr_gamma: Option<f64>,
+    /// Whether the U-Net's gradient is made block by block.
+    pub checkpointing: bool,
 }
 
 impl Networks {
     /// The loss of each sample, `[b]` float32: mean squared error over channels and places, weighted.
     pub fn losses(&self, batch: &LaneBatch) -> Result<Tensor, TrainError> {
+        let (noisy, hidden_states) = self.inputs(batch)?;
+        self.score(batch, &self.unet.forward(&noisy, &batch.timesteps, &hidden_states)?)
+    }
+
+    /// What the U-Net takes: noisy latents, and the connector's output `[b, L or S, D]`.
+    fn inputs(&self, batch: &LaneBatch) -> Result<(Tensor, Tensor), TrainError> {
         let LaneBatch { latents, noise, timesteps, features, mask } = batch;
         let noisy = self.schedule.add_noise(latents, noise, timesteps)?;
-        let hidden_states = self.connector.forward(&features.f_to_kind(Kind::Float)?, timesteps, mask.as_ref())?; // [b, L or S, D]
-        let predicted = self.unet.forward(&noisy.f_to_kind(self.kind)?, timesteps, &hidden_states.f_to_kind(self.kind)?)?;
+        Ok((noisy, self.connector.forward(&features.f_to_kind(Kind::Float)?, timesteps, mask.as_ref())?))
+    }
+
+    /// The losses of these predictions.
+    fn score(&self, batch: &LaneBatch, predicted: &Tensor) -> Result<Tensor, TrainError> {
+        let LaneBatch { latents, noise, timesteps, .. } = batch;
         let target = self.schedule.target(latents, noise, timesteps)?;
         let error = predicted.f_to_kind(Kind::Float)?.f_mse_loss(&target, Reduction::None)?; // [b, 4, h, w]
         let losses = error.f_mean_dim([1i64, 2, 3].as_slice(), false, Kind::Float)?; // [b]
@@ -93,12 +106,26 @@ impl Networks {
     /// This lane's share of the step's gradient. The step's loss is the mean over its `step_samples` samples, of all lanes.
     pub fn gradient(&self, batch: &LaneBatch, step_samples: u64) -> Result<LaneGradient, TrainError> {
         let begin = Instant::now();
-        let sum = self.losses(batch)?.f_sum(Kind::Float)?;
+        let (noisy, hidden_states) = self.inputs(batch)?;
+        let pass = || self.unet.forward_checkpointed(&noisy, &batch.timesteps, &hidden_states, None);
+        let pass = self.checkpointing.then(pass).transpose()?;
+        let predicted = match &pass {
+            Some(pass) => pass.prediction().f_detach()?.f_set_requires_grad(true)?,
+            None => self.unet.forward(&noisy, &batch.timesteps, &hidden_states)?,
+        };
+        let sum = self.score(batch, &predicted)?.f_sum(Kind::Float)?;
         let forward = begin.elapsed();
         let scale = loss_scale(self.kind, batch, step_samples);
         let loss = sum.f_div_scalar(step_samples as f64)?.f_mul_scalar(scale)?;
+        let root = match pass {
+            Some(pass) => {
+                let by_prediction = Tensor::f_run_backward(&[loss], &[predicted], false, false)?;
+                inner_product(&hidden_states, &pass.gradients(&by_prediction[0])?.hidden_states)?
+            }
+            None => loss,
+        };
         let params: Vec<&Tensor> = self.connector.tensors().iter().map(|(_, t)| t).collect();
-        let grads = Tensor::f_run_backward(&[loss], &params, false, false)?;
+        let grads = Tensor::f_run_backward(&[root], &params, false, false)?;
         let flat: Vec<Tensor> = grads.iter().map(|g| g.f_reshape([-1])).collect::<Result<_, _>>()?;
         let mut grad = Tensor::f_cat(&flat, 0)?;
         if scale != 1.0 {

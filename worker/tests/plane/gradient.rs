@@ -55,6 +55,21 @@ fn the_sum_over_lanes_is_the_gradient_of_the_mean_over_the_whole_batch() {
     }
 }
 
+/// The same loss, and the same gradient but for the order of sums; with loss scaling too.
+#[test]
+fn a_gradient_made_block_by_block_is_that_of_the_whole_graph() {
+    for (dtype, most) in [("base.dtype=fp32", 1e-5), ("base.dtype=fp16", 2e-2)] {
+        let (whole, blocks) = (config(&[dtype]), config(&[dtype, "train.gradient_checkpointing=true"]));
+        assert_eq!(whole.binding_differences(&blocks), ["train.gradient_checkpointing"]);
+        let lane = &batches(&whole, 0)[0];
+        let gradient = |config: &RunConfig| load(config).networks.gradient(lane, 8).unwrap();
+        let (whole, blocks) = (gradient(&whole), gradient(&blocks));
+        assert_eq!(whole.loss_sum, blocks.loss_sum, "{dtype}");
+        let found = difference(&blocks.grad, &whole.grad);
+        assert!(found < most, "{dtype}: {found}");
+    }
+}
+
 /// A base like the world's whose scheduler says this.
 fn base_with(name: &str, key: &str, value: serde_json::Value) -> String {
     let base = path(name);
