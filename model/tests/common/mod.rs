@@ -18,6 +18,8 @@ pub(crate) struct Golden(pub(crate) Weights);
 
 impl Golden {
     pub(crate) fn open(name: &str) -> Self {
+        // These networks are small: threads would spend their time waiting for each other.
+        tch::set_num_threads(1);
         Golden(Weights::open(&folder(name).join("golden.safetensors")).unwrap())
     }
 
