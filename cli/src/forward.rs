@@ -8,6 +8,7 @@ use ella_model::forward::{Net, Options, forward};
 use serde_json::json;
 use tch::{Device, Kind};
 
+use crate::lora::Loras;
 use crate::ui::{DONE, Fail, Out};
 
 #[derive(Debug, Args)]
@@ -36,6 +37,8 @@ pub(crate) struct Forward {
     /// The connector's attention heads, which its file does not tell
     #[arg(long, default_value_t = DEFAULT_HEADS)]
     heads: i64,
+    #[command(flatten)]
+    loras: Loras,
 }
 
 /// Number formats.
@@ -62,8 +65,8 @@ impl Dtype {
 impl Forward {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let net: Net = self.net.parse()?;
-        let (kind, device) = (self.dtype.kind(), Device::Cpu);
-        let options = Options { grad: self.grad, checkpoint: self.checkpoint, kind, heads: self.heads, device };
+        let (kind, device, loras) = (self.dtype.kind(), Device::Cpu, self.loras.open()?);
+        let options = Options { grad: self.grad, checkpoint: self.checkpoint, kind, heads: self.heads, device, loras: &loras };
         forward(net, &self.model, &self.inputs, &self.outputs, &options)?;
         out.result(&json!({ "net": self.net, "outputs": self.outputs }), || format!("{}: {}", self.net, self.outputs.display()));
         Ok(DONE)

@@ -6,6 +6,7 @@ mod export;
 mod forward;
 mod init_base;
 mod latents;
+mod lora;
 mod prepare;
 mod report;
 mod run;

@@ -63,6 +63,41 @@ fn forward_runs_a_network_on_a_files_tensors() {
     ella(here, &[&arguments[..], &["cut.safetensors"]].concat()).fails(1, &["cut.safetensors", "cut short"]);
 }
 
+/// A LoRA of one layer, and of one layer of a text encoder.
+fn lora(here: &Path) {
+    let ones = |shape: [i64; 2]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+    let layers = [("lora_unet_time_embedding_linear_1", [128, 32]), ("lora_te_text_model_encoder_layers_0_mlp_fc1", [2, 2])];
+    let both = layers.map(|(layer, [out, input])| {
+        [(format!("{layer}.lora_down.weight"), ones([1, input])), (format!("{layer}.lora_up.weight"), ones([out, 1]))]
+    });
+    weights::save(&here.join("style.safetensors"), &both.into_iter().flatten().collect::<Vec<_>>()).unwrap();
+}
+
+#[test]
+fn a_lora_changes_what_is_drawn_and_says_what_it_leaves_out() {
+    let dir = world();
+    let here = dir.path();
+    connector(here);
+    lora(here);
+    let models = ["sample", "--connector", "connector.safetensors", "--base", "models/base", "--text", "models/text", "--heads", "4"];
+    let rest = ["--steps", "2", "--max-tokens", "16", "--prompt", "a red circle"];
+    let run = |more: &[&str]| ella(here, &[&models[..], &rest[..], more].concat());
+    let picture = |name: &str| image::open(here.join(name)).unwrap().into_rgb8();
+    run(&["--out", "plain.png"]).ok();
+    let told = run(&["--out", "nothing.png", "--lora", "style.safetensors:0"]).ok().stderr;
+    assert!(told.contains("style.safetensors: 2 tensors for the text encoder are not used"), "{told}");
+    assert_eq!(picture("nothing.png"), picture("plain.png"));
+    run(&["--out", "style.png", "--lora", "style.safetensors:0.8"]).ok();
+    assert_ne!(picture("style.png"), picture("plain.png"));
+    run(&["--lora", "none.safetensors:0.8", "--json"]).fails(1, &["none.safetensors", "not found"]);
+    run(&["--lora", "style.safetensors:inf", "--json"]).fails(2, &["--lora", "finite"]);
+    weights::save(&here.join("other.safetensors"), &[("lora_unet_x.alpha".to_owned(), Tensor::from(1.0))]).unwrap();
+    run(&["--lora", "other.safetensors", "--json"]).fails(1, &["other.safetensors", "lora_unet_x", "missing"]);
+
+    let forward = ["forward", "text", "--model", "models/text", "--inputs", "style.safetensors", "--outputs", "out.safetensors"];
+    ella(here, &[&forward[..], &["--lora", "style.safetensors", "--json"]].concat()).fails(1, &["style.safetensors", "not supported"]);
+}
+
 #[test]
 fn samples_are_seeded_apart_and_a_prompts_picture_does_not_depend_on_its_neighbours() {
     let dir = world();

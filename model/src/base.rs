@@ -7,6 +7,7 @@ use tch::{Device, Kind};
 use crate::clip_tokenizer;
 use crate::config::ConfigFile;
 use crate::error::{ModelError, Result};
+use crate::lora::Lora;
 use crate::part::Part;
 use crate::schedule::Schedule;
 use crate::tokenizer::TextTokenizer;
@@ -78,7 +79,12 @@ impl Base {
 
     /// The U-Net, computing in `kind` on `device`.
     pub fn unet(&self, kind: Kind, device: Device) -> Result<UNet> {
-        UNet::from_part(self.unet_part()?, kind, device)
+        self.unet_with(&[], kind, device)
+    }
+
+    /// The U-Net with `loras` merged into it.
+    pub fn unet_with(&self, loras: &[Lora], kind: Kind, device: Device) -> Result<UNet> {
+        UNet::from_part_with(self.unet_part()?, loras, kind, device)
     }
 
     /// The VAE, computing in `kind` on `device`; in float32 where its configuration says that float16 overflows.

@@ -153,6 +153,18 @@ pub enum ModelError {
         /// What it was.
         found: String,
     },
+    /// A part of a LoRA file that does not fit the U-Net.
+    #[error("{}: {key} does not fit (expected {expected}, found {found}); take a LoRA that was made for a base like this one", file.display())]
+    LoraMismatch {
+        /// The LoRA's file.
+        file: PathBuf,
+        /// The tensor's name.
+        key: String,
+        /// What it should be for.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
     /// Something asked for that ella does not do.
     #[error("{what} is not supported; {instead}")]
     Unsupported {

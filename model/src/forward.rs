@@ -12,6 +12,8 @@ use tch::{Device, Kind, Tensor};
 use crate::connector::{Connector, DEFAULT_HEADS};
 use crate::error::{ModelError, Result};
 use crate::layers::inner_product;
+use crate::lora::Lora;
+use crate::part::Part;
 use crate::text::{Text, TextOutput};
 use crate::unet::{Added, UNet};
 use crate::vae::Vae;
@@ -56,7 +58,7 @@ impl FromStr for Net {
 
 /// How to run the network.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub struct Options<'a> {
     /// Take `grad_output` too, and give gradients (connector and U-Net).
     pub grad: bool,
     /// Compute the gradients in the memory of one block at a time (U-Net).
@@ -67,11 +69,13 @@ pub struct Options {
     pub heads: i64,
     /// Where to compute.
     pub device: Device,
+    /// What is merged into a U-Net.
+    pub loras: &'a [Lora],
 }
 
-impl Default for Options {
+impl Default for Options<'_> {
     fn default() -> Self {
-        Options { grad: false, checkpoint: false, kind: Kind::Float, heads: DEFAULT_HEADS, device: Device::Cpu }
+        Options { grad: false, checkpoint: false, kind: Kind::Float, heads: DEFAULT_HEADS, device: Device::Cpu, loras: &[] }
     }
 }
 
@@ -83,15 +87,19 @@ type Named = Vec<(String, Tensor)>;
 /// # Errors
 /// Whatever is wrong with the model's files; an input that is missing, surplus, of another shape, type or range than the
 /// network takes; `grad` for a network that nothing is trained through.
-pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &Options) -> Result<()> {
+pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &Options<'_>) -> Result<()> {
     let inputs = Inputs::open(inputs, options)?;
     if options.checkpoint && !(options.grad && net == Net::Unet) {
         let what = "checkpointing of anything but the U-Net's gradients".to_owned();
         return Err(ModelError::Unsupported { what, instead: "leave --checkpoint out, or run unet with --grad".into() });
     }
+    if let Some(lora) = options.loras.first().filter(|_| net != Net::Unet) {
+        let what = format!("{}: a LoRA in another network than the U-Net", lora.path().display());
+        return Err(ModelError::Unsupported { what, instead: "leave it out".into() });
+    }
     let results = match net {
         Net::Connector => connector(&Connector::load(model, options.heads, options.kind, options.device)?, &inputs)?,
-        Net::Unet => unet(&UNet::load(model, options.kind, options.device)?, &inputs)?,
+        Net::Unet => unet(&UNet::from_part_with(Part::open(model)?, options.loras, options.kind, options.device)?, &inputs)?,
         Net::Text | Net::VaeEncode | Net::VaeDecode if options.grad => {
             let what = "a gradient through a network that stays frozen and has nothing trained before it".to_owned();
             return Err(ModelError::Unsupported { what, instead: "leave --grad out".into() });
@@ -103,7 +111,7 @@ pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &
     weights::save(outputs, &results)
 }
 
-fn connector(connector: &Connector, inputs: &Inputs) -> Result<Named> {
+fn connector(connector: &Connector, inputs: &Inputs<'_>) -> Result<Named> {
     let features = inputs.floats("text_features", &[Dim::Any("B"), Dim::Any("S"), Dim::Is(connector.config().text_width)])?;
     let timesteps = inputs.timesteps()?;
     let mut watched = vec![("text_features".to_owned(), features.shallow_clone())];
@@ -111,7 +119,7 @@ fn connector(connector: &Connector, inputs: &Inputs) -> Result<Named> {
     inputs.differentiate("hidden_states", watched, || connector.forward(&features, &timesteps, None))
 }
 
-fn unet(unet: &UNet, inputs: &Inputs) -> Result<Named> {
+fn unet(unet: &UNet, inputs: &Inputs<'_>) -> Result<Named> {
     let config = unet.config();
     let sample = [Dim::Any("B"), Dim::Is(config.in_channels), Dim::Any("H"), Dim::Any("W")];
     let sample = inputs.floats("sample", &sample)?;
@@ -138,7 +146,7 @@ fn unet(unet: &UNet, inputs: &Inputs) -> Result<Named> {
     inputs.differentiate("sample", watched, || unet.forward_added(&sample, &timesteps, &states, added.as_ref()))
 }
 
-fn text(text: &Text, inputs: &Inputs) -> Result<Named> {
+fn text(text: &Text, inputs: &Inputs<'_>) -> Result<Named> {
     let dims = [Dim::Any("B"), Dim::Any("S")];
     let ids = inputs.integers("input_ids", &dims, text.config().vocab_size())?;
     let mask = inputs.integers("attention_mask", &dims, 2)?;
@@ -153,7 +161,7 @@ fn text(text: &Text, inputs: &Inputs) -> Result<Named> {
     })
 }
 
-fn vae_encode(vae: &Vae, inputs: &Inputs) -> Result<Named> {
+fn vae_encode(vae: &Vae, inputs: &Inputs<'_>) -> Result<Named> {
     let channels = Dim::Is(vae.config().in_channels);
     let image = inputs.floats("image", &[Dim::Any("B"), channels, Dim::Any("H"), Dim::Any("W")])?;
     inputs.finish()?;
@@ -161,7 +169,7 @@ fn vae_encode(vae: &Vae, inputs: &Inputs) -> Result<Named> {
     Ok(vec![("mean".into(), mean), ("logvar".into(), logvar)])
 }
 
-fn vae_decode(vae: &Vae, inputs: &Inputs) -> Result<Named> {
+fn vae_decode(vae: &Vae, inputs: &Inputs<'_>) -> Result<Named> {
     let channels = Dim::Is(vae.config().latent_channels);
     let latent = inputs.floats("latent", &[Dim::Any("B"), channels, Dim::Any("H"), Dim::Any("W")])?;
     inputs.finish()?;
@@ -184,15 +192,15 @@ enum Dim {
 }
 
 /// The tensors of the input file, each of which must be taken.
-struct Inputs {
+struct Inputs<'a> {
     file: Weights,
-    options: Options,
+    options: Options<'a>,
     letters: RefCell<BTreeMap<&'static str, i64>>,
     taken: RefCell<BTreeSet<String>>,
 }
 
-impl Inputs {
-    fn open(path: &Path, options: &Options) -> Result<Self> {
+impl<'a> Inputs<'a> {
+    fn open(path: &Path, options: &Options<'a>) -> Result<Self> {
         let file = Weights::open(path)?;
         Ok(Inputs { file, options: *options, letters: RefCell::default(), taken: RefCell::default() })
     }

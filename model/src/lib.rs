@@ -11,6 +11,7 @@ pub mod connector;
 pub mod error;
 pub mod forward;
 pub mod layers;
+pub mod lora;
 pub mod params;
 pub mod part;
 pub mod presets;

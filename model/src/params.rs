@@ -10,6 +10,7 @@ use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{ModelError, Result};
+use crate::lora::Merge;
 use crate::rng::CounterRng;
 use crate::weights::Weights;
 
@@ -55,7 +56,7 @@ struct Shared {
 
 #[derive(Debug)]
 enum Source {
-    File(Weights),
+    File(Weights, Merge),
     Random(u64),
     Given(HashMap<String, Tensor>),
     Shapes,
@@ -64,7 +65,12 @@ enum Source {
 impl Params {
     /// Parameters loaded from weight files, as `kind` on `device`.
     pub fn from_weights(weights: Weights, kind: Kind, device: Device) -> Self {
-        Self::new(Source::File(weights), kind, device)
+        Self::merged(weights, Merge::default(), kind, device)
+    }
+
+    /// The same with LoRAs added to some of them: in float32, before the cast to `kind`.
+    pub(crate) fn merged(weights: Weights, merge: Merge, kind: Kind, device: Device) -> Self {
+        Self::new(Source::File(weights, merge), kind, device)
     }
 
     /// Random parameters: each value is a pure function of the seed, the tensor's full name and the position in it.
@@ -101,7 +107,10 @@ impl Params {
         let key = self.full(&name);
         let Shared { source, kind, device, taken } = &*self.shared;
         let tensor = match source {
-            Source::File(weights) => weights.load(&key, shape, *kind, *device)?,
+            Source::File(weights, merge) if merge.changes(&key) => {
+                merge.apply(&key, weights.load(&key, shape, Kind::Float, *device)?)?.f_to_kind(*kind)?
+            }
+            Source::File(weights, _) => weights.load(&key, shape, *kind, *device)?,
             Source::Random(seed) => random(*seed, &key, shape, init)?.f_to_device(*device)?.f_to_kind(*kind)?,
             Source::Given(tensors) => given(tensors, &key, shape)?,
             // Stride 0 in every dimension: the shape costs no memory.
@@ -115,7 +124,7 @@ impl Params {
     pub fn has(&self, name: &str) -> bool {
         let key = self.full(&name);
         match &self.shared.source {
-            Source::File(weights) => weights.shape(&key).is_some(),
+            Source::File(weights, _) => weights.shape(&key).is_some(),
             Source::Given(tensors) => tensors.contains_key(&key),
             Source::Random(_) | Source::Shapes => true,
         }
@@ -131,7 +140,7 @@ impl Params {
     pub fn finish(&self, harmless: &[&str]) -> Result<()> {
         let used: BTreeSet<String> = self.shared.taken.borrow().iter().map(|(name, _)| name.clone()).collect();
         match &self.shared.source {
-            Source::File(weights) => weights.expect_only(&used, harmless),
+            Source::File(weights, _) => weights.expect_only(&used, harmless),
             Source::Given(tensors) => {
                 let mut keys: Vec<String> = tensors.keys().filter(|key| !used.contains(*key)).cloned().collect();
                 keys.sort();

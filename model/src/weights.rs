@@ -25,6 +25,7 @@ pub struct Weights {
     path: PathBuf,
     files: Vec<Arc<Mapped>>,
     entries: BTreeMap<String, Entry>,
+    metadata: HashMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -53,7 +54,7 @@ impl Weights {
             return Self::open_index(path, &file);
         }
         refuse_pickle_name(&file)?;
-        let mut weights = Weights { path: path.into(), files: Vec::new(), entries: BTreeMap::new() };
+        let mut weights = Weights { path: path.into(), files: Vec::new(), entries: BTreeMap::new(), metadata: HashMap::new() };
         weights.add(&file)?;
         Ok(weights)
     }
@@ -68,7 +69,7 @@ impl Weights {
             let shard = shard.as_str().filter(|name| !name.contains(['/', '\\']));
             shards.entry(shard.ok_or_else(|| bad("names a shard that is not a plain file name"))?).or_default().push(key);
         }
-        let mut weights = Weights { path: path.into(), files: Vec::new(), entries: BTreeMap::new() };
+        let mut weights = Weights { path: path.into(), files: Vec::new(), entries: BTreeMap::new(), metadata: HashMap::new() };
         for (shard, keys) in shards {
             let file = index.with_file_name(shard);
             refuse_pickle_name(&file)?;
@@ -97,6 +98,7 @@ impl Weights {
                 return Err(ModelError::NotSafetensors { file: file.into(), reason });
             }
         }
+        self.metadata.extend(metadata.metadata().clone().unwrap_or_default());
         self.files.push(Arc::new(Mapped { file: file.into(), map }));
         Ok(())
     }
@@ -104,6 +106,11 @@ impl Weights {
     /// The path that was opened; what errors about the whole model name.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What a writer said about the file, in its header.
+    pub fn metadata(&self, name: &str) -> Option<&str> {
+        self.metadata.get(name).map(String::as_str)
     }
 
     /// All tensor names, sorted.

@@ -7,9 +7,10 @@ use crate::train::state::{Layout, TrainState};
 use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
+use ella_model::lora::Lora;
 use ella_model::unet::UNetConfig;
 use ella_model::vae::Vae;
-use ella_proto::config::{ConnectorKind as Wanted, RunConfig};
+use ella_proto::config::{self, ConnectorKind as Wanted, RunConfig};
 use ella_store::{Digest, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,7 +40,8 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let text = text::identity(&text_model)?;
     let kind = device::kind(config.base.dtype);
     check_conditions(&UNetConfig::read(base.unet_part()?.config)?, base.path())?;
-    let (unet, vae, schedule) = (base.unet(kind, device)?, base.vae(kind, device)?, base.schedule(device)?);
+    let loras = config.base.loras.iter().map(lora).collect::<Result<Vec<_>, _>>()?;
+    let (unet, vae, schedule) = (base.unet_with(&loras, kind, device)?, base.vae(kind, device)?, base.schedule(device)?);
     check_latents(unet.config(), &vae, base.path())?;
 
     let sizes = connector_config(config, unet.config(), text.width)?;
@@ -48,7 +50,7 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let values: Vec<_> = first.tensors().iter().map(|(_, t)| t.shallow_clone()).collect();
     let state = TrainState::fresh(layout.clone(), layout.gather(&values, device)?)?;
     let connector = Connector::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
-    let digest = models_digest(&base, &text)?;
+    let digest = models_digest(&base, &loras, &text)?;
     let train = &config.train;
     let checkpointing = train.gradient_checkpointing;
     let networks = Networks { connector, unet, kind, schedule, snr_gamma: train.snr_gamma, checkpointing };
@@ -64,6 +66,15 @@ pub fn folder(key: &'static str, model: &str) -> Result<PathBuf, ModelError> {
     }
     let expected = format!("a model folder, as {key} names it; hub ids and single files are not supported yet");
     Err(ModelError::MissingFile { file: path.to_owned(), expected })
+}
+
+/// Opens one of `base.loras`, and tells what of it is not used (KNOWN).
+fn lora(named: &config::Lora) -> Result<Lora, ModelError> {
+    let lora = Lora::open(Path::new(&named.file), named.weight)?;
+    if let Some(unused) = lora.unused() {
+        tracing::warn!("{unused}");
+    }
+    Ok(lora)
 }
 
 /// The connector's kind and sizes: the config's, completed by what the base and the text encoder ask for.
@@ -113,12 +124,15 @@ fn check_latents(unet: &UNetConfig, vae: &Vae, base: &Path) -> Result<(), ModelE
     Ok(())
 }
 
-fn models_digest(base: &Base, text: &TextIdentity) -> Result<Digest, ModelError> {
+fn models_digest(base: &Base, loras: &[Lora], text: &TextIdentity) -> Result<Digest, ModelError> {
     let mut hasher = Hasher::new();
     for part in [base.unet_part()?, base.vae_part()?] {
         hasher.update(part.fingerprint().as_bytes());
     }
     hasher.update(base.scheduler()?.text().as_bytes());
+    for lora in loras {
+        hasher.update(lora.fingerprint().as_bytes());
+    }
     hasher.update(text.weights_digest.as_bytes()).update(text.tokenizer_digest.as_bytes());
     Ok(hasher.finish())
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::connector::Connector;
+use ella_model::lora::Lora;
 use ella_model::rng::CounterRng;
 use ella_model::sampler::{Method, Sampler};
 use ella_model::unet::UNet;
@@ -62,10 +63,10 @@ pub(super) struct Drawn {
 }
 
 impl Drawer {
-    pub(super) fn load(models: &Models<'_>, settings: &Settings, device: Device) -> Result<Self, Fail> {
+    pub(super) fn load(models: &Models<'_>, loras: &[Lora], settings: &Settings, device: Device) -> Result<Self, Fail> {
         let connector = Connector::load(models.connector, models.heads, Kind::Float, device)?;
         let base = Base::open(models.base)?;
-        let (unet, vae) = (base.unet(Kind::Float, device)?, base.vae(Kind::Float, device)?);
+        let (unet, vae) = (base.unet_with(loras, Kind::Float, device)?, base.vae(Kind::Float, device)?);
         let text = TextEncoder::load(&models.text, device)?;
         let fits = |what: &str, file: &Path, expected: i64, found: i64| match expected == found {
             true => Ok(()),

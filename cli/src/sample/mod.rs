@@ -19,6 +19,7 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::embed::Padding;
+use crate::lora::Loras;
 use crate::ui::{DONE, Fail, Meter, Out, count};
 
 #[derive(Debug, Args)]
@@ -29,6 +30,8 @@ pub(crate) struct Sample {
     /// The diffusion model's folder: unet/, vae/, scheduler/
     #[arg(long, value_name = "DIR")]
     base: PathBuf,
+    #[command(flatten)]
+    loras: Loras,
     /// The text encoder's folder
     #[arg(long, value_name = "DIR")]
     text: PathBuf,
@@ -88,7 +91,7 @@ impl Sample {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let device = device::set_up(Choice::Auto, threads)?;
         let settings = Settings { method: self.sampler, steps: self.steps as usize, guidance: self.guidance, seed: self.seed };
-        let mut drawer = Drawer::load(&self.models(), &settings, device)?;
+        let mut drawer = Drawer::load(&self.models(), &self.loras.open()?, &settings, device)?;
         let noise = match &self.latents {
             Some(file) => self.given_noise(file, &drawer, prompts.len())?,
             None => drawer.noise(prompts.len(), self.size)?,

@@ -18,6 +18,7 @@ use self::blocks::{Condition, DownBlock, MidBlock, UpBlock};
 use self::time::TimeEmbedding;
 use crate::error::{ModelError, Result};
 use crate::layers::{Conv2d, GroupNorm, silu};
+use crate::lora::{Lora, Merge};
 use crate::params::Params;
 use crate::part::Part;
 
@@ -68,8 +69,16 @@ impl UNet {
 
     /// Builds the network from what [`UNet::load`] finds in a folder, wherever it lies; errors as there.
     pub fn from_part(part: Part, kind: Kind, device: Device) -> Result<Self> {
+        Self::from_part_with(part, &[], kind, device)
+    }
+
+    /// The same with `loras` merged into it.
+    ///
+    /// # Errors
+    /// Those of [`UNet::load`]; a LoRA was made for another architecture.
+    pub fn from_part_with(part: Part, loras: &[Lora], kind: Kind, device: Device) -> Result<Self> {
         let config = UNetConfig::read(part.config)?;
-        let p = Params::from_weights(part.weights, kind, device);
+        let p = Params::merged(part.weights, Merge::new(loras, &config)?, kind, device);
         let net = Self::new(&config, &p)?;
         p.finish(&[])?;
         Ok(net)

@@ -76,6 +76,9 @@ impl Check<'_> {
         self.holds("train.ema_decay", train.ema_decay, fraction, "it must lie from 0 to 1")?;
         self.holds("train.optimizer.lr", optimizer.lr, not_negative, "it must be a number of 0 or more")?;
         self.holds("train.optimizer.weight_decay", optimizer.weight_decay, not_negative, "it must be a number of 0 or more")?;
+        for lora in &self.config.base.loras {
+            self.holds("base.loras", lora.weight, f64::is_finite, "weights must be finite numbers")?;
+        }
         for beta in optimizer.betas {
             self.holds("train.optimizer.betas", beta, below_one, "each must be at least 0 and below 1")?;
         }

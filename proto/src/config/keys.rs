@@ -7,7 +7,7 @@ use serde_json::Value;
 pub(super) fn known() -> toml::Table {
     let full = RunConfig {
         run: Run { output: String::new(), seed: 0 },
-        base: Base { model: String::new(), dtype: Dtype::Fp32 },
+        base: Base { model: String::new(), dtype: Dtype::Fp32, loras: vec![Lora { file: String::new(), weight: 1.0 }] },
         text: Text { model: String::new(), max_tokens: 1, padding: Padding::Fixed, features: Features::Cached, dtype: Dtype::Fp32 },
         data: Data { path: String::new(), window: 1 },
         connector: Connector { width: Some(1), ..Connector::default() },

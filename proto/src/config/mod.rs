@@ -124,6 +124,26 @@ pub struct Base {
     /// Compute format of the frozen networks.
     #[serde(default)]
     pub dtype: Dtype,
+    /// What is merged into the U-Net.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub loras: Vec<Lora>,
+}
+
+/// One of `base.loras`: a LoRA file, and how much of it counts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lora {
+    /// A safetensors file.
+    pub file: String,
+    /// What its changes are multiplied by.
+    #[serde(default = "Lora::weight")]
+    pub weight: f64,
+}
+
+impl Lora {
+    fn weight() -> f64 {
+        1.0
+    }
 }
 
 /// How captions become rows of equal or unequal length (design.md §4, "Padding is part of the meaning").
@@ -456,9 +476,11 @@ impl RunConfig {
 
     fn binding(&self) -> serde_json::Value {
         let mut value = serde_json::to_value(self).unwrap_or_default();
-        for path in
-            ["run.output", "base.model", "text.model", "data.path", "checkpoint", "train.eval_every", "train.eval_samples", "workers.count"]
-        {
+        // Models count by what is in their files, which commits bind.
+        for path in ["run.output", "base.model", "base.loras", "text.model", "data.path"] {
+            keys::remove(&mut value, path);
+        }
+        for path in ["checkpoint", "train.eval_every", "train.eval_samples", "workers.count"] {
             keys::remove(&mut value, path);
         }
         for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {
@@ -510,6 +532,9 @@ mod tests {
         assert_eq!(config.workers.count, 4);
         assert_eq!(config.workers.lease, Millis(250));
         assert_eq!(config.train.lanes(), 4);
+        let config = parse("", &["base.loras=[{file=\"a.safetensors\"},{file=\"b.safetensors\",weight=0.8}]"]).unwrap();
+        assert_eq!(config.base.loras.iter().map(|lora| lora.weight).collect::<Vec<_>>(), [1.0, 0.8]);
+        assert_eq!(RunConfig::parse(&config.to_toml(), "x", &[]).unwrap(), config);
     }
 
     #[test]
@@ -543,6 +568,8 @@ mod tests {
             ("[checkpoint]\nkeep = 0", "checkpoint.keep"),
             ("[checkpoint]\nmax_lost_work = \"60s\"", "checkpoint.max_lost_work"),
             ("[connector]\nkind = \"ada\"", "tsc-zero"),
+            ("[[base.loras]]\nfile = \"x\"\nweight = inf", "base.loras"),
+            ("[[base.loras]]\nfile = \"x\"\nwieght = 1.0", "wieght"),
         ] {
             let error = parse(toml, &[]).unwrap_err().to_string();
             assert!(error.contains(&format!("`{key}`")), "{toml}: {error}");
