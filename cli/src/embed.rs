@@ -1,6 +1,6 @@
 //! `ella embed`: the text encoder's features of every caption.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::{Args, ValueEnum};
 use ella_dataset::{DataSet, MANIFEST, Report, captions_from_txt, prepare_captions};
@@ -19,9 +19,9 @@ use crate::ui::{DONE, Fail, Meter, Out, note, span};
 pub(crate) struct Embed {
     /// A prepared data set (path or URL), or a folder of .txt files, one caption each
     data: String,
-    /// The text encoder: a folder in transformers' layout
+    /// The text encoder: a folder in transformers' layout, or a hub id (org/name, org/name@revision)
     #[arg(long, value_name = "MODEL")]
-    text: PathBuf,
+    text: String,
     /// Longest caption in tokens; longer ones are cut, and counted
     #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     max_tokens: u32,
@@ -97,7 +97,7 @@ impl From<Dtype> for config::Dtype {
 impl Embed {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let runtime = crate::runtime()?;
-        models::folder("--text", &self.text.display().to_string())?;
+        let model = models::locate("--text", &self.text)?;
         let device = device::set_up(self.device.into(), self.threads as usize)?;
         let (url, captions) = runtime.block_on(self.data_set())?;
         if let Some(report) = captions.as_ref().filter(|report| !report.refused.is_empty()) {
@@ -105,16 +105,11 @@ impl Embed {
         }
         let data = runtime.block_on(DataSet::open(&url))?;
         let (dtype, padding) = (self.dtype.into(), self.padding.into());
-        let options = TextOptions { model: self.text.clone(), max_tokens: self.max_tokens as usize, padding, dtype };
+        let options = TextOptions { model: model.clone(), max_tokens: self.max_tokens as usize, padding, dtype };
         let encoder = TextEncoder::load(&options, device)?;
-        let text = config::Text {
-            model: self.text.display().to_string(),
-            max_tokens: options.max_tokens,
-            padding,
-            features: config::Features::Cached,
-            dtype,
-        };
-        let spec = feed::spec(&text, &identity(&self.text)?)?;
+        let text =
+            config::Text { model: self.text.clone(), max_tokens: options.max_tokens, padding, features: config::Features::Cached, dtype };
+        let spec = feed::spec(&text, &identity(&model)?)?;
         let mut meter = Meter::new("embed", data.manifest().samples);
         let mut begun = false;
         let mut progress = |done| {

@@ -1,10 +1,10 @@
 //! LoRA files on the command line.
 
-use std::path::Path;
 use std::str::FromStr;
 
 use clap::Args;
 use ella_model::lora::Lora;
+use ella_worker::models;
 
 use crate::ui::{Fail, note};
 
@@ -44,7 +44,7 @@ impl Loras {
     /// Opens them, and tells what of them is not used (KNOWN).
     pub(crate) fn open(&self) -> Result<Vec<Lora>, Fail> {
         let open = |named: &Named| {
-            let lora = Lora::open(Path::new(&named.file), named.weight)?;
+            let lora = Lora::open(&models::locate("--lora", &named.file)?, named.weight)?;
             if let Some(unused) = lora.unused() {
                 note(unused);
             }

@@ -1,11 +1,11 @@
 //! `ella prepare`: sources to a prepared data set.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
 use ella_dataset::{LatentEncoder, PrepareOptions, REPORT, Report, Settings, Source, prepare};
 use ella_store::Store;
+use ella_worker::models;
 
 use crate::latents::VaeLatents;
 use crate::ui::{DONE, Fail, Meter, Out};
@@ -45,9 +45,9 @@ pub(crate) struct Prepare {
     /// Threads that decode and encode pictures [default: one for every core]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// Also store latents, made by this base model's VAE
-    #[arg(long, value_name = "MODEL_DIR")]
-    latents: Option<PathBuf>,
+    /// Also store latents, made by this base model's VAE: a folder, or a hub id
+    #[arg(long, value_name = "MODEL")]
+    latents: Option<String>,
 }
 
 impl Prepare {
@@ -56,7 +56,9 @@ impl Prepare {
         settings.check()?;
         let store = Store::open(&self.out)?;
         let latents = match &self.latents {
-            Some(model) => Some(Arc::new(VaeLatents::load(model, self.resolution)?) as Arc<dyn LatentEncoder>),
+            Some(model) => {
+                Some(Arc::new(VaeLatents::load(&models::locate("--latents", model)?, self.resolution)?) as Arc<dyn LatentEncoder>)
+            }
             None => None,
         };
         let report = crate::runtime()?.block_on(async {

@@ -1,8 +1,7 @@
 //! What people and scripts see: results, progress, errors, exit codes (design.md §6).
 
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
-use std::time::{Duration, Instant};
+use std::io::Write;
 
 use ella_coordinator::client::ClientError;
 use ella_dataset::DataError;
@@ -12,7 +11,7 @@ use ella_proto::config::ConfigError;
 use ella_store::{LogError, StoreError};
 use ella_worker::device::NoDevice;
 use ella_worker::feed::FeedError;
-use indicatif::{ProgressBar, ProgressStyle};
+pub(crate) use ella_worker::meter::{Meter, note};
 use serde::Serialize;
 
 /// Done.
@@ -21,9 +20,6 @@ pub(crate) const DONE: u8 = 0;
 pub(crate) const FAILED: u8 = 1;
 /// Bad usage or config.
 pub(crate) const USAGE: u8 = 2;
-
-/// Time between two plain lines of progress.
-const LINE_EVERY: Duration = Duration::from_secs(5);
 
 /// Why a command ends without its result, in one line, and the exit code that says so to scripts.
 #[derive(Debug)]
@@ -141,67 +137,6 @@ pub(crate) fn one_line(text: &str) -> String {
         message.push_str(line);
     }
     message
-}
-
-/// One line for whoever watches, on stderr.
-pub(crate) fn note(text: impl Display) {
-    let _ = writeln!(std::io::stderr(), "{text}");
-}
-
-/// How far something has come: a bar on a terminal, now and then a plain line elsewhere.
-#[derive(Debug)]
-pub(crate) struct Meter {
-    bar: Option<ProgressBar>,
-    what: &'static str,
-    total: u64,
-    shown: Instant,
-}
-
-impl Meter {
-    /// `what` names the work, `total` is how much of it there is.
-    pub(crate) fn new(what: &'static str, total: u64) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(total);
-            let style = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len}  {msg}  {elapsed_precise}, {eta_precise} left");
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.set_prefix(what);
-            bar.enable_steady_tick(Duration::from_millis(500));
-            bar
-        });
-        Self { bar, what, total, shown: Instant::now() }
-    }
-
-    /// Plain lines even on a terminal, where other lines come between.
-    pub(crate) fn lines(what: &'static str, total: u64) -> Self {
-        Self { bar: None, what, total, shown: Instant::now() }
-    }
-
-    /// Where work that was begun before goes on: what was done then tells nothing about the time left.
-    pub(crate) fn starts_at(&self, done: u64) {
-        if let Some(bar) = &self.bar {
-            bar.set_position(done);
-            bar.reset_eta();
-        }
-    }
-
-    pub(crate) fn at(&mut self, done: u64, message: &str) {
-        if let Some(bar) = &self.bar {
-            bar.set_position(done);
-            bar.set_message(message.to_owned());
-        } else if self.shown.elapsed() >= LINE_EVERY {
-            self.shown = Instant::now();
-            let gap = if message.is_empty() { "" } else { "  " };
-            note(format_args!("{} {done}/{}{gap}{message}", self.what, self.total));
-        }
-    }
-}
-
-impl Drop for Meter {
-    fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
 }
 
 /// A number of things for people: `1 term`, `2 terms`.

@@ -153,6 +153,14 @@ pub enum ModelError {
         /// What it was.
         found: String,
     },
+    /// A model that is named by where it is to be had from, and cannot be had.
+    #[error("{reason}")]
+    Unavailable {
+        /// What was named, why it cannot be had, and what to do.
+        reason: String,
+        /// Whether the same may work at another time.
+        passes: bool,
+    },
     /// A part of a LoRA file that does not fit the U-Net.
     #[error("{}: {key} does not fit (expected {expected}, found {found}); take a LoRA that was made for a base like this one", file.display())]
     LoraMismatch {

@@ -6,6 +6,8 @@ pub mod control;
 pub mod device;
 pub mod embed;
 pub mod feed;
+pub mod hub;
+pub mod meter;
 pub mod models;
 pub mod noise;
 pub mod reduce;

@@ -1,6 +1,7 @@
 //! Loads what a run trains and what it trains through, and checks that the pieces fit each other.
 
 use crate::device;
+use crate::hub::{self, HubId};
 use crate::text::{self, TextIdentity};
 use crate::train::lane::Networks;
 use crate::train::state::{Layout, TrainState};
@@ -35,8 +36,8 @@ pub struct Loaded {
 
 /// Loads everything that `config` names onto `device`.
 pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
-    let base = Base::open(&folder("base.model", &config.base.model)?)?;
-    let text_model = folder("text.model", &config.text.model)?;
+    let base = Base::open(&locate("base.model", &config.base.model)?)?;
+    let text_model = locate("text.model", &config.text.model)?;
     let text = text::identity(&text_model)?;
     let kind = device::kind(config.base.dtype);
     check_conditions(&UNetConfig::read(base.unet_part()?.config)?, base.path())?;
@@ -58,19 +59,25 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     Ok(Loaded { networks, state, vae, text, vae_weights, digest })
 }
 
-/// A model folder on this machine.
-pub fn folder(key: &'static str, model: &str) -> Result<PathBuf, ModelError> {
+/// Where a model is on this machine: the path that is there, or else what its hub id is a name for, downloaded if need be.
+/// `key` is what names it, for errors.
+pub fn locate(key: &'static str, model: &str) -> Result<PathBuf, ModelError> {
     let path = Path::new(model);
-    if path.is_dir() {
+    if path.exists() {
         return Ok(path.to_owned());
     }
-    let expected = format!("a model folder, as {key} names it; hub ids and single files are not supported yet");
-    Err(ModelError::MissingFile { file: path.to_owned(), expected })
+    match HubId::parse(model) {
+        Some(id) => hub::fetch(&id).map_err(|error| ModelError::Unavailable { reason: format!("{key}: {error}"), passes: error.passes() }),
+        None => {
+            let expected = format!("a model's folder or file, or a hub id such as org/name, as {key} names it");
+            Err(ModelError::MissingFile { file: path.to_owned(), expected })
+        }
+    }
 }
 
 /// Opens one of `base.loras`, and tells what of it is not used (KNOWN).
 fn lora(named: &config::Lora) -> Result<Lora, ModelError> {
-    let lora = Lora::open(Path::new(&named.file), named.weight)?;
+    let lora = Lora::open(&locate("base.loras", &named.file)?, named.weight)?;
     if let Some(unused) = lora.unused() {
         tracing::warn!("{unused}");
     }

@@ -27,14 +27,14 @@ pub(crate) struct Sample {
     /// The trained connector: a safetensors file; its kind is told by the names of its tensors
     #[arg(long, value_name = "FILE")]
     connector: PathBuf,
-    /// The diffusion model's folder: unet/, vae/, scheduler/
-    #[arg(long, value_name = "DIR")]
-    base: PathBuf,
+    /// The diffusion model: a folder (unet/, vae/, scheduler/), or a hub id (org/name, org/name@revision)
+    #[arg(long, value_name = "MODEL")]
+    base: String,
     #[command(flatten)]
     loras: Loras,
-    /// The text encoder's folder
-    #[arg(long, value_name = "DIR")]
-    text: PathBuf,
+    /// The text encoder: a folder, or a hub id
+    #[arg(long, value_name = "MODEL")]
+    text: String,
     /// What to draw; may be given more than once
     #[arg(long, num_args = 1.., value_name = "P", required_unless_present = "prompts")]
     prompt: Vec<String>,
@@ -86,12 +86,12 @@ impl Sample {
             return Err(Fail::usage(format_args!("--guidance must be a finite number (found {})", self.guidance)));
         }
         self.check_folder()?;
-        models::folder("--base", &self.base.display().to_string())?;
-        models::folder("--text", &self.text.display().to_string())?;
+        let base = models::locate("--base", &self.base)?;
+        let text = models::locate("--text", &self.text)?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let device = device::set_up(Choice::Auto, threads)?;
         let settings = Settings { method: self.sampler, steps: self.steps as usize, guidance: self.guidance, seed: self.seed };
-        let mut drawer = Drawer::load(&self.models(), &self.loras.open()?, &settings, device)?;
+        let mut drawer = Drawer::load(&self.models(&base, text), &self.loras.open()?, &settings, device)?;
         let noise = match &self.latents {
             Some(file) => self.given_noise(file, &drawer, prompts.len())?,
             None => drawer.noise(prompts.len(), self.size)?,
@@ -119,14 +119,10 @@ impl Sample {
         Ok(DONE)
     }
 
-    fn models(&self) -> Models<'_> {
-        let text = TextOptions {
-            model: self.text.clone(),
-            max_tokens: self.max_tokens as usize,
-            padding: self.padding.into(),
-            dtype: config::Dtype::Fp32,
-        };
-        Models { connector: &self.connector, heads: self.heads, base: &self.base, text }
+    fn models<'a>(&'a self, base: &'a Path, text: PathBuf) -> Models<'a> {
+        let text =
+            TextOptions { model: text, max_tokens: self.max_tokens as usize, padding: self.padding.into(), dtype: config::Dtype::Fp32 };
+        Models { connector: &self.connector, heads: self.heads, base, text }
     }
 
     fn all_prompts(&self) -> Result<Vec<String>, Fail> {

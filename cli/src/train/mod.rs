@@ -12,8 +12,11 @@ use children::{Children, Logs, Member, binary, ending};
 use clap::Args;
 use ella_coordinator::client;
 use ella_coordinator::status::StatusReport;
+use ella_model::ModelError;
 use ella_proto::config::{Device, RunConfig};
 use ella_store::Store;
+use ella_worker::hub::HubId;
+use ella_worker::models;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::ChildStdout;
@@ -78,9 +81,25 @@ enum Opened {
     Done { step: u64 },
 }
 
+/// Downloads models that are named by hub ids, here where progress is seen and no worker's deadline runs. Paths are the workers' matter.
+fn have_models(config: &RunConfig) -> Result<(), Fail> {
+    let loras = config.base.loras.iter().map(|lora| ("base.loras", &lora.file));
+    for (key, model) in [("base.model", &config.base.model), ("text.model", &config.text.model)].into_iter().chain(loras) {
+        if HubId::parse(model).is_none() {
+            continue;
+        }
+        models::locate(key, model).map_err(|error| {
+            let code = if matches!(error, ModelError::Unavailable { passes: true, .. }) { FAILED } else { DO_NOT_RETRY };
+            Fail { code, message: error.to_string() }
+        })?;
+    }
+    Ok(())
+}
+
 impl Train {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let config = RunConfig::load(&self.config, &self.set)?;
+        have_models(&config)?;
         // One thread: the kernel ties the children's lives to that of the thread which started them.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| Fail::failed(format_args!("the async runtime cannot be started ({error})")))?;

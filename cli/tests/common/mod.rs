@@ -48,7 +48,15 @@ impl Ran {
 /// Runs `ella` in a folder.
 #[track_caller]
 pub(crate) fn ella(folder: &Path, arguments: &[&str]) -> Ran {
-    let output = Command::new(env!("CARGO_BIN_EXE_ella")).args(arguments).current_dir(folder).stdin(Stdio::null()).output().unwrap();
+    ella_with(folder, &[], arguments)
+}
+
+/// The same with variables set in its environment.
+#[track_caller]
+pub(crate) fn ella_with(folder: &Path, variables: &[(&str, &str)], arguments: &[&str]) -> Ran {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ella"));
+    let command = command.args(arguments).envs(variables.iter().copied()).current_dir(folder).stdin(Stdio::null());
+    let output = command.output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     Ran { code: output.status.code().unwrap_or(-1), stdout: text(output.stdout), stderr: text(output.stderr) }
 }

@@ -84,6 +84,7 @@ impl WorkError {
         match self {
             Self::Train(error) => error.failure(),
             Self::Feed(error) => (FailureKind::Input, error.is_permanent()),
+            Self::Model(ModelError::Unavailable { passes, .. }) => (FailureKind::Input, !passes),
             Self::Config(_) | Self::Model(_) | Self::Restore { .. } => (FailureKind::Input, true),
             Self::Store(error) => (FailureKind::Store, error.is_permanent()),
             Self::Collective(error) => (FailureKind::Collective, matches!(error, CollectiveError::SharedGpu { .. })),

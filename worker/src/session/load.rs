@@ -105,7 +105,7 @@ fn feature_source(
 ) -> Result<FeatureSource, WorkError> {
     if config.text.features == Features::Inline {
         let options = TextOptions {
-            model: models::folder("text.model", &config.text.model)?,
+            model: models::locate("text.model", &config.text.model)?,
             max_tokens: config.text.max_tokens,
             padding: config.text.padding,
             dtype: config.text.dtype,
