@@ -119,7 +119,7 @@ pub enum Dtype {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Base {
-    /// A folder in diffusers' layout.
+    /// A folder in diffusers' layout, or a hub id.
     pub model: String,
     /// Compute format of the frozen networks.
     #[serde(default)]
@@ -133,7 +133,7 @@ pub struct Base {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lora {
-    /// A safetensors file.
+    /// A safetensors file: a path, or `org/name/file.safetensors` on the hub.
     pub file: String,
     /// What its changes are multiplied by.
     #[serde(default = "Lora::weight")]
@@ -174,7 +174,7 @@ pub enum Features {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Text {
-    /// A folder in transformers' layout.
+    /// A folder in transformers' layout, or a hub id.
     pub model: String,
     /// Longest caption in tokens; longer ones are cut, and counted.
     #[serde(default = "Text::max_tokens")]
