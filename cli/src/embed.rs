@@ -28,6 +28,9 @@ pub(crate) struct Embed {
     /// Whether the positions after a caption's end count: fixed (as in the released weights) or none
     #[arg(long, value_enum, default_value_t = Padding::Fixed)]
     padding: Padding,
+    /// Which of the encoder's layers the features are made of
+    #[arg(long, value_enum, default_value_t = Layers::Last)]
+    layers: Layers,
     /// What to compute in, and to store
     #[arg(long, value_enum, default_value_t = Dtype::Fp32)]
     dtype: Dtype,
@@ -59,6 +62,33 @@ impl From<Padding> for config::Padding {
         match padding {
             Padding::Fixed => Self::Fixed,
             Padding::None => Self::None,
+        }
+    }
+}
+
+/// Which of the text encoder's layers the features are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Layers {
+    /// The last one, as in the released weights
+    Last,
+    /// The layer-normalized average over all
+    Average,
+}
+
+impl From<Layers> for config::Layers {
+    fn from(layers: Layers) -> Self {
+        match layers {
+            Layers::Last => Self::Last,
+            Layers::Average => Self::Average,
+        }
+    }
+}
+
+impl From<Layers> for ella_model::text::Layers {
+    fn from(layers: Layers) -> Self {
+        match layers {
+            Layers::Last => Self::Last,
+            Layers::Average => Self::Average,
         }
     }
 }
@@ -104,12 +134,18 @@ impl Embed {
             note(table(report, &url));
         }
         let data = runtime.block_on(DataSet::open(&url))?;
-        let (dtype, padding) = (self.dtype.into(), self.padding.into());
-        let options = TextOptions { model: model.clone(), max_tokens: self.max_tokens as usize, padding, dtype };
+        let (dtype, padding, layers) = (self.dtype.into(), self.padding.into(), self.layers.into());
+        let options = TextOptions { model: model.clone(), max_tokens: self.max_tokens as usize, padding, layers, dtype };
         let encoder = TextEncoder::load(&options, device)?;
-        let text =
-            config::Text { model: self.text.clone(), max_tokens: options.max_tokens, padding, features: config::Features::Cached, dtype };
-        let spec = feed::spec(&text, &identity(&model)?)?;
+        let text = config::Text {
+            model: self.text.clone(),
+            max_tokens: options.max_tokens,
+            padding,
+            layers,
+            features: config::Features::Cached,
+            dtype,
+        };
+        let spec = feed::spec(&text, &identity(&model, options.max_tokens)?)?;
         let mut meter = Meter::new("embed", data.manifest().samples);
         let mut begun = false;
         let mut progress = |done| {

@@ -8,6 +8,7 @@ use ella_model::forward::{Net, Options, forward};
 use serde_json::json;
 use tch::{Device, Kind};
 
+use crate::embed::Layers;
 use crate::lora::Loras;
 use crate::ui::{DONE, Fail, Out};
 
@@ -37,6 +38,9 @@ pub(crate) struct Forward {
     /// The connector's attention heads, which its file does not tell
     #[arg(long, default_value_t = DEFAULT_HEADS)]
     heads: i64,
+    /// With average, a text encoder gives the layer-normalized average over all layers too, as `features`
+    #[arg(long, value_enum, default_value_t = Layers::Last)]
+    layers: Layers,
     #[command(flatten)]
     loras: Loras,
 }
@@ -66,7 +70,8 @@ impl Forward {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let net: Net = self.net.parse()?;
         let (kind, device, loras) = (self.dtype.kind(), Device::Cpu, self.loras.open()?);
-        let options = Options { grad: self.grad, checkpoint: self.checkpoint, kind, heads: self.heads, device, loras: &loras };
+        let (grad, checkpoint, heads, layers) = (self.grad, self.checkpoint, self.heads, self.layers.into());
+        let options = Options { grad, checkpoint, kind, heads, layers, device, loras: &loras };
         forward(net, &self.model, &self.inputs, &self.outputs, &options)?;
         out.result(&json!({ "net": self.net, "outputs": self.outputs }), || format!("{}: {}", self.net, self.outputs.display()));
         Ok(DONE)

@@ -36,6 +36,16 @@ pub enum Padding {
     None,
 }
 
+/// Which of the encoder's layers features are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FeatureLayers {
+    /// The last hidden state.
+    Last,
+    /// The layer-normalized average over all layers.
+    Average,
+}
+
 /// How numbers are stored, little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -70,6 +80,8 @@ pub struct FeatureSpec {
     pub max_tokens: u32,
     /// What becomes of the positions after a caption's end.
     pub padding: Padding,
+    /// Which layers features are made of.
+    pub layers: FeatureLayers,
     /// How numbers are stored.
     pub dtype: FeatureDtype,
     /// Width of a position: the encoder's hidden size.

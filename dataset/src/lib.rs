@@ -25,7 +25,7 @@ mod source;
 pub use caption::{Captions, captions_from_txt, prepare_captions};
 pub use error::DataError;
 pub use feature_file::{FeatureReader, FeatureWriter};
-pub use features::{FeatureDtype, FeatureManifest, FeatureSet, FeatureSpec, Padding};
+pub use features::{FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, Padding};
 pub use manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, Settings, ShardEntry, SourceEntry};
 pub use picture::{Picture, PictureRules, cut, decode_rgb, encode_jpeg};
 pub use plan::{PLAN, Plan, REPORT, UnitRecord};

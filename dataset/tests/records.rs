@@ -5,7 +5,7 @@ mod common;
 
 use common::{files, good_tar, small, sources};
 use ella_dataset::{
-    CacheLimits, DataError, DataSet, FeatureDtype, FeatureReader, FeatureSpec, FeatureWriter, Manifest, Padding, PrepareOptions, Refusal,
+    CacheLimits, DataError, DataSet, FeatureDtype, FeatureLayers, FeatureReader, FeatureSpec, FeatureWriter, Manifest, Padding, PrepareOptions, Refusal,
     Row, ShardLayout, ShardReader, ShardWriter, captions_from_txt, prepare, prepare_captions,
 };
 use ella_store::{Digest, Store};
@@ -28,7 +28,7 @@ async fn prepared() -> TempDir {
 
 fn spec(padding: Padding, dtype: FeatureDtype) -> FeatureSpec {
     let (weights_digest, tokenizer_digest) = (Digest::of(b"weights"), Digest::of(b"tokenizer"));
-    FeatureSpec { weights_digest, tokenizer_digest, max_tokens: 6, padding, dtype, width: 3 }
+    FeatureSpec { weights_digest, tokenizer_digest, max_tokens: 6, padding, layers: FeatureLayers::Last, dtype, width: 3 }
 }
 
 /// A row's bytes, all different from row to row.
@@ -317,6 +317,10 @@ async fn a_stale_cache_is_not_taken_for_a_fresh_one() {
     let DataError::FeaturesMissing { found, .. } = &error else { panic!("{error}") };
     assert!(found.contains(&there.fingerprint().to_string()), "{error}");
     assert!(found.contains("max_tokens expected 7, found 6; padding expected \"fixed\", found \"none\""), "{error}");
+
+    let average = FeatureSpec { layers: FeatureLayers::Average, ..there.clone() };
+    let error = data.features(&average).await.unwrap_err().to_string();
+    assert!(error.contains("layers expected \"average\", found \"last\""), "{error}");
 
     // Features of another data set, copied over: the spec says whose they are.
     let folder = out.path().join("features").join(there.fingerprint().to_string());

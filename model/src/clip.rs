@@ -11,10 +11,11 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::config::ConfigFile;
-use crate::error::{ModelError, Result};
-use crate::layers::{Embedding, LayerNorm, Linear, gelu};
+use crate::error::Result;
+use crate::layers::{Embedding, LayerNorm, Linear, attend, causal, gelu};
 use crate::params::{Init, Params};
 use crate::part::Part;
+use crate::text::{Hear, check_positions};
 
 /// Tensors that checkpoints hold beside the text encoder: what older releases of transformers saved of the position
 /// numbers, and the other half of a whole CLIP.
@@ -208,18 +209,20 @@ impl Clip {
     /// # Shapes
     /// `input_ids` `[B, S]` i64 below `vocab_size`, S at most `max_positions`; `attention_mask` `[B, S]` i64 of 0 and 1.
     pub fn forward(&self, input_ids: &Tensor, attention_mask: &Tensor) -> Result<ClipOutput> {
-        let (_, s) = input_ids.size2()?;
-        if s > self.config.max_positions {
-            let rule = format!("at most {} tokens long", self.config.max_positions);
-            return Err(ModelError::argument("input_ids", rule, s));
-        }
+        self.forward_heard(input_ids, attention_mask, &mut |_| Ok(()))
+    }
+
+    /// [`Clip::forward`], where `hear` is told what the blocks before the last one give.
+    pub fn forward_heard(&self, input_ids: &Tensor, attention_mask: &Tensor, hear: Hear<'_>) -> Result<ClipOutput> {
+        let s = check_positions(input_ids, self.config.max_positions)?;
         let places = Tensor::f_arange(s, (Kind::Int64, input_ids.device()))?;
         let mut x = self.tokens.forward(input_ids)?.f_add(&self.positions.forward(&places)?)?; // [B, S, E]
-        let later = places.f_unsqueeze(0)?.f_gt_tensor(&places.f_unsqueeze(1)?)?; // [S, S], key after query
-        let padding = attention_mask.f_eq(0)?.f_unsqueeze(1)?.f_unsqueeze(1)?; // [B, 1, 1, S]
-        let hidden = later.f_logical_or(&padding)?; // [B, 1, S, S]
+        let hidden = causal(attention_mask)?; // [B, 1, S, S]
         let mut before = x.shallow_clone();
-        for block in &self.blocks {
+        for (n, block) in self.blocks.iter().enumerate() {
+            if n > 0 {
+                hear(&x)?;
+            }
             before = x;
             x = block.forward(&before, &hidden)?;
         }
@@ -290,24 +293,19 @@ impl Block {
     }
 
     fn attend(&self, x: &Tensor, hidden: &Tensor) -> Result<Tensor> {
-        let (b, s, e) = x.size3()?;
+        let (b, s, _) = x.size3()?;
         let split = |x: Tensor| -> Result<Tensor> {
             Ok(x.f_reshape([b, s, self.heads, -1])?.f_transpose(1, 2)?) // [B, H, S, E / H]
         };
         let (q, k, v) = (split(self.q.forward(x)?)?, split(self.k.forward(x)?)?, split(self.v.forward(x)?)?);
-        let scale = ((e / self.heads) as f64).powf(-0.5);
-        let scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?;
-        // Finite, so that a token that sees nothing gives no NaN.
-        let scores = scores.f_masked_fill(hidden, f64::from(f32::MIN))?;
-        let shares = scores.f_softmax(-1, Kind::Float)?.f_to_kind(v.f_kind()?)?;
-        let mixed = shares.f_matmul(&v)?.f_transpose(1, 2)?.f_reshape([b, s, e])?;
-        self.out.forward(&mixed)
+        self.out.forward(&attend(&q, &k, &v, hidden)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ModelError;
     use serde_json::{Map, Value};
 
     fn config(change: Value) -> Result<ClipConfig> {

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use tokenizers::{AddedToken, Tokenizer};
 
-use crate::config::ConfigFile;
 use crate::error::{ModelError, Result};
-use crate::tokenizer::TextTokenizer;
+use crate::special_tokens::{Settings, object, token};
+use crate::tokenizer::{TextTokenizer, places};
 
 /// What marks the last piece of a word.
 const WORD_END: &str = "</w>";
@@ -39,14 +39,15 @@ fn fixed() -> [(&'static str, Vec<Value>); 8] {
     ]
 }
 
-/// Reads the tokenizer in a model folder, in its `tokenizer/`, or in the `tokenizer` folder beside a `text_encoder` folder
-/// (`tokenizer_2` beside `text_encoder_2`). The padding token is the one that its settings name: SD 1.5 fills rows up with the end
+/// Reads the tokenizer in a model folder, or where else [`TextTokenizer::load`] looks. The padding token is the one that its settings name: SD 1.5 fills rows up with the end
 /// token, OpenCLIP's encoders with `!`.
 ///
 /// # Errors
 /// None is there, or its files are damaged, not of the CLIP kind, or ask for something that ella does not do.
 pub fn load(folder: &Path) -> Result<TextTokenizer> {
-    let place = find(folder)?;
+    let found = places(folder).into_iter().find(|place| place.join("tokenizer.json").is_file() || place.join("vocab.json").is_file());
+    let place = found
+        .ok_or_else(|| ModelError::MissingFile { file: folder.into(), expected: "tokenizer.json, or vocab.json and merges.txt".into() })?;
     let pieces = Pieces::read(&place)?;
     let settings = Settings::read(&place)?;
     for (field, supported) in fixed() {
@@ -54,7 +55,7 @@ pub fn load(folder: &Path) -> Result<TextTokenizer> {
     }
     let added = pieces.added_tokens(&place, &settings)?;
     let special = SPECIAL.map(|(field, default)| -> Result<Special> {
-        let token = settings.special(field, default)?;
+        let token = settings.special(field)?.unwrap_or_else(|| AddedToken::from(default, true));
         let id = pieces.id(&token.content, &added);
         let rule = || format!("a token of the vocabulary in {}", pieces.file.display());
         Ok((token, id.ok_or_else(|| settings.of(field).refuse(field, &rule()))?))
@@ -66,62 +67,6 @@ pub fn load(folder: &Path) -> Result<TextTokenizer> {
     let text = tokenizer.to_string(false).map_err(|error| pieces.damaged(&error))?;
     let digest = blake3::Hasher::new().update(text.as_bytes()).update(&pad.to_le_bytes()).finalize();
     Ok(TextTokenizer::new(tokenizer, pieces.file, digest, pad))
-}
-
-/// The first folder that holds a tokenizer.
-fn find(folder: &Path) -> Result<PathBuf> {
-    let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let beside = match name.strip_prefix("text_encoder") {
-        Some(number) => folder.with_file_name(format!("tokenizer{number}")),
-        None => folder.join("../tokenizer"),
-    };
-    let places = [folder.to_owned(), folder.join("tokenizer"), beside];
-    let found = places.into_iter().find(|place| place.join("tokenizer.json").is_file() || place.join("vocab.json").is_file());
-    found.ok_or_else(|| ModelError::MissingFile { file: folder.into(), expected: "tokenizer.json, or vocab.json and merges.txt".into() })
-}
-
-/// What `tokenizer_config.json` says, and `special_tokens_map.json`, whose fields go before, unless the former lists added tokens.
-struct Settings {
-    config: ConfigFile,
-    map: Option<ConfigFile>,
-}
-
-impl Settings {
-    fn read(place: &Path) -> Result<Self> {
-        let open = |name: &str| -> Result<ConfigFile> {
-            let file = place.join(name);
-            let fields = if file.is_file() { object(&file)? } else { Map::new() };
-            Ok(ConfigFile::from_map(&file, fields))
-        };
-        let config = open("tokenizer_config.json")?;
-        let listed = config.value("added_tokens_decoder").is_some();
-        let map = if listed { None } else { Some(open("special_tokens_map.json")?) };
-        Ok(Settings { config, map })
-    }
-
-    /// The file that decides a field.
-    fn of(&self, field: &str) -> &ConfigFile {
-        self.map.as_ref().filter(|map| map.value(field).is_some()).unwrap_or(&self.config)
-    }
-
-    fn special(&self, field: &str, default: &str) -> Result<AddedToken> {
-        let file = self.of(field);
-        match file.value(field) {
-            None => Ok(AddedToken::from(default, true)),
-            Some(value) => token(value).ok_or_else(|| file.refuse(field, "a token's text, or an object with its content")),
-        }
-    }
-}
-
-/// A token as transformers writes it: its text, or an object.
-fn token(value: &Value) -> Option<AddedToken> {
-    if let Some(content) = value.as_str() {
-        return Some(AddedToken::from(content, true));
-    }
-    let flag = |name: &str, default: bool| value[name].as_bool().unwrap_or(default);
-    let special = flag("special", false);
-    let token = AddedToken::from(value["content"].as_str()?, special).normalized(flag("normalized", !special));
-    Some(token.single_word(flag("single_word", false)).lstrip(flag("lstrip", false)).rstrip(flag("rstrip", false)))
 }
 
 /// A special token and its id.
@@ -276,14 +221,4 @@ fn merge(value: &Value) -> Option<(String, String)> {
 fn pair(text: &str) -> Option<(String, String)> {
     let (a, b) = text.split_once(' ')?;
     (!a.is_empty() && !b.is_empty() && !b.contains(' ')).then(|| (a.to_owned(), b.to_owned()))
-}
-
-fn object(file: &Path) -> Result<Map<String, Value>> {
-    let text = std::fs::read_to_string(file).map_err(|source| ModelError::Unreadable { file: file.into(), source })?;
-    let not = |reason: String| ModelError::Tokenizer { file: file.into(), reason: format!("{reason}; copy or download it again") };
-    match serde_json::from_str(&text) {
-        Ok(Value::Object(fields)) => Ok(fields),
-        Ok(_) => Err(not("is JSON, but not an object".into())),
-        Err(error) => Err(not(format!("is not JSON ({error})"))),
-    }
 }

@@ -14,7 +14,7 @@ use crate::error::{ModelError, Result};
 use crate::layers::inner_product;
 use crate::lora::Lora;
 use crate::part::Part;
-use crate::text::{Text, TextOutput};
+use crate::text::{Layers, Text, TextOutput};
 use crate::unet::{Added, UNet};
 use crate::vae::Vae;
 use crate::weights::{self, Weights};
@@ -28,7 +28,8 @@ pub enum Net {
     /// to `sample`.
     Unet,
     /// `input_ids` `[B,S]`, `attention_mask` `[B,S]` to `last_hidden_state` `[B,S,E]`; CLIP also to `penultimate_hidden_state`
-    /// `[B,S,E]` and `pooled` `[B,P]`. The model's `config.json` says which family it is.
+    /// `[B,S,E]` and `pooled` `[B,P]`; with averaged layers all of them also to `features` `[B,S,E]`. The model's `config.json` says
+    /// which family it is.
     Text,
     /// `image` `[B,3,H,W]` to `mean`, `logvar` `[B,C,H/f,W/f]`.
     VaeEncode,
@@ -67,6 +68,8 @@ pub struct Options<'a> {
     pub kind: Kind,
     /// A connector's attention heads.
     pub heads: i64,
+    /// Which layers a text encoder's features are made of.
+    pub layers: Layers,
     /// Where to compute.
     pub device: Device,
     /// What is merged into a U-Net.
@@ -75,7 +78,8 @@ pub struct Options<'a> {
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Options { grad: false, checkpoint: false, kind: Kind::Float, heads: DEFAULT_HEADS, device: Device::Cpu, loras: &[] }
+        let (kind, device) = (Kind::Float, Device::Cpu);
+        Options { grad: false, checkpoint: false, kind, heads: DEFAULT_HEADS, layers: Layers::Last, device, loras: &[] }
     }
 }
 
@@ -86,8 +90,12 @@ type Named = Vec<(String, Tensor)>;
 ///
 /// # Errors
 /// Whatever is wrong with the model's files; an input that is missing, surplus, of another shape, type or range than the
-/// network takes; `grad` for a network that nothing is trained through.
+/// network takes; `grad` for a network that nothing is trained through; averaged layers of what is no text encoder.
 pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &Options<'_>) -> Result<()> {
+    if options.layers != Layers::Last && net != Net::Text {
+        let what = "averaging the layers of a network that is no text encoder".to_owned();
+        return Err(ModelError::Unsupported { what, instead: "leave --layers out".into() });
+    }
     let inputs = Inputs::open(inputs, options)?;
     if options.checkpoint && !(options.grad && net == Net::Unet) {
         let what = "checkpointing of anything but the U-Net's gradients".to_owned();
@@ -151,14 +159,18 @@ fn text(text: &Text, inputs: &Inputs<'_>) -> Result<Named> {
     let ids = inputs.integers("input_ids", &dims, text.config().vocab_size())?;
     let mask = inputs.integers("attention_mask", &dims, 2)?;
     inputs.finish()?;
-    Ok(match text.forward(&ids, &mask)? {
+    let mut named: Named = match text.forward(&ids, &mask)? {
         TextOutput::States(states) => vec![("last_hidden_state".into(), states)],
         TextOutput::Clip(out) => vec![
             ("last_hidden_state".into(), out.last_hidden_state),
             ("penultimate_hidden_state".into(), out.penultimate_hidden_state),
             ("pooled".into(), out.pooled),
         ],
-    })
+    };
+    if inputs.options.layers == Layers::Average {
+        named.push(("features".into(), text.features(&ids, &mask, Layers::Average)?));
+    }
+    Ok(named)
 }
 
 fn vae_encode(vae: &Vae, inputs: &Inputs<'_>) -> Result<Named> {

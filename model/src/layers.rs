@@ -132,6 +132,54 @@ impl GroupNorm {
     }
 }
 
+/// T5's and LLaMA's norm: scaled by the root mean square over the last axis, in float32; no mean is taken off, nothing is added.
+/// Weight `weight` `[width]`.
+#[derive(Debug)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// With a learned scale.
+    pub fn new(p: &Params, width: i64, eps: f64) -> Result<Self> {
+        Ok(RmsNorm { weight: p.get("weight", &[width], Init::Ones)?, eps })
+    }
+
+    /// `[.., width]` to the same shape, in the weight's kind.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let wide = x.f_to_kind(Kind::Float)?;
+        let mean = wide.f_square()?.f_mean_dim(-1i64, true, Kind::Float)?;
+        let scaled = wide.f_mul(&mean.f_add_scalar(self.eps)?.f_rsqrt()?)?;
+        Ok(scaled.f_to_kind(self.weight.f_kind()?)?.f_mul(&self.weight)?)
+    }
+}
+
+/// Which keys a query of a causal text encoder does not see: later tokens, and those whose mask is 0.
+///
+/// # Shapes
+/// `attention_mask` `[B, S]` of 0 and 1; to `[B, 1, S, S]` bool, queries before keys.
+pub fn causal(attention_mask: &Tensor) -> Result<Tensor> {
+    let (_, s) = attention_mask.size2()?;
+    let places = Tensor::f_arange(s, (Kind::Int64, attention_mask.device()))?;
+    let later = places.f_unsqueeze(0)?.f_gt_tensor(&places.f_unsqueeze(1)?)?; // [S, S], key after query
+    let padding = attention_mask.f_eq(0)?.f_unsqueeze(1)?.f_unsqueeze(1)?; // [B, 1, 1, S]
+    Ok(later.f_logical_or(&padding)?)
+}
+
+/// `softmax(q kᵀ / √K) v` for queries that see the keys not `hidden`, the softmax in float32.
+///
+/// # Shapes
+/// `q`, `k` and `v` `[B, H, S, K]`, `hidden` `[B, 1, S, S]` bool; to `[B, S, H · K]`.
+pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, hidden: &Tensor) -> Result<Tensor> {
+    let (b, _, s, width) = q.size4()?;
+    let scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_to_kind(Kind::Float)?.f_mul_scalar((width as f64).powf(-0.5))?;
+    // Finite, so that a token that sees nothing gives no NaN.
+    let scores = scores.f_masked_fill(hidden, f64::from(f32::MIN))?;
+    let shares = scores.f_softmax(-1, Kind::Float)?.f_to_kind(v.f_kind()?)?;
+    Ok(shares.f_matmul(v)?.f_transpose(1, 2)?.f_reshape([b, s, -1])?)
+}
+
 fn float_pair(affine: Option<&(Tensor, Tensor)>) -> Result<(Option<Tensor>, Option<Tensor>)> {
     Ok(match affine {
         None => (None, None),

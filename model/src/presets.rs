@@ -360,7 +360,7 @@ mod tests {
         let unet = UNet::load(&at("base/unet"), Kind::Float, Device::Cpu).unwrap();
         let vae = Vae::load(&at("base/vae"), Kind::Float, Device::Cpu).unwrap();
         let schedule = Schedule::load(&at("base/scheduler"), Device::Cpu).unwrap();
-        let tokenizer = TextTokenizer::load(&at("text")).unwrap();
+        let tokenizer = TextTokenizer::t5(&at("text")).unwrap();
         let t5 = T5::load(&at("text"), Kind::Float, Device::Cpu).unwrap();
         tokenizer.check_vocabulary(t5.config().vocab_size).unwrap();
         let (ids, mask) = tokenizer.encode(&captions(), 24, Padding::Fixed).unwrap().tensors(Device::Cpu).unwrap();

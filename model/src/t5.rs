@@ -11,9 +11,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::ConfigFile;
 use crate::error::Result;
-use crate::layers::{Embedding, Linear, gelu, gelu_tanh, silu};
+use crate::layers::{Embedding, Linear, RmsNorm, gelu, gelu_tanh, silu};
 use crate::params::{Init, Params};
 use crate::part::Part;
+use crate::text::Hear;
 
 /// Tensors that encoder-decoder checkpoints hold beside the encoder.
 const NOT_ENCODER: [&str; 4] = ["decoder.*", "lm_head.weight", "shared.weight", "encoder.embed_tokens.weight"];
@@ -173,7 +174,7 @@ impl T5 {
         let bias = blocks.at("0.layer.0.SelfAttention.relative_attention_bias");
         let bias = Embedding::new(&bias, config.buckets, config.num_heads, (config.d_model as f64).powf(-0.5))?;
         let blocks = (0..config.num_layers).map(|n| Block::new(&blocks.at(n).at("layer"), config)).collect::<Result<_>>()?;
-        let norm = RmsNorm::new(&p.at("encoder").at("final_layer_norm"), config)?;
+        let norm = RmsNorm::new(&p.at("encoder").at("final_layer_norm"), config.d_model, config.eps)?;
         p.finish(&NOT_ENCODER)?;
         Ok(T5 { config: config.clone(), embedding, bias, blocks, norm })
     }
@@ -200,6 +201,11 @@ impl T5 {
     /// # Shapes
     /// `input_ids` `[B, S]` i64 below `vocab_size`, `attention_mask` `[B, S]` i64 of 0 and 1; to `[B, S, E]` of the weights' kind.
     pub fn forward(&self, input_ids: &Tensor, attention_mask: &Tensor) -> Result<Tensor> {
+        self.forward_heard(input_ids, attention_mask, &mut |_| Ok(()))
+    }
+
+    /// [`T5::forward`], where `hear` is told what the blocks before the last one give.
+    pub fn forward_heard(&self, input_ids: &Tensor, attention_mask: &Tensor, hear: Hear<'_>) -> Result<Tensor> {
         let (_, s) = input_ids.size2()?;
         let mut x = self.embedding.forward(input_ids)?; // [B, S, E]
         let kind = x.f_kind()?;
@@ -207,7 +213,10 @@ impl T5 {
         let hidden = attention_mask.f_eq(0)?.f_unsqueeze(1)?.f_unsqueeze(1)?; // [B, 1, 1, S]
         let hidden = hidden.f_to_kind(Kind::Float)?.f_mul_scalar(lowest(kind))?;
         let bias = bias.f_add(&hidden)?; // [B, H, S, S]
-        for block in &self.blocks {
+        for (n, block) in self.blocks.iter().enumerate() {
+            if n > 0 {
+                hear(&x)?;
+            }
             x = block.forward(&x, &bias)?;
         }
         self.norm.forward(&x)
@@ -266,13 +275,13 @@ impl Block {
         let project = |name: &str, std: f64| Linear::no_bias(&own.at(name), c.d_model, inner, Init::Normal { std });
         let out = Init::Normal { std: (inner as f64).powf(-0.5) };
         Ok(Block {
-            attention_norm: RmsNorm::new(&attention.at("layer_norm"), c)?,
+            attention_norm: RmsNorm::new(&attention.at("layer_norm"), c.d_model, c.eps)?,
             q: project("q", ((c.d_model * c.d_kv) as f64).powf(-0.5))?,
             k: project("k", (c.d_model as f64).powf(-0.5))?,
             v: project("v", (c.d_model as f64).powf(-0.5))?,
             o: Linear::no_bias(&own.at("o"), inner, c.d_model, out)?,
             heads: c.num_heads,
-            ff_norm: RmsNorm::new(&ff.at("layer_norm"), c)?,
+            ff_norm: RmsNorm::new(&ff.at("layer_norm"), c.d_model, c.eps)?,
             ff: FeedForward::new(&ff.at("DenseReluDense"), c)?,
         })
     }
@@ -338,26 +347,6 @@ impl FeedForward {
             hidden = hidden.f_mul(&gate.forward(x)?)?;
         }
         self.wo.forward(&hidden)
-    }
-}
-
-/// T5's norm: scaled by the root mean square in float32; no mean is taken off, nothing is added.
-#[derive(Debug)]
-struct RmsNorm {
-    weight: Tensor,
-    eps: f64,
-}
-
-impl RmsNorm {
-    fn new(p: &Params, c: &T5Config) -> Result<Self> {
-        Ok(RmsNorm { weight: p.get("weight", &[c.d_model], Init::Ones)?, eps: c.eps })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let wide = x.f_to_kind(Kind::Float)?;
-        let mean = wide.f_square()?.f_mean_dim(-1i64, true, Kind::Float)?;
-        let scaled = wide.f_mul(&mean.f_add_scalar(self.eps)?.f_rsqrt()?)?;
-        Ok(scaled.f_to_kind(self.weight.f_kind()?)?.f_mul(&self.weight)?)
     }
 }
 

@@ -1,11 +1,14 @@
-//! Captions to token ids, by a `tokenizer.json` of the T5 kind (`$A </s>`), or by CLIP's tokenizer (`clip_tokenizer`).
+//! Captions to token ids, for text encoders of any family: by a `tokenizer.json` of the T5 kind (`$A </s>`), by CLIP's tokenizer
+//! (`clip_tokenizer`), or by a decoder's (`decoder_tokenizer`).
 
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Tensor};
-use tokenizers::{Encoding, PostProcessor, Tokenizer, TruncationDirection};
+use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
 
 use crate::error::{ModelError, Result};
+use crate::text::TextConfig;
+use crate::{clip_tokenizer, decoder_tokenizer};
 
 /// The token that fills rows up, in T5's vocabularies.
 pub(crate) const PAD: &str = "<pad>";
@@ -53,35 +56,69 @@ pub struct TextTokenizer {
     added: usize,
 }
 
+/// Where the tokenizer of a model folder may be, in order: in it, in its `tokenizer/`, or in the `tokenizer` folder beside it
+/// (`tokenizer_2` beside `text_encoder_2`).
+pub(crate) fn places(folder: &Path) -> [PathBuf; 3] {
+    let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let beside = match name.strip_prefix("text_encoder") {
+        Some(number) => folder.with_file_name(format!("tokenizer{number}")),
+        None => folder.join("../tokenizer"),
+    };
+    [folder.to_owned(), folder.join("tokenizer"), beside]
+}
+
+/// The `tokenizer.json` of a model folder; a lone sentencepiece file is said to need conversion.
+pub(crate) fn find_json(folder: &Path) -> Result<PathBuf> {
+    let first = |names: &[&str]| {
+        let files = places(folder).into_iter().flat_map(|place| names.iter().map(move |name| place.join(name)).collect::<Vec<_>>());
+        files.into_iter().find(|file| file.is_file())
+    };
+    let lacking = || match first(&["spiece.model", "tokenizer.model"]) {
+        Some(file) => ModelError::Tokenizer {
+            file,
+            reason: "only the sentencepiece form is there (expected tokenizer.json); convert it with \
+                     transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+                .into(),
+        },
+        None => ModelError::MissingFile { file: folder.into(), expected: "tokenizer.json".into() },
+    };
+    first(&["tokenizer.json"]).ok_or_else(lacking)
+}
+
+/// Reads a `tokenizer.json`, and gives its bytes too.
+pub(crate) fn read_json(file: &Path) -> Result<(Tokenizer, Vec<u8>)> {
+    let bytes = std::fs::read(file).map_err(|source| ModelError::Unreadable { file: file.into(), source })?;
+    let refuse = |reason: String| ModelError::Tokenizer { file: file.into(), reason };
+    let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| refuse(format!("is not a tokenizer ({error}); write it anew")))?;
+    // Lengths are the caller's matter here, whatever the file was last used for.
+    tokenizer.with_truncation(None).map_err(|error| refuse(error.to_string()))?.with_padding(None);
+    Ok((tokenizer, bytes))
+}
+
 impl TextTokenizer {
-    /// Reads `tokenizer.json` in a model folder, in its `tokenizer/`, or in the `tokenizer/` beside a `text_encoder/`.
+    /// Reads the tokenizer of the text encoder in `folder`, whose configuration is `config`: in that folder, in its `tokenizer/`, or
+    /// in the `tokenizer` folder beside it (`tokenizer_2` beside `text_encoder_2`).
     ///
     /// # Errors
-    /// None is there (a lone `spiece.model` is said to need conversion), or it is damaged, or has no padding token.
-    pub fn load(folder: &Path) -> Result<Self> {
-        let places = [folder.to_owned(), folder.join("tokenizer"), folder.join("../tokenizer")];
-        let file = places.iter().map(|place| place.join("tokenizer.json")).find(|file| file.is_file());
-        let file = file.ok_or_else(|| {
-            let sentencepiece = places.iter().map(|place| place.join("spiece.model")).find(|file| file.is_file());
-            match sentencepiece {
-                Some(file) => ModelError::Tokenizer {
-                    file,
-                    reason: "only the sentencepiece form is there (expected tokenizer.json); convert it with \
-                             transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-                        .into(),
-                },
-                None => ModelError::MissingFile { file: folder.into(), expected: "tokenizer.json".into() },
-            }
+    /// None is there, or it is damaged, not of the encoder's family, or larger than its vocabulary.
+    pub fn load(folder: &Path, config: &TextConfig) -> Result<Self> {
+        let tokenizer = match config {
+            TextConfig::T5(_) => Self::t5(folder)?,
+            TextConfig::Clip(_) => clip_tokenizer::load(folder)?,
+            TextConfig::Decoder(_) => decoder_tokenizer::load(folder)?,
+        };
+        tokenizer.check_vocabulary(config.vocab_size())?;
+        Ok(tokenizer)
+    }
+
+    /// T5's, which has a padding token.
+    pub(crate) fn t5(folder: &Path) -> Result<Self> {
+        let file = find_json(folder)?;
+        let (tokenizer, bytes) = read_json(&file)?;
+        let pad = tokenizer.token_to_id(PAD).ok_or_else(|| ModelError::Tokenizer {
+            file: file.clone(),
+            reason: format!("has no padding token (expected {PAD}, found none); use a tokenizer of the T5 kind"),
         })?;
-        let bytes = std::fs::read(&file).map_err(|source| ModelError::Unreadable { file: file.clone(), source })?;
-        let refuse = |reason: String| ModelError::Tokenizer { file: file.clone(), reason };
-        let mut tokenizer =
-            Tokenizer::from_bytes(&bytes).map_err(|error| refuse(format!("is not a tokenizer ({error}); write it anew")))?;
-        // Lengths are the caller's matter here, whatever the file was last used for.
-        tokenizer.with_truncation(None).map_err(|error| refuse(error.to_string()))?.with_padding(None);
-        let pad = tokenizer
-            .token_to_id(PAD)
-            .ok_or_else(|| refuse(format!("has no padding token (expected {PAD}, found none); use a tokenizer of the T5 kind")))?;
         Ok(Self::new(tokenizer, file, blake3::hash(&bytes), pad))
     }
 
@@ -91,7 +128,7 @@ impl TextTokenizer {
         TextTokenizer { tokenizer, file, digest: digest.to_hex().to_string(), pad: pad.into(), added }
     }
 
-    /// BLAKE3 of `tokenizer.json`, for CLIP's of what it would say and of the padding id; lower-case hex.
+    /// BLAKE3 of `tokenizer.json` (for CLIP's, of what it would say) and, but for T5's, of the padding id; lower-case hex.
     pub fn digest(&self) -> &str {
         &self.digest
     }
@@ -114,7 +151,8 @@ impl TextTokenizer {
         Err(ModelError::Tokenizer { file: self.file.clone(), reason })
     }
 
-    /// Encodes captions with their special tokens. A caption that is too long is cut, keeps its end mark, and is counted.
+    /// Encodes captions with their special tokens. A caption that is too long is cut, keeps its end mark, and is counted. One that has
+    /// no token at all (Qwen's tokenizer adds none to the empty caption) becomes one padding token, which counts as its own.
     ///
     /// # Errors
     /// `max_tokens` leaves no room for a token of the caption, or the tokenizer fails on a caption.
@@ -125,20 +163,20 @@ impl TextTokenizer {
         let mut truncated = Vec::new();
         let mut rows = Vec::with_capacity(captions.len());
         for (row, caption) in captions.iter().enumerate() {
-            let (encoding, cut) = self.encode_one(caption.as_ref(), max_tokens)?;
+            let (tokens, cut) = self.encode_one(caption.as_ref(), max_tokens)?;
             if cut {
                 truncated.push(row);
             }
-            rows.push(encoding);
+            rows.push(tokens);
         }
-        let lengths: Vec<usize> = rows.iter().map(Encoding::len).collect();
+        let lengths: Vec<usize> = rows.iter().map(Vec::len).collect();
         let width = match padding {
             Padding::Fixed => max_tokens,
             Padding::None => lengths.iter().copied().max().unwrap_or(0),
         };
         let (mut ids, mut mask) = (Vec::new(), Vec::new());
         for row in &rows {
-            ids.extend(row.get_ids().iter().map(|&id| i64::from(id)));
+            ids.extend(row);
             ids.resize(ids.len() + width - row.len(), self.pad);
             mask.resize(mask.len() + row.len(), 1);
             mask.resize(ids.len(), 0);
@@ -147,7 +185,7 @@ impl TextTokenizer {
     }
 
     /// One caption's tokens, and whether it had to be cut.
-    fn encode_one(&self, caption: &str, max_tokens: usize) -> Result<(Encoding, bool)> {
+    fn encode_one(&self, caption: &str, max_tokens: usize) -> Result<(Vec<i64>, bool)> {
         let fail = |error: tokenizers::Error| ModelError::Tokenizer {
             file: self.file.clone(),
             reason: format!("cannot encode a caption ({error}); check the tokenizer with the library that wrote it"),
@@ -156,7 +194,12 @@ impl TextTokenizer {
         let room = max_tokens - self.added;
         let cut = encoding.len() > room;
         encoding.truncate(room, 0, TruncationDirection::Right);
-        Ok((self.tokenizer.post_process(encoding, None, true).map_err(fail)?, cut))
+        let encoding = self.tokenizer.post_process(encoding, None, true).map_err(fail)?;
+        let mut tokens: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
+        if tokens.is_empty() {
+            tokens.push(self.pad);
+        }
+        Ok((tokens, cut))
     }
 }
 
@@ -177,7 +220,7 @@ mod tests {
     #[test]
     fn rows_end_with_the_end_mark_and_are_filled_up() {
         let dir = folder();
-        let tokenizer = TextTokenizer::load(dir.path()).unwrap();
+        let tokenizer = TextTokenizer::t5(dir.path()).unwrap();
         let fixed = tokenizer.encode(&["a red circle", ""], 20, Padding::Fixed).unwrap();
         assert_eq!((fixed.width, fixed.ids.len(), fixed.lengths[1]), (20, 40, 1));
         let n = fixed.lengths[0];
@@ -191,7 +234,7 @@ mod tests {
     #[test]
     fn cut_captions_keep_the_end_mark_and_are_counted() {
         let dir = folder();
-        let tokenizer = TextTokenizer::load(dir.path()).unwrap();
+        let tokenizer = TextTokenizer::t5(dir.path()).unwrap();
         let whole = tokenizer.encode(&CAPTIONS, 100, Padding::None).unwrap();
         let limit = whole.lengths[0] - 1;
         let cut = tokenizer.encode(&CAPTIONS[..1], limit, Padding::Fixed).unwrap();
@@ -204,7 +247,7 @@ mod tests {
     #[test]
     fn a_tokenizer_larger_than_the_encoder_is_refused() {
         let dir = folder();
-        let tokenizer = TextTokenizer::load(dir.path()).unwrap();
+        let tokenizer = TextTokenizer::t5(dir.path()).unwrap();
         let n = tokenizer.vocab_size();
         tokenizer.check_vocabulary(n).unwrap();
         let error = tokenizer.check_vocabulary(n - 1).unwrap_err().to_string();
@@ -214,10 +257,10 @@ mod tests {
     #[test]
     fn missing_and_damaged_files_are_said_so() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(matches!(TextTokenizer::load(dir.path()), Err(ModelError::MissingFile { .. })));
+        assert!(matches!(TextTokenizer::t5(dir.path()), Err(ModelError::MissingFile { .. })));
         std::fs::write(dir.path().join("spiece.model"), "x").unwrap();
-        assert!(matches!(TextTokenizer::load(dir.path()), Err(ModelError::Tokenizer { reason, .. }) if reason.contains("convert")));
+        assert!(matches!(TextTokenizer::t5(dir.path()), Err(ModelError::Tokenizer { reason, .. }) if reason.contains("convert")));
         std::fs::write(dir.path().join("tokenizer.json"), "{\"version\":").unwrap();
-        assert!(matches!(TextTokenizer::load(dir.path()), Err(ModelError::Tokenizer { reason, .. }) if reason.contains("not a tok")));
+        assert!(matches!(TextTokenizer::t5(dir.path()), Err(ModelError::Tokenizer { reason, .. }) if reason.contains("not a tok")));
     }
 }

@@ -38,7 +38,7 @@ pub struct Loaded {
 pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let base = Base::open(&locate("base.model", &config.base.model)?)?;
     let text_model = locate("text.model", &config.text.model)?;
-    let text = text::identity(&text_model)?;
+    let text = text::identity(&text_model, config.text.max_tokens)?;
     let kind = device::kind(config.base.dtype);
     check_conditions(&UNetConfig::read(base.unet_part()?.config)?, base.path())?;
     let loras = config.base.loras.iter().map(lora).collect::<Result<Vec<_>, _>>()?;

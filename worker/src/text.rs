@@ -3,9 +3,9 @@
 use crate::device;
 use ella_model::ModelError;
 use ella_model::part::Part;
-use ella_model::text::{Text, TextConfig};
+use ella_model::text::{Layers as Taken, Text, TextConfig};
 use ella_model::tokenizer::{Padding as Rule, TextTokenizer};
-use ella_proto::config::{Dtype, Padding};
+use ella_proto::config::{Dtype, Layers, Padding};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
@@ -18,6 +18,8 @@ pub struct TextOptions {
     pub max_tokens: usize,
     /// Padding rule.
     pub padding: Padding,
+    /// Which layers features are made of.
+    pub layers: Layers,
     /// Compute format of the encoder.
     pub dtype: Dtype,
 }
@@ -53,11 +55,12 @@ pub struct TextEncoder {
 }
 
 impl TextEncoder {
-    /// Loads both, and checks that they fit each other.
+    /// Loads both, and checks that they fit each other and `max_tokens` before the weights are read.
     pub fn load(options: &TextOptions, device: Device) -> Result<Self, ModelError> {
-        let tokenizer = TextTokenizer::load(&options.model)?;
+        let config = TextConfig::load(&options.model)?;
+        config.check_max_tokens(options.max_tokens, &options.model)?;
+        let tokenizer = TextTokenizer::load(&options.model, &config)?;
         let network = Text::load(&options.model, device::kind(options.dtype), device)?;
-        tokenizer.check_vocabulary(network.config().vocab_size())?;
         Ok(Self { network, tokenizer, options: options.clone(), device })
     }
 
@@ -74,7 +77,11 @@ impl TextEncoder {
         };
         let encoded = self.tokenizer.encode(captions, self.options.max_tokens, rule)?;
         let (ids, mask) = encoded.tensors(self.device)?;
-        let features = tch::no_grad(|| self.network.forward(&ids, &mask))?.last_hidden_state();
+        let layers = match self.options.layers {
+            Layers::Last => Taken::Last,
+            Layers::Average => Taken::Average,
+        };
+        let features = tch::no_grad(|| self.network.features(&ids, &mask, layers))?;
         Ok(Rows { features, tokens: encoded.lengths, truncated: encoded.truncated.len() })
     }
 
@@ -89,18 +96,21 @@ impl TextEncoder {
 pub struct TextIdentity {
     /// BLAKE3 of the weights and the configuration, lower-case hex.
     pub weights_digest: String,
-    /// BLAKE3 of `tokenizer.json`, lower-case hex.
+    /// The tokenizer's digest, lower-case hex.
     pub tokenizer_digest: String,
     /// Width E of the features.
     pub width: i64,
 }
 
 /// Reads a text model's identity.
-pub fn identity(model: &Path) -> Result<TextIdentity, ModelError> {
+///
+/// # Errors
+/// Its files are not there or not sound, its tokenizer does not fit, or it cannot take captions of `max_tokens` tokens.
+pub fn identity(model: &Path, max_tokens: usize) -> Result<TextIdentity, ModelError> {
     let part = Part::open(model)?;
-    Ok(TextIdentity {
-        weights_digest: part.fingerprint(),
-        tokenizer_digest: TextTokenizer::load(model)?.digest().to_owned(),
-        width: TextConfig::read(part.config)?.width(),
-    })
+    let weights_digest = part.fingerprint();
+    let config = TextConfig::read(part.config)?;
+    config.check_max_tokens(max_tokens, model)?;
+    let tokenizer_digest = TextTokenizer::load(model, &config)?.digest().to_owned();
+    Ok(TextIdentity { weights_digest, tokenizer_digest, width: config.width() })
 }

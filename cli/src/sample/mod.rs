@@ -18,7 +18,7 @@ use grid::{Grid, Picture};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use crate::embed::Padding;
+use crate::embed::{Layers, Padding};
 use crate::lora::Loras;
 use crate::ui::{DONE, Fail, Meter, Out, count};
 
@@ -68,6 +68,9 @@ pub(crate) struct Sample {
     /// Padding rule, as in training
     #[arg(long, value_enum, default_value_t = Padding::Fixed)]
     padding: Padding,
+    /// Which of the text encoder's layers are taken, as in training
+    #[arg(long, value_enum, default_value_t = Layers::Last)]
+    layers: Layers,
     /// The connector's attention heads, which its file does not tell
     #[arg(long, default_value_t = DEFAULT_HEADS)]
     heads: i64,
@@ -120,8 +123,13 @@ impl Sample {
     }
 
     fn models<'a>(&'a self, base: &'a Path, text: PathBuf) -> Models<'a> {
-        let text =
-            TextOptions { model: text, max_tokens: self.max_tokens as usize, padding: self.padding.into(), dtype: config::Dtype::Fp32 };
+        let text = TextOptions {
+            model: text,
+            max_tokens: self.max_tokens as usize,
+            padding: self.padding.into(),
+            layers: self.layers.into(),
+            dtype: config::Dtype::Fp32,
+        };
         Models { connector: &self.connector, heads: self.heads, base, text }
     }
 

@@ -8,7 +8,14 @@ pub(super) fn known() -> toml::Table {
     let full = RunConfig {
         run: Run { output: String::new(), seed: 0 },
         base: Base { model: String::new(), dtype: Dtype::Fp32, loras: vec![Lora { file: String::new(), weight: 1.0 }] },
-        text: Text { model: String::new(), max_tokens: 1, padding: Padding::Fixed, features: Features::Cached, dtype: Dtype::Fp32 },
+        text: Text {
+            model: String::new(),
+            max_tokens: 1,
+            padding: Padding::Fixed,
+            layers: Layers::Last,
+            features: Features::Cached,
+            dtype: Dtype::Fp32,
+        },
         data: Data { path: String::new(), window: 1 },
         connector: Connector { width: Some(1), ..Connector::default() },
         train: Train { snr_gamma: Some(1.0), ..Train::default() },

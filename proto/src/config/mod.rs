@@ -157,6 +157,17 @@ pub enum Padding {
     None,
 }
 
+/// Which of the text encoder's layers the features are made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layers {
+    /// The last hidden state, as in the released weights.
+    #[default]
+    Last,
+    /// The layer-normalized average over all layers (arXiv 2506.08210).
+    Average,
+}
+
 /// Where features come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -182,6 +193,9 @@ pub struct Text {
     /// Padding rule.
     #[serde(default)]
     pub padding: Padding,
+    /// Which layers features are made of.
+    #[serde(default)]
+    pub layers: Layers,
     /// Where features come from.
     #[serde(default)]
     pub features: Features,
@@ -616,6 +630,7 @@ mod tests {
             "run.seed=1",
             "train.micro_batch=4",
             "text.padding=none",
+            "text.layers=average",
             "train.optimizer.lr=1",
             "data.window=2",
             "connector.kind=mlp",

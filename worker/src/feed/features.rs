@@ -2,8 +2,8 @@
 
 use super::FeedError;
 use crate::text::{TextEncoder, TextIdentity};
-use ella_dataset::{FeatureDtype, FeatureReader, FeatureSpec, Features, Padding as Stored};
-use ella_proto::config::{Dtype, Padding, Text};
+use ella_dataset::{FeatureDtype, FeatureLayers, FeatureReader, FeatureSpec, Features, Padding as Stored};
+use ella_proto::config::{Dtype, Layers, Padding, Text};
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
@@ -16,6 +16,10 @@ pub fn spec(text: &Text, identity: &TextIdentity) -> Result<FeatureSpec, FeedErr
         padding: match text.padding {
             Padding::Fixed => Stored::Fixed,
             Padding::None => Stored::None,
+        },
+        layers: match text.layers {
+            Layers::Last => FeatureLayers::Last,
+            Layers::Average => FeatureLayers::Average,
         },
         dtype: match text.dtype {
             Dtype::Fp32 => FeatureDtype::F32,

@@ -108,6 +108,7 @@ fn feature_source(
             model: models::locate("text.model", &config.text.model)?,
             max_tokens: config.text.max_tokens,
             padding: config.text.padding,
+            layers: config.text.layers,
             dtype: config.text.dtype,
         };
         let encoder = Box::new(TextEncoder::load(&options, device)?);

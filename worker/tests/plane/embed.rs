@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 fn folder(config: &RunConfig) -> PathBuf {
-    let spec = spec(&config.text, &identity(Path::new(&config.text.model)).unwrap()).unwrap();
+    let spec = spec(&config.text, &identity(Path::new(&config.text.model), config.text.max_tokens).unwrap()).unwrap();
     Path::new(&config.data.path).join("features").join(spec.fingerprint().to_string())
 }
 
@@ -55,9 +55,9 @@ fn what_changes_a_feature_changes_its_fingerprint() {
     for file in ["model.safetensors", "config.json", "tokenizer.json"] {
         std::fs::copy(path("text").join(file), copy.path().join(file)).unwrap();
     }
-    let of_copy = || identity(copy.path()).unwrap();
+    let of_copy = || identity(copy.path(), 40).unwrap();
     let first = of_copy();
-    assert_eq!(first, identity(&path("text")).unwrap());
+    assert_eq!(first, identity(&path("text"), 40).unwrap());
     let text = std::fs::read_to_string(copy.path().join("config.json")).unwrap();
     std::fs::write(
         copy.path().join("config.json"),

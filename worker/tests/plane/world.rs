@@ -120,13 +120,14 @@ pub(crate) fn open(config: &RunConfig) -> DataSet {
 
 pub(crate) fn encoder(config: &RunConfig) -> TextEncoder {
     let (model, max_tokens) = (PathBuf::from(&config.text.model), config.text.max_tokens);
-    TextEncoder::load(&TextOptions { model, max_tokens, padding: config.text.padding, dtype: config.text.dtype }, Device::Cpu).unwrap()
+    let (padding, layers, dtype) = (config.text.padding, config.text.layers, config.text.dtype);
+    TextEncoder::load(&TextOptions { model, max_tokens, padding, layers, dtype }, Device::Cpu).unwrap()
 }
 
 /// Embeds what is missing, as the config asks for it.
 pub(crate) fn embedded(config: &RunConfig) -> EmbedReport {
     let _alone = EMBEDDING.lock().unwrap_or_else(PoisonError::into_inner);
-    let spec = feed::spec(&config.text, &identity(Path::new(&config.text.model)).unwrap()).unwrap();
+    let spec = feed::spec(&config.text, &identity(Path::new(&config.text.model), config.text.max_tokens).unwrap()).unwrap();
     let done = || embed(&open(config), &encoder(config), &spec, 2, (RUNTIME.handle(), &mut |_| {}));
     tokio::task::block_in_place(done).unwrap()
 }
