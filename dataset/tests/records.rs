@@ -5,8 +5,8 @@ mod common;
 
 use common::{files, good_tar, small, sources};
 use ella_dataset::{
-    CacheLimits, DataError, DataSet, FeatureDtype, FeatureLayers, FeatureReader, FeatureSpec, FeatureWriter, Manifest, Padding, PrepareOptions, Refusal,
-    Row, ShardLayout, ShardReader, ShardWriter, captions_from_txt, prepare, prepare_captions,
+    CacheLimits, DataError, DataSet, FeatureDtype, FeatureLayers, FeatureReader, FeatureSpec, FeatureWriter, Manifest, Padding,
+    PrepareOptions, Refusal, Row, ShardLayout, ShardReader, ShardWriter, captions_from_txt, prepare, prepare_captions,
 };
 use ella_store::{Digest, Store};
 use half::f16;

@@ -52,7 +52,8 @@ fn id(tokenizer: &Tokenizer, settings: &Settings, field: &str) -> Result<Option<
 fn check_added(tokenizer: &Tokenizer, settings: &Settings, (flag, field, first): (&str, &str, bool)) -> Result<()> {
     let Some(wanted) = settings.config.get::<bool>(flag, "true or false")? else { return Ok(()) };
     let Some(token) = id(tokenizer, settings, field)? else { return Ok(()) };
-    let empty = tokenizer.encode_fast("", true).map_err(|error| settings.config.refuse(flag, &format!("a setting that works ({error})")))?;
+    let empty =
+        tokenizer.encode_fast("", true).map_err(|error| settings.config.refuse(flag, &format!("a setting that works ({error})")))?;
     let ids = empty.get_ids();
     let is = if first { ids.first() } else { ids.last() } == Some(&token);
     let rule = format!("{is}, as the post_processor of tokenizer.json has it");

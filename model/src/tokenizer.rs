@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::de::IgnoredAny;
 use tch::{Device, Tensor};
 use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
 
@@ -89,7 +90,11 @@ pub(crate) fn find_json(folder: &Path) -> Result<PathBuf> {
 pub(crate) fn read_json(file: &Path) -> Result<(Tokenizer, Vec<u8>)> {
     let bytes = std::fs::read(file).map_err(|source| ModelError::Unreadable { file: file.into(), source })?;
     let refuse = |reason: String| ModelError::Tokenizer { file: file.into(), reason };
-    let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| refuse(format!("is not a tokenizer ({error}); write it anew")))?;
+    let not = |error: String| refuse(format!("is not a tokenizer ({error}); write it anew"));
+    serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|error| not(error.to_string()))?;
+    // The library panics on JSON in which a decoder or a normalizer is not what it should be.
+    let read = std::panic::catch_unwind(|| Tokenizer::from_bytes(&bytes).map_err(|error| error.to_string()));
+    let mut tokenizer = read.unwrap_or_else(|_| Err("its normalizer or decoder cannot be read".into())).map_err(not)?;
     // Lengths are the caller's matter here, whatever the file was last used for.
     tokenizer.with_truncation(None).map_err(|error| refuse(error.to_string()))?.with_padding(None);
     Ok((tokenizer, bytes))

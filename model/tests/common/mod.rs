@@ -1,12 +1,15 @@
-//! What the golden tests share: where goldens lie, reading them, and how far a tensor is from its expected value.
+//! What the golden tests share: where goldens lie, reading, copying and damaging them, and how far a tensor is from its expected value.
 
 // Every test program uses a part of this; and the lint's exception for tests does not reach helpers.
 #![allow(dead_code, clippy::unwrap_used)]
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use ella_model::weights::Weights;
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
+use tempfile::TempDir;
 
 /// A golden's folder.
 pub(crate) fn folder(name: &str) -> PathBuf {
@@ -42,4 +45,47 @@ pub(crate) fn relative(a: &Tensor, b: &Tensor) -> f64 {
     let error = (&a - &b).abs().max().double_value(&[]) / b.abs().max().double_value(&[]);
     assert!(error.is_finite(), "not finite");
     error
+}
+
+/// A copy of a golden folder whose files a test may change.
+pub(crate) fn copy(name: &str) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(folder(name)).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+    }
+    dir
+}
+
+/// Changes a JSON file in a copy.
+pub(crate) fn edit(dir: &TempDir, file: &str, change: impl FnOnce(&mut Value)) {
+    let path = dir.path().join(file);
+    let mut json = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    change(&mut json);
+    fs::write(path, json.to_string()).unwrap();
+}
+
+/// Tries 150 damaged forms of one file in a copy of a golden: bytes cut off, taken out and changed, always the same ones.
+pub(crate) fn garbled(name: &str, file: &str, attempt: impl Fn(&Path)) {
+    let mut state = 1u64;
+    let mut next = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    let (dir, sound) = (copy(name), fs::read(folder(name).join(file)).unwrap());
+    for _ in 0..150 {
+        let mut bytes = sound.clone();
+        for _ in 0..1 + next(3) {
+            let at = next(bytes.len());
+            match next(4) {
+                0 => bytes.truncate(at.max(1)),
+                1 => drop(bytes.remove(at)),
+                2 => bytes[at] = next(256) as u8,
+                // Digits, quotes and brackets break structure and numbers more often than any byte does.
+                _ => bytes[at] = b"0123456789-\"[]{},: "[next(19)],
+            }
+        }
+        fs::write(dir.path().join(file), bytes).unwrap();
+        attempt(dir.path());
+    }
 }
