@@ -47,7 +47,7 @@ fn an_interrupted_embedding_goes_on_and_ends_with_the_same_bytes() {
 #[test]
 fn what_changes_a_feature_changes_its_fingerprint() {
     let known = folder(&config(&[]));
-    for other in ["text.padding=none", "text.dtype=bf16", "text.max_tokens=41"] {
+    for other in ["text.padding=none", "text.dtype=bf16", "text.max_tokens=41", "text.layers=average"] {
         assert_ne!(folder(&config(&[other])), known, "{other}");
     }
     // Other weights, tokenizer or configuration under the same file names.

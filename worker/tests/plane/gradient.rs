@@ -5,7 +5,7 @@ use ella_proto::config::RunConfig;
 use ella_worker::train::lane::{LaneBatch, Networks};
 use tch::{Kind, Tensor};
 
-fn batches(config: &RunConfig, step: u64) -> Vec<LaneBatch> {
+pub(crate) fn batches(config: &RunConfig, step: u64) -> Vec<LaneBatch> {
     let input = fed(config, 0..LANES, step..step + 1).next_step().unwrap();
     input.lanes.into_iter().filter_map(|lane| lane.batch).collect()
 }
@@ -26,7 +26,7 @@ fn together(lanes: &[LaneBatch]) -> LaneBatch {
     }
 }
 
-fn sum_of_lanes(networks: &Networks, lanes: &[LaneBatch], samples: u64) -> (Tensor, f64) {
+pub(crate) fn sum_of_lanes(networks: &Networks, lanes: &[LaneBatch], samples: u64) -> (Tensor, f64) {
     let each: Vec<_> = lanes.iter().map(|lane| networks.gradient(lane, samples).unwrap()).collect();
     (Tensor::stack(&each.iter().map(|g| &g.grad).collect::<Vec<_>>(), 0).sum_dim_intlist([0i64].as_slice(), false, Kind::Float), {
         each.iter().map(|g| g.loss_sum).sum()

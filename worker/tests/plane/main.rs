@@ -5,6 +5,7 @@
 
 mod coordinator;
 mod embed;
+mod families;
 mod feed;
 mod gradient;
 mod session;
