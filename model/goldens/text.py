@@ -155,6 +155,49 @@ class Tsc(nn.Module):
         return self.connector(text_features, self.time_embedding(sinusoid).unsqueeze(1))
 
 
+class AttentionPool(nn.Module):
+    """openai/CLIP's AttentionPool2d (clip/model.py) over a sequence; without positions where the sequence has no fixed length."""
+
+    def __init__(self, length, width, heads, output):
+        super().__init__()
+        if length:
+            self.positional_embedding = nn.Parameter(torch.zeros(1 + length, width))
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, output)
+        self.heads = heads
+
+    def forward(self, x):
+        x = x.transpose(0, 1)  # [L, B, D]
+        x = torch.cat([x.mean(dim=0, keepdim=True), x], dim=0)
+        if hasattr(self, "positional_embedding"):
+            x = x + self.positional_embedding[:, None, :]
+        x, _ = nn.functional.multi_head_attention_forward(
+            query=x[:1], key=x, value=x, embed_dim_to_check=x.shape[-1], num_heads=self.heads,
+            q_proj_weight=self.q_proj.weight, k_proj_weight=self.k_proj.weight, v_proj_weight=self.v_proj.weight, in_proj_weight=None,
+            in_proj_bias=torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]), bias_k=None, bias_v=None, add_zero_attn=False,
+            dropout_p=0.0, out_proj_weight=self.c_proj.weight, out_proj_bias=self.c_proj.bias, use_separate_proj_weight=True, need_weights=False,
+        )
+        return x.squeeze(0)
+
+
+class Pooled(nn.Module):
+    """A connector with a pooled head: the states, and what SDXL is told besides."""
+
+    def __init__(self, kind, pool, **config):
+        super().__init__()
+        body = kind(**config)
+        self.time_embedding = getattr(body, "time_embedding", None)
+        self.connector = body.connector
+        self.pool = AttentionPool(**pool)
+        self.body = [body]  # in a list, so that its parameters are not named twice
+
+    def forward(self, text_features, timesteps):
+        states = self.body[0](text_features, timesteps)
+        return states, self.pool(states)
+
+
 CONNECTORS = {
     # The default number of heads; a time embedding that is not as wide as the network; both ends of the schedule.
     "tsc-8-heads": (Tsc, dict(width=24, layers=2, heads=8, latents=5, text_width=20, time_channel=320, time_embed_dim=16), 7, [0, 999, 500], torch.float32),
@@ -167,6 +210,9 @@ CONNECTORS = {
     "resampler": (PlainResampler, dict(width=24, layers=2, heads=8, latents=5, text_width=20), 7, [0, 999, 500], torch.float32),
     "resampler-1-block": (PlainResampler, dict(width=16, layers=1, heads=2, latents=9, text_width=12), 33, [998, 3], torch.float32),
     "mlp": (LlavaMlp, dict(width=24, text_width=20), 11, [0, 999, 500], torch.float32),
+    # With a pooled head.
+    "tsc-pooled": (Pooled, dict(kind=Tsc, pool=dict(length=5, width=24, heads=4, output=10), width=24, layers=2, heads=4, latents=5, text_width=12, time_channel=32, time_embed_dim=16), 9, [0, 999, 500], torch.float32),
+    "mlp-pooled": (Pooled, dict(kind=LlavaMlp, pool=dict(length=0, width=16, heads=2, output=6), width=16, text_width=12), 7, [3, 998], torch.float32),
 }
 
 T5S = {
@@ -190,13 +236,16 @@ def dump_connector(folder, kind, config, tokens, timesteps, dtype):
     model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
     features = torch.randn(len(timesteps), tokens, config["text_width"], requires_grad=True)
     timesteps = torch.tensor(timesteps)
-    states = model(features, timesteps)
-    weight = torch.randn_like(states)
-    (states * weight).sum().backward()
+    output = model(features, timesteps)
+    outputs = dict(zip(["hidden_states", "pooled"], output if isinstance(output, tuple) else [output]))
+    weights = {name: torch.randn_like(tensor) for name, tensor in outputs.items()}
+    sum((outputs[name] * weight).sum() for name, weight in weights.items()).backward()
+    weights = {"grad_output" if name == "hidden_states" else f"grad_output.{name}": weight for name, weight in weights.items()}
     gradients = {f"grad.{name}": parameter.grad for name, parameter in model.named_parameters()}
     save_file(stored, folder / "connector.safetensors", metadata={"format": "pt"})
-    save_file({"text_features": features.detach(), "timesteps": timesteps, "grad_output": weight}, folder / "inputs.safetensors")
-    save_file({"hidden_states": states.detach(), "grad.text_features": features.grad, **gradients}, folder / "outputs.safetensors")
+    save_file({"text_features": features.detach(), "timesteps": timesteps, **weights}, folder / "inputs.safetensors")
+    outputs = {name: tensor.detach() for name, tensor in outputs.items()}
+    save_file({**outputs, "grad.text_features": features.grad, **gradients}, folder / "outputs.safetensors")
 
 
 def dump_t5(folder, config, kind, tokens):

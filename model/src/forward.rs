@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::connector::{Connector, DEFAULT_HEADS};
+use crate::connector::{Conditions, Connector, DEFAULT_HEADS};
 use crate::error::{ModelError, Result};
 use crate::layers::inner_product;
 use crate::lora::Lora;
@@ -22,7 +22,8 @@ use crate::weights::{self, Weights};
 /// The networks that can be run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Net {
-    /// `text_features` `[B,S,E]`, `timesteps` `[B]` to `hidden_states` `[B,L,D]`; of an MLP, `[B,S,D]`.
+    /// `text_features` `[B,S,E]`, `timesteps` `[B]` to `hidden_states` `[B,L,D]`; of an MLP, `[B,S,D]`; with a pooled head to `pooled`
+    /// `[B,P]` too.
     Connector,
     /// `sample` `[B,C,H,W]`, `timesteps` `[B]`, `hidden_states` `[B,L,D]`, for SDXL `text_embeds` `[B,P]` and `time_ids` `[B,6]` too,
     /// to `sample`.
@@ -124,7 +125,11 @@ fn connector(connector: &Connector, inputs: &Inputs<'_>) -> Result<Named> {
     let timesteps = inputs.timesteps()?;
     let mut watched = vec![("text_features".to_owned(), features.shallow_clone())];
     watched.extend(connector.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())));
-    inputs.differentiate("hidden_states", watched, || connector.forward(&features, &timesteps, None))
+    inputs.differentiate(watched, || {
+        let Conditions { states, pooled } = connector.forward(&features, &timesteps, None)?;
+        let pooled = pooled.map(|pooled| ("pooled".to_owned(), pooled));
+        Ok([("hidden_states".to_owned(), states)].into_iter().chain(pooled).collect())
+    })
 }
 
 fn unet(unet: &UNet, inputs: &Inputs<'_>) -> Result<Named> {
@@ -147,11 +152,13 @@ fn unet(unet: &UNet, inputs: &Inputs<'_>) -> Result<Named> {
         let _ = watched.iter_mut().map(|(_, tensor)| tensor.f_set_requires_grad(true)).collect::<std::result::Result<Vec<_>, _>>()?;
         let pass = unet.forward_checkpointed(&sample, &timesteps, &states, added.as_ref())?;
         let output = pass.prediction().shallow_clone();
-        let gradients = pass.gradients(&inputs.grad_output(&output)?)?;
+        let weight = inputs.weight("grad_output", &output)?;
+        inputs.finish()?;
+        let gradients = pass.gradients(&weight)?;
         let gradients = std::iter::once(gradients.hidden_states).chain(gradients.text_embeds);
-        return Ok(with_gradients("sample", output, watched.into_iter().map(|(name, _)| name), gradients));
+        return Ok(with_gradients(vec![("sample".into(), output)], watched.into_iter().map(|(name, _)| name), gradients));
     }
-    inputs.differentiate("sample", watched, || unet.forward_added(&sample, &timesteps, &states, added.as_ref()))
+    inputs.differentiate(watched, || Ok(vec![("sample".into(), unet.forward_added(&sample, &timesteps, &states, added.as_ref())?)]))
 }
 
 fn text(text: &Text, inputs: &Inputs<'_>) -> Result<Named> {
@@ -188,10 +195,10 @@ fn vae_decode(vae: &Vae, inputs: &Inputs<'_>) -> Result<Named> {
     Ok(vec![("image".into(), vae.decode(&latent)?)])
 }
 
-/// The output under `name`, and the gradients by what has these names.
-fn with_gradients(name: &str, output: Tensor, names: impl Iterator<Item = String>, gradients: impl Iterator<Item = Tensor>) -> Named {
+/// The outputs, and the gradients by what has these names.
+fn with_gradients(outputs: Named, names: impl Iterator<Item = String>, gradients: impl Iterator<Item = Tensor>) -> Named {
     let gradients = names.map(|name| format!("grad.{name}")).zip(gradients);
-    std::iter::once((name.to_owned(), output)).chain(gradients).collect()
+    outputs.into_iter().chain(gradients).collect()
 }
 
 /// One axis of an input.
@@ -281,27 +288,36 @@ impl<'a> Inputs<'a> {
         }
     }
 
-    /// The network's output under `name` and, where asked for, the gradients of Σ output · `grad_output` by what is `watched`.
-    fn differentiate(&self, name: &str, watched: Named, run: impl FnOnce() -> Result<Tensor>) -> Result<Named> {
+    /// The network's outputs and, where asked for, the gradients of Σ output · `grad_output` by what is `watched`. A second output's weight
+    /// is `grad_output.NAME`, and 0 if that is left out.
+    fn differentiate(&self, watched: Named, run: impl FnOnce() -> Result<Named>) -> Result<Named> {
         if !self.options.grad {
             self.finish()?;
-            return Ok(vec![(name.into(), tch::no_grad(run)?)]);
+            return tch::no_grad(run);
         }
         // A tensor that requires gradients shares the flag with its shallow clones, which the network holds.
         let (names, leaves): (Vec<String>, Vec<Tensor>) =
             watched.into_iter().map(|(name, tensor)| (name, tensor.set_requires_grad(true))).unzip();
-        let output = run()?;
-        let loss = inner_product(&output, &self.grad_output(&output)?)?;
-        let gradients = Tensor::f_run_backward(&[loss], &leaves, false, false)?;
-        Ok(with_gradients(name, output, names.into_iter(), gradients.into_iter()))
+        let outputs = run()?;
+        let losses: Vec<Tensor> = outputs.iter().enumerate().map(|(n, (name, output))| self.weighted(n, name, output)).collect::<Result<_>>()?;
+        self.finish()?;
+        let gradients = Tensor::f_run_backward(&losses, &leaves, false, false)?;
+        Ok(with_gradients(outputs, names.into_iter(), gradients.into_iter()))
     }
 
-    /// `grad_output`, of the output's shape: the last input.
-    fn grad_output(&self, output: &Tensor) -> Result<Tensor> {
+    /// Σ output · weight, in float32.
+    fn weighted(&self, number: usize, name: &str, output: &Tensor) -> Result<Tensor> {
+        let key = if number == 0 { "grad_output".to_owned() } else { format!("grad_output.{name}") };
+        if number > 0 && self.file.shape(&key).is_none() {
+            return inner_product(output, &output.f_zeros_like()?);
+        }
+        inner_product(output, &self.weight(&key, output)?)
+    }
+
+    /// The input `key`, of an output's shape.
+    fn weight(&self, key: &str, output: &Tensor) -> Result<Tensor> {
         let dims: Vec<Dim> = output.size().into_iter().map(Dim::Is).collect();
-        let weight = self.floats("grad_output", &dims)?;
-        self.finish()?;
-        Ok(weight)
+        self.floats(key, &dims)
     }
 
     fn label(&self, name: &str) -> String {

@@ -377,7 +377,7 @@ mod tests {
             let noise = normal(&format!("noise {step}"), &[4, 4, 8, 8]);
             let t = Tensor::from_slice(&CounterRng::new(step, "t").uniform(4, 499.0)).to_kind(Kind::Int64) + 500;
             let noisy = schedule.add_noise(&latents, &noise, &t).unwrap();
-            let states = tsc.forward(&features, &t, None).unwrap();
+            let states = tsc.forward(&features, &t, None).unwrap().states;
             let loss = (unet.forward(&noisy, &t, &states).unwrap() - noise).square().mean(Kind::Float);
             losses.push(loss.double_value(&[]));
             let weights: Vec<&Tensor> = state.iter().map(|(w, _, _)| w).collect();

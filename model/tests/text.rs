@@ -41,7 +41,8 @@ fn compare(name: &str, net: Net, model: &str, options: &Options) -> (f64, f64) {
 #[test]
 fn the_connectors_agree_with_the_reference_modules() {
     let tscs = [("tsc-8-heads", 8), ("tsc-4-heads", 4), ("tsc-half", 2), ("tsc-zero", 4)];
-    for (name, heads) in tscs.into_iter().chain([("resampler", 8), ("resampler-1-block", 2), ("mlp", 8)]) {
+    let pooled = [("tsc-pooled", 4), ("mlp-pooled", 2)];
+    for (name, heads) in tscs.into_iter().chain([("resampler", 8), ("resampler-1-block", 2), ("mlp", 8)]).chain(pooled) {
         let options = Options { grad: true, heads, ..Options::default() };
         let (values, gradients) = compare(name, Net::Connector, "connector.safetensors", &options);
         assert!(values <= 1e-5 && gradients <= 1e-4, "{name}");

@@ -40,7 +40,6 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let text_model = locate("text.model", &config.text.model)?;
     let text = text::identity(&text_model, config.text.max_tokens)?;
     let kind = device::kind(config.base.dtype);
-    check_conditions(&UNetConfig::read(base.unet_part()?.config)?, base.path())?;
     let loras = config.base.loras.iter().map(lora).collect::<Result<Vec<_>, _>>()?;
     let (unet, vae, schedule) = (base.unet_with(&loras, kind, device)?, base.vae(kind, device)?, base.schedule(device)?);
     check_latents(unet.config(), &vae, base.path())?;
@@ -100,18 +99,8 @@ fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> R
         Wanted::Mlp => ConnectorKind::Mlp,
     };
     let (layers, heads, latents) = (c.layers as i64, c.heads as i64, c.latents as i64);
-    Ok(ConnectorConfig { layers, heads, latents, ..ConnectorConfig::new(kind, width, text_width) })
-}
-
-/// Refuses bases that also take pooled text, which no connector makes yet, before their weights are read.
-fn check_conditions(unet: &UNetConfig, base: &Path) -> Result<(), ModelError> {
-    match unet.added {
-        None => Ok(()),
-        Some(_) => Err(ModelError::Unsupported {
-            what: format!("{}: training on a base with addition_embed_type = \"text_time\" (SDXL)", base.display()),
-            instead: "take a base of the SD 1.5 or SD 2 kind".into(),
-        }),
-    }
+    let pooled = unet.pooled_width()?;
+    Ok(ConnectorConfig { layers, heads, latents, pooled, ..ConnectorConfig::new(kind, width, text_width) })
 }
 
 fn check_latents(unet: &UNetConfig, vae: &Vae, base: &Path) -> Result<(), ModelError> {
@@ -142,19 +131,4 @@ fn models_digest(base: &Base, loras: &[Lora], text: &TextIdentity) -> Result<Dig
     }
     hasher.update(text.weights_digest.as_bytes()).update(text.tokenizer_digest.as_bytes());
     Ok(hasher.finish())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_base_that_takes_pooled_text_is_refused_in_one_line() {
-        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/goldens");
-        let check = |name: &str| check_conditions(&UNetConfig::load(&goldens.join(name)).unwrap(), Path::new("models/base"));
-        check("unet-sd2").unwrap();
-        let expected = "models/base: training on a base with addition_embed_type = \"text_time\" (SDXL) is not supported; \
-                        take a base of the SD 1.5 or SD 2 kind";
-        assert_eq!(check("unet-sdxl").unwrap_err().to_string(), expected);
-    }
 }

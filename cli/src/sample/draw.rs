@@ -4,11 +4,11 @@ use std::path::Path;
 
 use ella_model::ModelError;
 use ella_model::base::Base;
-use ella_model::connector::Connector;
+use ella_model::connector::{Conditions, Connector};
 use ella_model::lora::Lora;
 use ella_model::rng::CounterRng;
 use ella_model::sampler::{Method, Sampler};
-use ella_model::unet::UNet;
+use ella_model::unet::{Added, UNet};
 use ella_model::vae::Vae;
 use ella_proto::config::Padding;
 use ella_worker::text::{TextEncoder, TextOptions};
@@ -80,6 +80,8 @@ impl Drawer {
             }
         };
         fits("the connector's width", base.path(), unet.config().cross_attention_dim, connector.config().width)?;
+        let pooled = (unet.config().pooled_width()?.unwrap_or(0), connector.config().pooled.unwrap_or(0));
+        fits("the width of the connector's pooled text (0: none)", base.path(), pooled.0, pooled.1)?;
         fits("the connector's text width", &models.text.model, text.width(), connector.config().text_width)?;
         let sampler = settings.method.sampler(&base.schedule(device)?, settings.steps)?;
         let own_size = unet.config().sample_size * vae.config().downscale();
@@ -148,9 +150,10 @@ impl Drawer {
         let mut latents = noise.f_mul_scalar(self.sampler.init_sigma())?;
         for (index, t) in self.sampler.timesteps().to_vec().into_iter().enumerate() {
             let timesteps = Tensor::f_full([2 * b as i64], f64::from(t), (Kind::Float, device))?;
-            let states = self.connector.forward(&rows.features, &timesteps, mask.as_ref())?; // [2b, L or S, D]
+            let Conditions { states, pooled } = self.connector.forward(&rows.features, &timesteps, mask.as_ref())?; // [2b, L or S, D]
+            let added = self.added(pooled, &latents)?;
             let input = self.sampler.scale_input(&latents, index)?;
-            let both = self.unet.forward(&Tensor::f_cat(&[&input, &input], 0)?, &timesteps, &states)?;
+            let both = self.unet.forward_added(&Tensor::f_cat(&[&input, &input], 0)?, &timesteps, &states, added.as_ref())?;
             let halves = both.f_chunk(2, 0)?;
             let output = halves[1].f_sub(&halves[0])?.f_mul_scalar(self.guidance)?.f_add(&halves[0])?;
             let mut fresh = || {
@@ -161,6 +164,16 @@ impl Drawer {
             step();
         }
         Ok(self.vae.decode(&self.vae.unscale(&latents)?)?.f_clamp(-1.0, 1.0)?)
+    }
+
+    /// What SDXL is told beside the states `[2b, L, D]`: the pooled text, and the sizes of pictures that were never resized nor cropped.
+    fn added(&self, pooled: Option<Tensor>, latents: &Tensor) -> Result<Option<Added>, ModelError> {
+        let Some(text_embeds) = pooled else { return Ok(None) };
+        let (b, _, h, w) = latents.size4()?;
+        let downscale = self.vae.config().downscale();
+        let (height, width) = (h * downscale, w * downscale);
+        let time_ids = Tensor::f_from_slice(&[height, width, 0, 0, height, width])?.f_to_kind(Kind::Float)?.f_to_device(self.device)?;
+        Ok(Some(Added { text_embeds, time_ids: time_ids.f_expand([2 * b, 6], false)? }))
     }
 
     /// Whether a text is longer than the token limit: counted once, not for each picture.

@@ -1,4 +1,4 @@
-//! What a connector's file tells: its kind, by the names of its tensors, and its sizes, by their shapes.
+//! What a connector's file tells: its kind and whether it has a pooled head, by the names of its tensors, and its sizes, by their shapes.
 
 use super::{ConnectorConfig, ConnectorKind};
 use crate::error::{ModelError, Result};
@@ -16,6 +16,9 @@ pub(super) fn config_of(weights: &Weights, heads: i64) -> Result<ConnectorConfig
     (config.width, config.text_width) = matrix(weights, input)?;
     if kind.is_timed() {
         (config.time_embed_dim, config.time_channel) = matrix(weights, "time_embedding.linear_1.weight")?;
+    }
+    if weights.names().any(|name| name.starts_with("pool.")) {
+        config.pooled = Some(matrix(weights, "pool.c_proj.weight")?.0);
     }
     Ok(config)
 }

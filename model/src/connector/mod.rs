@@ -3,11 +3,13 @@
 //!
 //! Architecture, initial values and state-dict keys of the three kinds with perceiver blocks are those of paper §1 (the official
 //! `model.py`: <https://github.com/TencentQQGYLab/ELLA/blob/3c228f1/model.py>, and its first published form, commit b7c2202, which
-//! had all three). Letters: B batch, S text tokens, L latent queries, D width, E text width, T width of the time embedding.
+//! had all three). Any kind may have a pooled head besides, which SDXL asks for (§1.3).
+//! Letters: B batch, S text tokens, L latent queries, D width, E text width, T width of the time embedding, P width of the pooled text.
 
 mod block;
 mod file;
 mod mlp;
+mod pool;
 mod resampler;
 #[cfg(test)]
 mod tests;
@@ -21,6 +23,7 @@ use crate::error::{ModelError, Result};
 use crate::params::Params;
 use crate::weights::{self, Weights};
 use mlp::Mlp;
+use pool::Pool;
 use resampler::Resampler;
 use tsc::Tsc;
 
@@ -51,7 +54,7 @@ impl ConnectorKind {
 }
 
 /// The sizes of a connector. What its kind does not have counts for nothing: the time's for a `Resampler`, and for an `Mlp` the
-/// blocks', heads' and latents' too.
+/// blocks' and latents' too, and without a pooled head the heads'.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectorConfig {
     /// Which kind.
@@ -60,7 +63,7 @@ pub struct ConnectorConfig {
     pub width: i64,
     /// Perceiver blocks.
     pub layers: i64,
-    /// Attention heads; must divide `width`.
+    /// Attention heads of the blocks and of the pooled head; must divide `width`.
     pub heads: i64,
     /// L: the states that the U-Net attends to.
     pub latents: i64,
@@ -70,10 +73,12 @@ pub struct ConnectorConfig {
     pub time_channel: i64,
     /// T: the time embedding's width. `width` in the official code's defaults, but independent of it in files.
     pub time_embed_dim: i64,
+    /// P: the channels of the pooled head, if there is one: the U-Net's [`crate::unet::UNetConfig::pooled_width`].
+    pub pooled: Option<i64>,
 }
 
 impl ConnectorConfig {
-    /// The released shape at a given width: 6 layers, 8 heads, 64 latents, 320 time channels, and a time embedding of `width`.
+    /// The released shape at a given width: 6 layers, 8 heads, 64 latents, 320 time channels, a time embedding of `width`, and no pooled head.
     pub fn new(kind: ConnectorKind, width: i64, text_width: i64) -> Self {
         ConnectorConfig {
             kind,
@@ -84,24 +89,27 @@ impl ConnectorConfig {
             text_width,
             time_channel: DEFAULT_TIME_CHANNEL,
             time_embed_dim: width,
+            pooled: None,
         }
     }
 
     fn check(&self) -> Result<()> {
         let (blocks, timed) = (self.kind != ConnectorKind::Mlp, self.kind.is_timed());
+        let attends = blocks || self.pooled.is_some();
         let sizes = [
             (true, "connector width", self.width),
             (blocks, "connector layers", self.layers),
-            (blocks, "connector heads", self.heads),
+            (attends, "connector heads", self.heads),
             (blocks, "connector latents", self.latents),
             (true, "text width", self.text_width),
             (timed, "connector time channels", self.time_channel),
             (timed, "connector time embedding width", self.time_embed_dim),
+            (self.pooled.is_some(), "connector pooled width", self.pooled.unwrap_or_default()),
         ];
         if let Some((_, name, size)) = sizes.into_iter().find(|(counts, _, size)| *counts && !(1..=1 << 20).contains(size)) {
             return Err(ModelError::argument(name, "a size from 1 to 2^20", size));
         }
-        if blocks && self.width % self.heads != 0 {
+        if attends && self.width % self.heads != 0 {
             let rule = format!("a divisor of the width {}", self.width);
             return Err(ModelError::argument("connector heads", rule, self.heads));
         }
@@ -112,11 +120,21 @@ impl ConnectorConfig {
     }
 }
 
+/// What a connector tells the U-Net.
+#[derive(Debug)]
+pub struct Conditions {
+    /// What it attends to: `[B, L, D]`, of an `Mlp` `[B, S, D]`.
+    pub states: Tensor,
+    /// The pooled text `[B, P]`, of a connector with a pooled head.
+    pub pooled: Option<Tensor>,
+}
+
 /// A connector of any kind.
 #[derive(Debug)]
 pub struct Connector {
     config: ConnectorConfig,
     network: Network,
+    pool: Option<Pool>,
     params: Vec<(String, Tensor)>,
 }
 
@@ -139,8 +157,9 @@ impl Connector {
             ConnectorKind::Resampler => Network::Resampler(Resampler::new(&p.at("connector"), config)?),
             ConnectorKind::Mlp => Network::Mlp(Mlp::new(&p.at("connector"), config)?),
         };
+        let pool = config.pooled.map(|pooled| Pool::new(&p.at("pool"), config, pooled)).transpose()?;
         p.finish(&[])?;
-        Ok(Connector { config: config.clone(), network, params: p.taken() })
+        Ok(Connector { config: config.clone(), network, pool, params: p.taken() })
     }
 
     /// Random initial values (paper §1.1), each a pure function of `seed` and the parameter's name. float32.
@@ -191,25 +210,28 @@ impl Connector {
     /// the released weights were trained (paper §0).
     ///
     /// # Shapes
-    /// `text_features` `[B, S, E]` of the parameters' kind; `timesteps` `[B]`, whole or between; `key_mask` `[B, S]` bool; to `[B, L, D]`, and
-    /// from an `Mlp` to `[B, S, D]`.
+    /// `text_features` `[B, S, E]` of the parameters' kind; `timesteps` `[B]`, whole or between; `key_mask` `[B, S]` bool.
     ///
     /// # Errors
     /// A `key_mask` for an `Mlp`, whose every token becomes a state that the U-Net attends to.
-    pub fn forward(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Tensor> {
-        match &self.network {
-            Network::Tsc(tsc) => tsc.forward(text_features, timesteps, key_mask),
-            Network::Resampler(resampler) => resampler.forward(text_features, None, key_mask),
-            Network::Mlp(_) if key_mask.is_some() => Err(ModelError::Unsupported {
-                what: "text of unequal length (padding \"none\") with a connector of the kind mlp, whose padding nothing masks".into(),
-                instead: "use padding \"fixed\", or another kind".into(),
-            }),
-            Network::Mlp(mlp) => mlp.forward(text_features),
-        }
+    pub fn forward(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Conditions> {
+        let states = match &self.network {
+            Network::Tsc(tsc) => tsc.forward(text_features, timesteps, key_mask)?,
+            Network::Resampler(resampler) => resampler.forward(text_features, None, key_mask)?,
+            Network::Mlp(_) if key_mask.is_some() => {
+                return Err(ModelError::Unsupported {
+                    what: "text of unequal length (padding \"none\") with a connector of the kind mlp, whose padding nothing masks".into(),
+                    instead: "use padding \"fixed\", or another kind".into(),
+                });
+            }
+            Network::Mlp(mlp) => mlp.forward(text_features)?,
+        };
+        let pooled = self.pool.as_ref().map(|pool| pool.forward(&states)).transpose()?;
+        Ok(Conditions { states, pooled })
     }
 }
 
-/// Writes a connector's parameters as safetensors in the official key layout, as `kind` (the released file is `Half`).
+/// Writes a connector's parameters as safetensors in the official key layout, a pooled head's beside them, as `kind` (the released file is `Half`).
 pub fn save(path: &Path, tensors: &[(String, Tensor)], kind: Kind) -> Result<()> {
     let convert = |(name, tensor): &(String, Tensor)| Ok((name.clone(), tensor.f_to_kind(kind)?));
     weights::save(path, &tensors.iter().map(convert).collect::<Result<Vec<_>>>()?)

@@ -13,11 +13,16 @@ fn made(kind: ConnectorKind) -> Connector {
 }
 
 /// The same without what is zero at first.
-fn stirred(kind: ConnectorKind) -> Connector {
+fn stirred(config: &ConnectorConfig) -> Connector {
     let values = |shape: &[i64]| Tensor::arange(shape.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().reshape(shape) * 0.3;
-    let layout = Connector::layout(&small(kind)).unwrap();
+    let layout = Connector::layout(config).unwrap();
     let tensors = layout.into_iter().map(|(name, shape)| (name, values(&shape)));
-    Connector::from_tensors(&small(kind), tensors).unwrap()
+    Connector::from_tensors(config, tensors).unwrap()
+}
+
+/// Every kind, without a pooled head and with one.
+fn all() -> impl Iterator<Item = ConnectorConfig> {
+    KINDS.into_iter().flat_map(|kind| [None, Some(5)].map(|pooled| ConnectorConfig { pooled, ..small(kind) }))
 }
 
 fn features(b: i64, s: i64) -> Tensor {
@@ -41,6 +46,11 @@ fn the_paper_s_parameter_counts_come_out() {
     assert_eq!(parameters(&released(ConnectorKind::Resampler)), 44_159_232);
     assert_eq!(parameters(&released(ConnectorKind::Tsc)), 66_820_608);
     assert_eq!(parameters(&released(ConnectorKind::TscZero)), 73_907_712);
+    // Paper §1.3: SDXL's, and its head's four projections and positions.
+    let sdxl = ConnectorConfig::new(ConnectorKind::Tsc, 2048, 2048);
+    assert_eq!(parameters(&sdxl), 466_546_688);
+    let head = 65 * 2048 + 3 * (2048 * 2048 + 2048) + 1280 * 2048 + 1280;
+    assert_eq!(parameters(&ConnectorConfig { pooled: Some(1280), ..sdxl }), 466_546_688 + head);
 }
 
 /// The keys of the official code, in the order of flat buffers, at the released sizes.
@@ -87,6 +97,11 @@ fn official(kind: ConnectorKind) -> Vec<(String, Vec<i64>)> {
 fn the_released_shape_has_the_official_keys() {
     for kind in [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler] {
         assert_eq!(Connector::layout(&released(kind)).unwrap(), official(kind), "{kind:?}");
+        // A pooled head stands beside them.
+        let pooled = Connector::layout(&ConnectorConfig { pooled: Some(1280), ..released(kind) }).unwrap();
+        let (body, head) = pooled.split_at(official(kind).len());
+        assert!(body == official(kind) && head.iter().all(|(name, _)| name.starts_with("pool.")), "{kind:?}");
+        assert_eq!(head[0], ("pool.positional_embedding".to_owned(), vec![65, 768]));
     }
 }
 
@@ -94,16 +109,18 @@ fn the_released_shape_has_the_official_keys() {
 fn a_saved_connector_loads_as_its_kind_with_the_same_sizes_and_values() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("connector.safetensors");
-    for kind in KINDS {
-        let made = stirred(kind);
+    for config in all() {
+        let made = stirred(&config);
         save(&path, made.tensors(), Kind::Float).unwrap();
         let loaded = Connector::load(&path, 2, Kind::Float, Device::Cpu).unwrap();
-        assert_eq!(loaded.config().kind, kind);
-        assert_eq!(Connector::layout(loaded.config()).unwrap(), Connector::layout(made.config()).unwrap(), "{kind:?}");
+        assert_eq!((loaded.config().kind, loaded.config().pooled), (config.kind, config.pooled));
+        assert_eq!(Connector::layout(loaded.config()).unwrap(), Connector::layout(&config).unwrap(), "{config:?}");
         let (x, t) = (features(2, 5), Tensor::from_slice(&[0i64, 999]));
         let (a, b) = (made.forward(&x, &t, None).unwrap(), loaded.forward(&x, &t, None).unwrap());
-        let states = if kind == ConnectorKind::Mlp { 5 } else { 3 };
-        assert!(a.equal(&b) && a.size() == [2, states, 8], "{kind:?}");
+        let states = if config.kind == ConnectorKind::Mlp { 5 } else { 3 };
+        assert!(a.states.equal(&b.states) && a.states.size() == [2, states, 8], "{config:?}");
+        assert_eq!(a.pooled.as_ref().map(Tensor::size), config.pooled.map(|width| vec![2, width]), "{config:?}");
+        assert_eq!(a.pooled, b.pooled, "{config:?}");
     }
 }
 
@@ -111,17 +128,17 @@ fn a_saved_connector_loads_as_its_kind_with_the_same_sizes_and_values() {
 fn a_file_s_kind_is_told_even_where_a_tensor_is_missing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("connector.safetensors");
-    for kind in KINDS {
-        let all = made(kind);
+    for config in all() {
+        let all = stirred(&config);
         for at in 0..all.tensors().len() {
             let mut tensors: Vec<_> = all.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
             let (lost, _) = tensors.remove(at);
             save(&path, &tensors, Kind::Float).unwrap();
             match Connector::load(&path, 2, Kind::Float, Device::Cpu).unwrap_err() {
-                ModelError::MissingTensor { key, .. } => assert_eq!(key, lost, "{kind:?}"),
+                ModelError::MissingTensor { key, .. } => assert_eq!(key, lost, "{config:?}"),
                 // Blocks are counted by this one.
                 ModelError::SurplusTensors { .. } | ModelError::Input { .. } if lost.ends_with("in_proj_weight") => {}
-                other => panic!("{kind:?} without {lost}: {other}"),
+                other => panic!("{config:?} without {lost}: {other}"),
             }
         }
     }
@@ -153,10 +170,10 @@ fn masked_tokens_have_no_influence_and_unmasked_ones_do() {
     let (full, mask) = (features(1, 5), Tensor::from_slice(&[true, true, true, false, false]).reshape([1, 5]));
     for kind in [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler] {
         let connector = made(kind);
-        let masked = connector.forward(&full, &t, Some(&mask)).unwrap();
-        let short = connector.forward(&full.narrow(1, 0, 3), &t, None).unwrap();
+        let masked = connector.forward(&full, &t, Some(&mask)).unwrap().states;
+        let short = connector.forward(&full.narrow(1, 0, 3), &t, None).unwrap().states;
         assert!(masked.allclose(&short, 1e-5, 1e-6, false), "{kind:?}");
-        assert!(!masked.allclose(&connector.forward(&full, &t, None).unwrap(), 1e-5, 1e-6, false), "{kind:?}");
+        assert!(!masked.allclose(&connector.forward(&full, &t, None).unwrap().states, 1e-5, 1e-6, false), "{kind:?}");
     }
     let refused = made(ConnectorKind::Mlp).forward(&full, &t, Some(&mask));
     assert!(matches!(refused, Err(ModelError::Unsupported { what, .. }) if what.contains("mlp")));
@@ -165,16 +182,18 @@ fn masked_tokens_have_no_influence_and_unmasked_ones_do() {
 #[test]
 fn the_timestep_counts_for_the_timed_kinds_only() {
     let of = |connector: &Connector, t: i64| connector.forward(&features(1, 5), &Tensor::from_slice(&[t]), None).unwrap();
-    for kind in KINDS {
-        let connector = stirred(kind);
-        assert_eq!(of(&connector, 10).equal(&of(&connector, 900)), !kind.is_timed(), "{kind:?}");
+    for config in all() {
+        let connector = stirred(&config);
+        let (early, late) = (of(&connector, 10), of(&connector, 900));
+        assert_eq!(early.states.equal(&late.states), !config.kind.is_timed(), "{config:?}");
+        assert_eq!(early.pooled == late.pooled, !config.kind.is_timed() || config.pooled.is_none(), "{config:?}");
     }
 }
 
 #[test]
 fn the_initial_values_are_the_paper_s() {
     for kind in KINDS {
-        let config = ConnectorConfig { layers: 1, ..ConnectorConfig::new(kind, 256, 64) };
+        let config = ConnectorConfig { layers: 1, pooled: Some(96), ..ConnectorConfig::new(kind, 256, 64) };
         for (name, tensor) in Connector::init(&config, 1, Device::Cpu).unwrap().tensors() {
             let zeros = ["in_proj_bias", "out_proj.bias", "time_aware_linear.bias", "gate_linear.bias"];
             let affine = name.contains(".ln_") && !kind.is_timed();
@@ -183,7 +202,8 @@ fn the_initial_values_are_the_paper_s() {
             if affine && !zero {
                 assert!(tensor.equal(&tensor.ones_like()), "{name}");
             }
-            if name == "connector.latents" {
+            let normal = name == "connector.latents" || name.starts_with("pool.") && tensor.dim() == 2;
+            if normal {
                 assert!((tensor.std(true).double_value(&[]) - 256f64.powf(-0.5)).abs() < 2e-3);
             }
         }
@@ -201,6 +221,8 @@ fn sizes_that_do_not_fit_are_refused() {
     refused(ConnectorConfig { layers: 0, ..small(ConnectorKind::TscZero) }, "connector layers");
     refused(ConnectorConfig { time_channel: 7, ..small(ConnectorKind::TscZero) }, "connector time channels");
     refused(ConnectorConfig { width: 0, ..small(ConnectorKind::Mlp) }, "connector width");
+    refused(ConnectorConfig { pooled: Some(0), ..small(ConnectorKind::Tsc) }, "connector pooled width");
+    refused(ConnectorConfig { heads: 3, pooled: Some(5), ..small(ConnectorKind::Mlp) }, "connector heads");
     // What a kind does not have cannot be wrong.
     Connector::init(&ConnectorConfig { time_channel: 7, time_embed_dim: 0, ..small(ConnectorKind::Resampler) }, 0, Device::Cpu).unwrap();
     Connector::init(&ConnectorConfig { heads: 3, layers: 0, ..small(ConnectorKind::Mlp) }, 0, Device::Cpu).unwrap();

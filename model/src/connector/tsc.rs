@@ -27,7 +27,7 @@ impl Tsc {
         Ok(Tsc { time_channel, time, resampler: Resampler::new(&p.at("connector"), config)? })
     }
 
-    /// As [`super::Connector::forward`].
+    /// As [`super::Connector::forward`]; to `[B, L, D]`.
     pub(super) fn forward(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Tensor> {
         let sinusoid = timestep_embedding(timesteps, self.time_channel)?.f_to_kind(text_features.f_kind()?)?;
         let time = self.time.1.forward(&silu(&self.time.0.forward(&sinusoid)?)?)?; // [B, T]

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::AddedConfig;
 use crate::config::ConfigFile;
-use crate::error::Result;
+use crate::error::{ModelError, Result};
 
 /// The shape of a U-Net. Lists have an entry for each block of the way down; the way up is their mirror image.
 #[derive(Clone, Debug, PartialEq)]
@@ -107,6 +107,20 @@ impl UNetConfig {
         // dropout does nothing in a frozen network.
         c.finish(&["dropout", "addition_embed_type_num_heads"])?;
         Ok(config)
+    }
+
+    /// P: the width of the pooled text that is expected beside SDXL's six `time_ids`, if any is.
+    ///
+    /// # Errors
+    /// They would leave nothing for it: the network is of another kind.
+    pub fn pooled_width(&self) -> Result<Option<i64>> {
+        let Some(added) = self.added else { return Ok(None) };
+        let sizes = 6 * added.time_width;
+        if added.input_width <= sizes {
+            let rule = format!("above 6 · addition_time_embed_dim, {sizes}: SDXL's six time_ids, and the pooled text");
+            return Err(ModelError::argument("projection_class_embeddings_input_dim", rule, added.input_width));
+        }
+        Ok(Some(added.input_width - sizes))
     }
 
     /// How often the way down halves the sample.

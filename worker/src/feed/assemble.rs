@@ -1,6 +1,6 @@
 //! Makes a step's input from the data set: which samples (ORDER), their latents, features and noise (NOISE).
 
-use super::features::Wanted;
+use super::features::{LaneFeatures, Wanted};
 use super::{FeatureSource, FeedError, Identity, LaneInput, StepInput};
 use crate::noise::{HELD_OUT, SampleNoise, Stream};
 use crate::train::lane::LaneBatch;
@@ -172,7 +172,25 @@ impl Sources {
         let noise = normals(picked, Stream::Noise, &latents.size())?.f_to_device(device)?;
         let timesteps: Vec<i64> = picked.iter().map(|p| p.noise.timestep(self.parts.timesteps)).collect();
         let timesteps = Tensor::f_from_slice(&timesteps)?.f_to_device(device)?;
-        Ok((LaneBatch { latents, noise, timesteps, features: features.features, mask: features.mask }, features.truncated))
+        let time_ids = self.time_ids(picked, &latents)?;
+        let LaneFeatures { features, mask, truncated } = features;
+        Ok((LaneBatch { latents, noise, timesteps, features, mask, time_ids }, truncated))
+    }
+
+    /// SDXL's micro-conditioning `[b, 6]`, as diffusers' `train_text_to_image_sdxl.py` has it: the original's size, and the crop in pixels of
+    /// the resized picture, height before width. A dropped caption's sample keeps its own.
+    fn time_ids(&self, picked: &[Picked], latents: &Tensor) -> Result<Tensor, FeedError> {
+        let (_, _, height, width) = latents.size4()?;
+        let downscale = self.parts.vae.config().downscale();
+        let target = [height * downscale, width * downscale];
+        let mut ids = Vec::with_capacity(6 * picked.len());
+        for sample in picked {
+            let row = sample.shard.row(sample.at.row as usize)?;
+            let (original, crop) = row.original.zip(row.crop).ok_or_else(|| self.bad_row(sample, "it has no size and crop"))?;
+            ids.extend([original.1, original.0, crop.1, crop.0].map(i64::from));
+            ids.extend(target);
+        }
+        Ok(Tensor::f_from_slice(&ids)?.f_reshape([-1, 6])?.f_to_kind(Kind::Float)?.f_to_device(self.parts.device)?)
     }
 
     /// Scaled latents `[b, 4, h, w]` float32, drawn from the VAE's posterior (paper §2: latents are samples, not means).

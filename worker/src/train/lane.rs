@@ -2,10 +2,10 @@
 //! (paper §3.1, design.md §4 "Step").
 
 use super::TrainError;
-use ella_model::connector::Connector;
+use ella_model::connector::{Conditions, Connector};
 use ella_model::layers::inner_product;
 use ella_model::schedule::Schedule;
-use ella_model::unet::UNet;
+use ella_model::unet::{Added, Gradients, UNet};
 use std::time::{Duration, Instant};
 use tch::{Kind, Reduction, Tensor};
 
@@ -22,6 +22,9 @@ pub struct LaneBatch {
     pub features: Tensor,
     /// `[b, S]` bool, true where a token is; `None`: padding is attended too.
     pub mask: Option<Tensor>,
+    /// `[b, 6]` float32, pixels: SDXL's micro-conditioning, by its paper's §2.2. Original height and width, top and left of the crop, height and
+    /// width of what is trained on. A base of another kind is not told.
+    pub time_ids: Tensor,
 }
 
 impl LaneBatch {
@@ -43,6 +46,7 @@ impl LaneBatch {
             timesteps: self.timesteps.shallow_clone(),
             features: self.features.shallow_clone(),
             mask: self.mask.as_ref().map(Tensor::shallow_clone),
+            time_ids: self.time_ids.shallow_clone(),
         }
     }
 }
@@ -77,18 +81,44 @@ pub struct Networks {
     pub checkpointing: bool,
 }
 
+/// What the U-Net takes of a lane, with the connector's graph.
+struct Inputs {
+    /// `[b, 4, h, w]` float32.
+    noisy: Tensor,
+    /// `[b, L or S, D]`.
+    states: Tensor,
+    /// For SDXL.
+    added: Option<Added>,
+}
+
+impl Inputs {
+    /// What leads backward from these gradients of the conditions through the connector.
+    fn roots(&self, gradients: &Gradients) -> Result<Vec<Tensor>, TrainError> {
+        let mut roots = vec![inner_product(&self.states, &gradients.hidden_states)?];
+        if let Some((added, gradient)) = self.added.as_ref().zip(gradients.text_embeds.as_ref()) {
+            roots.push(inner_product(&added.text_embeds, gradient)?);
+        }
+        Ok(roots)
+    }
+}
+
 impl Networks {
     /// The loss of each sample, `[b]` float32: mean squared error over channels and places, weighted.
     pub fn losses(&self, batch: &LaneBatch) -> Result<Tensor, TrainError> {
-        let (noisy, hidden_states) = self.inputs(batch)?;
-        self.score(batch, &self.unet.forward(&noisy, &batch.timesteps, &hidden_states)?)
+        self.score(batch, &self.predict(batch, &self.inputs(batch)?)?)
     }
 
-    /// What the U-Net takes: noisy latents, and the connector's output `[b, L or S, D]`.
-    fn inputs(&self, batch: &LaneBatch) -> Result<(Tensor, Tensor), TrainError> {
-        let LaneBatch { latents, noise, timesteps, features, mask } = batch;
+    /// What the U-Net takes besides the timesteps.
+    fn inputs(&self, batch: &LaneBatch) -> Result<Inputs, TrainError> {
+        let LaneBatch { latents, noise, timesteps, features, mask, time_ids } = batch;
         let noisy = self.schedule.add_noise(latents, noise, timesteps)?;
-        Ok((noisy, self.connector.forward(&features.f_to_kind(Kind::Float)?, timesteps, mask.as_ref())?))
+        let Conditions { states, pooled } = self.connector.forward(&features.f_to_kind(Kind::Float)?, timesteps, mask.as_ref())?;
+        let added = pooled.map(|text_embeds| Added { text_embeds, time_ids: time_ids.shallow_clone() });
+        Ok(Inputs { noisy, states, added })
+    }
+
+    fn predict(&self, batch: &LaneBatch, inputs: &Inputs) -> Result<Tensor, TrainError> {
+        Ok(self.unet.forward_added(&inputs.noisy, &batch.timesteps, &inputs.states, inputs.added.as_ref())?)
     }
 
     /// The losses of these predictions.
@@ -106,26 +136,26 @@ impl Networks {
     /// This lane's share of the step's gradient. The step's loss is the mean over its `step_samples` samples, of all lanes.
     pub fn gradient(&self, batch: &LaneBatch, step_samples: u64) -> Result<LaneGradient, TrainError> {
         let begin = Instant::now();
-        let (noisy, hidden_states) = self.inputs(batch)?;
-        let pass = || self.unet.forward_checkpointed(&noisy, &batch.timesteps, &hidden_states, None);
+        let inputs = self.inputs(batch)?;
+        let pass = || self.unet.forward_checkpointed(&inputs.noisy, &batch.timesteps, &inputs.states, inputs.added.as_ref());
         let pass = self.checkpointing.then(pass).transpose()?;
         let predicted = match &pass {
             Some(pass) => pass.prediction().f_detach()?.f_set_requires_grad(true)?,
-            None => self.unet.forward(&noisy, &batch.timesteps, &hidden_states)?,
+            None => self.predict(batch, &inputs)?,
         };
         let sum = self.score(batch, &predicted)?.f_sum(Kind::Float)?;
         let forward = begin.elapsed();
         let scale = loss_scale(self.kind, batch, step_samples);
         let loss = sum.f_div_scalar(step_samples as f64)?.f_mul_scalar(scale)?;
-        let root = match pass {
+        let roots = match pass {
             Some(pass) => {
                 let by_prediction = Tensor::f_run_backward(&[loss], &[predicted], false, false)?;
-                inner_product(&hidden_states, &pass.gradients(&by_prediction[0])?.hidden_states)?
+                inputs.roots(&pass.gradients(&by_prediction[0])?)?
             }
-            None => loss,
+            None => vec![loss],
         };
         let params: Vec<&Tensor> = self.connector.tensors().iter().map(|(_, t)| t).collect();
-        let grads = Tensor::f_run_backward(&[root], &params, false, false)?;
+        let grads = Tensor::f_run_backward(&roots, &params, false, false)?;
         let flat: Vec<Tensor> = grads.iter().map(|g| g.f_reshape([-1])).collect::<Result<_, _>>()?;
         let mut grad = Tensor::f_cat(&flat, 0)?;
         if scale != 1.0 {

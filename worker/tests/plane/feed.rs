@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use tch::{Kind, Tensor};
 
 fn tensors(batch: &LaneBatch) -> Vec<Tensor> {
-    let LaneBatch { latents, noise, timesteps, features, mask } = batch;
-    let each = [latents, noise, timesteps, features].into_iter().chain(mask.as_ref());
+    let LaneBatch { latents, noise, timesteps, features, mask, time_ids } = batch;
+    let each = [latents, noise, timesteps, features, time_ids].into_iter().chain(mask.as_ref());
     each.map(Tensor::shallow_clone).collect()
 }
 

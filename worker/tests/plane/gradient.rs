@@ -23,6 +23,7 @@ fn together(lanes: &[LaneBatch]) -> LaneBatch {
         timesteps: cat(|b| &b.timesteps),
         features: Tensor::cat(&features, 0),
         mask: masks.map(|masks| Tensor::cat(&masks, 0)),
+        time_ids: cat(|b| &b.time_ids),
     }
 }
 
@@ -105,7 +106,7 @@ fn losses_follow_their_formulas() {
             let noisy = &x0 * a.sqrt() + &noise * (1.0 - a).sqrt();
             let t = one(&batch.timesteps);
             let predicted = tch::no_grad(|| {
-                let states = networks.connector.forward(&one(&batch.features), &t, None).unwrap();
+                let states = networks.connector.forward(&one(&batch.features), &t, None).unwrap().states;
                 networks.unet.forward(&noisy, &t, &states).unwrap()
             });
             let target = if is_velocity { &noise * a.sqrt() - &x0 * (1.0 - a).sqrt() } else { noise };
