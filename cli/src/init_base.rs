@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use clap::builder::PossibleValuesParser;
 use ella_dataset::{DataSet, MANIFEST, Member, Sample, Source, captions_from_txt, read_samples, scenes};
 use ella_model::presets::{Preset, init_base};
 use serde_json::json;
@@ -14,8 +15,8 @@ const SCENES: u64 = 2000;
 
 #[derive(Debug, Args)]
 pub(crate) struct InitBase {
-    /// Shape of the models: nano (trains on two cores), or sd15 (Stable Diffusion 1.5's own)
-    #[arg(long, value_parser = ["nano", "sd15"])]
+    /// Shape of the models: nano and nano-sdxl train on two cores; sd15 and sdxl are those models' own
+    #[arg(long, value_parser = PossibleValuesParser::new(Preset::NAMES.map(|(name, _)| name)))]
     preset: String,
     /// What the weights are drawn from; the same seed gives the same bytes
     #[arg(long, default_value_t = 7, value_name = "N")]

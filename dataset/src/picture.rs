@@ -7,7 +7,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits, RgbImage};
 use jpeg_encoder::{ColorType, Encoder};
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::bytestream::ZCursor;
@@ -32,14 +33,14 @@ pub struct PictureRules {
 pub struct Picture {
     /// 8-bit RGB, row by row: `[resolution, resolution, 3]`.
     pub rgb: Vec<u8>,
-    /// Width and height of the original, pixels.
+    /// Width and height of the original, upright, pixels.
     pub original: (u32, u32),
     /// Left and top edge of the square, in pixels of the resized picture (short side = resolution).
     pub crop: (u32, u32),
 }
 
 /// Decodes, filters, resizes (Lanczos3) and centre-crops a JPEG, PNG or WebP picture. The kind is told from the
-/// bytes, not from a file name. Grey is spread to RGB; transparent pixels are laid over white.
+/// bytes, not from a file name. It is turned upright as its EXIF orientation says; grey is spread to RGB; transparent pixels are laid over white.
 pub fn cut(bytes: &[u8], rules: &PictureRules, resizer: &mut Resizer) -> Result<Picture, Refusal> {
     // The decoders are other people's code fed with other people's bytes: a panic there is one more broken picture.
     catch_unwind(AssertUnwindSafe(|| {
@@ -103,7 +104,16 @@ fn decode_jpeg(bytes: &[u8], rules: &PictureRules) -> Result<Rgb, Refusal> {
     let size = (u32::from(info.width), u32::from(info.height));
     judge(size.0, size.1, rules)?;
     let rgb = decoder.decode().map_err(|_| Refusal::ImageUndecodable)?;
-    exact(rgb, size)
+    let (rgb, size) = exact(rgb, size)?;
+    match decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif)) {
+        None | Some(Orientation::NoTransforms) => Ok((rgb, size)),
+        Some(turned) => {
+            let mut picture = DynamicImage::from(RgbImage::from_raw(size.0, size.1, rgb).ok_or(Refusal::ImageUndecodable)?);
+            picture.apply_orientation(turned);
+            let size = (picture.width(), picture.height());
+            exact(picture.into_rgb8().into_raw(), size)
+        }
+    }
 }
 
 fn decode_other(bytes: &[u8], rules: &PictureRules) -> Result<Rgb, Refusal> {
@@ -112,10 +122,13 @@ fn decode_other(bytes: &[u8], rules: &PictureRules) -> Result<Rgb, Refusal> {
     // 16-bit RGBA, and as much again for what the decoder needs itself.
     limits.max_alloc = Some(rules.max_pixels.saturating_mul(16));
     reader.limits(limits);
-    let decoder = reader.into_decoder().map_err(|_| Refusal::ImageUndecodable)?;
-    let size = decoder.dimensions();
-    judge(size.0, size.1, rules)?;
-    let picture = DynamicImage::from_decoder(decoder).map_err(|_| Refusal::ImageUndecodable)?;
+    let mut decoder = reader.into_decoder().map_err(|_| Refusal::ImageUndecodable)?;
+    let (width, height) = decoder.dimensions();
+    judge(width, height, rules)?;
+    let turned = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut picture = DynamicImage::from_decoder(decoder).map_err(|_| Refusal::ImageUndecodable)?;
+    picture.apply_orientation(turned);
+    let size = (picture.width(), picture.height());
     let rgb = if picture.color().has_alpha() { over_white(picture) } else { picture.into_rgb8().into_raw() };
     exact(rgb, size)
 }

@@ -6,6 +6,7 @@ mod common;
 use common::{jpeg, png, rgb, webp};
 use ella_dataset::{Picture, PictureRules, Refusal, cut, decode_rgb, encode_jpeg};
 use fast_image_resize::Resizer;
+use image::{ImageEncoder, RgbImage};
 use proptest::prelude::*;
 
 const RULES: PictureRules = PictureRules { resolution: 32, min_edge: 1, max_pixels: 1 << 20 };
@@ -78,4 +79,42 @@ fn encoded_pictures_come_back_nearly_the_same() {
     }
     assert_eq!(encode_jpeg(&original, 70_000, 95), Err(Refusal::ImageTooLarge));
     assert_eq!(decode_rgb(b"none"), Err(Refusal::ImageUndecodable));
+}
+
+/// An EXIF block that says only how the camera was held.
+fn exif(orientation: u8) -> Vec<u8> {
+    let head = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0";
+    [&head[..], &[orientation], &[0; 6]].concat()
+}
+
+/// A JPEG of 64 × 32 pixels that was taken so.
+fn turned_jpeg(orientation: u8) -> Vec<u8> {
+    let mut plain = Vec::new();
+    let encoder = jpeg_encoder::Encoder::new(&mut plain, 95);
+    encoder.encode(&rgb(64, 32, 1), 64, 32, jpeg_encoder::ColorType::Rgb).unwrap();
+    let block = [b"Exif\0\0", &exif(orientation)[..]].concat();
+    let length = (block.len() as u16 + 2).to_be_bytes();
+    [&plain[..2], &[0xff, 0xe1], &length, &block, &plain[2..]].concat()
+}
+
+fn turned_png(orientation: u8) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut encoder = image::codecs::png::PngEncoder::new(&mut out);
+    encoder.set_exif_metadata(exif(orientation)).unwrap();
+    encoder.write_image(&rgb(64, 32, 1), 64, 32, image::ExtendedColorType::Rgb8).unwrap();
+    out
+}
+
+#[test]
+fn pictures_are_turned_upright_before_they_are_measured_and_cropped() {
+    for make in [turned_jpeg, turned_png] {
+        let plain = cut_one(&make(1), &RULES).unwrap();
+        assert_eq!((plain.original, plain.crop), ((64, 32), (16, 0)));
+        let turned = cut_one(&make(6), &RULES).unwrap();
+        assert_eq!((turned.original, turned.crop), ((32, 64), (0, 16)));
+        let square = |rgb| RgbImage::from_raw(32, 32, rgb).unwrap();
+        assert_eq!(square(turned.rgb), image::imageops::rotate90(&square(plain.rgb)));
+    }
+    // Nonsense turns nothing.
+    assert_eq!(cut_one(&turned_jpeg(99), &RULES), cut_one(&turned_jpeg(1), &RULES));
 }

@@ -293,8 +293,12 @@ def check_base(folder, ella):
         size = unet.config.sample_size
         sample, t = torch.randn(2, 4, size, size), torch.tensor([10, 900])
         states = torch.randn(2, 64, unet.config.cross_attention_dim)
-        ours = run("unet", base / "unet", {"sample": sample, "timesteps": t, "hidden_states": states})["sample"]
-        print("unet", relative(ours, unet(sample, t, states).sample))
+        added = {}
+        if unet.config.addition_embed_type == "text_time":
+            width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+            added = {"text_embeds": torch.randn(2, width), "time_ids": torch.tensor([[64.0, 80, 0, 8, 64, 64], [1024, 1024, 0, 0, 1024, 1024]])}
+        ours = run("unet", base / "unet", {"sample": sample, "timesteps": t, "hidden_states": states, **added})["sample"]
+        print("unet", relative(ours, unet(sample, t, states, added_cond_kwargs=added).sample))
         image = torch.rand(1, 3, 8 * size, 8 * size) * 2 - 1
         ours, theirs = run("vae-encode", base / "vae", {"image": image}), vae.encode(image).latent_dist
         print("vae-encode", relative(ours["mean"], theirs.mean), relative(ours["logvar"], theirs.logvar))

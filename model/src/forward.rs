@@ -299,7 +299,8 @@ impl<'a> Inputs<'a> {
         let (names, leaves): (Vec<String>, Vec<Tensor>) =
             watched.into_iter().map(|(name, tensor)| (name, tensor.set_requires_grad(true))).unzip();
         let outputs = run()?;
-        let losses: Vec<Tensor> = outputs.iter().enumerate().map(|(n, (name, output))| self.weighted(n, name, output)).collect::<Result<_>>()?;
+        let losses: Vec<Tensor> =
+            outputs.iter().enumerate().map(|(n, (name, output))| self.weighted(n, name, output)).collect::<Result<_>>()?;
         self.finish()?;
         let gradients = Tensor::f_run_backward(&losses, &leaves, false, false)?;
         Ok(with_gradients(outputs, names.into_iter(), gradients.into_iter()))

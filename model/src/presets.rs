@@ -4,10 +4,11 @@
 //! function of the seed. Untrained networks of this kind hardly listen to their text and give latents of any size; here both
 //! are set right, so that training a connector on them has something to learn.
 
-use std::path::Path;
-use std::str::FromStr;
+mod spec;
 
-use serde_json::{Value, json};
+use std::path::Path;
+
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{ModelError, Result};
@@ -17,52 +18,20 @@ use crate::t5::{T5, T5Config};
 use crate::unet::{UNet, UNetConfig};
 use crate::vae::{Vae, VaeConfig};
 use crate::{unigram, weights};
-
-/// The shapes that random models come in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Preset {
-    /// Small enough to train on with two cores: 8×8 latents of 64×64 pictures, cross-attention width 64, a T5 of width 64. float32.
-    Nano,
-    /// Stable Diffusion 1.5's U-Net and VAE in their true shapes (0.94 billion parameters), and a T5 of flan-t5-small's shape, since
-    /// flan-t5-xl's alone is 1.2 billion. float16 on disk (1.9 GB).
-    Sd15,
-}
-
-impl FromStr for Preset {
-    type Err = ModelError;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "nano" => Ok(Preset::Nano),
-            "sd15" => Ok(Preset::Sd15),
-            _ => Err(ModelError::argument("preset", "nano or sd15", name)),
-        }
-    }
-}
-
-/// A preset in full: configurations as their folders hold them, the vocabulary to train, and the kind on disk.
-struct Spec {
-    unet: Value,
-    vae: Value,
-    text: Value,
-    vocabulary: usize,
-    kind: Kind,
-}
+pub use spec::Preset;
+use spec::{Spec, tokenizer_config};
 
 /// Writes `out/base` and `out/text`; files of the same names are replaced.
 ///
 /// # Errors
 /// No caption has a word, or a file cannot be written.
 pub fn init_base(preset: Preset, seed: u64, captions: &[String], out: &Path) -> Result<()> {
-    let spec = match preset {
-        Preset::Nano => nano(),
-        Preset::Sd15 => sd15(),
-    };
+    let spec = preset.spec();
     // First what can fail for the captions given.
     let tokenizer = unigram::train(captions, spec.vocabulary)?;
     let (base, text) = (out.join("base"), out.join("text"));
-    write_json(&base.join("model_index.json"), &model_index())?;
-    write_json(&base.join("scheduler/scheduler_config.json"), &scheduler())?;
+    write_json(&base.join("model_index.json"), &spec.model_index)?;
+    write_json(&base.join("scheduler/scheduler_config.json"), &spec.scheduler)?;
     // Equal names in two networks must not mean equal values.
     let seed = |part: &str| CounterRng::new(seed, part).bits(0);
     unet(&base.join("unet"), &spec, seed("unet"))?;
@@ -188,86 +157,6 @@ fn t5(folder: &Path, spec: &Spec, seed: u64) -> Result<()> {
     weights::save(&folder.join("model.safetensors"), &p.taken())
 }
 
-fn nano() -> Spec {
-    Spec {
-        unet: json!({
-            "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 4, "block_out_channels": [32, 64],
-            "center_input_sample": false, "cross_attention_dim": 64, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-            "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0, "in_channels": 4, "layers_per_block": 1,
-            "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 8, "out_channels": 4, "sample_size": 8,
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        }),
-        vae: vae_config(&[8, 16, 16, 16], 1, 4, 64),
-        text: t5_config([64, 16, 128, 2, 4], 1024, "float32"),
-        vocabulary: 1024,
-        kind: Kind::Float,
-    }
-}
-
-fn sd15() -> Spec {
-    Spec {
-        unet: json!({
-            "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 8,
-            "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": false, "cross_attention_dim": 768,
-            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-            "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
-            "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        }),
-        vae: vae_config(&[128, 256, 512, 512], 2, 32, 512),
-        text: t5_config([512, 64, 1024, 8, 6], 32128, "float16"),
-        vocabulary: 8000,
-        kind: Kind::Half,
-    }
-}
-
-fn vae_config(channels: &[i64], layers: i64, groups: i64, size: i64) -> Value {
-    json!({
-        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": channels,
-        "down_block_types": vec!["DownEncoderBlock2D"; channels.len()], "in_channels": 3, "latent_channels": 4,
-        "layers_per_block": layers, "norm_num_groups": groups, "out_channels": 3, "sample_size": size,
-        "scaling_factor": 0.18215, "up_block_types": vec!["UpDecoderBlock2D"; channels.len()],
-    })
-}
-
-/// `sizes`: d_model, d_kv, d_ff, layers, heads.
-fn t5_config(sizes: [i64; 5], vocab_size: i64, dtype: &str) -> Value {
-    let [d_model, d_kv, d_ff, layers, heads] = sizes;
-    json!({
-        "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": vocab_size, "d_model": d_model, "d_kv": d_kv,
-        "d_ff": d_ff, "num_layers": layers, "num_decoder_layers": layers, "num_heads": heads,
-        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "dropout_rate": 0.1,
-        "layer_norm_epsilon": 1e-6, "initializer_factor": 1.0, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new",
-        "is_gated_act": true, "is_encoder_decoder": true, "use_cache": true, "pad_token_id": 0, "eos_token_id": 1,
-        "decoder_start_token_id": 0, "tie_word_embeddings": false, "torch_dtype": dtype,
-    })
-}
-
-/// Stable Diffusion 1.5's own.
-fn scheduler() -> Value {
-    json!({
-        "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-        "num_train_timesteps": 1000, "set_alpha_to_one": false, "skip_prk_steps": true, "steps_offset": 1, "trained_betas": null,
-        "clip_sample": false,
-    })
-}
-
-fn model_index() -> Value {
-    json!({
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1", "feature_extractor": [null, null],
-        "requires_safety_checker": false, "safety_checker": [null, null], "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": [null, null], "tokenizer": [null, null], "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    })
-}
-
-fn tokenizer_config() -> Value {
-    json!({
-        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>",
-        "model_max_length": 512, "clean_up_tokenization_spaces": false,
-    })
-}
-
 fn write_json(file: &Path, value: &Value) -> Result<()> {
     write(file, format!("{value:#}\n").as_bytes())
 }
@@ -282,9 +171,11 @@ fn write(file: &Path, bytes: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connector::{Connector, ConnectorConfig, ConnectorKind};
+    use crate::config::ConfigFile;
+    use crate::connector::{Conditions, Connector, ConnectorConfig, ConnectorKind};
     use crate::schedule::Schedule;
     use crate::tokenizer::{Padding, TextTokenizer};
+    use crate::unet::Added;
 
     const COLOURS: [&str; 4] = ["red", "green", "blue", "white"];
 
@@ -292,10 +183,17 @@ mod tests {
         COLOURS.iter().map(|colour| format!("A large {colour} square lies on a dark background.")).collect()
     }
 
-    fn made(seed: u64) -> tempfile::TempDir {
+    fn made(preset: Preset, seed: u64) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        init_base(Preset::Nano, seed, &captions(), dir.path()).unwrap();
+        init_base(preset, seed, &captions(), dir.path()).unwrap();
         dir
+    }
+
+    /// What SDXL's U-Net is told besides, of samples with this pooled text.
+    fn added(unet: &UNet, pooled: Option<Tensor>) -> Option<Added> {
+        let time_ids = Tensor::from_slice(&[64f32, 64.0, 0.0, 0.0, 64.0, 64.0]).expand([4, 6], false);
+        let width = unet.config().pooled_width().unwrap()?;
+        Some(Added { text_embeds: pooled.unwrap_or_else(|| Tensor::zeros([4, width], (Kind::Float, Device::Cpu))), time_ids })
     }
 
     fn normal(name: &str, shape: &[i64]) -> Tensor {
@@ -305,7 +203,7 @@ mod tests {
 
     #[test]
     fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
-        let (a, b, c) = (made(7), made(7), made(8));
+        let (a, b, c) = (made(Preset::Nano, 7), made(Preset::Nano, 7), made(Preset::Nano, 8));
         for file in ["base/unet/diffusion_pytorch_model", "base/vae/diffusion_pytorch_model", "text/model"] {
             let read = |dir: &tempfile::TempDir| std::fs::read(dir.path().join(format!("{file}.safetensors"))).unwrap();
             assert!(read(&a) == read(&b), "{file}");
@@ -321,13 +219,29 @@ mod tests {
         std::fs::write(dir.path().join("file"), "").unwrap();
         let in_file = init_base(Preset::Nano, 7, &captions(), &dir.path().join("file"));
         assert!(matches!(in_file, Err(ModelError::Unwritable { .. })));
-        assert!(matches!("sdxl".parse::<Preset>(), Err(ModelError::Input { .. })));
+        assert!(matches!("sd3".parse::<Preset>(), Err(ModelError::Input { .. })));
         assert_eq!("sd15".parse::<Preset>().unwrap(), Preset::Sd15);
     }
 
     #[test]
+    fn presets_have_the_true_sizes_where_they_say_so() {
+        let parameters = |preset: Preset| {
+            let config = |value: Value| match value {
+                Value::Object(fields) => ConfigFile::from_map(Path::new("config.json"), fields),
+                other => panic!("not an object: {other}"),
+            };
+            let (spec, unet, vae) = (preset.spec(), Params::shapes(), Params::shapes());
+            UNet::new(&UNetConfig::read(config(spec.unet)).unwrap(), &unet).unwrap();
+            Vae::new(&VaeConfig::read(config(spec.vae)).unwrap(), &vae).unwrap();
+            [unet, vae].map(|p| p.taken().iter().map(|(_, tensor)| tensor.numel()).sum::<usize>())
+        };
+        assert_eq!(parameters(Preset::Sd15), [859_520_964, 83_653_863]);
+        assert_eq!(parameters(Preset::Sdxl), [2_567_463_684, 83_653_863]);
+    }
+
+    #[test]
     fn scaled_latents_of_pictures_have_unit_deviation() {
-        let dir = made(7);
+        let dir = made(Preset::Nano, 7);
         let vae = Vae::load(&dir.path().join("base/vae"), Kind::Float, Device::Cpu).unwrap();
         let (mean, logvar) = vae.encode(&pictures(99, 64).unwrap()).unwrap();
         assert_eq!(mean.size(), [8, 4, 8, 8]);
@@ -338,16 +252,25 @@ mod tests {
 
     #[test]
     fn the_text_moves_the_u_net_s_output_about_as_much_as_the_picture() {
-        let dir = made(7);
-        let unet = UNet::load(&dir.path().join("base/unet"), Kind::Float, Device::Cpu).unwrap();
-        let t = Tensor::from_slice(&[500i64; 4]);
-        let (x, text) = (normal("x", &[4, 4, 8, 8]), normal("text", &[4, 64, 64]));
-        let same = |x: &Tensor| x.narrow(0, 0, 1).expand_as(x);
-        let spread = |y: Tensor| y.std_dim(0i64, true, false).mean(Kind::Float).double_value(&[]);
-        let by_text = spread(unet.forward(&same(&x), &t, &text).unwrap());
-        let by_picture = spread(unet.forward(&x, &t, &same(&text)).unwrap());
-        println!("spread by text {by_text:.3}, by picture {by_picture:.3}");
-        assert!(by_text > 0.3 * by_picture, "{by_text} {by_picture}");
+        for preset in [Preset::Nano, Preset::NanoSdxl] {
+            let dir = made(preset, 7);
+            let unet = UNet::load(&dir.path().join("base/unet"), Kind::Float, Device::Cpu).unwrap();
+            let t = Tensor::from_slice(&[500i64; 4]);
+            let (x, text) = (normal("x", &[4, 4, 8, 8]), normal("text", &[4, 64, 64]));
+            let same = |x: &Tensor| x.narrow(0, 0, 1).expand_as(x);
+            let spread = |x: &Tensor, text: &Tensor, pooled: Option<Tensor>| {
+                let y = unet.forward_added(x, &t, text, added(&unet, pooled).as_ref()).unwrap();
+                y.std_dim(0i64, true, false).mean(Kind::Float).double_value(&[])
+            };
+            let (by_text, by_picture) = (spread(&same(&x), &text, None), spread(&x, &same(&text), None));
+            println!("{preset:?}: spread by text {by_text:.3}, by picture {by_picture:.3}");
+            assert!(by_text > 0.3 * by_picture, "{preset:?}: {by_text} {by_picture}");
+            if let Some(width) = unet.config().pooled_width().unwrap() {
+                let by_pooled = spread(&same(&x), &same(&text), Some(normal("pooled", &[4, width])));
+                println!("by pooled text {by_pooled:.3}");
+                assert!(by_pooled > 0.02 * by_picture, "{by_pooled} {by_picture}");
+            }
+        }
     }
 
     /// A connector on a nano base, trained by plain Adam on four pictures of one colour each: the loss falls.
@@ -355,7 +278,16 @@ mod tests {
     fn a_connector_on_such_a_base_learns() {
         // Tests run side by side; more threads each would only wait for one another.
         tch::set_num_threads(1);
-        let dir = made(7);
+        for preset in [Preset::Nano, Preset::NanoSdxl] {
+            let (first, last) = losses(preset);
+            println!("{preset:?}: loss {first:.3} to {last:.3}");
+            assert!(last < 0.9 * first, "{preset:?}: {first} {last}");
+        }
+    }
+
+    /// The mean of the first losses, and of the last.
+    fn losses(preset: Preset) -> (f64, f64) {
+        let dir = made(preset, 7);
         let at = |name: &str| dir.path().join(name);
         let unet = UNet::load(&at("base/unet"), Kind::Float, Device::Cpu).unwrap();
         let vae = Vae::load(&at("base/vae"), Kind::Float, Device::Cpu).unwrap();
@@ -368,7 +300,8 @@ mod tests {
         let (mean, _) = vae.encode(&pictures(3, 64).unwrap().narrow(0, 0, 4)).unwrap();
         let latents = vae.scale(&mean).unwrap();
 
-        let config = ConnectorConfig { layers: 2, ..ConnectorConfig::new(ConnectorKind::Tsc, 64, 64) };
+        let pooled = unet.config().pooled_width().unwrap();
+        let config = ConnectorConfig { layers: 2, pooled, ..ConnectorConfig::new(ConnectorKind::Tsc, 64, 64) };
         let tsc = Connector::init(&config, 1, Device::Cpu).unwrap();
         let mut state: Vec<(Tensor, Tensor, Tensor)> =
             tsc.tensors().iter().map(|(_, w)| (w.shallow_clone().set_requires_grad(true), w.zeros_like(), w.zeros_like())).collect();
@@ -377,8 +310,9 @@ mod tests {
             let noise = normal(&format!("noise {step}"), &[4, 4, 8, 8]);
             let t = Tensor::from_slice(&CounterRng::new(step, "t").uniform(4, 499.0)).to_kind(Kind::Int64) + 500;
             let noisy = schedule.add_noise(&latents, &noise, &t).unwrap();
-            let states = tsc.forward(&features, &t, None).unwrap().states;
-            let loss = (unet.forward(&noisy, &t, &states).unwrap() - noise).square().mean(Kind::Float);
+            let Conditions { states, pooled } = tsc.forward(&features, &t, None).unwrap();
+            let predicted = unet.forward_added(&noisy, &t, &states, added(&unet, pooled).as_ref()).unwrap();
+            let loss = (predicted - noise).square().mean(Kind::Float);
             losses.push(loss.double_value(&[]));
             let weights: Vec<&Tensor> = state.iter().map(|(w, _, _)| w).collect();
             let gradients = Tensor::run_backward(&[loss], &weights, false, false);
@@ -392,8 +326,6 @@ mod tests {
             });
         }
         let average = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
-        let (first, last) = (average(&losses[..6]), average(&losses[54..]));
-        println!("loss {first:.3} to {last:.3}");
-        assert!(last < 0.9 * first, "{first} {last}");
+        (average(&losses[..6]), average(&losses[54..]))
     }
 }

@@ -246,3 +246,19 @@ fn a_damaged_shard_is_told_by_the_step_that_needs_it() {
     assert!(matches!(error, FeedError::Data(_)) && error.is_permanent(), "{error}");
     assert!(error.to_string().contains(".arrow"), "{error}");
 }
+
+/// Height before width, of the picture as it came; the crop in pixels of the resized one; a dropped caption changes nothing.
+#[test]
+fn sdxl_is_told_the_sizes_and_crops_of_the_pictures() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(&[&crate::world::oblong(dir.path()), "train.caption_dropout=0.5"]);
+    let step = fed(&config, 0..LANES, 0..1).next_step().unwrap();
+    let ids: Vec<Tensor> = step.lanes.iter().map(|lane| batch(lane).time_ids.shallow_clone()).collect();
+    let mut rows: Vec<Vec<f32>> = Vec::try_from(Tensor::cat(&ids, 0).contiguous()).unwrap();
+    rows.sort_by(|a, b| a[0].total_cmp(&b[0]));
+    let wide = vec![64.0, 96.0, 0.0, 8.0, 32.0, 32.0];
+    // 32 × 53 after resizing.
+    let high = vec![80.0, 48.0, 10.0, 0.0, 32.0, 32.0];
+    assert_eq!(rows, [vec![wide; 4], vec![high; 4]].concat());
+    assert!(step.lanes.iter().map(|lane| lane.dropped).sum::<i64>() > 0);
+}

@@ -1,7 +1,8 @@
 //! The step's arithmetic: the loss by its formula, and the gradient as the sum of lanes.
 
-use crate::world::{EPOCH, LANES, config, difference, fed, load, path, text};
+use crate::world::{EPOCH, LANES, config, difference, fed, load, path, sdxl, text};
 use ella_proto::config::RunConfig;
+use ella_worker::models::Loaded;
 use ella_worker::train::lane::{LaneBatch, Networks};
 use tch::{Kind, Tensor};
 
@@ -37,7 +38,7 @@ pub(crate) fn sum_of_lanes(networks: &Networks, lanes: &[LaneBatch], samples: u6
 /// Full lanes, and an epoch's last step with lanes of 1, 1, 1 and 0 samples; masked too, and weighted.
 #[test]
 fn the_sum_over_lanes_is_the_gradient_of_the_mean_over_the_whole_batch() {
-    for set in [&[][..], &["text.padding=none"], &["train.snr_gamma=5.0"]] {
+    for set in [&[][..], &["text.padding=none"], &["train.snr_gamma=5.0"], &[sdxl().as_str()]] {
         let config = config(set);
         let networks = load(&config).networks;
         for (step, expected) in [(0, 8), (EPOCH - 1, 3)] {
@@ -59,16 +60,43 @@ fn the_sum_over_lanes_is_the_gradient_of_the_mean_over_the_whole_batch() {
 /// The same loss, and the same gradient but for the order of sums; with loss scaling too.
 #[test]
 fn a_gradient_made_block_by_block_is_that_of_the_whole_graph() {
-    for (dtype, most) in [("base.dtype=fp32", 1e-5), ("base.dtype=fp16", 2e-2)] {
-        let (whole, blocks) = (config(&[dtype]), config(&[dtype, "train.gradient_checkpointing=true"]));
+    let (nano, sdxl) = (format!("base.model={}", text(path("base"))), sdxl());
+    for (base, dtype, most) in [(&nano, "base.dtype=fp32", 1e-5), (&nano, "base.dtype=fp16", 2e-2), (&sdxl, "base.dtype=fp32", 1e-5)] {
+        let (whole, blocks) = (config(&[base, dtype]), config(&[base, dtype, "train.gradient_checkpointing=true"]));
         assert_eq!(whole.binding_differences(&blocks), ["train.gradient_checkpointing"]);
         let lane = &batches(&whole, 0)[0];
         let gradient = |config: &RunConfig| load(config).networks.gradient(lane, 8).unwrap();
         let (whole, blocks) = (gradient(&whole), gradient(&blocks));
-        assert_eq!(whole.loss_sum, blocks.loss_sum, "{dtype}");
+        assert_eq!(whole.loss_sum, blocks.loss_sum, "{base} {dtype}");
         let found = difference(&blocks.grad, &whole.grad);
-        assert!(found < most, "{dtype}: {found}");
+        assert!(found < most, "{base} {dtype}: {found}");
     }
+}
+
+/// The pooled head's gradient, which comes through the U-Net's time embedding only, against differences of the loss; and the sizes count.
+#[test]
+fn a_base_of_sdxl_s_kind_trains_the_pooled_head_and_heeds_sizes() {
+    let config = config(&[&sdxl()]);
+    let Loaded { networks, state, .. } = load(&config);
+    let batch = together(&batches(&config, 0));
+    let gradient = networks.gradient(&batch, 1).unwrap().grad;
+    for name in ["pool.c_proj.weight", "pool.q_proj.bias", "pool.positional_embedding"] {
+        let entry = state.layout.entries().iter().find(|entry| entry.name == name).unwrap();
+        let part = gradient.narrow(0, entry.offset, entry.len);
+        // Along the gradient, the loss grows by its length.
+        let (length, params) = (part.norm().double_value(&[]), state.buffers.params.narrow(0, entry.offset, entry.len));
+        let (before, way) = (params.copy(), &part / length * 0.05);
+        let at = |sign: f64| {
+            tch::no_grad(|| params.shallow_clone().copy_(&(&before + &way * sign)));
+            networks.evaluate(&batch).unwrap()
+        };
+        let slope = (at(1.0) - at(-1.0)) / 0.1;
+        at(0.0);
+        println!("{name}: gradient {length:.4e}, difference {slope:.4e}");
+        assert!(length > 1e-4 && (slope / length - 1.0).abs() < 0.05, "{name}: gradient {length}, difference {slope}");
+    }
+    let cropped = LaneBatch { time_ids: &batch.time_ids + 8.0, ..batch.shallow_clone() };
+    assert_ne!(networks.evaluate(&cropped).unwrap(), networks.evaluate(&batch).unwrap());
 }
 
 /// A base like the world's whose scheduler says this.

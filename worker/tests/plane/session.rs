@@ -1,7 +1,7 @@
 //! A worker's life under a coordinator that follows a script.
 
 use crate::coordinator::{Scripted, TERM, Worker, soon, welcome};
-use crate::world::{EPOCH, LANES, RUNTIME, SCENES, config, damaged_copy, embedded, load, order, text};
+use crate::world::{EPOCH, LANES, RUNTIME, SCENES, config, damaged_copy, embedded, load, order, path, sdxl, text};
 use ella_model::connector::{Connector, ConnectorKind};
 use ella_proto::config::RunConfig;
 use ella_proto::v1::from_worker::Body as Said;
@@ -150,12 +150,15 @@ fn every_kind_of_step_runs() {
 #[test]
 fn every_kind_of_connector_is_trained() {
     RUNTIME.block_on(async {
-        for (set, kind) in [
-            ("connector.kind=tsc-zero", ConnectorKind::TscZero),
-            ("connector.kind=resampler", ConnectorKind::Resampler),
-            ("connector.kind=mlp", ConnectorKind::Mlp),
+        let (nano, sdxl) = (format!("base.model={}", text(path("base"))), sdxl());
+        for (base, set, kind) in [
+            (&nano, "connector.kind=tsc-zero", ConnectorKind::TscZero),
+            (&nano, "connector.kind=resampler", ConnectorKind::Resampler),
+            (&nano, "connector.kind=mlp", ConnectorKind::Mlp),
+            (&sdxl, "connector.kind=tsc", ConnectorKind::Tsc),
+            (&sdxl, "connector.kind=mlp", ConnectorKind::Mlp),
         ] {
-            let config = prepared(&["train.steps=2", "checkpoint.every=2", set]);
+            let config = prepared(&["train.steps=2", "checkpoint.every=2", base, set]);
             let (folder, url) = run_folder();
             let (mut worker, ready) = Scripted::start().await.training(&config, &url, None).await;
             let (heard, finished) = Heard::of(&mut worker).await;
@@ -164,7 +167,7 @@ fn every_kind_of_connector_is_trained() {
             assert_eq!(worker.ended().await.unwrap(), Ending::Done);
             let file = folder.path().join(heard.commit(2, &config, &ready).folder).join("connector.safetensors");
             let trained = Connector::load(&file, 8, Kind::Float, Device::Cpu).unwrap();
-            assert_eq!(trained.config().kind, kind);
+            assert_eq!((trained.config().kind, trained.config().pooled), (kind, (base == &sdxl).then_some(32)));
             let first = load(&config).networks.connector;
             for ((name, before), (_, after)) in first.tensors().iter().zip(trained.tensors()) {
                 assert!(!before.equal(after), "{set}: {name} is as it was");

@@ -53,10 +53,35 @@ fn make() -> PathBuf {
     write(&tars, &config, &mut |_| {}).unwrap();
     let captions: Vec<String> = (0..SCENES).map(|index| scene(5, index).dense_caption()).collect();
     init_base(Preset::Nano, 1, &captions, &folder).unwrap();
+    init_base(Preset::NanoSdxl, 1, &captions, &folder.join("sdxl")).unwrap();
     prepare_into(&tars, &folder.join("data"), None);
     let latents = VaeLatents::load(&folder.join("base/vae"));
     prepare_into(&tars, &folder.join("latents"), Some(Arc::new(latents)));
     folder
+}
+
+/// The setting that takes a base of SDXL's kind.
+pub(crate) fn sdxl() -> String {
+    format!("base.model={}", text(path("sdxl/base")))
+}
+
+/// A data set of eight pictures, by turns of 96 × 64 and 48 × 80 pixels.
+pub(crate) fn oblong(folder: &Path) -> String {
+    let mut tar = tar::Builder::new(Vec::new());
+    for index in 0..8u8 {
+        let (width, height) = if index % 2 == 0 { (96, 64) } else { (48, 80) };
+        let mut png = std::io::Cursor::new(Vec::new());
+        let picture = image::RgbImage::from_fn(width, height, |x, y| image::Rgb([x as u8, y as u8, index * 30]));
+        picture.write_to(&mut png, image::ImageFormat::Png).unwrap();
+        for (name, bytes) in [("png", png.get_ref().as_slice()), ("txt", b"A picture that is no square.")] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            tar.append_data(&mut header, format!("{index}.{name}"), bytes).unwrap();
+        }
+    }
+    std::fs::write(folder.join("oblong.tar"), tar.into_inner().unwrap()).unwrap();
+    prepare_into(folder, &folder.join("data"), None);
+    format!("data.path={}", text(folder.join("data")))
 }
 
 fn prepare_into(tars: &Path, out: &Path, latents: Option<Arc<dyn LatentEncoder>>) {
