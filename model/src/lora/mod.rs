@@ -84,8 +84,11 @@ impl Lora {
     /// What a user must be told: which part of the file is not used, if any is not.
     pub fn unused(&self) -> Option<String> {
         let path = self.path().display();
-        let tensors = if self.text_tensors == 1 { "tensor" } else { "tensors" };
-        (self.text_tensors > 0).then(|| format!("{path}: {} {tensors} for the text encoder are not used", self.text_tensors))
+        match self.text_tensors {
+            0 => None,
+            1 => Some(format!("{path}: 1 tensor for the text encoder is not used")),
+            n => Some(format!("{path}: {n} tensors for the text encoder are not used")),
+        }
     }
 
     /// BLAKE3 over the file and the weight, as lower-case hex: what a run that trains through it is bound to.
