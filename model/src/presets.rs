@@ -252,7 +252,8 @@ mod tests {
 
     #[test]
     fn the_text_moves_the_u_net_s_output_about_as_much_as_the_picture() {
-        for preset in [Preset::Nano, Preset::NanoSdxl] {
+        // SDXL's outermost blocks do not attend: what the text says enters at a quarter of the places.
+        for (preset, least) in [(Preset::Nano, 0.3), (Preset::NanoSdxl, 0.1)] {
             let dir = made(preset, 7);
             let unet = UNet::load(&dir.path().join("base/unet"), Kind::Float, Device::Cpu).unwrap();
             let t = Tensor::from_slice(&[500i64; 4]);
@@ -264,7 +265,7 @@ mod tests {
             };
             let (by_text, by_picture) = (spread(&same(&x), &text, None), spread(&x, &same(&text), None));
             println!("{preset:?}: spread by text {by_text:.3}, by picture {by_picture:.3}");
-            assert!(by_text > 0.3 * by_picture, "{preset:?}: {by_text} {by_picture}");
+            assert!(by_text > least * by_picture, "{preset:?}: {by_text} {by_picture}");
             if let Some(width) = unet.config().pooled_width().unwrap() {
                 let by_pooled = spread(&same(&x), &same(&text), Some(normal("pooled", &[4, width])));
                 println!("by pooled text {by_pooled:.3}");
