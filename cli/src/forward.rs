@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use ella_model::connector::DEFAULT_HEADS;
 use ella_model::forward::{Net, Options, forward};
+use ella_model::params::Layout;
 use serde_json::json;
 use tch::{Device, Kind};
 
 use crate::embed::Layers;
 use crate::lora::Loras;
-use crate::ui::{DONE, Fail, Out};
+use crate::ui::{DONE, Fail, Out, note};
 
 #[derive(Debug, Args)]
 pub(crate) struct Forward {
@@ -32,6 +33,12 @@ pub(crate) struct Forward {
     /// Compute the gradients block by block, in less memory (unet)
     #[arg(long, requires = "grad")]
     checkpoint: bool,
+    /// Work in tiles on what is larger than the VAE's pictures in training, one at a time (vae-encode, vae-decode)
+    #[arg(long)]
+    tiling: bool,
+    /// Keep a pixel's channels beside each other in memory (unet, vae-encode, vae-decode) [default: where that is faster]
+    #[arg(long)]
+    channels_last: bool,
     /// What to compute in
     #[arg(long, value_enum, default_value_t = Dtype::Fp32)]
     dtype: Dtype,
@@ -70,9 +77,13 @@ impl Forward {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let net: Net = self.net.parse()?;
         let (kind, device, loras) = (self.dtype.kind(), Device::Cpu, self.loras.open()?);
-        let (grad, checkpoint, heads, layers) = (self.grad, self.checkpoint, self.heads, self.layers.into());
-        let options = Options { grad, checkpoint, kind, heads, layers, device, loras: &loras };
-        forward(net, &self.model, &self.inputs, &self.outputs, &options)?;
+        let layout = self.channels_last.then_some(Layout::ChannelsLast);
+        let (grad, checkpoint, tiling) = (self.grad, self.checkpoint, self.tiling);
+        let (heads, layers) = (self.heads, self.layers.into());
+        let options = Options { grad, checkpoint, tiling, layout, kind, heads, layers, device, loras: &loras };
+        if forward(net, &self.model, &self.inputs, &self.outputs, &options)? != kind {
+            note("computed in float32: this VAE's config.json has force_upcast, because float16 overflows in it");
+        }
         out.result(&json!({ "net": self.net, "outputs": self.outputs }), || format!("{}: {}", self.net, self.outputs.display()));
         Ok(DONE)
     }

@@ -60,7 +60,7 @@ UNETS = {
 }
 
 # Weights that are well conditioned, see `expected`.
-SEEDS = {"unet-sd2": 23, "unet-sdxl": 88, "unet-uneven": 4}
+SEEDS = {"unet-linear": 107, "unet-sd2": 77, "unet-sdxl": 88, "unet-uneven": 6}
 
 VAE = dict(
     in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 12, 16), layers_per_block=1,
@@ -152,7 +152,8 @@ def unet(out, name, config):
             y.backward(grad_output.to(net.dtype))
             return y.detach(), x.grad
 
-        bounds = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (2e-2, 5e-2)}
+        # Well within what the tests allow: other machines' kernels round otherwise.
+        bounds = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (1.5e-2, 4e-2), torch.float16: (5e-3, 1e-2)}
         y, grad = expected(f"{name} {case}", model, run, bounds)
         golden |= {
             f"{case}.sample": sample, f"{case}.timesteps": t, f"{case}.hidden_states": hidden, f"{case}.grad_output": grad_output,
@@ -205,7 +206,27 @@ def vae(out):
         golden |= {f"{case}.image": image, f"{case}.mean": mean, f"{case}.logvar": logvar}
         golden |= {f"{case}.latent": latent, f"{case}.decoded": decoded}
     assert golden["even.logvar"].max() == 20
+    golden |= tiled(model, g)
     save(out / "vae" / "golden.safetensors", golden)
+
+
+def tiled(model, g):
+    """Pictures larger than the tile of 16 (a latent of 4), one at a time and in tiles."""
+    golden = {}
+    for case, (b, h, w) in {"even": (2, 40, 28), "odd": (1, 53, 17)}.items():
+        image = torch.rand(b, 3, h, w, generator=g) * 2 - 1
+        latent = torch.randn(b, 4, h // 4, w // 4, generator=g)
+
+        def run(net):
+            net.enable_slicing()
+            net.enable_tiling()
+            moments = net.encode(image.to(net.dtype)).latent_dist
+            return moments.mean, moments.logvar, net.decode(latent.to(net.dtype)).sample
+
+        values = expected(f"vae tiled {case}", model, run, {torch.float32: (2e-6,) * 3})
+        names = ["image", "latent", "mean", "logvar", "decoded"]
+        golden |= {f"tiled.{case}.{name}": value for name, value in zip(names, [image, latent, *values])}
+    return golden
 
 
 def model_output(x, t):

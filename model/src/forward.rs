@@ -13,6 +13,7 @@ use crate::connector::{Conditions, Connector, DEFAULT_HEADS};
 use crate::error::{ModelError, Result};
 use crate::layers::inner_product;
 use crate::lora::Lora;
+use crate::params::Layout;
 use crate::part::Part;
 use crate::text::{Layers, Text, TextOutput};
 use crate::unet::{Added, UNet};
@@ -65,6 +66,10 @@ pub struct Options<'a> {
     pub grad: bool,
     /// Compute the gradients in the memory of one block at a time (U-Net).
     pub checkpoint: bool,
+    /// Encode and decode in tiles what is larger than the VAE's pictures in training (VAE).
+    pub tiling: bool,
+    /// How feature maps lie in memory (U-Net, VAE); `None`: whatever is fastest.
+    pub layout: Option<Layout>,
     /// The kind to compute in, and of the outputs: `Float`, `Half` or `BFloat16`.
     pub kind: Kind,
     /// A connector's attention heads.
@@ -79,45 +84,64 @@ pub struct Options<'a> {
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        let (kind, device) = (Kind::Float, Device::Cpu);
-        Options { grad: false, checkpoint: false, kind, heads: DEFAULT_HEADS, layers: Layers::Last, device, loras: &[] }
+        let (kind, heads, layers, device) = (Kind::Float, DEFAULT_HEADS, Layers::Last, Device::Cpu);
+        Options { grad: false, checkpoint: false, tiling: false, layout: None, kind, heads, layers, device, loras: &[] }
+    }
+}
+
+impl Options<'_> {
+    /// Refuses what `net` has no use for.
+    fn check(&self, net: Net) -> Result<()> {
+        let vae = matches!(net, Net::VaeEncode | Net::VaeDecode);
+        let unused = [
+            (self.checkpoint && !(self.grad && net == Net::Unet), "--checkpoint", "unet with --grad"),
+            (self.tiling && !vae, "--tiling", "vae-encode or vae-decode"),
+            (self.layout.is_some() && !vae && net != Net::Unet, "--channels-last", "unet, vae-encode or vae-decode"),
+            (self.layers != Layers::Last && net != Net::Text, "--layers", "text"),
+            (!self.loras.is_empty() && net != Net::Unet, "--lora", "unet"),
+        ];
+        match unused.into_iter().find(|(unused, ..)| *unused) {
+            None => Ok(()),
+            Some((_, option, runs)) => {
+                let what = format!("{option} for this network");
+                Err(ModelError::Unsupported { what, instead: format!("leave it out, or run {runs}") })
+            }
+        }
     }
 }
 
 /// Named tensors.
 type Named = Vec<(String, Tensor)>;
 
-/// Runs `net`, loaded from `model`, on the tensors of the safetensors file `inputs`, and writes the file `outputs`.
+/// Runs `net`, loaded from `model`, on the tensors of the safetensors file `inputs`, and writes the file `outputs`. Gives the kind that it
+/// was computed in: float32 instead of float16 for a VAE with `force_upcast`.
 ///
 /// # Errors
 /// Whatever is wrong with the model's files; an input that is missing, surplus, of another shape, type or range than the
-/// network takes; `grad` for a network that nothing is trained through; averaged layers of what is no text encoder.
-pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &Options<'_>) -> Result<()> {
-    if options.layers != Layers::Last && net != Net::Text {
-        let what = "averaging the layers of a network that is no text encoder".to_owned();
-        return Err(ModelError::Unsupported { what, instead: "leave --layers out".into() });
-    }
+/// network takes; `grad` for a network that nothing is trained through; other options for a network that has no use for them.
+pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &Options<'_>) -> Result<Kind> {
+    options.check(net)?;
     let inputs = Inputs::open(inputs, options)?;
-    if options.checkpoint && !(options.grad && net == Net::Unet) {
-        let what = "checkpointing of anything but the U-Net's gradients".to_owned();
-        return Err(ModelError::Unsupported { what, instead: "leave --checkpoint out, or run unet with --grad".into() });
-    }
-    if let Some(lora) = options.loras.first().filter(|_| net != Net::Unet) {
-        let what = format!("{}: a LoRA in another network than the U-Net", lora.path().display());
-        return Err(ModelError::Unsupported { what, instead: "leave it out".into() });
-    }
+    let (device, mut kind) = (options.device, options.kind);
+    let layout = options.layout.unwrap_or_else(|| Layout::fastest(kind, device));
+    let mut vae = |run: fn(&Vae, &Inputs<'_>) -> Result<Named>| {
+        let vae = Vae::laid_out(Part::open(model)?, layout, kind, device)?;
+        kind = vae.kind();
+        tch::no_grad(|| run(&vae, &inputs))
+    };
     let results = match net {
         Net::Connector => connector(&Connector::load(model, options.heads, options.kind, options.device)?, &inputs)?,
-        Net::Unet => unet(&UNet::from_part_with(Part::open(model)?, options.loras, options.kind, options.device)?, &inputs)?,
+        Net::Unet => unet(&UNet::laid_out(Part::open(model)?, options.loras, layout, options.kind, device)?, &inputs)?,
         Net::Text | Net::VaeEncode | Net::VaeDecode if options.grad => {
             let what = "a gradient through a network that stays frozen and has nothing trained before it".to_owned();
             return Err(ModelError::Unsupported { what, instead: "leave --grad out".into() });
         }
         Net::Text => tch::no_grad(|| text(&Text::load(model, options.kind, options.device)?, &inputs))?,
-        Net::VaeEncode => tch::no_grad(|| vae_encode(&Vae::load(model, options.kind, options.device)?, &inputs))?,
-        Net::VaeDecode => tch::no_grad(|| vae_decode(&Vae::load(model, options.kind, options.device)?, &inputs))?,
+        Net::VaeEncode => vae(vae_encode)?,
+        Net::VaeDecode => vae(vae_decode)?,
     };
-    weights::save(outputs, &results)
+    weights::save(outputs, &results)?;
+    Ok(kind)
 }
 
 fn connector(connector: &Connector, inputs: &Inputs<'_>) -> Result<Named> {
@@ -184,7 +208,7 @@ fn vae_encode(vae: &Vae, inputs: &Inputs<'_>) -> Result<Named> {
     let channels = Dim::Is(vae.config().in_channels);
     let image = inputs.floats("image", &[Dim::Any("B"), channels, Dim::Any("H"), Dim::Any("W")])?;
     inputs.finish()?;
-    let (mean, logvar) = vae.encode(&image)?;
+    let (mean, logvar) = if inputs.options.tiling { vae.encode_tiled(&image)? } else { vae.encode(&image)? };
     Ok(vec![("mean".into(), mean), ("logvar".into(), logvar)])
 }
 
@@ -192,7 +216,8 @@ fn vae_decode(vae: &Vae, inputs: &Inputs<'_>) -> Result<Named> {
     let channels = Dim::Is(vae.config().latent_channels);
     let latent = inputs.floats("latent", &[Dim::Any("B"), channels, Dim::Any("H"), Dim::Any("W")])?;
     inputs.finish()?;
-    Ok(vec![("image".into(), vae.decode(&latent)?)])
+    let image = if inputs.options.tiling { vae.decode_tiled(&latent)? } else { vae.decode(&latent)? };
+    Ok(vec![("image".into(), image)])
 }
 
 /// The outputs, and the gradients by what has these names.

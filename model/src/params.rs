@@ -1,7 +1,7 @@
 //! Where a network's parameters come from: one constructor per network serves loading, random initialization, given
 //! tensors and listing.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Display;
 use std::path::Path;
@@ -39,6 +39,26 @@ pub enum Init {
     XavierUniform,
 }
 
+/// How the weights of convolutions lie in memory; feature maps follow them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// As in the files: NCHW.
+    ChannelsFirst,
+    /// A pixel's channels beside each other: NHWC.
+    ChannelsLast,
+}
+
+impl Layout {
+    /// The one that convolutions in `kind` are fastest in on `device`.
+    pub fn fastest(kind: Kind, device: Device) -> Self {
+        // Tensor cores read NHWC; with NCHW, cuDNN turns the maps around before and after. On CPUs oneDNN has layouts of its own.
+        match device.is_cuda() && kind != Kind::Float {
+            true => Layout::ChannelsLast,
+            false => Layout::ChannelsFirst,
+        }
+    }
+}
+
 /// A cursor into a network's parameters: a name prefix over a shared source. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Params {
@@ -51,6 +71,7 @@ struct Shared {
     source: Source,
     kind: Kind,
     device: Device,
+    layout: Cell<Layout>,
     taken: RefCell<Vec<(String, Tensor)>>,
 }
 
@@ -90,8 +111,13 @@ impl Params {
     }
 
     fn new(source: Source, kind: Kind, device: Device) -> Self {
-        let shared = Shared { source, kind, device, taken: RefCell::default() };
+        let shared = Shared { source, kind, device, layout: Cell::new(Layout::ChannelsFirst), taken: RefCell::default() };
         Params { shared: Rc::new(shared), prefix: String::new() }
+    }
+
+    /// From now on parameters of four axes, the weights of convolutions, are handed out in this layout.
+    pub fn lay_out(&self, layout: Layout) {
+        self.shared.layout.set(layout);
     }
 
     /// The cursor one level down: `p.at("down_blocks").at(0)` is at `down_blocks.0`.
@@ -105,7 +131,7 @@ impl Params {
     /// A source of given tensors or of a file lacks it, or has it in another shape.
     pub fn get(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         let key = self.full(&name);
-        let Shared { source, kind, device, taken } = &*self.shared;
+        let Shared { source, kind, device, layout, taken } = &*self.shared;
         let tensor = match source {
             Source::File(weights, merge) if merge.changes(&key) => {
                 merge.apply(&key, weights.load(&key, shape, Kind::Float, *device)?)?.f_to_kind(*kind)?
@@ -115,6 +141,10 @@ impl Params {
             Source::Given(tensors) => given(tensors, &key, shape)?,
             // Stride 0 in every dimension: the shape costs no memory.
             Source::Shapes => Tensor::f_zeros([1; 0], (*kind, *device))?.f_expand(shape, false)?,
+        };
+        let tensor = match layout.get() {
+            Layout::ChannelsLast if shape.len() == 4 => channels_last(&tensor)?,
+            _ => tensor,
         };
         taken.borrow_mut().push((key, tensor.shallow_clone()));
         Ok(tensor)
@@ -153,6 +183,11 @@ impl Params {
     fn full(&self, name: &dyn Display) -> String {
         if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
     }
+}
+
+/// The same values `[A, B, C, D]`, those of B beside each other.
+fn channels_last(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?)
 }
 
 /// What errors name where there is no file.

@@ -56,16 +56,16 @@ fn unet_values_and_gradients_equal_diffusers() {
 }
 
 #[test]
-fn unet_in_bfloat16_stays_near() {
-    for name in UNETS {
-        let net = UNet::load(&folder(name), Kind::BFloat16, CPU).unwrap();
+fn unet_in_16_bits_stays_near() {
+    for (name, kind) in UNETS.iter().flat_map(|name| [(name, Kind::BFloat16), (name, Kind::Half)]) {
+        let net = UNet::load(&folder(name), kind, CPU).unwrap();
         let golden = Golden::open(name);
         for case in ["even", "odd"] {
             let (y, grad) = run_unet(&net, &golden, case);
-            assert_eq!((y.kind(), grad.kind()), (Kind::BFloat16, Kind::Float));
+            assert_eq!((y.kind(), grad.kind()), (kind, Kind::Float));
             // The bounds within which the reference's own bfloat16 stays on these goldens (goldens/diffusion.py).
-            within(&format!("{name} {case} bfloat16 output"), &y, &golden.get(&format!("{case}.output")), 2e-2);
-            within(&format!("{name} {case} bfloat16 gradient"), &grad, &golden.get(&format!("{case}.grad.hidden_states")), 5e-2);
+            within(&format!("{name} {case} {kind:?} output"), &y, &golden.get(&format!("{case}.output")), 2e-2);
+            within(&format!("{name} {case} {kind:?} gradient"), &grad, &golden.get(&format!("{case}.grad.hidden_states")), 5e-2);
         }
     }
 }
@@ -156,8 +156,10 @@ fn vae_reads_the_old_names_of_attention() {
 fn vae_honours_what_float16_cannot_do() {
     let dir = copy_of("vae", |config| config["force_upcast"] = json!(true), |_| {});
     let image = Golden::open("vae").get("even.image");
-    let (mean, _) = Vae::load(dir.path(), Kind::Half, CPU).unwrap().encode(&image).unwrap();
-    assert_eq!(mean.kind(), Kind::Float);
+    for (asked, computed) in [(Kind::Half, Kind::Float), (Kind::BFloat16, Kind::BFloat16)] {
+        let net = Vae::load(dir.path(), asked, CPU).unwrap();
+        assert_eq!((net.kind(), net.encode(&image).unwrap().0.kind()), (computed, computed));
+    }
 }
 
 fn schedule(name: &str) -> (Schedule, Golden) {

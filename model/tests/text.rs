@@ -245,7 +245,7 @@ fn with_inputs(options: &Options, change: impl FnOnce(&mut Vec<(String, Tensor)>
     change(&mut all);
     let inputs = dir.path().join("inputs.safetensors");
     weights::save(&inputs, &all).unwrap();
-    forward(Net::Connector, &folder.join("connector.safetensors"), &inputs, &dir.path().join("out.safetensors"), options)
+    forward(Net::Connector, &folder.join("connector.safetensors"), &inputs, &dir.path().join("out.safetensors"), options).map(|_| ())
 }
 
 #[test]

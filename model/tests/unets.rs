@@ -69,6 +69,11 @@ fn in_bfloat16_they_stay_near() {
 }
 
 #[test]
+fn in_float16_they_stay_nearer() {
+    equal_diffusers(Kind::Half, 1e-2, 2e-2);
+}
+
+#[test]
 fn the_loss_of_v_prediction_equals_diffusers() {
     let (net, golden) = (UNet::load(&folder("unet-sd2"), Kind::Float, CPU).unwrap(), Golden::open("unet-sd2"));
     let schedule = Schedule::load(&folder("schedules/v-leading"), CPU).unwrap();

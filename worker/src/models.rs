@@ -42,6 +42,9 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let kind = device::kind(config.base.dtype);
     let loras = config.base.loras.iter().map(lora).collect::<Result<Vec<_>, _>>()?;
     let (unet, vae, schedule) = (base.unet_with(&loras, kind, device)?, base.vae(kind, device)?, base.schedule(device)?);
+    if vae.kind() != kind {
+        tracing::info!("the VAE computes in float32: its config.json has force_upcast, because float16 overflows in it");
+    }
     check_latents(unet.config(), &vae, base.path())?;
 
     let sizes = connector_config(config, unet.config(), text.width)?;

@@ -163,7 +163,7 @@ impl Drawer {
             latents = self.sampler.step(&output, index, &latents, &mut fresh)?;
             step();
         }
-        Ok(self.vae.decode(&self.vae.unscale(&latents)?)?.f_clamp(-1.0, 1.0)?)
+        Ok(self.vae.decode_each(&self.vae.unscale(&latents)?)?.f_clamp(-1.0, 1.0)?)
     }
 
     /// What SDXL is told beside the states `[2b, L, D]`: the pooled text, and the sizes of pictures that were never resized nor cropped.

@@ -19,7 +19,7 @@ use self::time::TimeEmbedding;
 use crate::error::{ModelError, Result};
 use crate::layers::{Conv2d, GroupNorm, silu};
 use crate::lora::{Lora, Merge};
-use crate::params::Params;
+use crate::params::{Layout, Params};
 use crate::part::Part;
 
 pub(crate) use self::attention::attend;
@@ -77,8 +77,14 @@ impl UNet {
     /// # Errors
     /// Those of [`UNet::load`]; a LoRA was made for another architecture.
     pub fn from_part_with(part: Part, loras: &[Lora], kind: Kind, device: Device) -> Result<Self> {
+        Self::laid_out(part, loras, Layout::fastest(kind, device), kind, device)
+    }
+
+    /// [`UNet::from_part_with`], with a chosen layout of feature maps.
+    pub fn laid_out(part: Part, loras: &[Lora], layout: Layout, kind: Kind, device: Device) -> Result<Self> {
         let config = UNetConfig::read(part.config)?;
         let p = Params::merged(part.weights, Merge::new(loras, &config)?, kind, device);
+        p.lay_out(layout);
         let net = Self::new(&config, &p)?;
         p.finish(&[])?;
         Ok(net)
