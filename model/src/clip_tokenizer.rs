@@ -16,7 +16,7 @@ use crate::special_tokens::{Settings, object, token};
 use crate::tokenizer::{TextTokenizer, places};
 
 /// What marks the last piece of a word.
-const WORD_END: &str = "</w>";
+pub(crate) const WORD_END: &str = "</w>";
 
 /// The words that pieces are made of.
 const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";

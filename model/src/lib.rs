@@ -4,6 +4,7 @@
 //! configuration, a constructor over [`params::Params`] whose tensor names are the checkpoint's, and a `forward`.
 
 pub mod base;
+mod bpe;
 pub mod clip;
 pub mod clip_tokenizer;
 pub mod config;

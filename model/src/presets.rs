@@ -1,6 +1,7 @@
 //! Random models to try things on, written as diffusers and transformers write theirs.
 //!
-//! `DIR/base` holds a U-Net, a VAE and a scheduler; `DIR/text` a T5 encoder and a tokenizer trained on given captions. Values are a pure
+//! `DIR/base` holds a U-Net, a VAE, a scheduler, and one or two CLIP text encoders with tokenizers; `DIR/text` a T5 encoder and its tokenizer.
+//! Tokenizers are trained on given captions. Values are a pure
 //! function of the seed. Untrained networks of this kind hardly listen to their text and give latents of any size; here both
 //! are set right, so that training a connector on them has something to learn.
 
@@ -8,9 +9,11 @@ mod spec;
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
+use crate::bpe::{self, END};
+use crate::clip::{Clip, ClipConfig};
 use crate::error::{ModelError, Result};
 use crate::params::Params;
 use crate::rng::CounterRng;
@@ -28,7 +31,7 @@ use spec::{Spec, tokenizer_config};
 pub fn init_base(preset: Preset, seed: u64, captions: &[String], out: &Path) -> Result<()> {
     let spec = preset.spec();
     // First what can fail for the captions given.
-    let tokenizer = unigram::train(captions, spec.vocabulary)?;
+    let (tokenizer, pieces) = (unigram::train(captions, spec.vocabulary)?, bpe::train(captions, spec.vocabulary)?);
     let (base, text) = (out.join("base"), out.join("text"));
     write_json(&base.join("model_index.json"), &spec.model_index)?;
     write_json(&base.join("scheduler/scheduler_config.json"), &spec.scheduler)?;
@@ -36,6 +39,11 @@ pub fn init_base(preset: Preset, seed: u64, captions: &[String], out: &Path) -> 
     let seed = |part: &str| CounterRng::new(seed, part).bits(0);
     unet(&base.join("unet"), &spec, seed("unet"))?;
     vae(&base.join("vae"), &spec, seed("vae"))?;
+    for (config, (number, pad)) in spec.clips.iter().zip([("", END), ("_2", "!")]) {
+        let folder = base.join(format!("text_encoder{number}"));
+        clip(&folder, (config, spec.kind), &pieces, seed(&format!("clip{number}")))?;
+        tokenizer_files(&base.join(format!("tokenizer{number}")), &pieces, pad)?;
+    }
     t5(&text, &spec, seed("text"))?;
     write(&text.join("tokenizer.json"), tokenizer.as_bytes())?;
     write_json(&text.join("tokenizer_config.json"), &tokenizer_config())
@@ -150,6 +158,26 @@ fn pictures(seed: u64, size: i64) -> Result<Tensor> {
     Ok(Tensor::f_cat(&[sharp, soft], 0)?)
 }
 
+fn clip(folder: &Path, (config, kind): (&Value, Kind), pieces: &bpe::Files, seed: u64) -> Result<()> {
+    let mut config = config.clone();
+    for (field, id) in [("bos_token_id", pieces.end - 1), ("eos_token_id", pieces.end), ("pad_token_id", pieces.end)] {
+        config[field] = json!(id);
+    }
+    write_json(&folder.join("config.json"), &config)?;
+    let p = Params::random(seed, kind, Device::Cpu);
+    Clip::new(&ClipConfig::load(folder)?, &p)?;
+    weights::save(&folder.join("model.safetensors"), &p.taken())
+}
+
+/// CLIP's tokenizer, which fills rows up with `pad`: SDXL's second one has a token of its own for that.
+fn tokenizer_files(folder: &Path, pieces: &bpe::Files, pad: &str) -> Result<()> {
+    let mut config = pieces.config.clone();
+    config["pad_token"] = json!(pad);
+    write_json(&folder.join("vocab.json"), &pieces.vocab)?;
+    write(&folder.join("merges.txt"), pieces.merges.as_bytes())?;
+    write_json(&folder.join("tokenizer_config.json"), &config)
+}
+
 fn t5(folder: &Path, spec: &Spec, seed: u64) -> Result<()> {
     write_json(&folder.join("config.json"), &spec.text)?;
     let p = Params::random(seed, spec.kind, Device::Cpu);
@@ -171,6 +199,7 @@ fn write(file: &Path, bytes: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::Base;
     use crate::config::ConfigFile;
     use crate::connector::{Conditions, Connector, ConnectorConfig, ConnectorKind};
     use crate::schedule::Schedule;
@@ -204,7 +233,7 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
         let (a, b, c) = (made(Preset::Nano, 7), made(Preset::Nano, 7), made(Preset::Nano, 8));
-        for file in ["base/unet/diffusion_pytorch_model", "base/vae/diffusion_pytorch_model", "text/model"] {
+        for file in ["base/unet/diffusion_pytorch_model", "base/vae/diffusion_pytorch_model", "base/text_encoder/model", "text/model"] {
             let read = |dir: &tempfile::TempDir| std::fs::read(dir.path().join(format!("{file}.safetensors"))).unwrap();
             assert!(read(&a) == read(&b), "{file}");
             assert!(read(&a) != read(&c), "{file}");
@@ -224,6 +253,27 @@ mod tests {
     }
 
     #[test]
+    fn bases_have_clips_of_their_own() {
+        for (preset, widths) in [(Preset::Nano, &[64][..]), (Preset::NanoSdxl, &[24, 40])] {
+            let dir = made(preset, 7);
+            let own = Base::open(&dir.path().join("base")).unwrap().text_encoders().unwrap();
+            assert_eq!(own.len(), widths.len());
+            for (own, &width) in own.into_iter().zip(widths) {
+                let clip = Clip::from_part(own.part, Kind::Float, Device::Cpu).unwrap();
+                let tokenizer = own.tokenizer.unwrap();
+                tokenizer.check_vocabulary(clip.config().vocab_size).unwrap();
+                let (ids, mask) = tokenizer.encode(&captions(), 77, Padding::Fixed).unwrap().tensors(Device::Cpu).unwrap();
+                let out = clip.forward(&ids, &mask.ones_like()).unwrap();
+                assert_eq!(out.last_hidden_state.size(), [4, 77, width]);
+                assert!((out.last_hidden_state.std(true).double_value(&[]) - 1.0).abs() < 0.1);
+                assert_eq!(ids.get(0).eq(clip.config().end.unwrap()).sum(Kind::Int64).int64_value(&[]) == 1, width == 40);
+                let pooled = if width == 40 { 32 } else { width };
+                assert_eq!(out.pooled.size(), [4, pooled]);
+            }
+        }
+    }
+
+    #[test]
     fn presets_have_the_true_sizes_where_they_say_so() {
         let parameters = |preset: Preset| {
             let config = |value: Value| match value {
@@ -233,10 +283,15 @@ mod tests {
             let (spec, unet, vae) = (preset.spec(), Params::shapes(), Params::shapes());
             UNet::new(&UNetConfig::read(config(spec.unet)).unwrap(), &unet).unwrap();
             Vae::new(&VaeConfig::read(config(spec.vae)).unwrap(), &vae).unwrap();
-            [unet, vae].map(|p| p.taken().iter().map(|(_, tensor)| tensor.numel()).sum::<usize>())
+            let clip = Params::shapes();
+            for mut one in spec.clips {
+                one["eos_token_id"] = json!(9);
+                Clip::new(&ClipConfig::read(config(one)).unwrap(), &clip.at("x")).unwrap();
+            }
+            [unet, vae, clip].map(|p| p.taken().iter().map(|(_, tensor)| tensor.numel()).sum::<usize>())
         };
-        assert_eq!(parameters(Preset::Sd15), [859_520_964, 83_653_863]);
-        assert_eq!(parameters(Preset::Sdxl), [2_567_463_684, 83_653_863]);
+        assert_eq!(parameters(Preset::Sd15), [859_520_964, 83_653_863, 123_060_480]);
+        assert_eq!(parameters(Preset::Sdxl), [2_567_463_684, 83_653_863, 123_060_480 + 694_659_840]);
     }
 
     #[test]

@@ -10,14 +10,16 @@ use crate::error::{ModelError, Result};
 /// The shapes that random models come in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preset {
-    /// Small enough to train on with two cores: 8×8 latents of 64×64 pictures, cross-attention width 64, a T5 of width 64. float32.
+    /// Small enough to train on with two cores: 8×8 latents of 64×64 pictures, cross-attention width 64, a CLIP and a T5 of
+    /// width 64. float32.
     Nano,
-    /// As small, and of SDXL's kind: transformers of unequal depth, linear projections, pooled text of width 32, and the sizes of pictures.
+    /// As small, and of SDXL's kind: transformers of unequal depth, linear projections, two CLIPs, pooled text of width 32, and the sizes
+    /// of pictures.
     NanoSdxl,
-    /// Stable Diffusion 1.5's U-Net and VAE in their true shapes (0.94 billion parameters), and a T5 of flan-t5-small's shape, since
-    /// flan-t5-xl's alone is 1.2 billion. float16 on disk (1.9 GB).
+    /// Stable Diffusion 1.5's U-Net, VAE and CLIP in their true shapes (1.07 billion parameters), and a T5 of flan-t5-small's shape, since
+    /// flan-t5-xl's alone is 1.2 billion. float16 on disk (2.2 GB).
     Sd15,
-    /// SDXL's U-Net and VAE in their true shapes (2.65 billion parameters), and the same T5. float16 on disk (5.3 GB).
+    /// SDXL's U-Net, VAE and two CLIPs in their true shapes (3.47 billion parameters), and the same T5. float16 on disk (7.0 GB).
     Sdxl,
 }
 
@@ -51,7 +53,10 @@ pub(super) struct Spec {
     pub(super) scheduler: Value,
     pub(super) unet: Value,
     pub(super) vae: Value,
+    /// One text encoder of CLIP's kind, or SDXL's two; without the ids of their special tokens, which the vocabulary decides.
+    pub(super) clips: Vec<Value>,
     pub(super) text: Value,
+    /// Tokens of each tokenizer.
     pub(super) vocabulary: usize,
     pub(super) kind: Kind,
 }
@@ -68,6 +73,7 @@ fn nano() -> Spec {
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
         }),
         vae: vae_config(&[8, 16, 16, 16], 1, 4, 64),
+        clips: vec![clip_config([64, 128, 2, 4], 1024, "float32")],
         text: t5_config([64, 16, 128, 2, 4], 1024, "float32"),
         vocabulary: 1024,
         kind: Kind::Float,
@@ -88,6 +94,7 @@ fn nano_sdxl() -> Spec {
             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "use_linear_projection": true,
         }),
         vae: vae_sdxl(vae_config(&[8, 16, 16, 16], 1, 4, 64)),
+        clips: vec![clip_config([24, 48, 2, 4], 1024, "float32"), clip_pooled(clip_config([40, 80, 2, 4], 1024, "float32"), 32)],
         ..nano()
     }
 }
@@ -105,6 +112,7 @@ fn sd15() -> Spec {
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         }),
         vae: vae_config(&[128, 256, 512, 512], 2, 32, 512),
+        clips: vec![clip_l()],
         text: t5_config([512, 64, 1024, 8, 6], 32128, "float16"),
         vocabulary: 8000,
         kind: Kind::Half,
@@ -126,6 +134,7 @@ fn sdxl() -> Spec {
             "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "use_linear_projection": true,
         }),
         vae: vae_sdxl(vae_config(&[128, 256, 512, 512], 2, 32, 1024)),
+        clips: vec![clip_l(), clip_pooled(clip_config([1280, 5120, 32, 20], 49408, "float16"), 1280)],
         ..sd15()
     }
 }
@@ -143,6 +152,28 @@ fn vae_config(channels: &[i64], layers: i64, groups: i64, size: i64) -> Value {
 fn vae_sdxl(mut config: Value) -> Value {
     config["scaling_factor"] = json!(0.13025);
     config["force_upcast"] = json!(true);
+    config
+}
+
+/// `sizes`: hidden, intermediate, layers, heads.
+fn clip_config(sizes: [i64; 4], vocab_size: i64, dtype: &str) -> Value {
+    let [hidden, intermediate, layers, heads] = sizes;
+    json!({
+        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": vocab_size, "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": hidden, "torch_dtype": dtype,
+    })
+}
+
+fn clip_l() -> Value {
+    clip_config([768, 3072, 12, 12], 49408, "float16")
+}
+
+/// With what tells SDXL's second text encoder from its first.
+fn clip_pooled(mut config: Value, width: i64) -> Value {
+    config["architectures"] = json!(["CLIPTextModelWithProjection"]);
+    config["hidden_act"] = json!("gelu");
+    config["projection_dim"] = json!(width);
     config
 }
 
@@ -178,18 +209,18 @@ fn scheduler_sdxl() -> Value {
     })
 }
 
-/// Of a pipeline that lacks its text encoders, which a connector stands for.
 fn model_index(pipeline: &str) -> Value {
     let sdxl = pipeline == "StableDiffusionXLPipeline";
     let scheduler = if sdxl { "EulerDiscreteScheduler" } else { "PNDMScheduler" };
     let mut index = json!({
         "_class_name": pipeline, "_diffusers_version": "0.42.1", "feature_extractor": [null, null],
-        "scheduler": ["diffusers", scheduler], "text_encoder": [null, null], "tokenizer": [null, null],
+        "scheduler": ["diffusers", scheduler], "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
     });
     if sdxl {
-        index["text_encoder_2"] = json!([null, null]);
-        index["tokenizer_2"] = json!([null, null]);
+        index["text_encoder_2"] = json!(["transformers", "CLIPTextModelWithProjection"]);
+        index["tokenizer_2"] = json!(["transformers", "CLIPTokenizer"]);
         index["force_zeros_for_empty_prompt"] = json!(true);
     } else {
         index["requires_safety_checker"] = json!(false);
