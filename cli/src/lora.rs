@@ -52,6 +52,11 @@ impl Loras {
         };
         self.named.iter().map(open).collect()
     }
+
+    /// Each as it was named, its weight always there.
+    pub(crate) fn named(&self) -> impl Iterator<Item = String> {
+        self.named.iter().map(|named| format!("{}:{}", named.file, named.weight))
+    }
 }
 
 #[cfg(test)]

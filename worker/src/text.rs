@@ -71,11 +71,16 @@ impl TextEncoder {
 
     /// Encodes captions in one batch.
     pub fn encode<S: AsRef<str>>(&self, captions: &[S]) -> Result<Rows, ModelError> {
-        let rule = match self.options.padding {
+        self.encode_as(captions, self.options.padding, self.options.max_tokens)
+    }
+
+    /// [`TextEncoder::encode`] with a padding rule and a limit of its own.
+    pub fn encode_as<S: AsRef<str>>(&self, captions: &[S], padding: Padding, max_tokens: usize) -> Result<Rows, ModelError> {
+        let rule = match padding {
             Padding::Fixed => Rule::Fixed,
             Padding::None => Rule::None,
         };
-        let encoded = self.tokenizer.encode(captions, self.options.max_tokens, rule)?;
+        let encoded = self.tokenizer.encode(captions, max_tokens, rule)?;
         let (ids, mask) = encoded.tensors(self.device)?;
         let layers = match self.options.layers {
             Layers::Last => Taken::Last,

@@ -1,69 +1,60 @@
-//! Pictures, side by side without overlap.
+//! Pictures of one size on one sheet, side by side without overlap.
 
-use std::path::Path;
+use super::label::Pen;
+use super::picture::Picture;
 
-use image::ExtendedColorType;
+/// Lines of a prompt under its pictures.
+const PROMPT_LINES: usize = 2;
 
-use crate::ui::Fail;
-
-/// 8-bit RGB, row by row.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Picture {
-    pub(super) width: u32,
-    pub(super) height: u32,
-    pub(super) rgb: Vec<u8>,
+/// About as many columns as rows, wider rather than taller.
+pub(super) fn grid(pictures: &[Picture]) -> Picture {
+    let count = pictures.len().max(1) as u32;
+    let columns = (1..).find(|n| n * n >= count).unwrap_or(count);
+    let (width, height) = cell(pictures);
+    let gap = if count == 1 { 0 } else { gap(width) };
+    let mut sheet = Picture::white(columns * (width + gap) - gap, count.div_ceil(columns) * (height + gap) - gap);
+    for (index, picture) in (0..).zip(pictures) {
+        sheet.paste(picture, (index % columns * (width + gap), index / columns * (height + gap)));
+    }
+    sheet
 }
 
-/// Where each of some pictures of one size lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Grid {
-    columns: u32,
-    rows: u32,
-    cell: (u32, u32),
-    gap: u32,
-}
-
-impl Picture {
-    /// Writes a PNG.
-    pub(super) fn save(&self, file: &Path) -> Result<(), Fail> {
-        let mut bytes = Vec::new();
-        let encoder = image::codecs::png::PngEncoder::new(&mut bytes);
-        image::ImageEncoder::write_image(encoder, &self.rgb, self.width, self.height, ExtendedColorType::Rgb8)
-            .map_err(|error| Fail::failed(format_args!("{}: cannot be encoded ({error})", file.display())))?;
-        std::fs::write(file, bytes).map_err(|error| Fail::io(file, "written", &error))
+/// A row for each prompt, with a picture in each column, and under them the prompt. The columns have names.
+pub(super) fn comparison(columns: &[(&str, &[Picture])], prompts: &[&str]) -> Picture {
+    let (width, height) = columns.first().map_or((1, 1), |(_, pictures)| cell(pictures));
+    let (pen, gap) = (Pen::for_width(width), gap(width));
+    let inner = columns.len() as u32 * (width + gap) - gap;
+    let captions: Vec<Vec<String>> = prompts.iter().map(|prompt| pen.wrap(prompt, inner, PROMPT_LINES)).collect();
+    let under: u32 = captions.iter().map(|lines| lines.len() as u32 * pen.line() + 2 * gap).sum();
+    let mut sheet = Picture::white(inner + 2 * gap, gap + pen.line() + under + prompts.len() as u32 * height);
+    let left = |column: u32| gap + column * (width + gap);
+    for (column, (name, _)) in (0..).zip(columns) {
+        let middle = width.saturating_sub(pen.width(name)) / 2;
+        pen.write(&mut sheet, (left(column) + middle, gap / 2), name);
     }
-}
-
-impl Grid {
-    /// About as many columns as rows, wider rather than taller.
-    pub(super) fn of(pictures: &[Picture]) -> Self {
-        let count = pictures.len().max(1) as u32;
-        let columns = (1..).find(|n| n * n >= count).unwrap_or(count);
-        let cell = pictures.first().map_or((1, 1), |picture| (picture.width, picture.height));
-        let gap = if count == 1 { 0 } else { (cell.0 / 32).max(2) };
-        Self { columns, rows: count.div_ceil(columns), cell, gap }
-    }
-
-    /// The left top corner of a picture.
-    fn place(&self, index: usize) -> (u32, u32) {
-        let (column, row) = (index as u32 % self.columns, index as u32 / self.columns);
-        (column * (self.cell.0 + self.gap), row * (self.cell.1 + self.gap))
-    }
-
-    /// All pictures on one, white between them.
-    pub(super) fn compose(&self, pictures: &[Picture]) -> Picture {
-        let width = self.columns * (self.cell.0 + self.gap) - self.gap;
-        let height = self.rows * (self.cell.1 + self.gap) - self.gap;
-        let mut rgb = vec![255; 3 * width as usize * height as usize];
-        for (index, picture) in pictures.iter().enumerate() {
-            let (x, y) = self.place(index);
-            for (row, line) in picture.rgb.chunks_exact(3 * picture.width as usize).enumerate() {
-                let start = 3 * ((y as usize + row) * width as usize + x as usize);
-                rgb[start..start + line.len()].copy_from_slice(line);
+    let mut y = gap + pen.line();
+    for (row, lines) in captions.iter().enumerate() {
+        for (column, (_, pictures)) in (0..).zip(columns) {
+            if let Some(picture) = pictures.get(row) {
+                sheet.paste(picture, (left(column), y));
             }
         }
-        Picture { width, height, rgb }
+        y += height + gap / 2;
+        for line in lines {
+            pen.write(&mut sheet, (gap, y), line);
+            y += pen.line();
+        }
+        y += gap + gap.div_ceil(2);
     }
+    sheet
+}
+
+fn cell(pictures: &[Picture]) -> (u32, u32) {
+    pictures.first().map_or((1, 1), |picture| (picture.width, picture.height))
+}
+
+fn gap(width: u32) -> u32 {
+    (width / 32).max(2)
 }
 
 #[cfg(test)]
@@ -74,30 +65,32 @@ mod tests {
         Picture { width: 4, height: 3, rgb: vec![value; 36] }
     }
 
+    fn area(sheet: &Picture, value: u8) -> usize {
+        sheet.rgb.iter().filter(|byte| **byte == value).count()
+    }
+
     #[test]
     fn pictures_lie_apart_and_are_whole() {
         for count in 1..12u8 {
             let pictures: Vec<_> = (0..count).map(plain).collect();
-            let grid = Grid::of(&pictures).compose(&pictures);
-            assert_eq!(grid.rgb.len() as u32, 3 * grid.width * grid.height);
-            for value in 0..count {
-                assert_eq!(grid.rgb.iter().filter(|byte| **byte == value).count(), 36, "picture {value} of {count}");
-            }
+            let sheet = grid(&pictures);
+            assert_eq!(sheet.rgb.len() as u32, 3 * sheet.width * sheet.height);
+            assert!((0..count).all(|value| area(&sheet, value) == 36), "{count}");
         }
+        assert_eq!(grid(&[plain(9)]), plain(9));
     }
 
     #[test]
-    fn one_picture_is_the_grid() {
-        assert_eq!(Grid::of(&[plain(9)]).compose(&[plain(9)]), plain(9));
-    }
-
-    #[test]
-    fn a_picture_reads_back_from_its_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("x.png");
-        plain(200).save(&file).unwrap();
-        let read = image::open(&file).unwrap().into_rgb8();
-        assert_eq!((read.width(), read.height(), read.into_raw()), (4, 3, plain(200).rgb));
-        assert!(plain(1).save(&dir.path().join("no/x.png")).unwrap_err().message.contains("no/x.png"));
+    fn a_comparison_has_both_columns_their_names_and_the_prompts() {
+        let (a, b) = ([plain(1), plain(2), plain(3)], [plain(4), plain(5), plain(6)]);
+        let columns: [(&str, &[Picture]); 2] = [("CLIP", &a), ("ELLA", &b)];
+        let sheet = comparison(&columns, &["a", "", "a long one that does not fit here at all"]);
+        assert!((1..=6).all(|value| area(&sheet, value) == 36));
+        assert!(area(&sheet, 40) > 100);
+        let other = comparison(&columns, &["b", "", "a long one that does not fit here at all"]);
+        assert_ne!(sheet, other);
+        // Left of each pair is the first column's.
+        let at = |value: u8| sheet.rgb.iter().position(|&byte| byte == value).unwrap();
+        assert!(at(1) < at(4) && at(4) < at(2) && at(2) < at(5));
     }
 }

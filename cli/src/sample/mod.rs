@@ -1,33 +1,49 @@
 //! `ella sample`: pictures from prompts.
 
+mod clip;
 mod draw;
+mod frame;
 mod grid;
+mod label;
+mod picture;
+mod plan;
+mod result;
+mod told;
 
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use draw::{Drawer, Models, Settings};
-use ella_model::connector::DEFAULT_HEADS;
+use clip::BaseText;
+use draw::{Drawer, Settings};
+use ella_model::base::Base;
+use ella_model::connector::{Connector, DEFAULT_HEADS};
 use ella_model::sampler::Method;
-use ella_model::weights::Weights;
-use ella_proto::config::{self, Device as Choice};
-use ella_worker::text::TextOptions;
+use ella_model::text::TextConfig;
+use ella_model::unet::UNetConfig;
+use ella_worker::text::{TextEncoder, TextOptions};
 use ella_worker::{device, models};
-use grid::{Grid, Picture};
-use serde_json::json;
-use tch::{Device, Kind, Tensor};
+use frame::Noise;
+use plan::{Plan, Seeds, Size};
+use result::Drawn;
+use tch::Kind;
+use told::{Reading, Script};
 
-use crate::embed::{Layers, Padding};
+use crate::embed::{Device, Layers, Padding};
+use crate::forward::Dtype;
 use crate::lora::Loras;
-use crate::ui::{DONE, Fail, Meter, Out, count};
+use crate::ui::{DONE, Fail, Meter, Out};
+
+/// Longest prompt in tokens where all are filled up, as the released connectors were trained.
+const MAX_TOKENS: usize = 128;
 
 #[derive(Debug, Args)]
 pub(crate) struct Sample {
     /// The trained connector: a safetensors file; its kind is told by the names of its tensors
     #[arg(long, value_name = "FILE")]
     connector: PathBuf,
-    /// The diffusion model: a folder (unet/, vae/, scheduler/), or a hub id (org/name, org/name@revision)
+    /// The diffusion model: a folder (unet/, vae/, scheduler/, and for its own CLIP text_encoder/ and tokenizer/), or a hub id (org/name,
+    /// org/name@revision)
     #[arg(long, value_name = "MODEL")]
     base: String,
     #[command(flatten)]
@@ -35,102 +51,178 @@ pub(crate) struct Sample {
     /// The text encoder: a folder, or a hub id
     #[arg(long, value_name = "MODEL")]
     text: String,
+
     /// What to draw; may be given more than once
-    #[arg(long, num_args = 1.., value_name = "P", required_unless_present = "prompts")]
+    #[arg(long, num_args = 1.., value_name = "P", required_unless_present = "prompts", help_heading = "What to draw")]
     prompt: Vec<String>,
     /// A file with a prompt on each line
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "What to draw")]
     prompts: Option<PathBuf>,
-    /// What not to draw
-    #[arg(long, default_value = "", value_name = "N", hide_default_value = true)]
-    negative: String,
+    /// What not to draw [default: the empty text]
+    #[arg(long, value_name = "N", help_heading = "What to draw")]
+    negative: Option<String>,
+    /// Pictures of each prompt [default: 1, or as many as --seeds has for each]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536), help_heading = "What to draw")]
+    images: Option<u32>,
+    /// Seed of each prompt's first picture; its next ones count up. All of a picture's noise depends on its seed only
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "What to draw")]
+    seed: u64,
+    /// A seed for each picture, prompt by prompt
+    #[arg(long, value_name = "N,N,..", value_delimiter = ',', conflicts_with = "seed", help_heading = "What to draw")]
+    seeds: Vec<u64>,
+    /// Width and height in pixels, such as 768x512; one number for a square. Multiples of the VAE's 8 [default: the base's own]
+    #[arg(long, value_name = "WxH", help_heading = "What to draw")]
+    size: Option<Size>,
+    /// Take the first noise from the tensor `latents` [pictures, 4, h, w] of this safetensors file
+    #[arg(long, value_name = "FILE", conflicts_with = "size", help_heading = "What to draw")]
+    latents: Option<PathBuf>,
+
+    /// fixed: prompts are filled up or cut to --max-tokens, and all positions count, as the released weights were trained.
+    /// none: each prompt at its own length (the paper's flexible length). As in training
+    #[arg(long, value_enum, default_value_t = Padding::Fixed, help_heading = "How texts are read", hide_possible_values = true)]
+    padding: Padding,
+    /// The same for the negative prompt [default: as --padding]
+    #[arg(long, value_enum, value_name = "PADDING", help_heading = "How texts are read", hide_possible_values = true)]
+    negative_padding: Option<Padding>,
+    /// Longest prompt in tokens [default: 128 with padding fixed; with none, as long as the text encoder takes]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536), help_heading = "How texts are read")]
+    max_tokens: Option<u32>,
+    /// Which of the text encoder's layers are taken, as in training
+    #[arg(long, value_enum, default_value_t = Layers::Last, help_heading = "How texts are read")]
+    layers: Layers,
+    /// Beside the connector's states, let the U-Net attend to those of the base's own CLIP: for names and trigger words
+    #[arg(long, help_heading = "How texts are read")]
+    with_clip: bool,
+    /// --with-clip, with this text for CLIP instead of each prompt
+    #[arg(long, value_name = "P", help_heading = "How texts are read")]
+    clip_prompt: Option<String>,
+
     /// How to step from noise to picture
-    #[arg(long, default_value_t = Method::Ddim, value_parser = method())]
+    #[arg(long, default_value_t = Method::Ddim, value_parser = method(), help_heading = "How to draw")]
     sampler: Method,
     /// Steps from noise to picture
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..), help_heading = "How to draw")]
     steps: u32,
-    /// How much the prompt counts beside the negative one; 1 is no guidance
-    #[arg(long, default_value_t = 7.5)]
+    /// How much the prompt counts beside the negative one; 1 is no guidance, in half the time
+    #[arg(long, default_value_t = 7.5, help_heading = "How to draw")]
     guidance: f64,
-    /// What the first noise is drawn from, and that of each step of euler-a
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Width and height, in pixels [default: the base's own]
-    #[arg(long, value_name = "PX")]
-    size: Option<i64>,
-    /// Take the first noise from the tensor `latents` [B, 4, h, w] of this safetensors file
-    #[arg(long, value_name = "FILE", conflicts_with = "size")]
-    latents: Option<PathBuf>,
-    /// Longest prompt in tokens, as in training
-    #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
-    max_tokens: u32,
-    /// Padding rule, as in training
-    #[arg(long, value_enum, default_value_t = Padding::Fixed)]
-    padding: Padding,
-    /// Which of the text encoder's layers are taken, as in training
-    #[arg(long, value_enum, default_value_t = Layers::Last)]
-    layers: Layers,
+    /// Pictures drawn at once
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = "How to draw")]
+    batch: u32,
+    /// What the frozen networks compute in; a VAE that overflows in fp16 stays in fp32
+    #[arg(long, value_enum, default_value_t = Dtype::Fp32, help_heading = "How to draw")]
+    dtype: Dtype,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = Device::Auto, help_heading = "How to draw")]
+    device: Device,
     /// The connector's attention heads, which its file does not tell
-    #[arg(long, default_value_t = DEFAULT_HEADS)]
+    #[arg(long, default_value_t = DEFAULT_HEADS, help_heading = "How to draw")]
     heads: i64,
+
+    /// Beside each picture, what the base draws by its own CLIP from the same noise: columns CLIP and ELLA
+    #[arg(long, help_heading = "What is written")]
+    compare: bool,
     /// One PNG of all pictures
-    #[arg(long, default_value = "grid.png", value_name = "FILE")]
+    #[arg(long, default_value = "grid.png", value_name = "FILE", help_heading = "What is written")]
     out: PathBuf,
     /// A PNG for each picture, in this folder, instead of one of all
-    #[arg(long, value_name = "DIR", conflicts_with = "out")]
+    #[arg(long, value_name = "DIR", conflicts_with = "out", help_heading = "What is written")]
     out_dir: Option<PathBuf>,
 }
 
 impl Sample {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
-        let prompts = self.all_prompts()?;
         if !self.guidance.is_finite() {
             return Err(Fail::usage(format_args!("--guidance must be a finite number (found {})", self.guidance)));
         }
+        let seeds = if self.seeds.is_empty() { Seeds::From(self.seed) } else { Seeds::Each(&self.seeds) };
+        let plan = Plan::new(&self.all_prompts()?, self.images.map(|n| n as usize), &seeds)?;
         self.check_folder()?;
-        let base = models::locate("--base", &self.base)?;
+        let base = Base::open(&models::locate("--base", &self.base)?)?;
         let text = models::locate("--text", &self.text)?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let device = device::set_up(Choice::Auto, threads)?;
-        let settings = Settings { method: self.sampler, steps: self.steps as usize, guidance: self.guidance, seed: self.seed };
-        let mut drawer = Drawer::load(&self.models(&base, text), &self.loras.open()?, &settings, device)?;
+        let place = (device::kind(self.dtype.into()), device::set_up(self.device.into(), threads)?);
         let noise = match &self.latents {
-            Some(file) => self.given_noise(file, &drawer, prompts.len())?,
-            None => drawer.noise(prompts.len(), self.size)?,
+            Some(file) => Noise::given(&base, file, plan.shots.len())?,
+            None => Noise::seeded(&base, self.size)?,
         };
-        let mut meter = Meter::new("sample", drawer.total_steps(prompts.len()));
-        let drawn = drawer.draw(&prompts, &self.negative, &noise, &mut |done| meter.at(done, "steps"))?;
+        let loras = self.loras.open()?;
+        let connector = Connector::load(&self.connector, self.heads, Kind::Float, place.1)?;
+        let (ella, clip) = self.scripts(&plan, (&base, &text), &connector, place)?;
+        let settings = Settings { method: self.sampler, steps: self.steps as usize, guidance: self.guidance, batch: self.batch as usize };
+        let mut drawer = Drawer::load((&base, &loras), connector, settings, place)?;
+        let scripts = [clip.as_ref(), Some(&ella)];
+        let columns = scripts.iter().flatten().count() as u64;
+        let mut meter = Meter::new("sample", columns * drawer.total_steps(plan.shots.len()));
+        let mut done = 0;
+        let mut step = || {
+            done += 1;
+            meter.at(done, "steps");
+        };
+        let mut pictures = |script: &Script| drawer.draw(&plan.shots, script, &noise, &mut step);
+        let compared = clip.as_ref().map(&mut pictures).transpose()?;
+        let drawn = Drawn { ella: pictures(&ella)?, clip: compared };
         drop(meter);
-        let files = match &self.out_dir {
-            None => vec![self.write_grid(&drawn.pictures)?],
-            Some(folder) => write_each(folder, &drawn.pictures)?,
-        };
-        let seeded = self.latents.is_none() || self.sampler.is_random();
-        let made = json!({
-            "files": files, "prompts": prompts, "width": drawn.pictures[0].width, "height": drawn.pictures[0].height,
-            "sampler": self.sampler.to_string(), "steps": self.steps, "guidance": self.guidance,
-            "seed": seeded.then_some(self.seed), "truncated": drawn.truncated,
-        });
-        out.result(&made, || {
-            let mut text = format!("{} of {}×{}", count(prompts.len(), "picture"), drawn.pictures[0].width, drawn.pictures[0].height);
-            if drawn.truncated > 0 {
-                text += &format!(", {} prompts cut at {} tokens", drawn.truncated, self.max_tokens);
-            }
-            files.iter().fold(text, |text, file| text + &format!("\n{}", file.display()))
-        });
+        self.write(&plan, &drawn, (&ella, clip.as_ref()), out)?;
         Ok(DONE)
     }
 
-    fn models<'a>(&'a self, base: &'a Path, text: PathBuf) -> Models<'a> {
-        let text = TextOptions {
-            model: text,
-            max_tokens: self.max_tokens as usize,
-            padding: self.padding.into(),
-            layers: self.layers.into(),
-            dtype: config::Dtype::Fp32,
-        };
-        Models { connector: &self.connector, heads: self.heads, base, text }
+    /// What all texts tell through the connector, and for a comparison what they tell the base by its own CLIP. What encodes them is gone
+    /// before the pictures are drawn.
+    fn scripts(
+        &self,
+        plan: &Plan,
+        (base, model): (&Base, &Path),
+        connector: &Connector,
+        (kind, device): (Kind, tch::Device),
+    ) -> Result<(Script, Option<Script>), Fail> {
+        let (unet, config) = (UNetConfig::read(base.unet_part()?.config)?, connector.config());
+        let wanted = unet.cross_attention_dim;
+        self.fits("the connector's width", base.path(), wanted, config.width)?;
+        let text = TextConfig::load(model)?;
+        self.fits("the connector's text width", model, text.width(), config.text_width)?;
+        let reading = |padding: Padding| Reading { padding: padding.into(), most: self.most_tokens(padding, text.max_positions()) };
+        let (prompt, negative) = (reading(self.padding), reading(self.negative_padding.unwrap_or(self.padding)));
+        let (layers, dtype) = (self.layers.into(), self.dtype.into());
+        let options = TextOptions { model: model.to_owned(), max_tokens: prompt.most, padding: prompt.padding, layers, dtype };
+        let encoder = TextEncoder::load(&options, device)?;
+        let none = self.negative.as_deref().unwrap_or_default();
+        let mut ella = Script::features(&encoder, (&plan.texts, prompt), (none, negative))?;
+        drop(encoder);
+
+        let hybrid = self.with_clip || self.clip_prompt.is_some();
+        if !(hybrid || self.compare) {
+            return Ok((ella, None));
+        }
+        let own = BaseText::load(base, unet.added.is_some(), (kind, device))?;
+        if own.width() != wanted {
+            let expected = format_args!("the states of its own CLIP are {} wide, but its U-Net attends to {wanted}", own.width());
+            return Err(Fail::failed(format_args!("{}: {expected}; its parts do not belong together", base.path().display())));
+        }
+        let tell = |texts: &[String]| Script::clip(&own, texts, self.negative.as_deref());
+        if hybrid {
+            let texts = self.clip_prompt.as_ref().map_or(plan.texts.clone(), |text| vec![text.clone(); plan.texts.len()]);
+            ella = ella.with_clip(tell(&texts)?);
+        }
+        Ok((ella, if self.compare { Some(tell(&plan.texts)?) } else { None }))
+    }
+
+    /// The longest text in tokens, where the text encoder takes `longest`.
+    fn most_tokens(&self, padding: Padding, longest: Option<i64>) -> usize {
+        match (self.max_tokens, padding) {
+            (Some(given), _) => given as usize,
+            (None, Padding::Fixed) => MAX_TOKENS,
+            (None, Padding::None) => longest.map_or(usize::MAX, |n| n as usize),
+        }
+    }
+
+    fn fits(&self, what: &str, file: &Path, expected: i64, found: i64) -> Result<(), Fail> {
+        if expected == found {
+            return Ok(());
+        }
+        let (connector, file) = (self.connector.display(), file.display());
+        let hint = "the models do not belong together";
+        Err(Fail::failed(format_args!("{connector}: {what} is {found}, but {file} has {expected}; {hint}")))
     }
 
     fn all_prompts(&self) -> Result<Vec<String>, Fail> {
@@ -156,34 +248,9 @@ impl Sample {
             (None, _) => Ok(()),
         }
     }
-
-    fn given_noise(&self, file: &Path, drawer: &Drawer, prompts: usize) -> Result<Tensor, Fail> {
-        let weights = Weights::open(file)?;
-        let shape = weights.describe("latents")?.0.to_vec();
-        let (count, channels) = (prompts as i64, drawer.channels());
-        if !matches!(shape[..], [b, c, h, w] if b == count && c == channels && h > 0 && w > 0) {
-            let expected = format!("expected [{count}, {channels}, h, w], a row for each prompt, found {shape:?}");
-            return Err(Fail::failed(format_args!("{}: tensor latents has the wrong shape ({expected})", file.display())));
-        }
-        Ok(weights.load("latents", &shape, Kind::Float, Device::Cpu)?)
-    }
-
-    fn write_grid(&self, pictures: &[Picture]) -> Result<PathBuf, Fail> {
-        let grid = Grid::of(pictures);
-        grid.compose(pictures).save(&self.out)?;
-        Ok(self.out.clone())
-    }
 }
 
 /// Reads a sampler's name; `--help` and errors list them all.
 fn method() -> impl TypedValueParser<Value = Method> {
     PossibleValuesParser::new(Method::NAMES.map(|(name, _)| name)).try_map(|name| name.parse::<Method>())
-}
-
-fn write_each(folder: &Path, pictures: &[Picture]) -> Result<Vec<PathBuf>, Fail> {
-    let write = |(number, picture): (usize, &Picture)| {
-        let file = folder.join(format!("{number:04}.png"));
-        picture.save(&file).map(|()| file)
-    };
-    pictures.iter().enumerate().map(write).collect()
 }

@@ -1,9 +1,12 @@
 //! Running the built binary as people and scripts do.
 
-#![allow(dead_code)] // each test program uses some of it
+#![allow(dead_code, clippy::unwrap_used)] // each test program uses some of it; helpers of tests are tests
 
 use std::path::Path;
 use std::process::{Command, Stdio};
+
+use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind, save};
+use tch::{Device, Kind};
 
 /// What a run of `ella` left behind.
 #[derive(Debug)]
@@ -68,4 +71,10 @@ pub(crate) fn world() -> tempfile::TempDir {
     ella(dir.path(), &["prepare", "tars", "--out", "data", "--resolution", "64"]).ok();
     ella(dir.path(), &["init-base", "--preset", "nano", "--captions", "data", "--out", "models"]).ok();
     dir
+}
+
+/// Writes an untrained connector of 4 heads, for text of the nano models' width.
+pub(crate) fn untrained(file: &Path, kind: ConnectorKind, width: i64) {
+    let config = ConnectorConfig { layers: 1, latents: 4, heads: 4, ..ConnectorConfig::new(kind, width, 64) };
+    save(file, Connector::init(&config, 3, Device::Cpu).unwrap().tensors(), Kind::Float).unwrap();
 }

@@ -1,0 +1,132 @@
+//! What becomes of the pictures: files, each saying how it was made, and a result for people and scripts.
+
+use std::path::{Path, PathBuf};
+
+use ella_model::weights::Weights;
+use serde_json::json;
+
+use super::Sample;
+use super::grid::{comparison, grid};
+use super::picture::Picture;
+use super::plan::{Plan, Shot};
+use super::told::Script;
+use crate::embed::{Layers, Padding};
+use crate::ui::{Fail, Out, count};
+
+/// The names of a comparison's columns.
+const COLUMNS: [&str; 2] = ["CLIP", "ELLA"];
+
+/// The pictures, in the order of the plan's shots.
+#[derive(Debug)]
+pub(super) struct Drawn {
+    /// Through the connector.
+    pub(super) ella: Vec<Picture>,
+    /// By the base's own CLIP, for a comparison.
+    pub(super) clip: Option<Vec<Picture>>,
+}
+
+impl Sample {
+    /// Writes the files and gives the result.
+    pub(super) fn write(&self, plan: &Plan, drawn: &Drawn, (ella, clip): (&Script, Option<&Script>), out: Out) -> Result<(), Fail> {
+        let made = Made { sample: self, plan, connector: Weights::open(&self.connector)?.digest() };
+        let files = match &self.out_dir {
+            None => vec![made.one(drawn, &self.out)?],
+            Some(folder) => made.each(drawn, folder)?,
+        };
+        let (width, height) = drawn.ella.first().map_or((0, 0), |picture| (picture.width, picture.height));
+        let seeded = self.latents.is_none() || self.sampler.is_random();
+        let result = json!({
+            "files": files, "pictures": plan.json(seeded), "width": width, "height": height, "negative": self.negative,
+            "sampler": self.sampler.to_string(), "steps": self.steps, "guidance": self.guidance, "connector": made.connector, "loras": self.loras.named().collect::<Vec<_>>(),
+            "truncated": ella.cut, "negative_truncated": ella.negative_cut,
+            "compare": clip.map(|clip| json!({
+                "columns": COLUMNS, "max_tokens": clip.most, "truncated": clip.cut, "negative_truncated": clip.negative_cut,
+            })),
+        });
+        out.result(&result, || {
+            let mut text = format!("{} of {width}×{height}", count(plan.shots.len(), "picture"));
+            for (whose, script) in [("the text encoder", Some(ella)), ("CLIP", clip)] {
+                text += &script.map_or(String::new(), |script| shortened(whose, script));
+            }
+            files.iter().fold(text, |text, file| text + &format!("\n{}", file.display()))
+        });
+        Ok(())
+    }
+}
+
+/// What people are told of texts that were too long.
+fn shortened(whose: &str, script: &Script) -> String {
+    let (total, most) = (count(script.prompts.len(), "prompt"), script.most);
+    let prompts = if script.cut > 0 { format!("\n{} of {total} cut at {whose}'s {most} tokens", script.cut) } else { String::new() };
+    let negative = if script.negative_cut { format!("\nthe negative prompt cut at {whose}'s {most} tokens") } else { String::new() };
+    prompts + &negative
+}
+
+/// What a picture was made of.
+struct Made<'a> {
+    sample: &'a Sample,
+    plan: &'a Plan,
+    /// BLAKE3 of the connector's file.
+    connector: String,
+}
+
+impl Made<'_> {
+    /// One file of all.
+    fn one(&self, drawn: &Drawn, file: &Path) -> Result<PathBuf, Fail> {
+        let sheet = match &drawn.clip {
+            None => grid(&drawn.ella),
+            Some(clip) => {
+                let prompts: Vec<&str> = self.plan.shots.iter().map(|shot| self.plan.texts[shot.text].as_str()).collect();
+                comparison(&[(COLUMNS[0], clip), (COLUMNS[1], &drawn.ella)], &prompts)
+            }
+        };
+        let all: Vec<String> = self.plan.shots.iter().map(|shot| self.parameters(shot, true)).collect();
+        sheet.save(file, &all.join("\n\n"))?;
+        Ok(file.to_owned())
+    }
+
+    /// A file for each.
+    fn each(&self, drawn: &Drawn, folder: &Path) -> Result<Vec<PathBuf>, Fail> {
+        let mut files = Vec::new();
+        let mut write = |name: String, picture: &Picture, parameters: &str| {
+            let file = folder.join(name);
+            picture.save(&file, parameters).map(|()| files.push(file))
+        };
+        for (number, (shot, ella)) in self.plan.shots.iter().zip(&drawn.ella).enumerate() {
+            match drawn.clip.as_ref().and_then(|clip| clip.get(number)) {
+                None => write(format!("{number:04}.png"), ella, &self.parameters(shot, true))?,
+                Some(clip) => {
+                    write(format!("{number:04}-clip.png"), clip, &self.parameters(shot, false))?;
+                    write(format!("{number:04}-ella.png"), ella, &self.parameters(shot, true))?;
+                }
+            }
+        }
+        Ok(files)
+    }
+
+    /// How a picture was made, in the form that other programs read too.
+    fn parameters(&self, shot: &Shot, by_ella: bool) -> String {
+        let s = self.sample;
+        let mut text = self.plan.texts[shot.text].clone();
+        if let Some(negative) = s.negative.as_deref().filter(|text| !text.is_empty()) {
+            text += &format!("\nNegative prompt: {negative}");
+        }
+        text += &format!("\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}", s.steps, s.sampler, s.guidance, shot.seed);
+        if let Some(file) = &s.latents {
+            text += &format!(", Noise: {}", file.display());
+        }
+        text += &format!(", Base: {}", s.base);
+        text.extend(s.loras.named().map(|named| format!(", LoRA: {named}")));
+        if !by_ella {
+            return text;
+        }
+        let layers = if s.layers == Layers::Last { "last" } else { "average" };
+        let padding = if s.padding == Padding::Fixed { "fixed" } else { "none" };
+        text += &format!(", Text: {}, Layers: {layers}, Padding: {padding}, Connector: {}", s.text, self.connector);
+        match &s.clip_prompt {
+            Some(prompt) => text + &format!(", CLIP prompt: {prompt:?}"),
+            None if s.with_clip => text + ", CLIP: prompt",
+            None => text,
+        }
+    }
+}
