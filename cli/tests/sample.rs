@@ -6,7 +6,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{Ran, ella, untrained, world};
+use common::{Ran, ella, untrained, untrained_pooled, world};
 use ella_model::connector::ConnectorKind;
 use ella_model::weights::Weights;
 use image::RgbImage;
@@ -197,9 +197,9 @@ fn the_bases_own_clip_stands_beside_the_connector() {
 fn a_comparisons_clip_is_diffusers() {
     let world = World::new();
     let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/goldens");
-    for (name, more) in [("pipeline-sd15", &[][..]), ("pipeline-sdxl", &["--with-clip"])] {
+    for (name, pooled) in [("pipeline-sd15", None), ("pipeline-sdxl", Some(12))] {
         let base = goldens.join(name);
-        untrained(&world.path("narrow.safetensors"), ConnectorKind::Tsc, 16);
+        untrained_pooled(&world.path("narrow.safetensors"), ConnectorKind::Tsc, 16, pooled);
         let settings: Value = serde_json::from_slice(&std::fs::read(base.join("prompts.json")).unwrap()).unwrap();
         let word = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         let (steps, guidance, negative) = (word(&settings["steps"]), word(&settings["guidance"]), word(&settings["negative"]));
@@ -211,7 +211,7 @@ fn a_comparisons_clip_is_diffusers() {
                 let models = ["--connector", "narrow.safetensors", "--heads", "4", "--base", &base_name, "--text", "models/text"];
                 let how = ["--steps", &steps, "--guidance", &guidance, "--sampler", sampler, "--latents", &latents, "--out-dir", "golden"];
                 let what = ["--compare", "--prompt", &prompts[0], &prompts[1]];
-                let made = ella(world.dir.path(), &[&["sample", "--json"], &models[..], &how, &what, more, negative].concat()).ok().json();
+                let made = ella(world.dir.path(), &[&["sample", "--json"], &models[..], &how, &what, negative].concat()).ok().json();
                 assert_eq!((&made["compare"]["truncated"], &made["compare"]["max_tokens"]), (&json!(1), &json!(77)));
                 let key = format!("{sampler}{case}");
                 let shape = pictures.shape(&key).unwrap().to_vec();

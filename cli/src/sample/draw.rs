@@ -2,7 +2,7 @@
 
 use ella_model::ModelError;
 use ella_model::base::Base;
-use ella_model::connector::Connector;
+use ella_model::connector::{Conditions, Connector};
 use ella_model::lora::Lora;
 use ella_model::sampler::{Method, Sampler};
 use ella_model::unet::{Added, UNet};
@@ -91,7 +91,7 @@ impl Drawer {
     fn predict(&self, rows: &Rows, input: &Tensor, t: f32) -> Result<Tensor, ModelError> {
         let (b, _, h, w) = input.size4()?;
         let timesteps = Tensor::f_full([b], f64::from(t), (Kind::Float, self.device))?;
-        let (states, pooled) = rows.at(&self.connector, &timesteps)?; // [B, L, D], [B, P]
+        let Conditions { states, pooled } = rows.at(&self.connector, &timesteps)?;
         let added = match pooled.filter(|_| self.unet.config().added.is_some()) {
             None => None,
             Some(text_embeds) => Some(Added { text_embeds, time_ids: self.time_ids(b, (h, w))? }),

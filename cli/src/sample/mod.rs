@@ -179,6 +179,8 @@ impl Sample {
         let (unet, config) = (UNetConfig::read(base.unet_part()?.config)?, connector.config());
         let wanted = unet.cross_attention_dim;
         self.fits("the connector's width", base.path(), wanted, config.width)?;
+        let pooled = (unet.pooled_width()?.unwrap_or(0), config.pooled.unwrap_or(0));
+        self.fits("the width of the connector's pooled text (0: none)", base.path(), pooled.0, pooled.1)?;
         let text = TextConfig::load(model)?;
         self.fits("the connector's text width", model, text.width(), config.text_width)?;
         let reading = |padding: Padding| Reading { padding: padding.into(), most: self.most_tokens(padding, text.max_positions()) };

@@ -1,7 +1,7 @@
 //! What texts tell the U-Net: through a connector, by the states of the base's own CLIP, or by both.
 
 use ella_model::ModelError;
-use ella_model::connector::Connector;
+use ella_model::connector::{Conditions, Connector};
 use ella_proto::config::Padding;
 use ella_worker::text::TextEncoder;
 use tch::{Kind, Tensor};
@@ -124,13 +124,14 @@ impl Rows {
         Ok(Self { features, states: stack(&states)?, pooled: stack(&pooled)? })
     }
 
-    /// What the U-Net attends to at these timesteps, `[B, L, D]`, and the pooled text `[B, P]`, if there is one. CLIP's states come before
-    /// the connector's; the U-Net's attention has no positions, so it would be the same the other way round.
-    pub(super) fn at(&self, connector: &Connector, timesteps: &Tensor) -> Result<(Tensor, Option<Tensor>), ModelError> {
-        let pooled = || self.pooled.as_ref().map(Tensor::shallow_clone);
+    /// What the U-Net is told at these timesteps. CLIP's states come before the connector's; the U-Net's attention has no positions, so it
+    /// would be the same the other way round. Of two pooled texts the connector's counts.
+    pub(super) fn at(&self, connector: &Connector, timesteps: &Tensor) -> Result<Conditions, ModelError> {
         let own = self.features.as_ref().map(|(features, mask)| connector.forward(features, timesteps, mask.as_ref())).transpose()?;
-        let all: Vec<&Tensor> = self.states.iter().chain(&own).collect();
-        Ok((Tensor::f_cat(&all, 1)?, pooled()))
+        let states: Vec<&Tensor> = self.states.iter().chain(own.iter().map(|own| &own.states)).collect();
+        let states = Tensor::f_cat(&states, 1)?; // [B, 77 + L, D]
+        let pooled = own.and_then(|own| own.pooled).or_else(|| self.pooled.as_ref().map(Tensor::shallow_clone));
+        Ok(Conditions { states, pooled })
     }
 }
 
@@ -175,7 +176,7 @@ mod tests {
         let texts = [told("a", 5), told("b", 1), told("c", 9)];
         let at = |texts: &[&Told], ragged| {
             let t = Tensor::full([texts.len() as i64], 400.0, (Kind::Float, Device::Cpu));
-            Rows::of(texts, ragged).unwrap().at(&connector, &t).unwrap().0
+            Rows::of(texts, ragged).unwrap().at(&connector, &t).unwrap().states
         };
         let together = at(&texts.iter().collect::<Vec<_>>(), true);
         assert_eq!(together.size(), [3, 3, 8]);
@@ -191,7 +192,7 @@ mod tests {
         let connector = connector(ConnectorKind::Mlp);
         let t = Tensor::zeros([2], (Kind::Float, Device::Cpu));
         let (a, b) = (told("a", 4), told("b", 4));
-        assert_eq!(Rows::of(&[&a, &b], false).unwrap().at(&connector, &t).unwrap().0.size(), [2, 4, 8]);
+        assert_eq!(Rows::of(&[&a, &b], false).unwrap().at(&connector, &t).unwrap().states.size(), [2, 4, 8]);
         let refused = Rows::of(&[&a, &b], true).unwrap().at(&connector, &t);
         assert!(matches!(refused, Err(ModelError::Unsupported { .. })));
     }
@@ -202,11 +203,11 @@ mod tests {
         let clip = || ClipTold { states: numbers("clip", &[7, 8]), pooled: Some(numbers("pooled", &[4])) };
         let both = Told { clip: Some(clip()), ..told("a", 5) };
         let t = Tensor::full([2], 9.0, (Kind::Float, Device::Cpu));
-        let (states, pooled) = Rows::of(&[&both, &both], false).unwrap().at(&connector, &t).unwrap();
+        let Conditions { states, pooled } = Rows::of(&[&both, &both], false).unwrap().at(&connector, &t).unwrap();
         assert_eq!((states.size(), pooled.unwrap().size()), (vec![2, 7 + 3, 8], vec![2, 4]));
         assert!(states.get(1).narrow(0, 0, 7).equal(&clip().states));
         let alone = Told { features: None, clip: Some(clip()) };
-        assert_eq!(Rows::of(&[&alone], false).unwrap().at(&connector, &t).unwrap().0.size(), [1, 7, 8]);
+        assert_eq!(Rows::of(&[&alone], false).unwrap().at(&connector, &t).unwrap().states.size(), [1, 7, 8]);
         let zeros = clip().zeros().unwrap();
         assert_eq!((zeros.states.abs().sum(Kind::Float).double_value(&[]), zeros.pooled.unwrap().size()), (0.0, vec![4]));
     }

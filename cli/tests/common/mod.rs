@@ -75,6 +75,11 @@ pub(crate) fn world() -> tempfile::TempDir {
 
 /// Writes an untrained connector of 4 heads, for text of the nano models' width.
 pub(crate) fn untrained(file: &Path, kind: ConnectorKind, width: i64) {
-    let config = ConnectorConfig { layers: 1, latents: 4, heads: 4, ..ConnectorConfig::new(kind, width, 64) };
+    untrained_pooled(file, kind, width, None);
+}
+
+/// The same with a pooled head, for a base of SDXL's kind.
+pub(crate) fn untrained_pooled(file: &Path, kind: ConnectorKind, width: i64, pooled: Option<i64>) {
+    let config = ConnectorConfig { layers: 1, latents: 4, heads: 4, pooled, ..ConnectorConfig::new(kind, width, 64) };
     save(file, Connector::init(&config, 3, Device::Cpu).unwrap().tensors(), Kind::Float).unwrap();
 }
