@@ -50,7 +50,7 @@ enum Command {
     /// Prove from a run's folder that its commits are whole and that every sample was used exactly once
     Audit(audit::Audit),
     /// Draw pictures from prompts
-    Sample(sample::Sample),
+    Sample(Box<sample::Sample>),
     /// Take the newest commit's connector out of a run, in the official key layout
     Export(export::Export),
     /// Run one network on tensors from a file

@@ -62,7 +62,8 @@ impl Pen {
         if lines.len() > most {
             lines.truncate(most);
             if let Some(last) = lines.last_mut() {
-                *last = last.chars().take(room - MORE.len()).chain(MORE.chars()).collect();
+                let kept: String = last.chars().take(room - MORE.len()).collect();
+                *last = kept.trim_end().to_owned() + MORE;
             }
         }
         lines
