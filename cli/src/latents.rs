@@ -6,8 +6,9 @@ use std::sync::{Mutex, PoisonError};
 
 use ella_dataset::{LatentEncoder, LatentSpec};
 use ella_model::ModelError;
+use ella_model::base::Base;
+use ella_model::part::Part;
 use ella_model::vae::Vae;
-use ella_model::weights::Weights;
 use ella_proto::config::Device as Choice;
 use ella_worker::device;
 use half::f16;
@@ -28,18 +29,18 @@ pub(crate) struct VaeLatents {
 }
 
 impl VaeLatents {
-    /// Loads the VAE of the base model in `model` (its folder `vae/`, or a VAE's own folder), for square pictures.
+    /// Loads the VAE of the base model in `model` (its folder `vae/`, a single file's part, or a VAE's own folder), for square pictures.
     pub(crate) fn load(model: &Path, resolution: u32) -> Result<Self, Fail> {
-        let inner = model.join("vae");
-        let folder = if inner.is_dir() { inner.as_path() } else { model };
+        let own = model.is_dir() && !model.join("vae").is_dir();
+        let part = if own { Part::open(model)? } else { Base::open(model)?.vae_part()? };
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let device = device::set_up(Choice::Auto, threads)?;
-        let vae = Vae::load(folder, Kind::Float, device)?;
+        let digest = part.weights.digest();
+        let vae = Vae::from_part(part, Kind::Float, device)?;
         let (channels, downscale) = (vae.config().latent_channels, vae.config().downscale() as u32);
         if !resolution.is_multiple_of(downscale) {
             return Err(Fail::usage(format_args!("--resolution must be a multiple of the VAE's {downscale} (found {resolution})")));
         }
-        let digest = Weights::open(folder)?.digest();
         let model = digest.parse().map_err(Fail::failed)?;
         let side = resolution / downscale;
         let spec = LatentSpec { model, channels: 2 * channels as u32, height: side, width: side };

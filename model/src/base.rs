@@ -7,6 +7,7 @@ use tch::{Device, Kind};
 use crate::clip_tokenizer;
 use crate::config::ConfigFile;
 use crate::error::{ModelError, Result};
+use crate::ldm::Checkpoint;
 use crate::lora::Lora;
 use crate::part::Part;
 use crate::schedule::Schedule;
@@ -14,10 +15,12 @@ use crate::tokenizer::TextTokenizer;
 use crate::unet::UNet;
 use crate::vae::Vae;
 
-/// A diffusion model: a folder in diffusers' layout (`unet/`, `vae/`, `scheduler/`, and `text_encoder/` with `tokenizer/`).
+/// A diffusion model: a folder in diffusers' layout (`unet/`, `vae/`, `scheduler/`, and `text_encoder/` with `tokenizer/`), or a
+/// single-file checkpoint of a community site ([`crate::ldm`]).
 #[derive(Debug)]
 pub struct Base {
     path: PathBuf,
+    checkpoint: Option<Checkpoint>,
 }
 
 /// One of a base's own text encoders, and what makes token ids for it.
@@ -33,12 +36,22 @@ impl Base {
     /// Opens the model at `path`. Its networks are read when they are asked for.
     ///
     /// # Errors
-    /// Nothing is there.
+    /// Nothing is there, or a file that is no checkpoint of a supported family.
     pub fn open(path: &Path) -> Result<Self> {
-        if path.is_dir() {
-            return Ok(Base { path: path.into() });
-        }
-        Err(ModelError::MissingFile { file: path.into(), expected: "a folder in diffusers' layout".into() })
+        let checkpoint = match (path.is_dir(), path.is_file()) {
+            (true, _) => None,
+            (_, true) => Some(Checkpoint::open(path)?),
+            _ => {
+                let expected = "a folder in diffusers' layout, or a single-file checkpoint".into();
+                return Err(ModelError::MissingFile { file: path.into(), expected });
+            }
+        };
+        Ok(Base { path: path.into(), checkpoint })
+    }
+
+    /// The single file that it is, if it is no folder.
+    pub fn checkpoint(&self) -> Option<&Checkpoint> {
+        self.checkpoint.as_ref()
     }
 
     /// Where it is; what errors about the whole model name.
@@ -48,33 +61,43 @@ impl Base {
 
     /// What the U-Net is loaded from.
     pub fn unet_part(&self) -> Result<Part> {
-        Part::open(&self.path.join("unet"))
+        self.checkpoint.as_ref().map_or_else(|| Part::open(&self.path.join("unet")), Checkpoint::unet)
     }
 
     /// What the VAE is loaded from.
     pub fn vae_part(&self) -> Result<Part> {
-        Part::open(&self.path.join("vae"))
+        self.checkpoint.as_ref().map_or_else(|| Part::open(&self.path.join("vae")), Checkpoint::vae)
     }
 
     /// The scheduler's configuration.
     pub fn scheduler(&self) -> Result<ConfigFile> {
-        ConfigFile::open(&self.path.join("scheduler/scheduler_config.json"))
+        let in_folder = || ConfigFile::open(&self.path.join("scheduler/scheduler_config.json"));
+        self.checkpoint.as_ref().map_or_else(in_folder, Checkpoint::scheduler)
     }
 
     /// The base's own text encoders: one, or SDXL's two in the order in which their features are joined. A base may have none.
+    /// A single file holds no tokenizer; it is looked for in `tokenizer/` and `tokenizer_2/` beside the file.
     ///
     /// # Errors
     /// An encoder's or a tokenizer's files are damaged or incomplete.
     pub fn text_encoders(&self) -> Result<Vec<TextEncoderPart>> {
-        let one = |(encoder, tokenizer): (&str, &str)| {
-            let folder = self.path.join(encoder);
-            let read = || -> Result<TextEncoderPart> {
-                let tokenizer = self.path.join(tokenizer).is_dir().then(|| clip_tokenizer::load(&folder)).transpose()?;
-                Ok(TextEncoderPart { part: Part::open(&folder)?, tokenizer })
-            };
-            folder.is_dir().then(read)
-        };
-        [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")].into_iter().filter_map(one).collect()
+        let folder = if self.checkpoint.is_some() { self.path.parent().unwrap_or(Path::new("")) } else { &self.path };
+        let mut found = Vec::new();
+        match &self.checkpoint {
+            Some(checkpoint) => {
+                for (part, (_, tokenizer)) in checkpoint.text_encoders()?.into_iter().zip(ENCODERS) {
+                    found.push(TextEncoderPart { part, tokenizer: tokenizer_in(&folder.join(tokenizer))? });
+                }
+            }
+            None => {
+                for (encoder, tokenizer) in ENCODERS.map(|(encoder, tokenizer)| (folder.join(encoder), folder.join(tokenizer))) {
+                    if encoder.is_dir() {
+                        found.push(TextEncoderPart { part: Part::open(&encoder)?, tokenizer: tokenizer_in(&tokenizer)? });
+                    }
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// The U-Net, computing in `kind` on `device`.
@@ -96,6 +119,13 @@ impl Base {
     pub fn schedule(&self, device: Device) -> Result<Schedule> {
         Schedule::read(self.scheduler()?, device)
     }
+}
+
+/// Folders of encoders, and of the tokenizers beside them.
+const ENCODERS: [(&str, &str); 2] = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")];
+
+fn tokenizer_in(folder: &Path) -> Result<Option<TextTokenizer>> {
+    folder.is_dir().then(|| clip_tokenizer::load(folder)).transpose()
 }
 
 #[cfg(test)]

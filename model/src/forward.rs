@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::base::Base;
 use crate::connector::{Conditions, Connector, DEFAULT_HEADS};
 use crate::error::{ModelError, Result};
 use crate::layers::inner_product;
@@ -125,23 +126,40 @@ pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &
     let (device, mut kind) = (options.device, options.kind);
     let layout = options.layout.unwrap_or_else(|| Layout::fastest(kind, device));
     let mut vae = |run: fn(&Vae, &Inputs<'_>) -> Result<Named>| {
-        let vae = Vae::laid_out(Part::open(model)?, layout, kind, device)?;
+        let vae = Vae::laid_out(part(net, model)?, layout, kind, device)?;
         kind = vae.kind();
         tch::no_grad(|| run(&vae, &inputs))
     };
     let results = match net {
         Net::Connector => connector(&Connector::load(model, options.heads, options.kind, options.device)?, &inputs)?,
-        Net::Unet => unet(&UNet::laid_out(Part::open(model)?, options.loras, layout, options.kind, device)?, &inputs)?,
+        Net::Unet => unet(&UNet::laid_out(part(net, model)?, options.loras, layout, options.kind, device)?, &inputs)?,
         Net::Text | Net::VaeEncode | Net::VaeDecode if options.grad => {
             let what = "a gradient through a network that stays frozen and has nothing trained before it".to_owned();
             return Err(ModelError::Unsupported { what, instead: "leave --grad out".into() });
         }
-        Net::Text => tch::no_grad(|| text(&Text::load(model, options.kind, options.device)?, &inputs))?,
+        Net::Text => tch::no_grad(|| text(&Text::from_part(part(net, model)?, options.kind, options.device)?, &inputs))?,
         Net::VaeEncode => vae(vae_encode)?,
         Net::VaeDecode => vae(vae_decode)?,
     };
     weights::save(outputs, &results)?;
     Ok(kind)
+}
+
+/// What `net` is loaded from: its own folder, or its part of a single-file checkpoint, of text encoders the first.
+fn part(net: Net, model: &Path) -> Result<Part> {
+    if !model.is_file() {
+        return Part::open(model);
+    }
+    let base = Base::open(model)?;
+    match net {
+        Net::Unet => base.unet_part(),
+        Net::VaeEncode | Net::VaeDecode => base.vae_part(),
+        Net::Text | Net::Connector => {
+            let first = base.text_encoders()?.into_iter().next();
+            let missing = || ModelError::MissingTensor { file: model.into(), key: "text_model.embeddings.token_embedding.weight".into() };
+            Ok(first.ok_or_else(missing)?.part)
+        }
+    }
 }
 
 fn connector(connector: &Connector, inputs: &Inputs<'_>) -> Result<Named> {

@@ -14,6 +14,7 @@ pub mod decoder_tokenizer;
 pub mod error;
 pub mod forward;
 pub mod layers;
+pub mod ldm;
 pub mod lora;
 pub mod params;
 pub mod part;
