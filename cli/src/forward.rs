@@ -18,7 +18,8 @@ pub(crate) struct Forward {
     /// Which network
     #[arg(value_parser = clap::builder::PossibleValuesParser::new(Net::NAMES.map(|(name, _)| name)))]
     net: String,
-    /// The network's folder; for the connector a safetensors file, whose kind is told by the names of its tensors
+    /// The network's folder, or a single-file checkpoint that holds it; for the connector a safetensors file, whose kind is told by the
+    /// names of its tensors
     #[arg(long, value_name = "M")]
     model: PathBuf,
     /// Safetensors file with the inputs

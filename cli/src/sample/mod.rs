@@ -42,8 +42,8 @@ pub(crate) struct Sample {
     /// The trained connector: a safetensors file; its kind is told by the names of its tensors
     #[arg(long, value_name = "FILE")]
     connector: PathBuf,
-    /// The diffusion model: a folder (unet/, vae/, scheduler/, and for its own CLIP text_encoder/ and tokenizer/), or a hub id (org/name,
-    /// org/name@revision)
+    /// The diffusion model: a folder (unet/, vae/, scheduler/, and for its own CLIP text_encoder/ and tokenizer/), a single-file checkpoint
+    /// (for its own CLIP with tokenizer/ beside it), or a hub id (org/name, org/name@revision)
     #[arg(long, value_name = "MODEL")]
     base: String,
     #[command(flatten)]
