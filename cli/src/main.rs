@@ -5,6 +5,7 @@ mod embed;
 mod export;
 mod forward;
 mod init_base;
+mod inspect;
 mod latents;
 mod lora;
 mod prepare;
@@ -55,6 +56,8 @@ enum Command {
     Export(export::Export),
     /// Run one network on tensors from a file
     Forward(forward::Forward),
+    /// Say what a model's folder or file is, and whether it can be used
+    Inspect(inspect::Inspect),
     /// Write random models to try things on
     InitBase(init_base::InitBase),
     /// Show a run on one self-contained HTML page
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Command::Sample(command) => command.run(out),
         Command::Export(command) => command.run(out),
         Command::Forward(command) => command.run(out),
+        Command::Inspect(command) => command.run(out),
         Command::InitBase(command) => command.run(out),
         Command::Report(command) => command.run(out),
     };

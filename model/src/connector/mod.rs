@@ -177,7 +177,11 @@ impl Connector {
     /// # Errors
     /// A file that cannot be read, is of no known kind, or lacks tensors of its kind or has others besides.
     pub fn load(path: &Path, heads: i64, kind: Kind, device: Device) -> Result<Self> {
-        let weights = Weights::open(path)?;
+        Self::from_weights(Weights::open(path)?, heads, kind, device)
+    }
+
+    /// Builds the network from what [`Connector::load`] finds in a file; errors as there.
+    pub fn from_weights(weights: Weights, heads: i64, kind: Kind, device: Device) -> Result<Self> {
         let config = file::config_of(&weights, heads)?;
         Self::new(&config, &Params::from_weights(weights, kind, device))
     }
