@@ -160,3 +160,45 @@ fn a_prompts_picture_does_not_depend_on_its_neighbours_but_on_sampler_kind_and_n
     untrained(&here.join("wide.safetensors"), ConnectorKind::Tsc, 32);
     ella(here, &[&["sample", "--connector", "wide.safetensors"], &other[..]].concat()).fails(1, &["wide.safetensors", "width is 32", "64"]);
 }
+
+#[test]
+fn inspect_says_what_a_model_is_and_why_it_cannot_be_used() {
+    let dir = world();
+    let here = dir.path();
+    connector(here);
+    let look = |model: &str| ella(here, &["inspect", model, "--json"]);
+
+    let base = look("models/base").ok().json();
+    assert_eq!((&base["usable"], &base["prediction_type"]), (&json!(true), &json!("epsilon")));
+    let names: Vec<_> = base["networks"].as_array().unwrap().iter().map(|network| network["name"].clone()).collect();
+    assert_eq!(names, ["unet", "vae"]);
+    assert_eq!(base["networks"][0]["cross_attention_dim"], 64);
+    let unet = Weights::open(&here.join("models/base/unet")).unwrap();
+    let parameters: i64 = unet.listing().map(|tensor| tensor.shape.iter().product::<i64>()).sum();
+    assert_eq!(base["networks"][0]["parameters"], parameters);
+    assert_eq!(base["networks"][0]["dtypes"], json!({ "F32": 4 * parameters }));
+    assert!(base["missing"][0].as_str().unwrap().contains("text encoder"));
+
+    let text = look("models/text").ok().json();
+    assert!(text["what"].as_str().unwrap().contains("t5 text encoder of width 64"), "{text}");
+    let trained = look("connector.safetensors").ok().json();
+    assert!(trained["what"].as_str().unwrap().contains("ELLA connector, Tsc: text width 64 to width 64"), "{trained}");
+    let plain = ella(here, &["inspect", "models/base/vae"]).ok();
+    assert!(plain.stdout.contains("VAE of 4 latent channels") && plain.stdout.ends_with("ella can use it\n"), "{plain:?}");
+
+    let down = Tensor::ones([4, 768], (Kind::Float, Device::Cpu));
+    let key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight";
+    weights::save(&here.join("lora.safetensors"), &[(key.to_owned(), down)]).unwrap();
+    assert_eq!(look("lora.safetensors").ok().json()["what"], "a LoRA of rank 4 for SD 1.x");
+
+    std::fs::remove_file(here.join("models/base/scheduler/scheduler_config.json")).unwrap();
+    std::fs::create_dir(here.join("models/base/safety_checker")).unwrap();
+    let broken = look("models/base");
+    let report = broken.json();
+    assert_eq!((broken.code, &report["usable"], &report["unused"]), (1, &json!(false), &json!(["safety_checker/"])));
+    assert!(report["problems"][0].as_str().unwrap().contains("scheduler_config.json"), "{report}");
+    std::fs::write(here.join("model.ckpt"), "x").unwrap();
+    let pickle = look("model.ckpt");
+    assert!(pickle.code == 1 && pickle.json()["problems"][0].as_str().unwrap().contains("pickle"));
+    look("nothing").fails(1, &["nothing", "not found"]);
+}

@@ -18,6 +18,9 @@ use crate::tokenizer::{TextTokenizer, places};
 /// What marks the last piece of a word.
 pub(crate) const WORD_END: &str = "</w>";
 
+/// More ids than any vocabulary has.
+const IDS: u64 = 1 << 24;
+
 /// The words that pieces are made of.
 const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
@@ -85,6 +88,10 @@ impl Pieces {
     fn read(place: &Path) -> Result<Self> {
         let file = place.join("tokenizer.json");
         let pieces = if file.is_file() { Self::from_json(file)? } else { Self::from_text(place)? };
+        // The library makes a list of all ids that have no piece.
+        if let Some((piece, id)) = pieces.vocab.iter().find(|(_, id)| id.as_u64().is_some_and(|id| id >= IDS)) {
+            return Err(pieces.refuse(&format!("gives the piece {piece:?} an id that is too large (expected below {IDS}, found {id})")));
+        }
         // Checked here, because the library takes it for granted.
         let joined = |(a, b): &&(String, String)| [a, b, &format!("{a}{b}")].iter().all(|piece| pieces.vocab.contains_key(*piece));
         match pieces.merges.iter().find(|pair| !joined(pair)) {

@@ -92,9 +92,14 @@ pub(crate) fn read_json(file: &Path) -> Result<(Tokenizer, Vec<u8>)> {
     let refuse = |reason: String| ModelError::Tokenizer { file: file.into(), reason };
     let not = |error: String| refuse(format!("is not a tokenizer ({error}); write it anew"));
     serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|error| not(error.to_string()))?;
-    // The library panics on JSON in which a decoder or a normalizer is not what it should be.
-    let read = std::panic::catch_unwind(|| Tokenizer::from_bytes(&bytes).map_err(|error| error.to_string()));
-    let mut tokenizer = read.unwrap_or_else(|_| Err("its normalizer or decoder cannot be read".into())).map_err(not)?;
+    // The library panics on JSON in which a decoder or a normalizer is not what it should be, and when it encodes, on a post-processor
+    // whose template names tokens that it does not list.
+    let read = || {
+        let tokenizer = Tokenizer::from_bytes(&bytes)?;
+        tokenizer.encode("a", true).map(|_| tokenizer)
+    };
+    let read = std::panic::catch_unwind(|| read().map_err(|error| error.to_string()));
+    let mut tokenizer = read.unwrap_or_else(|_| Err("one of its parts cannot be read, or does not fit the others".into())).map_err(not)?;
     // Lengths are the caller's matter here, whatever the file was last used for.
     tokenizer.with_truncation(None).map_err(|error| refuse(error.to_string()))?.with_padding(None);
     Ok((tokenizer, bytes))

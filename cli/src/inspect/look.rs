@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 
 use ella_model::ModelError;
 use ella_model::base::Base;
-use ella_model::clip_tokenizer;
 use ella_model::config::ConfigFile;
 use ella_model::connector::Connector;
 use ella_model::part::Part;
 use ella_model::schedule::{Prediction, ScheduleConfig};
-use ella_model::text::Text;
+use ella_model::text::{Text, TextConfig};
 use ella_model::tokenizer::TextTokenizer;
 use ella_model::unet::{UNet, UNetConfig};
 use ella_model::vae::Vae;
@@ -146,8 +145,7 @@ impl Report {
             Some(_) => self.problem(&part.config.refuse("_class_name", "\"UNet2DConditionModel\" or \"AutoencoderKL\"")),
             None => {
                 let folder = self.path.clone();
-                let clip = text_field(&part.config, "model_type").is_some_and(|family| family.starts_with("clip"));
-                let tokenizer = if clip { clip_tokenizer::load(&folder) } else { TextTokenizer::load(&folder) };
+                let tokenizer = TextConfig::load(&folder).and_then(|config| TextTokenizer::load(&folder, &config));
                 let tokenizer = tokenizer.map_err(|error| self.problem(&error)).ok();
                 self.text("text", part, tokenizer.as_ref());
             }
