@@ -62,13 +62,15 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
 }
 
 /// Where a model is on this machine: the path that is there, or else what its hub id is a name for, downloaded if need be.
-/// `key` is what names it, for errors.
+/// `key` is what names it, for errors. `models/x` is a slip in a path, and asked of no hub, where `models/` is there; a revision
+/// (`org/name@main`) makes it an id all the same.
 pub fn locate(key: &'static str, model: &str) -> Result<PathBuf, ModelError> {
     let path = Path::new(model);
     if path.exists() {
         return Ok(path.to_owned());
     }
-    match HubId::parse(model) {
+    let in_folder_here = path.parent().is_some_and(|folder| !folder.as_os_str().is_empty() && folder.is_dir());
+    match HubId::parse(model).filter(|_| !in_folder_here || model.contains('@')) {
         Some(id) => hub::fetch(&id).map_err(|error| ModelError::Unavailable { reason: format!("{key}: {error}"), passes: error.passes() }),
         None => {
             let expected = format!("a model's folder or file, or a hub id such as org/name, as {key} names it");

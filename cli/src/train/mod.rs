@@ -99,7 +99,6 @@ fn have_models(config: &RunConfig) -> Result<(), Fail> {
 impl Train {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let config = RunConfig::load(&self.config, &self.set)?;
-        have_models(&config)?;
         // One thread: the kernel ties the children's lives to that of the thread which started them.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| Fail::failed(format_args!("the async runtime cannot be started ({error})")))?;
@@ -114,6 +113,7 @@ impl Train {
     /// A coordinator and workers.
     async fn whole(&self, config: &RunConfig, out: Out) -> Result<u8, Fail> {
         let (coordinator, worker) = (binary("ella-coordinator")?, binary("ella-worker")?);
+        have_models(config)?;
         let store = Store::open(&config.run.output)?;
         let logs = Logs { folder: store.local_path().map(|run| run.join("logs")), verbose: self.verbose };
         let mut signals = Signals::new()?;
@@ -145,6 +145,7 @@ impl Train {
     async fn join(&self, config: &RunConfig, url: &str, out: Out) -> Result<u8, Fail> {
         let worker = binary("ella-worker")?;
         client::status(url).await?;
+        have_models(config)?;
         let grpc = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
         let mut signals = Signals::new()?;
         let mut children = Children::default();
