@@ -84,6 +84,9 @@ fn a_lora_changes_what_is_drawn_and_says_what_it_leaves_out() {
     assert_eq!(picture("nothing.png"), picture("plain.png"));
     run(&["--out", "style.png", "--lora", "style.safetensors:0.8"]).ok();
     assert_ne!(picture("style.png"), picture("plain.png"));
+    run(&["--out", "velocity.png", "--prediction", "v_prediction"]).ok();
+    assert_ne!(picture("velocity.png"), picture("plain.png"));
+    run(&["--prediction", "noise"]).fails(2, &["--prediction", "epsilon"]);
     run(&["--lora", "none.safetensors:0.8", "--json"]).fails(1, &["none.safetensors", "not found"]);
     run(&["--lora", "style.safetensors:inf", "--json"]).fails(2, &["--lora", "finite"]);
     weights::save(&here.join("other.safetensors"), &[("lora_unet_x.alpha".to_owned(), Tensor::from(1.0))]).unwrap();

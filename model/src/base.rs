@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
 use tch::{Device, Kind};
 
 use crate::clip_tokenizer;
@@ -10,7 +11,7 @@ use crate::error::{ModelError, Result};
 use crate::ldm::Checkpoint;
 use crate::lora::Lora;
 use crate::part::Part;
-use crate::schedule::Schedule;
+use crate::schedule::{Prediction, Schedule};
 use crate::tokenizer::TextTokenizer;
 use crate::unet::UNet;
 use crate::vae::Vae;
@@ -21,6 +22,7 @@ use crate::vae::Vae;
 pub struct Base {
     path: PathBuf,
     checkpoint: Option<Checkpoint>,
+    prediction: Option<Prediction>,
 }
 
 /// One of a base's own text encoders, and what makes token ids for it.
@@ -46,7 +48,12 @@ impl Base {
                 return Err(ModelError::MissingFile { file: path.into(), expected });
             }
         };
-        Ok(Base { path: path.into(), checkpoint })
+        Ok(Base { path: path.into(), checkpoint, prediction: None })
+    }
+
+    /// The same model, taken to predict what is given here, whatever its scheduler's configuration or its file says.
+    pub fn predicting(self, prediction: Option<Prediction>) -> Self {
+        Base { prediction, ..self }
     }
 
     /// The single file that it is, if it is no folder.
@@ -60,7 +67,17 @@ impl Base {
     }
 
     /// What the U-Net is loaded from.
+    ///
+    /// # Errors
+    /// Its files are missing or damaged, or it is SDXL's refiner, which has other conditions than the base.
     pub fn unet_part(&self) -> Result<Part> {
+        let index = self.path.join("model_index.json");
+        if index.is_file() {
+            let index = ConfigFile::open(&index)?;
+            if index.value("requires_aesthetics_score") == Some(&Value::Bool(true)) {
+                return Err(index.refuse("requires_aesthetics_score", "false or absent: SDXL's refiner is not supported"));
+            }
+        }
         self.checkpoint.as_ref().map_or_else(|| Part::open(&self.path.join("unet")), Checkpoint::unet)
     }
 
@@ -72,7 +89,11 @@ impl Base {
     /// The scheduler's configuration.
     pub fn scheduler(&self) -> Result<ConfigFile> {
         let in_folder = || ConfigFile::open(&self.path.join("scheduler/scheduler_config.json"));
-        self.checkpoint.as_ref().map_or_else(in_folder, Checkpoint::scheduler)
+        let config = self.checkpoint.as_ref().map_or_else(in_folder, Checkpoint::scheduler)?;
+        Ok(match self.prediction {
+            Some(prediction) => config.with("prediction_type", prediction.to_string().into()),
+            None => config,
+        })
     }
 
     /// The base's own text encoders: one, or SDXL's two in the order in which their features are joined. A base may have none.
@@ -131,6 +152,22 @@ fn tokenizer_in(folder: &Path) -> Result<Option<TextTokenizer>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_prediction_can_be_said_and_the_refiner_is_refused() {
+        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("scheduler")).unwrap();
+        let config = goldens.join("schedules/v-leading/scheduler_config.json");
+        std::fs::copy(config, dir.path().join("scheduler/scheduler_config.json")).unwrap();
+        let predicts = |said| Base::open(dir.path()).unwrap().predicting(said).schedule(Device::Cpu).unwrap().config().prediction;
+        assert_eq!(predicts(None), Prediction::Velocity);
+        assert_eq!(predicts(Some(Prediction::Epsilon)), Prediction::Epsilon);
+
+        std::fs::write(dir.path().join("model_index.json"), r#"{"requires_aesthetics_score": true}"#).unwrap();
+        let error = Base::open(dir.path()).unwrap().unet_part().unwrap_err().to_string();
+        assert!(error.contains("model_index.json") && error.contains("refiner"), "{error}");
+    }
 
     #[cfg(unix)]
     #[test]

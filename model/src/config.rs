@@ -40,6 +40,12 @@ impl ConfigFile {
         ConfigFile { file: file.into(), fields, read: RefCell::default() }
     }
 
+    /// The same configuration with another value for one field.
+    pub fn with(mut self, field: &str, value: Value) -> Self {
+        self.fields.insert(field.to_owned(), value);
+        self
+    }
+
     /// All fields as JSON, sorted by name: equal for equal configurations.
     pub fn text(&self) -> String {
         Value::Object(self.fields.clone()).to_string()

@@ -4,7 +4,9 @@
 //! [`crate::sampler`] lets its caller choose one. The tables are computed in float32 by the same operations as in diffusers 0.42
 //! (`schedulers/scheduling_ddim.py`), so that they agree bit for bit.
 
+use std::fmt::{self, Display};
 use std::path::Path;
+use std::str::FromStr;
 
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -32,6 +34,27 @@ pub enum Prediction {
     Velocity,
     /// The image x₀.
     Sample,
+}
+
+impl Prediction {
+    /// All of them, by the names that diffusers' configurations have for them.
+    pub const NAMES: [(&str, Prediction); 3] =
+        [("epsilon", Prediction::Epsilon), ("v_prediction", Prediction::Velocity), ("sample", Prediction::Sample)];
+}
+
+impl FromStr for Prediction {
+    type Err = ModelError;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let found = Self::NAMES.iter().find(|(known, _)| *known == name).map(|(_, prediction)| *prediction);
+        found.ok_or_else(|| ModelError::argument("prediction", Self::NAMES.map(|(known, _)| known).join(" or "), name))
+    }
+}
+
+impl Display for Prediction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(Self::NAMES.iter().find(|(_, known)| known == self).map_or("", |(name, _)| name))
+    }
 }
 
 /// How a sampler's timesteps are spread over the trained ones (table 2 of arXiv:2305.08891).
@@ -120,7 +143,7 @@ impl ScheduleConfig {
             beta_start: c.optional("beta_start", BETAS, 0.0001)?,
             beta_end: c.optional("beta_end", BETAS, 0.02)?,
             beta_schedule: choice(&c, "beta_schedule", "linear", &BETA_SCHEDULES)?,
-            prediction: choice(&c, "prediction_type", "epsilon", &PREDICTIONS)?,
+            prediction: choice(&c, "prediction_type", "epsilon", &Prediction::NAMES)?,
             rescale_betas_zero_snr: c.optional("rescale_betas_zero_snr", BOOL, false)?,
             set_alpha_to_one: c.optional("set_alpha_to_one", BOOL, ends_at_one)?,
             steps_offset: c.optional("steps_offset", "a whole number of at least 0", 0)?,
@@ -160,8 +183,6 @@ const CLASSES: [&str; 6] = [
 ];
 const BETA_SCHEDULES: [(&str, BetaSchedule); 3] =
     [("linear", BetaSchedule::Linear), ("scaled_linear", BetaSchedule::ScaledLinear), ("squaredcos_cap_v2", BetaSchedule::SquaredCosCapV2)];
-const PREDICTIONS: [(&str, Prediction); 3] =
-    [("epsilon", Prediction::Epsilon), ("v_prediction", Prediction::Velocity), ("sample", Prediction::Sample)];
 const SPACINGS: [(&str, Spacing); 3] = [("leading", Spacing::Leading), ("trailing", Spacing::Trailing), ("linspace", Spacing::Linspace)];
 
 const FINAL_SIGMAS: [(&str, FinalSigma); 2] = [("zero", FinalSigma::Zero), ("sigma_min", FinalSigma::Least)];

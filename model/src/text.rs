@@ -96,6 +96,7 @@ pub enum Layers {
     /// That is the mean over n = 1 … N of `LayerNorm(h_n)`, without learned scale or shift, over the width, ε = 1e-5, in float32.
     /// `h_n` is what block n of N gives, but for `h_N` the network's own output, after its final norm (for T5 and decoders,
     /// transformers' `hidden_states[1:]`). The embeddings, `hidden_states[0]`, are no layer's work and stay out.
+    /// This is our reading of the paper's text; its code was not at hand.
     Average,
 }
 

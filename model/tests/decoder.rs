@@ -84,7 +84,7 @@ fn layers_are_averaged_of_text_encoders_only() {
     let (folder, dir) = (golden("tsc-4-heads"), tempfile::tempdir().unwrap());
     let outputs = dir.path().join("out.safetensors");
     let result = forward(Net::Connector, &folder.join("connector.safetensors"), &folder.join("inputs.safetensors"), &outputs, &options);
-    assert!(matches!(result, Err(ModelError::Unsupported { instead, .. }) if instead.contains("--layers")));
+    assert!(matches!(result, Err(ModelError::Unsupported { what, .. }) if what.contains("--layers")));
 }
 
 /// A T5 that overflows float16: transformers clamps it, and so do we. Without clamping nothing of it would be a number.

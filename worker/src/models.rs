@@ -9,6 +9,7 @@ use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
 use ella_model::lora::Lora;
+use ella_model::schedule::Prediction;
 use ella_model::unet::UNetConfig;
 use ella_model::vae::Vae;
 use ella_proto::config::{self, ConnectorKind as Wanted, RunConfig};
@@ -36,7 +37,7 @@ pub struct Loaded {
 
 /// Loads everything that `config` names onto `device`.
 pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
-    let base = Base::open(&locate("base.model", &config.base.model)?)?;
+    let base = Base::open(&locate("base.model", &config.base.model)?)?.predicting(config.base.prediction.map(prediction));
     let text_model = locate("text.model", &config.text.model)?;
     let text = text::identity(&text_model, config.text.max_tokens)?;
     let kind = device::kind(config.base.dtype);
@@ -76,6 +77,14 @@ pub fn locate(key: &'static str, model: &str) -> Result<PathBuf, ModelError> {
             let expected = format!("a model's folder or file, or a hub id such as org/name, as {key} names it");
             Err(ModelError::MissingFile { file: path.to_owned(), expected })
         }
+    }
+}
+
+fn prediction(named: config::Prediction) -> Prediction {
+    match named {
+        config::Prediction::Epsilon => Prediction::Epsilon,
+        config::Prediction::VPrediction => Prediction::Velocity,
+        config::Prediction::Sample => Prediction::Sample,
     }
 }
 

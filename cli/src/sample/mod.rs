@@ -19,6 +19,7 @@ use draw::{Drawer, Settings};
 use ella_model::base::Base;
 use ella_model::connector::{Connector, DEFAULT_HEADS};
 use ella_model::sampler::Method;
+use ella_model::schedule::Prediction;
 use ella_model::text::TextConfig;
 use ella_model::unet::UNetConfig;
 use ella_worker::text::{TextEncoder, TextOptions};
@@ -106,6 +107,9 @@ pub(crate) struct Sample {
     /// How much the prompt counts beside the negative one; 1 is no guidance, in half the time
     #[arg(long, default_value_t = 7.5, help_heading = "How to draw")]
     guidance: f64,
+    /// What the base predicts, where its files do not say it, or wrongly
+    #[arg(long, value_parser = prediction(), help_heading = "How to draw")]
+    prediction: Option<Prediction>,
     /// Pictures drawn at once
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = "How to draw")]
     batch: u32,
@@ -138,7 +142,7 @@ impl Sample {
         let seeds = if self.seeds.is_empty() { Seeds::From(self.seed) } else { Seeds::Each(&self.seeds) };
         let plan = Plan::new(&self.all_prompts()?, self.images.map(|n| n as usize), &seeds)?;
         self.check_folder()?;
-        let base = Base::open(&models::locate("--base", &self.base)?)?;
+        let base = Base::open(&models::locate("--base", &self.base)?)?.predicting(self.prediction);
         let text = models::locate("--text", &self.text)?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let place = (device::kind(self.dtype.into()), device::set_up(self.device.into(), threads)?);
@@ -250,6 +254,11 @@ impl Sample {
             (None, _) => Ok(()),
         }
     }
+}
+
+/// Reads what a base predicts, likewise.
+fn prediction() -> impl TypedValueParser<Value = Prediction> {
+    PossibleValuesParser::new(Prediction::NAMES.map(|(name, _)| name)).try_map(|name| name.parse::<Prediction>())
 }
 
 /// Reads a sampler's name; `--help` and errors list them all.

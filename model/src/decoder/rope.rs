@@ -50,6 +50,9 @@ impl Rope {
     /// Reads transformers 5's `rope_parameters`, or `rope_theta` and `rope_scaling` of older configurations.
     pub(super) fn read(c: &ConfigFile, max_positions: i64) -> Result<Self> {
         let outer: Option<f64> = c.get("rope_theta", POSITIVE)?;
+        if outer.is_some_and(|theta| theta <= 0.0) {
+            return Err(c.refuse("rope_theta", POSITIVE));
+        }
         c.only("partial_rotary_factor", &[json!(1)])?;
         let field = match (c.value("rope_scaling"), c.value("rope_parameters")) {
             (Some(_), Some(_)) => return Err(c.refuse("rope_scaling", "absent where rope_parameters is there")),
@@ -64,7 +67,7 @@ impl Rope {
         let scaling = inner.scaling(max_positions)?;
         inner.file.only(&inner.name("partial_rotary_factor"), &[json!(1)])?;
         inner.file.finish(&[])?;
-        if theta > 0.0 && theta.is_finite() { Ok(Rope { theta, scaling }) } else { Err(c.refuse("rope_theta", POSITIVE)) }
+        Ok(Rope { theta, scaling })
     }
 
     /// The rotation of `s` positions of heads of `width` channels, computed in float32 and given in `kind`.

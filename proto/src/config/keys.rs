@@ -7,7 +7,12 @@ use serde_json::Value;
 pub(super) fn known() -> toml::Table {
     let full = RunConfig {
         run: Run { output: String::new(), seed: 0 },
-        base: Base { model: String::new(), dtype: Dtype::Fp32, loras: vec![Lora { file: String::new(), weight: 1.0 }] },
+        base: Base {
+            model: String::new(),
+            dtype: Dtype::Fp32,
+            prediction: Some(Prediction::Epsilon),
+            loras: vec![Lora { file: String::new(), weight: 1.0 }],
+        },
         text: Text {
             model: String::new(),
             max_tokens: 1,

@@ -124,9 +124,24 @@ pub struct Base {
     /// Compute format of the frozen networks.
     #[serde(default)]
     pub dtype: Dtype,
+    /// What the U-Net predicts, where the model's files do not say it, or wrongly.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<Prediction>,
     /// What is merged into the U-Net.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub loras: Vec<Lora>,
+}
+
+/// What a U-Net predicts, by diffusers' names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Prediction {
+    /// The noise.
+    Epsilon,
+    /// The velocity.
+    VPrediction,
+    /// The image.
+    Sample,
 }
 
 /// One of `base.loras`: a LoRA file, and how much of it counts.

@@ -71,7 +71,7 @@ fn sample_names_what_it_cannot_use() -> Result<()> {
     refused(&nothing, &base, &text, &prompt, FAILED, &["no-connector", "not found"])?;
     refused(&other, &base, &text, &prompt, FAILED, &["models/text/model.safetensors", "holds no connector", "connector.latents"])?;
     refused(&connector, &text, &text, &prompt, FAILED, &["models/text/unet/config.json", "not found"])?;
-    refused(&connector, &base, &base, &prompt, FAILED, &["models/base", "tokenizer.json", "not found"])?;
+    refused(&connector, &base, &base, &prompt, FAILED, &["models/base/config.json", "not found"])?;
     refused(&connector, &base, &text, &[], USAGE, &["--prompt"])?;
     refused(&connector, &base, &text, &[&prompt[..], &["--size", "13"]].concat(), USAGE, &["--size", "multiple", "13"])?;
     refused(&connector, &base, &text, &[&prompt[..], &["--guidance", "nan"]].concat(), USAGE, &["--guidance", "finite"])?;
