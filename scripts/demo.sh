@@ -90,7 +90,7 @@ say "7. Audit: every sample exactly once, every byte as committed"
 
 say "8. Sample and export"
 "$ella" export "$out/run" --out "$out/connector.safetensors"
-"$ella" sample --connector "$out/connector.safetensors" --base "$out/models/base" --text "$out/models/text" --size 64 --steps 20 --guidance 3 --seed 1 \
+"$ella" sample --connector "$out/connector.safetensors" --base "$out/models/base" --text "$out/models/text" --compare --size 64 --steps 20 --guidance 3 --seed 1 \
     --prompt "A large red circle on the left of a small blue square, on a plain grey background." \
     --prompt "Three green triangles in a row above a yellow star on a white background." \
     --prompt "A striped purple ring in the centre of the picture, on an orange background." \

@@ -184,7 +184,7 @@ fn inspect_says_what_a_model_is_and_why_it_cannot_be_used() {
     let text = look("models/text").ok().json();
     assert!(text["what"].as_str().unwrap().contains("t5 text encoder of width 64"), "{text}");
     let trained = look("connector.safetensors").ok().json();
-    assert!(trained["what"].as_str().unwrap().contains("ELLA connector, Tsc: text width 64 to width 64"), "{trained}");
+    assert!(trained["what"].as_str().unwrap().contains("ELLA connector, tsc: text width 64 to width 64"), "{trained}");
     let plain = ella(here, &["inspect", "models/base/vae"]).ok();
     assert!(plain.stdout.contains("VAE of 4 latent channels") && plain.stdout.ends_with("ella can use it\n"), "{plain:?}");
 

@@ -96,13 +96,18 @@ impl Base {
         })
     }
 
+    /// The folder that its tokenizers lie in: its own, or the single file's.
+    pub fn beside(&self) -> &Path {
+        if self.checkpoint.is_some() { self.path.parent().unwrap_or(Path::new("")) } else { &self.path }
+    }
+
     /// The base's own text encoders: one, or SDXL's two in the order in which their features are joined. A base may have none.
     /// A single file holds no tokenizer; it is looked for in `tokenizer/` and `tokenizer_2/` beside the file.
     ///
     /// # Errors
     /// An encoder's or a tokenizer's files are damaged or incomplete.
     pub fn text_encoders(&self) -> Result<Vec<TextEncoderPart>> {
-        let folder = if self.checkpoint.is_some() { self.path.parent().unwrap_or(Path::new("")) } else { &self.path };
+        let folder = self.beside();
         let mut found = Vec::new();
         match &self.checkpoint {
             Some(checkpoint) => {

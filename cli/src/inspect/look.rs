@@ -123,7 +123,7 @@ impl Report {
         match Connector::from_weights(weights.without_values(), 1, Kind::Float, CPU) {
             Ok(connector) => {
                 let c = connector.config();
-                self.what = format!("an ELLA connector, {:?}: text width {} to width {}", c.kind, c.text_width, c.width);
+                self.what = format!("an ELLA connector, {}: text width {} to width {}", c.kind.name(), c.text_width, c.width);
                 network.what = format!("{} layers, {} latents", c.layers, c.latents);
                 network.cross_attention_dim = Some(c.width);
             }

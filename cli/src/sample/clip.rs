@@ -33,8 +33,10 @@ impl BaseText {
             return Err(ModelError::MissingFile { file: base.path().join(missing), expected });
         }
         let load = |TextEncoderPart { part, tokenizer }: TextEncoderPart| -> Result<(Clip, TextTokenizer), ModelError> {
-            let file = part.config.file().to_owned();
-            let tokenizer = tokenizer.ok_or_else(|| ModelError::MissingFile { file, expected: "CLIP's tokenizer/ beside it".into() })?;
+            let tokenizer = tokenizer.ok_or_else(|| ModelError::MissingFile {
+                file: base.beside().join("tokenizer"),
+                expected: format!("the tokenizer of {}'s own CLIP, and tokenizer_2/ for SDXL's second", base.path().display()),
+            })?;
             let clip = Clip::from_part(part, kind, device)?;
             tokenizer.check_vocabulary(clip.config().vocab_size)?;
             Ok((clip, tokenizer))

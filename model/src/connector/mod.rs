@@ -47,6 +47,16 @@ pub enum ConnectorKind {
 }
 
 impl ConnectorKind {
+    /// The name that configurations have for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            ConnectorKind::Tsc => "tsc",
+            ConnectorKind::TscZero => "tsc-zero",
+            ConnectorKind::Resampler => "resampler",
+            ConnectorKind::Mlp => "mlp",
+        }
+    }
+
     /// Whether its output depends on the timestep.
     pub fn is_timed(self) -> bool {
         matches!(self, ConnectorKind::Tsc | ConnectorKind::TscZero)
