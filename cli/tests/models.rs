@@ -188,9 +188,11 @@ fn inspect_says_what_a_model_is_and_why_it_cannot_be_used() {
     let plain = ella(here, &["inspect", "models/base/vae"]).ok();
     assert!(plain.stdout.contains("VAE of 4 latent channels") && plain.stdout.ends_with("ella can use it\n"), "{plain:?}");
 
-    let down = Tensor::ones([4, 768], (Kind::Float, Device::Cpu));
-    let key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight";
-    weights::save(&here.join("lora.safetensors"), &[(key.to_owned(), down)]).unwrap();
+    let layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k";
+    let factor = |name: &str, shape: [i64; 2]| (format!("{layer}.{name}.weight"), Tensor::ones(shape, (Kind::Float, Device::Cpu)));
+    weights::save(&here.join("lora.safetensors"), &[factor("lora_down", [4, 768])]).unwrap();
+    assert!(look("lora.safetensors").json()["problems"][0].as_str().unwrap().contains("up factor is missing"));
+    weights::save(&here.join("lora.safetensors"), &[factor("lora_down", [4, 768]), factor("lora_up", [320, 4])]).unwrap();
     assert_eq!(look("lora.safetensors").ok().json()["what"], "a LoRA of rank 4 for SD 1.x");
 
     std::fs::remove_file(here.join("models/base/scheduler/scheduler_config.json")).unwrap();

@@ -7,6 +7,7 @@ use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::config::ConfigFile;
 use ella_model::connector::Connector;
+use ella_model::lora::Lora;
 use ella_model::part::Part;
 use ella_model::schedule::{Prediction, ScheduleConfig};
 use ella_model::text::{Text, TextConfig};
@@ -107,6 +108,10 @@ impl Report {
         if let Some(rank) = lora_rank(&weights) {
             self.what = format!("a LoRA of rank {rank} for {}", lora_target(&weights));
             self.networks.push(Network::new("lora", "low-rank changes", &weights));
+            match Lora::open(&self.path, 1.0) {
+                Ok(lora) => self.notes.extend(lora.unused()),
+                Err(error) => self.problem(&error),
+            }
         } else if weights.names().any(|name| name.starts_with("connector.")) {
             self.connector(weights);
         } else {

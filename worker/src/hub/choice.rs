@@ -47,14 +47,15 @@ pub(super) fn choose(all: &[String]) -> Result<Vec<String>, String> {
 /// One set of safetensors: whole before half precision, a single file before shards.
 fn weights(folder: &str, all: &[String]) -> Vec<String> {
     for variant in ["", ".fp16"] {
-        for stem in ["diffusion_pytorch_model", "model"] {
-            let stem = format!("{folder}{stem}{variant}");
+        for name in ["diffusion_pytorch_model", "model"] {
+            let stem = format!("{folder}{name}{variant}");
             let single = format!("{stem}.safetensors");
-            let index = format!("{single}.index.json");
+            // Both spellings of a variant's index are in use; without a variant they are one.
+            let indices = [format!("{folder}{name}.safetensors.index{variant}.json"), format!("{single}.index.json")];
             if all.contains(&single) {
                 return vec![single];
             }
-            if all.contains(&index) {
+            if let Some(index) = indices.into_iter().find(|index| all.contains(index)) {
                 let shard =
                     |file: &&String| file.strip_prefix(&stem).is_some_and(|rest| rest.starts_with('-') && rest.ends_with(".safetensors"));
                 return all.iter().filter(shard).cloned().chain([index]).collect();
@@ -70,6 +71,15 @@ mod tests {
 
     fn choice(all: &[&str]) -> Result<Vec<String>, String> {
         choose(&all.iter().map(|file| (*file).to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn shards_of_a_variant_come_with_their_index_however_it_is_spelt() {
+        let shards = ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"];
+        for index in ["model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"] {
+            let all = ["config.json", shards[0], shards[1], index, "model.bin"];
+            assert_eq!(choice(&all).unwrap(), all[..4]);
+        }
     }
 
     #[test]
