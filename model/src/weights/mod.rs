@@ -194,13 +194,11 @@ impl Weights {
         }
         let mapped = &self.files[entry.file];
         let tensor = match (entry.transposed, shape) {
-            (true, &[rows, columns]) => {
-                Tensor::f_from_data_size(&mapped[entry.bytes.clone()], &[columns, rows], stored)?.f_tr()?.f_contiguous()?
-            }
-            _ => Tensor::f_from_data_size(&mapped[entry.bytes.clone()], shape, stored)?,
+            (true, &[rows, columns]) => copy_of(&mapped[entry.bytes.clone()], (&[columns, rows], stored), (kind, device))?.f_tr()?,
+            _ => copy_of(&mapped[entry.bytes.clone()], (shape, stored), (kind, device))?,
         };
         mapped.release(entry.bytes.clone());
-        Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
+        Ok(tensor.f_contiguous()?)
     }
 
     /// BLAKE3 over the bytes of all files, in the order of their names, as lower-case hex; for one file the file's own digest.
@@ -262,6 +260,23 @@ fn refuse_pickle_name(file: &Path) -> Result<()> {
         "bin" | "ckpt" | "pt" | "pth" | "pkl" => Err(ModelError::Pickle { file: file.into() }),
         _ => Ok(()),
     }
+}
+
+/// The tensor of a shape and kind that lies in `bytes`, as another kind elsewhere. Nothing lies in memory between the two: what is
+/// allocated only to be freed would leave holes between the tensors that stay, in all as large as a second copy.
+fn copy_of(bytes: &[u8], (shape, stored): (&[i64], Kind), (kind, device): (Kind, Device)) -> Result<Tensor> {
+    let aligned = (bytes.as_ptr() as usize).is_multiple_of(stored.elt_size_in_bytes());
+    let numel: i64 = shape.iter().product();
+    if !aligned || numel as usize * stored.elt_size_in_bytes() != bytes.len() {
+        return Ok(Tensor::f_from_data_size(bytes, shape, stored)?.f_to_device(device)?.f_to_kind(kind)?);
+    }
+    let strides: Vec<i64> = (0..shape.len()).map(|axis| shape[axis + 1..].iter().product()).collect();
+    // SAFETY: `bytes` hold all elements, aligned, and outlive the view, which is only read and is dropped in this function; what is
+    // given back shares no memory with it.
+    let view = unsafe { Tensor::f_from_blob(bytes.as_ptr(), shape, &strides, stored, Device::Cpu)? };
+    let mut copy = Tensor::f_empty(shape, (kind, device))?;
+    tch::no_grad(|| copy.f_copy_(&view))?;
+    Ok(copy)
 }
 
 /// The formats in which a stored tensor and libtorch's kinds agree byte for byte.

@@ -1,6 +1,6 @@
 //! Models by their ids on the hub: downloaded once into the cache that Hugging Face's tools share, and found there ever after.
 //!
-//! Only what ella reads is downloaded ([`choice`]). The environment is that of huggingface_hub: `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`,
+//! Only what ella reads is downloaded (`choice`). The environment is that of huggingface_hub: `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`,
 //! `HF_TOKEN` (or the file that `hf auth login` writes) and `HF_HUB_OFFLINE`.
 
 mod cache;
