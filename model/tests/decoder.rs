@@ -169,21 +169,7 @@ fn rows_longer_than_the_positions_are_refused() {
 #[test]
 fn captions_get_the_ids_that_transformers_gives_them() {
     for name in TOKENIZERS {
-        let text = fs::read_to_string(golden(name).join("captions.json")).unwrap();
-        let captions: Value = serde_json::from_str(&text).unwrap();
-        let max_tokens = captions["max_tokens"].as_u64().unwrap() as usize;
-        let rows: Vec<(String, Vec<i64>, usize)> = serde_json::from_value(captions["rows"].clone()).unwrap();
-        let texts: Vec<&str> = rows.iter().map(|(text, ..)| text.as_str()).collect();
-        let found = decoder_tokenizer::load(&golden(name)).unwrap().encode(&texts, max_tokens, Padding::Fixed).unwrap();
-        for (row, (text, ids, length)) in rows.iter().enumerate() {
-            let at = row * max_tokens..(row + 1) * max_tokens;
-            assert_eq!(&found.ids[at.clone()], &ids[..], "{name}: {text:?}");
-            // Where transformers gives the empty caption no token, we give it a padding token.
-            let length = (*length).max(1);
-            assert_eq!((found.lengths[row], found.mask[at].iter().sum::<i64>()), (length, length as i64), "{name}: {text:?}");
-        }
-        println!("{name}: {} captions, {} cut", rows.len(), found.truncated.len());
-        assert!(!found.truncated.is_empty());
+        common::check_ids(name, &decoder_tokenizer::load(&golden(name)).unwrap());
     }
 }
 

@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ella_model::tokenizer::{Padding, TextTokenizer};
 use ella_model::weights::Weights;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -88,4 +89,23 @@ pub(crate) fn garbled(name: &str, file: &str, attempt: impl Fn(&Path)) {
         fs::write(dir.path().join(file), bytes).unwrap();
         attempt(dir.path());
     }
+}
+
+/// Holds a tokenizer against the ids that transformers gives the captions of a golden.
+pub(crate) fn check_ids(name: &str, tokenizer: &TextTokenizer) {
+    let text = std::fs::read_to_string(folder(name).join("captions.json")).unwrap();
+    let captions: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let max_tokens = captions["max_tokens"].as_u64().unwrap() as usize;
+    let rows: Vec<(String, Vec<i64>, usize)> = serde_json::from_value(captions["rows"].clone()).unwrap();
+    let texts: Vec<&str> = rows.iter().map(|(text, ..)| text.as_str()).collect();
+    let found = tokenizer.encode(&texts, max_tokens, Padding::Fixed).unwrap();
+    for (row, (text, ids, length)) in rows.iter().enumerate() {
+        let at = row * max_tokens..(row + 1) * max_tokens;
+        assert_eq!(&found.ids[at.clone()], &ids[..], "{name}: {text:?}");
+        // Where transformers gives the empty caption no token, we give it a padding token.
+        let length = (*length).max(1);
+        assert_eq!((found.lengths[row], found.mask[at].iter().sum::<i64>()), (length, length as i64), "{name}: {text:?}");
+    }
+    println!("{name}: {} captions, {} cut", rows.len(), found.truncated.len());
+    assert!(!found.truncated.is_empty());
 }
