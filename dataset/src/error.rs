@@ -41,6 +41,31 @@ pub enum DataError {
         what: String,
     },
 
+    /// A source is not what was prepared.
+    #[error(
+        "{source_name}: changed since it was prepared ({expected} bytes then, {found} now, or others of as many); bring the old file back, or \
+         prepare into a new destination"
+    )]
+    SourceChanged {
+        /// The source as it was given.
+        source_name: String,
+        /// Bytes that were read then.
+        expected: u64,
+        /// Bytes that are there.
+        found: u64,
+    },
+
+    /// There is no such column of captions.
+    #[error("{data}: no captions of the name {column:?} (there are: {known})")]
+    ColumnMissing {
+        /// The data set.
+        data: String,
+        /// The name asked for.
+        column: String,
+        /// The names there are.
+        known: String,
+    },
+
     /// A setting is out of its range.
     #[error("{field}: must be {rule} (found {found})")]
     Setting {
@@ -149,17 +174,19 @@ pub enum DataError {
         found: String,
     },
 
-    /// Features lack some files.
-    #[error("{folder}: {missing_count} of {total} files of features are not there ({missing}); run `ella embed` again to complete them")]
-    FeaturesIncomplete {
-        /// The features' folder.
+    /// Features, or added captions, lack some files.
+    #[error("{folder}: {missing_count} of {total} files are not there ({missing}); {hint}")]
+    SidecarIncomplete {
+        /// The folder.
         folder: String,
         /// How many are missing.
         missing_count: usize,
-        /// How many files there should be: one for every shard, and the empty caption's.
+        /// How many files there should be: one for every shard, and such as the empty caption's.
         total: usize,
         /// The first missing ones, by name.
         missing: String,
+        /// What to do.
+        hint: &'static str,
     },
 
     /// A row of features has the wrong size.
