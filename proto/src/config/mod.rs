@@ -234,6 +234,26 @@ pub struct Data {
     /// How many consecutive shards are shuffled together (ORDER).
     #[serde(default = "Data::window")]
     pub window: usize,
+    /// Columns of captions, of which each sample's is chosen anew in every epoch (NOISE); left out: the data set's own, by its weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub captions: Vec<CaptionChoice>,
+}
+
+/// One of `data.captions`: a column, and how often it is taken relative to the others that a sample has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CaptionChoice {
+    /// The column's name in the data set: one of its own, or one that was added.
+    pub column: String,
+    /// Its weight.
+    #[serde(default = "CaptionChoice::weight")]
+    pub weight: f64,
+}
+
+impl CaptionChoice {
+    fn weight() -> f64 {
+        1.0
+    }
 }
 
 impl Data {
@@ -615,6 +635,17 @@ mod tests {
         assert_eq!(error, "run.toml with --set: `train.steps` is 0, but it must be 1 or more");
         let error = parse("", &["train.steps"]).unwrap_err().to_string();
         assert!(error.contains("section.key=value"), "{error}");
+    }
+
+    #[test]
+    fn captions_are_chosen_by_column_and_weight() {
+        let config = parse("", &["data.captions=[{column=\"dense\",weight=0.7},{column=\"short\"}]"]).unwrap();
+        assert_eq!(config.data.captions.iter().map(|c| (c.column.as_str(), c.weight)).collect::<Vec<_>>(), [("dense", 0.7), ("short", 1.0)]);
+        assert_ne!(config.digest(), parse("", &[]).unwrap().digest(), "what is trained on depends on it");
+        for bad in ["[{column=\"a\",weight=-1.0}]", "[{column=\"a\",weight=0.0}]", "[{column=\"a\"},{column=\"a\"}]", "[{column=\"\"}]"] {
+            let error = parse("", &[&format!("data.captions={bad}")]).unwrap_err().to_string();
+            assert!(error.contains("`data.captions`"), "{error}");
+        }
     }
 
     #[test]
