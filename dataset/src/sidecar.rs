@@ -188,6 +188,16 @@ impl<K: Kind> Sidecar<K> {
         Err(DataError::Other { file: at(&self.folder, &key), field: "file.blake3".into(), expected, found })
     }
 
+    /// The files that have a record, whether or not they are there.
+    pub(crate) async fn recorded(&self) -> Result<Vec<ShardEntry>, DataError> {
+        let there = self.folder.list("").await?;
+        let has = |stem: &&str| there.binary_search_by(|meta| meta.key.as_str().cmp(format!("{stem}.json").as_str())).is_ok();
+        let stems = (0..self.data.shards.len()).map(|shard| self.stem(shard)).chain(K::EXTRA.iter().copied()).filter(has);
+        let records = stems.map(|stem| self.record(stem));
+        let records: Vec<Option<FileRecord>> = stream::iter(records).buffered(READ_AT_ONCE).try_collect().await?;
+        Ok(records.into_iter().flatten().map(|record| record.file).collect())
+    }
+
     /// Fails unless every file is there; then their manifest, which is written if it was not there.
     pub(crate) async fn finish(&self) -> Result<SidecarManifest<K>, DataError> {
         let file = at(&self.folder, MANIFEST);
