@@ -13,6 +13,7 @@ use crate::error::DataError;
 use crate::features::{FeatureSpec, features_in};
 use crate::manifest::{Manifest, ShardEntry, join};
 use crate::sidecar::{Kind, Sidecar};
+use crate::stray::find_stray;
 
 /// Files read at once.
 const READ_AT_ONCE: usize = 4;
@@ -105,23 +106,12 @@ impl Inventory {
         }
     }
 
-    /// What killed writers left, on a local store: elsewhere nothing half-written can be seen.
     fn stray(&self) -> Result<Vec<String>, DataError> {
-        let Some(root) = self.store.local_path() else { return Ok(Vec::new()) };
-        let folders: BTreeSet<_> = self.files.iter().filter_map(|file| root.join(&file.name).parent().map(ToOwned::to_owned)).collect();
-        let mut stray = Vec::new();
-        for folder in folders.into_iter().filter(|folder| folder.is_dir()) {
-            let io = |source| DataError::Io { path: folder.clone(), source };
-            for entry in std::fs::read_dir(&folder).map_err(io)? {
-                let path = entry.map_err(io)?.path();
-                // The store writes beside the final name, with `#` and a number after it.
-                if path.file_name().is_some_and(|name| name.to_string_lossy().contains('#')) {
-                    stray.push(path.strip_prefix(&root).unwrap_or(&path).display().to_string());
-                }
-            }
-        }
-        stray.sort();
-        Ok(stray)
+        let folder = |file: &'_ ShardEntry| file.name.rsplit_once('/').map(|(folder, _)| folder.to_owned());
+        let folders: BTreeSet<String> = self.files.iter().filter_map(folder).collect();
+        let folders: Vec<&str> = folders.iter().map(String::as_str).collect();
+        let name = |path: std::path::PathBuf| path.strip_prefix(self.store.url()).unwrap_or(&path).display().to_string();
+        Ok(find_stray(&self.store, &folders)?.into_iter().map(name).collect())
     }
 
     /// Deletes files, so that they can be made anew.

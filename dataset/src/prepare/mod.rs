@@ -21,8 +21,9 @@ use crate::error::DataError;
 use crate::manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, at, parse, pretty, read};
 use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, same};
 use crate::report::{Refusal, Report};
-use crate::settings::{Duplicates, Settings};
+use crate::settings::Settings;
 use crate::source::{Piece, Source};
+use crate::stray::remove_stray;
 use duplicates::{Finder, Repeat, SharedKey};
 use judge::Judge;
 pub use judge::{KeyList, TokenCounter};
@@ -81,8 +82,6 @@ impl fmt::Debug for PrepareOptions {
 pub struct ToDo {
     /// Parts to prepare.
     pub parts: Vec<usize>,
-    /// Parts to prepare without their duplicates.
-    pub again: Vec<usize>,
     /// Parts that are prepared, of sources that look newer than they were then: their bytes must be the same still.
     pub check: Vec<usize>,
 }
@@ -154,17 +153,14 @@ impl Preparation {
         let mut todo = ToDo::default();
         while let Some((index, first)) = looks.try_next().await.map_err(|e: DataError| e)? {
             let part = &parts[index];
-            let skip = left_out.keys(index);
             let Some(first) = first else {
                 self.refuse_changed(index, part).await?;
                 todo.parts.push(index);
                 continue;
             };
-            let again = if skip.is_empty() { None } else { self.record(index, part, &skip).await? };
-            if !(finished && !skip.is_empty()) && !first.shards.iter().all(whole) {
+            let replaced = finished && left_out.parts.contains_key(&index);
+            if !replaced && !first.shards.iter().all(whole) {
                 todo.parts.push(index);
-            } else if !skip.is_empty() && !again.is_some_and(|record| record.shards.iter().all(whole)) {
-                todo.again.push(index);
             } else if self.source(part)?.stamp() != first.stamp.as_deref() {
                 todo.check.push(index);
             }
@@ -216,7 +212,7 @@ impl Preparation {
         }
         self.check_shared_keys(plan, &finder.shared_keys).await?;
         let found = LeftOuts { schema: SCHEMA, parts: self.name_repeats(plan, &finder.repeats).await? };
-        if plan.settings.duplicates != Duplicates::Keep && self.out.create(DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
+        if self.out.create(DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
             let there: LeftOuts = parse(&at(&self.out, DUPLICATES), &self.out.get(DUPLICATES).await?)?;
             same(&found, &there, at(&self.out, DUPLICATES))?;
         }
@@ -246,8 +242,10 @@ impl Preparation {
         Ok(report)
     }
 
-    /// Deletes shards that no manifest names: of attempts at sources that were replaced, and of parts that were prepared again.
+    /// Deletes shards that no manifest names, of attempts at sources that were replaced and of parts that were prepared again; and what
+    /// killed writers left half-written.
     async fn delete_leftovers(&self, manifest: &Manifest) -> Result<(), DataError> {
+        remove_stray(&self.out, &[SHARDS, UNITS])?;
         let named: BTreeSet<&str> = manifest.shards.iter().map(|shard| shard.name.as_str()).collect();
         for meta in self.out.list(SHARDS).await? {
             if !named.contains(meta.key.as_str()) {
