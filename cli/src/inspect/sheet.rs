@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::data::{DataFacts, Looked, Shown};
-use crate::report::{STYLE, escape};
+use crate::report::{document, escape};
 
 /// Bars of a histogram.
 const BARS: usize = 32;
@@ -37,11 +37,7 @@ pub(super) fn page(facts: &DataFacts, looked: &Looked) -> String {
     body += "</div>\n<h2>Samples</h2>\n<div class=\"sheet\">\n";
     looked.shown.iter().for_each(|shown| body += &figure(shown));
     body += "</div>\n";
-    format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width\">\n\
-         <title>{}</title>\n<style>\n{STYLE}{OWN}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n",
-        escape(title)
-    )
+    document(title, OWN, &body)
 }
 
 fn figure(shown: &Shown) -> String {
