@@ -17,6 +17,8 @@ pub mod conformance;
 pub mod digest;
 mod error;
 pub mod faulty;
+#[cfg(feature = "cloud")]
+mod http;
 mod limits;
 pub mod log;
 mod open;
