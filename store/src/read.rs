@@ -76,14 +76,19 @@ impl Store {
     /// `Corrupt` if it is another; else any of [`StoreError`].
     pub async fn get_verified(&self, key: &str, digest: &Digest, bytes: u64) -> Result<Bytes, StoreError> {
         let found = self.get(key).await?;
-        let (len, actual) = (found.len() as u64, Digest::of(&found));
-        let (expected, found_text) = match (len == bytes, actual == *digest) {
-            (true, true) => return Ok(found),
-            (false, _) => (format!("{bytes} bytes"), format!("{len} bytes")),
-            (true, false) => (format!("blake3 {digest}"), format!("blake3 {actual}")),
-        };
-        Err(StoreError::Corrupt { url: self.url().into(), key: key.into(), expected, found: found_text })
+        check(self, key, (digest, bytes), (&Digest::of(&found), found.len() as u64))?;
+        Ok(found)
     }
+}
+
+/// Compares an object's digest and size with what was recorded.
+pub(crate) fn check(store: &Store, key: &str, recorded: (&Digest, u64), found: (&Digest, u64)) -> Result<(), StoreError> {
+    let (expected, found) = match (recorded.1 == found.1, recorded.0 == found.0) {
+        (true, true) => return Ok(()),
+        (false, _) => (format!("{} bytes", recorded.1), format!("{} bytes", found.1)),
+        (true, false) => (format!("blake3 {}", recorded.0), format!("blake3 {}", found.0)),
+    };
+    Err(StoreError::Corrupt { url: store.url().into(), key: key.into(), expected, found })
 }
 
 /// A read in progress.
