@@ -234,11 +234,18 @@ pub struct Data {
     /// How many consecutive shards are shuffled together (ORDER).
     #[serde(default = "Data::window")]
     pub window: usize,
+    /// Most bytes of shards and features that a worker holds in memory, those read ahead included. Local files are mapped, and count nothing.
+    #[serde(default = "Data::memory_bytes")]
+    pub memory_bytes: u64,
 }
 
 impl Data {
     fn window() -> usize {
         16
+    }
+
+    fn memory_bytes() -> u64 {
+        2 << 30
     }
 }
 
@@ -509,7 +516,7 @@ impl RunConfig {
         for path in ["run.output", "base.model", "base.loras", "text.model", "data.path"] {
             keys::remove(&mut value, path);
         }
-        for path in ["checkpoint", "train.eval_every", "train.eval_samples", "workers.count"] {
+        for path in ["checkpoint", "data.memory_bytes", "train.eval_every", "train.eval_samples", "workers.count"] {
             keys::remove(&mut value, path);
         }
         for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {
