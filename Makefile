@@ -1,6 +1,6 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-stores bench lint libtorch proto parity-full
+.PHONY: build demo test test-stores bench bench-feed lint libtorch proto parity-full
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -27,6 +27,11 @@ test-stores:
 # Programs that print ratios; nothing here is a test.
 bench: build
 	$(CARGO) run --release --locked -p ella-tests --bin bench
+
+# The feed beside MosaicML Streaming and litdata, which PEERS_PYTHON must name a Python with; else alone. BENCH_FOLDER: on the disk to measure,
+# with 8 GiB free.
+bench-feed: libtorch
+	$(CARGO) run --release --locked -p ella-tests --bin bench_feed
 
 # ella beside diffusers and transformers at full size (SD 1.5's U-Net, Flan-T5-XL's encoder): errors, seconds, peak memory. Opt-in: it
 # installs both, unless PARITY_PYTHON names a Python that has them, and needs 14 GiB of memory.

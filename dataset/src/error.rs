@@ -165,6 +165,17 @@ pub enum DataError {
         rows: usize,
     },
 
+    /// Readers hold so much fetched data that no more fits into memory.
+    #[error("{file}: no room for its {bytes} bytes: other fetched files in use fill the {limit} bytes there are for them (data.memory_bytes); raise it")]
+    Crowded {
+        /// The file that was wanted.
+        file: String,
+        /// Its size.
+        bytes: u64,
+        /// The bound.
+        limit: u64,
+    },
+
     /// There are no features of the wanted encoder.
     #[error("{folder}: no features of this encoder; there {found}; run `ella embed` with this text encoder and these settings")]
     FeaturesMissing {

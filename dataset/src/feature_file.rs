@@ -10,6 +10,7 @@ use arrow_data::ArrayData;
 use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
 use bytes::Bytes;
 
+use crate::content::Content;
 use crate::error::DataError;
 use crate::features::{FeatureDtype, FeatureSpec};
 use crate::ipc::{self, BATCH_BYTES, BATCH_ROWS, RowIndex, unwritable};
@@ -110,7 +111,7 @@ struct Batch {
 /// An open file of features: random access to rows without copying.
 #[derive(Debug)]
 pub struct FeatureReader {
-    file: String,
+    content: Content,
     spec: FeatureSpec,
     index: RowIndex,
     batches: Vec<Batch>,
@@ -119,9 +120,20 @@ pub struct FeatureReader {
 impl FeatureReader {
     /// Opens a file from its bytes, which may be mapped. Rows must have the size that the spec says.
     pub fn open(file: &str, bytes: Bytes, spec: &FeatureSpec) -> Result<FeatureReader, DataError> {
+        FeatureReader::of(Content::good(file, bytes), spec)
+    }
+
+    /// Maps a local file and opens it.
+    pub fn open_path(path: &Path, spec: &FeatureSpec) -> Result<FeatureReader, DataError> {
+        FeatureReader::of(Content::map(&path.display().to_string(), path)?, spec)
+    }
+
+    pub(crate) fn of(content: Content, spec: &FeatureSpec) -> Result<FeatureReader, DataError> {
+        let file = content.name();
         let mut index = RowIndex::default();
         let mut batches = Vec::new();
-        for batch in ipc::batches(file, bytes, &columns(spec))? {
+        for batch in ipc::batches(&content, &columns(spec))? {
+            ipc::small_parts(&content, &batch, &["features"]).into_iter().try_for_each(|part| content.check(part))?;
             let tokens: UInt32Array = ipc::column(file, &batch, "tokens")?;
             let features: LargeListArray = ipc::column(file, &batch, "features")?;
             for (row, (&tokens, range)) in tokens.values().iter().zip(features.offsets().windows(2)).enumerate() {
@@ -136,12 +148,7 @@ impl FeatureReader {
             let numbers = features.values().to_data().buffers().first().cloned().unwrap_or_default();
             batches.push(Batch { tokens, offsets: features.offsets().clone(), numbers });
         }
-        Ok(FeatureReader { file: file.to_owned(), spec: spec.clone(), index, batches })
-    }
-
-    /// Maps a local file and opens it.
-    pub fn open_path(path: &Path, spec: &FeatureSpec) -> Result<FeatureReader, DataError> {
-        FeatureReader::open(&path.display().to_string(), ipc::map(path)?, spec)
+        Ok(FeatureReader { content, spec: spec.clone(), index, batches })
     }
 
     /// The encoder.
@@ -154,12 +161,35 @@ impl FeatureReader {
         self.index.rows()
     }
 
-    /// A row's numbers (little-endian, `[positions, width]`) and its caption's own tokens.
+    /// A row's numbers (little-endian, `[positions, width]`) and its caption's own tokens. An error if there is no such row, or if its
+    /// bytes are not those that were written.
     pub fn row(&self, row: usize) -> Result<(&[u8], u32), DataError> {
-        let missing = || DataError::Row { file: self.file.clone(), row, rows: self.rows() };
+        let (numbers, tokens) = self.at(row)?;
+        self.content.check_slice(numbers)?;
+        Ok((numbers, tokens))
+    }
+
+    /// Positions stored of a row.
+    pub fn positions(&self, row: usize) -> Result<u32, DataError> {
+        Ok(self.spec.stored_tokens(self.at(row)?.1))
+    }
+
+    /// Has the system begin to read a row of a local file.
+    pub(crate) fn read_ahead(&self, row: usize) -> Result<(), DataError> {
+        self.content.read_ahead(self.at(row)?.0);
+        Ok(())
+    }
+
+    /// A row, its numbers perhaps not checked yet.
+    fn at(&self, row: usize) -> Result<(&[u8], u32), DataError> {
+        let missing = || DataError::Row { file: self.content.name().to_owned(), row, rows: self.rows() };
         let (batch, at) = self.index.find(row).ok_or_else(missing)?;
         let batch = &self.batches[batch];
         let byte = |i: usize| batch.offsets[i] as usize * self.spec.dtype.bytes();
         Ok((&batch.numbers[byte(at)..byte(at + 1)], batch.tokens.value(at)))
+    }
+
+    pub(crate) fn content(&self) -> &Content {
+        &self.content
     }
 }

@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_buffer::Buffer;
+use arrow_data::ArrayData;
 use arrow_ipc::convert::try_fb_to_schema;
 use arrow_ipc::reader::{FileDecoder, read_footer_length};
 use arrow_ipc::root_as_footer;
@@ -14,6 +15,7 @@ use arrow_ipc::writer::FileWriter;
 use arrow_schema::{ArrowError, DataType, SchemaRef};
 use bytes::Bytes;
 
+use crate::content::Content;
 use crate::error::DataError;
 
 /// Rows of a record batch at most.
@@ -21,16 +23,8 @@ pub(crate) const BATCH_ROWS: usize = 256;
 /// A record batch is closed at this many bytes, well below where 32-bit offsets end.
 pub(crate) const BATCH_BYTES: u64 = 64 << 20;
 const TRAILER: usize = 10;
-
-/// Maps a local file.
-pub(crate) fn map(path: &Path) -> Result<Bytes, DataError> {
-    let io = |source| DataError::Io { path: path.to_owned(), source };
-    let file = std::fs::File::open(path).map_err(io)?;
-    // SAFETY: prepared files are written once under their final name and never changed. Should someone truncate one
-    // while it is mapped, the process gets a bus error; there is no way to map a file that excludes this.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-    Ok(Bytes::from_owner(map))
-}
+/// Parts of a file that lie no further apart are checked as one: Arrow pads its buffers.
+const JOINED: usize = 64;
 
 /// An Arrow IPC file growing in memory.
 pub(crate) struct Writer {
@@ -66,12 +60,16 @@ pub(crate) fn unwritable(error: ArrowError) -> DataError {
     DataError::Arrow { file: "file being written".into(), what: error.to_string() }
 }
 
-/// All batches of an Arrow IPC file. The arrays point into `bytes`. `columns`: name and type that every batch must have.
-pub(crate) fn batches(file: &str, bytes: Bytes, columns: &[(&str, DataType)]) -> Result<Vec<RecordBatch>, DataError> {
-    let wrong = |what: String| DataError::Arrow { file: file.to_owned(), what };
+/// All batches of an Arrow IPC file. The arrays point into its bytes, which are not all checked yet. `columns`: name and type that every
+/// batch must have.
+pub(crate) fn batches(content: &Content, columns: &[(&str, DataType)]) -> Result<Vec<RecordBatch>, DataError> {
+    let wrong = |what: String| DataError::Arrow { file: content.name().to_owned(), what };
     // Arrow checks most of what a damaged file may claim, and asserts the rest.
-    let decoded = catch_unwind(AssertUnwindSafe(|| decode(bytes)));
-    let batches = decoded.map_err(|_| wrong("it is damaged".into()))?.map_err(|e| wrong(e.to_string()))?;
+    let decoded = catch_unwind(AssertUnwindSafe(|| decode(content.bytes().clone())));
+    let decoded = decoded.map_err(|_| wrong("it is damaged".into())).and_then(|decoded| decoded.map_err(|e| wrong(e.to_string())));
+    // A file that is not the one that was written is told as that.
+    let (batches, heads) = decoded.or_else(|error| content.check_all().and(Err(error)))?;
+    heads.into_iter().try_for_each(|head| content.check(head))?;
     for batch in &batches {
         for (name, kind) in columns {
             let column = batch.column_by_name(name).ok_or_else(|| wrong(format!("column {name} is missing")))?;
@@ -86,7 +84,8 @@ pub(crate) fn batches(file: &str, bytes: Bytes, columns: &[(&str, DataType)]) ->
     Ok(batches)
 }
 
-fn decode(bytes: Bytes) -> Result<Vec<RecordBatch>, ArrowError> {
+/// The batches, and where in the file it is said what they are.
+fn decode(bytes: Bytes) -> Result<(Vec<RecordBatch>, Vec<Range<usize>>), ArrowError> {
     let damaged = |what: &str| ArrowError::ParseError(what.to_owned());
     let buffer = Buffer::from(bytes);
     let end = buffer.len().checked_sub(TRAILER).ok_or_else(|| damaged("the file is too short"))?;
@@ -96,18 +95,50 @@ fn decode(bytes: Bytes) -> Result<Vec<RecordBatch>, ArrowError> {
     let footer = root_as_footer(&buffer[start..end]).map_err(|e| damaged(&format!("the footer is damaged: {e}")))?;
     let schema = footer.schema().ok_or_else(|| damaged("the footer has no schema"))?;
     let decoder = FileDecoder::new(Arc::new(try_fb_to_schema(schema)?), footer.version());
-    let mut batches = Vec::new();
+    let (mut batches, mut heads) = (Vec::new(), vec![start..buffer.len()]);
     for block in footer.recordBatches().into_iter().flatten() {
         let range = || {
             let offset = usize::try_from(block.offset()).ok()?;
             let head = usize::try_from(block.metaDataLength()).ok()?;
             let length = head.checked_add(usize::try_from(block.bodyLength()).ok()?)?;
-            (head >= 8 && offset.checked_add(length)? <= start).then_some((offset, length))
+            (head >= 8 && offset.checked_add(length)? <= start).then_some((offset, head, length))
         };
-        let (offset, length) = range().ok_or_else(|| damaged("a batch lies outside the file"))?;
+        let (offset, head, length) = range().ok_or_else(|| damaged("a batch lies outside the file"))?;
         batches.extend(decoder.read_record_batch(block, &buffer.slice_with_length(offset, length))?);
+        heads.push(offset..offset + head);
     }
-    Ok(batches)
+    Ok((batches, heads))
+}
+
+/// Where a batch's values lie in the file, all but the content of the columns `bulk`, which is large and checked row by row.
+pub(crate) fn small_parts(content: &Content, batch: &RecordBatch, bulk: &[&str]) -> Vec<Range<usize>> {
+    let mut parts = Vec::new();
+    for (field, column) in batch.schema_ref().fields().iter().zip(batch.columns()) {
+        buffers(&column.to_data(), bulk.contains(&field.name().as_str()), &mut |buffer| match content.range(buffer) {
+            Some(part) => parts.push(part),
+            // A copy that Arrow made.
+            None => parts.push(0..content.bytes().len()),
+        });
+    }
+    parts.sort_by_key(|part| part.start);
+    parts.dedup_by(|next, part| {
+        let joined = next.start <= part.end + JOINED;
+        part.end = if joined { part.end.max(next.end) } else { part.end };
+        joined
+    });
+    parts
+}
+
+/// All of an array's buffers; of a bulk one only its offsets.
+fn buffers(data: &ArrayData, bulk: bool, each: &mut impl FnMut(&[u8])) {
+    let count = if bulk { 1 } else { usize::MAX };
+    data.buffers().iter().take(count).for_each(|buffer| each(buffer));
+    if let Some(nulls) = data.nulls() {
+        each(nulls.buffer());
+    }
+    if !bulk {
+        data.child_data().iter().for_each(|child| buffers(child, false, each));
+    }
 }
 
 /// A column whose presence and type [`batches`] has checked.

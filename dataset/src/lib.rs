@@ -4,10 +4,13 @@
 //! Invariants held here (design.md §1): COMMIT in small (a manifest is written last, once, and names every byte) and KNOWN (every
 //! sample read is kept or refused with a reason).
 
+mod ahead;
 mod caption;
+mod content;
 mod error;
 mod feature_file;
 mod features;
+mod files;
 mod ipc;
 pub mod ledger;
 mod manifest;
@@ -17,20 +20,25 @@ mod picture;
 mod plan;
 mod prepare;
 mod report;
+mod room;
 pub mod scenes;
 mod set;
 mod shard;
 mod source;
+mod tree;
 
+pub use ahead::{Ahead, Reading};
 pub use caption::{Captions, captions_from_txt, prepare_captions};
 pub use error::DataError;
 pub use feature_file::{FeatureReader, FeatureWriter};
 pub use features::{FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, Padding};
+pub use files::{CacheLimits, Opened};
 pub use manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, Settings, ShardEntry, SourceEntry};
 pub use picture::{Picture, PictureRules, cut, decode_rgb, encode_jpeg};
-pub use plan::{PLAN, Plan, REPORT, UnitRecord};
+pub use plan::{PLAN, Plan, REPORT, UnitRecord, write_file};
 pub use prepare::{LatentEncoder, PrepareOptions, Progress, Watch, Work, prepare, prepare_unit};
 pub use report::{Refusal, Refused, Report};
-pub use set::{CacheLimits, DataSet, Features};
+pub use room::Memory;
+pub use set::{DataSet, Features};
 pub use shard::{Row, RowRef, ShardLayout, ShardReader, ShardWriter};
 pub use source::{Member, Sample, Source, TarRead, read_samples};

@@ -172,6 +172,15 @@ impl Order {
         (self.lanes() - longer) * taken(short) + longer * taken(short + 1)
     }
 
+    /// The sample of a number in manifest order, if there is one.
+    pub fn sample_at(&self, index: u64) -> Option<SampleRef> {
+        if index >= self.samples() {
+            return None;
+        }
+        let shard = last_start(&self.bases, index);
+        Some(SampleRef { shard: shard as u32, row: (index - self.bases[shard]) as u32, index })
+    }
+
     /// The samples of one lane in a global step: `micro_batch` of them, fewer at the epoch's end, where a lane may
     /// have none. A lane that does not exist has none either.
     pub fn lane(&self, step: u64, lane: u32) -> Vec<SampleRef> {
@@ -220,6 +229,23 @@ impl Order {
             step += count;
         }
         shards
+    }
+
+    /// The first later step at which a lane reads from another window than it begins this step in.
+    pub fn next_window(&self, step: u64, lane: u32) -> u64 {
+        let Position { epoch, step_in_epoch } = self.position(step);
+        let (epoch_end, segment) = (step - step_in_epoch + self.steps_per_epoch(), self.segment(lane));
+        let start = segment.start + step_in_epoch * self.micro_batch();
+        if start >= segment.end {
+            return epoch_end;
+        }
+        let window = self.epoch(epoch).window(&segment, self.config.window, start);
+        if window.rows.end == segment.end {
+            return epoch_end;
+        }
+        // The step that takes the next window's first row, which may be this very step.
+        let reached = step - step_in_epoch + (window.rows.end - segment.start) / self.micro_batch();
+        reached.max(step + 1)
     }
 
     fn lanes(&self) -> u64 {

@@ -23,6 +23,7 @@ use crate::manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, Source
 use crate::report::Report;
 use crate::settings::Settings;
 use crate::source::{Piece, Source, SourceKind};
+use crate::tree;
 
 /// The plan's key in a data set's folder.
 pub const PLAN: &str = "plan.json";
@@ -201,7 +202,12 @@ pub(crate) fn unit_key(unit: &str) -> String {
     format!("{UNITS}/{unit}.json")
 }
 
-/// Writes a file of a unit, once, and describes what is there. A file already there is what an earlier attempt left, here or
+/// Writes a shard with its tree, once, and describes it. One that is there already must be the same.
+pub async fn write_file(out: &Store, name: String, rows: u64, file: Bytes) -> Result<ShardEntry, DataError> {
+    create_file(out, ShardEntry::of(name, rows, &file), file, |_| false).await
+}
+
+/// Writes a file of a unit, once, with its tree, and describes what is there. A file already there is what an earlier attempt left, here or
 /// elsewhere: whole, for files appear whole or not at all, but perhaps of other bytes where a GPU or another processor made it.
 /// If `same` takes it for this unit's, it stands.
 pub(crate) async fn create_file(
@@ -210,14 +216,17 @@ pub(crate) async fn create_file(
     file: Bytes,
     same: impl FnOnce(&Bytes) -> bool,
 ) -> Result<ShardEntry, DataError> {
-    if out.create(&entry.name, file).await? == Created::Yes {
+    if out.create(&entry.name, file.clone()).await? == Created::Yes {
+        tree::write(out, &entry.name, &file).await?;
         return Ok(entry);
     }
     let there = out.get(&entry.name).await?;
-    match entry.check(out.url(), &there) {
-        Err(_) if same(&there) => Ok(ShardEntry { size: entry.size, ..ShardEntry::of(entry.name, entry.rows, &there) }),
-        checked => checked.map(|()| entry),
-    }
+    let entry = match entry.check(out.url(), &there) {
+        Err(_) if same(&there) => ShardEntry { size: entry.size, ..ShardEntry::of(entry.name, entry.rows, &there) },
+        checked => checked.map(|()| entry)?,
+    };
+    tree::write(out, &entry.name, &there).await?;
+    Ok(entry)
 }
 
 /// Refuses a destination whose manifest is another one.

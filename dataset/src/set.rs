@@ -1,43 +1,29 @@
-//! A prepared data set as training sees it: open shards by number, each one's digest checked when it is first opened.
+//! A prepared data set as training sees it: rows of shards and features, each byte checked before its first use.
 
-use std::collections::VecDeque;
-use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::HashSet;
+use std::sync::Arc;
 
-use bytes::Bytes;
-use ella_store::Store;
+use ella_store::{Digest, Store};
 
 use crate::error::DataError;
 use crate::feature_file::FeatureReader;
 use crate::features::{FeatureManifest, FeatureSet, FeatureSpec};
-use crate::ipc;
-use crate::manifest::{Manifest, ShardEntry, at, join, read};
-use crate::shard::{ShardLayout, ShardReader};
+use crate::files::{CacheLimits, FileAt, Files, Opened};
+use crate::manifest::{Manifest, ShardEntry};
+use crate::order::SampleRef;
+use crate::room::Memory;
+use crate::shard::{RowRef, ShardLayout, ShardReader};
 
-/// How much is kept open.
-#[derive(Clone, Copy, Debug)]
-pub struct CacheLimits {
-    /// Shards open at once, at least one.
-    pub shards: usize,
-    /// Bytes of shards held in memory (fetched ones; mapped files do not count).
-    pub bytes: u64,
-}
-
-impl Default for CacheLimits {
-    /// 1024 shards, 2 GiB.
-    fn default() -> CacheLimits {
-        CacheLimits { shards: 1024, bytes: 2 << 30 }
-    }
-}
+const SHARD_HINT: &str = "run the same `ella prepare` again to make it anew";
+const FEATURES_HINT: &str = "run the same `ella embed` again to make it anew";
 
 /// A prepared data set.
 #[derive(Debug)]
 pub struct DataSet {
     store: Store,
-    manifest: Manifest,
+    manifest: Arc<Manifest>,
     layout: ShardLayout,
-    limits: CacheLimits,
-    shards: Cache<ShardReader>,
+    files: Arc<Files>,
 }
 
 impl DataSet {
@@ -48,14 +34,13 @@ impl DataSet {
 
     /// Opens a data set in a store's folder.
     pub async fn open_store(store: Store, limits: CacheLimits) -> Result<DataSet, DataError> {
-        let manifest = Manifest::load(&store).await?;
+        let manifest = Arc::new(Manifest::load(&store).await?);
         let layout = ShardLayout {
             pictures: manifest.settings.is_some(),
             images: manifest.has_images(),
             moments: manifest.latents.as_ref().map(|spec| spec.len()),
         };
-        let shards = Cache::new(manifest.shards.len(), limits, "run the same `ella prepare` again to make it anew");
-        Ok(DataSet { store, manifest, layout, limits, shards })
+        Ok(DataSet { store, manifest, layout, files: Arc::new(Files::new(limits)) })
     }
 
     /// What the data set is.
@@ -68,11 +53,61 @@ impl DataSet {
         &self.store
     }
 
+    /// Memory that fetched shards and features take.
+    pub fn memory(&self) -> Memory {
+        self.files.memory()
+    }
+
+    /// How many files were opened, and why.
+    pub fn opened(&self) -> Opened {
+        self.files.opened()
+    }
+
     /// One shard, open: mapped if it is a local file, else fetched. A byte that is not what the manifest says is an error.
     pub async fn shard(&self, index: usize) -> Result<Arc<ShardReader>, DataError> {
+        let shard = self.reader(index).await?;
+        let whole = whole(shard, |shard| shard.content().check_all()).await;
+        whole.inspect_err(|_| self.files.close(&self.manifest.shards[index].blake3))
+    }
+
+    /// Shows `each` the rows `at`: their number in `at`, and the row. They come shard by shard, so that one shard is held at a time.
+    /// A byte of theirs that is not what the manifest says is an error.
+    pub async fn rows<E: From<DataError>>(
+        &self,
+        at: &[SampleRef],
+        mut each: impl FnMut(usize, RowRef<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let order = by_shard(at.len(), |i| (at[i].shard, at[i].row));
+        for group in order.chunk_by(|a, b| at[*a].shard == at[*b].shard) {
+            let Some(first) = group.first() else { continue };
+            let shard = self.reader(at[*first].shard as usize).await?;
+            for &i in group {
+                each(i, shard.row(at[i].row as usize)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the system begin to read these rows, where they are in local files.
+    pub async fn read_ahead(&self, at: &[SampleRef]) -> Result<(), DataError> {
+        for sample in at {
+            self.reader(sample.shard as usize).await?.read_ahead(sample.row as usize)?;
+        }
+        Ok(())
+    }
+
+    async fn reader(&self, index: usize) -> Result<Arc<ShardReader>, DataError> {
         let layout = self.layout;
-        let open = move |file: &str, bytes| ShardReader::open(file, bytes, layout);
-        self.shards.get(&self.store, &self.manifest.shards, index, open).await
+        self.files.open(self.file(index)?, move |content| ShardReader::of(content, layout)).await
+    }
+
+    pub(crate) fn file(&self, index: usize) -> Result<FileAt<'_>, DataError> {
+        file_at(&self.store, &self.manifest.shards, index, SHARD_HINT)
+    }
+
+    pub(crate) async fn open_ahead(&self, index: usize, keep: &HashSet<Digest>) -> Result<bool, DataError> {
+        let layout = self.layout;
+        self.files.open_ahead(self.file(index)?, keep, move |content| ShardReader::of(content, layout)).await
     }
 
     /// The complete features of an encoder. Missing or incomplete ones are an error that says what there is.
@@ -81,10 +116,13 @@ impl DataSet {
         let manifest = set.finish().await?;
         // A manifest tells what there was; what was deleted since is better missed now than hours into training.
         set.check_complete().await?;
-        let hint = "run the same `ella embed` again to make it anew";
-        let files = Cache::new(manifest.shards.len(), self.limits, hint);
-        let empty = Cache::new(1, self.limits, hint);
-        Ok(Features { folder: set.folder().clone(), manifest, files, empty })
+        let folder = set.folder().clone();
+        // A row that most steps read: not among what may be closed.
+        let own = Files::new(CacheLimits::default());
+        let how = manifest.encoder.clone();
+        let file = FileAt { store: &folder, entry: &manifest.empty, hint: FEATURES_HINT };
+        let empty: Arc<FeatureReader> = own.open(file, move |content| FeatureReader::of(content, &how)).await?;
+        Ok(Features { empty, folder, manifest, files: Arc::clone(&self.files) })
     }
 
     /// Begins, or goes on with, features of an encoder.
@@ -98,8 +136,8 @@ impl DataSet {
 pub struct Features {
     folder: Store,
     manifest: FeatureManifest,
-    files: Cache<FeatureReader>,
-    empty: Cache<FeatureReader>,
+    files: Arc<Files>,
+    empty: Arc<FeatureReader>,
 }
 
 impl Features {
@@ -108,125 +146,103 @@ impl Features {
         &self.manifest
     }
 
-    /// The features of a shard, row for row. Their digest is checked when they are first opened.
+    /// The features of a shard, row for row, every byte checked.
     pub async fn shard(&self, index: usize) -> Result<Arc<FeatureReader>, DataError> {
-        let spec = self.manifest.encoder.clone();
-        let open = move |file: &str, bytes| FeatureReader::open(file, bytes, &spec);
-        self.files.get(&self.folder, &self.manifest.shards, index, open).await
+        let file = self.reader(index).await?;
+        let whole = whole(file, |file| file.content().check_all()).await;
+        whole.inspect_err(|_| self.files.close(&self.manifest.shards[index].blake3))
     }
 
     /// The empty caption's features: one row.
-    pub async fn empty(&self) -> Result<Arc<FeatureReader>, DataError> {
-        let spec = self.manifest.encoder.clone();
-        let open = move |file: &str, bytes| FeatureReader::open(file, bytes, &spec);
-        self.empty.get(&self.folder, std::slice::from_ref(&self.manifest.empty), 0, open).await
-    }
-}
-
-/// Open files by number, the least recently used closed first.
-struct Cache<T> {
-    limits: CacheLimits,
-    /// What to do about a file that is not there.
-    hint: &'static str,
-    /// Each file's own lock, so that it is opened once while others are being opened.
-    slots: Vec<tokio::sync::Mutex<Slot<T>>>,
-    /// Open files, the least recently used in front.
-    used: Mutex<Used>,
-}
-
-struct Slot<T> {
-    open: Option<Arc<T>>,
-    /// A local file is digested once for a process; fetched bytes whenever they are fetched.
-    checked: bool,
-}
-
-#[derive(Default)]
-struct Used {
-    /// Number and bytes in memory.
-    order: VecDeque<(usize, u64)>,
-    bytes: u64,
-}
-
-impl<T> fmt::Debug for Cache<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Cache").field("limits", &self.limits).field("files", &self.slots.len()).finish_non_exhaustive()
-    }
-}
-
-impl<T: Send + Sync + 'static> Cache<T> {
-    fn new(files: usize, limits: CacheLimits, hint: &'static str) -> Cache<T> {
-        let slot = || tokio::sync::Mutex::new(Slot { open: None, checked: false });
-        Cache { limits, hint, slots: (0..files).map(|_| slot()).collect(), used: Mutex::default() }
+    pub fn empty(&self) -> &FeatureReader {
+        &self.empty
     }
 
-    async fn get(
+    /// Positions stored of each of these rows; `None` is the empty caption's.
+    pub async fn positions(&self, at: &[Option<SampleRef>]) -> Result<Vec<usize>, DataError> {
+        let mut positions = vec![0; at.len()];
+        self.visit(at, |i, file, row| {
+            positions[i] = file.positions(row)? as usize;
+            Ok(())
+        })
+        .await?;
+        Ok(positions)
+    }
+
+    /// Copies these rows, `None` the empty caption's, one after the other into `out`, each into an equal part of it, `[positions, width]`.
+    /// What a row does not fill is zeroed; one that does not fit is an error.
+    pub async fn copy(&self, at: &[Option<SampleRef>], out: &mut [u8]) -> Result<(), DataError> {
+        let part = out.len() / at.len().max(1);
+        self.visit(at, |i, file, row| {
+            let (numbers, _) = file.row(row)?;
+            let slot = &mut out[i * part..(i + 1) * part];
+            let wrong = || DataError::FeatureRow { row, what: format!("{} bytes do not fit into {part}", numbers.len()) };
+            slot.get_mut(..numbers.len()).ok_or_else(wrong)?.copy_from_slice(numbers);
+            slot[numbers.len()..].fill(0);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Shows `each` where every row lies, file by file: its number in `at`, its file, its row there.
+    async fn visit(
         &self,
-        store: &Store,
-        entries: &[ShardEntry],
-        index: usize,
-        open: impl FnOnce(&str, Bytes) -> Result<T, DataError> + Send + 'static,
-    ) -> Result<Arc<T>, DataError> {
-        let (Some(slot), Some(entry)) = (self.slots.get(index), entries.get(index)) else {
-            return Err(DataError::Row { file: format!("{} (shards)", store.url()), row: index, rows: entries.len() });
-        };
-        let mut slot = slot.lock().await;
-        if let Some(there) = &slot.open {
-            self.touch(index);
-            return Ok(Arc::clone(there));
-        }
-        let local = store.local_path().map(|folder| folder.join(&entry.name));
-        let in_memory = if local.is_some() { 0 } else { entry.bytes };
-        let there = local.as_ref().is_none_or(|path| path.exists());
-        let fetched = if local.is_none() { read(store, &entry.name).await? } else { there.then(Bytes::new) };
-        let missing = || DataError::RecordMissing { file: at(store, &entry.name), hint: self.hint };
-        let fetched = fetched.ok_or_else(missing)?;
-        let (entry, folder, check) = (entry.clone(), store.url().to_owned(), !slot.checked || local.is_none());
-        // Mapping, digesting and validating read the whole file: not on a thread that others wait for.
-        let opening = tokio::task::spawn_blocking(move || {
-            let bytes = local.as_deref().map_or(Ok(fetched), ipc::map)?;
-            if check {
-                entry.check(&folder, &bytes)?;
-            }
-            open(&join(&folder, &entry.name), bytes)
-        });
-        let stopped = |e: tokio::task::JoinError| DataError::Stopped { source_name: join(store.url(), "shards"), what: e.to_string() };
-        let opened = Arc::new(opening.await.map_err(stopped)??);
-        *slot = Slot { open: Some(Arc::clone(&opened)), checked: true };
-        drop(slot);
-        self.admit(index, in_memory);
-        Ok(opened)
-    }
-
-    fn used(&self) -> MutexGuard<'_, Used> {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn touch(&self, index: usize) {
-        let mut used = self.used();
-        if let Some(at) = used.order.iter().position(|&(i, _)| i == index)
-            && let Some(entry) = used.order.remove(at)
-        {
-            used.order.push_back(entry);
-        }
-    }
-
-    /// Counts a newly opened file, and closes the least recently used ones beyond the limits. Whoever still holds one keeps it.
-    fn admit(&self, index: usize, bytes: u64) {
-        let mut used = self.used();
-        used.order.push_back((index, bytes));
-        used.bytes += bytes;
-        while used.order.len() > 1 && (used.order.len() > self.limits.shards || used.bytes > self.limits.bytes) {
-            let Some((oldest, bytes)) = used.order.pop_front() else { break };
-            used.bytes -= bytes;
-            // A slot that is locked is being used right now; it is closed when it comes up again.
-            match self.slots.get(oldest).map(|slot| slot.try_lock()) {
-                Some(Ok(mut slot)) => slot.open = None,
-                _ => {
-                    used.order.push_back((oldest, bytes));
-                    used.bytes += bytes;
-                    break;
-                }
+        at: &[Option<SampleRef>],
+        mut each: impl FnMut(usize, &FeatureReader, usize) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        let order = by_shard(at.len(), |i| at[i].map(|sample| (sample.shard, sample.row)));
+        for group in order.chunk_by(|a, b| at[*a].map(|sample| sample.shard) == at[*b].map(|sample| sample.shard)) {
+            let file = match group.first().and_then(|first| at[*first]) {
+                Some(sample) => self.reader(sample.shard as usize).await?,
+                None => Arc::clone(&self.empty),
+            };
+            for &i in group {
+                each(i, &file, at[i].map_or(0, |sample| sample.row as usize))?;
             }
         }
+        Ok(())
     }
+
+    /// Has the system begin to read these rows, where they are in local files.
+    pub async fn read_ahead(&self, at: &[SampleRef]) -> Result<(), DataError> {
+        for sample in at {
+            self.reader(sample.shard as usize).await?.read_ahead(sample.row as usize)?;
+        }
+        Ok(())
+    }
+
+    async fn reader(&self, index: usize) -> Result<Arc<FeatureReader>, DataError> {
+        let spec = self.manifest.encoder.clone();
+        self.files.open(self.file(index)?, move |content| FeatureReader::of(content, &spec)).await
+    }
+
+    pub(crate) fn file(&self, index: usize) -> Result<FileAt<'_>, DataError> {
+        file_at(&self.folder, &self.manifest.shards, index, FEATURES_HINT)
+    }
+
+    pub(crate) async fn open_ahead(&self, index: usize, keep: &HashSet<Digest>) -> Result<bool, DataError> {
+        let spec = self.manifest.encoder.clone();
+        self.files.open_ahead(self.file(index)?, keep, move |content| FeatureReader::of(content, &spec)).await
+    }
+}
+
+fn file_at<'a>(store: &'a Store, entries: &'a [ShardEntry], index: usize, hint: &'static str) -> Result<FileAt<'a>, DataError> {
+    let missing = || DataError::Row { file: format!("{} (shards)", store.url()), row: index, rows: entries.len() };
+    Ok(FileAt { store, entry: entries.get(index).ok_or_else(missing)?, hint })
+}
+
+/// The numbers below `count` in the order of where their rows lie.
+fn by_shard<K: Ord>(count: usize, place: impl Fn(usize) -> K) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    order.sort_by_key(|i| place(*i));
+    order
+}
+
+/// A file of which every byte is checked, on a thread that nobody waits for.
+async fn whole<T: Send + Sync + 'static>(
+    file: Arc<T>,
+    check: impl FnOnce(&T) -> Result<(), DataError> + Send + 'static,
+) -> Result<Arc<T>, DataError> {
+    let checking = tokio::task::spawn_blocking(move || check(&file).map(|()| file));
+    checking.await.map_err(|e| DataError::Stopped { source_name: "a file of the data set".into(), what: e.to_string() })?
 }

@@ -4,6 +4,7 @@
 //! pictures also `width`, `height` (u32, of the original), `crop_x`, `crop_y` (u32, in pixels of the resized picture) and `image` (binary,
 //! JPEG or WebP) or `moments` (fixed-size list of f16, `[channels, height, width]`) or both. All pictures of a shard have one size.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
 use bytes::Bytes;
 use half::f16;
 
+use crate::content::Content;
 use crate::error::DataError;
 use crate::ipc::{self, BATCH_BYTES, BATCH_ROWS, RowIndex, unwritable};
 
@@ -206,12 +208,14 @@ struct Batch {
     numbers: Option<[UInt32Array; 4]>,
     image: Option<BinaryArray>,
     moments: Option<(Float16Array, usize)>,
+    /// Where all but images and moments lies in the file.
+    small: Vec<Range<usize>>,
 }
 
 /// An open shard: random access to rows without copying.
 #[derive(Debug)]
 pub struct ShardReader {
-    file: String,
+    content: Content,
     layout: ShardLayout,
     index: RowIndex,
     batches: Vec<Batch>,
@@ -220,20 +224,24 @@ pub struct ShardReader {
 impl ShardReader {
     /// Opens a shard from its bytes, which may be mapped. `file` names it in errors; the columns must be those of `layout`.
     pub fn open(file: &str, bytes: Bytes, layout: ShardLayout) -> Result<ShardReader, DataError> {
-        let mut index = RowIndex::default();
-        let mut batches = Vec::new();
-        let columns = layout.columns();
-        let columns: Vec<_> = columns.iter().map(|(name, kind)| (name.as_str(), kind.clone())).collect();
-        for batch in ipc::batches(file, bytes, &columns)? {
-            index.push(batch.num_rows());
-            batches.push(Batch::new(file, &batch, &layout)?);
-        }
-        Ok(ShardReader { file: file.to_owned(), layout, index, batches })
+        ShardReader::of(Content::good(file, bytes), layout)
     }
 
     /// Maps a local file and opens it.
     pub fn open_path(path: &Path, layout: ShardLayout) -> Result<ShardReader, DataError> {
-        ShardReader::open(&path.display().to_string(), ipc::map(path)?, layout)
+        ShardReader::of(Content::map(&path.display().to_string(), path)?, layout)
+    }
+
+    pub(crate) fn of(content: Content, layout: ShardLayout) -> Result<ShardReader, DataError> {
+        let mut index = RowIndex::default();
+        let mut batches = Vec::new();
+        let columns = layout.columns();
+        let columns: Vec<_> = columns.iter().map(|(name, kind)| (name.as_str(), kind.clone())).collect();
+        for batch in ipc::batches(&content, &columns)? {
+            index.push(batch.num_rows());
+            batches.push(Batch::new(&content, &batch, &layout)?);
+        }
+        Ok(ShardReader { content, layout, index, batches })
     }
 
     /// The columns there are.
@@ -246,20 +254,41 @@ impl ShardReader {
         self.index.rows()
     }
 
-    /// One row; an error if there is none of that number.
+    /// One row; an error if there is none of that number, or if its bytes are not those that were written.
     pub fn row(&self, row: usize) -> Result<RowRef<'_>, DataError> {
-        let missing = || DataError::Row { file: self.file.clone(), row, rows: self.rows() };
+        let (batch, at) = self.find(row)?;
+        batch.small.iter().try_for_each(|part| self.content.check(part.clone()))?;
+        let row = batch.row(at);
+        row.image.map_or(Ok(()), |image| self.content.check_slice(image))?;
+        row.moments.map_or(Ok(()), |moments| self.content.check_slice(moments))?;
+        Ok(row)
+    }
+
+    /// Has the system begin to read a row of a local file.
+    pub(crate) fn read_ahead(&self, row: usize) -> Result<(), DataError> {
+        let (batch, at) = self.find(row)?;
+        let row = batch.row(at);
+        row.image.iter().for_each(|image| self.content.read_ahead(image));
+        row.moments.iter().for_each(|moments| self.content.read_ahead(moments));
+        Ok(())
+    }
+
+    fn find(&self, row: usize) -> Result<(&Batch, usize), DataError> {
+        let missing = || DataError::Row { file: self.content.name().to_owned(), row, rows: self.rows() };
         let (batch, at) = self.index.find(row).ok_or_else(missing)?;
-        Ok(self.batches[batch].row(at))
+        Ok((&self.batches[batch], at))
+    }
+
+    pub(crate) fn content(&self) -> &Content {
+        &self.content
     }
 
     /// A row's caption in one of the layout's columns; empty where it has none.
     pub fn caption(&self, row: usize, column: usize) -> Result<&str, DataError> {
-        let missing = || DataError::Row { file: self.file.clone(), row, rows: self.rows() };
-        let (batch, at) = self.index.find(row).ok_or_else(missing)?;
-        let captions = self.batches[batch].captions.get(column);
-        let unknown = || DataError::Arrow { file: self.file.clone(), what: format!("has no column of captions number {column}") };
-        captions.map(|captions| captions.value(at)).ok_or_else(unknown)
+        let (batch, at) = self.find(row)?;
+        batch.small.iter().try_for_each(|part| self.content.check(part.clone()))?;
+        let unknown = || DataError::Arrow { file: self.content.name().to_owned(), what: format!("has no column of captions number {column}") };
+        batch.captions.get(column).map(|captions| captions.value(at)).ok_or_else(unknown)
     }
 
     /// All rows in order.
@@ -269,7 +298,8 @@ impl ShardReader {
 }
 
 impl Batch {
-    fn new(file: &str, batch: &RecordBatch, layout: &ShardLayout) -> Result<Batch, DataError> {
+    fn new(content: &Content, batch: &RecordBatch, layout: &ShardLayout) -> Result<Batch, DataError> {
+        let file = content.name();
         let number = |i: usize| ipc::column::<UInt32Array>(file, batch, NUMBERS[i]);
         let moments = |len: usize| -> Result<_, DataError> {
             let list = ipc::column::<FixedSizeListArray>(file, batch, "moments")?;
@@ -284,6 +314,7 @@ impl Batch {
             numbers: if layout.pictures { Some([number(0)?, number(1)?, number(2)?, number(3)?]) } else { None },
             image: if layout.images { Some(ipc::column(file, batch, "image")?) } else { None },
             moments: layout.moments.map(moments).transpose()?,
+            small: ipc::small_parts(content, batch, &["image", "moments"]),
         })
     }
 

@@ -3,7 +3,7 @@
 
 use ella_proto::config::{Device as Choice, Dtype};
 use std::path::PathBuf;
-use tch::{Cuda, Device, Kind};
+use tch::{Cuda, Device, Kind, Tensor};
 
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +46,18 @@ pub fn kind(dtype: Dtype) -> Kind {
         Dtype::Fp16 => Kind::Half,
         Dtype::Bf16 => Kind::BFloat16,
     }
+}
+
+/// The memory of a contiguous tensor on the CPU.
+pub(crate) fn bytes_of(tensor: &mut Tensor, kind: Kind) -> &mut [u8] {
+    let length = tensor.numel() * kind.elt_size_in_bytes();
+    if length == 0 {
+        // Aligned for every element type, which torch's own pointer to nothing need not be.
+        return bytemuck::cast_slice_mut::<u64, u8>(&mut []);
+    }
+    // SAFETY: the tensor is contiguous and on the CPU (both checked by the callers), so that its elements are `length` bytes from its
+    // data pointer on; they were initialised by torch, any bytes are valid for its dtypes here, and the exclusive borrow of the tensor lasts as long as the slice.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), length) }
 }
 
 fn cuda() -> Result<Device, String> {

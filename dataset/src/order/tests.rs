@@ -46,10 +46,12 @@ proptest! {
     #[test]
     fn a_sample_names_its_row_three_ways((config, rows) in any_order(), step in 0_u64..50) {
         let order = order(config, &rows);
+        prop_assert_eq!(order.sample_at(order.samples()), None);
         for sample in order.global(step).concat() {
             let before: u64 = rows[..sample.shard as usize].iter().sum();
             prop_assert!(u64::from(sample.row) < rows[sample.shard as usize]);
             prop_assert_eq!(sample.index, before + u64::from(sample.row));
+            prop_assert_eq!(order.sample_at(sample.index), Some(sample));
         }
     }
 
@@ -112,6 +114,22 @@ proptest! {
         let epoch = 0..order.steps_per_epoch();
         let all: HashSet<u32> = (0..config.lanes).flat_map(|lane| order.lane_shards(epoch.clone(), lane)).collect();
         prop_assert_eq!(all.len(), rows.iter().filter(|rows| **rows > 0).count());
+    }
+
+    /// Until its next window a lane needs no shard beyond its window's; then it does, or another epoch begins.
+    #[test]
+    fn the_next_window_is_where_other_shards_begin((config, rows) in any_order(), step in 0_u64..60) {
+        let order = order(config, &rows);
+        for lane in 0..config.lanes {
+            let next = order.next_window(step, lane);
+            let epoch_ends = order.position(step).epoch < order.position(next).epoch;
+            prop_assert!(next > step && (!epoch_ends || order.position(next).step_in_epoch == 0));
+            let through: HashSet<u32> = order.lane_shards(step..next, lane).into_iter().collect();
+            let own: HashSet<u32> = order.lane_shards(step..step + 1, lane).into_iter().collect();
+            prop_assert_eq!(&through, &own, "no other shards before it");
+            let then: HashSet<u32> = order.lane_shards(next..next + 1, lane).into_iter().collect();
+            prop_assert!(epoch_ends || next == step + 1 || !then.is_subset(&own));
+        }
     }
 
     #[test]

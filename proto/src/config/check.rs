@@ -31,6 +31,7 @@ impl Check<'_> {
         self.within("workers.threads", workers.threads as u64, 1..=MOST_THREADS)?;
         for (key, found) in [
             ("data.window", data.window as u64),
+            ("data.memory_bytes", data.memory_bytes),
             ("connector.layers", connector.layers as u64),
             ("connector.heads", connector.heads as u64),
             ("connector.latents", connector.latents as u64),

@@ -21,7 +21,12 @@ pub(super) fn known() -> toml::Table {
             features: Features::Cached,
             dtype: Dtype::Fp32,
         },
-        data: Data { path: String::new(), window: 1, captions: vec![CaptionChoice { column: String::new(), weight: 1.0 }] },
+        data: Data {
+            path: String::new(),
+            window: 1,
+            captions: vec![CaptionChoice { column: String::new(), weight: 1.0 }],
+            memory_bytes: 1,
+        },
         connector: Connector { width: Some(1), ..Connector::default() },
         train: Train { snr_gamma: Some(1.0), ..Train::default() },
         checkpoint: Checkpoint { max_lost_work: Some(Millis(1)), ..Checkpoint::default() },

@@ -237,6 +237,9 @@ pub struct Data {
     /// Columns of captions, of which each sample's is chosen anew in every epoch (NOISE); left out: the data set's own, by its weights.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub captions: Vec<CaptionChoice>,
+    /// Most bytes of shards and features that a worker holds in memory, those read ahead included. Local files are mapped, and count nothing.
+    #[serde(default = "Data::memory_bytes")]
+    pub memory_bytes: u64,
 }
 
 /// One of `data.captions`: a column, and how often it is taken relative to the others that a sample has.
@@ -259,6 +262,10 @@ impl CaptionChoice {
 impl Data {
     fn window() -> usize {
         16
+    }
+
+    fn memory_bytes() -> u64 {
+        2 << 30
     }
 }
 
@@ -529,7 +536,7 @@ impl RunConfig {
         for path in ["run.output", "base.model", "base.loras", "text.model", "data.path"] {
             keys::remove(&mut value, path);
         }
-        for path in ["checkpoint", "train.eval_every", "train.eval_samples", "workers.count"] {
+        for path in ["checkpoint", "data.memory_bytes", "train.eval_every", "train.eval_samples", "workers.count"] {
             keys::remove(&mut value, path);
         }
         for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {

@@ -1,14 +1,16 @@
 //! Makes a step's input from the data set: which samples (ORDER), their latents, features and noise (NOISE).
 
 use super::features::{LaneFeatures, Wanted};
+use super::staging::Staging;
 use super::{FeatureSource, FeedError, Identity, LaneInput, StepInput};
 use crate::noise::{HELD_OUT, SampleNoise, Stream};
 use crate::train::lane::LaneBatch;
 use ella_dataset::ledger::{KeyHash, Tally};
 use ella_dataset::order::{Order, OrderConfig, SampleRef};
-use ella_dataset::{DataSet, LatentSpec, ShardReader, decode_rgb};
+use ella_dataset::{Ahead, DataSet, Reading, RowRef, decode_rgb};
 use ella_model::vae::Vae;
 use ella_proto::config::RunConfig;
+use half::slice::HalfFloatSliceExt as _;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +23,7 @@ pub struct Parts {
     /// The run's config.
     pub config: Arc<RunConfig>,
     /// The prepared data set.
-    pub data: DataSet,
+    pub data: Arc<DataSet>,
     /// Captions to features.
     pub features: FeatureSource,
     /// Pictures to latents.
@@ -44,17 +46,28 @@ pub struct Sources {
     parts: Parts,
     order: Arc<Order>,
     identity: Identity,
+    staging: Staging,
+    ahead: Option<Ahead>,
     /// The held-out batches, once they have been made.
     held_out: Option<Vec<LaneBatch>>,
 }
 
-/// One sample's row, with the shard that holds it.
+/// One sample's row, without its picture.
 struct Picked {
-    shard: Arc<ShardReader>,
     at: SampleRef,
     key: String,
     caption: String,
     noise: SampleNoise,
+    /// Width and height of the original, left and top of the crop.
+    sizes: Option<[u32; 4]>,
+}
+
+/// The pictures of several samples.
+enum Pictures {
+    /// `[b, 2c, h, w]` on the device: means and log-variances.
+    Moments(Tensor),
+    /// `[b, 3, H, W]` float32 in −1…1.
+    Rgb(Tensor),
 }
 
 impl Sources {
@@ -72,7 +85,19 @@ impl Sources {
         let rows: Vec<u64> = manifest.shards.iter().map(|s| s.rows).collect();
         let order = Arc::new(Order::new(config, &rows)?);
         let identity = Identity { data: manifest.digest().to_string(), models: parts.models_digest.clone() };
-        Ok(Self { parts, order, identity, held_out: None })
+        let staging = Staging::new(parts.device);
+        Ok(Self { parts, order, identity, staging, ahead: None, held_out: None })
+    }
+
+    /// Begins to read ahead of a step.
+    pub(super) fn start_ahead(&mut self, lanes: &Range<u32>, step: u64) {
+        let reading = Reading {
+            data: Arc::clone(&self.parts.data),
+            features: self.parts.features.sidecars().cloned(),
+            order: Arc::clone(&self.order),
+            lanes: lanes.clone(),
+        };
+        self.ahead = Some(Ahead::start(&self.parts.runtime, reading, step));
     }
 
     pub(super) fn order(&self) -> Arc<Order> {
@@ -89,12 +114,33 @@ impl Sources {
 
     /// The input of the step after `step` applied ones, for some lanes.
     pub(super) fn step(&mut self, step: u64, lanes: &Range<u32>) -> Result<StepInput, FeedError> {
+        self.ahead.iter().for_each(|ahead| ahead.at(step));
         let epoch = self.order.position(step).epoch;
         let mut encode = Duration::ZERO;
-        let inputs = lanes.clone().map(|lane| self.lane(step, lane, epoch, &mut encode)).collect::<Result<_, _>>()?;
+        let mut inputs = Vec::with_capacity(lanes.len());
+        for lane in lanes.clone() {
+            inputs.push(self.lane(step, lane, epoch, &mut encode)?);
+            // The disk reads for the next step while this one is assembled.
+            self.read_ahead(&self.order.lane(step + 1, lane))?;
+        }
         let held_out = if self.measures(step) { self.held_out(lanes)? } else { Vec::new() };
         let step_samples = self.order.batch_len(step);
         Ok(StepInput { epoch, step_samples, lanes: inputs, held_out, encode, waited: Duration::ZERO })
+    }
+
+    fn read_ahead(&self, samples: &[SampleRef]) -> Result<(), FeedError> {
+        // Elsewhere there is nothing to be told to read.
+        if self.parts.data.store().local_path().is_none() {
+            return Ok(());
+        }
+        self.parts.runtime.block_on(async {
+            self.parts.data.read_ahead(samples).await?;
+            match self.parts.features.sidecars() {
+                Some(features) => features.read_ahead(samples).await,
+                None => Ok(()),
+            }
+        })?;
+        Ok(())
     }
 
     fn measures(&self, step: u64) -> bool {
@@ -102,20 +148,20 @@ impl Sources {
         train.eval_every > 0 && (step.is_multiple_of(train.eval_every) || step + 1 == train.steps)
     }
 
-    fn lane(&self, step: u64, lane: u32, epoch: u64, encode: &mut Duration) -> Result<LaneInput, FeedError> {
+    fn lane(&mut self, step: u64, lane: u32, epoch: u64, encode: &mut Duration) -> Result<LaneInput, FeedError> {
         let samples = self.order.lane(step, lane);
         let mut tally = Tally::default();
         if samples.is_empty() {
             return Ok(LaneInput { lane, batch: None, tally, dropped: 0, truncated: 0 });
         }
-        let picked = samples.iter().map(|at| self.pick(*at, epoch)).collect::<Result<Vec<_>, _>>()?;
+        let (picked, pictures) = self.pick(&samples, epoch)?;
         for sample in &picked {
             tally.add(KeyHash::of(&sample.key));
         }
         let dropout = self.parts.config.train.caption_dropout;
         let wanted: Vec<Wanted> = picked.iter().map(|p| p.wanted(p.noise.dropped(dropout))).collect();
         let dropped = wanted.iter().filter(|w| w.place.is_none()).count() as i64;
-        let (batch, truncated) = self.batch(&picked, &wanted, encode)?;
+        let (batch, truncated) = self.batch(&picked, pictures, &wanted, encode)?;
         Ok(LaneInput { lane, batch: Some(batch), tally, dropped, truncated })
     }
 
@@ -127,47 +173,52 @@ impl Sources {
         Ok(self.held_out.iter().flatten().map(LaneBatch::shallow_clone).collect())
     }
 
-    fn make_held_out(&self, lanes: &Range<u32>) -> Result<Vec<LaneBatch>, FeedError> {
-        let train = &self.parts.config.train;
-        let count = (train.eval_samples as u64).min(self.order.samples());
-        let all: Vec<u64> = (0..count).collect();
+    fn make_held_out(&mut self, lanes: &Range<u32>) -> Result<Vec<LaneBatch>, FeedError> {
+        let (micro_batch, all_lanes) = (self.parts.config.train.micro_batch, self.parts.config.train.lanes());
+        let count = (self.parts.config.train.eval_samples as u64).min(self.order.samples());
+        let all: Vec<SampleRef> = (0..count).filter_map(|index| self.order.sample_at(index)).collect();
         let mut batches = Vec::new();
-        for (group, indices) in all.chunks(train.micro_batch).enumerate() {
-            if !lanes.contains(&((group % train.lanes()) as u32)) {
+        for (group, samples) in all.chunks(micro_batch).enumerate() {
+            if !lanes.contains(&((group % all_lanes) as u32)) {
                 continue;
             }
-            let picked = indices.iter().map(|i| self.pick(self.row(*i), HELD_OUT)).collect::<Result<Vec<_>, _>>()?;
+            let (picked, pictures) = self.pick(samples, HELD_OUT)?;
             let wanted: Vec<Wanted> = picked.iter().map(|p| p.wanted(false)).collect();
-            batches.push(self.batch(&picked, &wanted, &mut Duration::default())?.0);
+            batches.push(self.batch(&picked, pictures, &wanted, &mut Duration::default())?.0);
         }
         Ok(batches)
     }
 
-    /// Where the row of a number in manifest order lies.
-    fn row(&self, index: u64) -> SampleRef {
-        let mut row = index;
-        for (shard, entry) in self.parts.data.manifest().shards.iter().enumerate() {
-            if row < entry.rows {
-                return SampleRef { shard: shard as u32, row: row as u32, index };
+    /// The rows of some samples, in their order, and their pictures. Each row is copied once, into the batch.
+    fn pick(&mut self, samples: &[SampleRef], epoch: u64) -> Result<(Vec<Picked>, Pictures), FeedError> {
+        let mut picked: Vec<Option<Picked>> = samples.iter().map(|_| None).collect();
+        let (seed, parts) = (self.parts.config.run.seed, &self.parts);
+        let mut note = |i: usize, row: &RowRef<'_>| {
+            let noise = SampleNoise::new(seed, epoch, KeyHash::of(row.key).0 as u64);
+            let sizes = row.original.zip(row.crop).map(|(original, crop)| [original.0, original.1, crop.0, crop.1]);
+            picked[i] = Some(Picked { at: samples[i], key: row.key.to_owned(), caption: row.caption.to_owned(), noise, sizes });
+        };
+        let pictures = match &parts.data.manifest().latents {
+            Some(spec) => {
+                let shape = [samples.len() as i64, i64::from(spec.channels), i64::from(spec.height), i64::from(spec.width)];
+                Pictures::Moments(self.staging.assemble(&shape, Kind::Half, |bytes| copy_moments(parts, samples, bytes, &mut note))?)
             }
-            row -= entry.rows;
-        }
-        SampleRef { shard: u32::MAX, row: u32::MAX, index }
+            None => Pictures::Rgb(decode(parts, samples, &mut note)?),
+        };
+        Ok((picked.into_iter().flatten().collect(), pictures))
     }
 
-    fn pick(&self, at: SampleRef, epoch: u64) -> Result<Picked, FeedError> {
-        let shard = self.parts.runtime.block_on(self.parts.data.shard(at.shard as usize))?;
-        let row = shard.row(at.row as usize)?;
-        let (key, caption) = (row.key.to_owned(), row.caption.to_owned());
-        let noise = SampleNoise::new(self.parts.config.run.seed, epoch, KeyHash::of(&key).0 as u64);
-        Ok(Picked { shard, at, key, caption, noise })
-    }
-
-    fn batch(&self, picked: &[Picked], wanted: &[Wanted], encode: &mut Duration) -> Result<(LaneBatch, i64), FeedError> {
+    fn batch(
+        &mut self,
+        picked: &[Picked],
+        pictures: Pictures,
+        wanted: &[Wanted],
+        encode: &mut Duration,
+    ) -> Result<(LaneBatch, i64), FeedError> {
         let begin = Instant::now();
         let device = self.parts.device;
-        let latents = self.latents(picked)?;
-        let features = self.parts.features.lane(wanted, device, &self.parts.runtime)?;
+        let latents = self.latents(picked, pictures)?;
+        let features = self.parts.features.lane(wanted, &mut self.staging, &self.parts.runtime)?;
         *encode += begin.elapsed();
         let noise = normals(picked, Stream::Noise, &latents.size())?.f_to_device(device)?;
         let timesteps: Vec<i64> = picked.iter().map(|p| p.noise.timestep(self.parts.timesteps)).collect();
@@ -185,21 +236,23 @@ impl Sources {
         let target = [height * downscale, width * downscale];
         let mut ids = Vec::with_capacity(6 * picked.len());
         for sample in picked {
-            let row = sample.shard.row(sample.at.row as usize)?;
-            let (original, crop) = row.original.zip(row.crop).ok_or_else(|| self.bad_row(sample, "it has no size and crop"))?;
-            ids.extend([original.1, original.0, crop.1, crop.0].map(i64::from));
+            let [width, height, left, top] = sample.sizes.ok_or_else(|| bad_row(&self.parts, &sample.key, "it has no size and crop"))?;
+            ids.extend([height, width, top, left].map(i64::from));
             ids.extend(target);
         }
         Ok(Tensor::f_from_slice(&ids)?.f_reshape([-1, 6])?.f_to_kind(Kind::Float)?.f_to_device(self.parts.device)?)
     }
 
     /// Scaled latents `[b, 4, h, w]` float32, drawn from the VAE's posterior (paper §2: latents are samples, not means).
-    fn latents(&self, picked: &[Picked]) -> Result<Tensor, FeedError> {
+    fn latents(&self, picked: &[Picked], pictures: Pictures) -> Result<Tensor, FeedError> {
         let Parts { vae, device, .. } = &self.parts;
-        let (mean, logvar) = match &self.parts.data.manifest().latents {
-            Some(spec) => self.stored_moments(spec, picked)?,
-            None => {
-                let images = self.images(picked)?.f_to_device(*device)?;
+        let (mean, logvar) = match pictures {
+            Pictures::Moments(both) => {
+                let half = both.size()[1] / 2;
+                (both.f_narrow(1, 0, half)?, both.f_narrow(1, half, half)?)
+            }
+            Pictures::Rgb(images) => {
+                let images = images.f_to_device(*device)?;
                 tch::no_grad(|| vae.encode(&images))?
             }
         };
@@ -208,36 +261,42 @@ impl Sources {
         let sample = mean.f_add(&logvar.f_mul_scalar(0.5)?.f_exp()?.f_mul(&noise)?)?;
         Ok(vae.scale(&sample)?)
     }
+}
 
-    fn stored_moments(&self, spec: &LatentSpec, picked: &[Picked]) -> Result<(Tensor, Tensor), FeedError> {
-        let shape = [1, i64::from(spec.channels), i64::from(spec.height), i64::from(spec.width)];
-        let mut rows = Vec::with_capacity(picked.len());
-        for sample in picked {
-            let row = sample.shard.row(sample.at.row as usize)?;
-            let moments = row.moments.ok_or_else(|| self.bad_row(sample, "it has no moments"))?;
-            rows.push(Tensor::f_from_slice(moments)?.f_reshape(shape)?);
-        }
-        let both = Tensor::f_cat(&rows, 0)?.f_to_device(self.parts.device)?;
-        let half = i64::from(spec.channels) / 2;
-        Ok((both.f_narrow(1, 0, half)?, both.f_narrow(1, half, half)?))
-    }
+/// Copies the samples' moments into `out`, one after the other, and shows each row to `note`.
+fn copy_moments(
+    parts: &Parts,
+    samples: &[SampleRef],
+    out: &mut [u8],
+    note: &mut impl FnMut(usize, &RowRef<'_>),
+) -> Result<(), FeedError> {
+    let each = out.len() / samples.len().max(1);
+    parts.runtime.block_on(parts.data.rows(samples, |i, row| {
+        let moments = row.moments.ok_or_else(|| bad_row(parts, row.key, "it has no moments"))?;
+        let bytes: &[u8] = bytemuck::cast_slice(moments.reinterpret_cast());
+        let slot = out.get_mut(i * each..(i + 1) * each).filter(|slot| slot.len() == bytes.len());
+        slot.ok_or_else(|| bad_row(parts, row.key, "its moments have another shape"))?.copy_from_slice(bytes);
+        note(i, &row);
+        Ok(())
+    }))
+}
 
-    /// Pictures `[b, 3, H, W]` float32 in −1…1.
-    fn images(&self, picked: &[Picked]) -> Result<Tensor, FeedError> {
-        let mut pictures = Vec::with_capacity(picked.len());
-        for sample in picked {
-            let row = sample.shard.row(sample.at.row as usize)?;
-            let bytes = row.image.ok_or_else(|| self.bad_row(sample, "it has no picture"))?;
-            let (rgb, width, height) = decode_rgb(bytes).map_err(|refusal| self.bad_row(sample, &format!("its picture is {refusal}")))?;
-            let shape = [i64::from(height), i64::from(width), 3];
-            pictures.push(Tensor::f_from_slice(&rgb)?.f_reshape(shape)?.f_permute([2, 0, 1])?);
-        }
-        Ok(Tensor::f_stack(&pictures, 0)?.f_to_kind(Kind::Float)?.f_div_scalar(127.5)?.f_sub_scalar(1.0)?)
-    }
+/// The samples' pictures `[b, 3, H, W]` float32 in −1…1; each row is shown to `note`.
+fn decode(parts: &Parts, samples: &[SampleRef], note: &mut impl FnMut(usize, &RowRef<'_>)) -> Result<Tensor, FeedError> {
+    let mut pictures: Vec<Tensor> = samples.iter().map(|_| Tensor::new()).collect();
+    parts.runtime.block_on(parts.data.rows(samples, |i, row| {
+        let bytes = row.image.ok_or_else(|| bad_row(parts, row.key, "it has no picture"))?;
+        let (rgb, width, height) = decode_rgb(bytes).map_err(|refusal| bad_row(parts, row.key, &format!("its picture is {refusal}")))?;
+        let shape = [i64::from(height), i64::from(width), 3];
+        pictures[i] = Tensor::f_from_slice(&rgb)?.f_reshape(shape)?.f_permute([2, 0, 1])?;
+        note(i, &row);
+        Ok::<_, FeedError>(())
+    }))?;
+    Ok(Tensor::f_stack(&pictures, 0)?.f_to_kind(Kind::Float)?.f_div_scalar(127.5)?.f_sub_scalar(1.0)?)
+}
 
-    fn bad_row(&self, sample: &Picked, what: &str) -> FeedError {
-        FeedError::Row { data: self.parts.data.store().url().to_owned(), key: sample.key.clone(), what: what.to_owned() }
-    }
+fn bad_row(parts: &Parts, key: &str, what: &str) -> FeedError {
+    FeedError::Row { data: parts.data.store().url().to_owned(), key: key.to_owned(), what: what.to_owned() }
 }
 
 /// Refuses a data set that these networks cannot be trained on.
@@ -270,7 +329,7 @@ impl Picked {
         if dropped {
             return Wanted { caption: String::new(), place: None };
         }
-        Wanted { caption: self.caption.clone(), place: Some((self.at.shard as usize, self.at.row as usize)) }
+        Wanted { caption: self.caption.clone(), place: Some(self.at) }
     }
 }
 

@@ -1,11 +1,14 @@
 //! Where a step's features come from: sidecars, or the encoder itself.
 
 use super::FeedError;
+use super::staging::Staging;
 use crate::text::{TextEncoder, TextIdentity};
-use ella_dataset::{FeatureDtype, FeatureLayers, FeatureReader, FeatureSpec, Features, Padding as Stored};
+use ella_dataset::order::SampleRef;
+use ella_dataset::{FeatureDtype, FeatureLayers, FeatureSpec, Features, Padding as Stored};
 use ella_proto::config::{Dtype, Layers, Padding, Text};
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
+use tokio::runtime::Handle;
 
 /// The spec of the features that a text model gives under a run's settings.
 pub fn spec(text: &Text, identity: &TextIdentity) -> Result<FeatureSpec, FeedError> {
@@ -55,20 +58,15 @@ pub struct LaneFeatures {
 pub struct Wanted {
     /// The caption; empty where it is dropped.
     pub caption: String,
-    /// Shard and row, unless the caption is dropped.
-    pub place: Option<(usize, usize)>,
+    /// The sample, unless the caption is dropped.
+    pub place: Option<SampleRef>,
 }
 
 /// Where features come from.
 #[derive(Debug)]
 pub enum FeatureSource {
-    /// Complete sidecars, and the empty caption's features for dropped captions.
-    Cached {
-        /// The sidecars.
-        features: Box<Features>,
-        /// The empty caption's.
-        empty: Arc<FeatureReader>,
-    },
+    /// Complete sidecars, with the empty caption's features for dropped captions.
+    Cached(Arc<Features>),
     /// Computed for every lane.
     Inline {
         /// The encoder.
@@ -80,7 +78,7 @@ pub enum FeatureSource {
 
 impl FeatureSource {
     /// The features of some captions, as one batch.
-    pub fn lane(&self, wanted: &[Wanted], device: Device, runtime: &tokio::runtime::Handle) -> Result<LaneFeatures, FeedError> {
+    pub(super) fn lane(&self, wanted: &[Wanted], staging: &mut Staging, runtime: &Handle) -> Result<LaneFeatures, FeedError> {
         match self {
             Self::Inline { encoder, padding } => {
                 let captions: Vec<&str> = wanted.iter().map(|w| w.caption.as_str()).collect();
@@ -88,39 +86,34 @@ impl FeatureSource {
                 let mask = if *padding == Padding::None { Some(rows.mask()?) } else { None };
                 Ok(LaneFeatures { features: rows.features, mask, truncated: rows.truncated as i64 })
             }
-            Self::Cached { features, empty } => cached(features, empty, wanted, device, runtime),
+            Self::Cached(features) => cached(features, wanted, staging, runtime),
+        }
+    }
+
+    /// The sidecars, if there are any.
+    pub(super) fn sidecars(&self) -> Option<&Arc<Features>> {
+        match self {
+            Self::Cached(features) => Some(features),
+            Self::Inline { .. } => None,
         }
     }
 }
 
-fn cached(
-    features: &Features,
-    empty: &Arc<FeatureReader>,
-    wanted: &[Wanted],
-    device: Device,
-    runtime: &tokio::runtime::Handle,
-) -> Result<LaneFeatures, FeedError> {
-    let spec = features.manifest().encoder.clone();
-    let kind = stored_kind(spec.dtype);
-    let mut rows = Vec::with_capacity(wanted.len());
-    for want in wanted {
-        let (reader, row) = match want.place {
-            Some((shard, row)) => (runtime.block_on(features.shard(shard))?, row),
-            None => (empty.clone(), 0),
-        };
-        let (bytes, tokens) = reader.row(row)?;
-        let positions = i64::from(spec.stored_tokens(tokens));
-        rows.push(Tensor::f_from_data_size(bytes, &[positions, i64::from(spec.width)], kind)?);
-    }
-    let longest = rows.iter().map(|r| r.size()[0]).max().unwrap_or(0);
-    let lengths: Vec<i64> = rows.iter().map(|r| r.size()[0]).collect();
-    let padded: Vec<Tensor> = rows.iter().map(|r| r.f_constant_pad_nd([0, 0, 0, longest - r.size()[0]])).collect::<Result<_, _>>()?;
+fn cached(features: &Features, wanted: &[Wanted], staging: &mut Staging, runtime: &Handle) -> Result<LaneFeatures, FeedError> {
+    let spec = &features.manifest().encoder;
+    let at: Vec<Option<SampleRef>> = wanted.iter().map(|w| w.place).collect();
+    let positions = runtime.block_on(features.positions(&at))?;
+    let longest = positions.iter().max().copied().unwrap_or(0) as i64;
+    let shape = [at.len() as i64, longest, i64::from(spec.width)];
+    let rows = staging.assemble(&shape, stored_kind(spec.dtype), |bytes| Ok(runtime.block_on(features.copy(&at, bytes))?))?;
     let mask = match spec.padding {
         Stored::Fixed => None,
         Stored::None => {
             let places = Tensor::f_arange(longest, (Kind::Int64, Device::Cpu))?.f_unsqueeze(0)?;
-            Some(places.f_less_tensor(&Tensor::f_from_slice(&lengths)?.f_unsqueeze(1)?)?.f_to_device(device)?)
+            let lengths: Vec<i64> = positions.iter().map(|count| *count as i64).collect();
+            let mask = places.f_less_tensor(&Tensor::f_from_slice(&lengths)?.f_unsqueeze(1)?)?;
+            Some(mask.f_to_device(rows.device())?)
         }
     };
-    Ok(LaneFeatures { features: Tensor::f_stack(&padded, 0)?.f_to_device(device)?, mask, truncated: 0 })
+    Ok(LaneFeatures { features: rows, mask, truncated: 0 })
 }

@@ -1,9 +1,11 @@
 //! The feed: the samples of a rank's lanes, step by step, ahead of the step that uses them (design.md §4 "Feed").
 //!
-//! One thread reads, decodes and encodes; it stays at most `AHEAD` steps ahead, which bounds its memory.
+//! One thread reads, decodes and encodes; it stays at most `AHEAD` steps ahead. Meanwhile files are opened, or fetched, for the windows that
+//! come next. Memory is bounded: `AHEAD` + 1 steps of assembled lanes, and `data.memory_bytes` of fetched files (mapped ones take none).
 
 mod assemble;
 mod features;
+mod staging;
 
 pub use assemble::{Parts, Sources};
 pub use features::{FeatureSource, spec, stored_kind};
@@ -181,6 +183,7 @@ impl Feed {
 }
 
 fn serve(mut sources: Sources, lanes: &Range<u32>, steps: Range<u64>, send: &SyncSender<Result<StepInput, FeedError>>) {
+    sources.start_ahead(lanes, steps.start);
     for step in steps {
         let input = sources.step(step, lanes);
         let failed = input.is_err();

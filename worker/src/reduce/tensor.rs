@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::{Collective, CollectiveError, Result};
+use crate::device::bytes_of;
 
 /// Sums a tensor over all ranks.
 pub(super) fn sum_in_host_memory<C: Collective + ?Sized>(ranks: &mut C, tensor: &mut Tensor) -> Result<()> {
@@ -48,18 +49,6 @@ fn in_host_memory(tensor: &mut Tensor, work: impl FnOnce(Kind, &mut [u8]) -> Res
     work(kind, bytes_of(&mut staged, kind))?;
     let _no_grad = tch::no_grad_guard();
     Ok(tensor.f_copy_(&staged)?)
-}
-
-/// The memory of a contiguous tensor on the CPU.
-fn bytes_of(tensor: &mut Tensor, kind: Kind) -> &mut [u8] {
-    let length = tensor.numel() * kind.elt_size_in_bytes();
-    if length == 0 {
-        // Aligned for every element type, which torch's own pointer to nothing need not be.
-        return bytemuck::cast_slice_mut::<u64, u8>(&mut []);
-    }
-    // SAFETY: the tensor is contiguous and on the CPU (both checked by the callers), so that its elements are `length` bytes from its
-    // data pointer on; they were initialised by torch, any bytes are valid for its dtypes here, and the exclusive borrow of the tensor lasts as long as the slice.
-    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), length) }
 }
 
 #[cfg(test)]

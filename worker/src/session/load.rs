@@ -72,6 +72,7 @@ pub(super) fn assemble(
     let Loaded { networks, state, vae, text, vae_weights, digest } = loaded;
     let data = runtime.block_on(DataSet::open(&config.data.path)).map_err(FeedError::from)?;
     let features = feature_source(config, &data, &text, device, runtime)?;
+    let data = Arc::new(data);
     let lanes = lanes_of(place.rank, place.world, config.train.lanes() as u32);
     let sources = Sources::new(Parts {
         config: config.clone(),
@@ -116,8 +117,7 @@ fn feature_source(
     }
     let spec = feed::spec(&config.text, text)?;
     let features = runtime.block_on(data.features(&spec)).map_err(FeedError::from)?;
-    let empty = runtime.block_on(features.empty()).map_err(FeedError::from)?;
-    Ok(FeatureSource::Cached { features: Box::new(features), empty })
+    Ok(FeatureSource::Cached(Arc::new(features)))
 }
 
 /// The commit to resume from; none for a fresh start.

@@ -170,12 +170,11 @@ pub(crate) fn parts(config: &RunConfig) -> Parts {
     } else {
         embedded(config);
         let features = wait(data.features(&feed::spec(&config.text, &text).unwrap())).unwrap();
-        let empty = wait(features.empty()).unwrap();
-        FeatureSource::Cached { features: Box::new(features), empty }
+        FeatureSource::Cached(Arc::new(features))
     };
     Parts {
         config: Arc::new(config.clone()),
-        data,
+        data: Arc::new(data),
         features,
         vae,
         vae_weights,

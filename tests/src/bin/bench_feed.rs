@@ -1,0 +1,535 @@
+//! How fast samples are read: shuffled latents and T5-XL-shaped features (8 × 64 × 64 and 128 × 2048 numbers in float16, 576 KiB a sample)
+//! from local disk into batches, side by side with MosaicML Streaming and litdata. `make bench-feed`.
+//!
+//! What counts: from the order to a batch in contiguous memory. CPU time is user and system time of the whole process; the three take turns
+//! in one run, because machines are shared. `PEERS_PYTHON` names a Python that has both peers; without it ella is measured alone.
+
+use anyhow::{Context as _, Result, bail};
+use ella_dataset::order::{Order, OrderConfig, SampleRef};
+use ella_dataset::{
+    DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Features, LatentSpec, Manifest, Padding, Row, Settings, ShardEntry,
+    ShardLayout, ShardWriter, write_file,
+};
+use ella_store::{Digest, Store};
+use half::f16;
+use half::slice::HalfFloatSliceExt as _;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Instant;
+use tokio::runtime::Runtime;
+
+const BATCH: u32 = 32;
+const WINDOW: u32 = 16;
+const SHARD_ROWS: usize = 256;
+const LATENT: usize = 8 * 64 * 64;
+const TOKENS: u32 = 128;
+const WIDTH: u32 = 2048;
+const FEATURE_BYTES: usize = TOKENS as usize * WIDTH as usize * 2;
+const SAMPLE_BYTES: usize = LATENT * 2 + FEATURE_BYTES;
+const ROUNDS: usize = 5;
+
+fn main() -> Result<()> {
+    let samples = std::env::args().nth(1).map_or(Ok(4096), |text| text.parse())?;
+    let folder = std::env::var("BENCH_FOLDER").map_or_else(|_| std::env::temp_dir().join("ella-bench-feed"), PathBuf::from);
+    let bench = Bench { runtime: Runtime::new()?, folder, samples };
+    println!("{samples} samples of {} KiB in batches of {BATCH}, on {} cores", SAMPLE_BYTES / 1024, std::thread::available_parallelism()?);
+    bench.order()?;
+    bench.manifest()?;
+    bench.write()?;
+    let mut peers = bench.peers()?;
+    bench.warm(&mut peers)?;
+    bench.resume(&mut peers)?;
+    drop(peers);
+    bench.resume_at_scale()?;
+    bench.cold()
+}
+
+struct Bench {
+    runtime: Runtime,
+    folder: PathBuf,
+    samples: usize,
+}
+
+/// What reading some samples took.
+#[derive(Clone, Copy, Debug, Default)]
+struct Took {
+    samples: f64,
+    wall: f64,
+    cpu: f64,
+}
+
+impl Took {
+    fn per_core_second(&self) -> f64 {
+        self.samples / self.cpu
+    }
+}
+
+/// User and system time of this process, seconds.
+fn cpu_seconds() -> f64 {
+    // SAFETY: getrusage writes the struct it is given, for which zeroes are a value, and nothing else.
+    let used = unsafe {
+        let mut used: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &raw mut used);
+        used
+    };
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+    seconds(used.ru_utime) + seconds(used.ru_stime)
+}
+
+fn timed(read: impl FnOnce() -> Result<usize>) -> Result<Took> {
+    let (wall, cpu) = (Instant::now(), cpu_seconds());
+    let samples = read()? as f64;
+    Ok(Took { samples, wall: wall.elapsed().as_secs_f64(), cpu: cpu_seconds() - cpu })
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// A line of `/proc/self/status`, in MiB.
+fn status_mib(field: &str) -> Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find(|line| line.starts_with(field)).context("no such line")?;
+    let kib: f64 = line.split_whitespace().nth(1).context("no number")?.parse()?;
+    Ok(kib / 1024.0)
+}
+
+/// A batch's memory, used again and again as a feed's pinned memory is.
+struct Batch {
+    latents: Vec<u8>,
+    features: Vec<u8>,
+}
+
+/// The data set, its features and its order, open.
+struct Reader {
+    data: DataSet,
+    features: Features,
+    order: Order,
+}
+
+impl Reader {
+    async fn open(folder: &Path, seed: u64) -> Result<Reader> {
+        let data = DataSet::open(folder.to_str().context("a folder that is not UTF-8")?).await?;
+        let features = data.features(&spec()).await?;
+        let rows: Vec<u64> = data.manifest().shards.iter().map(|shard| shard.rows).collect();
+        let order = Order::new(OrderConfig { seed, lanes: 1, micro_batch: BATCH, window: WINDOW }, &rows)?;
+        Ok(Reader { data, features, order })
+    }
+
+    /// Reads a step's samples into the batch, as the feed does.
+    async fn step(&self, step: u64, batch: &mut Batch) -> Result<usize> {
+        let next = self.order.lane(step + 1, 0);
+        self.data.read_ahead(&next).await?;
+        self.features.read_ahead(&next).await?;
+        let samples = self.order.lane(step, 0);
+        let count = samples.len();
+        batch.latents.resize(count * LATENT * 2, 0);
+        self.data
+            .rows(&samples, |i, row| {
+                let moments = row.moments.context("no moments")?;
+                let slot = &mut batch.latents[i * LATENT * 2..(i + 1) * LATENT * 2];
+                slot.copy_from_slice(bytemuck::cast_slice(moments.reinterpret_cast()));
+                Ok::<_, anyhow::Error>(())
+            })
+            .await?;
+        let at: Vec<Option<SampleRef>> = samples.into_iter().map(Some).collect();
+        let positions = self.features.positions(&at).await?.into_iter().max().unwrap_or(0);
+        batch.features.resize(count * positions * WIDTH as usize * 2, 0);
+        self.features.copy(&at, &mut batch.features).await?;
+        Ok(count)
+    }
+
+    async fn epoch(&self, epoch: u64, batch: &mut Batch) -> Result<usize> {
+        let steps = self.order.steps_per_epoch();
+        let mut samples = 0;
+        for step in epoch * steps..(epoch + 1) * steps {
+            samples += self.step(step, batch).await?;
+        }
+        Ok(samples)
+    }
+}
+
+fn batch() -> Batch {
+    Batch { latents: vec![0; BATCH as usize * LATENT * 2], features: vec![0; BATCH as usize * FEATURE_BYTES] }
+}
+
+fn spec() -> FeatureSpec {
+    FeatureSpec {
+        weights_digest: Digest::of(b"weights"),
+        tokenizer_digest: Digest::of(b"tokenizer"),
+        max_tokens: TOKENS,
+        padding: Padding::Fixed,
+        layers: FeatureLayers::Last,
+        dtype: FeatureDtype::F16,
+        width: WIDTH,
+    }
+}
+
+/// A manifest of latents alone.
+fn manifest(shards: Vec<ShardEntry>) -> Manifest {
+    let latents = LatentSpec { model: Digest::of(b"vae"), channels: 8, height: 64, width: 64 };
+    Manifest::new(Some(Settings { images: false, ..Settings::new(512) }), Some(latents), Vec::new(), shards)
+}
+
+fn json(record: &impl serde::Serialize) -> Result<bytes::Bytes> {
+    Ok(serde_json::to_vec_pretty(record)?.into())
+}
+
+/// Bytes without a pattern, that are all finite numbers.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let words = (0..len / 8).flat_map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state & 0x3bff_3bff_3bff_3bff).to_le_bytes()
+    });
+    words.collect()
+}
+
+fn row(index: usize) -> Row {
+    let moments = noise(index as u64, LATENT * 2).chunks_exact(2).map(|two| f16::from_le_bytes([two[0], two[1]])).collect();
+    let caption = "a dense caption of a picture, in several clauses, that says what stands where. ".repeat(6);
+    Row { key: format!("{index:09}"), caption, original: (1024, 768), crop: (0, 0), moments, ..Row::default() }
+}
+
+impl Bench {
+    fn ours(&self) -> PathBuf {
+        self.folder.join("ella")
+    }
+
+    /// The order over a billion samples.
+    fn order(&self) -> Result<()> {
+        let rows = vec![10_000; 100_000];
+        let config = OrderConfig { seed: 7, lanes: 256, micro_batch: 32, window: WINDOW };
+        let (begin, before) = (Instant::now(), status_mib("RssAnon")?);
+        let order = Order::new(config, &rows)?;
+        let middle = order.steps_per_epoch() / 2;
+        let mut seen = order.global(middle).concat().len();
+        let (made, begin) = (begin.elapsed(), Instant::now());
+        for step in middle..middle + 256 {
+            seen += order.global(step).concat().len();
+        }
+        let nanoseconds = begin.elapsed().as_nanos() as f64 / seen as f64;
+        let memory = status_mib("RssAnon")? - before;
+        println!("order of 10^9 samples in 10^5 shards: first step {made:.1?}, then {nanoseconds:.0} ns a sample, {memory:.1} MiB");
+        Ok(())
+    }
+
+    /// Opens a manifest of 10^5 shards.
+    fn manifest(&self) -> Result<()> {
+        let entry = |i: u32| ShardEntry {
+            name: format!("shards/{i:05}-9f86d081884c-0000.arrow"),
+            rows: 10_000,
+            bytes: 1 << 27,
+            blake3: Digest::of(&i.to_le_bytes()),
+        };
+        let folder = tempfile::tempdir()?;
+        std::fs::write(folder.path().join("manifest.json"), json(&manifest((0..100_000).map(entry).collect()))?)?;
+        let url = folder.path().to_str().context("not UTF-8")?;
+        let mut times = Vec::new();
+        for _ in 0..ROUNDS {
+            let begin = Instant::now();
+            let data = self.runtime.block_on(DataSet::open(url))?;
+            let digest = data.manifest().digest();
+            times.push(begin.elapsed().as_secs_f64());
+            std::hint::black_box(digest);
+        }
+        println!("a manifest of 10^5 shards, opened and digested: {:.0} ms", median(times) * 1e3);
+        Ok(())
+    }
+
+    /// Makes the data set, and those of the peers, unless they are there.
+    fn write(&self) -> Result<()> {
+        let done = self.folder.join(format!("{}.done", self.samples));
+        if done.exists() {
+            return Ok(());
+        }
+        let _ = std::fs::remove_dir_all(&self.folder);
+        self.runtime.block_on(write_ours(&self.ours(), self.samples))?;
+        for peer in PEERS.iter().filter(|_| python().is_some()) {
+            let to = self.folder.join(peer);
+            println!("writing the data set of {peer}");
+            let mut command = Command::new(python().context("no Python")?);
+            command.arg(script()).args(["write", peer]).arg(&to).arg(self.samples.to_string()).stdout(Stdio::null()).stderr(Stdio::null());
+            if !command.status()?.success() {
+                bail!("{peer} could not write its data set: {command:?}");
+            }
+        }
+        Ok(File::create(done).map(drop)?)
+    }
+
+    fn peers(&self) -> Result<Vec<Peer>> {
+        let Some(python) = python() else { return Ok(Vec::new()) };
+        PEERS.iter().map(|name| Peer::start(&python, name, &self.folder.join(name))).collect()
+    }
+
+    /// Everything in the page cache: samples per core-second.
+    fn warm(&self, peers: &mut [Peer]) -> Result<()> {
+        let reader = self.runtime.block_on(Reader::open(&self.ours(), 1))?;
+        let mut memory = batch();
+        let mut epoch = |number| timed(|| self.runtime.block_on(reader.epoch(number, &mut memory)));
+        let first = epoch(0)?;
+        let (mut ours, mut theirs) = (Vec::new(), vec![Vec::new(); 2 * peers.len()]);
+        for peer in peers.iter_mut() {
+            peer.ask("epoch")?;
+        }
+        for round in 0..ROUNDS {
+            ours.push(epoch(1 + round as u64)?);
+            for (peer, times) in peers.iter_mut().zip(theirs.chunks_mut(2)) {
+                times[0].push(peer.ask("epoch")?);
+                times[1].push(peer.ask("samples")?);
+            }
+        }
+        let rate = |times: &[Took]| median(times.iter().map(Took::per_core_second).collect());
+        let ella = rate(&ours);
+        println!("warm, every byte checked at this first reading: ella {:.0} samples per core-second", first.per_core_second());
+        println!("warm: ella {ella:.0} samples per core-second, {:.0} MiB of its own memory", status_mib("RssAnon")?);
+        for (peer, times) in peers.iter().zip(theirs.chunks(2)) {
+            let (batches, alone) = (rate(&times[0]), rate(&times[1]));
+            println!(
+                "warm: {} {batches:.0} in batches, {alone:.0} without making batches: ella {:.1} and {:.1} times as many",
+                peer.name,
+                ella / batches,
+                ella / alone
+            );
+        }
+        Ok(())
+    }
+
+    /// The first batch after a resume in the middle of an epoch: everything is opened anew.
+    fn resume(&self, peers: &mut [Peer]) -> Result<()> {
+        let mut ours = Vec::new();
+        for fraction in FRACTIONS {
+            ours.push(self.first_batch(&self.ours(), fraction)?);
+        }
+        println!("first batch after a resume: ella {:.1} ms (to the order alone {:.1} ms)", worst(&ours, 1), worst(&ours, 0));
+        for peer in peers {
+            let mut times = Vec::new();
+            for fraction in FRACTIONS {
+                // Once before: what is to be measured is not the first time that Python runs this code.
+                peer.ask(&format!("resume {fraction}"))?;
+                times.push(peer.ask(&format!("resume {fraction}"))?.wall * 1e3);
+            }
+            println!("first batch after a resume: {} {:.1} ms", peer.name, median(times));
+        }
+        Ok(())
+    }
+
+    /// Milliseconds until the data set, its features and the order are open, and until the first batch is there.
+    fn first_batch(&self, folder: &Path, fraction: f64) -> Result<[f64; 2]> {
+        let mut memory = batch();
+        self.runtime.block_on(async {
+            let begin = Instant::now();
+            let reader = Reader::open(folder, 1).await?;
+            let open = begin.elapsed();
+            let step = (reader.order.steps_per_epoch() as f64 * fraction) as u64;
+            reader.step(step, &mut memory).await?;
+            Ok([open, begin.elapsed()].map(|time| time.as_secs_f64() * 1e3))
+        })
+    }
+
+    /// The same in a data set of ten million samples, of which only those files hold anything that the first two steps read.
+    fn resume_at_scale(&self) -> Result<()> {
+        let large = tempfile::tempdir_in(&self.folder)?;
+        let fraction = FRACTIONS[1];
+        self.runtime.block_on(write_large(&self.ours(), large.path(), fraction))?;
+        let times = (0..ROUNDS).map(|_| self.first_batch(large.path(), fraction)).collect::<Result<Vec<_>>>()?;
+        println!("first batch after a resume in 10^7 samples: {:.1} ms (to the order alone {:.1} ms)", worst(&times, 1), worst(&times, 0));
+        Ok(())
+    }
+
+    /// Nothing in the page cache: bytes per second, and those of reading the same files from end to end.
+    fn cold(&self) -> Result<()> {
+        let files = arrow_files(&self.ours())?;
+        let (mut ours, mut disk, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
+        for round in 0..3 {
+            forget(&files)?;
+            disk.push(sequential(&files)?);
+            forget(&files)?;
+            let mut memory = batch();
+            let took = timed(|| self.runtime.block_on(async { Reader::open(&self.ours(), 2).await?.epoch(round, &mut memory).await }))?;
+            ours.push(took.samples * SAMPLE_BYTES as f64 / took.wall);
+            cpu.push(took.per_core_second());
+        }
+        let (ours, disk) = (median(ours) / 1e6, median(disk) / 1e6);
+        println!(
+            "cold, every byte checked: ella {ours:.0} MB/s ({:.0} samples per core-second); the disk, read from end to end: {disk:.0} MB/s: {:.2} of it",
+            median(cpu),
+            ours / disk
+        );
+        Ok(())
+    }
+}
+
+const FRACTIONS: [f64; 5] = [0.21, 0.37, 0.5, 0.63, 0.84];
+
+fn worst(times: &[[f64; 2]], at: usize) -> f64 {
+    times.iter().map(|both| both[at]).fold(0.0, f64::max)
+}
+
+async fn write_ours(folder: &Path, samples: usize) -> Result<()> {
+    println!("writing ella's data set");
+    let store = Store::open(folder.to_str().context("not UTF-8")?)?;
+    let layout = ShardLayout { pictures: true, images: false, moments: Some(LATENT) };
+    let mut shards = Vec::new();
+    for (number, first) in (0..samples).step_by(SHARD_ROWS).enumerate() {
+        let mut writer = ShardWriter::new(layout)?;
+        (first..samples.min(first + SHARD_ROWS)).try_for_each(|index| writer.push(row(index)))?;
+        let (rows, file) = (writer.rows(), writer.finish()?);
+        shards.push(write_file(&store, format!("shards/{number:05}-0123456789ab-0000.arrow"), rows, file).await?);
+    }
+    store.create("manifest.json", json(&manifest(shards))?).await?;
+    let data = DataSet::open_store(store, Default::default()).await?;
+    let set = data.begin_features(&spec()).await?;
+    for (number, shard) in data.manifest().shards.iter().enumerate() {
+        let mut writer = FeatureWriter::new(&spec())?;
+        for row in 0..shard.rows {
+            writer.push(&noise((number as u64) << 32 | row, FEATURE_BYTES), TOKENS)?;
+        }
+        set.write(number, shard.rows, writer.finish()?).await?;
+    }
+    let mut empty = FeatureWriter::new(&spec())?;
+    empty.push(&noise(99, FEATURE_BYTES), TOKENS)?;
+    set.write_empty(empty.finish()?).await?;
+    set.finish().await?;
+    Ok(())
+}
+
+/// A data set of 10⁷ samples by its manifests; the files of one place in its first epoch are links to those that there are, others are empty.
+async fn write_large(from: &Path, to: &Path, fraction: f64) -> Result<()> {
+    let small = Reader::open(from, 1).await?;
+    let (shards, features) = (&small.data.manifest().shards, &small.features.manifest().shards);
+    let (count, real) = (10_000_000 / SHARD_ROWS, shards.iter().filter(|shard| shard.rows == SHARD_ROWS as u64).count());
+    let order = OrderConfig { seed: 1, lanes: 1, micro_batch: BATCH, window: WINDOW };
+    let order = Order::new(order, &vec![SHARD_ROWS as u64; count])?;
+    let step = (order.steps_per_epoch() as f64 * fraction) as u64;
+    let read = order.lane_shards(step..step + 2, 0);
+    let place = |shard: usize| read.iter().position(|other| *other as usize == shard).unwrap_or(shard) % real;
+    let data = manifest((0..count).map(|i| ShardEntry { name: name(i, "shards/"), ..shards[place(i)].clone() }).collect());
+    let mut sidecars = small.features.manifest().clone();
+    sidecars.data = data.digest();
+    sidecars.shards = (0..count).map(|i| ShardEntry { name: name(i, ""), ..features[place(i)].clone() }).collect();
+    let folder = PathBuf::from("features").join(spec().fingerprint().to_string());
+    for part in [Path::new("shards"), Path::new("trees/shards"), &folder, &folder.join("trees")] {
+        std::fs::create_dir_all(to.join(part))?;
+    }
+    for i in 0..count {
+        for suffix in ["arrow", "json"] {
+            File::create(to.join(&folder).join(name(i, "")).with_extension(suffix))?;
+        }
+    }
+    for shard in read.into_iter().map(|shard| shard as usize) {
+        let _ = std::fs::remove_file(to.join(&folder).join(name(shard, "")));
+        link(from, to, Path::new(""), &shards[place(shard)].name, &name(shard, "shards/"))?;
+        link(from, to, &folder, &features[place(shard)].name, &name(shard, ""))?;
+    }
+    link(from, to, &folder, "empty.arrow", "empty.arrow")?;
+    for record in ["spec.json", "empty.json"] {
+        std::fs::copy(from.join(&folder).join(record), to.join(&folder).join(record))?;
+    }
+    let spec = std::fs::read_to_string(to.join(&folder).join("spec.json"))?;
+    let spec = spec.replace(&small.data.manifest().digest().to_string(), &data.digest().to_string());
+    std::fs::write(to.join(&folder).join("spec.json"), spec)?;
+    std::fs::write(to.join(&folder).join("manifest.json"), json(&sidecars)?)?;
+    Ok(std::fs::write(to.join("manifest.json"), json(&data)?)?)
+}
+
+fn name(shard: usize, folder: &str) -> String {
+    format!("{folder}{shard:05}-0123456789ab-0000.arrow")
+}
+
+/// Links a file and its tree under another name.
+fn link(from: &Path, to: &Path, folder: &Path, there: &str, here: &str) -> Result<()> {
+    std::fs::hard_link(from.join(folder).join(there), to.join(folder).join(here))?;
+    let tree = |base: &Path, name: &str| base.join(folder).join(format!("trees/{name}.obao6"));
+    Ok(std::fs::hard_link(tree(from, there), tree(to, here))?)
+}
+
+/// Every Arrow file below a folder.
+fn arrow_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            files.extend(arrow_files(&path)?);
+        } else if path.extension().is_some_and(|extension| extension == "arrow") {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
+
+/// Drops files that nobody has mapped from the page cache.
+fn forget(files: &[PathBuf]) -> Result<()> {
+    for path in files {
+        let file = File::open(path)?;
+        file.sync_all()?;
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    }
+    Ok(())
+}
+
+/// Bytes per second of reading files one after the other.
+fn sequential(files: &[PathBuf]) -> Result<f64> {
+    let (begin, mut bytes, mut buffer) = (Instant::now(), 0, vec![0; 4 << 20]);
+    for path in files {
+        let mut file = File::open(path)?;
+        loop {
+            match file.read(&mut buffer)? {
+                0 => break,
+                count => bytes += count,
+            }
+        }
+    }
+    Ok(bytes as f64 / begin.elapsed().as_secs_f64())
+}
+
+const PEERS: [&str; 2] = ["streaming", "litdata"];
+
+fn python() -> Option<PathBuf> {
+    std::env::var_os("PEERS_PYTHON").map(PathBuf::from)
+}
+
+fn script() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../bench/feed_peer.py")
+}
+
+/// A peer's process, which answers questions one by one.
+struct Peer {
+    name: &'static str,
+    child: Child,
+    questions: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Peer {
+    fn start(python: &Path, name: &'static str, folder: &Path) -> Result<Peer> {
+        let mut command = Command::new(python);
+        command.arg(script()).args(["serve", name]).arg(folder).arg(BATCH.to_string());
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+        let questions = child.stdin.take().context("no stdin")?;
+        let answers = BufReader::new(child.stdout.take().context("no stdout")?);
+        Ok(Peer { name, child, questions, answers })
+    }
+
+    fn ask(&mut self, question: &str) -> Result<Took> {
+        writeln!(self.questions, "{question}")?;
+        let mut line = String::new();
+        self.answers.read_line(&mut line)?;
+        let answer: serde_json::Value = serde_json::from_str(&line).with_context(|| format!("{} ended at `{question}`", self.name))?;
+        let number = |key: &str| answer[key].as_f64().with_context(|| format!("no {key} in {line}"));
+        Ok(Took { samples: number("samples")?, wall: number("wall")?, cpu: number("cpu")? })
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // Gone already is fine.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
