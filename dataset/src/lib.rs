@@ -5,6 +5,7 @@
 //! sample read is kept or refused with a reason).
 
 mod caption;
+mod caption_stats;
 mod error;
 mod feature_file;
 mod features;
@@ -23,6 +24,7 @@ mod shard;
 mod source;
 
 pub use caption::{Captions, captions_from_txt, prepare_captions};
+pub use caption_stats::{CaptionCounter, CaptionStats, Lengths, Speech, Tokens, caption_stats, is_whole, sentences};
 pub use error::DataError;
 pub use feature_file::{FeatureReader, FeatureWriter};
 pub use features::{FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, Padding};
