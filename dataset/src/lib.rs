@@ -6,6 +6,7 @@
 
 mod ahead;
 mod caption;
+mod caption_stats;
 mod content;
 mod error;
 mod feature_file;
@@ -29,6 +30,7 @@ mod tree;
 
 pub use ahead::{Ahead, Reading};
 pub use caption::{Captions, captions_from_txt, prepare_captions};
+pub use caption_stats::{CaptionCounter, CaptionStats, Lengths, Speech, Tokens, caption_stats, is_whole, sentences};
 pub use error::DataError;
 pub use feature_file::{FeatureReader, FeatureWriter};
 pub use features::{FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, Padding};

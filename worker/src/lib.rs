@@ -1,11 +1,14 @@
 //! The data plane: what a worker does. Feed ([`feed`]) → step ([`train`]) → reduce ([`reduce`]) → commit ([`commit`]), under a
-//! coordinator ([`control`], [`session`]); and the text encoder's features ([`text`], [`embed`]).
+//! coordinator ([`control`], [`session`]); the text encoder's features ([`text`], [`embed`]); and captions from a model elsewhere
+//! ([`caption`]).
 
+pub mod caption;
 pub mod commit;
 pub mod control;
 pub mod device;
 pub mod embed;
 pub mod feed;
+mod http;
 pub mod hub;
 pub mod meter;
 pub mod models;

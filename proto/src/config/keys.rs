@@ -3,9 +3,9 @@
 use super::*;
 use serde_json::Value;
 
-/// Every key that exists: the tree of a config in which all optional keys are set.
-pub(super) fn known() -> toml::Table {
-    let full = RunConfig {
+/// A run's config in which all optional keys are set: its tree has every key that exists.
+pub(super) fn full() -> RunConfig {
+    RunConfig {
         run: Run { output: String::new(), seed: 0 },
         base: Base {
             model: String::new(),
@@ -31,11 +31,10 @@ pub(super) fn known() -> toml::Table {
         train: Train { snr_gamma: Some(1.0), ..Train::default() },
         checkpoint: Checkpoint { max_lost_work: Some(Millis(1)), ..Checkpoint::default() },
         workers: Workers::default(),
-    };
-    toml::Table::try_from(full).unwrap_or_default()
+    }
 }
 
-/// Refuses the first key of `table` that `known` lacks.
+/// Refuses the first key of `table` that `known` lacks. Where `known` has an empty table, any keys may be.
 pub(super) fn check(table: &toml::Table, known: &toml::Table, origin: &str) -> Result<(), ConfigError> {
     check_below(table, known, origin, "")
 }
@@ -47,7 +46,9 @@ fn check_below(table: &toml::Table, known: &toml::Table, origin: &str, above: &s
             let nearest = nearest(key, known.keys()).map(|n| format!("{above}{n}"));
             return Err(ConfigError::UnknownKey { origin: origin.to_owned(), key: full, nearest });
         };
-        if let (toml::Value::Table(inner), toml::Value::Table(expected)) = (value, expected) {
+        if let (toml::Value::Table(inner), toml::Value::Table(expected)) = (value, expected)
+            && !expected.is_empty()
+        {
             check_below(inner, expected, origin, &format!("{full}."))?;
         }
     }

@@ -7,6 +7,7 @@ mod units;
 
 pub use units::Millis;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -495,21 +496,7 @@ impl RunConfig {
 
     /// Parses TOML text. `origin` names it in errors.
     pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self, ConfigError> {
-        let syntax = |origin: &str, message: String| ConfigError::Syntax { origin: origin.to_owned(), message };
-        let mut table: toml::Table = text.parse().map_err(|e| syntax(origin, words(text, &e)))?;
-        keys::check(&table, &keys::known(), origin)?;
-        if overrides.is_empty() {
-            // Straight from the text, so that the parser's errors carry line and column.
-            let config: Self = toml::from_str(text).map_err(|e| syntax(origin, words(text, &e)))?;
-            check::values(&config, origin)?;
-            return Ok(config);
-        }
-        for item in overrides {
-            keys::set(&mut table, item)?;
-            keys::check(&table, &keys::known(), &format!("--set {item}"))?;
-        }
-        let origin = format!("{origin} with --set");
-        let config: Self = table.try_into().map_err(|e: toml::de::Error| syntax(&origin, words("", &e)))?;
+        let (config, origin) = read(text, origin, overrides, &keys::full())?;
         check::values(&config, &origin)?;
         Ok(config)
     }
@@ -551,6 +538,30 @@ impl RunConfig {
     fn binding_json(&self) -> Vec<u8> {
         self.binding().to_string().into_bytes()
     }
+}
+
+/// Reads a config of any kind from TOML text, with overrides of the form `section.key=value`; and how errors name its origin then. `full`
+/// has every key that exists; a table that is empty there may hold any.
+///
+/// # Errors
+/// No TOML, a key that does not exist (with the nearest that does), or a value of another type. Rules for values are the caller's.
+pub fn read<T: Serialize + DeserializeOwned>(text: &str, origin: &str, overrides: &[String], full: &T) -> Result<(T, String), ConfigError> {
+    let syntax = |origin: &str, message: String| ConfigError::Syntax { origin: origin.to_owned(), message };
+    let known = toml::Table::try_from(full).unwrap_or_default();
+    let mut table: toml::Table = text.parse().map_err(|e| syntax(origin, words(text, &e)))?;
+    keys::check(&table, &known, origin)?;
+    if overrides.is_empty() {
+        // Straight from the text, so that the parser's errors carry line and column.
+        let config = toml::from_str(text).map_err(|e| syntax(origin, words(text, &e)))?;
+        return Ok((config, origin.to_owned()));
+    }
+    for item in overrides {
+        keys::set(&mut table, item)?;
+        keys::check(&table, &known, &format!("--set {item}"))?;
+    }
+    let origin = format!("{origin} with --set");
+    let config = table.try_into().map_err(|e: toml::de::Error| syntax(&origin, words("", &e)))?;
+    Ok((config, origin))
 }
 
 /// A parser's error in one line: its words, and where.
