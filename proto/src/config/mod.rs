@@ -1,10 +1,12 @@
-//! A run's config: `RUN.toml`, with overrides. Unknown keys are refused with the nearest known one; every value is checked here,
-//! once, so that what carries a [`RunConfig`] may trust it.
+//! A run's config: `RUN.toml`, with overrides; and a job's ([`JobConfig`]). Unknown keys are refused with the nearest known one; every
+//! value is checked here, once, so that what carries a [`RunConfig`] may trust it.
 
 mod check;
+mod job;
 mod keys;
 mod units;
 
+pub use job::{Config, JobConfig, JobKind, JobTable};
 pub use units::Millis;
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +16,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("{path}: cannot be read ({source}); give the path of a run's TOML file")]
+    #[error("{path}: cannot be read ({source}); give the path of a run's or job's TOML file")]
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -462,27 +464,12 @@ impl Default for Workers {
 impl RunConfig {
     /// Reads a config file and applies overrides of the form `section.key=value`.
     pub fn load(path: &std::path::Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-        Self::parse(&text, &path.display().to_string(), overrides)
+        Self::parse(&text_of(path)?, &path.display().to_string(), overrides)
     }
 
     /// Parses TOML text. `origin` names it in errors.
     pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self, ConfigError> {
-        let syntax = |origin: &str, message: String| ConfigError::Syntax { origin: origin.to_owned(), message };
-        let mut table: toml::Table = text.parse().map_err(|e| syntax(origin, words(text, &e)))?;
-        keys::check(&table, &keys::known(), origin)?;
-        if overrides.is_empty() {
-            // Straight from the text, so that the parser's errors carry line and column.
-            let config: Self = toml::from_str(text).map_err(|e| syntax(origin, words(text, &e)))?;
-            check::values(&config, origin)?;
-            return Ok(config);
-        }
-        for item in overrides {
-            keys::set(&mut table, item)?;
-            keys::check(&table, &keys::known(), &format!("--set {item}"))?;
-        }
-        let origin = format!("{origin} with --set");
-        let config: Self = table.try_into().map_err(|e: toml::de::Error| syntax(&origin, words("", &e)))?;
+        let (config, origin) = read(text, origin, overrides, &keys::known())?;
         check::values(&config, &origin)?;
         Ok(config)
     }
@@ -524,6 +511,35 @@ impl RunConfig {
     fn binding_json(&self) -> Vec<u8> {
         self.binding().to_string().into_bytes()
     }
+}
+
+/// The text of a config file.
+fn text_of(path: &std::path::Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })
+}
+
+/// Parses TOML text, applies overrides, and refuses keys that `known` lacks. Gives also what errors about values name as their origin.
+fn read<T: serde::de::DeserializeOwned>(
+    text: &str,
+    origin: &str,
+    overrides: &[String],
+    known: &toml::Table,
+) -> Result<(T, String), ConfigError> {
+    let syntax = |origin: &str, message: String| ConfigError::Syntax { origin: origin.to_owned(), message };
+    let mut table: toml::Table = text.parse().map_err(|e| syntax(origin, words(text, &e)))?;
+    keys::check(&table, known, origin)?;
+    if overrides.is_empty() {
+        // Straight from the text, so that the parser's errors carry line and column.
+        let config = toml::from_str(text).map_err(|e| syntax(origin, words(text, &e)))?;
+        return Ok((config, origin.to_owned()));
+    }
+    for item in overrides {
+        keys::set(&mut table, item)?;
+        keys::check(&table, known, &format!("--set {item}"))?;
+    }
+    let origin = format!("{origin} with --set");
+    let config = table.try_into().map_err(|e: toml::de::Error| syntax(&origin, words("", &e)))?;
+    Ok((config, origin))
 }
 
 /// A parser's error in one line: its words, and where.
