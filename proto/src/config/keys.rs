@@ -39,7 +39,8 @@ pub(super) fn check(table: &toml::Table, known: &toml::Table, origin: &str) -> R
     check_below(table, known, origin, "")
 }
 
-fn check_below(table: &toml::Table, known: &toml::Table, origin: &str, above: &str) -> Result<(), ConfigError> {
+/// The same for a table that stands under the key `above`, which ends with a dot.
+pub(super) fn check_below(table: &toml::Table, known: &toml::Table, origin: &str, above: &str) -> Result<(), ConfigError> {
     for (key, value) in table {
         let full = format!("{above}{key}");
         let Some(expected) = known.get(key) else {

@@ -1,10 +1,12 @@
-//! A run's config: `RUN.toml`, with overrides. Unknown keys are refused with the nearest known one; every value is checked here,
-//! once, so that what carries a [`RunConfig`] may trust it.
+//! A run's config: `RUN.toml`, with overrides; and a job's ([`JobConfig`]). Unknown keys are refused with the nearest known one; every
+//! value is checked here, once, so that what carries a [`RunConfig`] may trust it.
 
 mod check;
+mod job;
 mod keys;
 mod units;
 
+pub use job::{Config, JobConfig, JobKind, JobTable};
 pub use units::Millis;
 
 use serde::de::DeserializeOwned;
@@ -15,7 +17,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("{path}: cannot be read ({source}); give the path of a run's TOML file")]
+    #[error("{path}: cannot be read ({source}); give the path of a run's or job's TOML file")]
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -490,8 +492,7 @@ impl Default for Workers {
 impl RunConfig {
     /// Reads a config file and applies overrides of the form `section.key=value`.
     pub fn load(path: &std::path::Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-        Self::parse(&text, &path.display().to_string(), overrides)
+        Self::parse(&text_of(path)?, &path.display().to_string(), overrides)
     }
 
     /// Parses TOML text. `origin` names it in errors.
@@ -540,12 +541,17 @@ impl RunConfig {
     }
 }
 
+/// The text of a config file.
+fn text_of(path: &std::path::Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })
+}
+
 /// Reads a config of any kind from TOML text, with overrides of the form `section.key=value`; and how errors name its origin then. `full`
 /// has every key that exists; a table that is empty there may hold any.
 ///
 /// # Errors
 /// No TOML, a key that does not exist (with the nearest that does), or a value of another type. Rules for values are the caller's.
-pub fn read<T: Serialize + DeserializeOwned>(text: &str, origin: &str, overrides: &[String], full: &T) -> Result<(T, String), ConfigError> {
+pub fn read<T: Serialize + DeserializeOwned>(text: &str, origin: &str, overrides: &[String], full: &impl Serialize) -> Result<(T, String), ConfigError> {
     let syntax = |origin: &str, message: String| ConfigError::Syntax { origin: origin.to_owned(), message };
     let known = toml::Table::try_from(full).unwrap_or_default();
     let mut table: toml::Table = text.parse().map_err(|e| syntax(origin, words(text, &e)))?;
