@@ -12,6 +12,7 @@ use bytes::Bytes;
 use ella_store::Store;
 use serde::{Deserialize, Serialize};
 
+use crate::content::Content;
 use crate::error::DataError;
 use crate::ipc::{self, BATCH_BYTES, BATCH_ROWS};
 use crate::manifest::Manifest;
@@ -139,7 +140,7 @@ fn write_captions(captions: &[String]) -> Result<Bytes, DataError> {
 /// The captions of one file, in order. `file` names it in errors.
 pub(crate) fn read_captions(file: &str, bytes: Bytes) -> Result<Vec<String>, DataError> {
     let mut captions = Vec::new();
-    for batch in ipc::batches(file, bytes, &[(COLUMN, DataType::Utf8)])? {
+    for batch in ipc::batches(&Content::good(file, bytes), &[(COLUMN, DataType::Utf8)])? {
         let column: StringArray = ipc::column(file, &batch, COLUMN)?;
         captions.extend((0..column.len()).map(|row| column.value(row).to_owned()));
     }

@@ -96,8 +96,9 @@ impl FeatureSpec {
     /// Positions stored for a caption of that many tokens.
     pub fn stored_tokens(&self, tokens: u32) -> u32 {
         match self.padding {
-            Padding::Fixed => self.max_tokens,
-            Padding::None => tokens,
+            // A caption that is not there has no positions.
+            Padding::Fixed if tokens > 0 => self.max_tokens,
+            _ => tokens,
         }
     }
 

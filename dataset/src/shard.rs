@@ -185,7 +185,7 @@ fn columns(layout: &ShardLayout, rows: &[Row]) -> Result<Vec<ArrayRef>, ArrowErr
 }
 
 /// A row of an open shard; everything points into the shard's bytes.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug)]
 pub struct RowRef<'a> {
     /// The sample's key.
     pub key: &'a str,
@@ -199,6 +199,15 @@ pub struct RowRef<'a> {
     pub image: Option<&'a [u8]>,
     /// VAE moments `[channels, height, width]`, if stored.
     pub moments: Option<&'a [f16]>,
+    captions: &'a [StringArray],
+    at: usize,
+}
+
+impl<'a> RowRef<'a> {
+    /// Its caption in one of the layout's columns; empty where it has none. None: there is no such column.
+    pub fn caption_in(&self, column: usize) -> Option<&'a str> {
+        self.captions.get(column).map(|captions| captions.value(self.at))
+    }
 }
 
 #[derive(Debug)]
@@ -327,6 +336,8 @@ impl Batch {
             crop: pair(2),
             image: self.image.as_ref().map(|image| image.value(at)),
             moments: self.moments.as_ref().map(|(numbers, len)| &numbers.values()[at * len..(at + 1) * len]),
+            captions: &self.captions,
+            at,
         }
     }
 }

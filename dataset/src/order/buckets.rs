@@ -21,6 +21,8 @@ struct Group {
     order: Order,
     /// Each shard's number in the manifest, and the number of its first row in the data set.
     shards: Vec<(u32, u64)>,
+    /// Each shard's rows.
+    rows: Vec<u64>,
     /// Steps in an epoch.
     steps: u64,
 }
@@ -93,6 +95,32 @@ impl BucketOrder {
         shards
     }
 
+    /// The sample of a number in manifest order, if there is one.
+    pub fn sample_at(&self, index: u64) -> Option<SampleRef> {
+        let mut found = self.groups.iter().filter_map(|group| group.sample_at(index));
+        found.next()
+    }
+
+    /// The windows that a lane is in at a step or will be in next, of every size: the step that first needs each, and its shards.
+    pub fn upcoming(&self, step: u64, lane: u32) -> Vec<(u64, Vec<u32>)> {
+        let mut windows = Vec::new();
+        for (at, group) in self.groups.iter().enumerate() {
+            let own = self.taken(at, step);
+            for start in [own, group.order.next_window(own, lane)] {
+                let shards = group.order.lane_shards(start..start + 1, lane);
+                windows.push((self.global(at, start), shards.into_iter().map(|shard| group.shards[shard as usize].0).collect()));
+            }
+        }
+        windows
+    }
+
+    /// The global step of a group's own step.
+    fn global(&self, group: usize, own: u64) -> u64 {
+        let steps = self.groups[group].steps;
+        let (epoch, at) = (own / steps, own % steps);
+        epoch * self.steps + self.spread(epoch).rank(group, at)
+    }
+
     /// How many steps a group has taken, over all epochs, before a global step.
     fn taken(&self, group: usize, step: u64) -> u64 {
         let Position { epoch, step_in_epoch } = self.position(step);
@@ -129,7 +157,15 @@ impl Group {
         // A lane of its own key in every group would be possible; equal keys do no harm, as groups share no row.
         let order = Order::new(config, &rows)?;
         let steps = order.steps_per_epoch();
-        Ok(Self { order, shards, steps })
+        Ok(Self { order, shards, rows, steps })
+    }
+
+    fn sample_at(&self, index: u64) -> Option<SampleRef> {
+        let last = self.shards.partition_point(|(_, base)| *base <= index).checked_sub(1)?;
+        // Shards without rows begin where the next one does.
+        let (shard, base) = self.shards[last];
+        let row = u32::try_from(index - base).ok().filter(|row| u64::from(*row) < self.rows[last])?;
+        Some(SampleRef { shard, row, index })
     }
 
     fn in_manifest(&self, sample: SampleRef) -> SampleRef {
@@ -215,6 +251,28 @@ mod tests {
                 }
             }
             prop_assert!(seen.iter().all(|seen| *seen));
+        }
+
+        /// Every sample is found by its number, and what a step reads was among the windows that were upcoming.
+        #[test]
+        fn samples_are_found_by_number_and_windows_are_upcoming(
+            shards in prop::collection::vec((0u8..3, 0u64..9), 1..20), step in 0u64..60, lane in 0u32..3,
+        ) {
+            let total: u64 = shards.iter().map(|(_, rows)| rows).sum();
+            prop_assume!(total > 0);
+            let order = BucketOrder::new(config(3, 2, 2), &shards).unwrap();
+            let mut index = 0;
+            for (shard, (_, rows)) in (0..).zip(&shards) {
+                for row in 0..*rows as u32 {
+                    prop_assert_eq!(order.sample_at(index), Some(SampleRef { shard, row, index }));
+                    index += 1;
+                }
+            }
+            prop_assert_eq!(order.sample_at(total), None);
+            let upcoming = order.upcoming(step, lane);
+            let read = order.lane(step, lane);
+            prop_assert!(upcoming.iter().all(|(at, _)| *at >= step));
+            prop_assert!(read.iter().all(|sample| upcoming.iter().any(|(_, shards)| shards.contains(&sample.shard))));
         }
 
         /// What a lane reads in some steps is among the shards named for them.
