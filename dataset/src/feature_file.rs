@@ -138,7 +138,7 @@ impl FeatureReader {
             let features: LargeListArray = ipc::column(file, &batch, "features")?;
             for (row, (&tokens, range)) in tokens.values().iter().zip(features.offsets().windows(2)).enumerate() {
                 let (expected, found) = (i64::from(spec.stored_tokens(tokens)) * i64::from(spec.width), range[1] - range[0]);
-                if expected != found || tokens == 0 || tokens > spec.max_tokens {
+                if expected != found || tokens > spec.max_tokens {
                     let row = index.rows() + row;
                     let what = format!("column features: row {row} of {tokens} tokens: expected {expected} numbers, found {found}");
                     return Err(DataError::Arrow { file: file.to_owned(), what });
