@@ -1,6 +1,6 @@
 //! The data plane: what a worker does. Feed ([`feed`]) → step ([`train`]) → reduce ([`reduce`]) → commit ([`commit`]), under a
-//! coordinator ([`control`], [`session`]); the text encoder's features ([`text`], [`embed`]); and captions from a model elsewhere
-//! ([`caption`]).
+//! coordinator ([`control`], [`session`]); units of a job, alone or under a coordinator ([`job`]): data sets ([`prepare`]), features
+//! ([`embed`], [`text`]), and captions from a model elsewhere ([`caption`]).
 
 pub mod caption;
 pub mod commit;
@@ -10,9 +10,12 @@ pub mod embed;
 pub mod feed;
 mod http;
 pub mod hub;
+pub mod job;
+pub mod latents;
 pub mod meter;
 pub mod models;
 pub mod noise;
+pub mod prepare;
 pub mod reduce;
 pub mod session;
 pub mod text;
