@@ -27,7 +27,7 @@ pub use error::DataError;
 pub use feature_file::{FeatureReader, FeatureWriter};
 pub use features::{FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, Padding};
 pub use manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, Settings, ShardEntry, SourceEntry};
-pub use picture::{Picture, PictureRules, cut, decode_rgb, encode_jpeg};
+pub use picture::{Crop, Encoding, Picture, PictureRules, SDXL_BUCKETS, Scratch, buckets, cut, decode_rgb, encode};
 pub use plan::{PLAN, Plan, REPORT, UnitRecord};
 pub use prepare::{LatentEncoder, PrepareOptions, Progress, Watch, Work, prepare, prepare_unit};
 pub use report::{Refusal, Refused, Report};

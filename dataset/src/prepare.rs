@@ -12,7 +12,6 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::Bytes;
 use ella_store::Store;
-use fast_image_resize::Resizer;
 use half::f16;
 use rayon::prelude::*;
 use tokio::runtime::Handle;
@@ -21,7 +20,7 @@ use tokio::task::JoinHandle;
 use crate::caption;
 use crate::error::DataError;
 use crate::manifest::{LatentSpec, SCHEMA, Settings, ShardEntry, SourceEntry};
-use crate::picture::{self, PictureRules};
+use crate::picture::{self, Crop, Encoding, PictureRules, Scratch};
 use crate::plan::{KeyIndex, Plan, UnitRecord, create_file};
 use crate::report::{Refusal, Report};
 use crate::shard::{Row, ShardLayout, ShardReader, ShardWriter};
@@ -262,8 +261,8 @@ impl Unit {
             }
             let (settings, latents) = (&self.settings, self.encoder.is_some());
             let judged: Vec<_> = self.pool.install(|| {
-                let each = |resizer: &mut Resizer, sample| judge(sample, settings, latents, resizer);
-                samples.into_par_iter().map_init(Resizer::new, each).collect()
+                let each = |sample| Scratch::of_thread(|scratch| judge(sample, settings, latents, scratch));
+                samples.into_par_iter().map(each).collect()
             });
             for (key, result) in judged {
                 self.take(key, result)?;
@@ -365,12 +364,12 @@ fn same_samples(a: &Bytes, b: &Bytes, layout: ShardLayout) -> bool {
 }
 
 /// Filters one sample and makes its picture. Pure: this is what runs on all cores.
-fn judge(sample: Sample, settings: &Settings, latents: bool, resizer: &mut Resizer) -> (String, Result<Kept, Refusal>) {
-    let kept = try_keep(&sample, settings, latents, resizer);
+fn judge(sample: Sample, settings: &Settings, latents: bool, scratch: &mut Scratch) -> (String, Result<Kept, Refusal>) {
+    let kept = try_keep(&sample, settings, latents, scratch);
     (sample.key, kept)
 }
 
-fn try_keep(sample: &Sample, settings: &Settings, latents: bool, resizer: &mut Resizer) -> Result<Kept, Refusal> {
+fn try_keep(sample: &Sample, settings: &Settings, latents: bool, scratch: &mut Scratch) -> Result<Kept, Refusal> {
     if !sample.key_is_utf8 {
         return Err(Refusal::KeyNotUtf8);
     }
@@ -380,9 +379,20 @@ fn try_keep(sample: &Sample, settings: &Settings, latents: bool, resizer: &mut R
         Member::Data(bytes) => bytes,
     };
     let caption = caption::of_sample(sample, settings)?;
-    let rules = PictureRules { resolution: settings.resolution, min_edge: settings.min_edge, max_pixels: settings.max_pixels };
-    let picture = picture::cut(bytes, &rules, resizer)?;
-    let image = if settings.images { picture::encode_jpeg(&picture.rgb, settings.resolution, settings.jpeg_quality)? } else { Vec::new() };
+    let size = (settings.resolution, settings.resolution);
+    let rules = PictureRules {
+        sizes: &[size],
+        crop: Crop::Centre,
+        min_edge: settings.min_edge,
+        max_aspect: None,
+        min_area: None,
+        max_area: None,
+        max_pixels: settings.max_pixels,
+        phash: false,
+    };
+    let picture = picture::cut(bytes, &sample.key, &rules, scratch)?;
+    let encoding = Encoding::Jpeg { quality: settings.jpeg_quality };
+    let image = if settings.images { picture::encode(&picture.rgb, picture.size, encoding, scratch)? } else { Vec::new() };
     let row = Row { caption, original: picture.original, crop: picture.crop, image, ..Row::default() };
     Ok(Kept { row, rgb: if latents { picture.rgb } else { Vec::new() } })
 }

@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Refusal {
+    /// More pixels than the setting allows, or fewer.
+    Area,
+    /// Longer and thinner than the setting allows.
+    Aspect,
     /// The caption is there, but has no words.
     CaptionEmpty,
     /// The `.json` file is not JSON, or its caption is not a string.
@@ -23,11 +27,13 @@ pub enum Refusal {
     CaptionShort,
     /// An earlier sample of the same source has this key.
     DuplicateKey,
+    /// More than one frame.
+    ImageAnimated,
     /// No jpg, jpeg, png or webp.
     ImageMissing,
-    /// More pixels or bytes than are decoded.
+    /// More pixels or bytes than are decoded, or more than can be decoded in bounded memory.
     ImageTooLarge,
-    /// Truncated, corrupt, or not a JPEG, PNG or WebP picture at all.
+    /// Truncated, corrupt, or not a JPEG, PNG, WebP or GIF picture at all.
     ImageUndecodable,
     /// The name in the tar is not UTF-8.
     KeyNotUtf8,
