@@ -19,7 +19,9 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
-use crate::manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, SourceEntry, at, canonical, parse, pretty, read, validate_shards};
+use crate::manifest::{
+    LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, SourceEntry, at, canonical, parse, pretty, read, validate_shards,
+};
 use crate::report::Report;
 use crate::settings::Settings;
 use crate::source::{Piece, Source, SourceKind};
@@ -111,13 +113,14 @@ impl Plan {
 
     /// The parts in order.
     pub fn parts(&self) -> Vec<Part<'_>> {
-        let of = |(source, planned): (usize, &'_ PlannedSource)| -> Vec<Part<'_>> {
-            if planned.kind == SourceKind::Tar {
-                return vec![Part { source, piece: None }];
+        let mut parts = Vec::new();
+        for (source, planned) in self.sources.iter().enumerate() {
+            match planned.kind {
+                SourceKind::Tar => parts.push(Part { source, piece: None }),
+                _ => parts.extend(planned.pieces.iter().map(|piece| Part { source, piece: Some(piece) })),
             }
-            planned.pieces.iter().map(|piece| Part { source, piece: Some(piece) }).collect()
-        };
-        self.sources.iter().enumerate().flat_map(of).collect()
+        }
+        parts
     }
 
     /// The name of a part's files, made from its input: settings, place, the source's name and part, and what is left out of it. `bytes` is a

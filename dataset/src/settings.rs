@@ -12,7 +12,7 @@ use crate::picture::{Crop, Encoding, SDXL_BUCKETS, buckets};
 use crate::source::{Field, Fields};
 
 /// Fields that hold a sample's caption where none is named, in this order.
-pub const CAPTION_FIELDS: [&str; 3] = ["txt", "caption", "text"];
+pub(crate) const CAPTION_FIELDS: [&str; 3] = ["txt", "caption", "text"];
 
 /// How samples are filtered, and what becomes of them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -334,7 +334,12 @@ impl Settings {
             None => Ok(()),
             Some(Buckets::Sdxl) => rule(self.resolution == 1024, "resolution", "1024 for SDXL's buckets", self.resolution),
             Some(Buckets::Step { step, max_aspect }) => {
-                rule(step.is_multiple_of(8) && step >= 8 && step <= self.resolution, "buckets", "a multiple of 8, at most the resolution", step)?;
+                rule(
+                    step.is_multiple_of(8) && step >= 8 && step <= self.resolution,
+                    "buckets",
+                    "a multiple of 8, at most the resolution",
+                    step,
+                )?;
                 rule((1.0..=16.0).contains(&max_aspect), "bucket aspect", "1 to 16", max_aspect)
             }
         }

@@ -296,7 +296,8 @@ impl ShardReader {
     pub fn caption(&self, row: usize, column: usize) -> Result<&str, DataError> {
         let (batch, at) = self.find(row)?;
         batch.small.iter().try_for_each(|part| self.content.check(part.clone()))?;
-        let unknown = || DataError::Arrow { file: self.content.name().to_owned(), what: format!("has no column of captions number {column}") };
+        let unknown =
+            || DataError::Arrow { file: self.content.name().to_owned(), what: format!("has no column of captions number {column}") };
         batch.captions.get(column).map(|captions| captions.value(at)).ok_or_else(unknown)
     }
 

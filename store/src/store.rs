@@ -250,6 +250,22 @@ impl Store {
         Ok(found)
     }
 
+    /// The objects directly in the folder `prefix`, sorted by key: what lies deeper is not looked at.
+    ///
+    /// # Errors
+    /// Any of [`StoreError`] but `NotFound`.
+    pub async fn files(&self, prefix: &str) -> Result<Vec<Meta>, StoreError> {
+        let (path, place) = (self.folder_path(prefix)?, self.place(Operation::List, prefix));
+        let mut found = self
+            .listing(place, || async {
+                let listed = self.object().list_with_delimiter(Some(&path)).await?;
+                Ok(listed.objects.iter().map(|meta| self.meta(meta)).collect())
+            })
+            .await?;
+        found.sort_by(|a: &Meta, b: &Meta| a.key.cmp(&b.key));
+        Ok(found)
+    }
+
     /// Retries a listing, and takes a missing folder for an empty one.
     async fn listing<T, F, Fut>(&self, place: Place<'_>, list: F) -> Result<Vec<T>, StoreError>
     where

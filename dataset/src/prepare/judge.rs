@@ -128,6 +128,9 @@ impl Judge {
     }
 
     fn judge_key(&self, key: &str, sample: &Sample) -> Result<(), Refusal> {
+        if let Some(why) = &sample.refused {
+            return Err(why.clone());
+        }
         if !sample.key_is_utf8 {
             return Err(Refusal::KeyNotUtf8);
         }

@@ -122,7 +122,11 @@ impl Preparation {
     /// A preparation of sources into a folder. The options must be those that the settings name.
     pub fn new(sources: Vec<Source>, settings: Settings, options: PrepareOptions, out: Store) -> Result<Preparation, DataError> {
         let digests = [
-            ("caption_tokens.tokenizer", settings.filters.caption_tokens.as_ref().map(|r| r.tokenizer), options.tokens.as_ref().map(|t| t.digest())),
+            (
+                "caption_tokens.tokenizer",
+                settings.filters.caption_tokens.as_ref().map(|r| r.tokenizer),
+                options.tokens.as_ref().map(|t| t.digest()),
+            ),
             ("allow", settings.filters.allow, options.allow.as_ref().and_then(|list| list.digest())),
             ("deny", settings.filters.deny, options.deny.as_ref().and_then(|list| list.digest())),
         ];
@@ -141,9 +145,8 @@ impl Preparation {
         plan.claim(&self.out).await?;
         let plan = self.plan.get_or_init(|| async { plan }).await;
         let there = self.out.list(SHARDS).await?;
-        let whole = |shard: &ShardEntry| {
-            there.binary_search_by(|meta| meta.key.cmp(&shard.name)).is_ok_and(|at| there[at].bytes == shard.bytes)
-        };
+        let whole =
+            |shard: &ShardEntry| there.binary_search_by(|meta| meta.key.cmp(&shard.name)).is_ok_and(|at| there[at].bytes == shard.bytes);
         let left_out = self.read_left_out().await?.unwrap_or_default();
         // Once a data set is whole, first attempts at parts with duplicates are not needed, and gone.
         let finished = read(&self.out, MANIFEST).await?.is_some();
@@ -192,7 +195,7 @@ impl Preparation {
         let read = reading.await.map_err(|e| stopped(e.to_string()))??;
         match read {
             Some(read) if read.blake3 == record.source.blake3 => Ok(()),
-            Some(read) => Err(DataError::SourceChanged { source_name: name, expected: bytes, found: read.bytes }),
+            Some(read) => Err(DataError::SourceReplaced { source_name: name, expected: bytes, found: read.bytes }),
             None => Err(stopped("reading ended early".into())),
         }
     }
@@ -205,7 +208,8 @@ impl Preparation {
         let plan = self.planned().await?;
         let parts = plan.parts();
         let mut finder = Finder::new(plan.settings.duplicates);
-        let records = parts.iter().enumerate().map(|(index, part)| async move { Ok::<_, DataError>((index, self.done(index, part, &[]).await?)) });
+        let records =
+            parts.iter().enumerate().map(|(index, part)| async move { Ok::<_, DataError>((index, self.done(index, part, &[]).await?)) });
         let mut records = stream::iter(records).buffered(READ_AT_ONCE);
         while let Some((index, record)) = records.try_next().await? {
             finder.add(index as u32, &record);
@@ -273,8 +277,7 @@ impl Preparation {
     }
 
     fn prefix(&self, source: &Source) -> String {
-        let stem = source.file_name().rsplit_once('.').map_or(source.file_name(), |(stem, _)| stem);
-        if self.settings.key_prefix { format!("{stem}/") } else { String::new() }
+        if self.settings.key_prefix { format!("{}/", source.stem()) } else { String::new() }
     }
 
     /// Whether a record's shards are there, by name and size. One that was lost is made again: its bytes are given by its input.
@@ -327,7 +330,7 @@ impl Preparation {
         let Some(other) = records.iter().find(|meta| meta.key.starts_with(&own)) else { return Ok(()) };
         let other = other.key.trim_start_matches(UNITS).trim_matches('/').trim_end_matches(".json");
         let expected = UnitRecord::load(other, &self.out).await?.map_or(0, |record| record.source.bytes);
-        Err(DataError::SourceChanged { source_name: source.name().to_owned(), expected, found: source.bytes() })
+        Err(DataError::SourceReplaced { source_name: source.name().to_owned(), expected, found: source.bytes() })
     }
 
     async fn read_left_out(&self) -> Result<Option<LeftOuts>, DataError> {
@@ -388,19 +391,6 @@ fn piece_of(source: &Source, part: &Part<'_>) -> Piece {
     part.piece.cloned().unwrap_or_else(|| Piece { rows: 0..0, bytes: 0..source.bytes() })
 }
 
-/// How far preparing has come.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Parts finished.
-    pub parts_done: usize,
-    /// Parts in all.
-    pub parts: usize,
-    /// Samples read so far.
-    pub read: u64,
-    /// Samples kept so far.
-    pub kept: u64,
-}
-
 /// Prepares sources into a data set, here, one part after another. Finished parts are skipped, so that the same call after an
 /// interruption goes on, and makes the same bytes. Must run in a tokio runtime.
 pub async fn prepare(sources: &[Source], out: &Store, settings: &Settings, options: &PrepareOptions) -> Result<Report, DataError> {
@@ -418,4 +408,3 @@ pub async fn prepare(sources: &[Source], out: &Store, settings: &Settings, optio
     }
     preparation.finish().await
 }
-
