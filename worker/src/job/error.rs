@@ -46,7 +46,9 @@ pub enum JobEnd {
         permanent: bool,
     },
     /// The coordinator is gone, and none came in its place.
-    #[error("no coordinator has answered at {url} for {seconds} s (job.orphan_timeout; {why}); start the job again: what is done stays done")]
+    #[error(
+        "no coordinator has answered at {url} for {seconds} s (job.orphan_timeout; {why}); start the job again: what is done stays done"
+    )]
     Orphaned {
         /// Where.
         url: String,

@@ -5,11 +5,14 @@ use super::{Job, JobEnd, JobError};
 use crate::control::{self, ControlError, Link};
 use crate::train::Ending;
 use ella_proto::config::JobConfig;
-use ella_proto::v1::{Failed, FailureKind, Finished, JobOver, LeaseRequest, Outcome, RefusedReason, ToWorker, from_worker, to_worker};
+use ella_proto::v1::{
+    Failed, FailureKind, Finished, Hello, JobOver, LeaseRequest, Outcome, RefusedReason, ToWorker, Welcome, from_worker, to_worker,
+};
 use futures::StreamExt as _;
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 /// The first and the longest pause between two tries to reach a coordinator that is gone.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
@@ -31,7 +34,7 @@ where
     Leased { url: url.to_owned(), slots, stop }.work(link, move || make(&config)).await
 }
 
-pub(super) fn identity() -> Result<ella_proto::v1::Hello, JobEnd> {
+pub(super) fn identity() -> Result<Hello, JobEnd> {
     control::identity().map_err(|error| JobEnd::System(error.to_string()))
 }
 
@@ -49,7 +52,7 @@ impl Leased {
     where
         M: FnOnce() -> Result<Box<dyn Job>, JobError> + Send + 'static,
     {
-        let Some(made) = self.make(&link, make).await else { return Ok(Ending::Preempted) };
+        let Some(made) = self.make(link.beating(), make).await else { return Ok(Ending::Preempted) };
         match made {
             Ok(job) => {
                 let mut hand = Hand::new(job, self.slots);
@@ -64,12 +67,11 @@ impl Leased {
         }
     }
 
-    /// None if it is told to leave first.
-    async fn make<M>(&self, link: &Link, make: M) -> Option<Result<Box<dyn Job>, JobError>>
+    /// Makes the job while signs of life are sent. None if it is told to leave first.
+    async fn make<M>(&self, _beats: AbortOnDropHandle<()>, make: M) -> Option<Result<Box<dyn Job>, JobError>>
     where
         M: FnOnce() -> Result<Box<dyn Job>, JobError> + Send + 'static,
     {
-        let _beats = link.beating();
         tokio::select! {
             biased;
             () = self.stop.cancelled() => None,
@@ -89,7 +91,7 @@ impl Leased {
                 }
                 Served::Lost(why) => {
                     tracing::warn!("the coordinator is gone ({why}); what is in hand goes on, and the next one is looked for");
-                    match self.again(link).await? {
+                    match self.again(link.welcome.clone()).await? {
                         Some(next) => *link = next,
                         None => return Ok(Ending::Preempted),
                     }
@@ -99,12 +101,12 @@ impl Leased {
     }
 
     /// A link to the coordinator that is in the old one's place, or to the old one; none if told to leave.
-    async fn again(&self, old: &Link) -> Result<Option<Link>, JobEnd> {
-        let orphan = Duration::from_millis(old.welcome.orphan_ms);
+    async fn again(&self, old: Welcome) -> Result<Option<Link>, JobEnd> {
+        let orphan = Duration::from_millis(old.orphan_ms);
         let until = Instant::now() + orphan;
         let mut pause = PAUSES.0;
         loop {
-            let hello = ella_proto::v1::Hello { config_digest: old.welcome.config_digest.clone(), ..identity()? };
+            let hello = Hello { config_digest: old.config_digest.clone(), ..identity()? };
             let opened = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Ok(None),

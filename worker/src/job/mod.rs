@@ -14,8 +14,8 @@ mod tell;
 
 pub use ella_coordinator::job::{MOST_SLOTS, PLAN};
 pub use error::{JobEnd, JobError};
-pub use leased::run_leased;
 pub(crate) use leased::Leased;
+pub use leased::run_leased;
 pub use local::run_local;
 pub use tell::Tell;
 
