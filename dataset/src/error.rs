@@ -255,3 +255,14 @@ pub enum DataError {
         what: String,
     },
 }
+
+impl DataError {
+    /// Whether it would come again wherever and whenever the same is tried: input or settings that can't be used. Else it may pass.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            DataError::Store(error) => error.is_permanent(),
+            DataError::Io { .. } | DataError::Latents(_) | DataError::Stopped { .. } | DataError::Crowded { .. } => false,
+            _ => true,
+        }
+    }
+}

@@ -191,10 +191,12 @@ impl<K: Kind> Sidecar<K> {
     /// The files that have a record, whether or not they are there.
     pub(crate) async fn recorded(&self) -> Result<Vec<ShardEntry>, DataError> {
         let there = self.folder.list("").await?;
-        let has = |stem: &&str| there.binary_search_by(|meta| meta.key.as_str().cmp(format!("{stem}.json").as_str())).is_ok();
-        let stems = (0..self.data.shards.len()).map(|shard| self.stem(shard)).chain(K::EXTRA.iter().copied()).filter(has);
-        let records = stems.map(|stem| self.record(stem));
-        let records: Vec<Option<FileRecord>> = stream::iter(records).buffered(READ_AT_ONCE).try_collect().await?;
+        let has = &|stem: &str| there.binary_search_by(|meta| meta.key.as_str().cmp(format!("{stem}.json").as_str())).is_ok();
+        let records = stream::iter(0..self.files()).map(|file| async move {
+            let stem = self.file_stem(file);
+            if has(stem) { self.record(stem).await } else { Ok(None) }
+        });
+        let records: Vec<Option<FileRecord>> = records.buffered(READ_AT_ONCE).try_collect().await?;
         Ok(records.into_iter().flatten().map(|record| record.file).collect())
     }
 
@@ -207,9 +209,11 @@ impl<K: Kind> Sidecar<K> {
             return Ok(manifest);
         }
         self.check_complete().await?;
-        let stems = (0..self.data.shards.len()).map(|shard| self.stem(shard)).chain(K::EXTRA.iter().copied());
-        let read = stems.map(|stem| async move { self.record(stem).await?.ok_or_else(|| self.incomplete(vec![stem.to_owned()])) });
-        let records: Vec<FileRecord> = stream::iter(read).buffered(READ_AT_ONCE).try_collect().await?;
+        let records = stream::iter(0..self.files()).map(|file| async move {
+            let stem = self.file_stem(file);
+            self.record(stem).await?.ok_or_else(|| self.incomplete(vec![stem.to_owned()]))
+        });
+        let records: Vec<FileRecord> = records.buffered(READ_AT_ONCE).try_collect().await?;
         let mut counts = Counts::new();
         for (name, count) in records.iter().flat_map(|record| &record.counts) {
             *counts.entry(name.clone()).or_default() += count;
@@ -261,9 +265,22 @@ impl<K: Kind> Sidecar<K> {
             missing.truncate(NAMED);
             missing.push("…".into());
         }
-        let total = self.data.shards.len() + K::EXTRA.len();
+        let total = self.files();
         let folder = self.folder.url().to_owned();
         DataError::SidecarIncomplete { folder, missing_count, total, missing: missing.join(", "), hint: K::HINT }
+    }
+
+    /// How many files there should be: one for every shard, and the further ones.
+    fn files(&self) -> usize {
+        self.data.shards.len() + K::EXTRA.len()
+    }
+
+    /// The name of a file without extension, further ones after the shards'.
+    fn file_stem(&self, file: usize) -> &str {
+        match file.checked_sub(self.data.shards.len()) {
+            None => self.stem(file),
+            Some(extra) => K::EXTRA.get(extra).copied().unwrap_or_default(),
+        }
     }
 
     /// A shard's name without folder and extension.

@@ -150,9 +150,9 @@ impl Preparation {
         let left_out = self.read_left_out().await?.unwrap_or_default();
         // Once a data set is whole, first attempts at parts with duplicates are not needed, and gone.
         let finished = read(&self.out, MANIFEST).await?.is_some();
-        let parts = plan.parts();
-        let looks = parts.iter().enumerate().map(|(index, part)| async move { Ok((index, self.record(index, part, &[]).await?)) });
-        let mut looks = stream::iter(looks).buffered(READ_AT_ONCE);
+        let parts = &plan.parts();
+        let looks = stream::iter(0..parts.len()).map(|index| async move { Ok((index, self.record(index, &parts[index], &[]).await?)) });
+        let mut looks = looks.buffered(READ_AT_ONCE);
         let mut todo = ToDo::default();
         while let Some((index, first)) = looks.try_next().await.map_err(|e: DataError| e)? {
             let part = &parts[index];
@@ -206,11 +206,11 @@ impl Preparation {
             return Ok(there.parts.into_keys().collect());
         }
         let plan = self.planned().await?;
-        let parts = plan.parts();
+        let parts = &plan.parts();
         let mut finder = Finder::new(plan.settings.duplicates);
-        let records =
-            parts.iter().enumerate().map(|(index, part)| async move { Ok::<_, DataError>((index, self.done(index, part, &[]).await?)) });
-        let mut records = stream::iter(records).buffered(READ_AT_ONCE);
+        let records = stream::iter(0..parts.len());
+        let records = records.map(|index| async move { Ok::<_, DataError>((index, self.done(index, &parts[index], &[]).await?)) });
+        let mut records = records.buffered(READ_AT_ONCE);
         while let Some((index, record)) = records.try_next().await? {
             finder.add(index as u32, &record);
         }
@@ -227,9 +227,10 @@ impl Preparation {
     pub async fn finish(&self) -> Result<Report, DataError> {
         let plan = self.planned().await?;
         let left_out = self.left_outs().await?;
-        let parts = plan.parts();
-        let records = parts.iter().enumerate().map(|(index, part)| async move { self.done(index, part, &left_out.keys(index)).await });
-        let mut records = stream::iter(records).buffered(READ_AT_ONCE);
+        let parts = &plan.parts();
+        let records = stream::iter(0..parts.len());
+        let records = records.map(|index| async move { self.done(index, &parts[index], &left_out.keys(index)).await });
+        let mut records = records.buffered(READ_AT_ONCE);
         let (mut report, mut sources, mut shards) = (Report::default(), Vec::new(), Vec::new());
         while let Some(record) = records.try_next().await? {
             sources.push(record.source);

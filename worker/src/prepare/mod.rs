@@ -1,5 +1,7 @@
 //! `ella prepare` as a job: its settings as people type them and as a job's config carries them, and what they come to.
 
+mod job;
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::{self, NoDevice};
 use crate::latents::VaeLatents;
 use crate::models;
+pub use job::{PrepareJob, make};
 
 /// More tokens than these are not told apart: no encoder takes so many.
 const MOST_TOKENS: usize = 1 << 16;
