@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use ella_dataset::{CaptionManifest, CaptionSet, DataSet, FeatureManifest, FeatureSet, MANIFEST, REPORT, Report, captions_in, features_in};
+use ella_dataset::{CaptionManifest, CaptionSet, DataSet, Encoding, FeatureManifest, FeatureSet, MANIFEST, REPORT, Report, captions_in, features_in};
 use ella_store::Store;
 use serde::Serialize;
 
@@ -63,7 +63,10 @@ impl DataFacts {
             None => None,
         };
         let refused = report.iter().flat_map(|report| &report.refused).map(|(why, keys)| (why.to_string(), keys.len() as u64)).collect();
-        let images = manifest.settings.as_ref().filter(|settings| settings.images).map(|settings| settings.encoding.to_string());
+        let images = manifest.settings.as_ref().filter(|settings| settings.images).map(|settings| match settings.encoding {
+            Encoding::Jpeg { quality } => format!("JPEG of quality {quality}"),
+            Encoding::Webp { quality } => format!("WebP of quality {quality}"),
+        });
         Ok(Self {
             data: store.url().to_owned(),
             digest: manifest.digest().to_string(),

@@ -7,20 +7,29 @@ use std::sync::PoisonError;
 use async_trait::async_trait;
 use ella_dataset::{DataError, Preparation, Report, UnitWatch};
 use ella_proto::config::{Device, JobConfig};
+use ella_store::Store;
 use tokio::runtime::Handle;
 
 use super::{PrepareError, PrepareSettings};
 use crate::job::{Job, JobError, PLAN, Tell};
 
+/// The job's config, in the data set's folder: how the data set can be prepared again.
+pub const CONFIG: &str = "prepare.toml";
+
 /// Prepares a data set, unit by unit.
 #[derive(Debug)]
-pub struct PrepareJob(Preparation);
+pub struct PrepareJob {
+    preparation: Preparation,
+    out: Store,
+    config: String,
+}
 
 /// Makes the job of a config. It blocks, in a tokio runtime.
 pub fn make(config: &JobConfig, device: Device) -> Result<Box<dyn Job>, JobError> {
     let settings = config.settings(&PrepareSettings::full()).map_err(JobError::permanent)?;
     let preparation = Handle::current().block_on(settings.preparation(&config.job.data, device));
-    Ok(Box::new(PrepareJob(preparation?)))
+    let out = Store::open(&config.job.data).map_err(DataError::from)?;
+    Ok(Box::new(PrepareJob { preparation: preparation?, out, config: config.to_toml() }))
 }
 
 impl From<PrepareError> for JobError {
@@ -71,26 +80,27 @@ impl Job for PrepareJob {
         let one = |unit: &str| vec![unit.to_owned()];
         match Unit::parse(unit).ok_or_else(unknown)? {
             Unit::Plan => {
-                let todo = self.0.plan().await?;
+                let todo = self.preparation.plan().await?;
+                self.out.put(CONFIG, self.config.clone().into()).await.map_err(DataError::from)?;
                 let units = todo.parts.iter().map(|part| format!("part {part}")).chain(todo.check.iter().map(|part| format!("check {part}")));
                 Ok(Some(units.collect::<Vec<_>>()).filter(|units| !units.is_empty()).unwrap_or_else(|| one("resolve")))
             }
             Unit::Part(part) => {
-                let record = self.watched(tell, |watch| self.0.part(part, watch)).await?;
+                let record = self.watched(tell, |watch| self.preparation.part(part, watch)).await?;
                 count(&record.report, tell);
                 Ok(one("resolve"))
             }
-            Unit::Check(part) => self.0.check(part).await.map(|()| one("resolve")).map_err(JobError::from),
+            Unit::Check(part) => self.preparation.check(part).await.map(|()| one("resolve")).map_err(JobError::from),
             Unit::Resolve => {
-                let again: Vec<String> = self.0.resolve().await?.into_iter().map(|part| format!("again {part}")).collect();
+                let again: Vec<String> = self.preparation.resolve().await?.into_iter().map(|part| format!("again {part}")).collect();
                 Ok(if again.is_empty() { one("finish") } else { again })
             }
             Unit::Again(part) => {
-                self.watched(tell, |watch| self.0.again(part, watch)).await?;
+                self.watched(tell, |watch| self.preparation.again(part, watch)).await?;
                 Ok(one("finish"))
             }
             Unit::Finish => {
-                let report = self.0.finish().await?;
+                let report = self.preparation.finish().await?;
                 tell.count("prepared", report.kept);
                 Ok(Vec::new())
             }

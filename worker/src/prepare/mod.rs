@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::{self, NoDevice};
 use crate::latents::VaeLatents;
 use crate::models;
-pub use job::{PrepareJob, make};
+pub use job::{CONFIG, PrepareJob, make};
 
 /// More tokens than these are not told apart: no encoder takes so many.
 const MOST_TOKENS: usize = 1 << 16;
@@ -247,12 +247,25 @@ impl PrepareSettings {
         }
     }
 
+    /// Checks what can be checked without reading anything.
+    ///
+    /// # Errors
+    /// If what was given does not go together, or is out of its range.
+    pub fn check(&self) -> Result<(), PrepareError> {
+        self.check_tokens()?;
+        if self.sources.is_empty() {
+            return Err(PrepareError::Usage("no source was given; name tars, Parquet files, lists or folders of them".into()));
+        }
+        Ok(self.settings()?.check()?)
+    }
+
     /// Finds the sources, loads what was named, and makes the preparation into `data`. Must run in a tokio runtime; loads models on the
     /// calling thread.
     ///
     /// # Errors
     /// If what was given does not go together, or a source, list or model can't be used.
     pub async fn preparation(&self, data: &str, choice: Choice) -> Result<Preparation, PrepareError> {
+        self.check()?;
         let mut settings = self.settings()?;
         let (tokens, allow, deny) = (self.tokens()?, key_list(self.allow.as_deref()).await?, key_list(self.deny.as_deref()).await?);
         settings.filters.allow = allow.as_ref().and_then(|list| list.digest());
@@ -267,9 +280,6 @@ impl PrepareSettings {
     }
 
     async fn find_sources(&self) -> Result<Vec<Source>, PrepareError> {
-        if self.sources.is_empty() {
-            return Err(PrepareError::Usage("no source was given; name tars, Parquet files, lists or folders of them".into()));
-        }
         let options = SourceOptions { image_column: self.image_column.clone(), key_column: self.key_column.clone() };
         Ok(Source::find_all(&self.sources, &options).await?)
     }
@@ -314,8 +324,14 @@ impl PrepareSettings {
 
     fn filters(&self) -> Result<Filters, PrepareError> {
         let usual = Filters::new(self.resolution);
+        // Buckets have shorter sides than the square.
+        let shortest = |buckets: Buckets| {
+            let sizes = Settings { buckets: Some(buckets), ..Settings::new(self.resolution) }.sizes();
+            sizes.into_iter().map(|(width, height)| width.min(height)).min()
+        };
+        let least = self.buckets()?.and_then(shortest).unwrap_or(usual.min_edge);
         Ok(Filters {
-            min_edge: self.min_edge.unwrap_or(usual.min_edge),
+            min_edge: self.min_edge.unwrap_or(least),
             max_aspect: self.max_aspect,
             min_area: self.min_area,
             max_area: self.max_area,
@@ -328,12 +344,14 @@ impl PrepareSettings {
     }
 
     fn tokens(&self) -> Result<Option<Arc<dyn TokenCounter>>, PrepareError> {
+        let Some(model) = &self.tokenizer else { return Ok(None) };
+        Ok(Some(Arc::new(Tokens::load(&models::locate("--tokenizer", model)?)?)))
+    }
+
+    fn check_tokens(&self) -> Result<(), PrepareError> {
         let bounded = self.min_caption_tokens.is_some() || self.max_caption_tokens.is_some();
-        match (&self.tokenizer, bounded) {
-            (None, false) => Ok(None),
-            (Some(model), true) => Ok(Some(Arc::new(Tokens::load(&models::locate("--tokenizer", model)?)?))),
-            _ => Err(PrepareError::Usage("--tokenizer goes with --min-caption-tokens or --max-caption-tokens, and they with it".into())),
-        }
+        let why = "--tokenizer goes with --min-caption-tokens or --max-caption-tokens, and they with it";
+        if bounded == self.tokenizer.is_some() { Ok(()) } else { Err(PrepareError::Usage(why.into())) }
     }
 
     fn latents(&self, settings: &Settings, choice: Choice) -> Result<Option<Arc<dyn LatentEncoder>>, PrepareError> {
@@ -414,7 +432,8 @@ mod tests {
         let error = |change: fn(&mut PrepareSettings)| {
             let mut settings = PrepareSettings::default();
             change(&mut settings);
-            settings.settings().map(|_| ()).and_then(|()| settings.tokens().map(|_| ())).unwrap_err()
+            settings.sources.push("x.tar".into());
+            settings.check().unwrap_err()
         };
         assert!(error(|s| s.buckets = Some("many".into())).to_string().contains("--buckets"));
         assert!(error(|s| s.min_caption_tokens = Some(3)).to_string().contains("--tokenizer"));
