@@ -9,21 +9,19 @@ use crate::error::DataError;
 use crate::manifest::{Manifest, Settings, ShardEntry, SourceEntry};
 use crate::report::{Refusal, Refused, Report};
 use crate::shard::{Row, ShardLayout, ShardWriter};
-use crate::source::{Member, Sample};
+use crate::source::{Field, Sample};
 
 /// Files larger than this are not captions.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
+/// Where a caption is looked for if no field is named, in this order.
+const FIELDS: [&str; 3] = ["txt", "caption", "text"];
+
 /// The caption of a sample, without white space around it, if it is accepted.
 pub(crate) fn of_sample(sample: &Sample, settings: &Settings) -> Result<String, Refusal> {
-    let caption = match (&settings.caption_field, &sample.text) {
-        (None, Member::Data(text)) => text_of(text)?,
-        (None, Member::TooLarge) => return Err(Refusal::CaptionLong),
-        (field, _) => match &sample.json {
-            Member::Absent => return Err(Refusal::CaptionMissing),
-            Member::TooLarge => return Err(Refusal::CaptionLong),
-            Member::Data(json) => field_of(json, field.as_deref().unwrap_or("caption"))?,
-        },
+    let caption = match &settings.caption_field {
+        Some(name) => of_field(sample, &[name])?,
+        None => of_field(sample, &FIELDS)?,
     };
     let words = caption.split_whitespace().count();
     if words < settings.min_caption_words as usize {
@@ -32,23 +30,29 @@ pub(crate) fn of_sample(sample: &Sample, settings: &Settings) -> Result<String, 
     if settings.max_caption_words.is_some_and(|most| words > most as usize) {
         return Err(Refusal::CaptionLong);
     }
-    Ok(caption)
+    Ok(caption.to_owned())
+}
+
+/// The text of the first of these fields that is there.
+fn of_field<'a>(sample: &'a Sample, names: &[&str]) -> Result<&'a str, Refusal> {
+    // Where a `.json` file could not be read, this field stands for all that it should hold.
+    let unread = || sample.fields.get("json").filter(|field| !matches!(field, Field::Text(_) | Field::Number(_)));
+    match names.iter().find_map(|name| sample.fields.get(*name)).or_else(unread) {
+        None => Err(Refusal::CaptionMissing),
+        Some(Field::Text(text)) => trimmed(text),
+        Some(Field::NotUtf8) => Err(Refusal::CaptionNotUtf8),
+        Some(Field::TooLong) => Err(Refusal::CaptionLong),
+        Some(Field::Number(_) | Field::Other) => Err(Refusal::CaptionJsonInvalid),
+    }
+}
+
+fn trimmed(text: &str) -> Result<&str, Refusal> {
+    let text = text.trim_start_matches('\u{feff}').trim();
+    if text.is_empty() { Err(Refusal::CaptionEmpty) } else { Ok(text) }
 }
 
 fn text_of(bytes: &[u8]) -> Result<String, Refusal> {
-    let text = std::str::from_utf8(bytes).map_err(|_| Refusal::CaptionNotUtf8)?;
-    let text = text.trim_start_matches('\u{feff}').trim();
-    if text.is_empty() { Err(Refusal::CaptionEmpty) } else { Ok(text.to_owned()) }
-}
-
-fn field_of(json: &[u8], field: &str) -> Result<String, Refusal> {
-    let json = std::str::from_utf8(json).map_err(|_| Refusal::CaptionNotUtf8)?;
-    let value: serde_json::Value = serde_json::from_str(json).map_err(|_| Refusal::CaptionJsonInvalid)?;
-    match value.get(field) {
-        None | Some(serde_json::Value::Null) => Err(Refusal::CaptionMissing),
-        Some(serde_json::Value::String(text)) => text_of(text.as_bytes()),
-        Some(_) => Err(Refusal::CaptionJsonInvalid),
-    }
+    trimmed(std::str::from_utf8(bytes).map_err(|_| Refusal::CaptionNotUtf8)?).map(str::to_owned)
 }
 
 /// Captions of a folder, and what was refused.

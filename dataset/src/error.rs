@@ -24,13 +24,44 @@ pub enum DataError {
     },
 
     /// A source was named that is not there.
-    #[error("{source_name}: not a source (expected a .tar file, or a folder with .tar files in it); check the path")]
+    #[error("{source_name}: no source is there (expected a .tar, .parquet, .jsonl or .csv file, or a folder with such); check the path")]
     SourceMissing {
         /// The source as it was given.
         source_name: String,
     },
 
-    /// A source is not a whole, readable tar.
+    /// What a location names cannot be a source.
+    #[error("{location}: {what}")]
+    SourceLocation {
+        /// The location as it was given, or a file that it names.
+        location: String,
+        /// What is wrong with it, and what to do.
+        what: String,
+    },
+
+    /// No column of a source holds pictures or their paths.
+    #[error("{source_name}: no column of pictures (expected one of: {expected}; found: {found}); name it as the image column")]
+    SourceColumns {
+        /// The source as it was given.
+        source_name: String,
+        /// The columns looked for.
+        expected: String,
+        /// The columns that are there.
+        found: String,
+    },
+
+    /// A source is not the one that was found.
+    #[error("{source_name}: the file changed meanwhile (expected {expected}, found {found}); run the same command again")]
+    SourceChanged {
+        /// The source as it was given.
+        source_name: String,
+        /// What it was.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+
+    /// A source is not a whole, readable file of its kind.
     #[error("{source_name}: {what} (at byte {offset}); fetch or make this file again, then run the same command to go on")]
     SourceCorrupt {
         /// The source as it was given.

@@ -33,4 +33,4 @@ pub use prepare::{LatentEncoder, PrepareOptions, Progress, Watch, Work, prepare,
 pub use report::{Refusal, Refused, Report};
 pub use set::{CacheLimits, DataSet, Features};
 pub use shard::{Row, RowRef, ShardLayout, ShardReader, ShardWriter};
-pub use source::{Member, Sample, Source, TarRead, read_samples};
+pub use source::{Field, Fields, Member, Piece, PieceRead, Sample, Source, SourceKind, SourceOptions};

@@ -1,6 +1,6 @@
-//! From source tars to prepared shards.
+//! From sources to prepared shards.
 //!
-//! Per source: one thread reads the tar, all cores decode and encode pictures, one thread writes rows in the order of the source,
+//! Per source: one thread reads it, all cores decode and encode pictures, one thread writes rows in the order of the source,
 //! and the shard before is stored meanwhile. Memory: one batch of samples waiting, one in work, two shards. The bytes that come
 //! out do not depend on the number of threads.
 
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::Bytes;
-use ella_store::Store;
+use ella_store::{Digest, Hasher, Store};
 use fast_image_resize::Resizer;
 use half::f16;
 use rayon::prelude::*;
@@ -25,7 +25,7 @@ use crate::picture::{self, PictureRules};
 use crate::plan::{KeyIndex, Plan, UnitRecord, create_file};
 use crate::report::{Refusal, Report};
 use crate::shard::{Row, ShardLayout, ShardReader, ShardWriter};
-use crate::source::{Member, Sample, Source, TarRead, read_samples};
+use crate::source::{Member, Piece, PieceRead, Sample, Source};
 
 /// A batch of samples is handed to the cores at this many encoded bytes.
 const BATCH_BYTES: usize = 64 << 20;
@@ -128,10 +128,10 @@ pub async fn prepare_unit(plan: &Plan, index: usize, source: &Source, out: &Stor
     // Dropping this future (a signal, an error beside it) ends the threads at their next batch.
     let _guard = StopOnDrop(Arc::clone(&stop));
 
-    let (to_cores, from_tar) = sync_channel(0);
-    let (name, reader) = (source.name().to_owned(), source.reader());
+    let (to_cores, from_source) = sync_channel(0);
+    let (pieces, reading) = (source.pieces().await?, source.clone());
     let batch_samples = threads * BATCH_PER_THREAD;
-    let tar = tokio::task::spawn_blocking(move || read_tar(&name, reader, &to_cores, batch_samples));
+    let reader = tokio::task::spawn_blocking(move || read_source(&reading, &pieces, &to_cores, batch_samples));
 
     let encoder = work.options.latents.clone();
     let layout =
@@ -152,12 +152,12 @@ pub async fn prepare_unit(plan: &Plan, index: usize, source: &Source, out: &Stor
         keys: Vec::new(),
         seen: HashSet::new(),
         report: Report::default(),
-        tar: None,
+        read: None,
     };
     let (watch, mut progress) = (work.options.progress.clone(), work.progress);
     let before = (progress.read, progress.kept);
     let rows = tokio::task::spawn_blocking(move || {
-        unit.run(&from_tar, &stop, |report| {
+        unit.run(&from_source, &stop, |report| {
             (progress.read, progress.kept) = (before.0 + report.read, before.1 + report.kept);
             if let Some(watch) = &watch {
                 watch(&progress);
@@ -166,17 +166,14 @@ pub async fn prepare_unit(plan: &Plan, index: usize, source: &Source, out: &Stor
         Ok(unit)
     });
     let unit: Result<Unit, DataError> = rows.await.map_err(|e| stopped(e.to_string()))?;
-    let tar: Result<(), DataError> = tar.await.map_err(|e| stopped(e.to_string()))?;
-    // A unit that failed stops its reader, so its error comes first; a broken tar ends its unit early, but well.
+    let reader: Result<(), DataError> = reader.await.map_err(|e| stopped(e.to_string()))?;
+    // A unit that failed stops its reader, so its error comes first; a broken source ends its unit early, but well.
     let mut unit = unit?;
-    tar?;
-    let tar = unit.tar.take().ok_or_else(|| stopped("interrupted".into()))?;
-    if tar.bytes != source.bytes() {
-        return Err(stopped(format!("the file changed meanwhile (expected {} bytes, found {})", source.bytes(), tar.bytes)));
-    }
+    reader?;
+    let whole = unit.read.take().ok_or_else(|| stopped("interrupted".into()))?;
     let Report { read, kept, .. } = unit.report;
     let name = source.file_name().to_owned();
-    let entry = SourceEntry { name, bytes: tar.bytes, blake3: tar.blake3, read, kept, ignored: tar.ignored };
+    let entry = SourceEntry { name, bytes: source.bytes(), blake3: whole.blake3, read, kept, ignored: whole.ignored };
     let record = UnitRecord { schema: SCHEMA, source: entry, shards: unit.shards, keys: unit.keys, report: unit.report };
     record.write(&unit.name, out).await?;
     Ok(record)
@@ -191,32 +188,45 @@ impl Drop for StopOnDrop {
 }
 
 fn prefix(settings: &Settings, source: &Source) -> String {
-    let name = source.file_name().trim_end_matches(".tar");
-    if settings.key_prefix { format!("{name}/") } else { String::new() }
+    if settings.key_prefix { format!("{}/", source.stem()) } else { String::new() }
 }
 
-fn read_tar(name: &str, reader: impl std::io::Read, to: &SyncSender<FromTar>, batch_samples: usize) -> Result<(), DataError> {
+/// Reads a source piece by piece.
+fn read_source(source: &Source, pieces: &[Piece], to: &SyncSender<FromSource>, batch_samples: usize) -> Result<(), DataError> {
     let (mut batch, mut bytes) = (Vec::new(), 0);
-    let read = read_samples(name, reader, |sample| {
+    let mut each = |sample: Sample| {
         bytes += if let Member::Data(image) = &sample.image { image.len() } else { 0 };
         batch.push(sample);
         if batch.len() < batch_samples && bytes < BATCH_BYTES {
             return true;
         }
         bytes = 0;
-        to.send(FromTar::Samples(std::mem::take(&mut batch))).is_ok()
-    })?;
-    if let Some(read) = read {
-        // Nobody listens any more only where the unit has failed, and says so itself.
-        let _ = to.send(FromTar::Samples(batch)).and_then(|()| to.send(FromTar::End(read)));
+        to.send(FromSource::Samples(std::mem::take(&mut batch))).is_ok()
+    };
+    let mut reads = Vec::new();
+    for piece in pieces {
+        let Some(read) = source.read(piece, &mut each)? else { return Ok(()) };
+        reads.push(read);
     }
+    // Nobody listens any more only where the unit has failed, and says so itself.
+    let _ = to.send(FromSource::Samples(batch)).and_then(|()| to.send(FromSource::End(whole(reads))));
     Ok(())
 }
 
-/// What the tar's thread hands over. Without an end the tar was broken, or reading was stopped.
-enum FromTar {
+/// What reading all pieces of a source showed.
+fn whole(reads: Vec<PieceRead>) -> PieceRead {
+    let (mut hash, mut all) = (Hasher::new(), PieceRead { bytes: 0, blake3: Digest::of(b""), ignored: 0 });
+    for read in &reads {
+        hash.update(read.blake3.as_bytes());
+        all = PieceRead { bytes: all.bytes + read.bytes, blake3: hash.finish(), ignored: all.ignored + read.ignored };
+    }
+    if let [one] = &reads[..] { one.clone() } else { all }
+}
+
+/// What the reader's thread hands over. Without an end the source was broken, or reading was stopped.
+enum FromSource {
     Samples(Vec<Sample>),
-    End(TarRead),
+    End(PieceRead),
 }
 
 /// A sample that passed the filters.
@@ -244,16 +254,16 @@ struct Unit {
     keys: Vec<String>,
     seen: HashSet<String>,
     report: Report,
-    tar: Option<TarRead>,
+    read: Option<PieceRead>,
 }
 
 impl Unit {
-    fn run(&mut self, from: &Receiver<FromTar>, stop: &AtomicBool, mut watch: impl FnMut(&Report)) -> Result<(), DataError> {
+    fn run(&mut self, from: &Receiver<FromSource>, stop: &AtomicBool, mut watch: impl FnMut(&Report)) -> Result<(), DataError> {
         while let Ok(received) = from.recv() {
             let samples = match received {
-                FromTar::Samples(samples) => samples,
-                FromTar::End(tar) => {
-                    self.tar = Some(tar);
+                FromSource::Samples(samples) => samples,
+                FromSource::End(read) => {
+                    self.read = Some(read);
                     break;
                 }
             };
@@ -270,8 +280,8 @@ impl Unit {
             }
             watch(&self.report);
         }
-        // Rows of a tar that was not read to its end must not become a shard: the whole tar would make another of its name.
-        if self.tar.is_some() {
+        // Rows of a source that was not read to its end must not become a shard: the whole one would make another of its name.
+        if self.read.is_some() {
             self.encode_waiting()?;
             self.close_shard()?;
         }
@@ -371,6 +381,9 @@ fn judge(sample: Sample, settings: &Settings, latents: bool, resizer: &mut Resiz
 }
 
 fn try_keep(sample: &Sample, settings: &Settings, latents: bool, resizer: &mut Resizer) -> Result<Kept, Refusal> {
+    if let Some(why) = sample.refused {
+        return Err(why);
+    }
     if !sample.key_is_utf8 {
         return Err(Refusal::KeyNotUtf8);
     }

@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 pub enum Refusal {
     /// The caption is there, but has no words.
     CaptionEmpty,
-    /// The `.json` file is not JSON, or its caption is not a string.
+    /// The caption is null, a number, a list or the like; or the `.json` file that should hold it is not a JSON object.
     CaptionJsonInvalid,
     /// More words than the setting allows, or a caption file of more than a mebibyte.
     CaptionLong,
-    /// No `.txt`, and no such field in a `.json`.
+    /// There is no such field: no `.txt`, no such entry or column.
     CaptionMissing,
     /// The caption is not UTF-8.
     CaptionNotUtf8,
@@ -23,16 +23,18 @@ pub enum Refusal {
     CaptionShort,
     /// An earlier sample of the same source has this key.
     DuplicateKey,
-    /// No jpg, jpeg, png or webp.
+    /// No jpg, jpeg, png or webp in a tar; no file of that name; null.
     ImageMissing,
     /// More pixels or bytes than are decoded.
     ImageTooLarge,
     /// Truncated, corrupt, or not a JPEG, PNG or WebP picture at all.
     ImageUndecodable,
-    /// The name in the tar is not UTF-8.
+    /// The name in the tar, or the key of the row, is not UTF-8.
     KeyNotUtf8,
     /// The shorter side is shorter than the setting asks for.
     MinEdge,
+    /// A line of a list that is no JSON object or no whole CSV row, is longer than 4 MiB, or names its picture by what is no path.
+    RowInvalid,
 }
 
 impl std::fmt::Display for Refusal {

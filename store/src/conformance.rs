@@ -121,5 +121,9 @@ async fn folders(store: &Store) -> Verdict {
     ensure(store.folders("c").await? == ["c/10.1", "c/2.1"], "folders gives the folders directly below")?;
     ensure(store.folders("none").await?.is_empty(), "a missing folder has none")?;
     ensure(store.child("c").folders("").await? == ["10.1", "2.1"], "folders are relative to the store's folder")?;
+    let files = store.files("c").await?;
+    ensure(files.len() == 1 && files[0].key == "c/file", "files gives the objects directly in a folder")?;
+    ensure(store.files("none").await?.is_empty(), "a missing folder has no files")?;
+    ensure(store.head("c/file").await?.as_ref() == files.first(), "a listing and a head tell the same of an object")?;
     Ok(store.delete_prefix("c").await?)
 }

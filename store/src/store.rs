@@ -34,13 +34,15 @@ struct Shared {
     met: AtomicBool,
 }
 
-/// An object's name, relative to the store's folder, and its size.
+/// An object's name, relative to the store's folder, its size, and which version of it is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Meta {
     /// The key.
     pub key: String,
     /// The size in bytes.
     pub bytes: u64,
+    /// Another one for other bytes: the entity tag, or the time of the last change (milliseconds since 1970) where there is none.
+    pub stamp: String,
 }
 
 /// How often calls were retried, and why.
@@ -180,7 +182,8 @@ impl Store {
     }
 
     fn meta(&self, meta: &ObjectMeta) -> Meta {
-        Meta { key: self.key(&meta.location), bytes: meta.size }
+        let stamp = meta.e_tag.clone().unwrap_or_else(|| meta.last_modified.timestamp_millis().to_string());
+        Meta { key: self.key(&meta.location), bytes: meta.size, stamp }
     }
 
     /// An object's size; `None` if there is no such object.
@@ -222,6 +225,22 @@ impl Store {
             })
             .await?;
         found.sort();
+        Ok(found)
+    }
+
+    /// The objects directly in the folder `prefix`, sorted by key: what lies deeper is not looked at.
+    ///
+    /// # Errors
+    /// Any of [`StoreError`] but `NotFound`.
+    pub async fn files(&self, prefix: &str) -> Result<Vec<Meta>, StoreError> {
+        let (path, place) = (self.folder_path(prefix)?, self.place(Operation::List, prefix));
+        let mut found = self
+            .listing(place, || async {
+                let listed = self.object().list_with_delimiter(Some(&path)).await?;
+                Ok(listed.objects.iter().map(|meta| self.meta(meta)).collect())
+            })
+            .await?;
+        found.sort_by(|a: &Meta, b: &Meta| a.key.cmp(&b.key));
         Ok(found)
     }
 
