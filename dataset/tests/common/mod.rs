@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use ella_dataset::{Crop, Encoding, Picture, PictureRules, Refusal, Report, Scratch, Settings, Source, cut, encode};
+use ella_dataset::{Crop, DataError, Encoding, Picture, PictureRules, Piece, Refusal, Report, Sample, Scratch, Settings, Source, cut, encode};
+use ella_store::Digest;
 use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageFormat, RgbImage, RgbaImage};
 
 /// A smooth picture that differs from seed to seed.
@@ -158,4 +159,35 @@ pub fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
 /// Keys refused, as `reason: key key`.
 pub fn refused(report: &Report) -> Vec<String> {
     report.refused.iter().map(|(why, keys)| format!("{why}: {}", keys.join(" "))).collect()
+}
+
+/// Writes a file into a folder and finds it as a source.
+pub async fn source(folder: &Path, name: &str, bytes: &[u8]) -> Source {
+    std::fs::create_dir_all(folder).unwrap();
+    sources(folder, &[(name, bytes)]).await.remove(0)
+}
+
+/// Reads pieces of a source, one after another.
+pub async fn read_pieces(source: &Source, pieces: &[Piece]) -> Result<(Vec<Sample>, Vec<Digest>), DataError> {
+    let (source, pieces) = (source.clone(), pieces.to_vec());
+    let reading = tokio::task::spawn_blocking(move || {
+        let (mut samples, mut digests) = (Vec::new(), Vec::new());
+        for piece in &pieces {
+            let read = source.read(piece, &mut |sample| {
+                samples.push(sample);
+                true
+            })?;
+            let read = read.unwrap();
+            assert_eq!(read.bytes, piece.bytes.end - piece.bytes.start);
+            digests.push(read.blake3);
+        }
+        Ok((samples, digests))
+    });
+    reading.await.unwrap()
+}
+
+/// All samples of a source.
+pub async fn read(source: &Source) -> Result<Vec<Sample>, DataError> {
+    let pieces = source.pieces().await?;
+    Ok(read_pieces(source, &pieces).await?.0)
 }
