@@ -2,16 +2,18 @@
 
 use crate::soon;
 use crate::toy::{Broken, Stage, Toy, config, files};
+use async_trait::async_trait;
 use ella_coordinator::core::Outcome;
 use ella_coordinator::shell::{Coordinator, Options, RunError};
 use ella_proto::config::{JobConfig, Millis};
 use ella_proto::v1::RunStatus;
-use ella_worker::job::{JobEnd, JobError, run_leased, run_local};
+use ella_worker::job::{Job, JobEnd, JobError, PLAN, Tell, run_leased, run_local};
 use ella_worker::train::Ending;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
@@ -61,9 +63,13 @@ impl Served {
     }
 
     fn worker(&self, toy: Toy) -> Worker {
+        self.does(toy.boxed())
+    }
+
+    fn does(&self, job: Box<dyn Job>) -> Worker {
         let stop = CancellationToken::new();
         let (url, told) = (self.url(), stop.clone());
-        let task = tokio::spawn(async move { run_leased(&url, 1, told, |_| Ok(toy.boxed())).await });
+        let task = tokio::spawn(async move { run_leased(&url, 1, told, |_| Ok(job)).await });
         Worker { task, stop }
     }
 }
@@ -201,24 +207,33 @@ async fn a_failed_job_and_an_unfit_worker_say_so_on_both_sides() {
     assert_eq!((outcome.exit_code(), outcome.reason().contains("no such model")), (4, true), "{outcome:?}");
 }
 
+/// Units that take no time.
+struct Idle {
+    units: usize,
+    done: Arc<AtomicUsize>,
+}
+
+#[async_trait]
+impl Job for Idle {
+    async fn unit(&self, unit: &str, _: &Tell) -> Result<Vec<String>, JobError> {
+        self.done.fetch_add(1, Relaxed);
+        let name = |n| format!("{n:0>150}");
+        Ok(if unit == PLAN { (0..self.units).map(name).collect() } else { Vec::new() })
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_plan_larger_than_a_message_arrives_whole() {
-    const SUFFIX: &str =
-        "-of-a-source-whose-name-is-long-as-the-names-of-such-files-are-when-they-come-from-somebody-elses-bucket-with-many-folders";
-    let out = tempfile::tempdir().unwrap();
-    let (units, stage) = (10_000, Arc::<Stage>::default());
-    assert!(units * SUFFIX.len() > 1 << 20);
-    let served = Served::start(&config(out.path()), None).await;
-    let toy = |worker| Toy { units, suffix: SUFFIX, ..Toy::new(out.path(), worker, &stage) };
+    let (units, done) = (10_000, Arc::<AtomicUsize>::default());
+    let served = Served::start(&config(Path::new("unused")), None).await;
     let begin = std::time::Instant::now();
-    let workers = [served.worker(toy("a")), served.worker(toy("b"))];
+    let workers: Vec<_> = (0..2).map(|_| served.does(Box::new(Idle { units, done: done.clone() }))).collect();
     assert_eq!(served.outcome().await, Outcome::Done);
-    println!("{units} units by two workers in {:.2} s", begin.elapsed().as_secs_f64());
+    println!("{units} units by two workers: {:.0} units a second", units as f64 / begin.elapsed().as_secs_f64());
     for worker in workers {
         assert!(matches!(worker.ended().await, Ok(Ending::Done)));
     }
-    assert_eq!(files(out.path()).len(), units + 1);
-    assert_eq!(stage.begun.lock().unwrap().len(), units + 2, "none twice");
+    assert_eq!(done.load(Relaxed), units + 1, "none twice");
 }
 
 #[tokio::test]
@@ -229,4 +244,20 @@ async fn nobody_there_is_told_with_the_address() {
     let make = |_: &JobConfig| Ok(Toy::new(Path::new("unused"), "a", &Arc::default()).boxed());
     let error = soon("an error", run_leased(&url, 1, CancellationToken::new(), make)).await.unwrap_err();
     assert!(error.to_string().contains(&url), "{error}");
+}
+
+/// The binary finds out from the welcome that this is a job. Captions come from no worker of this build.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_worker_binary_takes_part_in_jobs_and_says_which_it_cannot_do() {
+    let mut config = config(Path::new("unused"));
+    config.job.kind = ella_proto::config::JobKind::Caption;
+    let served = Served::start(&config, None).await;
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_ella-worker"));
+    command.args(["--coordinator", &served.url(), "--device", "cpu", "--slots", "2"]).kill_on_drop(true);
+    let output = soon("its exit", command.output()).await.unwrap();
+    let words = "cannot do caption jobs";
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(4) && stderr.contains(words), "{stderr}");
+    let outcome = served.outcome().await;
+    assert!(outcome.exit_code() == 4 && outcome.reason().contains(words), "{outcome:?}");
 }

@@ -44,27 +44,25 @@ impl Stage {
 pub(crate) struct Toy {
     pub(crate) out: PathBuf,
     pub(crate) units: usize,
-    /// Every unit's name ends with this.
-    pub(crate) suffix: &'static str,
     pub(crate) worker: &'static str,
     pub(crate) stage: Arc<Stage>,
 }
 
 impl Toy {
     pub(crate) fn new(out: &Path, worker: &'static str, stage: &Arc<Stage>) -> Self {
-        Self { out: out.to_owned(), units: 8, suffix: "", worker, stage: stage.clone() }
+        Self { out: out.to_owned(), units: 8, worker, stage: stage.clone() }
     }
 
     pub(crate) fn boxed(self) -> Box<dyn Job> {
         Box::new(self)
     }
 
-    fn name(&self, n: usize) -> String {
-        format!("unit-{n:05}{}", self.suffix)
+    fn names(&self) -> impl Iterator<Item = String> {
+        (0..self.units).map(|n| format!("unit-{n:05}"))
     }
 
     fn missing(&self) -> Vec<String> {
-        (0..self.units).map(|n| self.name(n)).filter(|name| !self.out.join(name).exists()).collect()
+        self.names().filter(|name| !self.out.join(name).exists()).collect()
     }
 
     /// Creates a file that is never seen half-written, unless it is there.
@@ -81,7 +79,7 @@ impl Toy {
         if let Some(missing) = self.missing().first() {
             return Err(JobError::permanent(format!("{missing} is missing: the barrier did not hold")));
         }
-        let texts = (0..self.units).map(|n| std::fs::read_to_string(self.out.join(self.name(n))).unwrap());
+        let texts = self.names().map(|name| std::fs::read_to_string(self.out.join(name)).unwrap());
         self.write("manifest", texts.collect())
     }
 }

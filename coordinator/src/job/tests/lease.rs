@@ -1,6 +1,7 @@
 //! Units through the core: stages, grants, renewals, reports.
 
 use super::*;
+use crate::core::Loss;
 
 #[test]
 fn stages_follow_each_other_and_the_job_is_done_when_one_names_no_more() {
@@ -37,8 +38,6 @@ fn a_worker_holds_as_many_units_as_it_asks_for_and_the_least_laden_comes_first()
     assert_eq!(job.say(3, ask(u32::MAX)), vec![]);
     assert_eq!(job.status().workers[1].slots, MOST_SLOTS);
 }
-
-use crate::core::Loss;
 
 #[test]
 fn a_dead_holders_unit_goes_to_another_at_once_and_its_late_report_counts_once() {

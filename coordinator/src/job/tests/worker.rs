@@ -16,16 +16,14 @@ fn any_number_of_workers_is_welcome_as_long_as_each_says_who_it_is() {
     let mut job = Job::new();
     let joined = JobNote::Joined { worker: "w1".into(), host: "h1".into(), pid: 1, workers: 1 };
     assert_eq!(job.hello(1), vec![to(1, to_worker::Body::Welcome(settings().welcome)), note(joined)]);
-    let cases: [(&dyn Fn(&mut v1::Hello), R); 5] = [
-        (&|hello| hello.worker_id = "w1".into(), R::DuplicateWorker),
-        (&|hello| hello.worker_id.clear(), R::Malformed),
-        (&|hello| hello.host = "h".repeat(300), R::Malformed),
-        (&|hello| hello.version = "2".into(), R::Version),
-        (&|hello| hello.config_digest = "other".into(), R::Config),
+    let cases = [
+        (v1::Hello { worker_id: "w1".into(), ..hello(2) }, R::DuplicateWorker),
+        (v1::Hello { worker_id: String::new(), ..hello(3) }, R::Malformed),
+        (v1::Hello { host: "h".repeat(300), ..hello(4) }, R::Malformed),
+        (v1::Hello { version: "2".into(), ..hello(5) }, R::Version),
+        (v1::Hello { config_digest: "other".into(), ..hello(6) }, R::Config),
     ];
-    for (n, (spoil, reason)) in (2..).zip(cases) {
-        let mut hello = hello(n);
-        spoil(&mut hello);
+    for (n, (hello, reason)) in (2..).zip(cases) {
         let effects = job.say_as(0, n, from_worker::Body::Hello(hello));
         assert_eq!((refusal(&effects), effects.contains(&Effect::Close(conn(n)))), (Some(reason), true));
     }
