@@ -59,6 +59,18 @@ async fn pictures_come_in_the_order_of_the_rows_however_they_were_fetched() {
 }
 
 #[tokio::test]
+async fn a_list_is_read_across_the_windows_in_which_it_is_fetched() {
+    let long = "x".repeat(3 << 20);
+    let rows: String = (0..5).map(|i| format!("{i}.jpg,\"{long}\"\n")).collect();
+    let faults = Faults::new();
+    let source = source(&faults, "list.csv", format!("path,caption\n{rows}").as_bytes(), &[("4.jpg", b"4")]).await;
+    faults.push(Operation::Get, "list.csv", Failure::CutAt(1 << 20), 3);
+    let expected = [Member::Absent, Member::Absent, Member::Absent, Member::Absent, data(b"4")];
+    assert_eq!(images(&source).await.unwrap(), expected);
+    assert!(faults.is_spent());
+}
+
+#[tokio::test]
 async fn a_store_that_fails_is_no_broken_source() {
     let mut tar = ::tar::Builder::new(Vec::new());
     let mut header = ::tar::Header::new_gnu();

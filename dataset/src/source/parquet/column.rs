@@ -1,7 +1,9 @@
 //! The columns of a row group, read row by row.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, VecDeque};
 
+use half::f16;
 use parquet::basic::ConvertedType;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl, get_column_reader};
 use parquet::data_type::{ByteArray, DataType};
@@ -29,7 +31,7 @@ pub(super) struct Columns<'a> {
     layout: &'a Layout,
     picture: Option<Column<'a>>,
     /// All others, by number.
-    others: HashMap<usize, Column<'a>>,
+    others: BTreeMap<usize, Column<'a>>,
     /// Rows not yet read.
     left: usize,
     resident: Resident,
@@ -42,11 +44,11 @@ impl<'a> Columns<'a> {
         let resident = Resident::default();
         let open = |column: usize, windows| Column::open(source, meta, (group, column), windows, &resident);
         let picture = layout.picture.map(|column| open(column, PICTURES)).transpose()?;
-        let mut others = HashMap::new();
+        let mut others = BTreeMap::new();
         let fields = layout.fields.iter().map(|(_, column)| column);
         for &column in fields.chain(&layout.path).chain(&layout.keys) {
-            if !others.contains_key(&column) {
-                others.insert(column, open(column, FIELDS)?);
+            if let Entry::Vacant(entry) = others.entry(column) {
+                entry.insert(open(column, FIELDS)?);
             }
         }
         Ok(Columns { source, layout, picture, others, left, resident })
@@ -56,7 +58,7 @@ impl<'a> Columns<'a> {
     pub(super) fn next(&mut self, row: u64) -> Result<(Sample, Option<Vec<u8>>), DataError> {
         let batch = self.left.min(BATCH);
         self.left = self.left.saturating_sub(1);
-        let mut cells = HashMap::new();
+        let mut cells = BTreeMap::new();
         for (number, column) in &mut self.others {
             cells.insert(*number, column.next(batch)?);
         }
@@ -77,7 +79,7 @@ impl<'a> Columns<'a> {
         Ok((sample, path.filter(|_| elsewhere)))
     }
 
-    fn fields(&self, cells: &HashMap<usize, Cell>) -> Fields {
+    fn fields(&self, cells: &BTreeMap<usize, Cell>) -> Fields {
         let known = self.layout.fields.iter().map(|(name, column)| (name, cells.get(column).map_or(Field::Other, Cell::field)));
         let others = self.layout.others.iter().map(|name| (name, Field::Other));
         known.chain(others).map(|(name, field)| (name.clone(), field)).collect()
@@ -158,7 +160,7 @@ impl<'a> Column<'a> {
         if self.ready.is_empty() {
             let Column { source, place, offset, reader, .. } = self;
             let (defined, kind, scale) = (self.defined, self.kind, self.scale);
-            self.ready = guarded(source, *offset, place, || cells(reader, batch, defined, |int| number(int, kind, scale)))?;
+            self.ready = guarded(source, *offset, place, || cells(reader, batch, defined, (kind, scale)))?;
         }
         Ok(self.ready.pop_front().unwrap_or(Cell::Null))
     }
@@ -172,7 +174,26 @@ fn number(int: i64, kind: ConvertedType, scale: i32) -> Cell {
     }
 }
 
-fn cells(reader: &mut ColumnReader, rows: usize, defined: i16, int: impl Fn(i64) -> Cell) -> Result<VecDeque<Cell>, ParquetError> {
+/// Decimals are big-endian integers; what else of two bytes is read is a half.
+fn fixed(bytes: &[u8], kind: ConvertedType, scale: i32) -> Cell {
+    match bytes {
+        [low, high] if kind != ConvertedType::DECIMAL => Cell::Float(f16::from_le_bytes([*low, *high]).to_f64()),
+        [first, ..] if bytes.len() <= 16 => {
+            let sign = if *first < 128 { 0 } else { -1 };
+            let int = bytes.iter().fold(sign, |int: i128, byte| int << 8 | i128::from(*byte));
+            Cell::Float(int as f64 / 10_f64.powi(scale))
+        }
+        _ => Cell::Other,
+    }
+}
+
+fn cells(
+    reader: &mut ColumnReader,
+    rows: usize,
+    defined: i16,
+    (kind, scale): (ConvertedType, i32),
+) -> Result<VecDeque<Cell>, ParquetError> {
+    let int = |int| number(int, kind, scale);
     match reader {
         ColumnReader::Int32ColumnReader(reader) => values(reader, rows, defined, |v| int(v.into())),
         ColumnReader::Int64ColumnReader(reader) => values(reader, rows, defined, int),
@@ -181,7 +202,7 @@ fn cells(reader: &mut ColumnReader, rows: usize, defined: i16, int: impl Fn(i64)
         ColumnReader::ByteArrayColumnReader(reader) => values(reader, rows, defined, Cell::Bytes),
         ColumnReader::BoolColumnReader(reader) => values(reader, rows, defined, |_| Cell::Other),
         ColumnReader::Int96ColumnReader(reader) => values(reader, rows, defined, |_| Cell::Other),
-        ColumnReader::FixedLenByteArrayColumnReader(reader) => values(reader, rows, defined, |_| Cell::Other),
+        ColumnReader::FixedLenByteArrayColumnReader(reader) => values(reader, rows, defined, |v| fixed(v.data(), kind, scale)),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which of a Parquet file's columns hold what.
 
-use parquet::basic::{ConvertedType, Type};
+use parquet::basic::{ConvertedType, LogicalType, Type};
 use parquet::schema::types::{ColumnDescriptor, SchemaDescriptor};
 
 use crate::error::DataError;
@@ -41,7 +41,7 @@ impl Layout {
         let found = wanted(&columns::BYTES).find_map(|name| Some((name, bytes(name)?)));
         let found = found.or_else(|| wanted(&columns::PATHS).find_map(|name| Some((name, path(name)?))));
         let (name, (picture, path)) = found.ok_or_else(|| source.no_picture(&names))?;
-        let keys = columns::keys(source.options.key_column.as_deref(), Some(name)).filter_map(|key| find(&[key], is_key)).collect();
+        let keys = columns::keys(source.options.key_column.as_deref(), Some(name)).filter_map(|key| find(&[key], is_field)).collect();
         let (mut fields, mut others) = (Vec::new(), Vec::new());
         for field in names.iter().filter(|field| picture.is_none() || **field != name) {
             match find(&[field], is_field) {
@@ -57,33 +57,27 @@ fn is_bytes(column: &ColumnDescriptor) -> bool {
     column.physical_type() == Type::BYTE_ARRAY && column.converted_type() == ConvertedType::NONE
 }
 
-pub(super) fn is_text(column: &ColumnDescriptor) -> bool {
+fn is_text(column: &ColumnDescriptor) -> bool {
     let text = [ConvertedType::UTF8, ConvertedType::ENUM, ConvertedType::JSON];
     column.physical_type() == Type::BYTE_ARRAY && text.contains(&column.converted_type())
-}
-
-fn is_key(column: &ColumnDescriptor) -> bool {
-    is_text(column) || is_number(column)
 }
 
 fn is_field(column: &ColumnDescriptor) -> bool {
     is_text(column) || is_number(column)
 }
 
-/// Whether these are numbers, and not dates, times, or what only some writers make (halves, decimals of many digits).
+/// Whether these are numbers: integers, floats, halves, decimals; not dates and times.
 fn is_number(column: &ColumnDescriptor) -> bool {
     use ConvertedType::{DECIMAL, INT_8, INT_16, INT_32, INT_64, NONE, UINT_8, UINT_16, UINT_32, UINT_64};
-    let number =
-        matches!(column.converted_type(), NONE | DECIMAL | INT_8 | INT_16 | INT_32 | INT_64 | UINT_8 | UINT_16 | UINT_32 | UINT_64);
+    let converted = column.converted_type();
+    let integers = [NONE, DECIMAL, INT_8, INT_16, INT_32, INT_64, UINT_8, UINT_16, UINT_32, UINT_64];
+    let logical = column.logical_type_ref();
+    // Times in nanoseconds have no converted type.
+    let is_time = matches!(logical, Some(LogicalType::Timestamp { .. } | LogicalType::Time { .. }));
     match column.physical_type() {
-        Type::INT32 | Type::INT64 => number && !is_instant(column),
+        Type::INT32 | Type::INT64 => integers.contains(&converted) && !is_time,
         Type::FLOAT | Type::DOUBLE => true,
-        _ => false,
+        Type::FIXED_LEN_BYTE_ARRAY => matches!(logical, Some(LogicalType::Float16)) || converted == DECIMAL,
+        Type::BOOLEAN | Type::INT96 | Type::BYTE_ARRAY => false,
     }
-}
-
-/// Times in nanoseconds have no converted type.
-fn is_instant(column: &ColumnDescriptor) -> bool {
-    use parquet::basic::LogicalType;
-    matches!(column.logical_type_ref(), Some(LogicalType::Timestamp { .. } | LogicalType::Time { .. } | LogicalType::Date))
 }

@@ -142,7 +142,7 @@ fn span(a: &Range<u64>, b: &Range<u64>) -> u64 {
 
 /// Calls the library on bytes that may be damaged: its errors and panics become ours.
 fn guarded<T>(source: &Source, offset: u64, place: &str, call: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, DataError> {
-    let corrupt = |what: String| source.corrupt(offset, &format!("is corrupt ({place}: {what})"));
+    let corrupt = |what: String| source.corrupt(offset, &format!("cannot be read ({place}: {what})"));
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(ParquetError::External(error))) => match error.downcast::<io::Error>() {

@@ -89,7 +89,9 @@ fn page(header: &Header, from: &mut (impl Read + Send), packing: Compression, re
             }
             let mut head = Vec::new();
             from.by_ref().take(levels).read_to_end(&mut head)?;
-            let rest = unpacked(if packed { packing } else { Compression::UNCOMPRESSED }, from)?;
+            // Where all values are null there is nothing to unpack, not even a frame of the packing's.
+            let packing = if packed && levels < header.unpacked { packing } else { Compression::UNCOMPRESSED };
+            let rest = unpacked(packing, from)?;
             Page::DataPageV2 {
                 buf: resident.collect(&mut head.chain(rest), header.unpacked)?,
                 num_values: values,

@@ -1,7 +1,7 @@
 //! Pages in memory; large ones in temporary files.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use bytes::Bytes;
@@ -33,7 +33,8 @@ impl Resident {
             (Bytes::from(page), found)
         } else {
             let mut file = tempfile::tempfile()?;
-            let found = copy(&mut from, &mut file)?;
+            // In small steps: what was written at once would be mapped at once, however little of it is looked at.
+            let found = io::copy(&mut from, &mut file)?;
             (self.map(&file)?, found)
         };
         if found == bytes { Ok(page) } else { Err(io::Error::other(format!("a page of {bytes} bytes has {found}"))) }
@@ -55,16 +56,6 @@ impl Resident {
             // SAFETY: the map is shared with a file and never written through, so dropped pages are read from the file again.
             // That it could fail costs memory only.
             let _ = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
-        }
-    }
-}
-
-fn copy(from: &mut dyn Read, to: &mut File) -> io::Result<u64> {
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match from.read(&mut buffer)? {
-            0 => return to.stream_position(),
-            n => to.write_all(&buffer[..n])?,
         }
     }
 }

@@ -22,11 +22,15 @@ pub(super) fn unpacked<'a>(packing: Compression, from: &'a mut (dyn Read + Send)
         Compression::LZ4_RAW => Box::new(Blocks::new(io::BufReader::new(from), Format::Lz4)),
         Compression::GZIP(_) => Box::new(MultiGzDecoder::new(from)),
         Compression::ZSTD(_) => Box::new(zstd::stream::read::Decoder::new(from)?),
-        Compression::LZO | Compression::BROTLI(_) | Compression::LZ4 => {
-            let what = format!("it is packed with {packing:?}, which is not read; write the file anew with zstd or snappy");
-            return Err(io::Error::new(io::ErrorKind::Unsupported, what));
-        }
+        Compression::LZO => return Err(unknown("LZO")),
+        Compression::BROTLI(_) => return Err(unknown("Brotli")),
+        Compression::LZ4 => return Err(unknown("LZ4 in Hadoop's framing")),
     })
+}
+
+fn unknown(packing: &str) -> io::Error {
+    let what = format!("it is packed with {packing}, which is not read; write the file anew with zstd or snappy");
+    io::Error::new(io::ErrorKind::Unsupported, what)
 }
 
 #[derive(Clone, Copy, Debug)]
