@@ -153,7 +153,7 @@ impl fmt::Display for Estimate {
             format!("({} of the picture + {} of the prompt, 4 for 3 words)", self.image_tokens, self.prompt_tokens)
         };
         writeln!(f, "tokens in   {pictures} × {each} = {}", grouped(self.input_tokens))?;
-        let by = if self.measured { "as measured".to_owned() } else { format!("of {CAPTION_WORDS} words") };
+        let by = if self.measured { "as measured".to_owned() } else { format!("for {CAPTION_WORDS} words") };
         let (each, most, total) = (self.caption_tokens, self.most_caption_tokens, grouped(self.most_output_tokens));
         writeln!(f, "tokens out  {pictures} × {each} {by} = {}; at most × {most} = {total}", grouped(self.output_tokens))?;
         for Bound { seconds, formula } in &self.times {
@@ -209,7 +209,7 @@ mod tests {
         assert_eq!(estimate.seconds, None);
         let expected = "pictures    1,200,000\n\
             tokens in   1,200,000 × (324 of the picture + 26 of the prompt, 4 for 3 words) = 420,000,000\n\
-            tokens out  1,200,000 × 67 of 50 words = 80,400,000; at most × 300 = 360,000,000\n\
+            tokens out  1,200,000 × 67 for 50 words = 80,400,000; at most × 300 = 360,000,000\n\
             time        not known: no request was made, and no limit is set\n\
             cost        in × 0.5 / 10⁶ + out × 2 / 10⁶ = 370.80; at most 930.00\n";
         assert_eq!(estimate.to_string(), expected);

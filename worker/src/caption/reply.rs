@@ -185,28 +185,28 @@ mod tests {
 
     #[test]
     fn captions_are_one_paragraph_and_what_is_none_has_a_reason() {
-        use CaptionRefusal::*;
+        use CaptionRefusal as Why;
         let config = CaptionConfig { max_words: 12, ..CaptionConfig::default() };
         let trimming = CaptionConfig { cut: Cut::Trim, ..config.clone() };
         let good = "A red cup stands on a table. It is";
         assert_eq!(said_by(" A red\u{0} cup\n\n- stands on a\ttable. ", "stop", &config).unwrap(), "A red cup - stands on a table.");
         assert_eq!(said_by("<think>A cup? A mug?</think>\nA red cup on a table.", "stop", &config).unwrap(), "A red cup on a table.");
         assert_eq!(said_by(good, "stop", &config).unwrap(), good);
-        assert_eq!(said_by(good, "length", &config), Err(Cut));
+        assert_eq!(said_by(good, "length", &config), Err(Why::Cut));
         assert_eq!(said_by(good, "length", &trimming).unwrap(), "A red cup stands on a table.");
-        assert_eq!(said_by("A red cup stands on", "length", &trimming), Err(Cut));
-        assert_eq!(said_by("<think>A cup? A mug? Or", "length", &trimming), Err(Cut));
-        assert_eq!(said_by("<think>A cup? A mug? Or", "stop", &config), Err(Empty));
-        assert_eq!(said_by(" \n", "stop", &config), Err(Empty));
-        assert_eq!(judged(json!({ "content": null }), "tool_calls", &config), Err(Empty));
-        assert_eq!(said_by("A red cup.", "stop", &config), Err(TooShort));
-        assert_eq!(said_by(&"word ".repeat(13), "stop", &config), Err(TooLong));
-        assert_eq!(said_by(good, "content_filter", &config), Err(ContentFilter));
-        assert_eq!(judged(json!({ "content": null, "refusal": "No." }), "stop", &config), Err(Refused));
+        assert_eq!(said_by("A red cup stands on", "length", &trimming), Err(Why::Cut));
+        assert_eq!(said_by("<think>A cup? A mug? Or", "length", &trimming), Err(Why::Cut));
+        assert_eq!(said_by("<think>A cup? A mug? Or", "stop", &config), Err(Why::Empty));
+        assert_eq!(said_by(" \n", "stop", &config), Err(Why::Empty));
+        assert_eq!(judged(json!({ "content": null }), "tool_calls", &config), Err(Why::Empty));
+        assert_eq!(said_by("A red cup.", "stop", &config), Err(Why::TooShort));
+        assert_eq!(said_by(&"word ".repeat(13), "stop", &config), Err(Why::TooLong));
+        assert_eq!(said_by(good, "content_filter", &config), Err(Why::ContentFilter));
+        assert_eq!(judged(json!({ "content": null, "refusal": "No." }), "stop", &config), Err(Why::Refused));
         for declined in
             ["I’m sorry, but I can't help with that picture.", "Unfortunately, I CANNOT describe this.", "As an AI, I see nothing."]
         {
-            assert_eq!(said_by(declined, "stop", &config), Err(Refused), "{declined}");
+            assert_eq!(said_by(declined, "stop", &config), Err(Why::Refused), "{declined}");
         }
         for caption in ["Hawaii cannot be seen on this map.", "A sign on a wall. It reads \"I cannot\"."] {
             assert_eq!(said_by(caption, "stop", &config).unwrap(), caption);

@@ -38,7 +38,7 @@ fn what_is_wrong_is_named_with_its_rule() {
         ("requests_per_minute=0", "`requests_per_minute`"),
         ("tokens_per_minute=0", "`tokens_per_minute`"),
         ("timeout=0s", "`timeout`"),
-        ("timeout=9", "not a duration"),
+        ("timeout=9 parsecs", "not a duration"),
         ("retries=21", "`retries` is 21, but it must be 20 at most"),
         ("min_words=251", "`min_words`"),
         ("image_tokens=0", "`image_tokens`"),

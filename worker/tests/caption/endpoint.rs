@@ -7,7 +7,8 @@ use axum::{Json, Router};
 use ella_worker::caption::{CaptionClient, CaptionConfig, CaptionFailure, EndpointError, Refused};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::io::Write;
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
@@ -15,6 +16,32 @@ use tokio::time::{Instant, sleep};
 pub(crate) const PICTURE: &[u8] = &[0xff, 0xd8, 0xff, 0xe0, 1, 2, 3];
 /// A caption that nothing is wrong with.
 pub(crate) const CUP: &str = "A red cup stands on a wooden table.";
+
+/// All that this process logs. Set up before any client is used: what was first met without a log stays silent.
+static LOG: LazyLock<Log> = LazyLock::new(|| {
+    let log = Log::default();
+    let writer = log.clone();
+    tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_ansi(false).with_writer(move || writer.clone()).init();
+    log
+});
+
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, text: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(text)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What was logged so far, by whichever test.
+pub(crate) fn log() -> String {
+    String::from_utf8_lossy(&LOG.0.lock().unwrap()).into_owned()
+}
 
 /// What happens to a request.
 #[derive(Clone)]
@@ -69,6 +96,7 @@ pub(crate) struct Endpoint {
 
 impl Endpoint {
     pub(crate) async fn new(script: impl IntoIterator<Item = Answer>) -> Self {
+        LazyLock::force(&LOG);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let record = Arc::new(Mutex::new(Record { script: script.into_iter().collect(), ..Record::default() }));
