@@ -64,6 +64,11 @@ impl Who {
         self.coordinator.is_some() || self.write_job.is_some()
     }
 
+    /// How many processes of this machine do the work.
+    pub(crate) fn workers(&self) -> u32 {
+        self.workers.unwrap_or(1)
+    }
+
     /// Does a job.
     pub(crate) fn run(&self, config: &JobConfig, device: Device) -> Result<Ran, Fail> {
         let runtime = crate::runtime()?;

@@ -1,6 +1,7 @@
 //! `ella`: the one command people type. Each subcommand has its own module; this file only tells them apart.
 
 mod audit;
+mod caption;
 mod children;
 mod embed;
 mod export;
@@ -47,6 +48,8 @@ enum Command {
     Prepare(Box<prepare::Prepare>),
     /// Store the text encoder's features of every caption
     Embed(embed::Embed),
+    /// Have a multimodal model describe a data set's pictures, as a new column of captions
+    Caption(caption::Caption),
     /// Read every byte of a data set against its records, and make damaged files anew
     Verify(verify::Verify),
     /// Reckon what a run will store, read and cost, before anything is rented
@@ -82,6 +85,7 @@ fn main() -> ExitCode {
         Command::Scenes(command) => command.run(out),
         Command::Prepare(command) => command.run(out),
         Command::Embed(command) => command.run(out),
+        Command::Caption(command) => command.run(out),
         Command::Verify(command) => command.run(out),
         Command::Plan(command) => command.run(out),
         Command::Train(command) => command.run(out),

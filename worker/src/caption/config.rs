@@ -230,7 +230,7 @@ impl CaptionConfig {
 }
 
 /// A config in which all optional keys are set.
-fn full() -> CaptionConfig {
+pub(super) fn full() -> CaptionConfig {
     CaptionConfig {
         system: Some(String::new()),
         seed: Some(0),

@@ -1,0 +1,162 @@
+//! Leased work by real processes that are killed: the bytes are those of a calm run, no unit's output is there twice, nothing is left over.
+
+use anyhow::{Context as _, Result, ensure};
+use ella_tests::{Files, World, ella, exists, signal, spawn, try_ella, wait};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+/// Numbers that differ from call to call, the same in every run of the test.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound.max(1)
+    }
+}
+
+/// Every file below a folder but the records that tell where sources were read, by name.
+fn tree(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for entry in std::fs::read_dir(&next)? {
+            let path = entry?.path();
+            let name = path.strip_prefix(folder)?.display().to_string();
+            match path.is_dir() {
+                true => folders.push(path),
+                false if name == "prepare.toml" => {}
+                false => drop(found.insert(name, std::fs::read(&path)?)),
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Worker processes whose parent is this one.
+fn workers_of(parent: u32) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_worker = |id: &u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+        // After the name in brackets: state, then the parent.
+        let after = stat.rsplit_once(") ").map_or("", |(_, after)| after);
+        after.split(' ').nth(1) == Some(&parent.to_string()) && stat.contains("(ella-worker)")
+    };
+    ids.filter(is_worker).collect()
+}
+
+/// Kills a command's workers at random until so many are dead or it has ended.
+fn harass(child: &mut Child, kills: usize, dice: &mut Dice) -> Result<usize> {
+    let begin = Instant::now();
+    let mut killed = 0;
+    while killed < kills && child.try_wait()?.is_none() && begin.elapsed() < Duration::from_secs(120) {
+        std::thread::sleep(Duration::from_millis(20 + dice.below(120)));
+        let workers = workers_of(child.id());
+        if let Some(victim) = workers.get(dice.below(workers.len() as u64) as usize) {
+            signal(*victim, libc::SIGKILL);
+            killed += 1;
+        }
+    }
+    Ok(killed)
+}
+
+fn same(calm: &Path, other: &Path) -> Result<()> {
+    let (calm, other) = (tree(calm)?, tree(other)?);
+    let names = |files: &BTreeMap<String, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
+    ensure!(names(&calm) == names(&other), "other files: {:?} and {:?}", names(&calm), names(&other));
+    let differs = calm.iter().find(|(name, bytes)| other.get(*name) != Some(bytes) && !name.starts_with("units/"));
+    ensure!(differs.is_none(), "{} differs", differs.map_or("", |(name, _)| name));
+    Ok(())
+}
+
+#[test]
+fn a_data_set_prepared_under_kills_has_the_bytes_of_a_calm_run() -> Result<()> {
+    let world = World::new(8)?;
+    let at = |name: &str| world.path(name).display().to_string();
+    ella(&["scenes", "--out", &at("tars"), "--count", "480", "--seed", "5", "--size", "64", "--per-tar", "12"])?;
+    let prepare = |out: &str, more: &[&str]| -> Vec<String> {
+        let fixed = ["prepare", &at("tars"), "--out", &at(out), "--resolution", "64", "--threads", "1"].map(str::to_owned);
+        fixed.into_iter().chain(more.iter().map(|s| (*s).to_owned())).collect()
+    };
+    ella(&prepare("calm", &[]))?;
+    let mut dice = Dice(11);
+    let mut child = spawn(&prepare("killed", &["--workers", "3"]))?;
+    let killed = harass(&mut child, 8, &mut dice)?;
+    let output = wait(child)?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(killed > 0, "the job was over before anyone was killed");
+    same(&world.path("calm"), &world.path("killed"))
+}
+
+#[test]
+fn a_job_that_was_killed_whole_goes_on_with_the_same_command() -> Result<()> {
+    let world = World::new(8)?;
+    let at = |name: &str| world.path(name).display().to_string();
+    ella(&["scenes", "--out", &at("tars"), "--count", "240", "--seed", "6", "--size", "64", "--per-tar", "12"])?;
+    let prepare = |out: &str| ["prepare".to_owned(), at("tars"), "--out".into(), at(out), "--resolution".into(), "64".into()];
+    ella(&prepare("calm"))?;
+    let child = spawn(&prepare("killed"))?;
+    // As soon as some parts are done.
+    let units = world.path("killed/units");
+    ella_tests::wait_until("the first parts", || units.read_dir().is_ok_and(|files| files.count() > 2))?;
+    ella_tests::kill_group(child.id());
+    wait(child)?;
+    ensure!(!exists(world.path("killed/manifest.json")), "it was over before it was killed");
+    ella(&prepare("killed"))?;
+    same(&world.path("calm"), &world.path("killed"))?;
+    // Once more, there is nothing to do.
+    ella(&prepare("killed"))?;
+    same(&world.path("calm"), &world.path("killed"))
+}
+
+#[test]
+fn features_are_shared_out_among_workers_and_come_out_the_same() -> Result<()> {
+    let world = World::new(96)?;
+    let at = |name: &str| world.path(name).display().to_string();
+    let embed = |more: &[&str]| -> Vec<String> {
+        let fixed = ["embed", &at("data"), "--text", &at("models/text"), "--max-tokens", "32", "--padding", "none"].map(str::to_owned);
+        fixed.into_iter().chain(more.iter().map(|s| (*s).to_owned())).collect()
+    };
+    let mut child = spawn(&embed(&["--workers", "2"]))?;
+    harass(&mut child, 1, &mut Dice(3))?;
+    let output = wait(child)?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let features: Files = tree(&world.path("data/features"))?.into_iter().collect();
+    std::fs::remove_dir_all(world.path("data/features"))?;
+    ella(&embed(&[]))?;
+    let alone: Files = tree(&world.path("data/features"))?.into_iter().collect();
+    // The world's own features, of other settings, are gone with the folder.
+    let made = |files: Files, of: &Files| -> Files { files.into_iter().filter(|(name, _)| of.iter().any(|(own, _)| own == name)).collect() };
+    ensure!(!alone.is_empty() && made(features, &alone) == alone, "the features depend on who made them");
+    Ok(())
+}
+
+#[test]
+fn damage_is_named_and_made_good_again() -> Result<()> {
+    let world = World::new(64)?;
+    let data = world.path("data");
+    let at = data.display().to_string();
+    ella(&["verify", &at])?;
+    let calm = tree(&data)?;
+    let shard = calm.keys().find(|name| name.starts_with("shards/")).context("no shard")?.clone();
+    let feature = calm.keys().find(|name| name.starts_with("features/") && name.ends_with("-0000.arrow")).context("no features")?.clone();
+    for file in [&shard, &feature] {
+        let mut bytes = std::fs::read(data.join(file))?;
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(data.join(file), bytes)?;
+    }
+    let found = try_ella(&["verify", &at, "--json"])?;
+    ensure!(found.status.code() == Some(1), "damage must fail: {:?}", found.status);
+    let said: serde_json::Value = serde_json::from_slice(&found.stdout)?;
+    let damaged: Vec<&str> = said["damaged"].as_array().context("no list")?.iter().filter_map(|d| d["file"].as_str()).collect();
+    ensure!(damaged == [shard.as_str(), feature.as_str()], "{damaged:?}");
+    try_ella(&["verify", &at, "--repair"])?;
+    ella(&["embed", &at, "--text", &world.path("models/text").display().to_string(), "--max-tokens", "64"])?;
+    ella(&["verify", &at])?;
+    ensure!(tree(&data)? == calm, "the repaired data set is not the one that was");
+    Ok(())
+}
