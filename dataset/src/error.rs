@@ -154,6 +154,20 @@ pub enum DataError {
         found: Digest,
     },
 
+    /// A file that was lost was made again with other bytes than its record names.
+    #[error(
+        "{file}: was made again, but with other bytes than its record names (expected BLAKE3 {expected}, found {found}): from a source \
+         that changed, on another kind of processor, or by a model that answers anew; restore it from a copy, or make all of it anew in another destination"
+    )]
+    MadeOtherwise {
+        /// The file.
+        file: String,
+        /// The digest in the record.
+        expected: Digest,
+        /// The digest of what was made.
+        found: Digest,
+    },
+
     /// An Arrow file does not hold what it should.
     #[error("{file}: not a usable Arrow file: {what}; prepare the data again")]
     Arrow {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use bytes::Bytes;
-use ella_store::{Digest, Store};
+use ella_store::{Digest, Store, StoreError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -239,10 +239,11 @@ pub(crate) fn parse<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T, 
 
 /// A small file's bytes, or none if it is not there.
 pub(crate) async fn read(store: &Store, key: &str) -> Result<Option<Bytes>, DataError> {
-    if store.head(key).await?.is_none() {
-        return Ok(None);
+    match store.get(key).await {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(StoreError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
     }
-    Ok(Some(store.get(key).await?))
 }
 
 pub(crate) fn join(folder: &str, name: &str) -> String {

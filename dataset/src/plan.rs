@@ -66,7 +66,7 @@ pub struct PlannedSource {
 }
 
 /// One part of a plan: what a unit of work prepares.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Part<'a> {
     /// The source's place in the plan.
     pub source: usize,
@@ -112,15 +112,11 @@ impl Plan {
     }
 
     /// The parts in order.
-    pub fn parts(&self) -> Vec<Part<'_>> {
-        let mut parts = Vec::new();
-        for (source, planned) in self.sources.iter().enumerate() {
-            match planned.kind {
-                SourceKind::Tar => parts.push(Part { source, piece: None }),
-                _ => parts.extend(planned.pieces.iter().map(|piece| Part { source, piece: Some(piece) })),
-            }
-        }
-        parts
+    pub fn parts(&self) -> impl Iterator<Item = Part<'_>> {
+        self.sources.iter().enumerate().flat_map(|(source, planned)| {
+            let tar = (planned.kind == SourceKind::Tar).then_some(Part { source, piece: None });
+            tar.into_iter().chain(planned.pieces.iter().map(move |piece| Part { source, piece: Some(piece) }))
+        })
     }
 
     /// The name of a part's files, made from its input: settings, place, the source's name and part, and what is left out of it. `bytes` is a
@@ -205,6 +201,18 @@ pub(crate) fn unit_key(unit: &str) -> String {
     format!("{UNITS}/{unit}.json")
 }
 
+/// Writes a file again that a record names, if it was lost. Other bytes than the record's are refused, and nothing is written.
+pub(crate) async fn restore_file(out: &Store, recorded: &ShardEntry, file: Bytes) -> Result<(), DataError> {
+    if out.head(&recorded.name).await?.is_some_and(|meta| meta.bytes == recorded.bytes) {
+        return Ok(());
+    }
+    let found = Digest::of(&file);
+    if found != recorded.blake3 {
+        return Err(DataError::MadeOtherwise { file: at(out, &recorded.name), expected: recorded.blake3, found });
+    }
+    create_file(out, recorded.clone(), file, |_| false).await.map(|_| ())
+}
+
 /// Writes a shard with its tree, once, and describes it. One that is there already must be the same.
 pub async fn write_file(out: &Store, name: String, rows: u64, file: Bytes) -> Result<ShardEntry, DataError> {
     create_file(out, ShardEntry::of(name, rows, &file), file, |_| false).await
@@ -242,11 +250,20 @@ pub(crate) async fn refuse_other(out: &Store, manifest: &Manifest) -> Result<(),
 /// Writes the report and then, once, the manifest that makes the data set visible.
 pub(crate) async fn publish(out: &Store, manifest: &Manifest, report: &Report) -> Result<(), DataError> {
     refuse_other(out, manifest).await?;
-    out.put(REPORT, pretty(report)).await?;
+    write_report(out, report).await?;
     match out.create(MANIFEST, pretty(manifest)).await? {
         Created::Yes => Ok(()),
         Created::AlreadyThere => refuse_other(out, manifest).await,
     }
+}
+
+/// Writes what became of every sample; a report that is there already is left alone if it says the same.
+pub(crate) async fn write_report(out: &Store, report: &Report) -> Result<(), DataError> {
+    let text = pretty(report);
+    if read(out, REPORT).await?.as_ref() != Some(&text) {
+        out.put(REPORT, text).await?;
+    }
+    Ok(())
 }
 
 /// Refuses a record, in `file`, that says something else than is expected.

@@ -21,7 +21,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
 use crate::manifest::{MANIFEST, Manifest, SCHEMA, ShardEntry, at, join, parse, pretty, read, validate_shards};
-use crate::plan::{create_file, difference};
+use crate::plan::{create_file, restore_file, same};
+use crate::stray::remove_stray;
+use crate::tree::TREES;
 
 const SPEC: &str = "spec.json";
 /// Missing files that an error names.
@@ -121,11 +123,7 @@ impl<K: Kind> Sidecar<K> {
         let file = at(&self.folder, SPEC);
         let there: SpecRecord<K> = parse(&file, &self.folder.get(SPEC).await?)?;
         let wanted = SpecRecord { schema: SCHEMA, data: self.digest, spec: self.spec.clone() };
-        let json = |record| serde_json::to_value(record).unwrap_or_default();
-        match difference("", &json(&wanted), &json(&there)) {
-            None => Ok(()),
-            Some((field, expected, found)) => Err(DataError::Other { file, field, expected, found }),
-        }
+        same(&wanted, &there, file)
     }
 
     /// Shards of the data set whose file, or its record, is not there; and the names of missing further files.
@@ -158,9 +156,6 @@ impl<K: Kind> Sidecar<K> {
             let what = format!("expected {expected} rows, as in its shard, found {rows}");
             return Err(DataError::Arrow { file: join(self.folder.url(), &format!("{stem}.arrow")), what });
         }
-        if let Some(record) = self.whole(stem).await? {
-            return Ok(record);
-        }
         self.store_file(stem, rows, file, counts).await
     }
 
@@ -172,6 +167,10 @@ impl<K: Kind> Sidecar<K> {
     /// Stores a file and then its record. If another worker was first, its record stays; a file that was lost and made again must be
     /// the one that its record describes.
     async fn store_file(&self, stem: &str, rows: u64, file: Bytes, counts: Counts) -> Result<FileRecord, DataError> {
+        if let Some(record) = self.record(stem).await? {
+            restore_file(&self.folder, &record.file, file).await?;
+            return Ok(record);
+        }
         let entry = ShardEntry::of(format!("{stem}.arrow"), rows, &file);
         let spec = self.spec.clone();
         let file = create_file(&self.folder, entry, file, move |there| spec.stands(there, rows)).await?;
@@ -181,15 +180,15 @@ impl<K: Kind> Sidecar<K> {
             return Ok(record);
         }
         let there = self.record(stem).await?.unwrap_or_else(|| record.clone());
-        if there.file == record.file {
-            return Ok(there);
-        }
-        let (expected, found) = (record.file.blake3.to_string(), there.file.blake3.to_string());
-        Err(DataError::Other { file: at(&self.folder, &key), field: "file.blake3".into(), expected, found })
+        same(&record.file, &there.file, at(&self.folder, &key))?;
+        Ok(there)
     }
 
-    /// The files that have a record, whether or not they are there.
+    /// The files that the manifest names, or before there is one, those that have a record; whether or not they are there.
     pub(crate) async fn recorded(&self) -> Result<Vec<ShardEntry>, DataError> {
+        if let Some(manifest) = self.manifest().await? {
+            return Ok([manifest.shards, manifest.extra].concat());
+        }
         let there = self.folder.list("").await?;
         let has = &|stem: &str| there.binary_search_by(|meta| meta.key.as_str().cmp(format!("{stem}.json").as_str())).is_ok();
         let records = stream::iter(0..self.files()).map(|file| async move {
@@ -202,10 +201,7 @@ impl<K: Kind> Sidecar<K> {
 
     /// Fails unless every file is there; then their manifest, which is written if it was not there.
     pub(crate) async fn finish(&self) -> Result<SidecarManifest<K>, DataError> {
-        let file = at(&self.folder, MANIFEST);
-        if let Some(bytes) = read(&self.folder, MANIFEST).await? {
-            let manifest: SidecarManifest<K> = parse(&file, &bytes)?;
-            self.validate(&file, &manifest)?;
+        if let Some(manifest) = self.manifest().await? {
             return Ok(manifest);
         }
         self.check_complete().await?;
@@ -221,10 +217,19 @@ impl<K: Kind> Sidecar<K> {
         let mut shards: Vec<_> = records.into_iter().map(|record| record.file).collect();
         let extra = shards.split_off(self.data.shards.len());
         let manifest = SidecarManifest { schema: SCHEMA, data: self.digest, spec: self.spec.clone(), shards, extra, counts };
-        self.validate(&file, &manifest)?;
+        self.validate(&at(&self.folder, MANIFEST), &manifest)?;
         // Whoever was first wrote the same: it is made from the same records.
         self.folder.create(MANIFEST, pretty(&manifest)).await?;
+        remove_stray(&self.folder, &["", TREES])?;
         Ok(manifest)
+    }
+
+    async fn manifest(&self) -> Result<Option<SidecarManifest<K>>, DataError> {
+        let Some(bytes) = read(&self.folder, MANIFEST).await? else { return Ok(None) };
+        let file = at(&self.folder, MANIFEST);
+        let manifest = parse(&file, &bytes)?;
+        self.validate(&file, &manifest)?;
+        Ok(Some(manifest))
     }
 
     fn validate(&self, file: &str, manifest: &SidecarManifest<K>) -> Result<(), DataError> {

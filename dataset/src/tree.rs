@@ -9,24 +9,39 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use blake3::Hasher;
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
-use ella_store::{Digest, Store};
+use bytes::Bytes;
+use ella_store::{Created, Digest, Store};
 
 use crate::error::DataError;
+use crate::manifest::read;
 
 /// Bytes that are checked at once. BLAKE3 is at its full speed from 16 KiB on.
 const GROUP: usize = 64 << 10;
 const NODE: usize = 64;
 
-/// Where the tree of a file lies, beside the folder's other files.
+/// The folder of trees, beside the folder's other files.
+pub(crate) const TREES: &str = "trees";
+const ENDING: &str = ".obao6";
+
+/// Where the tree of a file lies.
 pub(crate) fn key(name: &str) -> String {
-    format!("trees/{name}.obao6")
+    format!("{TREES}/{name}{ENDING}")
 }
 
-/// Stores the tree of a file, once. A small file has none.
+/// The file of a tree.
+pub(crate) fn file_of(key: &str) -> Option<&str> {
+    key.strip_prefix(TREES)?.strip_prefix('/')?.strip_suffix(ENDING)
+}
+
+/// Stores the tree of the file that stands under this name. A small file has none.
 pub(crate) async fn write(folder: &Store, name: &str, file: &[u8]) -> Result<(), DataError> {
-    if file.len() > GROUP {
-        // One that is there already is this file's own, or is found out when it is used.
-        folder.create(&key(name), outboard(file).into()).await?;
+    if file.len() <= GROUP {
+        return Ok(());
+    }
+    let (key, tree) = (key(name), Bytes::from(outboard(file)));
+    // One that is there may be of a file that was lost and made again with other bytes.
+    if folder.create(&key, tree.clone()).await? == Created::AlreadyThere && read(folder, &key).await?.as_ref() != Some(&tree) {
+        folder.put(&key, tree).await?;
     }
     Ok(())
 }

@@ -1,6 +1,5 @@
 //! Reads every byte of a data set again: shards, features and added captions, against the digests in their manifests and records.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,8 +11,10 @@ use crate::caption_set::{CaptionSpec, captions_in};
 use crate::error::DataError;
 use crate::features::{FeatureSpec, features_in};
 use crate::manifest::{Manifest, ShardEntry, join};
+use crate::plan::{SHARDS, UNITS};
 use crate::sidecar::{Kind, Sidecar};
 use crate::stray::find_stray;
+use crate::tree::TREES;
 
 /// Files read at once.
 const READ_AT_ONCE: usize = 4;
@@ -45,6 +46,8 @@ pub struct Verified {
 pub struct Inventory {
     store: Store,
     files: Vec<ShardEntry>,
+    /// Where writers may have left something half-written.
+    folders: Vec<String>,
 }
 
 impl Inventory {
@@ -52,16 +55,20 @@ impl Inventory {
     pub async fn of(store: &Store) -> Result<Inventory, DataError> {
         let data = Arc::new(Manifest::load(store).await?);
         let mut files = data.shards.clone();
+        let mut folders = vec![String::new(), UNITS.into(), SHARDS.into(), join(TREES, SHARDS)];
         for (spec, columns) in features_in(store).await? {
             for column in columns {
                 let folder = format!("features/{}/{column}", spec.fingerprint());
                 files.extend(sidecar::<FeatureSpec>(store, &folder, &data).await?);
+                folders.extend([join(&folder, TREES), folder]);
             }
         }
         for column in captions_in(store).await? {
-            files.extend(sidecar::<CaptionSpec>(store, &format!("captions/{column}"), &data).await?);
+            let folder = format!("captions/{column}");
+            files.extend(sidecar::<CaptionSpec>(store, &folder, &data).await?);
+            folders.extend([join(&folder, TREES), folder]);
         }
-        Ok(Inventory { store: store.clone(), files })
+        Ok(Inventory { store: store.clone(), files, folders })
     }
 
     /// Bytes of all files.
@@ -107,10 +114,9 @@ impl Inventory {
     }
 
     fn stray(&self) -> Result<Vec<String>, DataError> {
-        let folder = |file: &'_ ShardEntry| file.name.rsplit_once('/').map(|(folder, _)| folder.to_owned());
-        let folders: BTreeSet<String> = self.files.iter().filter_map(folder).collect();
-        let folders: Vec<&str> = folders.iter().map(String::as_str).collect();
-        let name = |path: std::path::PathBuf| path.strip_prefix(self.store.url()).unwrap_or(&path).display().to_string();
+        let Some(root) = self.store.local_path() else { return Ok(Vec::new()) };
+        let folders: Vec<&str> = self.folders.iter().map(String::as_str).collect();
+        let name = |path: std::path::PathBuf| path.strip_prefix(&root).unwrap_or(&path).display().to_string();
         Ok(find_stray(&self.store, &folders)?.into_iter().map(name).collect())
     }
 

@@ -1,8 +1,9 @@
-//! Finds samples that are there twice: keys that two sources share, pictures of the same bytes, pictures that look alike.
+//! Finds samples that are there twice: keys, pictures of the same bytes, pictures that look alike.
 //!
 //! Parts are added in order, and the first of equal samples is kept; what comes out depends on the records alone.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use crate::plan::UnitRecord;
 use crate::settings::Duplicates;
@@ -10,67 +11,106 @@ use crate::settings::Duplicates;
 /// Part and row (among those kept) of a sample.
 pub(super) type At = (u32, u32);
 
+/// 96 bits of a digest. Among 10⁹ keys, two that share them are as likely as one in 10¹¹.
+type Short = [u32; 3];
+/// 128 bits of a digest.
+type Content = [u32; 4];
+
 /// A sample that repeats an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Repeat {
     pub(super) at: At,
-    pub(super) of: At,
-    /// They only look alike.
-    pub(super) near: bool,
+    pub(super) of: Of,
 }
 
-/// What was found of keys. 64 bits of a digest may be shared by two keys: whoever asks looks at the keys themselves.
+/// What a repeat repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct SharedKey {
-    pub(super) first: u32,
-    pub(super) second: At,
+pub(super) enum Of {
+    /// The key of a sample in an earlier part of the same source.
+    Key,
+    /// The bytes of this sample's picture.
+    Content(At),
+    /// The look of this sample's picture.
+    Look(At),
 }
 
-/// Looks for repeats. About 12 bytes for every sample's key, 24 for its picture's digest, and 4 for each band of its look.
+impl Of {
+    /// Where the earlier sample is, if its key must be looked up.
+    pub(super) fn place(&self) -> Option<At> {
+        match self {
+            Of::Key => None,
+            Of::Content(at) | Of::Look(at) => Some(*at),
+        }
+    }
+}
+
+/// A key that two sources, by their places in the plan, have both.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SharedKey {
+    pub(super) key: String,
+    pub(super) first: usize,
+    pub(super) second: usize,
+}
+
+/// Looks for repeats. In hash tables: 16 bytes for every sample's key, 24 for its picture's digest, and 4 for each band of its look.
 #[derive(Debug)]
 pub(super) struct Finder {
-    keys: HashMap<u64, u32>,
-    contents: HashMap<u128, At>,
+    /// The source of every key.
+    keys: HashMap<Short, u32>,
+    contents: HashMap<Content, At>,
     looks: Option<Looks>,
     pub(super) repeats: Vec<Repeat>,
-    pub(super) shared_keys: Vec<SharedKey>,
 }
 
 impl Finder {
     pub(super) fn new(rule: Duplicates) -> Finder {
         let looks = if let Duplicates::Near { bits } = rule { Some(Looks::new(bits)) } else { None };
-        Finder { keys: HashMap::new(), contents: HashMap::new(), looks, repeats: Vec::new(), shared_keys: Vec::new() }
+        Finder { keys: HashMap::new(), contents: HashMap::new(), looks, repeats: Vec::new() }
     }
 
-    pub(super) fn add(&mut self, part: u32, record: &UnitRecord) {
+    /// Adds the next part, of a source. A key of another source is an error.
+    pub(super) fn add(&mut self, part: u32, source: usize, record: &UnitRecord) -> Result<(), SharedKey> {
         for (row, key) in (0..).zip(&record.keys) {
-            let first = self.keys.insert(short(key), part);
-            self.shared_keys.extend(first.map(|first| SharedKey { first, second: (part, row) }));
+            match self.keys.entry(short(key)) {
+                Entry::Occupied(first) if *first.get() as usize == source => {
+                    // Not kept, so nothing repeats its picture.
+                    self.repeats.push(Repeat { at: (part, row), of: Of::Key });
+                    continue;
+                }
+                Entry::Occupied(first) => return Err(SharedKey { key: key.clone(), first: *first.get() as usize, second: source }),
+                Entry::Vacant(place) => _ = place.insert(source as u32),
+            }
             let content = record.contents.get(row as usize).and_then(|text| u128::from_str_radix(text, 16).ok());
             let look = record.looks.get(row as usize).and_then(|text| u64::from_str_radix(text, 16).ok());
             self.add_picture((part, row), content, look);
         }
+        Ok(())
     }
 
     fn add_picture(&mut self, at: At, content: Option<u128>, look: Option<u64>) {
         if let Some(content) = content {
-            if let Some(of) = self.contents.get(&content) {
-                return self.repeats.push(Repeat { at, of: *of, near: false });
+            match self.contents.entry(words(&content.to_le_bytes())) {
+                Entry::Occupied(first) => return self.repeats.push(Repeat { at, of: Of::Content(*first.get()) }),
+                Entry::Vacant(place) => _ = place.insert(at),
             }
-            self.contents.insert(content, at);
         }
         if let (Some(look), Some(looks)) = (look, &mut self.looks) {
             match looks.like(look) {
-                Some(of) => self.repeats.push(Repeat { at, of, near: true }),
+                Some(of) => self.repeats.push(Repeat { at, of: Of::Look(of) }),
                 None => looks.add(look, at),
             }
         }
     }
 }
 
-fn short(key: &str) -> u64 {
-    let hash = blake3::hash(key.as_bytes());
-    hash.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+fn short(key: &str) -> Short {
+    words(blake3::hash(key.as_bytes()).as_bytes())
+}
+
+/// The first bytes as numbers: they need less alignment, and so less room, than one large number.
+fn words<const N: usize>(bytes: &[u8]) -> [u32; N] {
+    let mut words = bytes.chunks_exact(4).map(|word| word.try_into().map_or(0, u32::from_le_bytes));
+    std::array::from_fn(|_| words.next().unwrap_or_default())
 }
 
 /// Hashes by their bands: two that differ in at most `bits` bits have one of `bits + 1` bands in common.
@@ -126,7 +166,7 @@ mod tests {
     #[test]
     fn the_first_of_the_same_bytes_is_kept() {
         let repeats = finder(Duplicates::Exact, &[(1, 0), (2, 0), (1, 0), (1, 9)]);
-        let repeat = |row| Repeat { at: (0, row), of: (0, 0), near: false };
+        let repeat = |row| Repeat { at: (0, row), of: Of::Content((0, 0)) };
         assert_eq!(repeats, [repeat(2), repeat(3)]);
     }
 
@@ -140,7 +180,7 @@ mod tests {
             let (mut kept, mut expected) = (Vec::<(u64, u32)>::new(), Vec::new());
             for (row, look) in (0..).zip(&looks) {
                 match kept.iter().find(|(other, _)| (other ^ look).count_ones() <= bits) {
-                    Some((_, of)) => expected.push(Repeat { at: (0, row), of: (0, *of), near: true }),
+                    Some((_, of)) => expected.push(Repeat { at: (0, row), of: Of::Look((0, *of)) }),
                     None => kept.push((*look, row)),
                 }
             }

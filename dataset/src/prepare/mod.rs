@@ -19,12 +19,13 @@ use tokio::sync::OnceCell;
 
 use crate::error::DataError;
 use crate::manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, at, parse, pretty, read};
-use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, same};
+use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, same, write_report};
 use crate::report::{Refusal, Report};
 use crate::settings::Settings;
 use crate::source::{Piece, Source};
 use crate::stray::remove_stray;
-use duplicates::{Finder, Repeat, SharedKey};
+use crate::tree::{TREES, file_of};
+use duplicates::{Finder, Of, Repeat, SharedKey};
 use judge::Judge;
 pub use judge::{KeyList, TokenCounter};
 
@@ -150,7 +151,7 @@ impl Preparation {
         let left_out = self.read_left_out().await?.unwrap_or_default();
         // Once a data set is whole, first attempts at parts with duplicates are not needed, and gone.
         let finished = read(&self.out, MANIFEST).await?.is_some();
-        let parts = &plan.parts();
+        let parts = &plan.parts().collect::<Vec<_>>();
         let looks = stream::iter(0..parts.len()).map(|index| async move { Ok((index, self.record(index, &parts[index], &[]).await?)) });
         let mut looks = looks.buffered(READ_AT_ONCE);
         let mut todo = ToDo::default();
@@ -206,15 +207,14 @@ impl Preparation {
             return Ok(there.parts.into_keys().collect());
         }
         let plan = self.planned().await?;
-        let parts = &plan.parts();
+        let parts = &plan.parts().collect::<Vec<_>>();
         let mut finder = Finder::new(plan.settings.duplicates);
         let records = stream::iter(0..parts.len());
         let records = records.map(|index| async move { Ok::<_, DataError>((index, self.done(index, &parts[index], &[]).await?)) });
         let mut records = records.buffered(READ_AT_ONCE);
         while let Some((index, record)) = records.try_next().await? {
-            finder.add(index as u32, &record);
+            finder.add(index as u32, parts[index].source, &record).map_err(|shared| shared_key(plan, shared))?;
         }
-        self.check_shared_keys(plan, &finder.shared_keys).await?;
         let found = LeftOuts { schema: SCHEMA, parts: self.name_repeats(plan, &finder.repeats).await? };
         if self.out.create(DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
             let there: LeftOuts = parse(&at(&self.out, DUPLICATES), &self.out.get(DUPLICATES).await?)?;
@@ -227,7 +227,7 @@ impl Preparation {
     pub async fn finish(&self) -> Result<Report, DataError> {
         let plan = self.planned().await?;
         let left_out = self.left_outs().await?;
-        let parts = &plan.parts();
+        let parts = &plan.parts().collect::<Vec<_>>();
         let records = stream::iter(0..parts.len());
         let records = records.map(|index| async move { self.done(index, &parts[index], &left_out.keys(index)).await });
         let mut records = records.buffered(READ_AT_ONCE);
@@ -238,7 +238,7 @@ impl Preparation {
             report.merge(record.report);
         }
         if report.kept == 0 {
-            self.out.put(crate::plan::REPORT, pretty(&report)).await?;
+            write_report(&self.out, &report).await?;
             return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
         }
         let manifest = Manifest::new(Some(plan.settings.clone()), plan.latents.clone(), sources, shards);
@@ -250,12 +250,13 @@ impl Preparation {
     /// Deletes shards that no manifest names, of attempts at sources that were replaced and of parts that were prepared again; and what
     /// killed writers left half-written.
     async fn delete_leftovers(&self, manifest: &Manifest) -> Result<(), DataError> {
-        remove_stray(&self.out, &[SHARDS, UNITS])?;
+        let trees = format!("{TREES}/{SHARDS}");
+        remove_stray(&self.out, &["", SHARDS, UNITS, &trees])?;
         let named: BTreeSet<&str> = manifest.shards.iter().map(|shard| shard.name.as_str()).collect();
-        for meta in self.out.list(SHARDS).await? {
-            if !named.contains(meta.key.as_str()) {
-                self.out.delete(&meta.key).await?;
-            }
+        let there = [self.out.list(SHARDS).await?, self.out.list(&trees).await?].concat();
+        let left = there.iter().filter(|meta| !named.contains(file_of(&meta.key).unwrap_or(&meta.key)));
+        for meta in left {
+            self.out.delete(&meta.key).await?;
         }
         Ok(())
     }
@@ -265,15 +266,16 @@ impl Preparation {
         let part = part_of(plan, index)?;
         let source = self.source(&part)?;
         let keys: Vec<String> = left_out.iter().map(|left| left.key.clone()).collect();
-        if let Some(record) = self.record(index, &part, &keys).await?
-            && self.is_whole(&record).await?
+        let there = self.record(index, &part, &keys).await?;
+        if let Some(record) = &there
+            && self.is_whole(record).await?
         {
-            return Ok(record);
+            return Ok(record.clone());
         }
         let left_out: HashMap<_, _> = left_out.iter().map(|left| (left.key.clone(), left.why.clone())).collect();
         let judge = Judge::new(&plan.settings, self.prefix(source), &self.options, left_out);
         let unit = plan.unit(index, &part, source.bytes(), &keys);
-        let work = part::Work { plan, unit, source, piece: piece_of(source, &part), judge };
+        let work = part::Work { plan, unit, source, piece: piece_of(source, &part), judge, there };
         part::run(work, &self.out, &self.options, watch).await
     }
 
@@ -328,7 +330,8 @@ impl Preparation {
         let source = self.source(part)?;
         let own = format!("{UNITS}/{index:05}-");
         let records = self.unit_names.get_or_try_init(|| self.out.list(UNITS)).await?;
-        let Some(other) = records.iter().find(|meta| meta.key.starts_with(&own)) else { return Ok(()) };
+        let after = records.partition_point(|meta| meta.key < own);
+        let Some(other) = records.get(after).filter(|meta| meta.key.starts_with(&own)) else { return Ok(()) };
         let other = other.key.trim_start_matches(UNITS).trim_matches('/').trim_end_matches(".json");
         let expected = UnitRecord::load(other, &self.out).await?.map_or(0, |record| record.source.bytes);
         Err(DataError::SourceReplaced { source_name: source.name().to_owned(), expected, found: source.bytes() })
@@ -339,39 +342,30 @@ impl Preparation {
         parse(&at(&self.out, DUPLICATES), &bytes).map(Some)
     }
 
+    /// What was found of duplicates; that must have been looked for.
     async fn left_outs(&self) -> Result<&LeftOuts, DataError> {
-        self.left_out.get_or_try_init(|| async { Ok(self.read_left_out().await?.unwrap_or_default()) }).await
-    }
-
-    /// Says which key is in two sources, if one is.
-    async fn check_shared_keys(&self, plan: &Plan, shared: &[SharedKey]) -> Result<(), DataError> {
-        let parts = plan.parts();
-        for SharedKey { first, second: (part, row) } in shared {
-            let (first, second) = (*first as usize, *part as usize);
-            let record = self.done(second, &parts[second], &[]).await?;
-            let Some(key) = record.keys.get(*row as usize) else { continue };
-            // Two keys may share 64 bits of a digest: the earlier record says whether it is the key itself.
-            if self.done(first, &parts[first], &[]).await?.keys.contains(key) {
-                let name = |part: usize| plan.sources[parts[part].source].name.clone();
-                return Err(DataError::DuplicateKey { key: key.clone(), first: name(first), second: name(second) });
-            }
-        }
-        Ok(())
+        let hint = "duplicates were not looked for yet: run `ella prepare` again";
+        let missing = || DataError::RecordMissing { file: at(&self.out, DUPLICATES), hint };
+        self.left_out.get_or_try_init(|| async { self.read_left_out().await?.ok_or_else(missing) }).await
     }
 
     /// The keys of repeats, by part.
     async fn name_repeats(&self, plan: &Plan, repeats: &[Repeat]) -> Result<BTreeMap<usize, Vec<LeftOut>>, DataError> {
-        let parts = plan.parts();
-        let involved: BTreeSet<u32> = repeats.iter().flat_map(|repeat| [repeat.at.0, repeat.of.0]).collect();
+        let parts: Vec<_> = plan.parts().collect();
+        let involved: BTreeSet<u32> = repeats.iter().flat_map(|repeat| [Some(repeat.at.0), repeat.of.place().map(|of| of.0)]).flatten().collect();
         let mut keys = HashMap::new();
         for part in involved {
             keys.insert(part, self.done(part as usize, &parts[part as usize], &[]).await?.keys);
         }
         let key = |(part, row): (u32, u32)| keys.get(&part).and_then(|keys| keys.get(row as usize)).cloned().unwrap_or_default();
         let mut left_out = BTreeMap::<usize, Vec<LeftOut>>::new();
-        for Repeat { at, of, near } in repeats {
-            let why = if *near { Refusal::NearDuplicate } else { Refusal::DuplicateImage };
-            left_out.entry(at.0 as usize).or_default().push(LeftOut { key: key(*at), why, of: key(*of) });
+        for Repeat { at, of } in repeats {
+            let (why, of) = match of {
+                Of::Key => (Refusal::DuplicateKey, *at),
+                Of::Content(of) => (Refusal::DuplicateImage, *of),
+                Of::Look(of) => (Refusal::NearDuplicate, *of),
+            };
+            left_out.entry(at.0 as usize).or_default().push(LeftOut { key: key(*at), why, of: key(of) });
         }
         Ok(left_out)
     }
@@ -383,9 +377,14 @@ impl LeftOuts {
     }
 }
 
+fn shared_key(plan: &Plan, SharedKey { key, first, second }: SharedKey) -> DataError {
+    let name = |source: usize| plan.sources.get(source).map_or_else(String::new, |source| source.name.clone());
+    DataError::DuplicateKey { key, first: name(first), second: name(second) }
+}
+
 fn part_of(plan: &Plan, index: usize) -> Result<Part<'_>, DataError> {
     let missing = || DataError::SourceMissing { source_name: format!("part {index} of the plan") };
-    plan.parts().into_iter().nth(index).ok_or_else(missing)
+    plan.parts().nth(index).ok_or_else(missing)
 }
 
 fn piece_of(source: &Source, part: &Part<'_>) -> Piece {
@@ -398,11 +397,11 @@ pub async fn prepare(sources: &[Source], out: &Store, settings: &Settings, optio
     let preparation = Preparation::new(sources.to_vec(), settings.clone(), options.clone(), out.clone())?;
     let quiet = || -> UnitWatch { Box::new(|_| {}) };
     let todo = preparation.plan().await?;
-    for part in todo.parts {
-        preparation.part(part, quiet()).await?;
-    }
     for part in todo.check {
         preparation.check(part).await?;
+    }
+    for part in todo.parts {
+        preparation.part(part, quiet()).await?;
     }
     for part in preparation.resolve().await? {
         preparation.again(part, quiet()).await?;

@@ -20,15 +20,17 @@ use super::{LatentEncoder, PrepareOptions, UnitWatch};
 use crate::error::DataError;
 use crate::manifest::{SCHEMA, ShardEntry, SourceEntry};
 use crate::picture::Scratch;
-use crate::plan::{Plan, SHARDS, UnitRecord, create_file};
+use crate::plan::{Plan, SHARDS, UnitRecord, create_file, restore_file};
 use crate::report::{Refusal, Report};
-use crate::shard::{Row, ShardLayout, ShardReader, ShardWriter};
+use crate::shard::{Row, RowRef, ShardLayout, ShardReader, ShardWriter};
 use crate::source::{Member, Piece, PieceRead, Sample, Source, SourceKind};
 
 /// A batch of samples is handed to the cores at this many encoded bytes.
 const BATCH_BYTES: usize = 32 << 20;
 /// Samples of a batch for every thread.
 const BATCH_PER_THREAD: usize = 16;
+/// Pictures of all sizes that wait for their latents take at most this, and one more.
+const WAITING_BYTES: usize = 64 << 20;
 
 type Size = (u32, u32);
 
@@ -40,6 +42,8 @@ pub(super) struct Work<'a> {
     pub(super) source: &'a Source,
     pub(super) piece: Piece,
     pub(super) judge: Judge,
+    /// What was done before, if a shard of it was lost.
+    pub(super) there: Option<UnitRecord>,
 }
 
 /// Prepares one part and writes its record.
@@ -114,6 +118,8 @@ struct Unit {
     storing: Option<JoinHandle<Result<ShardEntry, DataError>>>,
     closed: usize,
     shards: Vec<ShardEntry>,
+    /// The shards that a record names, if one is there: one that was lost must become the same again.
+    recorded: Vec<ShardEntry>,
     seen: HashSet<String>,
     keys: Vec<String>,
     contents: Vec<String>,
@@ -138,6 +144,7 @@ impl Unit {
             storing: None,
             closed: 0,
             shards: Vec::new(),
+            recorded: work.there.iter().flat_map(|record| record.shards.clone()).collect(),
             seen: HashSet::new(),
             keys: Vec::new(),
             contents: Vec::new(),
@@ -199,9 +206,19 @@ impl Unit {
             Some(batch) => {
                 let waiting = self.waiting.entry(size).or_default();
                 waiting.push(kept);
-                if waiting.len() < batch { Ok(()) } else { self.encode_waiting(size) }
+                if waiting.len() < batch { self.bound_waiting() } else { self.encode_waiting(size) }
             }
         }
+    }
+
+    /// With many sizes, batches that never fill would hold much: the largest is encoded as it is.
+    fn bound_waiting(&mut self) -> Result<(), DataError> {
+        let bytes = |waiting: &Vec<Kept>| waiting.iter().map(|kept| kept.rgb.len()).sum::<usize>();
+        if self.waiting.values().map(bytes).sum::<usize>() <= WAITING_BYTES {
+            return Ok(());
+        }
+        let largest = self.waiting.iter().max_by_key(|(_, waiting)| bytes(waiting)).map(|(size, _)| *size);
+        largest.map_or(Ok(()), |size| self.encode_waiting(size))
     }
 
     fn encode_waiting(&mut self, size: Size) -> Result<(), DataError> {
@@ -250,9 +267,13 @@ impl Unit {
         let name = format!("{SHARDS}/{}-{:04}.arrow", self.name, self.closed);
         let entry = ShardEntry { size: Some(size), ..ShardEntry::of(name, rows, &file) };
         self.stored()?;
+        let recorded = self.recorded.get(self.closed).cloned();
         self.closed += 1;
         let (out, layout) = (self.out.clone(), self.layout(size));
         self.storing = Some(Handle::current().spawn(async move {
+            if let Some(recorded) = recorded {
+                return restore_file(&out, &recorded, file).await.map(|()| recorded);
+            }
             let ours = file.clone();
             create_file(&out, entry, file, move |there| same_samples(&ours, there, &layout)).await
         }));
@@ -303,5 +324,9 @@ impl Unit {
 fn same_samples(a: &Bytes, b: &Bytes, layout: &ShardLayout) -> bool {
     let open = |bytes: &Bytes| ShardReader::open("shard", bytes.clone(), layout.clone());
     let (Ok(a), Ok(b)) = (open(a), open(b)) else { return false };
-    a.iter().map(|row| (row.key, row.caption)).eq(b.iter().map(|row| (row.key, row.caption)))
+    let same_row = |(a, b): (RowRef<'_>, RowRef<'_>)| {
+        let captions = (0..layout.captions.len()).all(|column| a.caption_in(column) == b.caption_in(column));
+        captions && (a.key, a.original, a.crop) == (b.key, b.original, b.crop)
+    };
+    a.rows() == b.rows() && a.iter().zip(b.iter()).all(same_row)
 }
