@@ -44,7 +44,7 @@ pub fn stored_kind(dtype: FeatureDtype) -> Kind {
 
 /// Features of one lane.
 #[derive(Debug)]
-pub struct LaneFeatures {
+pub(super) struct LaneFeatures {
     /// `[b, S, E]`.
     pub features: Tensor,
     /// `[b, S]` bool, where rows are ragged.
@@ -55,7 +55,7 @@ pub struct LaneFeatures {
 
 /// One caption of a lane: its text, and where its features lie.
 #[derive(Clone, Debug)]
-pub struct Wanted {
+pub(super) struct Wanted {
     /// The caption; empty where it is dropped.
     pub caption: String,
     /// The sample, unless the caption is dropped.
