@@ -1,6 +1,6 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test bench bench-feed lint libtorch proto parity-full
+.PHONY: build demo test test-stores bench bench-feed lint libtorch proto parity-full
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -19,6 +19,10 @@ demo: build
 
 test: build
 	$(CARGO) test $(FLAGS) --no-fail-fast
+
+# Stores on real servers: moto (S3) and azurite (Azure Blob), which are installed into .stores/ once. Opt-in: it needs Node.js, and half a GB.
+test-stores:
+	@scripts/test-stores.sh
 
 # Programs that print ratios; nothing here is a test.
 bench: build

@@ -1,19 +1,20 @@
 //! `ella embed`: the text encoder's features of every caption.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use ella_dataset::{DataSet, MANIFEST, Report, captions_from_txt, prepare_captions};
-use ella_proto::config;
+use ella_proto::config::{self, JobConfig, JobKind, JobTable};
 use ella_store::Store;
-use ella_worker::embed::{EmbedReport, embed};
-use ella_worker::text::{TextEncoder, TextOptions, identity};
-use ella_worker::{device, feed, models};
+use ella_worker::embed::EmbedSettings;
 use serde_json::json;
 
 use crate::forward::Dtype;
-use crate::prepare::table;
-use crate::ui::{DONE, Fail, Meter, Out, note, span};
+use crate::jobs::Who;
+use crate::prepare::table_of;
+use crate::ui::{DONE, Fail, Out, note, span};
 
 #[derive(Debug, Args)]
 pub(crate) struct Embed {
@@ -43,9 +44,14 @@ pub(crate) struct Embed {
     /// Threads that compute
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: u32,
+    /// A column of captions to embed, the data set's own or an added one; may be given more than once [default: all of its own]
+    #[arg(long = "caption", value_name = "COLUMN")]
+    captions: Vec<String>,
     /// Where the data set of a folder of .txt files goes
     #[arg(long, value_name = "DST")]
     out: Option<String>,
+    #[command(flatten)]
+    who: Who,
 }
 
 /// What becomes of the positions after a caption's end.
@@ -126,40 +132,41 @@ impl From<Dtype> for config::Dtype {
 
 impl Embed {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
+        let settings = self.settings();
+        if self.who.is_elsewhere() {
+            let config = JobConfig::new(JobTable::new(JobKind::Embed, self.data.clone()), &settings)?;
+            return Ok(self.who.run(&config, self.device.into())?.code);
+        }
         let runtime = crate::runtime()?;
-        let model = models::locate("--text", &self.text)?;
-        let device = device::set_up(self.device.into(), self.threads as usize)?;
         let (url, captions) = runtime.block_on(self.data_set())?;
         if let Some(report) = captions.as_ref().filter(|report| !report.refused.is_empty()) {
-            note(table(report, &url));
+            note(table_of(report, &url));
         }
-        let data = runtime.block_on(DataSet::open(&url))?;
-        let (dtype, padding, layers) = (self.dtype.into(), self.padding.into(), self.layers.into());
-        let options = TextOptions { model: model.clone(), max_tokens: self.max_tokens as usize, padding, layers, dtype };
-        let encoder = TextEncoder::load(&options, device)?;
-        let text = config::Text {
-            model: self.text.clone(),
-            max_tokens: options.max_tokens,
-            padding,
-            layers,
-            features: config::Features::Cached,
-            dtype,
-        };
-        let spec = feed::spec(&text, &identity(&model, options.max_tokens)?)?;
-        let mut meter = Meter::new("embed", data.manifest().samples);
-        let mut begun = false;
-        let mut progress = |done| {
-            if !begun {
-                meter.starts_at(done);
-                begun = true;
-            }
-            meter.at(done, "captions");
-        };
-        let done = embed(&data, &encoder, &spec, self.batch as usize, (runtime.handle(), &mut progress))?;
-        drop(meter);
-        let fingerprint = spec.fingerprint().to_string();
-        out.result(&self.json(&done, &url, &fingerprint, captions.as_ref()), || human(&done, &url, &fingerprint));
-        Ok(DONE)
+        let begin = Instant::now();
+        let spec = settings.spec()?;
+        let config = JobConfig::new(JobTable::new(JobKind::Embed, url.clone()), &settings)?;
+        let ran = self.who.run(&config, self.device.into())?;
+        let results = ran.status.and_then(|status| status.job).map(|job| job.results).unwrap_or_default();
+        if ran.code == DONE {
+            let captions_there = runtime.block_on(DataSet::open(&url))?.manifest().samples;
+            let done = Embedded { captions: captions_there, results, seconds: begin.elapsed().as_secs_f64() };
+            let fingerprint = spec.fingerprint().to_string();
+            out.result(&done.json(&url, &fingerprint, captions.as_ref()), || done.text(&url, &fingerprint));
+        }
+        Ok(ran.code)
+    }
+
+    fn settings(&self) -> EmbedSettings {
+        EmbedSettings {
+            text: self.text.clone(),
+            max_tokens: self.max_tokens as usize,
+            padding: self.padding.into(),
+            layers: self.layers.into(),
+            dtype: self.dtype.into(),
+            captions: self.captions.clone(),
+            batch: self.batch as usize,
+            threads: self.threads as usize,
+        }
     }
 
     /// Where the data set is, and for a folder of .txt files what became of them.
@@ -189,34 +196,50 @@ impl Embed {
         let report = prepare_captions(captions, name.as_deref().unwrap_or("captions"), &store).await?;
         Ok((out.clone(), Some(report)))
     }
+}
 
-    fn json(&self, done: &EmbedReport, url: &str, fingerprint: &str, captions: Option<&Report>) -> serde_json::Value {
+/// What was embedded.
+struct Embedded {
+    captions: u64,
+    /// Counts of the units that were done now, by name.
+    results: BTreeMap<String, u64>,
+    seconds: f64,
+}
+
+impl Embedded {
+    fn count(&self, name: &str) -> u64 {
+        self.results.get(name).copied().unwrap_or(0)
+    }
+
+    /// What padding costs: 1 would be none. None where nothing was embedded now.
+    fn per_kept(&self) -> Option<f64> {
+        let kept = self.count("tokens_kept");
+        (kept > 0).then(|| self.count("tokens_computed") as f64 / kept as f64)
+    }
+
+    fn rate(&self) -> f64 {
+        self.count("embedded") as f64 / self.seconds.max(1e-9)
+    }
+
+    fn json(&self, url: &str, fingerprint: &str, captions: Option<&Report>) -> serde_json::Value {
         json!({
-            "data": url, "fingerprint": fingerprint, "captions": done.captions, "embedded": done.embedded, "truncated": done.truncated,
-            "tokens_kept": done.tokens_kept, "tokens_computed": done.tokens_computed,
-            "tokens_computed_per_token_kept": per_kept(done), "seconds": done.took.as_secs_f64(), "captions_per_second": rate(done),
-            "refused": captions.map(|report| &report.refused),
+            "data": url, "fingerprint": fingerprint, "captions": self.captions, "embedded": self.count("embedded"),
+            "absent": self.count("absent"), "truncated": self.count("truncated"), "tokens_kept": self.count("tokens_kept"),
+            "tokens_computed": self.count("tokens_computed"), "tokens_computed_per_token_kept": self.per_kept(), "seconds": self.seconds,
+            "captions_per_second": self.rate(), "refused": captions.map(|report| &report.refused),
         })
     }
-}
 
-/// What padding costs: 1 would be none. Null where nothing was embedded now.
-fn per_kept(done: &EmbedReport) -> Option<f64> {
-    (done.tokens_kept > 0).then(|| done.tokens_computed as f64 / done.tokens_kept as f64)
-}
-
-fn rate(done: &EmbedReport) -> f64 {
-    done.embedded as f64 / done.took.as_secs_f64().max(1e-9)
-}
-
-fn human(done: &EmbedReport, url: &str, fingerprint: &str) -> String {
-    let mut text = format!("{:>8}  captions\n{:>8}  embedded now", done.captions, done.embedded);
-    if let Some(ratio) = per_kept(done) {
-        text += &format!(", in {}: {:.1} captions/s", span(done.took.as_secs_f64()), rate(done));
-        text += &format!(
-            "\n{:>8}  cut at the token limit\n{:>8}  tokens, {ratio:.2} computed for each one kept",
-            done.truncated, done.tokens_kept
-        );
+    fn text(&self, url: &str, fingerprint: &str) -> String {
+        let mut text = format!("{:>8}  samples\n{:>8}  captions embedded now", self.captions, self.count("embedded"));
+        if let Some(ratio) = self.per_kept() {
+            text += &format!(", in {}: {:.1} captions/s", span(self.seconds), self.rate());
+            text += &format!(
+                "\n{:>8}  cut at the token limit\n{:>8}  tokens, {ratio:.2} computed for each one kept",
+                self.count("truncated"),
+                self.count("tokens_kept")
+            );
+        }
+        text + &format!("\nfeatures: {}/features/{fingerprint}", url.trim_end_matches('/'))
     }
-    text + &format!("\nfeatures: {}/features/{fingerprint}", url.trim_end_matches('/'))
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use ella_dataset::{DataSet, MANIFEST, Member, Sample, Source, captions_from_txt, read_samples, scenes};
+use ella_dataset::{DataSet, Field, MANIFEST, Sample, Source, captions_from_txt, scenes};
 use ella_model::presets::{Preset, init_base};
 use serde_json::json;
 
@@ -88,12 +88,15 @@ async fn read_folder(path: &Path, captions: &mut Vec<String>) -> Result<(), Fail
 
 async fn read_tars(path: &Path, captions: &mut Vec<String>) -> Result<(), Fail> {
     for source in Source::find(&path.display().to_string()).await? {
+        let pieces = source.pieces().await?;
         let reading = tokio::task::spawn_blocking(move || {
             let mut found = Vec::new();
-            read_samples(source.name(), source.reader(), |sample| {
-                found.extend(caption(&sample));
-                true
-            })?;
+            for piece in &pieces {
+                source.read(piece, &mut |sample| {
+                    found.extend(caption(&sample));
+                    true
+                })?;
+            }
             Ok::<_, ella_dataset::DataError>(found)
         });
         captions.extend(reading.await.map_err(Fail::failed)??);
@@ -103,10 +106,8 @@ async fn read_tars(path: &Path, captions: &mut Vec<String>) -> Result<(), Fail> 
 
 /// A sample's caption, if it has a readable one; `ella prepare` is who counts those that do not.
 fn caption(sample: &Sample) -> Option<String> {
-    if let Member::Data(text) = &sample.text {
-        return std::str::from_utf8(text).ok().map(str::to_owned);
+    match sample.fields.get("txt").or_else(|| sample.fields.get("caption"))? {
+        Field::Text(text) => Some(text.clone()),
+        _ => None,
     }
-    let Member::Data(json) = &sample.json else { return None };
-    let value: serde_json::Value = serde_json::from_slice(json).ok()?;
-    value.get("caption")?.as_str().map(str::to_owned)
 }

@@ -1,13 +1,15 @@
 //! `ella`: the one command people type. Each subcommand has its own module; this file only tells them apart.
 
 mod audit;
+mod children;
 mod embed;
 mod export;
 mod forward;
 mod init_base;
 mod inspect;
-mod latents;
+mod jobs;
 mod lora;
+mod plan;
 mod prepare;
 mod report;
 mod run;
@@ -16,6 +18,7 @@ mod scenes;
 mod status;
 mod train;
 mod ui;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -40,10 +43,14 @@ struct Cli {
 enum Command {
     /// Render the built-in data set: scenes with dense captions whose truth is known, as WebDataset tars
     Scenes(scenes::Scenes),
-    /// Turn WebDataset tars into a prepared data set
-    Prepare(prepare::Prepare),
+    /// Turn captioned pictures into a prepared data set
+    Prepare(Box<prepare::Prepare>),
     /// Store the text encoder's features of every caption
     Embed(embed::Embed),
+    /// Read every byte of a data set against its records, and make damaged files anew
+    Verify(verify::Verify),
+    /// Reckon what a run will store, read and cost, before anything is rented
+    Plan(plan::Plan),
     /// Train a connector here, or resume: starts a coordinator and its workers
     Train(train::Train),
     /// Say what a run is doing, or what became of it
@@ -75,6 +82,8 @@ fn main() -> ExitCode {
         Command::Scenes(command) => command.run(out),
         Command::Prepare(command) => command.run(out),
         Command::Embed(command) => command.run(out),
+        Command::Verify(command) => command.run(out),
+        Command::Plan(command) => command.run(out),
         Command::Train(command) => command.run(out),
         Command::Status(command) => command.run(out),
         Command::Audit(command) => command.run(out),

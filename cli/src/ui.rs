@@ -11,6 +11,7 @@ use ella_proto::config::ConfigError;
 use ella_store::{LogError, StoreError};
 use ella_worker::device::NoDevice;
 use ella_worker::feed::FeedError;
+use ella_worker::prepare::PrepareError;
 pub(crate) use ella_worker::meter::{Meter, note};
 use serde::Serialize;
 
@@ -20,6 +21,11 @@ pub(crate) const DONE: u8 = 0;
 pub(crate) const FAILED: u8 = 1;
 /// Bad usage or config.
 pub(crate) const USAGE: u8 = 2;
+
+/// Preempted and resumable.
+pub(crate) const PREEMPTED: u8 = 3;
+/// Starting again would fail in the same way.
+pub(crate) const NO_RETRY: u8 = 4;
 
 /// Why a command ends without its result, in one line, and the exit code that says so to scripts.
 #[derive(Debug)]
@@ -71,6 +77,12 @@ impl From<FeedError> for Fail {
     fn from(error: FeedError) -> Self {
         let code = if let FeedError::Data(inner) = &error { data_code(inner) } else { FAILED };
         Self { code, message: error.to_string() }
+    }
+}
+
+impl From<PrepareError> for Fail {
+    fn from(error: PrepareError) -> Self {
+        Self { code: if error.is_usage() { USAGE } else { FAILED }, message: error.to_string() }
     }
 }
 

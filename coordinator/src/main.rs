@@ -1,9 +1,9 @@
-//! The long-running coordinator process: reads a config, serves one run, and says by its exit code how it went.
+//! The long-running coordinator process: reads a config, serves one run or job, and says by its exit code how it went.
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
-use ella_proto::config::{ConfigError, RunConfig};
+use ella_proto::config::{Config, ConfigError, RunConfig};
 use ella_store::Store;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -14,11 +14,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing_subscriber::EnvFilter;
 
-/// Coordinates one training run. Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 preempted and resumable, 4 do not retry.
+/// Coordinates one training run, or one job of leased units. Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 preempted and resumable, 4 do not retry.
 #[derive(Debug, Parser)]
 #[command(name = "ella-coordinator", version)]
 struct Args {
-    /// The run's config.
+    /// The run's config, or a job's: that has a [job] table.
     config: PathBuf,
     /// Overrides one key, as in --set train.lr=1e-4. May be given more than once.
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -91,23 +91,33 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 }
 
 async fn run(args: &Args) -> anyhow::Result<u8> {
-    let config = RunConfig::load(&args.config, &args.set)?;
-    let store = Store::open(&config.run.output).map_err(RunError::from)?;
     let options =
         Options { listen: args.listen, http: args.http, drain_timeout: Duration::from_secs(args.drain_timeout), ..Options::default() };
-    let coordinator = match Coordinator::open(&config, store, &options).await? {
-        Opened::Ready(coordinator) => coordinator,
-        Opened::Done { step } => {
-            tracing::info!(step, "the run is done already; raise train.steps to train further");
-            println!("{}", serde_json::json!({ "outcome": "done", "step": step }));
-            return Ok(0);
-        }
+    let coordinator = match Config::load(&args.config, &args.set)? {
+        Config::Job(config) => Coordinator::open_job(&config, &options).await?,
+        Config::Run(config) => match open_run(&config, &options).await? {
+            Some(coordinator) => coordinator,
+            None => return Ok(0),
+        },
     };
     // Before anyone knows where to find this process, it must be ready to be told to stop.
     let stops = stops()?;
     announce(coordinator.addresses(), args.address_file.as_deref())?;
     let outcome = coordinator.run(stops).await?;
     Ok(outcome.exit_code())
+}
+
+/// The run, unless it is done already.
+async fn open_run(config: &RunConfig, options: &Options) -> anyhow::Result<Option<Coordinator>> {
+    let store = Store::open(&config.run.output).map_err(RunError::from)?;
+    match Coordinator::open(config, store, options).await? {
+        Opened::Ready(coordinator) => Ok(Some(*coordinator)),
+        Opened::Done { step } => {
+            tracing::info!(step, "the run is done already; raise train.steps to train further");
+            println!("{}", serde_json::json!({ "outcome": "done", "step": step }));
+            Ok(None)
+        }
+    }
 }
 
 /// One line on stdout, and the same in a file that is never seen half-written.

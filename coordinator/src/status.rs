@@ -1,19 +1,19 @@
-//! A run's status as JSON: one form for `/api/v1/status` and `ella status --json`.
+//! The status of a run, or of a job, as JSON: one form for `/api/v1/status` and `ella status --json`.
 
 use ella_proto::v1;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// What a run is doing (see `RunStatus` in the wire contract).
+/// What a run or a job is doing (see `RunStatus` in the wire contract).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StatusReport {
-    /// The run folder.
+    /// The run folder; of a job, its data set.
     pub run_url: String,
-    /// The coordinator's term.
+    /// The coordinator's term; of a job, its session.
     pub term: u64,
     /// The membership; 0 before the first.
     pub generation: u64,
-    /// `waiting`, `starting`, `training`, `draining`, `done`, `preempted` or `failed`.
+    /// `waiting`, `starting`, `training`, `draining`, `done`, `preempted` or `failed`; of a job `waiting`, `working`, or how it ended.
     pub phase: String,
     /// Why it waits, or why it failed; empty otherwise.
     pub reason: String,
@@ -39,6 +39,83 @@ pub struct StatusReport {
     pub counts: BTreeMap<String, u64>,
     /// Whether starting again would fail in the same way.
     pub permanent_failure: bool,
+    /// Set if this is a job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<JobReport>,
+}
+
+/// A job (see `JobStatus` in the wire contract).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct JobReport {
+    /// `prepare`, `embed` or `caption`.
+    pub kind: String,
+    /// From 1.
+    pub stage: u32,
+    /// Units of this stage.
+    pub units: u64,
+    /// Of them, done.
+    pub units_done: u64,
+    /// Of them, given up.
+    pub units_given_up: u64,
+    /// Of them, held by workers.
+    pub units_held: u64,
+    /// Of all stages, those of held units included.
+    pub samples: u64,
+    /// Over the last minute.
+    pub samples_per_second: f64,
+    /// Over the last minute.
+    pub units_per_second: f64,
+    /// Until this stage ends, at that rate; null until it is known.
+    pub seconds_left: Option<f64>,
+    /// What came of the samples, by name, summed over the units that are done.
+    pub results: BTreeMap<String, u64>,
+    /// Who works.
+    pub workers: Vec<JobWorkerReport>,
+    /// Units that were given up, the first thousand.
+    pub given_up: Vec<FailedUnitReport>,
+}
+
+/// One worker of a job.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct JobWorkerReport {
+    /// Of its stream.
+    pub worker_id: String,
+    /// Its machine.
+    pub host: String,
+    /// Its process there.
+    pub pid: u32,
+    /// What it computes on.
+    pub device: String,
+    /// Units that it may hold at once; 0 while it loads.
+    pub slots: u32,
+    /// What it holds.
+    pub held: Vec<HeldUnitReport>,
+    /// Units that it has done.
+    pub units_done: u64,
+    /// Milliseconds since it was last heard of.
+    pub silent_ms: u64,
+}
+
+/// A unit in a worker's hands.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HeldUnitReport {
+    /// Its name.
+    pub unit: String,
+    /// Samples done so far.
+    pub done: u64,
+    /// Milliseconds since it was granted.
+    pub held_ms: u64,
+}
+
+/// A unit that nobody could do.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FailedUnitReport {
+    /// Its name.
+    pub unit: String,
+    /// The last error.
+    pub error: String,
+    /// It would fail in the same way anywhere.
+    pub permanent: bool,
 }
 
 /// One worker.
@@ -108,6 +185,48 @@ impl From<v1::RunStatus> for StatusReport {
             workers: status.workers.into_iter().map(Into::into).collect(),
             counts: status.counts.into_iter().collect(),
             permanent_failure: status.permanent_failure,
+            job: status.job.map(Into::into),
         }
+    }
+}
+
+impl From<v1::JobStatus> for JobReport {
+    fn from(job: v1::JobStatus) -> Self {
+        Self {
+            kind: job.kind,
+            stage: job.stage,
+            units: job.units,
+            units_done: job.units_done,
+            units_given_up: job.units_given_up,
+            units_held: job.units_held,
+            samples: job.samples,
+            samples_per_second: job.samples_per_second,
+            units_per_second: job.units_per_second,
+            seconds_left: job.seconds_left,
+            results: job.results.into_iter().collect(),
+            workers: job.workers.into_iter().map(Into::into).collect(),
+            given_up: job.given_up.into_iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl From<v1::JobWorker> for JobWorkerReport {
+    fn from(worker: v1::JobWorker) -> Self {
+        let v1::JobWorker { worker_id, host, pid, device, slots, held, units_done, silent_ms } = worker;
+        Self { worker_id, host, pid, device, slots, held: held.into_iter().map(Into::into).collect(), units_done, silent_ms }
+    }
+}
+
+impl From<v1::HeldUnit> for HeldUnitReport {
+    fn from(held: v1::HeldUnit) -> Self {
+        let v1::HeldUnit { unit, done, held_ms } = held;
+        Self { unit, done, held_ms }
+    }
+}
+
+impl From<v1::FailedUnit> for FailedUnitReport {
+    fn from(failed: v1::FailedUnit) -> Self {
+        let v1::FailedUnit { unit, error, permanent } = failed;
+        Self { unit, error, permanent }
     }
 }

@@ -27,15 +27,29 @@ fn run_toml(folder: &Path) -> PathBuf {
     path
 }
 
+fn job_toml(folder: &Path) -> PathBuf {
+    let path = folder.join("job.toml");
+    std::fs::write(&path, "[job]\nkind = \"prepare\"\ndata = \"d\"\n[prepare]\nwhat = \"only workers know\"\n").unwrap();
+    path
+}
+
 fn command(folder: &Path, extra: &[&str]) -> Command {
+    command_for(run_toml(folder), extra)
+}
+
+fn command_for(config: PathBuf, extra: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
-    command.arg(run_toml(folder)).args(extra).kill_on_drop(true).stdin(Stdio::null()).stderr(Stdio::piped()).stdout(Stdio::piped());
+    command.arg(config).args(extra).kill_on_drop(true).stdin(Stdio::null()).stderr(Stdio::piped()).stdout(Stdio::piped());
     command
 }
 
 impl Process {
     async fn start(folder: &Path, extra: &[&str]) -> Self {
-        let mut child = command(folder, extra).stderr(Stdio::inherit()).spawn().unwrap();
+        Self::start_as(command(folder, extra)).await
+    }
+
+    async fn start_as(mut command: Command) -> Self {
+        let mut child = command.stderr(Stdio::inherit()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let line = soon("the addresses", lines.next_line()).await.unwrap().unwrap();
         let addresses: serde_json::Value = serde_json::from_str(&line).unwrap();
@@ -152,6 +166,36 @@ async fn a_coordinator_that_was_stopped_for_longer_than_the_lease_goes_on_with_i
     assert_eq!(worker.finish(config.train.steps, ella_proto::v1::Outcome::Done).await, Ended::Finished);
     beats.abort();
     assert_eq!(process.code().await, 0);
+}
+
+#[tokio::test]
+async fn a_job_is_served_shown_and_ends_with_its_outcomes_code() {
+    use ella_proto::v1::from_worker::Body as Say;
+    use ella_proto::v1::to_worker::Body as Told;
+    use ella_proto::v1::{LeaseDone, LeaseRequest};
+    let folder = tempfile::tempdir().unwrap();
+    for (error, permanent, code) in [("", false, 0), ("bad input", true, 4)] {
+        let process = Process::start_as(command_for(job_toml(folder.path()), &[])).await;
+        let mut worker = Fake::attach(&process.grpc, hello("a")).await.unwrap();
+        assert!(worker.welcome.config_toml.contains("only workers know") && worker.welcome.run_url == "d", "{:?}", worker.welcome);
+        worker.say(Say::LeaseRequest(LeaseRequest { slots: 1 })).await;
+        let Some(Told::LeaseGrant(granted)) = worker.next().await else { panic!("no grant") };
+        let status = ella_coordinator::status::StatusReport::from(client::status(&process.grpc).await.unwrap());
+        let job = status.job.unwrap();
+        assert_eq!((job.kind.as_str(), job.workers[0].held[0].unit.as_str(), status.phase.as_str()), ("prepare", "plan", "working"));
+        let (lease_id, unit, error) = (granted.lease_id, granted.unit, error.to_owned());
+        worker.say(Say::LeaseDone(LeaseDone { lease_id, unit, error, permanent, ..LeaseDone::default() })).await;
+        assert!(matches!(worker.next().await, Some(Told::JobOver(over)) if over.permanent == permanent));
+        assert_eq!(process.code().await, code);
+    }
+    let process = Process::start_as(command_for(job_toml(folder.path()), &["--set", "job.start_timeout=50ms"])).await;
+    assert_eq!(process.code().await, 1, "nobody came");
+    let process = Process::start_as(command_for(job_toml(folder.path()), &[])).await;
+    process.signal(libc::SIGTERM);
+    assert_eq!(process.code().await, 3);
+    let output = soon("the exit", command_for(job_toml(folder.path()), &["--set", "job.leese=1s"]).output()).await.unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && stderr.contains("did you mean `job.lease`?"), "{stderr}");
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::error::DataError;
-use crate::order::Order;
+use crate::order::BucketOrder;
 use crate::set::{DataSet, Features};
 
 /// Files that are fetched at once.
@@ -25,10 +25,10 @@ const CONCURRENT: usize = 4;
 pub struct Reading {
     /// The data set.
     pub data: Arc<DataSet>,
-    /// Its features, if they are read.
-    pub features: Option<Arc<Features>>,
+    /// Its features that are read.
+    pub features: Vec<Arc<Features>>,
     /// The order of its samples.
-    pub order: Arc<Order>,
+    pub order: Arc<BucketOrder>,
     /// The lanes that are read.
     pub lanes: Range<u32>,
 }
@@ -72,12 +72,10 @@ async fn run(reading: Reading, mut steps: watch::Receiver<u64>) {
 impl Reading {
     /// The shards of the windows that the lanes are in at a step, then those of their next ones, soonest first.
     fn shards(&self, step: u64) -> Vec<u32> {
-        let mut starts: Vec<(u64, u32)> = self.lanes.clone().map(|lane| (step, lane)).collect();
-        starts.extend(self.lanes.clone().map(|lane| (self.order.next_window(step, lane), lane)));
-        starts.sort_by_key(|(step, _)| *step);
+        let mut windows: Vec<(u64, Vec<u32>)> = self.lanes.clone().flat_map(|lane| self.order.upcoming(step, lane)).collect();
+        windows.sort_by_key(|(step, _)| *step);
         let mut seen = HashSet::new();
-        let all = starts.into_iter().flat_map(|(step, lane)| self.order.lane_shards(step..step + 1, lane));
-        all.filter(|shard| seen.insert(*shard)).collect()
+        windows.into_iter().flat_map(|(_, shards)| shards).filter(|shard| seen.insert(*shard)).collect()
     }
 
     /// Opens them in their order, as long as there is room without closing one of them, and the plan is not `stale`. What was begun is
@@ -94,15 +92,15 @@ impl Reading {
     }
 
     async fn open_one(&self, shard: usize, keep: &HashSet<Digest>) -> Result<bool, DataError> {
-        let open = self.data.open_ahead(shard, keep).await?;
-        match &self.features {
-            Some(features) if open => features.open_ahead(shard, keep).await,
-            _ => Ok(open),
+        let mut open = self.data.open_ahead(shard, keep).await?;
+        for features in &self.features {
+            open = open && features.open_ahead(shard, keep).await?;
         }
+        Ok(open)
     }
 
     fn digests(&self, shard: u32) -> impl Iterator<Item = Digest> {
-        let features = self.features.as_ref().map(|features| features.file(shard as usize));
-        [Some(self.data.file(shard as usize)), features].into_iter().flatten().flatten().map(|file| file.entry.blake3)
+        let features = self.features.iter().map(move |features| features.file(shard as usize));
+        std::iter::once(self.data.file(shard as usize)).chain(features).flatten().map(|file| file.entry.blake3)
     }
 }

@@ -6,49 +6,69 @@ use std::path::Path;
 use ella_store::{Hasher, Store};
 
 use crate::error::DataError;
-use crate::manifest::{Manifest, Settings, ShardEntry, SourceEntry};
+use crate::manifest::{Manifest, ShardEntry, SourceEntry};
+use crate::prepare::TokenCounter;
 use crate::report::{Refusal, Refused, Report};
+use crate::settings::{CAPTION_FIELDS, Filters, Settings};
 use crate::shard::{Row, ShardLayout, ShardWriter};
-use crate::source::{Member, Sample};
+use crate::source::{Field, Fields};
 
 /// Files larger than this are not captions.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// The caption of a sample, without white space around it, if it is accepted.
-pub(crate) fn of_sample(sample: &Sample, settings: &Settings) -> Result<String, Refusal> {
-    let caption = match (&settings.caption_field, &sample.text) {
-        (None, Member::Data(text)) => text_of(text)?,
-        (None, Member::TooLarge) => return Err(Refusal::CaptionLong),
-        (field, _) => match &sample.json {
-            Member::Absent => return Err(Refusal::CaptionMissing),
-            Member::TooLarge => return Err(Refusal::CaptionLong),
-            Member::Data(json) => field_of(json, field.as_deref().unwrap_or("caption"))?,
-        },
-    };
+/// A sample's captions, one for each column of the settings, without white space around them; empty where it has none that is accepted.
+/// If it has none at all, the first column's reason is given.
+pub(crate) fn of_sample(fields: &Fields, settings: &Settings, tokens: Option<&dyn TokenCounter>) -> Result<Vec<String>, Refusal> {
+    let filters = &settings.filters;
+    let each = settings.captions.iter().map(|column| {
+        let caption = of_field(fields, column.field.as_deref())?;
+        judge_length(caption, filters, tokens).map(|()| caption)
+    });
+    let captions: Vec<Result<&str, Refusal>> = each.collect();
+    match captions.iter().find_map(|caption| caption.as_ref().err()) {
+        Some(why) if captions.iter().all(Result::is_err) => Err(why.clone()),
+        _ => Ok(captions.into_iter().map(|caption| caption.unwrap_or_default().to_owned()).collect()),
+    }
+}
+
+fn of_field<'a>(fields: &'a Fields, name: Option<&str>) -> Result<&'a str, Refusal> {
+    let usual = || CAPTION_FIELDS.iter().find_map(|name| fields.get(*name));
+    match name.map_or_else(usual, |name| fields.get(name)) {
+        Some(Field::Text(text)) => trimmed(text),
+        Some(Field::NotUtf8) => Err(Refusal::CaptionNotUtf8),
+        Some(Field::TooLong) => Err(Refusal::CaptionLong),
+        Some(Field::Number(_) | Field::Other) => Err(Refusal::CaptionInvalid),
+        None if matches!(fields.get("json"), Some(Field::Other)) => Err(Refusal::CaptionInvalid),
+        None if matches!(fields.get("json"), Some(Field::TooLong)) => Err(Refusal::CaptionLong),
+        None if matches!(fields.get("json"), Some(Field::NotUtf8)) => Err(Refusal::CaptionNotUtf8),
+        None => Err(Refusal::CaptionMissing),
+    }
+}
+
+fn judge_length(caption: &str, filters: &Filters, tokens: Option<&dyn TokenCounter>) -> Result<(), Refusal> {
     let words = caption.split_whitespace().count();
-    if words < settings.min_caption_words as usize {
+    if words < filters.min_caption_words as usize {
         return Err(Refusal::CaptionShort);
     }
-    if settings.max_caption_words.is_some_and(|most| words > most as usize) {
+    if filters.max_caption_words.is_some_and(|most| words > most as usize) {
         return Err(Refusal::CaptionLong);
     }
-    Ok(caption)
+    let Some((rule, counter)) = filters.caption_tokens.as_ref().zip(tokens) else { return Ok(()) };
+    let count = counter.count(caption).ok_or(Refusal::CaptionInvalid)?;
+    if count < rule.min as usize {
+        return Err(Refusal::CaptionShort);
+    }
+    if rule.max.is_some_and(|most| count > most as usize) { Err(Refusal::CaptionLong) } else { Ok(()) }
+}
+
+fn trimmed(text: &str) -> Result<&str, Refusal> {
+    let text = text.trim_start_matches('\u{feff}').trim();
+    if text.is_empty() { Err(Refusal::CaptionEmpty) } else { Ok(text) }
 }
 
 fn text_of(bytes: &[u8]) -> Result<String, Refusal> {
     let text = std::str::from_utf8(bytes).map_err(|_| Refusal::CaptionNotUtf8)?;
-    let text = text.trim_start_matches('\u{feff}').trim();
-    if text.is_empty() { Err(Refusal::CaptionEmpty) } else { Ok(text.to_owned()) }
-}
-
-fn field_of(json: &[u8], field: &str) -> Result<String, Refusal> {
-    let json = std::str::from_utf8(json).map_err(|_| Refusal::CaptionNotUtf8)?;
-    let value: serde_json::Value = serde_json::from_str(json).map_err(|_| Refusal::CaptionJsonInvalid)?;
-    match value.get(field) {
-        None | Some(serde_json::Value::Null) => Err(Refusal::CaptionMissing),
-        Some(serde_json::Value::String(text)) => text_of(text.as_bytes()),
-        Some(_) => Err(Refusal::CaptionJsonInvalid),
-    }
+    trimmed(text).map(str::to_owned)
 }
 
 /// Captions of a folder, and what was refused.
@@ -116,13 +136,13 @@ pub async fn prepare_captions(captions: Captions, name: &str, out: &Store) -> Re
     let blake3 = hash.finish();
     let unit = crate::plan::unit_name(0, &blake3);
     let bytes = captions.kept.iter().map(|(key, caption)| (key.len() + caption.len()) as u64).sum();
-    let source = SourceEntry { name: name.to_owned(), bytes, blake3, read: report.read, kept, ignored: 0 };
+    let source = SourceEntry { name: name.to_owned(), rows: None, bytes, blake3, read: report.read, kept, ignored: 0 };
 
     let mut shards: Vec<(ShardEntry, _)> = Vec::new();
     for (part, rows) in captions.kept.chunks(CAPTIONS_PER_SHARD).enumerate() {
         let mut writer = ShardWriter::new(ShardLayout::default())?;
         for (key, caption) in rows {
-            writer.push(Row { key: key.clone(), caption: caption.clone(), ..Row::default() })?;
+            writer.push(Row { key: key.clone(), captions: vec![caption.clone()], ..Row::default() })?;
         }
         let file = writer.finish()?;
         let entry = ShardEntry::of(format!("shards/{unit}-{part:04}.arrow"), rows.len() as u64, &file);

@@ -24,13 +24,44 @@ pub enum DataError {
     },
 
     /// A source was named that is not there.
-    #[error("{source_name}: not a source (expected a .tar file, or a folder with .tar files in it); check the path")]
+    #[error("{source_name}: no source is there (expected a .tar, .parquet, .jsonl or .csv file, or a folder with such); check the path")]
     SourceMissing {
         /// The source as it was given.
         source_name: String,
     },
 
-    /// A source is not a whole, readable tar.
+    /// What a location names cannot be a source.
+    #[error("{location}: {what}")]
+    SourceLocation {
+        /// The location as it was given, or a file that it names.
+        location: String,
+        /// What is wrong with it, and what to do.
+        what: String,
+    },
+
+    /// No column of a source holds pictures or their paths.
+    #[error("{source_name}: no column of pictures (expected one of: {expected}; found: {found}); name it as the image column")]
+    SourceColumns {
+        /// The source as it was given.
+        source_name: String,
+        /// The columns looked for.
+        expected: String,
+        /// The columns that are there.
+        found: String,
+    },
+
+    /// A source is not the one that was found.
+    #[error("{source_name}: the file changed meanwhile (expected {expected}, found {found}); run the same command again")]
+    SourceChanged {
+        /// The source as it was given.
+        source_name: String,
+        /// What it was.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+
+    /// A source is not a whole, readable file of its kind.
     #[error("{source_name}: {what} (at byte {offset}); fetch or make this file again, then run the same command to go on")]
     SourceCorrupt {
         /// The source as it was given.
@@ -39,6 +70,31 @@ pub enum DataError {
         offset: u64,
         /// What is wrong there.
         what: String,
+    },
+
+    /// A source is not what was prepared.
+    #[error(
+        "{source_name}: changed since it was prepared ({expected} bytes then, {found} now, or others of as many); bring the old file back, or \
+         prepare into a new destination"
+    )]
+    SourceReplaced {
+        /// The source as it was given.
+        source_name: String,
+        /// Bytes that were read then.
+        expected: u64,
+        /// Bytes that are there.
+        found: u64,
+    },
+
+    /// There is no such column of captions.
+    #[error("{data}: no captions of the name {column:?} (there are: {known})")]
+    ColumnMissing {
+        /// The data set.
+        data: String,
+        /// The name asked for.
+        column: String,
+        /// The names there are.
+        known: String,
     },
 
     /// A setting is out of its range.
@@ -141,7 +197,9 @@ pub enum DataError {
     },
 
     /// Readers hold so much fetched data that no more fits into memory.
-    #[error("{file}: no room for its {bytes} bytes: other fetched files in use fill the {limit} bytes there are for them (data.memory_bytes); raise it")]
+    #[error(
+        "{file}: no room for its {bytes} bytes: other fetched files in use fill the {limit} bytes there are for them (data.memory_bytes); raise it"
+    )]
     Crowded {
         /// The file that was wanted.
         file: String,
@@ -160,17 +218,19 @@ pub enum DataError {
         found: String,
     },
 
-    /// Features lack some files.
-    #[error("{folder}: {missing_count} of {total} files of features are not there ({missing}); run `ella embed` again to complete them")]
-    FeaturesIncomplete {
-        /// The features' folder.
+    /// Features, or added captions, lack some files.
+    #[error("{folder}: {missing_count} of {total} files are not there ({missing}); {hint}")]
+    SidecarIncomplete {
+        /// The folder.
         folder: String,
         /// How many are missing.
         missing_count: usize,
-        /// How many files there should be: one for every shard, and the empty caption's.
+        /// How many files there should be: one for every shard, and such as the empty caption's.
         total: usize,
         /// The first missing ones, by name.
         missing: String,
+        /// What to do.
+        hint: &'static str,
     },
 
     /// A row of features has the wrong size.
@@ -194,4 +254,15 @@ pub enum DataError {
         /// Why.
         what: String,
     },
+}
+
+impl DataError {
+    /// Whether it would come again wherever and whenever the same is tried: input or settings that can't be used. Else it may pass.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            DataError::Store(error) => error.is_permanent(),
+            DataError::Io { .. } | DataError::Latents(_) | DataError::Stopped { .. } | DataError::Crowded { .. } => false,
+            _ => true,
+        }
+    }
 }

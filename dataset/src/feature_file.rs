@@ -56,11 +56,11 @@ impl FeatureWriter {
     }
 
     /// Appends the features of the next row: little-endian numbers of the spec's dtype, `[positions, width]`, where positions is
-    /// `max_tokens` with fixed padding and `tokens` (the caption's own) without.
+    /// `max_tokens` with fixed padding and `tokens` (the caption's own) without. A row without tokens is of a caption that is not there.
     pub fn push(&mut self, features: &[u8], tokens: u32) -> Result<(), DataError> {
         let wrong = |what| Err(DataError::FeatureRow { row: self.rows as usize, what });
-        if tokens == 0 || tokens > self.spec.max_tokens {
-            return wrong(format!("tokens must be 1 to {} (found {tokens})", self.spec.max_tokens));
+        if tokens > self.spec.max_tokens {
+            return wrong(format!("tokens must be at most {} (found {tokens})", self.spec.max_tokens));
         }
         let expected = self.spec.stored_tokens(tokens) as usize * self.spec.token_bytes();
         if features.len() != expected {
@@ -138,7 +138,7 @@ impl FeatureReader {
             let features: LargeListArray = ipc::column(file, &batch, "features")?;
             for (row, (&tokens, range)) in tokens.values().iter().zip(features.offsets().windows(2)).enumerate() {
                 let (expected, found) = (i64::from(spec.stored_tokens(tokens)) * i64::from(spec.width), range[1] - range[0]);
-                if expected != found || tokens == 0 || tokens > spec.max_tokens {
+                if expected != found || tokens > spec.max_tokens {
                     let row = index.rows() + row;
                     let what = format!("column features: row {row} of {tokens} tokens: expected {expected} numbers, found {found}");
                     return Err(DataError::Arrow { file: file.to_owned(), what });

@@ -191,7 +191,9 @@ impl Files {
         let name = at(store, &entry.name);
         let bytes = read(store, &entry.name).await?.ok_or_else(|| DataError::RecordMissing { file: name.clone(), hint })?;
         let digest = entry.blake3;
-        blocking(file, move || Content::good(&name, Bytes::from_owner(Fetched { bytes, _share: share })).unchecked(digest, None)).await.map(Some)
+        blocking(file, move || Content::good(&name, Bytes::from_owner(Fetched { bytes, _share: share })).unchecked(digest, None))
+            .await
+            .map(Some)
     }
 
     /// Room in memory. Whoever wants a row waits for it, though not for ever.

@@ -1,8 +1,8 @@
 //! Arrow IPC files in memory or mapped: batches out of bytes without copying, columns by name.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use arrow_array::{Array, ArrayRef, RecordBatch};

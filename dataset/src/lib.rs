@@ -1,11 +1,13 @@
 //! Data sets: sources, filters, prepared shards, features, sample order. Nothing here links libtorch.
 //!
-//! From tars to training: [`Source::find`] → [`prepare`](prepare()) → [`DataSet::open`]; text encoders add [`FeatureSet`]s.
+//! From files to training: [`Source::find`] → [`Preparation`] → [`DataSet::open`]; text encoders add [`FeatureSet`]s, captioners [`CaptionSet`]s.
 //! Invariants held here (design.md §1): COMMIT in small (a manifest is written last, once, and names every byte) and KNOWN (every
 //! sample read is kept or refused with a reason).
 
 mod ahead;
 mod caption;
+mod caption_set;
+mod caption_stats;
 mod content;
 mod error;
 mod feature_file;
@@ -23,22 +25,31 @@ mod report;
 mod room;
 pub mod scenes;
 mod set;
+mod settings;
 mod shard;
+mod sidecar;
 mod source;
+mod stray;
 mod tree;
+mod verify;
 
 pub use ahead::{Ahead, Reading};
 pub use caption::{Captions, captions_from_txt, prepare_captions};
+pub use caption_set::{CaptionManifest, CaptionSet, CaptionSpec, captions_in};
+pub use caption_stats::{CaptionCounter, CaptionStats, Lengths, Speech, Tokens, caption_stats, is_whole, sentences};
 pub use error::DataError;
 pub use feature_file::{FeatureReader, FeatureWriter};
-pub use features::{FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, Padding};
+pub use features::{FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, Padding, features_in};
 pub use files::{CacheLimits, Opened};
-pub use manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, Settings, ShardEntry, SourceEntry};
-pub use picture::{Picture, PictureRules, cut, decode_rgb, encode_jpeg};
-pub use plan::{PLAN, Plan, REPORT, UnitRecord, write_file};
-pub use prepare::{LatentEncoder, PrepareOptions, Progress, Watch, Work, prepare, prepare_unit};
+pub use manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, SourceEntry};
+pub use picture::{Crop, Encoding, Picture, PictureRules, SDXL_BUCKETS, Scratch, buckets, cut, decode_rgb, encode};
+pub use plan::{PLAN, Part, Plan, PlannedSource, REPORT, UnitRecord, write_file};
+pub use prepare::{KeyList, LatentEncoder, Preparation, PrepareOptions, ToDo, TokenCounter, UnitWatch, prepare};
 pub use report::{Refusal, Refused, Report};
 pub use room::Memory;
-pub use set::{DataSet, Features};
+pub use set::{AddedCaptions, DataSet, Features};
+pub use settings::{Buckets, CaptionColumn, Condition, Duplicates, Filters, Settings, TokenRule};
 pub use shard::{Row, RowRef, ShardLayout, ShardReader, ShardWriter};
-pub use source::{Member, Sample, Source, TarRead, read_samples};
+pub use sidecar::{Counts, SidecarManifest};
+pub use source::{Field, Fields, Member, Piece, PieceRead, Sample, Source, SourceKind, SourceOptions};
+pub use verify::{Damage, Inventory, Verified};

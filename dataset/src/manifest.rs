@@ -1,6 +1,7 @@
 //! `manifest.json`: what a prepared data set is, down to every byte.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use bytes::Bytes;
 use ella_store::{Digest, Store};
@@ -8,74 +9,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
+use crate::settings::{CaptionColumn, Settings};
+use crate::shard::ShardLayout;
 
 /// The version of every record this module writes.
 pub const SCHEMA: u32 = 1;
 /// The manifest's key in a data set's folder.
 pub const MANIFEST: &str = "manifest.json";
-
-/// What decides a prepared data set's bytes, beside its sources.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Settings {
-    /// Side of the square pictures, pixels: a multiple of 8, 8 to 8192.
-    pub resolution: u32,
-    /// Smallest accepted length of an original's shorter side, pixels.
-    pub min_edge: u32,
-    /// Fewest words in a caption.
-    pub min_caption_words: u32,
-    /// Most words in a caption.
-    pub max_caption_words: Option<u32>,
-    /// Field of the `.json` file that holds the caption. None: the `.txt` file if there is one, else the field `caption`.
-    pub caption_field: Option<String>,
-    /// JPEG quality of the stored pictures, 1 to 100.
-    pub jpeg_quality: u8,
-    /// A shard is closed when its images, captions and latents reach this many bytes.
-    pub shard_bytes: u64,
-    /// Most pixels of an original: a bound against decompression bombs.
-    pub max_pixels: u64,
-    /// Put the source's name (`photos-00000/`) before every key, for sources that number their samples alike.
-    pub key_prefix: bool,
-    /// Store the pictures. Off makes sense only with latents.
-    pub images: bool,
-}
-
-impl Settings {
-    /// The usual settings for a resolution: no picture is enlarged, any caption of one word or more, quality 95, shards of 128 MiB.
-    pub fn new(resolution: u32) -> Settings {
-        Settings {
-            resolution,
-            min_edge: resolution,
-            min_caption_words: 1,
-            max_caption_words: None,
-            caption_field: None,
-            jpeg_quality: 95,
-            shard_bytes: 128 << 20,
-            max_pixels: 1 << 27,
-            key_prefix: false,
-            images: true,
-        }
-    }
-
-    /// Checks every field against its range.
-    pub fn check(&self) -> Result<(), DataError> {
-        fn rule(ok: bool, field: &'static str, rule: &'static str, found: impl ToString) -> Result<(), DataError> {
-            if ok { Ok(()) } else { Err(DataError::Setting { field, rule, found: found.to_string() }) }
-        }
-        let side = self.resolution;
-        rule(side.is_multiple_of(8) && (8..=8192).contains(&side), "resolution", "a multiple of 8 from 8 to 8192", side)?;
-        rule(self.min_edge >= 1, "min_edge", "1 or more", self.min_edge)?;
-        let most = self.max_caption_words.unwrap_or(u32::MAX);
-        rule(most >= self.min_caption_words.max(1), "max_caption_words", "1 or more, and not below min_caption_words", most)?;
-        rule((1..=100).contains(&self.jpeg_quality), "jpeg_quality", "1 to 100", self.jpeg_quality)?;
-        let bytes = self.shard_bytes;
-        rule((1..=4 << 30).contains(&bytes), "shard_bytes", "1 byte to 4 GiB", bytes)?;
-        let pixels = self.max_pixels;
-        rule((1..=1 << 30).contains(&pixels), "max_pixels", "1 to 2^30", pixels)?;
-        let field = self.caption_field.as_deref();
-        rule(field != Some(""), "caption_field", "the name of a JSON field", "an empty name")
-    }
-}
 
 /// Which network made the latents, and their shape.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,21 +25,20 @@ pub struct LatentSpec {
     pub model: Digest,
     /// Channels of the moments: means, then log-variances (8 for the SD VAEs).
     pub channels: u32,
-    /// Height of the latent.
-    pub height: u32,
-    /// Width of the latent.
-    pub width: u32,
+    /// Pixels of a picture's side for each of a latent's.
+    pub downscale: u32,
 }
 
 impl LatentSpec {
-    /// Numbers in a row of moments: channels × height × width.
-    pub fn len(&self) -> usize {
-        self.channels as usize * self.height as usize * self.width as usize
+    /// `[channels, height, width]` of the moments of a picture of this width and height.
+    pub fn shape(&self, size: (u32, u32)) -> [usize; 3] {
+        let side = |pixels: u32| (pixels / self.downscale.max(1)) as usize;
+        [self.channels as usize, side(size.1), side(size.0)]
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// Numbers in a row of moments.
+    pub fn numbers(&self, size: (u32, u32)) -> usize {
+        self.shape(size).iter().product()
     }
 }
 
@@ -109,15 +48,18 @@ impl LatentSpec {
 pub struct SourceEntry {
     /// File name without its folder, so that a moved source is the same source.
     pub name: String,
-    /// Size of the file.
+    /// Rows of the file, where it is a table or list whose parts are prepared apart.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub rows: Option<Range<u64>>,
+    /// Bytes that were read: of the file, or of the part and its pictures.
     pub bytes: u64,
-    /// BLAKE3 of the file.
+    /// BLAKE3 of them.
     pub blake3: Digest,
     /// Samples read.
     pub read: u64,
     /// Samples kept.
     pub kept: u64,
-    /// Members of the tar that belonged to no sample.
+    /// Members of a tar that belonged to no sample.
     pub ignored: u64,
 }
 
@@ -133,12 +75,15 @@ pub struct ShardEntry {
     pub bytes: u64,
     /// BLAKE3 of the file.
     pub blake3: Digest,
+    /// Width and height of its pictures.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub size: Option<(u32, u32)>,
 }
 
 impl ShardEntry {
     /// Describes a file's bytes.
     pub fn of(name: String, rows: u64, file: &[u8]) -> ShardEntry {
-        ShardEntry { name, rows, bytes: file.len() as u64, blake3: Digest::of(file) }
+        ShardEntry { name, rows, bytes: file.len() as u64, blake3: Digest::of(file), size: None }
     }
 
     /// Whether these are the bytes that were described.
@@ -149,7 +94,7 @@ impl ShardEntry {
 }
 
 /// A prepared data set.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Version of this record.
@@ -158,6 +103,8 @@ pub struct Manifest {
     pub settings: Option<Settings>,
     /// How the latents were made, if there are any.
     pub latents: Option<LatentSpec>,
+    /// The columns of captions.
+    pub captions: Vec<CaptionColumn>,
     /// What it was made from.
     pub sources: Vec<SourceEntry>,
     /// Rows of all shards.
@@ -173,7 +120,8 @@ impl Manifest {
     pub fn new(settings: Option<Settings>, latents: Option<LatentSpec>, sources: Vec<SourceEntry>, shards: Vec<ShardEntry>) -> Manifest {
         let samples = shards.iter().map(|s| s.rows).sum();
         let bytes = shards.iter().map(|s| s.bytes).sum();
-        Manifest { schema: SCHEMA, settings, latents, sources, samples, bytes, shards }
+        let captions = settings.as_ref().map_or_else(|| vec![CaptionColumn::default()], |settings| settings.captions.clone());
+        Manifest { schema: SCHEMA, settings, latents, captions, sources, samples, bytes, shards }
     }
 
     /// Reads and validates the manifest of the data set in a folder.
@@ -200,10 +148,32 @@ impl Manifest {
         if self.samples == 0 {
             return wrong("samples: must be 1 or more (found 0)".into());
         }
-        if let Some(settings) = &self.settings {
-            settings.check().or_else(|error| wrong(format!("settings.{error}")))?;
+        if self.captions.is_empty() {
+            return wrong("captions: must name one column or more".into());
         }
-        Ok(())
+        let Some(settings) = &self.settings else { return Ok(()) };
+        settings.check().or_else(|error| wrong(format!("settings.{error}")))?;
+        match self.shards.iter().position(|shard| shard.size.is_none()) {
+            Some(shard) => wrong(format!("shards[{shard}].size: must be there, as the data set has pictures")),
+            None => Ok(()),
+        }
+    }
+
+    /// The columns of a shard.
+    pub(crate) fn layout(&self, shard: &ShardEntry) -> ShardLayout {
+        let captions = self.captions.iter().map(|column| column.name.clone()).collect();
+        let moments = self.latents.as_ref().zip(shard.size).map(|(latents, size)| latents.numbers(size));
+        ShardLayout { captions, pictures: self.settings.is_some(), images: self.has_images(), moments }
+    }
+
+    /// The place of a column of captions among the data set's own.
+    pub fn caption_column(&self, name: &str) -> Option<usize> {
+        self.captions.iter().position(|column| column.name == name)
+    }
+
+    /// The shards as the order wants them: size of the pictures, and rows.
+    pub fn order_shards(&self) -> Vec<(Option<(u32, u32)>, u64)> {
+        self.shards.iter().map(|shard| (shard.size, shard.rows)).collect()
     }
 
     /// The data set's identity, bound into commits: BLAKE3 of the manifest as compact JSON with its fields in order.
@@ -211,7 +181,7 @@ impl Manifest {
         Digest::of(&canonical(self))
     }
 
-    /// Side of the pictures, pixels; none if there are only captions.
+    /// The settings' resolution, pixels; none if there are only captions.
     pub fn resolution(&self) -> Option<u32> {
         self.settings.as_ref().map(|s| s.resolution)
     }

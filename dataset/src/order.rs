@@ -6,6 +6,7 @@
 //! runs which lane is of no account. Both permutations are `Permutation`s: no list of samples exists anywhere; the
 //! only tables are the shards' prefix sums.
 
+mod buckets;
 mod permutation;
 
 use std::{
@@ -14,6 +15,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+pub use buckets::BucketOrder;
 use permutation::Permutation;
 
 use crate::mix;

@@ -1,35 +1,45 @@
-//! The plan of a data set, its units, and how they become a manifest.
+//! The plan of a data set, and the records of its parts.
 //!
-//! Every source is a unit: its output is named from its input, written once, conditionally, and described by a record that is
-//! written last. So units can be done anywhere, in any order, twice; a finished one is skipped. In the destination:
+//! Every source, or part of a large one, is a unit of work: its output is named from its input, written once, conditionally, and
+//! described by a record that is written last. So units can be done anywhere, in any order, twice; a finished one is skipped. In the
+//! destination:
 //!
 //! ```text
 //! plan.json                       settings and sources: whose folder this is
 //! shards/00000-9f86d081884c-0000.arrow
-//! units/00000-9f86d081884c.json   what became of source 0
+//! units/00000-9f86d081884c.json   what became of part 0
+//! duplicates.json                 which samples are left out as duplicates of which, where that was looked for
 //! report.json                     every sample refused, by reason (KNOWN)
 //! manifest.json                   written last: the data set is whole
 //! ```
 
-use std::collections::HashMap;
-
 use bytes::Bytes;
 use ella_store::{Created, Digest, Store};
+use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
-use crate::manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, Settings, ShardEntry, SourceEntry, at, canonical, parse, pretty, read};
+use crate::manifest::{
+    LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, SourceEntry, at, canonical, parse, pretty, read, validate_shards,
+};
 use crate::report::Report;
-use crate::source::Source;
+use crate::settings::Settings;
+use crate::source::{Piece, Source, SourceKind};
 use crate::tree;
 
 /// The plan's key in a data set's folder.
 pub const PLAN: &str = "plan.json";
 /// The report's key in a data set's folder.
 pub const REPORT: &str = "report.json";
+/// The folder of units' records.
+pub(crate) const UNITS: &str = "units";
+/// The folder of shards.
+pub(crate) const SHARDS: &str = "shards";
+/// Sources looked into at once.
+const LOOKED_AT_ONCE: usize = 16;
 
 /// What a data set will be: everything that decides its bytes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
     /// Version of this record.
@@ -38,16 +48,35 @@ pub struct Plan {
     pub settings: Settings,
     /// How latents are made, if they are.
     pub latents: Option<LatentSpec>,
-    /// The sources' file names in order, without folders: a moved source is the same source.
-    pub sources: Vec<String>,
-    /// Their sizes. Not part of the record: a broken source may be replaced by a whole one, which is then a new unit.
-    #[serde(skip)]
-    sizes: Vec<u64>,
+    /// The sources in order.
+    pub sources: Vec<PlannedSource>,
+}
+
+/// One source of a plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlannedSource {
+    /// The file's name without its folder: a moved source is the same source.
+    pub name: String,
+    /// What kind of file it is.
+    pub kind: SourceKind,
+    /// The parts of a table or list. None for a tar, which is one: so a broken tar may be replaced by a whole one.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub pieces: Vec<Piece>,
+}
+
+/// One part of a plan: what a unit of work prepares.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part<'a> {
+    /// The source's place in the plan.
+    pub source: usize,
+    /// The part of a table or list.
+    pub piece: Option<&'a Piece>,
 }
 
 impl Plan {
-    /// Checks the settings and makes the plan.
-    pub fn new(settings: &Settings, latents: Option<LatentSpec>, sources: &[Source]) -> Result<Plan, DataError> {
+    /// Checks the settings, looks into the sources and makes the plan.
+    pub async fn new(settings: &Settings, latents: Option<LatentSpec>, sources: &[Source]) -> Result<Plan, DataError> {
         settings.check()?;
         if !settings.images && latents.is_none() {
             return Err(DataError::Setting { field: "images", rule: "on unless latents are made", found: "off".into() });
@@ -55,141 +84,116 @@ impl Plan {
         if sources.is_empty() {
             return Err(DataError::SourceMissing { source_name: "(none given)".into() });
         }
-        let sizes = sources.iter().map(Source::bytes).collect();
-        let sources = sources.iter().map(|source| source.file_name().to_owned()).collect();
-        Ok(Plan { schema: SCHEMA, settings: settings.clone(), latents, sources, sizes })
+        let sources = stream::iter(sources.iter().map(planned)).buffered(LOOKED_AT_ONCE).try_collect().await?;
+        Ok(Plan { schema: SCHEMA, settings: settings.clone(), latents, sources })
+    }
+
+    /// The plan of a destination, if it has one.
+    pub async fn load(out: &Store) -> Result<Option<Plan>, DataError> {
+        let Some(bytes) = read(out, PLAN).await? else { return Ok(None) };
+        let plan: Plan = parse(&at(out, PLAN), &bytes)?;
+        plan.settings.check()?;
+        Ok(Some(plan))
     }
 
     /// Makes a destination this plan's own, or finds that it already is. A folder that holds another plan's data is refused.
     pub async fn claim(&self, out: &Store) -> Result<(), DataError> {
         if read(out, PLAN).await?.is_none() {
             if read(out, MANIFEST).await?.is_some() {
-                return Err(other(out, MANIFEST, "plan.json", "a plan beside it", "none"));
+                let (field, expected) = (PLAN.into(), "a plan beside it".into());
+                return Err(DataError::Other { file: at(out, MANIFEST), field, expected, found: "none".into() });
             }
             if out.create(PLAN, pretty(self)).await? == Created::Yes {
                 return Ok(());
             }
         }
-        let file = at(out, PLAN);
-        let there: Plan = parse(&file, &out.get(PLAN).await?)?;
-        match difference("", &json(self), &json(&there)) {
-            None => Ok(()),
-            Some((field, expected, found)) => Err(DataError::Other { file, field, expected, found }),
+        let there: Plan = parse(&at(out, PLAN), &out.get(PLAN).await?)?;
+        same(self, &there, at(out, PLAN))
+    }
+
+    /// The parts in order.
+    pub fn parts(&self) -> Vec<Part<'_>> {
+        let mut parts = Vec::new();
+        for (source, planned) in self.sources.iter().enumerate() {
+            match planned.kind {
+                SourceKind::Tar => parts.push(Part { source, piece: None }),
+                _ => parts.extend(planned.pieces.iter().map(|piece| Part { source, piece: Some(piece) })),
+            }
         }
+        parts
     }
 
-    /// The name of a unit's files, made from its input: settings, place, and the source's name and size.
-    pub fn unit(&self, index: usize) -> String {
-        let source = (self.sources.get(index), self.sizes.get(index));
-        unit_name(index, &Digest::of(&canonical(&(&self.settings, &self.latents, source))))
+    /// The name of a part's files, made from its input: settings, place, the source's name and part, and what is left out of it. `bytes` is a
+    /// tar's size.
+    pub(crate) fn unit(&self, index: usize, part: &Part<'_>, bytes: u64, left_out: &[String]) -> String {
+        let source = self.sources.get(part.source).map(|source| (&source.name, source.kind));
+        let size = part.piece.is_none().then_some(bytes);
+        let input = canonical(&(&self.settings, &self.latents, source, part.piece, size, left_out));
+        unit_name(index, &Digest::of(&input))
     }
+}
 
+async fn planned(source: &Source) -> Result<PlannedSource, DataError> {
+    let kind = source.kind();
+    let pieces = if kind == SourceKind::Tar { Vec::new() } else { source.pieces().await? };
+    Ok(PlannedSource { name: source.file_name().to_owned(), kind, pieces })
+}
+
+/// What became of one part. Written last of the unit's files.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UnitRecord {
+    /// Version of this record.
+    pub schema: u32,
+    /// The source, or the part of it.
+    pub source: SourceEntry,
+    /// What told this version of the source from others where it was read. Not part of what the unit is: copies differ in it.
+    pub stamp: Option<String>,
+    /// Its shards.
+    pub shards: Vec<ShardEntry>,
+    /// Keys of the samples that were kept, in the source's order: to find keys that two sources share without reading shards.
+    pub keys: Vec<String>,
+    /// The first half of the BLAKE3 digest of each one's picture, in hexadecimal, where duplicates are looked for.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub contents: Vec<String>,
+    /// Each one's perceptual hash, where pictures that look alike are looked for.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub looks: Vec<String>,
+    /// What became of its samples.
+    pub report: Report,
+}
+
+impl UnitRecord {
     /// The record of a unit, if it is finished.
-    pub async fn record(&self, index: usize, out: &Store) -> Result<Option<UnitRecord>, DataError> {
-        let key = unit_key(&self.unit(index));
+    pub(crate) async fn load(unit: &str, out: &Store) -> Result<Option<UnitRecord>, DataError> {
+        let key = unit_key(unit);
         let Some(bytes) = read(out, &key).await? else { return Ok(None) };
         let record: UnitRecord = parse(&at(out, &key), &bytes)?;
         record.validate(&at(out, &key))?;
         Ok(Some(record))
     }
 
-    /// Reads all unit records and writes `report.json` and, last, `manifest.json`.
-    pub async fn finish(&self, out: &Store) -> Result<Report, DataError> {
-        let mut report = Report::default();
-        let (mut sources, mut shards) = (Vec::new(), Vec::new());
-        let mut keys = KeyIndex::default();
-        for index in 0..self.sources.len() {
-            let missing = DataError::RecordMissing {
-                file: at(out, &unit_key(&self.unit(index))),
-                hint: "this source is not prepared yet: run `ella prepare` again",
-            };
-            let record = self.record(index, out).await?.ok_or(missing)?;
-            keys.add(self, index, &record, out).await?;
-            sources.push(record.source);
-            shards.extend(record.shards);
-            report.merge(record.report);
-        }
-        if report.kept == 0 {
-            out.put(REPORT, pretty(&report)).await?;
-            return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
-        }
-        let manifest = Manifest::new(Some(self.settings.clone()), self.latents.clone(), sources, shards);
-        publish(out, &manifest, &report).await?;
-        Ok(report)
-    }
-}
-
-/// What became of one source. Written last of the unit's files.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct UnitRecord {
-    /// Version of this record.
-    pub schema: u32,
-    /// The source.
-    pub source: SourceEntry,
-    /// Its shards.
-    pub shards: Vec<ShardEntry>,
-    /// Keys of the rows, in order: to find keys that two sources share without reading shards.
-    pub keys: Vec<String>,
-    /// What became of its samples.
-    pub report: Report,
-}
-
-impl UnitRecord {
     fn validate(&self, file: &str) -> Result<(), DataError> {
         let wrong = |what: &str| Err(DataError::Record { file: file.to_owned(), what: what.to_owned() });
         let rows: u64 = self.shards.iter().map(|s| s.rows).sum();
+        let as_many = |list: &[String]| list.is_empty() || list.len() as u64 == rows;
         if !self.report.adds_up() || self.report.kept != rows || self.keys.len() as u64 != rows {
             return wrong("report: read, kept, refused, keys and the shards' rows do not add up");
         }
-        crate::manifest::validate_shards(&self.shards).or_else(|what| wrong(&what))
-    }
-
-    /// Whether its shards are there, by name and size. One that was lost is made again: its bytes are given by its input.
-    pub(crate) async fn is_whole(&self, out: &Store) -> Result<bool, DataError> {
-        for shard in &self.shards {
-            if out.head(&shard.name).await?.is_none_or(|meta| meta.bytes != shard.bytes) {
-                return Ok(false);
-            }
+        if !as_many(&self.contents) || !as_many(&self.looks) {
+            return wrong("contents, looks: must be as many as the keys, or none");
         }
-        Ok(true)
+        validate_shards(&self.shards).or_else(|what| wrong(&what))
     }
 
     /// Writes the record of a finished unit, once. A record that is already there wins, if it says the same.
-    pub async fn write(&self, unit: &str, out: &Store) -> Result<(), DataError> {
+    pub(crate) async fn write(&self, unit: &str, out: &Store) -> Result<(), DataError> {
         let key = unit_key(unit);
         if out.create(&key, pretty(self)).await? == Created::Yes {
             return Ok(());
         }
         let there: UnitRecord = parse(&at(out, &key), &out.get(&key).await?)?;
-        match difference("", &json(self), &json(&there)) {
-            None => Ok(()),
-            Some((field, expected, found)) => Err(DataError::Other { file: at(out, &key), field, expected, found }),
-        }
-    }
-}
-
-/// Finds keys that two sources share. 16 bytes a key: 34 million keys take well under 2 GiB.
-#[derive(Debug, Default)]
-pub(crate) struct KeyIndex {
-    units: HashMap<u64, u32>,
-}
-
-impl KeyIndex {
-    pub(crate) async fn add(&mut self, plan: &Plan, index: usize, record: &UnitRecord, out: &Store) -> Result<(), DataError> {
-        for key in &record.keys {
-            let hash = Digest::of(key.as_bytes());
-            let (short, _) = hash.as_bytes().split_first_chunk().unwrap_or((&[0; 8], &[]));
-            let Some(earlier) = self.units.insert(u64::from_le_bytes(*short), index as u32) else { continue };
-            let earlier = earlier as usize;
-            // Two keys may share 64 bits of a digest: the earlier record says whether it is the key itself.
-            let first = plan.record(earlier, out).await?;
-            if first.as_ref().is_some_and(|first| first.keys.contains(key)) {
-                let name = |i: usize| plan.sources.get(i).cloned().unwrap_or_default();
-                return Err(DataError::DuplicateKey { key: key.clone(), first: name(earlier), second: name(index) });
-            }
-        }
-        Ok(())
+        same(self, &UnitRecord { stamp: self.stamp.clone(), ..there }, at(out, &key))
     }
 }
 
@@ -197,8 +201,8 @@ pub(crate) fn unit_name(index: usize, input: &Digest) -> String {
     format!("{index:05}-{}", &input.to_string()[..12])
 }
 
-fn unit_key(unit: &str) -> String {
-    format!("units/{unit}.json")
+pub(crate) fn unit_key(unit: &str) -> String {
+    format!("{UNITS}/{unit}.json")
 }
 
 /// Writes a shard with its tree, once, and describes it. One that is there already must be the same.
@@ -221,7 +225,7 @@ pub(crate) async fn create_file(
     }
     let there = out.get(&entry.name).await?;
     let entry = match entry.check(out.url(), &there) {
-        Err(_) if same(&there) => ShardEntry::of(entry.name, entry.rows, &there),
+        Err(_) if same(&there) => ShardEntry { size: entry.size, ..ShardEntry::of(entry.name, entry.rows, &there) },
         checked => checked.map(|()| entry)?,
     };
     tree::write(out, &entry.name, &there).await?;
@@ -232,10 +236,7 @@ pub(crate) async fn create_file(
 pub(crate) async fn refuse_other(out: &Store, manifest: &Manifest) -> Result<(), DataError> {
     let Some(bytes) = read(out, MANIFEST).await? else { return Ok(()) };
     let there: Manifest = parse(&at(out, MANIFEST), &bytes)?;
-    match difference("", &json(manifest), &json(&there)) {
-        None => Ok(()),
-        Some((field, expected, found)) => Err(DataError::Other { file: at(out, MANIFEST), field, expected, found }),
-    }
+    same(manifest, &there, at(out, MANIFEST))
 }
 
 /// Writes the report and then, once, the manifest that makes the data set visible.
@@ -248,12 +249,15 @@ pub(crate) async fn publish(out: &Store, manifest: &Manifest, report: &Report) -
     }
 }
 
-fn other(out: &Store, key: &str, field: &str, expected: &str, found: &str) -> DataError {
-    DataError::Other { file: at(out, key), field: field.into(), expected: expected.into(), found: found.into() }
-}
-
-fn json(record: &impl Serialize) -> serde_json::Value {
-    serde_json::to_value(record).unwrap_or_default()
+/// Refuses a record, in `file`, that says something else than is expected.
+pub(crate) fn same(expected: &impl Serialize, there: &impl Serialize, file: String) -> Result<(), DataError> {
+    fn json(record: &impl Serialize) -> serde_json::Value {
+        serde_json::to_value(record).unwrap_or_default()
+    }
+    match difference("", &json(expected), &json(there)) {
+        None => Ok(()),
+        Some((field, expected, found)) => Err(DataError::Other { file, field, expected, found }),
+    }
 }
 
 /// The first field in which two records differ, with both values as text.

@@ -4,40 +4,108 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// Why a sample was not kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+/// Why a sample was not kept. As text: a name, and for some a `:` and what exactly.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 #[non_exhaustive]
 pub enum Refusal {
+    /// Fewer or more pixels than the settings allow.
+    Area,
+    /// Longer in one direction than the setting allows.
+    Aspect,
     /// The caption is there, but has no words.
     CaptionEmpty,
-    /// The `.json` file is not JSON, or its caption is not a string.
-    CaptionJsonInvalid,
-    /// More words than the setting allows, or a caption file of more than a mebibyte.
+    /// The caption is no text, the `.json` file that should hold it is not JSON, or its tokens can't be counted.
+    CaptionInvalid,
+    /// More words or tokens than the settings allow, or a caption file of more than a mebibyte.
     CaptionLong,
-    /// No `.txt`, and no such field in a `.json`.
+    /// None of the fields that hold captions.
     CaptionMissing,
     /// The caption is not UTF-8.
     CaptionNotUtf8,
-    /// Fewer words than the setting asks for.
+    /// Fewer words or tokens than the settings ask for.
     CaptionShort,
+    /// A number among the sample's fields does not satisfy this rule.
+    Condition(String),
+    /// The key is on the list of those that are not kept.
+    Denied,
+    /// An earlier sample has a picture of the same bytes.
+    DuplicateImage,
     /// An earlier sample of the same source has this key.
     DuplicateKey,
-    /// No jpg, jpeg, png or webp.
+    /// More than one picture in one file.
+    ImageAnimated,
+    /// No picture, or not there where it should be.
     ImageMissing,
     /// More pixels or bytes than are decoded.
     ImageTooLarge,
     /// Truncated, corrupt, or not a JPEG, PNG or WebP picture at all.
     ImageUndecodable,
-    /// The name in the tar is not UTF-8.
+    /// The key is not UTF-8.
     KeyNotUtf8,
     /// The shorter side is shorter than the setting asks for.
     MinEdge,
+    /// An earlier sample's picture looks like this one's.
+    NearDuplicate,
+    /// The key is not on the list of those that alone are kept.
+    NotAllowed,
+    /// The sample has no number of this name, which a rule asks for.
+    NumberMissing(String),
+    /// A line of a list, or a row of a table, that can't be read.
+    RowInvalid,
 }
+
+/// The names of reasons that say all by themselves.
+const NAMES: [(&str, Refusal); 20] = [
+    ("area", Refusal::Area),
+    ("aspect", Refusal::Aspect),
+    ("caption_empty", Refusal::CaptionEmpty),
+    ("caption_invalid", Refusal::CaptionInvalid),
+    ("caption_long", Refusal::CaptionLong),
+    ("caption_missing", Refusal::CaptionMissing),
+    ("caption_not_utf8", Refusal::CaptionNotUtf8),
+    ("caption_short", Refusal::CaptionShort),
+    ("denied", Refusal::Denied),
+    ("duplicate_image", Refusal::DuplicateImage),
+    ("duplicate_key", Refusal::DuplicateKey),
+    ("image_animated", Refusal::ImageAnimated),
+    ("image_missing", Refusal::ImageMissing),
+    ("image_too_large", Refusal::ImageTooLarge),
+    ("image_undecodable", Refusal::ImageUndecodable),
+    ("key_not_utf8", Refusal::KeyNotUtf8),
+    ("min_edge", Refusal::MinEdge),
+    ("near_duplicate", Refusal::NearDuplicate),
+    ("not_allowed", Refusal::NotAllowed),
+    ("row_invalid", Refusal::RowInvalid),
+];
 
 impl std::fmt::Display for Refusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.serialize(f)
+        match self {
+            Refusal::Condition(rule) => write!(f, "condition:{rule}"),
+            Refusal::NumberMissing(field) => write!(f, "number_missing:{field}"),
+            other => f.write_str(NAMES.iter().find(|(_, refusal)| refusal == other).map_or("", |(name, _)| name)),
+        }
+    }
+}
+
+impl From<Refusal> for String {
+    fn from(refusal: Refusal) -> String {
+        refusal.to_string()
+    }
+}
+
+impl TryFrom<String> for Refusal {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Refusal, String> {
+        match text.split_once(':') {
+            Some(("condition", rule)) => return Ok(Refusal::Condition(rule.to_owned())),
+            Some(("number_missing", field)) => return Ok(Refusal::NumberMissing(field.to_owned())),
+            _ => {}
+        }
+        let known = NAMES.iter().find(|(name, _)| *name == text);
+        known.map(|(_, refusal)| refusal.clone()).ok_or_else(|| format!("unknown reason {text:?}"))
     }
 }
 
@@ -87,5 +155,21 @@ impl Report {
     pub fn refused_line(&self) -> String {
         let parts: Vec<_> = self.refused.iter().map(|(why, keys)| format!("{} {why}", keys.len())).collect();
         if parts.is_empty() { "none refused".into() } else { parts.join(", ") }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_reads_back_from_its_name() {
+        let with = [Refusal::Condition("a>6".into()), Refusal::NumberMissing("a:b".into())];
+        for refusal in NAMES.iter().map(|(_, refusal)| refusal.clone()).chain(with) {
+            let text = refusal.to_string();
+            assert!(!text.is_empty());
+            assert_eq!(Refusal::try_from(text), Ok(refusal));
+        }
+        assert!(Refusal::try_from("no_such_reason".to_owned()).is_err());
     }
 }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use ella_store::{Digest, Store};
 
+use crate::caption_set::{CaptionManifest, CaptionSet, read_captions};
+use crate::content::Content;
 use crate::error::DataError;
 use crate::feature_file::FeatureReader;
 use crate::features::{FeatureManifest, FeatureSet, FeatureSpec};
@@ -12,17 +14,17 @@ use crate::files::{CacheLimits, FileAt, Files, Opened};
 use crate::manifest::{Manifest, ShardEntry};
 use crate::order::SampleRef;
 use crate::room::Memory;
-use crate::shard::{RowRef, ShardLayout, ShardReader};
+use crate::shard::{RowRef, ShardReader};
 
 const SHARD_HINT: &str = "run the same `ella prepare` again to make it anew";
 const FEATURES_HINT: &str = "run the same `ella embed` again to make it anew";
+const CAPTIONS_HINT: &str = "run `ella caption` again to make it anew";
 
 /// A prepared data set.
 #[derive(Debug)]
 pub struct DataSet {
     store: Store,
     manifest: Arc<Manifest>,
-    layout: ShardLayout,
     files: Arc<Files>,
 }
 
@@ -35,16 +37,16 @@ impl DataSet {
     /// Opens a data set in a store's folder.
     pub async fn open_store(store: Store, limits: CacheLimits) -> Result<DataSet, DataError> {
         let manifest = Arc::new(Manifest::load(&store).await?);
-        let layout = ShardLayout {
-            pictures: manifest.settings.is_some(),
-            images: manifest.has_images(),
-            moments: manifest.latents.as_ref().map(|spec| spec.len()),
-        };
-        Ok(DataSet { store, manifest, layout, files: Arc::new(Files::new(limits)) })
+        Ok(DataSet { store, manifest, files: Arc::new(Files::new(limits)) })
     }
 
     /// What the data set is.
     pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The same, to keep.
+    pub fn shared_manifest(&self) -> &Arc<Manifest> {
         &self.manifest
     }
 
@@ -97,8 +99,9 @@ impl DataSet {
     }
 
     async fn reader(&self, index: usize) -> Result<Arc<ShardReader>, DataError> {
-        let layout = self.layout;
-        self.files.open(self.file(index)?, move |content| ShardReader::of(content, layout)).await
+        let file = self.file(index)?;
+        let layout = self.manifest.layout(file.entry);
+        self.files.open(file, move |content| ShardReader::of(content, layout)).await
     }
 
     pub(crate) fn file(&self, index: usize) -> Result<FileAt<'_>, DataError> {
@@ -106,28 +109,75 @@ impl DataSet {
     }
 
     pub(crate) async fn open_ahead(&self, index: usize, keep: &HashSet<Digest>) -> Result<bool, DataError> {
-        let layout = self.layout;
-        self.files.open_ahead(self.file(index)?, keep, move |content| ShardReader::of(content, layout)).await
+        let file = self.file(index)?;
+        let layout = self.manifest.layout(file.entry);
+        self.files.open_ahead(file, keep, move |content| ShardReader::of(content, layout)).await
     }
 
-    /// The complete features of an encoder. Missing or incomplete ones are an error that says what there is.
-    pub async fn features(&self, spec: &FeatureSpec) -> Result<Features, DataError> {
-        let set = FeatureSet::find(&self.store, &self.manifest, spec).await?;
+    /// An added column of captions, whole.
+    pub async fn added_captions(&self, column: &str) -> Result<AddedCaptions, DataError> {
+        let set = CaptionSet::find(&self.store, &self.manifest, column).await?;
+        let manifest = set.finish().await?;
+        Ok(AddedCaptions { folder: set.folder().clone(), manifest, files: Arc::clone(&self.files) })
+    }
+
+    /// All captions of a shard in a column, the data set's own or an added one, in the order of the rows; empty where a sample has none.
+    pub async fn captions(&self, column: &str, shard: usize) -> Result<Vec<String>, DataError> {
+        let Some(own) = self.manifest.caption_column(column) else {
+            return Ok(self.added_captions(column).await?.shard(shard).await?.to_vec());
+        };
+        let reader = self.shard(shard).await?;
+        (0..reader.rows()).map(|row| reader.caption(row, own).map(str::to_owned)).collect()
+    }
+
+    /// The complete features of an encoder for a column of captions. Missing or incomplete ones are an error that says what there is.
+    pub async fn features(&self, spec: &FeatureSpec, column: &str) -> Result<Features, DataError> {
+        let set = FeatureSet::find(&self.store, &self.manifest, spec, column).await?;
         let manifest = set.finish().await?;
         // A manifest tells what there was; what was deleted since is better missed now than hours into training.
         set.check_complete().await?;
         let folder = set.folder().clone();
         // A row that most steps read: not among what may be closed.
         let own = Files::new(CacheLimits::default());
-        let how = manifest.encoder.clone();
-        let file = FileAt { store: &folder, entry: &manifest.empty, hint: FEATURES_HINT };
+        let how = manifest.spec.clone();
+        let file = file_at(&folder, &manifest.extra, 0, FEATURES_HINT)?;
         let empty: Arc<FeatureReader> = own.open(file, move |content| FeatureReader::of(content, &how)).await?;
         Ok(Features { empty, folder, manifest, files: Arc::clone(&self.files) })
     }
 
-    /// Begins, or goes on with, features of an encoder.
-    pub async fn begin_features(&self, spec: &FeatureSpec) -> Result<FeatureSet, DataError> {
-        FeatureSet::begin(&self.store, &self.manifest, spec).await
+    /// Begins, or goes on with, features of an encoder for a column of captions.
+    pub async fn begin_features(&self, spec: &FeatureSpec, column: &str) -> Result<FeatureSet, DataError> {
+        if self.manifest.caption_column(column).is_none() {
+            // It must be there, and whole.
+            self.added_captions(column).await?;
+        }
+        FeatureSet::begin(&self.store, &self.manifest, spec, column).await
+    }
+}
+
+/// An added column of captions, whole.
+#[derive(Debug)]
+pub struct AddedCaptions {
+    folder: Store,
+    manifest: CaptionManifest,
+    files: Arc<Files>,
+}
+
+impl AddedCaptions {
+    /// What it is.
+    pub fn manifest(&self) -> &CaptionManifest {
+        &self.manifest
+    }
+
+    /// The captions of a shard, row for row; empty where none could be made. Every byte is checked.
+    pub async fn shard(&self, index: usize) -> Result<Arc<[String]>, DataError> {
+        let file = file_at(&self.folder, &self.manifest.shards, index, CAPTIONS_HINT)?;
+        let read = |content: Content| -> Result<Arc<[String]>, DataError> {
+            content.check_all()?;
+            Ok(read_captions(content.name(), content.bytes().clone())?.into())
+        };
+        let captions: Arc<Arc<[String]>> = self.files.open(file, read).await?;
+        Ok(Arc::clone(&captions))
     }
 }
 
@@ -169,14 +219,13 @@ impl Features {
         Ok(positions)
     }
 
-    /// Copies these rows, `None` the empty caption's, one after the other into `out`, each into an equal part of it, `[positions, width]`.
-    /// What a row does not fill is zeroed; one that does not fit is an error.
-    pub async fn copy(&self, at: &[Option<SampleRef>], out: &mut [u8]) -> Result<(), DataError> {
-        let part = out.len() / at.len().max(1);
+    /// Copies these rows, `None` the empty caption's, into `out`, which has equal parts of `part` bytes, `[positions, width]`: each into the
+    /// part of the number beside it in `parts`. What a row does not fill is zeroed; one that does not fit is an error.
+    pub async fn copy(&self, at: &[Option<SampleRef>], parts: &[usize], part: usize, out: &mut [u8]) -> Result<(), DataError> {
         self.visit(at, |i, file, row| {
             let (numbers, _) = file.row(row)?;
-            let slot = &mut out[i * part..(i + 1) * part];
             let wrong = || DataError::FeatureRow { row, what: format!("{} bytes do not fit into {part}", numbers.len()) };
+            let slot = parts.get(i).and_then(|number| out.get_mut(number * part..(number + 1) * part)).ok_or_else(wrong)?;
             slot.get_mut(..numbers.len()).ok_or_else(wrong)?.copy_from_slice(numbers);
             slot[numbers.len()..].fill(0);
             Ok(())
@@ -212,7 +261,7 @@ impl Features {
     }
 
     async fn reader(&self, index: usize) -> Result<Arc<FeatureReader>, DataError> {
-        let spec = self.manifest.encoder.clone();
+        let spec = self.manifest.spec.clone();
         self.files.open(self.file(index)?, move |content| FeatureReader::of(content, &spec)).await
     }
 
@@ -221,7 +270,7 @@ impl Features {
     }
 
     pub(crate) async fn open_ahead(&self, index: usize, keep: &HashSet<Digest>) -> Result<bool, DataError> {
-        let spec = self.manifest.encoder.clone();
+        let spec = self.manifest.spec.clone();
         self.files.open_ahead(self.file(index)?, keep, move |content| FeatureReader::of(content, &spec)).await
     }
 }

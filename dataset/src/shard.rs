@@ -1,7 +1,8 @@
 //! Prepared shards: Arrow IPC files with a row per sample.
 //!
-//! Columns: `key`, `caption` (utf8); with pictures also `width`, `height` (u32, of the original), `crop_x`, `crop_y` (u32, in
-//! pixels of the resized picture) and `image` (binary, JPEG) or `moments` (fixed-size list of f16, `[channels, height, width]`) or both.
+//! Columns: `key`, `caption` (utf8; the captions of a column named NAME are in `caption_NAME`, and one that a sample lacks is empty); with
+//! pictures also `width`, `height` (u32, of the original), `crop_x`, `crop_y` (u32, in pixels of the resized picture) and `image` (binary,
+//! JPEG or WebP) or `moments` (fixed-size list of f16, `[channels, height, width]`) or both. All pictures of a shard have one size.
 
 use std::ops::Range;
 use std::path::Path;
@@ -17,11 +18,14 @@ use crate::content::Content;
 use crate::error::DataError;
 use crate::ipc::{self, BATCH_BYTES, BATCH_ROWS, RowIndex, unwritable};
 
+const CAPTION: &str = "caption";
 const NUMBERS: [&str; 4] = ["width", "height", "crop_x", "crop_y"];
 
-/// Which columns a shard has beside key and caption.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Which columns a shard has beside the key.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardLayout {
+    /// Names of the columns of captions, at least one.
+    pub captions: Vec<String>,
     /// The pictures' sizes and crops.
     pub pictures: bool,
     /// Encoded images.
@@ -30,17 +34,30 @@ pub struct ShardLayout {
     pub moments: Option<usize>,
 }
 
+impl Default for ShardLayout {
+    /// Captions only, in one column.
+    fn default() -> ShardLayout {
+        ShardLayout { captions: vec![CAPTION.into()], pictures: false, images: false, moments: None }
+    }
+}
+
+/// The Arrow column of a column of captions.
+fn caption_column(name: &str) -> String {
+    if name == CAPTION { name.to_owned() } else { format!("{CAPTION}_{name}") }
+}
+
 impl ShardLayout {
-    fn columns(&self) -> Vec<(&'static str, DataType)> {
-        let mut columns = vec![("key", DataType::Utf8), ("caption", DataType::Utf8)];
+    fn columns(&self) -> Vec<(String, DataType)> {
+        let mut columns = vec![("key".to_owned(), DataType::Utf8)];
+        columns.extend(self.captions.iter().map(|name| (caption_column(name), DataType::Utf8)));
         if self.pictures {
-            columns.extend(NUMBERS.map(|name| (name, DataType::UInt32)));
+            columns.extend(NUMBERS.map(|name| (name.to_owned(), DataType::UInt32)));
         }
         if self.images {
-            columns.push(("image", DataType::Binary));
+            columns.push(("image".to_owned(), DataType::Binary));
         }
         if let Some(len) = self.moments {
-            columns.push(("moments", DataType::FixedSizeList(item(), len as i32)));
+            columns.push(("moments".to_owned(), DataType::FixedSizeList(item(), len as i32)));
         }
         columns
     }
@@ -60,8 +77,8 @@ fn item() -> Arc<Field> {
 pub struct Row {
     /// The sample's key.
     pub key: String,
-    /// Its caption.
-    pub caption: String,
+    /// Its captions, one for each of the layout's columns; empty ones where it has none.
+    pub captions: Vec<String>,
     /// Width and height of the original, pixels.
     pub original: (u32, u32),
     /// Left and top of the crop, in pixels of the resized picture.
@@ -74,7 +91,8 @@ pub struct Row {
 
 impl Row {
     fn bytes(&self) -> u64 {
-        (self.key.len() + self.caption.len() + self.image.len() + 2 * self.moments.len()) as u64
+        let captions: usize = self.captions.iter().map(String::len).sum();
+        (self.key.len() + captions + self.image.len() + 2 * self.moments.len()) as u64
     }
 }
 
@@ -92,7 +110,8 @@ pub struct ShardWriter {
 impl ShardWriter {
     /// An empty shard.
     pub fn new(layout: ShardLayout) -> Result<ShardWriter, DataError> {
-        Ok(ShardWriter { layout, file: ipc::Writer::new(layout.schema())?, batch: Vec::new(), batch_bytes: 0, rows: 0, bytes: 0 })
+        let file = ipc::Writer::new(layout.schema())?;
+        Ok(ShardWriter { layout, file, batch: Vec::new(), batch_bytes: 0, rows: 0, bytes: 0 })
     }
 
     /// Rows so far.
@@ -105,11 +124,14 @@ impl ShardWriter {
         self.bytes
     }
 
-    /// Appends a row. Moments of a wrong length are an error.
+    /// Appends a row. Moments of a wrong length, or captions of a wrong number, are an error.
     pub fn push(&mut self, row: Row) -> Result<(), DataError> {
-        let expected = self.layout.moments.unwrap_or(0);
-        if row.moments.len() != expected {
-            let what = format!("moments of {}: expected {expected} numbers, found {}", row.key, row.moments.len());
+        let counts = [
+            ("moments", self.layout.moments.unwrap_or(0), row.moments.len()),
+            ("captions", self.layout.captions.len(), row.captions.len()),
+        ];
+        if let Some((what, expected, found)) = counts.into_iter().find(|(_, expected, found)| expected != found) {
+            let what = format!("{what} of {}: expected {expected}, found {found}", row.key);
             return Err(unwritable(ArrowError::InvalidArgumentError(what)));
         }
         if self.batch.len() == BATCH_ROWS || self.batch_bytes + row.bytes() > BATCH_BYTES {
@@ -139,13 +161,14 @@ impl ShardWriter {
 }
 
 fn columns(layout: &ShardLayout, rows: &[Row]) -> Result<Vec<ArrayRef>, ArrowError> {
-    let text = |of: fn(&Row) -> &str| -> ArrayRef {
+    let text = |of: &dyn for<'r> Fn(&'r Row) -> &'r str| -> ArrayRef {
         let mut builder = StringBuilder::new();
         rows.iter().for_each(|row| builder.append_value(of(row)));
         Arc::new(builder.finish())
     };
     let number = |of: fn(&Row) -> u32| -> ArrayRef { Arc::new(UInt32Array::from_iter_values(rows.iter().map(of))) };
-    let mut columns = vec![text(|row| &row.key), text(|row| &row.caption)];
+    let mut columns = vec![text(&|row| &row.key)];
+    columns.extend((0..layout.captions.len()).map(|column| text(&move |row| &row.captions[column])));
     if layout.pictures {
         columns.extend([number(|r| r.original.0), number(|r| r.original.1), number(|r| r.crop.0), number(|r| r.crop.1)]);
     }
@@ -162,11 +185,11 @@ fn columns(layout: &ShardLayout, rows: &[Row]) -> Result<Vec<ArrayRef>, ArrowErr
 }
 
 /// A row of an open shard; everything points into the shard's bytes.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug)]
 pub struct RowRef<'a> {
     /// The sample's key.
     pub key: &'a str,
-    /// Its caption.
+    /// Its caption in the first column.
     pub caption: &'a str,
     /// Width and height of the original; none if the data set has only captions.
     pub original: Option<(u32, u32)>,
@@ -176,12 +199,21 @@ pub struct RowRef<'a> {
     pub image: Option<&'a [u8]>,
     /// VAE moments `[channels, height, width]`, if stored.
     pub moments: Option<&'a [f16]>,
+    captions: &'a [StringArray],
+    at: usize,
+}
+
+impl<'a> RowRef<'a> {
+    /// Its caption in one of the layout's columns; empty where it has none. None: there is no such column.
+    pub fn caption_in(&self, column: usize) -> Option<&'a str> {
+        self.captions.get(column).map(|captions| captions.value(self.at))
+    }
 }
 
 #[derive(Debug)]
 struct Batch {
     key: StringArray,
-    caption: StringArray,
+    captions: Vec<StringArray>,
     numbers: Option<[UInt32Array; 4]>,
     image: Option<BinaryArray>,
     moments: Option<(Float16Array, usize)>,
@@ -212,7 +244,9 @@ impl ShardReader {
     pub(crate) fn of(content: Content, layout: ShardLayout) -> Result<ShardReader, DataError> {
         let mut index = RowIndex::default();
         let mut batches = Vec::new();
-        for batch in ipc::batches(&content, &layout.columns())? {
+        let columns = layout.columns();
+        let columns: Vec<_> = columns.iter().map(|(name, kind)| (name.as_str(), kind.clone())).collect();
+        for batch in ipc::batches(&content, &columns)? {
             index.push(batch.num_rows());
             batches.push(Batch::new(&content, &batch, &layout)?);
         }
@@ -220,8 +254,8 @@ impl ShardReader {
     }
 
     /// The columns there are.
-    pub fn layout(&self) -> ShardLayout {
-        self.layout
+    pub fn layout(&self) -> &ShardLayout {
+        &self.layout
     }
 
     /// Number of rows.
@@ -258,6 +292,15 @@ impl ShardReader {
         &self.content
     }
 
+    /// A row's caption in one of the layout's columns; empty where it has none.
+    pub fn caption(&self, row: usize, column: usize) -> Result<&str, DataError> {
+        let (batch, at) = self.find(row)?;
+        batch.small.iter().try_for_each(|part| self.content.check(part.clone()))?;
+        let unknown =
+            || DataError::Arrow { file: self.content.name().to_owned(), what: format!("has no column of captions number {column}") };
+        batch.captions.get(column).map(|captions| captions.value(at)).ok_or_else(unknown)
+    }
+
     /// All rows in order.
     pub fn iter(&self) -> impl Iterator<Item = RowRef<'_>> {
         self.batches.iter().flat_map(|batch| (0..batch.key.len()).map(|at| batch.row(at)))
@@ -274,9 +317,10 @@ impl Batch {
             let wrong = || DataError::Arrow { file: file.to_owned(), what: "column moments: expected f16".into() };
             Ok((numbers.ok_or_else(wrong)?, len))
         };
+        let captions = layout.captions.iter().map(|name| ipc::column(file, batch, &caption_column(name)));
         Ok(Batch {
             key: ipc::column(file, batch, "key")?,
-            caption: ipc::column(file, batch, "caption")?,
+            captions: captions.collect::<Result<_, _>>()?,
             numbers: if layout.pictures { Some([number(0)?, number(1)?, number(2)?, number(3)?]) } else { None },
             image: if layout.images { Some(ipc::column(file, batch, "image")?) } else { None },
             moments: layout.moments.map(moments).transpose()?,
@@ -288,11 +332,13 @@ impl Batch {
         let pair = |i: usize| self.numbers.as_ref().map(|n| (n[i].value(at), n[i + 1].value(at)));
         RowRef {
             key: self.key.value(at),
-            caption: self.caption.value(at),
+            caption: self.captions.first().map_or("", |captions| captions.value(at)),
             original: pair(0),
             crop: pair(2),
             image: self.image.as_ref().map(|image| image.value(at)),
             moments: self.moments.as_ref().map(|(numbers, len)| &numbers.values()[at * len..(at + 1) * len]),
+            captions: &self.captions,
+            at,
         }
     }
 }

@@ -93,7 +93,7 @@ async fn every_refused_sample_is_counted_with_its_reason() {
         ("number.jpg", &good),
         ("number.json", b"{\"caption\": 7}"),
         ("field.jpg", &good),
-        ("field.json", b"{\"text\": \"three words here\"}"),
+        ("field.json", b"{\"words\": \"three words here\"}"),
         ("good.jpg", &good),
         ("good.txt", text),
         ("again.jpg", &good),

@@ -5,7 +5,10 @@ pub struct FromWorker {
     pub term: u64,
     #[prost(uint64, tag = "2")]
     pub generation: u64,
-    #[prost(oneof = "from_worker::Body", tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(
+        oneof = "from_worker::Body",
+        tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"
+    )]
     pub body: ::core::option::Option<from_worker::Body>,
 }
 /// Nested message and enum types in `FromWorker`.
@@ -34,6 +37,8 @@ pub mod from_worker {
         LeaseRenew(super::LeaseRenew),
         #[prost(message, tag = "13")]
         LeaseDone(super::LeaseDone),
+        #[prost(message, tag = "14")]
+        LeaseThen(super::LeaseThen),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -66,7 +71,7 @@ pub mod to_worker {
         #[prost(message, tag = "10")]
         LeaseGrant(super::LeaseGrant),
         #[prost(message, tag = "11")]
-        NoLease(super::NoLease),
+        JobOver(super::JobOver),
     }
 }
 /// Who a worker is. `worker_id` is new in every process; `peer_address` is where its collective listens (host:port).
@@ -273,34 +278,39 @@ pub struct Failed {
     #[prost(bool, tag = "3")]
     pub permanent: bool,
 }
-/// Order-free work: a worker asks for a unit, renews it, and says when its output stands in the store.
+/// A job: order-free work, leased unit by unit (prepare, embed). A worker that is ready says how many units it will hold at once; it is
+/// granted units as they come, renews them, and says when their outputs stand in the store. It leaves by Finished (outcome PREEMPTED),
+/// or by closing its stream: either way what it held goes to others at once. Doing a unit may name units that follow; they are released
+/// when all units of the stage are done.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct LeaseRequest {}
+pub struct LeaseRequest {
+    #[prost(uint32, tag = "1")]
+    pub slots: u32,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LeaseGrant {
     #[prost(string, tag = "1")]
     pub unit: ::prost::alloc::string::String,
     #[prost(uint64, tag = "2")]
     pub lease_id: u64,
-    #[prost(uint64, tag = "3")]
-    pub deadline_ms: u64,
-}
-/// Nothing to lease now. `finished`: nothing ever again.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct NoLease {
-    #[prost(bool, tag = "1")]
-    pub finished: bool,
-    #[prost(uint64, tag = "2")]
-    pub retry_ms: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LeaseRenew {
     #[prost(uint64, tag = "1")]
     pub lease_id: u64,
+    /// Samples of the unit that are done.
     #[prost(uint64, tag = "2")]
     pub done: u64,
 }
+/// More units that follow, ahead of the unit's LeaseDone: one message holds only so many.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseThen {
+    #[prost(uint64, tag = "1")]
+    pub lease_id: u64,
+    #[prost(string, repeated, tag = "2")]
+    pub units: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LeaseDone {
     #[prost(uint64, tag = "1")]
     pub lease_id: u64,
@@ -309,6 +319,29 @@ pub struct LeaseDone {
     /// Empty: the unit is done. Else why it failed.
     #[prost(string, tag = "3")]
     pub error: ::prost::alloc::string::String,
+    /// It would fail in the same way anywhere.
+    #[prost(bool, tag = "4")]
+    pub permanent: bool,
+    /// The last of the units that follow.
+    #[prost(string, repeated, tag = "5")]
+    pub then: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Samples done.
+    #[prost(uint64, tag = "6")]
+    pub done: u64,
+    /// What came of them, by name: read, kept, refused by reason (KNOWN).
+    #[prost(map = "string, uint64", tag = "7")]
+    pub counts: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+}
+/// The job's outcome. Leave now.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JobOver {
+    #[prost(enumeration = "Outcome", tag = "1")]
+    pub outcome: i32,
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+    /// Starting the job again would fail in the same way.
+    #[prost(bool, tag = "3")]
+    pub permanent: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StatusRequest {}
@@ -320,7 +353,7 @@ pub struct RunStatus {
     pub term: u64,
     #[prost(uint64, tag = "3")]
     pub generation: u64,
-    /// "waiting", "starting", "training", "draining", "done", "preempted" or "failed".
+    /// "waiting", "starting", "training", "draining", "done", "preempted" or "failed"; of a job "waiting", "working", or how it ended.
     #[prost(string, tag = "4")]
     pub phase: ::prost::alloc::string::String,
     /// Why it waits, or why it failed; empty otherwise.
@@ -349,6 +382,85 @@ pub struct RunStatus {
     pub counts: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
     #[prost(bool, tag = "16")]
     pub permanent_failure: bool,
+    /// Set if this is a job. Its workers are here, not in `workers`; `run_url` is its data set.
+    #[prost(message, optional, tag = "17")]
+    pub job: ::core::option::Option<JobStatus>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JobStatus {
+    /// "prepare", "embed" or "caption".
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    /// From 1.
+    #[prost(uint32, tag = "2")]
+    pub stage: u32,
+    /// Units of this stage: in all, done, given up, and held by workers.
+    #[prost(uint64, tag = "3")]
+    pub units: u64,
+    #[prost(uint64, tag = "4")]
+    pub units_done: u64,
+    #[prost(uint64, tag = "5")]
+    pub units_given_up: u64,
+    #[prost(uint64, tag = "6")]
+    pub units_held: u64,
+    /// Of all stages, those of held units included.
+    #[prost(uint64, tag = "7")]
+    pub samples: u64,
+    /// Over the last minute.
+    #[prost(double, tag = "8")]
+    pub samples_per_second: f64,
+    #[prost(double, tag = "9")]
+    pub units_per_second: f64,
+    /// Until the stage ends, at the rate of the last minute; absent until it is known.
+    #[prost(double, optional, tag = "10")]
+    pub seconds_left: ::core::option::Option<f64>,
+    /// What came of the samples, by name, summed over the units that are done.
+    #[prost(map = "string, uint64", tag = "11")]
+    pub results: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    #[prost(message, repeated, tag = "12")]
+    pub workers: ::prost::alloc::vec::Vec<JobWorker>,
+    /// Units that were given up, the first thousand.
+    #[prost(message, repeated, tag = "13")]
+    pub given_up: ::prost::alloc::vec::Vec<FailedUnit>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JobWorker {
+    #[prost(string, tag = "1")]
+    pub worker_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub host: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub pid: u32,
+    #[prost(string, tag = "4")]
+    pub device: ::prost::alloc::string::String,
+    /// Units that it may hold at once; 0 while it loads.
+    #[prost(uint32, tag = "5")]
+    pub slots: u32,
+    #[prost(message, repeated, tag = "6")]
+    pub held: ::prost::alloc::vec::Vec<HeldUnit>,
+    #[prost(uint64, tag = "7")]
+    pub units_done: u64,
+    #[prost(uint64, tag = "8")]
+    pub silent_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HeldUnit {
+    #[prost(string, tag = "1")]
+    pub unit: ::prost::alloc::string::String,
+    /// Samples done so far.
+    #[prost(uint64, tag = "2")]
+    pub done: u64,
+    #[prost(uint64, tag = "3")]
+    pub held_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FailedUnit {
+    #[prost(string, tag = "1")]
+    pub unit: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub error: ::prost::alloc::string::String,
+    #[prost(bool, tag = "3")]
+    pub permanent: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WorkerStatus {

@@ -5,17 +5,19 @@ use std::sync::Arc;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
-use object_store::{ClientConfigKey, DynObjectStore, Result, RetryConfig};
+use object_store::multipart::MultipartStore;
+use object_store::{ClientConfigKey, ObjectStore, Result, RetryConfig};
 use url::Url;
 
 use crate::error::{StoreError, chain};
-use crate::open::bad;
+use crate::http::Connector;
+use crate::open::{Backend, bad};
 
 /// Deadlines are ours; the client's own would cut a long read off.
-const CLIENT_TIMEOUT: &str = "1 day";
+pub(crate) const TIMEOUT: (ClientConfigKey, &str) = (ClientConfigKey::Timeout, "1 day");
 
 /// The bucket or container that `url` names; `shown` is the URL without secrets.
-pub(crate) fn open(url: &Url, shown: &str) -> Result<Arc<DynObjectStore>, StoreError> {
+pub(crate) fn open(url: &Url, shown: &str) -> Result<Backend, StoreError> {
     let Some(bucket) = url.host_str().filter(|host| !host.is_empty()) else {
         return Err(bad(shown, "no bucket or container named; write it as SCHEME://BUCKET/FOLDER"));
     };
@@ -28,28 +30,30 @@ pub(crate) fn open(url: &Url, shown: &str) -> Result<Arc<DynObjectStore>, StoreE
 }
 
 /// Retries are ours: a hidden retry of a create would make a lost reply look like a lost race.
-fn no_retries() -> RetryConfig {
+pub(crate) fn no_retries() -> RetryConfig {
     // The HTTP client takes the process's TLS provider. An error here means that there is one already, which is as good.
     let _ = rustls::crypto::ring::default_provider().install_default();
     RetryConfig { max_retries: 0, ..RetryConfig::default() }
 }
 
-fn s3(builder: AmazonS3Builder, bucket: &str) -> Result<Arc<DynObjectStore>> {
-    let timeout = AmazonS3ConfigKey::Client(ClientConfigKey::Timeout);
-    let store = builder.with_bucket_name(bucket).with_retry(no_retries()).with_config(timeout, CLIENT_TIMEOUT).build()?;
-    Ok(Arc::new(store))
+fn backend(store: impl ObjectStore + MultipartStore) -> Backend {
+    let store = Arc::new(store);
+    Backend { object: Arc::clone(&store) as _, parts: Some(store), read_only: false }
 }
 
-fn gs(builder: GoogleCloudStorageBuilder, bucket: &str) -> Result<Arc<DynObjectStore>> {
-    let timeout = GoogleConfigKey::Client(ClientConfigKey::Timeout);
-    let store = builder.with_bucket_name(bucket).with_retry(no_retries()).with_config(timeout, CLIENT_TIMEOUT).build()?;
-    Ok(Arc::new(store))
+fn s3(builder: AmazonS3Builder, bucket: &str) -> Result<Backend> {
+    let builder = builder.with_bucket_name(bucket).with_retry(no_retries()).with_http_connector(Connector);
+    Ok(backend(builder.with_config(AmazonS3ConfigKey::Client(TIMEOUT.0), TIMEOUT.1).build()?))
 }
 
-fn az(builder: MicrosoftAzureBuilder, bucket: &str) -> Result<Arc<DynObjectStore>> {
-    let timeout = AzureConfigKey::Client(ClientConfigKey::Timeout);
-    let store = builder.with_container_name(bucket).with_retry(no_retries()).with_config(timeout, CLIENT_TIMEOUT).build()?;
-    Ok(Arc::new(store))
+fn gs(builder: GoogleCloudStorageBuilder, bucket: &str) -> Result<Backend> {
+    let builder = builder.with_bucket_name(bucket).with_retry(no_retries()).with_http_connector(Connector);
+    Ok(backend(builder.with_config(GoogleConfigKey::Client(TIMEOUT.0), TIMEOUT.1).build()?))
+}
+
+fn az(builder: MicrosoftAzureBuilder, bucket: &str) -> Result<Backend> {
+    let builder = builder.with_container_name(bucket).with_retry(no_retries()).with_http_connector(Connector);
+    Ok(backend(builder.with_config(AzureConfigKey::Client(TIMEOUT.0), TIMEOUT.1).build()?))
 }
 
 #[cfg(test)]

@@ -51,6 +51,12 @@ async fn objects(store: &Store) -> Verdict {
     }
     let meta = store.head(key).await?.ok_or("head finds what was put")?;
     ensure((meta.key.as_str(), meta.bytes) == (key, 10), "head gives key and size")?;
+    ensure(meta.stamp.is_some(), "an object has a stamp")?;
+    ensure(store.list("a").await? == [meta.clone()], "list gives the size and stamp that head gives")?;
+    store.put(key, Bytes::from_static(b"9876543210")).await?;
+    let replaced = store.head(key).await?.ok_or("head finds what was put again")?;
+    ensure(replaced.stamp != meta.stamp, "an object of other bytes has another stamp")?;
+    store.put(key, Bytes::from_static(b"0123456789")).await?;
     store.put("a/empty", Bytes::new()).await?;
     ensure(store.get("a/empty").await?.is_empty(), "an empty object is empty")?;
     ensure(store.stream("a/empty").try_collect::<Vec<_>>().await?.concat().is_empty(), "an empty object streams as nothing")?;
@@ -121,5 +127,8 @@ async fn folders(store: &Store) -> Verdict {
     ensure(store.folders("c").await? == ["c/10.1", "c/2.1"], "folders gives the folders directly below")?;
     ensure(store.folders("none").await?.is_empty(), "a missing folder has none")?;
     ensure(store.child("c").folders("").await? == ["10.1", "2.1"], "folders are relative to the store's folder")?;
+    let files = store.files("c").await?;
+    ensure(files.len() == 1 && files[0].key == "c/file", "files gives the objects directly in a folder")?;
+    ensure(store.files("none").await?.is_empty(), "a missing folder has no files")?;
     Ok(store.delete_prefix("c").await?)
 }

@@ -24,11 +24,18 @@ impl Digest {
     /// # Errors
     /// Those of opening and reading the file.
     pub fn of_file(path: impl AsRef<Path>) -> io::Result<(Self, u64)> {
-        let mut file = File::open(path)?;
+        Self::of_reader(File::open(path)?)
+    }
+
+    /// The same of all that a reader gives.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn of_reader(mut reader: impl Read) -> io::Result<(Self, u64)> {
         let mut hasher = Hasher::new();
         let mut buffer = vec![0; 1 << 20];
         loop {
-            match file.read(&mut buffer)? {
+            match reader.read(&mut buffer)? {
                 0 => return Ok((hasher.finish(), hasher.bytes())),
                 n => hasher.update(&buffer[..n]),
             };

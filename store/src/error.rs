@@ -5,6 +5,8 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
+use crate::limits::Throttled;
+
 /// A boxed cause.
 pub(crate) type Source = Box<dyn Error + Send + Sync + 'static>;
 
@@ -171,6 +173,12 @@ impl StoreError {
         !self.is_retryable() && !matches!(self, Self::NoSpace { .. })
     }
 
+    /// How long the store asks to be left alone (`Retry-After`).
+    pub fn retry_after(&self) -> Option<Duration> {
+        let Self::Unavailable { source, .. } = self else { return None };
+        causes(source.as_ref()).find_map(|cause| Some(cause.downcast_ref::<Throttled>()?.after))
+    }
+
     /// Whether no connection could be made at all: the address may be wrong.
     pub(crate) fn is_unreachable(&self) -> bool {
         matches!(self, Self::Unavailable { source, .. } if refuses_connections(source.as_ref()))
@@ -224,24 +232,29 @@ impl Place<'_> {
             }
             E::InvalidPath { source } => StoreError::BadKey { url, key, reason: source.to_string() },
             E::UnknownConfigurationKey { .. } => StoreError::BadUrl { url, reason: error.to_string() },
-            E::Precondition { .. } | E::NotModified { .. } => StoreError::Corrupt {
-                url,
-                key,
-                expected: "an object that does not change".into(),
-                found: "one replaced while it was read".into(),
-            },
+            E::Precondition { .. } | E::NotModified { .. } => self.replaced(),
             other => self.other(other),
         }
     }
 
     fn other(&self, error: object_store::Error) -> StoreError {
         let (class, text) = (classify(&error), chain(&error));
+        if text.contains("URL scheme is not allowed") {
+            let reason = "the endpoint is http://, which is not encrypted; if that is meant, set AWS_ALLOW_HTTP=true (AZURE_…, GOOGLE_…)";
+            return StoreError::BadUrl { url: self.url.into(), reason: reason.into() };
+        }
         if !METADATA_HOSTS.iter().any(|host| text.contains(host)) {
             return self.sort(class, error.into());
         }
         // Without keys in the environment the client asks the machine's own cloud, which few machines have.
         let class = if class == Class::Other { Class::Permission } else { class };
         self.sort(class, format!("no credentials are set, and the machine's cloud gave none: {text}").into())
+    }
+
+    /// The object is another than when its reading began.
+    pub(crate) fn replaced(&self) -> StoreError {
+        let (expected, found) = ("an object that does not change".into(), "one replaced while it was read".into());
+        StoreError::Corrupt { url: self.url.into(), key: self.key.into(), expected, found }
     }
 
     /// The same for a file's error.
@@ -280,11 +293,21 @@ enum Class {
     Other,
 }
 
+/// An error and its causes.
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}
+
+/// Whether a request is one that the client refuses to send, or that redirects lead nowhere.
+#[cfg(feature = "cloud")]
+fn is_never_sent(error: &(dyn Error + 'static)) -> bool {
+    causes(error).any(|error| error.downcast_ref::<reqwest::Error>().is_some_and(|error| error.is_builder() || error.is_redirect()))
+}
+
 #[cfg(feature = "cloud")]
 fn refuses_connections(error: &(dyn Error + 'static)) -> bool {
     use object_store::client::{HttpError, HttpErrorKind};
-    let mut causes = std::iter::successors(Some(error), |&error| error.source());
-    causes.any(|error| error.downcast_ref::<HttpError>().is_some_and(|error| error.kind() == HttpErrorKind::Connect))
+    causes(error).any(|error| error.downcast_ref::<HttpError>().is_some_and(|error| error.kind() == HttpErrorKind::Connect))
 }
 
 #[cfg(not(feature = "cloud"))]
@@ -294,16 +317,14 @@ fn refuses_connections(_: &(dyn Error + 'static)) -> bool {
 
 /// Looks through the causes: a file error, a connection error, or a server's status.
 fn classify(error: &(dyn Error + 'static)) -> Class {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
+    for error in causes(error) {
         if let Some(io) = error.downcast_ref::<io::Error>() {
             return classify_io(io);
         }
         #[cfg(feature = "cloud")]
         if error.downcast_ref::<object_store::client::HttpError>().is_some() {
-            return Class::Unavailable;
+            return if is_never_sent(error) { Class::Other } else { Class::Unavailable };
         }
-        cause = error.source();
     }
     classify_text(&chain(error))
 }
@@ -324,8 +345,9 @@ fn classify_io(error: &io::Error) -> Class {
 
 /// The client library keeps the type that carries the status private, so its text is read; a test against a real exchange pins the wording.
 fn classify_text(text: &str) -> Class {
-    if text.contains("Server returned error response") {
-        return Class::Unavailable; // a 200 whose body says InternalError or SlowDown
+    // A 200 whose body says InternalError or SlowDown; and S3's 400 for a body that came too slowly.
+    if text.contains("Server returned error response") || text.contains("<Code>RequestTimeout</Code>") {
+        return Class::Unavailable;
     }
     let status = text.split("status code: ").nth(1).and_then(|rest| rest.get(..3)).and_then(|digits| digits.parse::<u16>().ok());
     match status {
@@ -337,16 +359,11 @@ fn classify_text(text: &str) -> Class {
 
 /// An error with its causes in one line, each said once.
 pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
+    causes(error).map(ToString::to_string).fold(String::new(), |text, more| match text.contains(&more) {
+        _ if text.is_empty() => more,
+        true => text,
+        false => format!("{text}: {more}"),
+    })
 }
 
 #[cfg(test)]

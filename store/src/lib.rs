@@ -1,7 +1,7 @@
 //! Object stores by URL, and the run log that lives in them.
 //!
 //! Owns: deadlines, retries and typed errors of every store call; BLAKE3 digests; create-if-absent with a lost reply told apart
-//! from a lost race; the numbered run log and the commits it names. Does not own: what a checkpoint holds, or when one is taken.
+//! from a lost race; the numbered run log and the commits it names; a machine's cache of whole objects. Does not own: what a checkpoint holds, or when one is taken.
 //!
 //! Invariants (design.md §1):
 //! - **COMMIT** a checkpoint exists when its record does; the record is created once, conditionally, durably, and names every part
@@ -10,6 +10,7 @@
 //! - **LIVE** every call has a deadline per attempt and overall, and a typed error.
 //! - **KNOWN** retries are counted by operation and reason ([`Store::retries`], [`Store::retry_report`]).
 
+mod cache;
 #[cfg(feature = "cloud")]
 mod cloud;
 pub mod commit;
@@ -17,6 +18,8 @@ pub mod conformance;
 pub mod digest;
 mod error;
 pub mod faulty;
+#[cfg(feature = "cloud")]
+mod http;
 mod limits;
 pub mod log;
 mod open;
@@ -27,6 +30,7 @@ mod state;
 mod store;
 mod write;
 
+pub use cache::{CacheCounts, DiskCache};
 pub use commit::{Problem, collect_leftovers, commit_folder, remove_leftovers, verify_commit};
 pub use digest::{Digest, Hasher};
 pub use error::{Operation, StoreError};

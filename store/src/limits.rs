@@ -20,7 +20,8 @@ pub struct Limits {
     pub first_contact: Duration,
     /// The slowest transfer that is still waited for.
     pub bytes_per_second: u64,
-    /// The pause before the first retry; it doubles, with jitter.
+    /// The pause before the first retry; it doubles, with jitter. A store that says how long to wait (`Retry-After`) is left alone
+    /// for that long besides, or the call given up if its deadline comes first.
     pub first_pause: Duration,
     /// The longest pause.
     pub longest_pause: Duration,
@@ -67,9 +68,17 @@ impl Limits {
     }
 }
 
+/// The store asks to be left alone for a while: a reply's `Retry-After`.
+#[derive(Debug, thiserror::Error)]
+#[error("the store is busy (status {status}) and asks to wait {after:?}")]
+pub(crate) struct Throttled {
+    pub(crate) status: u16,
+    pub(crate) after: Duration,
+}
+
 /// The retries left to one call.
 pub(crate) struct Retries {
-    pauses: Box<dyn Iterator<Item = Duration> + Send + Sync>,
+    pub(crate) pauses: Box<dyn Iterator<Item = Duration> + Send + Sync>,
     deadline: Instant,
     /// The deadline as long as no connection was ever made.
     contact: Instant,
@@ -94,7 +103,9 @@ impl Retries {
         }
         let deadline = if error.is_unreachable() && !store.is_met() { self.contact.min(self.deadline) } else { self.deadline };
         let left = deadline.saturating_duration_since(Instant::now());
-        let Some(pause) = self.pauses.next().filter(|pause| *pause < left) else { return Err(error) };
+        // Jitter on top of what the store asks for: else all that it sent away come back at once.
+        let asked = error.retry_after().unwrap_or_default();
+        let Some(pause) = self.pauses.next().map(|pause| asked + pause).filter(|pause| *pause < left) else { return Err(error) };
         tracing::warn!(%error, ?pause, "store call is retried");
         store.count_retry(place.operation, error.kind());
         sleep(pause).await;

@@ -6,22 +6,45 @@ use std::sync::Arc;
 use object_store::DynObjectStore;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use url::Url;
 
 #[cfg(feature = "cloud")]
 use crate::cloud;
 use crate::error::StoreError;
+#[cfg(feature = "cloud")]
+use crate::http;
+
+/// What a store's URL must not hold.
+const UNADORNED: &str = "a store URL holds a bucket and a folder only; give credentials and options in the environment";
+const SIGNED: &str = "a web server's URL holds host and path only: signed URLs expire, and passwords would end up in manifests and logs; \
+                      use the bucket's own URL (s3://, gs://, az://) with credentials in the environment, or download the files";
+
+/// What a store's calls end at.
+#[derive(Clone)]
+pub(crate) struct Backend {
+    pub(crate) object: Arc<DynObjectStore>,
+    /// The same, where an upload's parts can be sent, and sent again, one by one.
+    pub(crate) parts: Option<Arc<dyn MultipartStore>>,
+    pub(crate) read_only: bool,
+}
+
+impl Backend {
+    pub(crate) fn whole(object: Arc<DynObjectStore>) -> Self {
+        Self { object, parts: None, read_only: false }
+    }
+}
 
 /// A backend, and where in it the folder lies.
 pub(crate) struct Opened {
-    pub(crate) object: Arc<DynObjectStore>,
+    pub(crate) backend: Backend,
     pub(crate) folder: Path,
     pub(crate) url: String,
     pub(crate) local: Option<PathBuf>,
 }
 
-/// Opens a plain path, or a `file://`, `memory://`, `s3://`, `gs://` or `az://` URL.
+/// Opens a plain path, or a `file://`, `memory://`, `s3://`, `gs://`, `az://`, `http://` or `https://` URL.
 pub(crate) fn open(text: &str) -> Result<Opened, StoreError> {
     if text.is_empty() {
         return Err(bad("(empty)", "no path or URL given; name a folder, or a URL such as s3://bucket/folder"));
@@ -33,16 +56,18 @@ pub(crate) fn open(text: &str) -> Result<Opened, StoreError> {
         .map_err(|error| bad(&redacted(text), &format!("not a URL ({error}); write it as s3://bucket/folder or as a plain path")))?;
     let shown = redacted(text);
     if !url.username().is_empty() || url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
-        return Err(bad(&shown, "a store URL holds a bucket and a folder only; give credentials and options in the environment"));
+        let web = matches!(url.scheme(), "http" | "https");
+        return Err(bad(&shown, if web { SIGNED } else { UNADORNED }));
     }
+    let at = |backend| Ok(Opened { backend, folder: folder_of(&url, &shown)?, url: shown.clone(), local: None });
     match url.scheme() {
         "file" => open_local(&url.to_file_path().map_err(|()| bad(&shown, "not a local path; write it as file:///folder"))?),
-        "memory" => Ok(Opened { object: Arc::new(InMemory::new()), folder: folder_of(&url, &shown)?, url: shown, local: None }),
-        "s3" | "gs" | "az" => Ok(Opened { object: cloud::open(&url, &shown)?, folder: folder_of(&url, &shown)?, url: shown, local: None }),
-        other => Err(bad(&shown, &format!("unknown scheme {other} (expected file, s3, gs, az or memory)"))),
+        "memory" => at(Backend::whole(Arc::new(InMemory::new()))),
+        "s3" | "gs" | "az" => at(cloud::open(&url, &shown)?),
+        "http" | "https" => at(http::open(&url, &shown)?),
+        other => Err(bad(&shown, &format!("unknown scheme {other} (expected file, s3, gs, az, https, http or memory)"))),
     }
 }
-
 /// The URL without user, password, query and fragment, and without a trailing slash.
 fn redacted(text: &str) -> String {
     let text = text.split(['?', '#']).next().unwrap_or_default();
@@ -68,7 +93,7 @@ fn open_local(path: &FilePath) -> Result<Opened, StoreError> {
     }
     // The root is the file system's, so that the folder need not exist before the first write.
     let object = Arc::new(LocalFileSystem::new().with_fsync(true));
-    Ok(Opened { object, folder, url: text.to_owned(), local: Some(local) })
+    Ok(Opened { backend: Backend::whole(object), folder, url: text.to_owned(), local: Some(local) })
 }
 
 /// Absolute, with `..` resolved as the file system would (through links, where the folder exists).
@@ -97,13 +122,15 @@ pub(crate) fn bad(url: &str, reason: &str) -> StoreError {
 
 #[cfg(not(feature = "cloud"))]
 mod cloud {
-    use super::{Arc, DynObjectStore, StoreError, Url};
+    use super::{Backend, StoreError, Url};
 
-    pub(super) fn open(_: &Url, shown: &str) -> Result<Arc<DynObjectStore>, StoreError> {
-        let what = "this build has no cloud stores; build with the feature `cloud`, or use a local folder".into();
+    pub(super) fn open(_: &Url, shown: &str) -> Result<Backend, StoreError> {
+        let what = "this build has no remote stores; build with the feature `cloud`, or use a local folder".into();
         Err(StoreError::Unsupported { url: shown.to_owned(), what })
     }
 }
+#[cfg(not(feature = "cloud"))]
+use cloud as http;
 
 #[cfg(test)]
 mod tests {
@@ -126,6 +153,8 @@ mod tests {
             ("s3://bucket/a?token=1", "credentials and options in the environment"),
             ("s3://bucket/a#b", "credentials and options in the environment"),
             ("s3:// /", "not a URL"),
+            ("https://host/a.tar?X-Amz-Signature=1", "signed URLs expire"),
+            ("https://host/a//b", "empty path segment"),
         ] {
             let text = reason(url);
             assert!(text.contains(rule), "{url:?}: {text}");

@@ -4,6 +4,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
+use futures::TryStreamExt;
 use futures::stream::{self, BoxStream, StreamExt};
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, GetResult, GetResultPayload};
@@ -12,7 +13,7 @@ use tokio::time::timeout;
 use crate::digest::Digest;
 use crate::error::{Operation, Place, StoreError};
 use crate::limits::Retries;
-use crate::store::Store;
+use crate::store::{Store, stamp};
 
 /// Local files are streamed in chunks of this many bytes.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -26,7 +27,7 @@ impl Store {
         Reader::new(self, key, None)?.collect().await
     }
 
-    /// Reads the bytes `range` of an object.
+    /// Reads the bytes `range` of an object. From a web server that serves no ranges, all bytes before them are read too.
     ///
     /// # Errors
     /// `Corrupt` if the object is shorter than the range's end; else any of [`StoreError`].
@@ -75,14 +76,19 @@ impl Store {
     /// `Corrupt` if it is another; else any of [`StoreError`].
     pub async fn get_verified(&self, key: &str, digest: &Digest, bytes: u64) -> Result<Bytes, StoreError> {
         let found = self.get(key).await?;
-        let (len, actual) = (found.len() as u64, Digest::of(&found));
-        let (expected, found_text) = match (len == bytes, actual == *digest) {
-            (true, true) => return Ok(found),
-            (false, _) => (format!("{bytes} bytes"), format!("{len} bytes")),
-            (true, false) => (format!("blake3 {digest}"), format!("blake3 {actual}")),
-        };
-        Err(StoreError::Corrupt { url: self.url().into(), key: key.into(), expected, found: found_text })
+        check(self, key, (digest, bytes), (&Digest::of(&found), found.len() as u64))?;
+        Ok(found)
     }
+}
+
+/// Compares an object's digest and size with what was recorded.
+pub(crate) fn check(store: &Store, key: &str, recorded: (&Digest, u64), found: (&Digest, u64)) -> Result<(), StoreError> {
+    let (expected, found) = match (recorded.1 == found.1, recorded.0 == found.0) {
+        (true, true) => return Ok(()),
+        (false, _) => (format!("{} bytes", recorded.1), format!("{} bytes", found.1)),
+        (true, false) => (format!("blake3 {}", recorded.0), format!("blake3 {}", found.0)),
+    };
+    Err(StoreError::Corrupt { url: store.url().into(), key: key.into(), expected, found })
 }
 
 /// A read in progress.
@@ -93,6 +99,8 @@ struct Reader {
     /// The bytes still to come; the end is known once the object was opened.
     next: u64,
     end: Option<u64>,
+    /// The size and stamp of the version that is read.
+    version: Option<(u64, Option<String>)>,
     e_tag: Option<String>,
     body: Option<BoxStream<'static, object_store::Result<Bytes>>>,
     retries: Option<Retries>,
@@ -102,7 +110,7 @@ impl Reader {
     fn new(store: &Store, key: &str, range: Option<Range<u64>>) -> Result<Self, StoreError> {
         let path = store.path(key)?;
         let (next, end) = range.map_or((0, None), |range| (range.start, Some(range.end)));
-        Ok(Self { store: store.clone(), key: key.into(), path, next, end, e_tag: None, body: None, retries: None })
+        Ok(Self { store: store.clone(), key: key.into(), path, next, end, version: None, e_tag: None, body: None, retries: None })
     }
 
     fn place(&self) -> Place<'_> {
@@ -151,6 +159,9 @@ impl Reader {
     }
 
     async fn attempt(&mut self) -> Result<Option<Bytes>, StoreError> {
+        if self.end.is_some_and(|end| self.next >= end) {
+            return Ok(None);
+        }
         let limits = self.store.limits();
         let deadline = self.retries.as_ref().map_or(limits.attempt, |retries| retries.left().min(limits.attempt));
         let mut body = match self.body.take() {
@@ -172,13 +183,47 @@ impl Reader {
     }
 
     async fn open(&mut self) -> Result<BoxStream<'static, object_store::Result<Bytes>>, StoreError> {
-        let range = self.end.map(|end| GetRange::Bounded(self.next..end));
-        let options = GetOptions { range, if_match: self.e_tag.clone(), ..GetOptions::default() };
-        let result = self.store.object().get_opts(&self.path, options).await.map_err(|error| self.place().error(error))?;
-        self.end = Some(result.range.end);
-        self.e_tag.clone_from(&result.meta.e_tag);
-        Ok(body_of(result))
+        let wanted = self.end.map(|end| self.next..end);
+        let result = match (self.request(wanted.clone()).await, &wanted) {
+            (Err(object_store::Error::NotSupported { .. }), Some(_)) => {
+                tracing::warn!(url = self.store.url(), key = self.key, "the server serves no ranges: reading starts at the beginning");
+                self.request(None).await
+            }
+            (result, _) => result,
+        };
+        let result = result.map_err(|error| self.place().error(error))?;
+        // Not every server minds a condition, and a weak tag can't be one.
+        let version = (result.meta.size, stamp(&result.meta));
+        if *self.version.get_or_insert_with(|| version.clone()) != version {
+            return Err(self.place().replaced());
+        }
+        self.e_tag = result.meta.e_tag.clone().filter(|tag| !tag.starts_with("W/"));
+        let (given, whole) = (result.range.clone(), body_of(result));
+        let end = wanted.as_ref().map_or(given.end, |wanted| wanted.end.min(given.end));
+        self.end = Some(end);
+        Ok(if given.start == self.next && given.end == end { whole } else { cut(whole, given.start, self.next..end) })
     }
+
+    async fn request(&mut self, range: Option<Range<u64>>) -> object_store::Result<GetResult> {
+        let options = GetOptions { range: range.map(GetRange::Bounded), if_match: self.e_tag.clone(), ..GetOptions::default() };
+        self.store.object().get_opts(&self.path, options).await
+    }
+}
+
+/// Of a body that begins at byte `at` of the object, the bytes `wanted`; the rest as empty chunks.
+fn cut(
+    body: BoxStream<'static, object_store::Result<Bytes>>,
+    mut at: u64,
+    wanted: Range<u64>,
+) -> BoxStream<'static, object_store::Result<Bytes>> {
+    body.map_ok(move |chunk| {
+        let len = chunk.len() as u64;
+        let within = |byte: u64| usize::try_from(byte.saturating_sub(at).min(len)).unwrap_or(0);
+        let part = chunk.slice(within(wanted.start)..within(wanted.end));
+        at += len;
+        part
+    })
+    .boxed()
 }
 
 /// The bytes of a reply; files in larger chunks than the backend's own.

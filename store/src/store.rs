@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::TryStreamExt;
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{DynObjectStore, ObjectMeta, ObjectStoreExt};
 
 use crate::error::{Operation, Place, StoreError};
 use crate::limits::{Limits, retrying};
-use crate::open;
+use crate::open::{self, Backend};
 
 /// What a listing of a hundred thousand names moves, for its deadline.
 const LISTING_BYTES: u64 = 64 << 20;
@@ -27,20 +28,23 @@ pub struct Store {
 }
 
 struct Shared {
-    object: Arc<DynObjectStore>,
+    backend: Backend,
     limits: Limits,
     retries: Mutex<BTreeMap<(Operation, &'static str), u64>>,
     /// Something answered there once.
     met: AtomicBool,
 }
 
-/// An object's name, relative to the store's folder, and its size.
+/// An object's name, relative to the store's folder, its size, and what tells its versions apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Meta {
     /// The key.
     pub key: String,
     /// The size in bytes.
     pub bytes: u64,
+    /// Another one when the object was replaced: its entity tag (of a local file: inode, time and size), or else when it was last
+    /// modified. `None` where a web server tells neither.
+    pub stamp: Option<String>,
 }
 
 /// How often calls were retried, and why.
@@ -54,6 +58,12 @@ pub struct RetryCount {
     pub count: u64,
 }
 
+impl Shared {
+    fn new(backend: Backend, limits: Limits) -> Self {
+        Self { backend, limits, retries: Mutex::default(), met: AtomicBool::default() }
+    }
+}
+
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Store").field("url", &self.url).finish_non_exhaustive()
@@ -62,19 +72,15 @@ impl fmt::Debug for Store {
 
 impl Store {
     /// Opens a folder: a plain path or `file://` (created on the first write), `memory://` (new and empty at each open; clones share it),
-    /// `s3://`, `gs://` or `az://` (credentials, region and endpoint from the cloud's usual environment variables). Nothing is contacted yet.
+    /// `s3://`, `gs://` or `az://` (credentials, region and endpoint from the cloud's usual environment variables), `https://` or `http://`
+    /// (read-only, and not listed). Nothing is contacted yet.
     ///
     /// # Errors
-    /// `BadUrl` for what is no folder's URL or lacks its settings, `Unsupported` for a cloud in a build without the feature `cloud`.
+    /// `BadUrl` for what is no folder's URL or lacks its settings, `Unsupported` for a remote store in a build without the feature `cloud`.
     pub fn open(url: &str) -> Result<Self, StoreError> {
         let opened = open::open(url)?;
         Ok(Self {
-            shared: Arc::new(Shared {
-                object: opened.object,
-                limits: Limits::default(),
-                retries: Mutex::default(),
-                met: AtomicBool::default(),
-            }),
+            shared: Arc::new(Shared::new(opened.backend, Limits::default())),
             folder: opened.folder,
             url: opened.url.into(),
             local: opened.local.map(Into::into),
@@ -83,16 +89,17 @@ impl Store {
 
     /// The same folder with other deadlines; retries are counted apart.
     pub fn with_limits(&self, limits: Limits) -> Self {
-        self.rebuilt(Arc::clone(&self.shared.object), limits)
+        self.rebuilt(self.shared.backend.clone(), limits)
     }
 
     /// The same folder with its backend decorated; retries are counted apart.
     pub fn with_backend(&self, decorate: impl FnOnce(Arc<DynObjectStore>) -> Arc<DynObjectStore>) -> Self {
-        self.rebuilt(decorate(Arc::clone(&self.shared.object)), self.shared.limits)
+        let Backend { object, read_only, .. } = self.shared.backend.clone();
+        self.rebuilt(Backend { object: decorate(object), parts: None, read_only }, self.shared.limits)
     }
 
-    fn rebuilt(&self, object: Arc<DynObjectStore>, limits: Limits) -> Self {
-        Self { shared: Arc::new(Shared { object, limits, retries: Mutex::default(), met: AtomicBool::default() }), ..self.clone() }
+    pub(crate) fn rebuilt(&self, backend: Backend, limits: Limits) -> Self {
+        Self { shared: Arc::new(Shared::new(backend, limits)), ..self.clone() }
     }
 
     /// The folder `path` below this one.
@@ -148,11 +155,29 @@ impl Store {
     }
 
     pub(crate) fn object(&self) -> &DynObjectStore {
-        &*self.shared.object
+        &*self.shared.backend.object
+    }
+
+    pub(crate) fn parts(&self) -> Option<&dyn MultipartStore> {
+        self.shared.backend.parts.as_deref()
     }
 
     pub(crate) fn place<'a>(&'a self, operation: Operation, key: &'a str) -> Place<'a> {
         Place { url: &self.url, key, operation }
+    }
+
+    /// Where `key` lies in the backend, if the store offers `operation`.
+    pub(crate) fn at<'a>(&'a self, operation: Operation, key: &'a str) -> Result<(Path, Place<'a>), StoreError> {
+        let path = if operation == Operation::List { self.folder_path(key)? } else { self.path(key)? };
+        match self.shared.backend.read_only && !matches!(operation, Operation::Get | Operation::Head) {
+            false => Ok((path, self.place(operation, key))),
+            true => Err(StoreError::Unsupported {
+                url: self.url.to_string(),
+                what: format!(
+                    "{operation} of {key:?}: a web server's files can only be read, each by its name; use s3://, gs://, az:// or a folder"
+                ),
+            }),
+        }
     }
 
     /// Where `key` lies in the backend.
@@ -180,15 +205,15 @@ impl Store {
     }
 
     fn meta(&self, meta: &ObjectMeta) -> Meta {
-        Meta { key: self.key(&meta.location), bytes: meta.size }
+        Meta { key: self.key(&meta.location), bytes: meta.size, stamp: stamp(meta) }
     }
 
-    /// An object's size; `None` if there is no such object.
+    /// An object's size and stamp; `None` if there is no such object.
     ///
     /// # Errors
     /// Any of [`StoreError`] but `NotFound`.
     pub async fn head(&self, key: &str) -> Result<Option<Meta>, StoreError> {
-        let (path, place) = (self.path(key)?, self.place(Operation::Head, key));
+        let (path, place) = self.at(Operation::Head, key)?;
         let found = retrying(self, place, 0, |_| async { self.object().head(&path).await.map_err(|error| place.error(error)) }).await;
         match found {
             Ok(meta) => Ok(Some(self.meta(&meta))),
@@ -202,7 +227,7 @@ impl Store {
     /// # Errors
     /// Any of [`StoreError`] but `NotFound`.
     pub async fn list(&self, prefix: &str) -> Result<Vec<Meta>, StoreError> {
-        let (path, place) = (self.folder_path(prefix)?, self.place(Operation::List, prefix));
+        let (path, place) = self.at(Operation::List, prefix)?;
         let mut found =
             self.listing(place, || async { self.object().list(Some(&path)).map_ok(|meta| self.meta(&meta)).try_collect().await }).await?;
         found.sort_by(|a: &Meta, b: &Meta| a.key.cmp(&b.key));
@@ -214,7 +239,7 @@ impl Store {
     /// # Errors
     /// Any of [`StoreError`] but `NotFound`.
     pub async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        let (path, place) = (self.folder_path(prefix)?, self.place(Operation::List, prefix));
+        let (path, place) = self.at(Operation::List, prefix)?;
         let mut found = self
             .listing(place, || async {
                 let listed = self.object().list_with_delimiter(Some(&path)).await?;
@@ -222,6 +247,22 @@ impl Store {
             })
             .await?;
         found.sort();
+        Ok(found)
+    }
+
+    /// The objects directly in the folder `prefix`, sorted by key: what lies deeper is not looked at.
+    ///
+    /// # Errors
+    /// Any of [`StoreError`] but `NotFound`.
+    pub async fn files(&self, prefix: &str) -> Result<Vec<Meta>, StoreError> {
+        let (path, place) = (self.folder_path(prefix)?, self.place(Operation::List, prefix));
+        let mut found = self
+            .listing(place, || async {
+                let listed = self.object().list_with_delimiter(Some(&path)).await?;
+                Ok(listed.objects.iter().map(|meta| self.meta(meta)).collect())
+            })
+            .await?;
+        found.sort_by(|a: &Meta, b: &Meta| a.key.cmp(&b.key));
         Ok(found)
     }
 
@@ -236,4 +277,11 @@ impl Store {
             result => result,
         }
     }
+}
+
+/// What tells this version of an object from another. Azure quotes the tag in one reply and not in another.
+pub(crate) fn stamp(meta: &ObjectMeta) -> Option<String> {
+    let tag = meta.e_tag.as_deref().map(|tag| tag.replace('"', ""));
+    // A server that tells no time reads as 1970.
+    tag.or_else(|| (meta.last_modified.timestamp() != 0).then(|| meta.last_modified.to_rfc3339()))
 }

@@ -2,8 +2,10 @@
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
+use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
-use object_store::{ObjectStoreExt, PutMode, PutPayload};
+use object_store::{MultipartId, ObjectStoreExt, PutMode, PutPayload};
+use tokio::time::timeout;
 
 use crate::error::{Operation, Place, StoreError};
 use crate::limits::retrying;
@@ -15,6 +17,16 @@ const PART_BYTES: usize = 16 << 20;
 const MOST_PARTS: usize = 9_000;
 /// Parts, or deletes, under way at once.
 const CONCURRENT: usize = 4;
+
+/// What an upload sends, part by part.
+fn in_parts(bytes: &Bytes) -> impl Iterator<Item = Bytes> {
+    let part = PART_BYTES.max(bytes.len().div_ceil(MOST_PARTS));
+    (0..bytes.len()).step_by(part).map(move |at| bytes.slice(at..bytes.len().min(at + part)))
+}
+
+fn left_over(path: &Path, error: &dyn std::fmt::Display) {
+    tracing::warn!(%path, %error, "an unfinished upload could not be aborted; the bucket's lifecycle rules should remove it");
+}
 
 /// Whether a conditional write took place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +43,7 @@ impl Store {
     /// # Errors
     /// Any of [`StoreError`] but `NotFound` and `AlreadyExists`.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-        let (path, place) = (self.path(key)?, self.place(Operation::Put, key));
+        let (path, place) = self.at(Operation::Put, key)?;
         retrying(self, place, bytes.len() as u64, |_| async {
             self.object().put(&path, bytes.clone().into()).await.map_err(|error| place.error(error))?;
             Ok(())
@@ -39,7 +51,8 @@ impl Store {
         .await
     }
 
-    /// Writes an object only if no object has that name. Durable and atomic on every store.
+    /// Writes an object only if no object has that name. Durable and atomic on every store. It goes in one request, of which the clouds
+    /// take 5 GB at most, and which has time in proportion to its bytes.
     ///
     /// If an attempt's fate is unknown (no reply), what is there is read back: equal bytes are ours. So callers whose bytes could
     /// equal another writer's put a nonce in them. After an error the object may yet appear.
@@ -47,14 +60,15 @@ impl Store {
     /// # Errors
     /// Any of [`StoreError`] but `NotFound` and `AlreadyExists`.
     pub async fn create(&self, key: &str, bytes: Bytes) -> Result<Created, StoreError> {
-        let (path, place) = (self.path(key)?, self.place(Operation::Create, key));
+        let (path, place) = self.at(Operation::Create, key)?;
         let attempt = |number| self.try_create(&path, &bytes, number > 0, place);
         let error = match retrying(self, place, bytes.len() as u64, attempt).await {
             Err(error) if error.is_retryable() => error,
             decided => return decided,
         };
         // The last attempt's reply may be what was lost.
-        let read_back = tokio::time::timeout(self.limits().attempt, self.whose(&path, &bytes, true, place));
+        let limit = self.limits().attempt_for(bytes.len() as u64);
+        let read_back = timeout(limit, self.whose(&path, &bytes, true, place));
         match read_back.await {
             Ok(Ok(created)) => Ok(created),
             _ => Err(error),
@@ -75,7 +89,7 @@ impl Store {
     /// Says whose the object is that a create met: ours only if an earlier attempt of ours may have made it and the bytes are equal.
     async fn whose(&self, path: &Path, bytes: &Bytes, unsure: bool, place: Place<'_>) -> Result<Created, StoreError> {
         let found = match unsure {
-            true => async { self.object().get(path).await?.bytes().await.map(|found| found == *bytes) }.await,
+            true => self.holds(path, bytes).await,
             false => self.object().head(path).await.map(|_| false),
         };
         match found {
@@ -87,7 +101,21 @@ impl Store {
         }
     }
 
-    /// Writes an object of any size, in parts above 16 MiB; it appears whole or not at all.
+    /// Whether the object has just these bytes; no copy is made of a large one.
+    async fn holds(&self, path: &Path, bytes: &Bytes) -> object_store::Result<bool> {
+        let found = self.object().get(path).await?;
+        if found.meta.size != bytes.len() as u64 {
+            return Ok(false);
+        }
+        let (mut rest, mut chunks) = (&bytes[..], found.into_stream());
+        while let Some(chunk) = chunks.try_next().await? {
+            let Some(left) = rest.strip_prefix(&chunk[..]) else { return Ok(false) };
+            rest = left;
+        }
+        Ok(rest.is_empty())
+    }
+
+    /// Writes an object of any size, in parts above 16 MiB; it appears whole or not at all. On clouds a part that fails is sent again by itself.
     ///
     /// # Errors
     /// Any of [`StoreError`] but `NotFound` and `AlreadyExists`.
@@ -95,16 +123,18 @@ impl Store {
         if bytes.len() <= PART_BYTES {
             return self.put(key, bytes).await;
         }
-        let (path, place) = (self.path(key)?, self.place(Operation::Upload, key));
+        let (path, place) = self.at(Operation::Upload, key)?;
+        if let Some(parts) = self.parts() {
+            return self.upload_parts(parts, &path, &bytes, place).await;
+        }
         retrying(self, place, bytes.len() as u64, |_| async { self.try_upload(&path, &bytes).await.map_err(|error| place.error(error)) })
             .await
     }
 
+    /// Uploads at once, to a backend whose parts can't be sent again one by one.
     async fn try_upload(&self, path: &Path, bytes: &Bytes) -> object_store::Result<()> {
-        let part = PART_BYTES.max(bytes.len().div_ceil(MOST_PARTS));
         let mut upload = self.object().put_multipart(path).await?;
-        let puts: Vec<_> =
-            (0..bytes.len()).step_by(part).map(|at| upload.put_part(bytes.slice(at..bytes.len().min(at + part)).into())).collect();
+        let puts: Vec<_> = in_parts(bytes).map(|part| upload.put_part(part.into())).collect();
         let sent = stream::iter(puts).buffer_unordered(CONCURRENT).try_collect::<Vec<()>>().await;
         let done = match sent {
             Ok(_) => upload.complete().await.map(|_| ()),
@@ -113,9 +143,53 @@ impl Store {
         if done.is_err()
             && let Err(error) = upload.abort().await
         {
-            tracing::warn!(%path, %error, "an unfinished upload could not be aborted; the bucket's lifecycle rules should remove it");
+            left_over(path, &error);
         }
         done
+    }
+
+    async fn upload_parts(&self, parts: &dyn MultipartStore, path: &Path, bytes: &Bytes, place: Place<'_>) -> Result<(), StoreError> {
+        let begin = |_| async { parts.create_multipart(path).await.map_err(|error| place.error(error)) };
+        let id = &retrying(self, place, 0, begin).await?;
+        let deadline = self.limits().overall_for(bytes.len() as u64);
+        let sent = timeout(deadline, self.send_parts(parts, path, id, bytes, place)).await.unwrap_or(Err(place.timeout(deadline)));
+        if sent.is_err() {
+            match timeout(self.limits().attempt, parts.abort_multipart(path, id)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => left_over(path, &error),
+                Err(error) => left_over(path, &error),
+            }
+        }
+        sent
+    }
+
+    async fn send_parts(
+        &self,
+        parts: &dyn MultipartStore,
+        path: &Path,
+        id: &MultipartId,
+        bytes: &Bytes,
+        place: Place<'_>,
+    ) -> Result<(), StoreError> {
+        let send = |(index, part): (usize, Bytes)| {
+            retrying(self, place, part.len() as u64, move |_| {
+                let sent = parts.put_part(path, id, index, part.clone().into());
+                async move { sent.await.map_err(|error| place.error(error)) }
+            })
+        };
+        let sent: Vec<PartId> = stream::iter(in_parts(bytes).enumerate()).map(send).buffered(CONCURRENT).try_collect().await?;
+        retrying(self, place, 0, |attempt| {
+            let completed = parts.complete_multipart(path, id, sent.clone());
+            async move {
+                match completed.await {
+                    Ok(_) => Ok(()),
+                    // The upload is gone because an attempt whose reply was lost completed it.
+                    Err(object_store::Error::NotFound { .. }) if attempt > 0 => Ok(()),
+                    Err(error) => Err(place.error(error)),
+                }
+            }
+        })
+        .await
     }
 
     /// Deletes an object; one that is not there counts as deleted.
@@ -123,7 +197,7 @@ impl Store {
     /// # Errors
     /// Any of [`StoreError`] but `NotFound`.
     pub async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        let (path, place) = (self.path(key)?, self.place(Operation::Delete, key));
+        let (path, place) = self.at(Operation::Delete, key)?;
         let deleted = retrying(self, place, 0, |_| async { self.object().delete(&path).await.map_err(|error| place.error(error)) }).await;
         match deleted {
             Err(StoreError::NotFound { .. }) => Ok(()),

@@ -71,6 +71,17 @@ async fn a_store_that_never_answers_is_given_up_at_the_overall_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_large_object_has_time_in_proportion() {
+    let (store, faults) = faulty();
+    let slow = Failure::Slow(Duration::from_secs(140));
+    faults.push(Operation::Create, "", slow, 2);
+    assert_eq!(store.create("shard", vec![0; 128 << 20].into()).await.unwrap(), Created::Yes);
+    assert_eq!(store.retries(), 0, "a shard of 128 MiB at 1 MiB/s is no timeout");
+    assert_eq!(store.create("record", bytes()).await.unwrap(), Created::Yes);
+    assert_eq!(store.retries(), 1, "of a few bytes it is");
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_repeating_cannot_help_is_not_repeated() {
     for (failure, kind) in [(Failure::Full, "no space"), (Failure::Denied, "permission")] {
         let (store, faults) = faulty();

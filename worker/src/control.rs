@@ -5,6 +5,8 @@ use ella_proto::v1::coordinator_client::CoordinatorClient;
 use ella_proto::v1::{
     FromWorker, Heartbeat, Hello, Progress, Refused, RefusedReason, StatusRequest, ToWorker, Welcome, from_worker, to_worker,
 };
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
@@ -12,8 +14,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
-use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::{Channel, Endpoint};
 
 /// Messages that may wait for a coordinator that does not read. What may be lost (progress, heartbeats) takes at most half of it; the
@@ -84,10 +87,10 @@ pub type Message = to_worker::Body;
 /// Flags that both planes share.
 #[derive(Debug, Default)]
 pub struct Flags {
-    /// Commit at the next step boundary and leave.
-    pub drain: AtomicBool,
-    /// Steps are being taken: from here on there is something to commit.
-    pub training: AtomicBool,
+    /// Leave: commit at the next step boundary, or give back the units in hand.
+    pub drain: CancellationToken,
+    /// Steps or units are being done: from here on there is something to commit or to give back.
+    pub working: AtomicBool,
     /// The last applied step, for heartbeats.
     pub step: AtomicU64,
     /// Messages of progress that were dropped because nobody read them.
@@ -213,23 +216,100 @@ impl Outbox {
     }
 }
 
-impl Control {
-    /// Connects, says hello, and waits for the welcome. `flags` are those that the caller raises and looks at.
-    pub async fn attach(url: &str, hello: Hello, flags: Arc<Flags>) -> Result<(Self, Welcome), ControlError> {
+/// A stream to a coordinator that has welcomed this worker.
+pub(crate) struct Link {
+    /// None if the coordinator is in this process.
+    client: Option<CoordinatorClient<Channel>>,
+    pub(crate) out: tokio::sync::mpsc::Sender<FromWorker>,
+    pub(crate) incoming: BoxStream<'static, Result<ToWorker, tonic::Status>>,
+    /// The coordinator's.
+    pub(crate) term: u64,
+    pub(crate) welcome: Welcome,
+}
+
+impl Link {
+    /// Connects, says hello, and waits for the welcome.
+    pub(crate) async fn open(url: &str, hello: Hello) -> Result<Self, ControlError> {
         let mut client = connect(url).await?;
         let (out, outgoing) = tokio::sync::mpsc::channel(BACKLOG);
-        let outbox = Outbox { out: out.clone(), flags: flags.clone() };
-        outbox.send(from_worker::Body::Hello(hello));
-        let answer = deadline("answer", CONNECT_TIMEOUT, client.attach(ReceiverStream::new(outgoing))).await?;
-        let mut incoming = answer.map_err(|e| unreachable(url, e.message()))?.into_inner();
-        let first = deadline("welcome", CONNECT_TIMEOUT, incoming.message()).await?;
-        let welcome = welcomed(first.map_err(|e| ControlError::Lost(e.message().to_owned()))?, &flags)?;
+        // The stream opens with its first message.
+        let first = FromWorker { term: 0, generation: 0, body: Some(from_worker::Body::Hello(hello)) };
+        let outgoing = tokio_stream::once(first).chain(ReceiverStream::new(outgoing));
+        let answer = deadline("answer", CONNECT_TIMEOUT, client.attach(outgoing)).await?;
+        let incoming = answer.map_err(|e| unreachable(url, e.message()))?.into_inner().boxed();
+        Self::welcomed(Some(client), out, incoming).await
+    }
+
+    /// The same for a coordinator in this process.
+    pub(crate) async fn within(
+        out: tokio::sync::mpsc::Sender<FromWorker>,
+        incoming: tokio::sync::mpsc::Receiver<ToWorker>,
+        hello: Hello,
+    ) -> Result<Self, ControlError> {
+        // A closed queue shows as the end of what comes in.
+        let _ = out.send(FromWorker { term: 0, generation: 0, body: Some(from_worker::Body::Hello(hello)) }).await;
+        Self::welcomed(None, out, ReceiverStream::new(incoming).map(Ok).boxed()).await
+    }
+
+    /// Takes the first message for what it must be.
+    async fn welcomed(
+        client: Option<CoordinatorClient<Channel>>,
+        out: tokio::sync::mpsc::Sender<FromWorker>,
+        mut incoming: BoxStream<'static, Result<ToWorker, tonic::Status>>,
+    ) -> Result<Self, ControlError> {
+        let first = deadline("welcome", CONNECT_TIMEOUT, incoming.next()).await?.transpose();
+        let first = first.map_err(|e| ControlError::Lost(e.message().to_owned()))?;
+        match first.and_then(|m| Some((m.term, m.body?))) {
+            Some((term, Message::Welcome(welcome))) => Ok(Self { client, out, incoming, term, welcome }),
+            Some((_, Message::Refused(refused))) => Err(refusal(refused)),
+            _ => Err(ControlError::Lost("its first message was no welcome".to_owned())),
+        }
+    }
+
+    /// Returns when the coordinator has answered nothing for `orphan_ms`; never, if it is in this process.
+    pub(crate) fn orphaned(&self) -> impl Future<Output = ControlError> + Send + 'static {
+        let (client, patience) = (self.client.clone(), Duration::from_millis(self.welcome.orphan_ms));
+        async move {
+            match client {
+                Some(client) => orphaned(client, patience).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Sends signs of life until it is dropped.
+    pub(crate) fn beating(&self) -> AbortOnDropHandle<()> {
+        let flags = Flags { term: self.term.into(), ..Flags::default() };
+        let outbox = Outbox { out: self.out.clone(), flags: Arc::new(flags) };
+        AbortOnDropHandle::new(tokio::spawn(beat(outbox, Duration::from_millis(self.welcome.heartbeat_ms.max(1)))))
+    }
+}
+
+/// Who this process is, but for what it computes on. The id is new in every call.
+pub(crate) fn identity() -> std::io::Result<Hello> {
+    let mut id = [0u8; 16];
+    std::fs::File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, &mut id))?;
+    Ok(Hello {
+        worker_id: id.iter().map(|b| format!("{b:02x}")).collect(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        host: std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
+        pid: std::process::id(),
+        ..Hello::default()
+    })
+}
+
+impl Control {
+    /// Serves a link. `flags` are those that the caller raises and looks at. Call it within the runtime.
+    pub(crate) fn over(link: Link, flags: Arc<Flags>) -> (Self, Welcome) {
+        flags.term.store(link.term, Ordering::Relaxed);
+        let orphaned = link.orphaned();
+        let Link { out, incoming, welcome, .. } = link;
         let (inbound, inbox) = std::sync::mpsc::channel();
+        let outbox = Outbox { out: out.clone(), flags: flags.clone() };
         let mut tasks = JoinSet::new();
-        let orphaned = orphaned(client, Duration::from_millis(welcome.orphan_ms));
         tasks.spawn(listen(incoming, orphaned, inbound, flags.clone()));
         tasks.spawn(beat(outbox, Duration::from_millis(welcome.heartbeat_ms.max(1))));
-        Ok((Self { out, inbox: Mutex::new(inbox), flags, _tasks: tasks }, welcome))
+        (Self { out, inbox: Mutex::new(inbox), flags, _tasks: tasks }, welcome)
     }
 
     /// A sender for other threads.
@@ -260,25 +340,13 @@ fn unreachable(url: &str, message: &str) -> ControlError {
     ControlError::Unreachable { url: url.to_owned(), message: message.to_owned() }
 }
 
-/// Takes the first message for what it must be.
-fn welcomed(first: Option<ToWorker>, flags: &Flags) -> Result<Welcome, ControlError> {
-    match first.and_then(|m| Some((m.term, m.body?))) {
-        Some((term, Message::Welcome(welcome))) => {
-            flags.term.store(term, Ordering::Relaxed);
-            Ok(welcome)
-        }
-        Some((_, Message::Refused(refused))) => Err(refusal(refused)),
-        _ => Err(ControlError::Lost("its first message was no welcome".to_owned())),
-    }
-}
-
 async fn deadline<T>(what: &'static str, patience: Duration, wait: impl Future<Output = T>) -> Result<T, ControlError> {
     timeout(patience, wait).await.map_err(|_| ControlError::Late { what, seconds: patience.as_secs() })
 }
 
 /// Takes in what the coordinator says, until the stream ends or nobody is there any more.
 async fn listen(
-    mut incoming: tonic::Streaming<ToWorker>,
+    mut incoming: BoxStream<'static, Result<ToWorker, tonic::Status>>,
     orphaned: impl Future<Output = ControlError>,
     inbound: Sender<Message>,
     flags: Arc<Flags>,
@@ -301,7 +369,7 @@ async fn listen(
                 match body {
                     Message::Drain(drain) => {
                         tracing::info!(reason = drain.reason, "asked to commit and leave");
-                        flags.drain.store(true, Ordering::Relaxed);
+                        flags.drain.cancel();
                     }
                     Message::Abort(abort) => break ControlError::Aborted(abort.reason),
                     body => drop(inbound.send(body)),
@@ -409,7 +477,7 @@ mod tests {
         let url = format!("http://{}", listener.local_addr().unwrap());
         drop(listener);
         for url in [url.as_str(), "not a url"] {
-            let error = Control::attach(url, Hello::default(), Arc::default()).await.unwrap_err();
+            let error = Link::open(url, Hello::default()).await.err().unwrap();
             assert!(matches!(error, ControlError::Unreachable { .. }) && error.to_string().contains(url), "{error}");
         }
     }

@@ -1,15 +1,21 @@
 //! The data plane: what a worker does. Feed ([`feed`]) → step ([`train`]) → reduce ([`reduce`]) → commit ([`commit`]), under a
-//! coordinator ([`control`], [`session`]); and the text encoder's features ([`text`], [`embed`]).
+//! coordinator ([`control`], [`session`]); units of a job, alone or under a coordinator ([`job`]): data sets ([`prepare`]), features
+//! ([`embed`], [`text`]), and captions from a model elsewhere ([`caption`]).
 
+pub mod caption;
 pub mod commit;
 pub mod control;
 pub mod device;
 pub mod embed;
 pub mod feed;
+mod http;
 pub mod hub;
+pub mod job;
+pub mod latents;
 pub mod meter;
 pub mod models;
 pub mod noise;
+pub mod prepare;
 pub mod reduce;
 pub mod session;
 pub mod text;

@@ -1,8 +1,10 @@
-//! `ella-worker`: one process that trains its share of a run. Containers start it; `ella train` starts it on a laptop.
+//! `ella-worker`: one process that trains its share of a run, or does units of a job, whichever its coordinator has. Containers start it;
+//! `ella train` starts it on a laptop.
 
 use clap::Parser;
 use ella_proto::config::Device;
 use ella_worker::control::Flags;
+use ella_worker::job::MOST_SLOTS;
 use ella_worker::session::{Options, WorkError, work};
 use ella_worker::train::Ending;
 use std::net::SocketAddr;
@@ -11,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Train one share of a run under a coordinator.
+/// Train one share of a run under a coordinator, or do units of its job.
 ///
 /// Exit codes: 0 done, 1 failed, 2 bad usage, 3 preempted and resumable, 4 failed in a way that a restart would repeat.
 #[derive(Debug, Parser)]
@@ -29,6 +31,9 @@ struct Arguments {
     /// Where to compute
     #[arg(long, default_value = "auto", env = "ELLA_DEVICE", value_parser = device)]
     device: Device,
+    /// Units of a job that are done at once
+    #[arg(long, default_value_t = 1, env = "ELLA_SLOTS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_SLOTS)))]
+    slots: u32,
     /// How log lines look
     #[arg(long, default_value = "text", env = "ELLA_LOG_FORMAT", value_parser = ["text", "json"])]
     log_format: String,
@@ -55,8 +60,8 @@ fn main() -> ExitCode {
     };
     let flags = Arc::new(Flags::default());
     runtime.spawn(watch_signals(flags.clone()));
-    let Arguments { coordinator, listen, advertise, device, .. } = arguments;
-    let ending = work(&Options { coordinator, listen, advertise, device }, flags, runtime.handle());
+    let Arguments { coordinator, listen, advertise, device, slots, .. } = arguments;
+    let ending = work(&Options { coordinator, listen, advertise, device, slots }, flags, runtime.handle());
     // What a store still does for a worker that has failed is not waited for.
     runtime.shutdown_background();
     match ending {
@@ -69,8 +74,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// SIGTERM and SIGINT ask for a commit at the next step boundary. A second one, or one before the first step, when there is nothing to
-/// commit, leaves at once: resumable.
+/// SIGTERM and SIGINT ask for a commit at the next step boundary, or give back a job's units. A second one, or one before the first step,
+/// when there is nothing to commit, leaves at once: resumable.
 async fn watch_signals(flags: Arc<Flags>) {
     let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
         tracing::error!("signals cannot be watched: SIGTERM will end this worker without a commit");
@@ -78,10 +83,11 @@ async fn watch_signals(flags: Arc<Flags>) {
     };
     loop {
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
-        if flags.drain.swap(true, Ordering::Relaxed) || !flags.training.load(Ordering::Relaxed) {
+        if flags.drain.is_cancelled() || !flags.working.load(Ordering::Relaxed) {
             std::process::exit(3);
         }
-        tracing::info!("signal: commit at the next step boundary, then leave");
+        flags.drain.cancel();
+        tracing::info!("signal: commit at the next step boundary, or give back what is in hand, then leave");
     }
 }
 

@@ -42,6 +42,14 @@ impl Meter {
         Self { bar: None, what, total, shown: Instant::now() }
     }
 
+    /// How much there is in all, where that is found out on the way.
+    pub fn of(&mut self, total: u64) {
+        self.total = total;
+        if let Some(bar) = self.bar.as_ref().filter(|bar| bar.length() != Some(total)) {
+            bar.set_length(total);
+        }
+    }
+
     /// Where work that was begun before goes on: what was done then tells nothing about the time left.
     pub fn starts_at(&self, done: u64) {
         if let Some(bar) = &self.bar {

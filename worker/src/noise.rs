@@ -14,6 +14,8 @@ pub enum Stream {
     Noise = 2,
     /// The sample taken from the VAE's posterior.
     Posterior = 3,
+    /// Which of its captions is taken.
+    Caption = 4,
 }
 
 /// The random numbers of one sample in one epoch.
@@ -49,6 +51,18 @@ impl SampleNoise {
     pub fn dropped(&self, probability: f64) -> bool {
         let [word, ..] = self.block(Stream::Dropout, 0);
         f64::from(word) < probability * 4_294_967_296.0
+    }
+
+    /// One of several, by their weights (not negative, and not all 0: then the first).
+    pub fn choice(&self, weights: &[f64]) -> usize {
+        let [word, ..] = self.block(Stream::Caption, 0);
+        let mut left = f64::from(word) / 4_294_967_296.0 * weights.iter().sum::<f64>();
+        let taken = weights.iter().position(|weight| {
+            let here = left < *weight;
+            left -= weight;
+            here
+        });
+        taken.unwrap_or(0)
     }
 
     /// Fills `out` with standard normal numbers (Box and Muller).
@@ -123,6 +137,21 @@ mod tests {
         {
             assert_ne!(base, other);
         }
+    }
+
+    #[test]
+    fn choices_have_their_weights_and_change_with_the_epoch() {
+        let mut counts = [0u32; 3];
+        let mut changed = 0;
+        for sample in 0..20_000 {
+            let choice = SampleNoise::new(7, 0, sample).choice(&[0.7, 0.0, 2.1]);
+            counts[choice] += 1;
+            changed += u32::from(choice != SampleNoise::new(7, 1, sample).choice(&[0.7, 0.0, 2.1]));
+        }
+        assert!((4_800..5_200).contains(&counts[0]) && counts[1] == 0, "{counts:?}");
+        assert!((7_200..7_800).contains(&changed), "two draws differ 3 times in 8: {changed}");
+        assert_eq!(SampleNoise::new(7, 0, 0).choice(&[1.0]), 0);
+        assert_eq!(SampleNoise::new(7, 0, 0).choice(&[0.0, 0.0]), 0);
     }
 
     #[test]

@@ -1,26 +1,56 @@
-//! `ella inspect`: what a model's folder or file is, and whether ella can use it. Reads headers and configurations, no tensor.
+//! `ella inspect`: what a model's folder or file is, and whether ella can use it (reads headers and configurations, no tensor); or what is
+//! in a prepared data set.
 
+mod data;
 mod look;
+mod sheet;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use data::DataFacts;
+use ella_dataset::DataSet;
 use look::{Network, Report};
 
-use crate::ui::{DONE, FAILED, Fail, Out, bytes};
+use crate::ui::{DONE, FAILED, Fail, Out, bytes, note};
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// A model: a folder in diffusers' layout or of one network, a single-file checkpoint, a connector, or a LoRA
-    #[arg(value_name = "MODEL")]
-    model: PathBuf,
+    /// A prepared data set (path or URL); or a model: a folder in diffusers' layout or of one network, a single-file checkpoint, a
+    /// connector, or a LoRA
+    #[arg(value_name = "DATA|MODEL")]
+    path: String,
+    /// Also write a data set's contact sheet: pictures with captions and sizes, and histograms
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
 impl Inspect {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
-        let report = look::look(&self.model)?;
+        let runtime = crate::runtime()?;
+        if runtime.block_on(data::is_data(&self.path))? {
+            return runtime.block_on(self.data(out));
+        }
+        if self.html.is_some() {
+            return Err(Fail::usage(format_args!("{}: --html is for prepared data sets, and this is none", self.path)));
+        }
+        let report = look::look(Path::new(&self.path))?;
         out.result(&report, || text(&report));
         Ok(if report.usable { DONE } else { FAILED })
+    }
+}
+
+impl Inspect {
+    async fn data(&self, out: Out) -> Result<u8, Fail> {
+        let set = DataSet::open(&self.path).await?;
+        let facts = DataFacts::of(&set).await?;
+        if let Some(file) = &self.html {
+            let page = sheet::page(&facts, &data::look(&set).await?);
+            std::fs::write(file, page).map_err(|error| Fail::io(file, "written", &error))?;
+            note(format_args!("contact sheet: {}", file.display()));
+        }
+        out.result(&facts, || facts.text());
+        Ok(DONE)
     }
 }
 

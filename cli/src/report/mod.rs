@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use base64::Engine;
 use clap::Args;
 use facts::Facts;
+pub(crate) use page::{document, escape};
 use serde_json::json;
 
 use crate::audit::Verdict;

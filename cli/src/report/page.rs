@@ -28,14 +28,20 @@ pub(super) fn page(facts: &Facts, numbers: &Numbers) -> String {
     body += &history(facts);
     body += &counted(numbers);
     body += &settings(facts);
+    document(&facts.title, "", &body)
+}
+
+/// A self-contained document of the report's style, with further rules of its own.
+pub(crate) fn document(title: &str, own: &str, body: &str) -> String {
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width\">\n\
-         <title>{}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n",
-        escape(&facts.title)
+         <title>{}</title>\n<style>\n{STYLE}{own}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n",
+        escape(title)
     )
 }
 
-fn escape(text: impl Display) -> String {
+/// Text as it stands in HTML.
+pub(crate) fn escape(text: impl Display) -> String {
     text.to_string().replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 

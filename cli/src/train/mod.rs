@@ -2,13 +2,11 @@
 //!
 //! Nothing is trained here and nothing is kept here: when all of it is killed, the same command goes on from the last commit.
 
-mod children;
-
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use children::{Children, Logs, Member, binary, ending};
+use crate::children::{Children, Logs, Member, binary, ending};
 use clap::Args;
 use ella_coordinator::client;
 use ella_coordinator::status::StatusReport;
@@ -26,12 +24,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::run::RunFolder;
 use crate::status::outcome;
-use crate::ui::{DONE, FAILED, Fail, Meter, Out, note, one_line};
-
-/// Preempted and resumable.
-const PREEMPTED: u8 = 3;
-/// Starting again would fail in the same way.
-const DO_NOT_RETRY: u8 = 4;
+use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, Out, PREEMPTED, note, one_line};
 
 /// How long a coordinator may take to open the run.
 const OPENING: Duration = Duration::from_secs(300);
@@ -89,7 +82,7 @@ fn have_models(config: &RunConfig) -> Result<(), Fail> {
             continue;
         }
         models::locate(key, model).map_err(|error| {
-            let code = if matches!(error, ModelError::Unavailable { passes: true, .. }) { FAILED } else { DO_NOT_RETRY };
+            let code = if matches!(error, ModelError::Unavailable { passes: true, .. }) { FAILED } else { NO_RETRY };
             Fail { code, message: error.to_string() }
         })?;
     }
@@ -314,7 +307,7 @@ impl Signals {
 /// A process's exit code as ours: one that was killed has failed.
 fn exit_code(member: &Member) -> u8 {
     let code = member.ended.and_then(|status| status.code());
-    code.and_then(|code| u8::try_from(code).ok()).filter(|code| *code <= DO_NOT_RETRY).unwrap_or(FAILED)
+    code.and_then(|code| u8::try_from(code).ok()).filter(|code| *code <= NO_RETRY).unwrap_or(FAILED)
 }
 
 /// Why the newest coordinator ended, by the run's log.

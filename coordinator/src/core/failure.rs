@@ -1,6 +1,8 @@
 //! Why a run failed: typed, and put into words at the edge only.
 
 use super::Outcome;
+use crate::job::JobFailure;
+use crate::machine::Closed;
 use ella_proto::ids::{Rank, Step, Term};
 use ella_proto::v1;
 use std::fmt;
@@ -16,6 +18,13 @@ pub struct Who {
     pub host: String,
     /// Its process there.
     pub pid: u32,
+}
+
+impl Who {
+    pub(crate) fn of(hello: &v1::Hello, rank: Option<Rank>) -> Self {
+        let v1::Hello { worker_id, host, pid, .. } = hello;
+        Self { worker_id: worker_id.clone(), rank, host: host.clone(), pid: *pid }
+    }
 }
 
 impl fmt::Display for Who {
@@ -44,11 +53,21 @@ pub enum Loss {
     Stuck,
 }
 
+impl From<Closed> for Loss {
+    fn from(how: Closed) -> Self {
+        match how {
+            Closed::Malformed | Closed::Oversized => Self::Unreadable,
+            Closed::Stuck => Self::Stuck,
+            Closed::Gone | Closed::Silent => Self::StreamClosed,
+        }
+    }
+}
+
 impl fmt::Display for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::StreamClosed => f.write_str("its stream closed"),
-            Self::Silent { silent_ms } => write!(f, "nothing was heard from it for {silent_ms} ms (workers.lease)"),
+            Self::Silent { silent_ms } => write!(f, "nothing was heard from it for {silent_ms} ms (its lease)"),
             Self::Unreadable => f.write_str("it sent what is no message of this protocol"),
             Self::Stuck => f.write_str("it stopped reading what it was sent"),
         }
@@ -235,6 +254,9 @@ pub enum Failure {
         /// The store's words.
         error: String,
     },
+    /// A job's own reasons.
+    #[error(transparent)]
+    Job(#[from] JobFailure),
 }
 
 impl Failure {
@@ -242,6 +264,7 @@ impl Failure {
     pub fn permanent(&self) -> bool {
         match self {
             Self::Worker { permanent, .. } => *permanent,
+            Self::Job(failure) => failure.permanent(),
             Self::Differs { .. } | Self::Malformed { .. } | Self::PartDiffers { .. } => true,
             Self::TooFew { .. }
             | Self::NotReady { .. }

@@ -20,9 +20,9 @@ pub enum Refusal {
         theirs: String,
     },
     /// The worker insists on another config.
-    #[error("this worker was started for config {theirs}, but the run has {ours}; start it with the run's config, or with none")]
+    #[error("this worker was started for config {theirs}, but the coordinator has {ours}; start it with that config, or with none")]
     Config {
-        /// The run's digest.
+        /// The coordinator's digest.
         ours: String,
         /// The worker's.
         theirs: String,
@@ -67,6 +67,12 @@ pub enum Refusal {
         /// How it ended.
         outcome: &'static str,
     },
+    /// The job ended.
+    #[error("the job is over ({outcome})")]
+    JobOver {
+        /// How it ended.
+        outcome: &'static str,
+    },
     /// Another coordinator has the run (TERM).
     #[error("this coordinator has been superseded; attach to the new one")]
     Superseded,
@@ -84,13 +90,29 @@ impl Refusal {
             Self::DeviceKind { .. } => R::DeviceKind,
             Self::DuplicateWorker { .. } => R::DuplicateWorker,
             Self::Malformed { .. } => R::Malformed,
-            Self::RunOver { .. } => R::RunOver,
+            Self::RunOver { .. } | Self::JobOver { .. } => R::RunOver,
             Self::Superseded => R::Superseded,
         }
     }
 
+    /// As the wire says it, in words too.
+    pub(crate) fn on_the_wire(&self) -> v1::Refused {
+        v1::Refused { reason: self.reason().into(), detail: self.to_string() }
+    }
+
+    /// Refuses a worker of another version than `ours`, or one that insists on another config than that of `digest`.
+    pub(crate) fn of_another_build(hello: &v1::Hello, ours: &str, digest: &str) -> Result<(), Self> {
+        if hello.version != ours {
+            return Err(Self::Version { ours: ours.to_owned(), theirs: hello.version.clone() });
+        }
+        if !hello.config_digest.is_empty() && hello.config_digest != digest {
+            return Err(Self::Config { ours: digest.to_owned(), theirs: hello.config_digest.clone() });
+        }
+        Ok(())
+    }
+
     /// The counter's name (KNOWN).
-    fn counter(&self) -> &'static str {
+    pub(crate) fn counter(&self) -> &'static str {
         match self {
             Self::Version { .. } => "refused_version",
             Self::Config { .. } => "refused_config",
@@ -99,7 +121,7 @@ impl Refusal {
             Self::DeviceKind { .. } => "refused_device_kind",
             Self::DuplicateWorker { .. } => "refused_duplicate_worker",
             Self::Malformed { .. } => "refused_malformed",
-            Self::RunOver { .. } => "refused_run_over",
+            Self::RunOver { .. } | Self::JobOver { .. } => "refused_run_over",
             Self::Superseded => "refused_superseded",
         }
     }
@@ -122,14 +144,14 @@ pub(super) struct Member {
 
 impl Member {
     fn who(&self) -> Who {
-        let v1::Hello { worker_id, host, pid, .. } = &self.hello;
-        Who { worker_id: worker_id.clone(), rank: self.rank, host: host.clone(), pid: *pid }
+        Who::of(&self.hello, self.rank)
     }
+}
 
-    pub(super) fn device(&self) -> String {
-        let v1::Hello { device_kind, device_uuid, .. } = &self.hello;
-        if device_uuid.is_empty() { device_kind.clone() } else { format!("{device_kind} {device_uuid}") }
-    }
+/// What a worker computes on, for people.
+pub(crate) fn device(hello: &v1::Hello) -> String {
+    let v1::Hello { device_kind, device_uuid, .. } = hello;
+    if device_uuid.is_empty() { device_kind.clone() } else { format!("{device_kind} {device_uuid}") }
 }
 
 /// The workers that were taken in, in the order in which their streams were opened.
@@ -239,13 +261,7 @@ impl Members {
 
     fn admit(&self, hello: &v1::Hello, config: &CoreConfig) -> Result<(), Refusal> {
         check_form(hello)?;
-        if hello.version != config.version {
-            return Err(Refusal::Version { ours: config.version.clone(), theirs: hello.version.clone() });
-        }
-        let digest = &config.welcome.config_digest;
-        if !hello.config_digest.is_empty() && hello.config_digest != *digest {
-            return Err(Refusal::Config { ours: digest.clone(), theirs: hello.config_digest.clone() });
-        }
+        Refusal::of_another_build(hello, &config.version, &config.welcome.config_digest)?;
         for member in self.0.values() {
             let other = &member.hello;
             let holder = || Box::new(member.who());
@@ -266,17 +282,34 @@ impl Members {
     }
 }
 
-fn check_form(hello: &v1::Hello) -> Result<(), Refusal> {
+/// The form of what says who a worker is.
+pub(crate) fn check_identity(hello: &v1::Hello) -> Result<(), Refusal> {
     let v1::Hello { worker_id, version, host, device_kind, device_uuid, peer_address, config_digest, .. } = hello;
     let texts = [worker_id, version, host, device_kind, device_uuid, peer_address, config_digest];
-    let port = peer_address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
-    let rules = [
+    obeyed(&[
         (texts.iter().all(|text| text.len() <= MOST_TEXT), "no text in Hello may be longer than 256 bytes"),
         (!worker_id.is_empty(), "Hello.worker_id must not be empty"),
+    ])
+}
+
+/// What may be shown of a text of unknown length.
+pub(crate) fn shown(text: &str) -> String {
+    text.chars().take(MOST_TEXT).collect()
+}
+
+fn check_form(hello: &v1::Hello) -> Result<(), Refusal> {
+    check_identity(hello)?;
+    let v1::Hello { device_kind, device_uuid, peer_address, .. } = hello;
+    let port = peer_address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
+    obeyed(&[
         (matches!(device_kind.as_str(), "cpu" | "cuda"), "Hello.device_kind must be \"cpu\" or \"cuda\""),
         (device_kind != "cuda" || !device_uuid.is_empty(), "Hello.device_uuid must name the GPU"),
         (port.is_some_and(|port| port != 0), "Hello.peer_address must be host:port"),
-    ];
+    ])
+}
+
+/// Refuses by the first rule that does not hold.
+fn obeyed(rules: &[(bool, &'static str)]) -> Result<(), Refusal> {
     match rules.iter().find(|(holds, _)| !holds) {
         Some((_, rule)) => Err(Refusal::Malformed { rule }),
         None => Ok(()),
@@ -297,12 +330,11 @@ impl Core {
             _ => self.members.admit(&hello, &self.config),
         };
         if let Err(refusal) = admitted {
-            let shown = hello.worker_id.chars().take(MOST_TEXT).collect();
-            return self.refuse(conn, shown, refusal);
+            return self.refuse(conn, shown(&hello.worker_id), refusal);
         }
         let worker = hello.worker_id.clone();
         let member = Member { hello, rank: None, heard: now, step: 0, parts: None, ready: None, finished: None, failed: false, open: true };
-        let device = member.device();
+        let device = device(&member.hello);
         self.members.0.insert(conn, member);
         let (have, need) = (self.members.len(), self.config.workers);
         self.send(conn, to_worker::Body::Welcome(self.config.welcome.clone()));
@@ -314,10 +346,9 @@ impl Core {
 
     pub(super) fn refuse(&mut self, conn: ConnId, worker: String, refusal: Refusal) {
         self.counts.add(refusal.counter(), 1);
-        let detail = refusal.to_string();
-        self.send(conn, to_worker::Body::Refused(v1::Refused { reason: refusal.reason().into(), detail: detail.clone() }));
+        self.send(conn, to_worker::Body::Refused(refusal.on_the_wire()));
         self.effects.push(super::Effect::Close(conn));
-        self.note(Note::Refused { worker, why: detail });
+        self.note(Note::Refused { worker, why: refusal.to_string() });
     }
 
     /// Deals the ranks in the order of arrival, and tells everyone its place.
@@ -400,31 +431,19 @@ impl Core {
     /// A digest that is none.
     pub(super) fn malformed(&self, conn: ConnId, digests: &[(Field, &str)]) -> Option<Failure> {
         let (field, found) = digests.iter().find(|(_, text)| text.parse::<ella_store::Digest>().is_err())?;
-        let found = found.chars().take(MOST_TEXT).collect();
-        Some(Failure::Malformed { who: self.members.who(conn)?, field: *field, found })
+        Some(Failure::Malformed { who: self.members.who(conn)?, field: *field, found: shown(found) })
     }
 
     pub(super) fn closed(&mut self, _now: Time, conn: ConnId, how: Closed) {
-        match how {
-            Closed::Malformed => self.counts.add("refused_unreadable", 1),
-            Closed::Oversized => self.counts.add("refused_oversized", 1),
-            Closed::Silent => self.counts.add("refused_silent", 1),
-            Closed::Stuck => self.counts.add("workers_stuck", 1),
-            Closed::Gone => {}
+        if let Some(name) = how.counter() {
+            self.counts.add(name, 1);
         }
-        let how = match how {
-            Closed::Malformed | Closed::Oversized => Loss::Unreadable,
-            Closed::Stuck => Loss::Stuck,
-            Closed::Gone | Closed::Silent => Loss::StreamClosed,
-        };
-        self.lost(conn, how);
+        self.lost(conn, how.into());
     }
 
-    /// A member is gone. Its leases return at once; before training its place is free again; after that the run can't go on without
+    /// A member is gone. Before training its place is free again; after that the run can't go on without
     /// it, unless its work was done.
     pub(super) fn lost(&mut self, conn: ConnId, how: Loss) {
-        let requeued = self.leases.drop_holder(conn);
-        self.counts.add_some("leases_requeued", requeued);
         let all_committed = matches!(self.phase, Phase::Closing { .. }) && !self.commits.lacks_reports(self.members.len());
         let Some(member) = self.members.0.get_mut(&conn).filter(|member| member.open) else { return };
         member.open = false;

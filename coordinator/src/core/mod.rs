@@ -1,7 +1,6 @@
 //! The control plane's decisions: a state machine without I/O, clock or randomness.
 //!
-//! Events and the time go into [`Core::handle`]; effects come out, to be carried out in their order; [`Core::next_deadline`] says when
-//! to come back if nothing happens ([`Event::Tick`]). The shell owns sockets, store and clock, and nothing here knows of them.
+//! It is a [`Machine`]: events and the time go in, effects come out. The shell owns sockets, store and clock, and nothing here knows of them.
 //!
 //! Invariants (checked after every event by the tests' `Oracle`):
 //! - **M-1** no two members share a worker id or a device; all have one device kind; there are never more than the run needs.
@@ -10,7 +9,6 @@
 //! - **C-2** the steps of appended commits rise.
 //! - **C-3** `Committed` is sent only after the record stands in the log (persist before reply).
 //! - **C-4** a folder is deleted only after the log gave it up, and never the newest commit's.
-//! - **L-1** a unit is in exactly one place: waiting, held, done or given up; its holder is a member.
 //! - **P-1** after the outcome nothing is sent but refusals, and nothing is appended; the outcome is announced once.
 //! - **P-2** until the outcome there is always a next deadline (LIVE).
 //! - **P-3** time in which this process did not run is nobody's silence: a coordinator that was stopped and goes on finds its workers
@@ -19,7 +17,6 @@
 
 mod commit;
 mod failure;
-mod lease;
 mod membership;
 mod phase;
 mod progress;
@@ -30,34 +27,17 @@ mod tests;
 pub use commit::PARTS;
 pub use failure::{Failure, Field, Loss, Than, Who};
 pub use membership::Refusal;
+pub(crate) use membership::{check_identity, device, shown};
 pub use phase::{Outcome, Phase, Wait};
 
+use crate::job::JobNote;
+use crate::machine::{Clock, Closed, ConnId, Counts, Effect, Event, Machine, Time};
 use commit::Commits;
 use ella_proto::ids::{Generation, Step, Term};
-use ella_proto::v1::{self, FromWorker, ToWorker, from_worker, to_worker};
-use ella_store::{Body, Commit};
-use lease::Leases;
+use ella_proto::v1::{self, FromWorker, RunStatus, ToWorker, from_worker, to_worker};
+use ella_store::Commit;
 use membership::Members;
 use progress::Progress;
-use std::collections::BTreeMap;
-
-/// Milliseconds since this coordinator began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Time(pub u64);
-
-impl Time {
-    fn after(self, millis: u64) -> Self {
-        Self(self.0.saturating_add(millis))
-    }
-
-    fn since(self, earlier: Self) -> u64 {
-        self.0.saturating_sub(earlier.0)
-    }
-}
-
-/// One stream of one worker process. Numbers rise in the order in which streams were opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ConnId(pub u64);
 
 /// What the core must know of the run. Times are in milliseconds.
 #[derive(Clone, Debug)]
@@ -82,8 +62,6 @@ pub struct CoreConfig {
     pub blame_window: u64,
     /// Random bytes of this incarnation, from which each generation's session is made.
     pub session: [u8; 16],
-    /// Order-free work to lease out; empty for a training run.
-    pub units: Vec<String>,
 }
 
 /// What the log says of the past.
@@ -93,61 +71,6 @@ pub struct History {
     pub term: Term,
     /// Commits that were not given up, oldest first.
     pub commits: Vec<Commit>,
-}
-
-/// Why a stream ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Closed {
-    /// The worker closed it, or its process or the network died.
-    Gone,
-    /// It sent what is no message.
-    Malformed,
-    /// It sent a message larger than allowed.
-    Oversized,
-    /// It never said who it is.
-    Silent,
-    /// It did not read what it was sent.
-    Stuck,
-}
-
-/// What happened.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// A message came.
-    Message(ConnId, FromWorker),
-    /// A stream ended.
-    Closed(ConnId, Closed),
-    /// The record stands in the log.
-    Appended(Body),
-    /// The log's next number was taken by this term (TERM).
-    Superseded(Term),
-    /// The record could not be appended; retries are spent.
-    AppendFailed(String),
-    /// Someone asks the run to commit and leave. Asked again while it drains: to leave at once.
-    Stop(String),
-    /// Leave at once.
-    Leave(String),
-    /// Time has passed.
-    Tick,
-}
-
-/// What to do, in the order given.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Effect {
-    /// Send to a worker.
-    Send(ConnId, ToWorker),
-    /// End a worker's stream, after what was sent before.
-    Close(ConnId),
-    /// Append to the log; answered by [`Event::Appended`], [`Event::Superseded`] or [`Event::AppendFailed`]. Appends are in order.
-    Append(Body),
-    /// Delete these commit folders. The log has given them up; a failure costs space only.
-    DeleteFolders(Vec<String>),
-    /// Keep a step's measurements.
-    Metric(v1::Progress),
-    /// Keep what happened, for people.
-    Note(Note),
-    /// The run's outcome is decided; come back no more than to say so.
-    Finish(Outcome),
 }
 
 /// Something that happened, for the run's journal.
@@ -173,46 +96,9 @@ pub enum Note {
     Draining { reason: String },
     /// The outcome.
     Ended { outcome: &'static str, step: u64, reason: String, permanent: bool },
-}
-
-/// Counters by name (KNOWN). Names that come from outside are bounded in number and length.
-#[derive(Clone, Debug, Default)]
-struct Counts(BTreeMap<String, u64>);
-
-/// Names beyond this many are counted together.
-const MOST_NAMES: usize = 128;
-
-impl Counts {
-    fn add(&mut self, name: &str, n: u64) {
-        let fits = name.len() <= 64 && (self.0.contains_key(name) || self.0.len() < MOST_NAMES);
-        *self.0.entry(if fits { name } else { "other" }.to_owned()).or_default() += n;
-    }
-}
-
-/// The core's own time: the shell's, less what passed while this process was stopped. The shell comes back at every deadline, so
-/// coming much too late means that it could not run, and that what workers sent meanwhile still waits to be read (P-3).
-#[derive(Clone, Copy, Debug, Default)]
-struct Clock {
-    last: Time,
-    stopped: u64,
-}
-
-impl Clock {
-    fn read(&self, now: Time) -> Time {
-        Time(now.0.saturating_sub(self.stopped)).max(self.last)
-    }
-
-    /// The time now, and whether this process was stopped since the last event.
-    fn advance(&mut self, now: Time, deadline: Option<Time>, patience: u64) -> (Time, bool) {
-        let at = self.read(now);
-        let stopped = deadline.is_some_and(|deadline| at > deadline.after(patience));
-        if stopped {
-            self.stopped += at.since(self.last);
-        } else {
-            self.last = at;
-        }
-        (self.last, stopped)
-    }
+    /// It happened to a job.
+    #[serde(untagged)]
+    Job(JobNote),
 }
 
 /// The state machine of one coordinator incarnation.
@@ -225,7 +111,6 @@ pub struct Core {
     clock: Clock,
     members: Members,
     commits: Commits,
-    leases: Leases,
     progress: Progress,
     /// What all ranks reported when they were ready.
     agreed: Option<v1::Ready>,
@@ -235,29 +120,8 @@ pub struct Core {
     effects: Vec<Effect>,
 }
 
-impl Core {
-    /// A coordinator that has just claimed its term and waits for workers.
-    pub fn new(config: CoreConfig, history: History, now: Time) -> Self {
-        let last = history.commits.last();
-        Self {
-            term: history.term,
-            generation: Generation(0),
-            phase: Phase::Waiting { until: now.after(config.start_timeout) },
-            clock: Clock { last: now, stopped: 0 },
-            members: Members::default(),
-            progress: Progress::from_commit(last),
-            commits: Commits::new(history.commits),
-            leases: Leases::new(config.units.clone(), config.welcome.lease_ms),
-            agreed: None,
-            suspicion: None,
-            counts: Counts::default(),
-            effects: Vec::new(),
-            config,
-        }
-    }
-
-    /// Takes in one event and gives what must be done, in order. Deadlines that have passed are acted upon too.
-    pub fn handle(&mut self, now: Time, event: Event) -> Vec<Effect> {
+impl Machine for Core {
+    fn handle(&mut self, now: Time, event: Event) -> Vec<Effect> {
         let (now, stopped) = self.clock.advance(now, self.deadline(), self.config.welcome.lease_ms / 4);
         self.counts.add_some("coordinator_stopped", usize::from(stopped));
         match event {
@@ -274,9 +138,33 @@ impl Core {
         std::mem::take(&mut self.effects)
     }
 
-    /// When [`Core::handle`] must be called at the latest; nothing once the outcome is decided.
-    pub fn next_deadline(&self) -> Option<Time> {
+    fn next_deadline(&self) -> Option<Time> {
         self.deadline().map(|at| at.after(self.clock.stopped))
+    }
+
+    fn status(&self, now: Time) -> RunStatus {
+        self.run_status(self.clock.read(now))
+    }
+}
+
+impl Core {
+    /// A coordinator that has just claimed its term and waits for workers.
+    pub fn new(config: CoreConfig, history: History, now: Time) -> Self {
+        let last = history.commits.last();
+        Self {
+            term: history.term,
+            generation: Generation(0),
+            phase: Phase::Waiting { until: now.after(config.start_timeout) },
+            clock: Clock::new(now),
+            members: Members::default(),
+            progress: Progress::from_commit(last),
+            commits: Commits::new(history.commits),
+            agreed: None,
+            suspicion: None,
+            counts: Counts::default(),
+            effects: Vec::new(),
+            config,
+        }
     }
 
     fn deadline(&self) -> Option<Time> {
@@ -284,7 +172,7 @@ impl Core {
             return None;
         }
         let suspicion = self.suspicion.as_ref().map(|(until, _)| *until);
-        let others = [self.phase.deadline(), suspicion, self.leases.deadline()];
+        let others = [self.phase.deadline(), suspicion];
         let silent = self.members.oldest_heard().map(|heard| heard.after(self.config.welcome.lease_ms));
         let commit = self.commits.oldest_pending().map(|since| since.after(self.config.commit_timeout));
         others.into_iter().chain([silent, commit]).flatten().min()
@@ -317,9 +205,7 @@ impl Core {
             B::Part(part) => self.part(now, conn, part),
             B::Finished(finished) => self.finished(now, conn, finished),
             B::Failed(failed) => self.worker_failed(now, conn, failed),
-            B::LeaseRequest(_) => self.lease_request(now, conn),
-            B::LeaseRenew(renew) => self.lease_renew(now, conn, renew),
-            B::LeaseDone(done) => self.lease_done(conn, done),
+            B::LeaseRequest(_) | B::LeaseRenew(_) | B::LeaseThen(_) | B::LeaseDone(_) => self.counts.add("refused_of_a_job", 1),
         }
     }
 
@@ -328,8 +214,6 @@ impl Core {
         if self.phase.is_over() {
             return;
         }
-        let lost = self.leases.expire(now);
-        self.counts.add_some("leases_expired", lost);
         for conn in self.members.silent(now, self.config.welcome.lease_ms) {
             self.counts.add("leases_missed", 1);
             let silent_ms = self.config.welcome.lease_ms;
@@ -366,20 +250,12 @@ impl Core {
     }
 }
 
-impl Counts {
-    fn add_some(&mut self, name: &str, n: usize) {
-        if n > 0 {
-            self.add(name, n as u64);
-        }
-    }
-}
-
 /// Whether a message speaks of a generation's work. The others speak of the worker itself, and may cross an `Assign` on the way.
 fn is_of_generation(body: &from_worker::Body) -> bool {
     use from_worker::Body as B;
     match body {
         B::Ready(_) | B::Progress(_) | B::State(_) | B::Part(_) | B::Finished(_) => true,
         B::Failed(failed) => failed.kind() == v1::FailureKind::Collective,
-        B::Hello(_) | B::Heartbeat(_) | B::LeaseRequest(_) | B::LeaseRenew(_) | B::LeaseDone(_) => false,
+        B::Hello(_) | B::Heartbeat(_) | B::LeaseRequest(_) | B::LeaseRenew(_) | B::LeaseThen(_) | B::LeaseDone(_) => false,
     }
 }

@@ -26,9 +26,28 @@ impl Outcome {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Done => 0,
-            Self::Failed(failure) if failure.permanent() => 4,
-            Self::Failed(_) => 1,
+            Self::Failed(_) => {
+                if self.is_permanent() {
+                    4
+                } else {
+                    1
+                }
+            }
             Self::Preempted { .. } => 3,
+        }
+    }
+
+    /// Whether it failed, and would fail in the same way again.
+    pub fn is_permanent(&self) -> bool {
+        matches!(self, Self::Failed(failure) if failure.permanent())
+    }
+
+    /// As the wire says it.
+    pub(crate) fn on_the_wire(&self) -> v1::Outcome {
+        match self {
+            Self::Done => v1::Outcome::Done,
+            Self::Preempted { .. } => v1::Outcome::Preempted,
+            Self::Failed(_) => v1::Outcome::Failed,
         }
     }
 
@@ -333,8 +352,7 @@ impl Core {
         if record {
             self.effects.push(Effect::Append(self.end_record(&outcome)));
         }
-        let permanent = matches!(&outcome, Outcome::Failed(failure) if failure.permanent());
-        self.note(Note::Ended { outcome: outcome.name(), step: self.progress.step(), reason, permanent });
+        self.note(Note::Ended { outcome: outcome.name(), step: self.progress.step(), reason, permanent: outcome.is_permanent() });
         self.phase = Phase::Over(outcome.clone());
         self.effects.push(Effect::Finish(outcome));
     }

@@ -1,17 +1,16 @@
 //! The state as clients see it.
 
-use super::{Core, Outcome, Phase, Time};
+use super::{Core, Phase, Time};
 use ella_proto::v1::{RunStatus, WorkerStatus};
 
 impl Core {
     /// What the run is doing now.
-    pub fn status(&self, now: Time) -> RunStatus {
-        let now = self.clock.read(now);
+    pub(super) fn run_status(&self, now: Time) -> RunStatus {
         let reason = match &self.phase {
             Phase::Over(outcome) => outcome.reason(),
             _ => self.wait().map_or_else(String::new, |wait| wait.to_string()),
         };
-        let permanent_failure = matches!(&self.phase, Phase::Over(Outcome::Failed(failure)) if failure.permanent());
+        let permanent_failure = matches!(&self.phase, Phase::Over(outcome) if outcome.is_permanent());
         RunStatus {
             run_url: self.config.welcome.run_url.clone(),
             term: self.term.0,
@@ -27,8 +26,9 @@ impl Core {
             last_commit_step: self.last_commit().0,
             commits: self.commits.written(),
             workers: self.worker_status(now),
-            counts: self.all_counts(),
+            counts: self.counts.to_map(),
             permanent_failure,
+            job: None,
         }
     }
 
@@ -38,18 +38,11 @@ impl Core {
             rank: member.rank.unwrap_or_default().0,
             host: member.hello.host.clone(),
             pid: member.hello.pid,
-            device: member.device(),
+            device: super::membership::device(&member.hello),
             step: member.step,
             parts: member.parts,
             silent_ms: now.since(member.heard),
         };
         self.members.iter().map(|(_, member)| worker(member)).collect()
-    }
-
-    /// The counters, and the leased units by place where there are any.
-    fn all_counts(&self) -> std::collections::HashMap<String, u64> {
-        let names = ["units_waiting", "units_held", "units_finished", "units_abandoned"];
-        let units = names.into_iter().zip(self.leases.sizes()).filter(|(_, n)| *n > 0).map(|(name, n)| (name.to_owned(), n as u64));
-        self.counts.0.iter().map(|(name, n)| (name.clone(), *n)).chain(units).collect()
     }
 }

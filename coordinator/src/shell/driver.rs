@@ -1,8 +1,9 @@
-//! The one task that owns the core: inputs in, effects out, in order.
+//! The one task that owns the state machine: inputs in, effects out, in order.
 
-use super::journal::Journal;
+use super::journal::{self, Journal};
 use super::keeper::Work;
-use crate::core::{Closed, ConnId, Core, Effect, Event, Outcome, Time};
+use crate::core::{Note, Outcome};
+use crate::machine::{Closed, ConnId, Effect, Event, Machine, Time};
 use ella_proto::v1::{RunStatus, ToWorker};
 use ella_store::Store;
 use std::collections::BTreeMap;
@@ -35,7 +36,7 @@ pub(super) struct Stream {
     pub(super) gate: CancellationToken,
 }
 
-/// Where effects go.
+/// A run's memory: where effects go that outlive this process.
 pub(super) struct Outlets {
     /// To the log, in order. Unbounded, so that driver and keeper never wait for each other; there are a few per commit.
     pub(super) work: mpsc::UnboundedSender<Work>,
@@ -44,20 +45,21 @@ pub(super) struct Outlets {
 }
 
 pub(super) struct Driver {
-    core: Core,
+    machine: Box<dyn Machine>,
     inbox: mpsc::Receiver<Input>,
-    outlets: Outlets,
+    /// A job has none.
+    outlets: Option<Outlets>,
     streams: BTreeMap<ConnId, Stream>,
     began: Instant,
     linger: Duration,
     over: Option<(Outcome, Instant)>,
-    /// Streams that turned out not to be read, to be told to the core.
+    /// Streams that turned out not to be read, to be told to the machine.
     stuck: Vec<ConnId>,
 }
 
 impl Driver {
-    pub(super) fn new(core: Core, inbox: mpsc::Receiver<Input>, outlets: Outlets, linger: Duration) -> Self {
-        Self { core, inbox, outlets, streams: BTreeMap::new(), began: Instant::now(), linger, over: None, stuck: Vec::new() }
+    pub(super) fn new(machine: Box<dyn Machine>, inbox: mpsc::Receiver<Input>, outlets: Option<Outlets>, linger: Duration) -> Self {
+        Self { machine, inbox, outlets, streams: BTreeMap::new(), began: Instant::now(), linger, over: None, stuck: Vec::new() }
     }
 
     /// Runs until the outcome is decided and has had time to be read.
@@ -87,7 +89,7 @@ impl Driver {
         }
         let mut next = Some(event);
         while let Some(event) = next {
-            for effect in self.core.handle(self.now(), event) {
+            for effect in self.machine.handle(self.now(), event) {
                 self.carry_out(effect);
             }
             next = self.stuck.pop().map(|conn| Event::Closed(conn, Closed::Stuck));
@@ -109,11 +111,29 @@ impl Driver {
                 }
             }
             Effect::Close(conn) => self.close(conn),
-            Effect::Append(body) => drop(self.outlets.work.send(Work::Append(body))),
-            Effect::DeleteFolders(folders) => drop(self.outlets.work.send(Work::Delete(folders))),
-            Effect::Metric(progress) => self.outlets.journal.metric(&progress),
-            Effect::Note(note) => self.outlets.journal.note(&note),
+            Effect::Append(body) => self.work(Work::Append(body)),
+            Effect::DeleteFolders(folders) => self.work(Work::Delete(folders)),
+            Effect::Metric(progress) => {
+                if let Some(outlets) = &self.outlets {
+                    outlets.journal.metric(&progress);
+                }
+            }
+            Effect::Note(note) => self.note(&note),
             Effect::Finish(outcome) => self.over = Some((outcome, Instant::now() + self.linger + CLOSING)),
+        }
+    }
+
+    fn work(&self, work: Work) {
+        if let Some(outlets) = &self.outlets {
+            // No receiver: the log is lost, which the machine is told.
+            drop(outlets.work.send(work));
+        }
+    }
+
+    fn note(&self, note: &Note) {
+        match &self.outlets {
+            Some(outlets) => outlets.journal.note(note),
+            None => journal::log(note),
         }
     }
 
@@ -129,16 +149,18 @@ impl Driver {
     }
 
     fn wake(&self) -> Instant {
-        let deadline = self.core.next_deadline().map(|at| self.began + Duration::from_millis(at.0));
+        let deadline = self.machine.next_deadline().map(|at| self.began + Duration::from_millis(at.0));
         let over = self.over.as_ref().map(|(_, at)| *at);
         deadline.into_iter().chain(over).min().unwrap_or_else(|| Instant::now() + Duration::from_secs(60))
     }
 
-    /// The core's status, with what the shell counts.
+    /// The machine's status, with what the shell counts.
     fn status(&self) -> RunStatus {
-        let mut status = self.core.status(self.now());
-        let own = self.outlets.journal.counts().into_iter().chain([("store_retries", self.outlets.store.retries())]);
-        status.counts.extend(own.filter(|(_, n)| *n > 0).map(|(name, n)| (name.to_owned(), n)));
+        let mut status = self.machine.status(self.now());
+        if let Some(outlets) = &self.outlets {
+            let own = outlets.journal.counts().into_iter().chain([("store_retries", outlets.store.retries())]);
+            status.counts.extend(own.filter(|(_, n)| *n > 0).map(|(name, n)| (name.to_owned(), n)));
+        }
         status
     }
 }

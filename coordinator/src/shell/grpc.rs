@@ -2,7 +2,8 @@
 
 use super::RunError;
 use super::driver::{Input, Stream};
-use crate::core::{Closed, ConnId, Event, Outcome};
+use crate::core::Outcome;
+use crate::machine::{Closed, ConnId, Event};
 use ella_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use ella_proto::v1::{FromWorker, RunStatus, StatusRequest, StopReply, StopRequest, ToWorker};
 use futures::StreamExt;

@@ -4,6 +4,7 @@
 use super::RunError;
 use super::start::unix_ms;
 use crate::core::Note;
+use crate::job::JobNote;
 use crate::status::PartsReport;
 use ella_proto::v1;
 use ella_store::Store;
@@ -86,14 +87,8 @@ impl Journal {
 
     /// Keeps what happened, and logs it.
     pub(super) fn note(&self, note: &Note) {
+        log(note);
         let line = serde_json::to_string(&Stamped { at_unix_ms: unix_ms(), note });
-        if let Ok(text) = &line {
-            match note {
-                Note::Refused { .. } | Note::Left { .. } => tracing::warn!("{text}"),
-                Note::Ended { outcome: "failed", .. } => tracing::error!("{text}"),
-                _ => tracing::info!("{text}"),
-            }
-        }
         self.send(line.map(Line::Event));
         if matches!(note, Note::Committed { .. }) {
             self.send(Ok(Line::Flush));
@@ -109,6 +104,17 @@ impl Journal {
         if line.map_or(true, |line| self.lines.try_send(line).is_err()) {
             self.counts.dropped.fetch_add(1, Relaxed);
         }
+    }
+}
+
+/// Tells what happened in this process's log.
+pub(super) fn log(note: &Note) {
+    // What cannot be written as JSON the journal counts.
+    let text = serde_json::to_string(note).unwrap_or_default();
+    match note {
+        Note::Refused { .. } | Note::Left { .. } | Note::Job(JobNote::Gone { .. } | JobNote::UnitFailed { .. }) => tracing::warn!("{text}"),
+        Note::Ended { outcome: "failed", .. } | Note::Job(JobNote::Over { outcome: "failed", .. }) => tracing::error!("{text}"),
+        _ => tracing::info!("{text}"),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::RunError;
 use super::driver::Input;
 use super::start::unix_ms;
-use crate::core::Event;
+use crate::machine::Event;
 use ella_proto::ids::Term;
 use ella_store::{Body, LogError, RunLog, Store, remove_leftovers};
 use tokio::sync::mpsc;

@@ -1,6 +1,6 @@
-//! The core's connection to the world: gRPC for workers and clients, HTTP for people and probes, the store for memory.
+//! A state machine's connection to the world: gRPC for workers and clients, HTTP for people and probes, the store for memory.
 //!
-//! One task, the driver, owns the core; all others send it inputs and carry out its effects. Every task is tracked, and the first
+//! One task, the driver, owns the machine; all others send it inputs and carry out its effects. Every task is tracked, and the first
 //! error ends them all.
 
 mod driver;
@@ -9,14 +9,18 @@ mod grpc;
 mod http;
 mod journal;
 mod keeper;
+mod local;
 mod page;
 mod start;
 
 pub use error::RunError;
+pub use local::LocalJob;
 
-use crate::core::{Core, CoreConfig, Event, History, Outcome, Time};
+use crate::core::{Core, CoreConfig, History, Outcome};
+use crate::job::{JobCore, JobSettings};
+use crate::machine::{Event, Machine, Time};
 use driver::{Driver, Input};
-use ella_proto::config::RunConfig;
+use ella_proto::config::{JobConfig, RunConfig};
 use ella_proto::ids::Term;
 use ella_proto::v1::Welcome;
 use ella_store::{RunLog, RunState, Store};
@@ -73,12 +77,12 @@ pub enum Opened {
     },
 }
 
-/// A coordinator that holds its run's newest term and its ports, and has not begun to serve.
+/// A coordinator that holds its ports and its run's newest term, or a job, and has not begun to serve.
 #[derive(Debug)]
 pub struct Coordinator {
-    core: Core,
-    log: RunLog,
-    store: Store,
+    machine: Box<dyn Machine>,
+    /// Of a run.
+    memory: Option<(RunLog, Store)>,
     grpc: TcpListener,
     http: TcpListener,
     addresses: Addresses,
@@ -96,9 +100,27 @@ impl Coordinator {
             start::Run::Done { step } => return Ok(Opened::Done { step }),
             start::Run::Claimed { log, state } => (log, state),
         };
-        let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
         let core = Core::new(core_config(config, store.url(), options), history(&log, *state), Time(0));
-        Ok(Opened::Ready(Box::new(Self { core, log, store, grpc, http, addresses, linger: options.linger })))
+        Self::with(Box::new(core), Some((log, store)), (grpc, http), options).map(|run| Opened::Ready(Box::new(run)))
+    }
+
+    /// Opens a job. Its units' outputs are its only memory, so there is nothing to claim.
+    ///
+    /// # Errors
+    /// If an address is taken.
+    pub async fn open_job(config: &JobConfig, options: &Options) -> Result<Self, RunError> {
+        let listeners = (bind(options.listen).await?, bind(options.http).await?);
+        Self::with(Box::new(JobCore::new(job_settings(config), Time(0))), None, listeners, options)
+    }
+
+    fn with(
+        machine: Box<dyn Machine>,
+        memory: Option<(RunLog, Store)>,
+        (grpc, http): (TcpListener, TcpListener),
+        options: &Options,
+    ) -> Result<Self, RunError> {
+        let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
+        Ok(Self { machine, memory, grpc, http, addresses, linger: options.linger })
     }
 
     /// Where it listens.
@@ -106,23 +128,25 @@ impl Coordinator {
         self.addresses
     }
 
-    /// Serves until the run's outcome is decided. The first reason from `stops` asks the workers to commit and leave, a second one
-    /// ends the run at once.
+    /// Serves until the outcome is decided. The first reason from `stops` asks a run's workers to commit and leave, a second one ends
+    /// the run at once. A job has nothing to commit: the first ends it.
     ///
     /// # Errors
-    /// If a server or task of this process breaks; what befalls the run is an [`Outcome`].
+    /// If a server or task of this process breaks; what befalls the run or job is an [`Outcome`].
     pub async fn run(self, stops: mpsc::Receiver<String>) -> Result<Outcome, RunError> {
         let shutdown = CancellationToken::new();
         let (inputs, inbox) = mpsc::channel(INPUTS);
-        let (journal, journal_task) = journal::journal(self.store.clone(), self.log.term());
-        let (work, keeper_task) = keeper::keeper(self.log, self.store.clone(), inputs.clone());
-        let driver = Driver::new(self.core, inbox, driver::Outlets { work, journal, store: self.store }, self.linger);
-
         let mut tasks = JoinSet::new();
+        let outlets = self.memory.map(|(log, store)| {
+            let (journal, journal_task) = journal::journal(store.clone(), log.term());
+            let (work, keeper_task) = keeper::keeper(log, store.clone(), inputs.clone());
+            tasks.spawn(async move { keeper_task.await.map(|()| None) });
+            tasks.spawn(async move { journal_task.await.map(|()| None) });
+            driver::Outlets { work, journal, store }
+        });
+        let driver = Driver::new(self.machine, inbox, outlets, self.linger);
         let token = shutdown.clone();
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
-        tasks.spawn(async move { keeper_task.await.map(|()| None) });
-        tasks.spawn(async move { journal_task.await.map(|()| None) });
         tasks.spawn(grpc::serve(self.grpc, inputs.clone(), shutdown.clone()));
         tasks.spawn(http::serve(self.http, inputs.clone(), shutdown.clone()));
         tasks.spawn(forward_stops(stops, inputs, shutdown.clone()));
@@ -196,7 +220,25 @@ fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> CoreConf
         drain_timeout: u64::try_from(options.drain_timeout.as_millis()).unwrap_or(u64::MAX),
         blame_window: workers.lease.0.min(2_000),
         session: start::random_bytes(),
-        units: Vec::new(),
+    }
+}
+
+fn job_settings(config: &JobConfig) -> JobSettings {
+    let job = &config.job;
+    JobSettings {
+        welcome: Welcome {
+            run_url: job.data.clone(),
+            config_toml: config.to_toml(),
+            config_digest: config.digest(),
+            heartbeat_ms: (job.lease.0 / 4).max(1),
+            lease_ms: job.lease.0,
+            orphan_ms: job.orphan_timeout.0,
+            step_timeout_ms: 0,
+        },
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        kind: job.kind.to_string(),
+        start_timeout: job.start_timeout.0,
+        session: start::session(),
     }
 }
 

@@ -1,39 +1,77 @@
 //! The status as a page for people and as Prometheus text.
 
-use crate::status::{StatusReport, WorkerReport};
+use crate::status::{FailedUnitReport, JobReport, JobWorkerReport, StatusReport, WorkerReport};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// Phases, as `ella_phase` names them.
-const PHASES: [&str; 7] = ["waiting", "starting", "training", "draining", "done", "preempted", "failed"];
+const PHASES: [&str; 8] = ["waiting", "starting", "training", "working", "draining", "done", "preempted", "failed"];
 
-/// Prometheus' text format, version 0.0.4.
-pub(super) fn prometheus(report: &StatusReport) -> String {
-    let mut out = String::new();
-    let mut metric = |name: &str, kind: &str, help: &str, values: &[(String, f64)]| {
+/// Text in Prometheus' format, version 0.0.4.
+#[derive(Default)]
+struct Metrics(String);
+
+impl Metrics {
+    fn add(&mut self, name: &str, kind: &str, help: &str, values: &[(String, f64)]) {
         // Writing to a String can't fail.
-        let _ = writeln!(out, "# HELP ella_{name} {help}\n# TYPE ella_{name} {kind}");
+        let _ = writeln!(self.0, "# HELP ella_{name} {help}\n# TYPE ella_{name} {kind}");
         for (labels, value) in values {
-            let _ = writeln!(out, "ella_{name}{labels} {value}");
+            let _ = writeln!(self.0, "ella_{name}{labels} {value}");
         }
-    };
-    let one = |value: f64| [(String::new(), value)];
-    metric("term", "gauge", "Number of this coordinator incarnation.", &one(report.term as f64));
-    metric("generation", "gauge", "Number of the membership.", &one(report.generation as f64));
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: f64) {
+        self.add(name, "gauge", help, &[(String::new(), value)]);
+    }
+}
+
+/// The status as Prometheus reads it.
+pub(super) fn prometheus(report: &StatusReport) -> String {
+    let mut metrics = Metrics::default();
     let phases = PHASES.map(|phase| (label("phase", phase), f64::from(u8::from(phase == report.phase))));
-    metric("phase", "gauge", "1 for the phase that the run is in.", &phases);
-    metric("step", "gauge", "Applied optimizer steps.", &one(report.step as f64));
-    metric("steps_target", "gauge", "Steps in all.", &one(report.steps as f64));
-    metric("samples", "gauge", "Samples trained on since the run began.", &one(report.samples as f64));
-    metric("loss", "gauge", "Training loss of the newest step.", &one(report.loss.unwrap_or(f64::NAN)));
-    metric("samples_per_second", "gauge", "Throughput over the last steps.", &one(report.samples_per_second));
-    metric("last_commit_step", "gauge", "Step of the newest commit.", &one(report.last_commit_step as f64));
-    metric("commits_total", "counter", "Commits written by this coordinator.", &one(report.commits as f64));
-    metric("workers", "gauge", "Workers that take part.", &one(report.workers.len() as f64));
+    metrics.add("phase", "gauge", "1 for the phase that the run or job is in.", &phases);
+    match &report.job {
+        Some(job) => job_metrics(&mut metrics, job),
+        None => run_metrics(&mut metrics, report),
+    }
+    metrics.add("counted_total", "counter", "What was refused, retried or skipped, by name.", &named(&report.counts));
+    metrics.0
+}
+
+fn run_metrics(metrics: &mut Metrics, report: &StatusReport) {
+    metrics.gauge("term", "Number of this coordinator incarnation.", report.term as f64);
+    metrics.gauge("generation", "Number of the membership.", report.generation as f64);
+    metrics.gauge("step", "Applied optimizer steps.", report.step as f64);
+    metrics.gauge("steps_target", "Steps in all.", report.steps as f64);
+    metrics.gauge("samples", "Samples trained on since the run began.", report.samples as f64);
+    metrics.gauge("loss", "Training loss of the newest step.", report.loss.unwrap_or(f64::NAN));
+    metrics.gauge("samples_per_second", "Throughput over the last steps.", report.samples_per_second);
+    metrics.gauge("last_commit_step", "Step of the newest commit.", report.last_commit_step as f64);
+    metrics.add("commits_total", "counter", "Commits written by this coordinator.", &[(String::new(), report.commits as f64)]);
+    metrics.gauge("workers", "Workers that take part.", report.workers.len() as f64);
     let silent: Vec<_> = report.workers.iter().map(|w| (label("rank", &w.rank.to_string()), w.silent_ms as f64 / 1000.0)).collect();
-    metric("worker_silent_seconds", "gauge", "Time since a worker was last heard of.", &silent);
-    let counts: Vec<_> = report.counts.iter().map(|(name, n)| (label("name", name), *n as f64)).collect();
-    metric("counted_total", "counter", "What was refused, retried or skipped, by name.", &counts);
-    out
+    metrics.add("worker_silent_seconds", "gauge", "Time since a worker was last heard of.", &silent);
+}
+
+fn job_metrics(metrics: &mut Metrics, job: &JobReport) {
+    metrics.gauge("job_stage", "The stage that is worked on, from 1.", f64::from(job.stage));
+    let waiting = job.units - job.units_done - job.units_given_up - job.units_held;
+    let places = [("waiting", waiting), ("held", job.units_held), ("done", job.units_done), ("given_up", job.units_given_up)];
+    metrics.add(
+        "job_units",
+        "gauge",
+        "Units of this stage, by where they are.",
+        &places.map(|(place, n)| (label("place", place), n as f64)),
+    );
+    metrics.gauge("samples", "Samples of all stages, those of held units included.", job.samples as f64);
+    metrics.gauge("samples_per_second", "Throughput over the last minute.", job.samples_per_second);
+    metrics.gauge("job_seconds_left", "Until this stage ends, at the rate of the last minute.", job.seconds_left.unwrap_or(f64::NAN));
+    metrics.gauge("workers", "Workers that take part.", job.workers.len() as f64);
+    metrics.add("job_results_total", "counter", "What came of the samples of units that are done, by name.", &named(&job.results));
+}
+
+fn named(counts: &BTreeMap<String, u64>) -> Vec<(String, f64)> {
+    counts.iter().map(|(name, n)| (label("name", name), *n as f64)).collect()
 }
 
 fn label(name: &str, value: &str) -> String {
@@ -42,32 +80,85 @@ fn label(name: &str, value: &str) -> String {
 
 /// A page without scripts or anything from elsewhere; it reloads itself.
 pub(super) fn html(report: &StatusReport) -> String {
-    let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.5}"));
-    let facts = [
-        ("phase", report.phase.clone()),
-        ("reason", report.reason.clone()),
-        ("step", format!("{} of {}", report.step, report.steps)),
-        ("epoch", report.epoch.to_string()),
-        ("samples", report.samples.to_string()),
-        ("loss", number(report.loss)),
-        ("samples/s", format!("{:.2}", report.samples_per_second)),
-        ("last commit", format!("step {}", report.last_commit_step)),
-        ("term, generation", format!("{}, {}", report.term, report.generation)),
-    ];
-    let facts: String =
-        facts.iter().filter(|(_, v)| !v.is_empty()).map(|(k, v)| format!("<tr><th>{k}</th><td>{}</td></tr>\n", escape(v))).collect();
-    let workers: String = report.workers.iter().map(worker_row).collect();
-    let counts: String = report.counts.iter().map(|(k, n)| format!("<tr><td>{}</td><td>{n}</td></tr>\n", escape(k))).collect();
-    let share = if report.steps == 0 { 0.0 } else { 100.0 * report.step as f64 / report.steps as f64 };
+    let (share, body) = match &report.job {
+        Some(job) => (share(job.units_done, job.units), job_body(report, job)),
+        None => (share(report.step, report.steps), run_body(report)),
+    };
     format!(
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"2\"><title>ella: {url}</title>\
          <style>body{{font:15px system-ui,sans-serif;margin:2rem;max-width:60rem}}th,td{{text-align:left;padding:.2rem .8rem .2rem 0;\
          vertical-align:top}}th{{font-weight:600}}.bar{{background:#ddd;height:.6rem;border-radius:.3rem}}.bar div{{background:#27c;height:100%;\
          border-radius:.3rem}}h2{{font-size:1.1rem;margin-top:1.5rem}}</style></head><body>\n<h1>{url}</h1>\n\
-         <div class=\"bar\"><div style=\"width:{share:.1}%\"></div></div>\n<table>\n{facts}</table>\n\
-         <h2>Workers</h2>\n<table>\n<tr><th>rank</th><th>worker</th><th>host</th><th>pid</th><th>device</th><th>step</th><th>silent</th></tr>\n\
-         {workers}</table>\n<h2>Refused, retried, skipped</h2>\n<table>\n{counts}</table>\n</body></html>\n",
+         <div class=\"bar\"><div style=\"width:{share:.1}%\"></div></div>\n{body}\
+         <h2>Refused, retried, skipped</h2>\n<table>\n{counts}</table>\n</body></html>\n",
         url = escape(&report.run_url),
+        counts = count_rows(&report.counts),
+    )
+}
+
+fn share(done: u64, of: u64) -> f64 {
+    if of == 0 { 0.0 } else { 100.0 * done as f64 / of as f64 }
+}
+
+fn run_body(report: &StatusReport) -> String {
+    let facts = facts(&[
+        ("phase", report.phase.clone()),
+        ("reason", report.reason.clone()),
+        ("step", format!("{} of {}", report.step, report.steps)),
+        ("epoch", report.epoch.to_string()),
+        ("samples", report.samples.to_string()),
+        ("loss", report.loss.map_or_else(|| "–".to_owned(), |loss| format!("{loss:.5}"))),
+        ("samples/s", format!("{:.2}", report.samples_per_second)),
+        ("last commit", format!("step {}", report.last_commit_step)),
+        ("term, generation", format!("{}, {}", report.term, report.generation)),
+    ]);
+    let workers: String = report.workers.iter().map(worker_row).collect();
+    format!(
+        "{facts}<h2>Workers</h2>\n<table>\n<tr><th>rank</th><th>worker</th><th>host</th><th>pid</th><th>device</th><th>step</th>\
+         <th>silent</th></tr>\n{workers}</table>\n"
+    )
+}
+
+fn job_body(report: &StatusReport, job: &JobReport) -> String {
+    let JobReport { kind, stage, units, units_done, units_held, units_given_up, samples, samples_per_second, .. } = job;
+    let facts = facts(&[
+        ("job", kind.clone()),
+        ("phase", report.phase.clone()),
+        ("reason", report.reason.clone()),
+        ("stage", stage.to_string()),
+        ("units", format!("{units_done} of {units} done, {units_held} held, {units_given_up} given up")),
+        ("samples", format!("{samples}, {samples_per_second:.2}/s")),
+        ("time left", job.seconds_left.map_or_else(String::new, |left| format!("{left:.0} s for this stage"))),
+    ]);
+    let workers: String = job.workers.iter().map(job_worker_row).collect();
+    let failed = |unit: &FailedUnitReport| format!("<tr><td>{}</td><td>{}</td></tr>\n", escape(&unit.unit), escape(&unit.error));
+    let given_up: String = job.given_up.iter().map(failed).collect();
+    format!(
+        "{facts}<h2>Workers</h2>\n<table>\n<tr><th>worker</th><th>host</th><th>pid</th><th>device</th><th>holds</th><th>done</th>\
+         <th>silent</th></tr>\n{workers}</table>\n<h2>What came of the samples</h2>\n<table>\n{results}</table>\n\
+         <h2>Given up</h2>\n<table>\n{given_up}</table>\n",
+        results = count_rows(&job.results),
+    )
+}
+
+fn facts(facts: &[(&str, String)]) -> String {
+    let row = |(name, value): &(&str, String)| format!("<tr><th>{name}</th><td>{}</td></tr>\n", escape(value));
+    let rows: String = facts.iter().filter(|(_, value)| !value.is_empty()).map(row).collect();
+    format!("<table>\n{rows}</table>\n")
+}
+
+fn count_rows(counts: &BTreeMap<String, u64>) -> String {
+    counts.iter().map(|(name, n)| format!("<tr><td>{}</td><td>{n}</td></tr>\n", escape(name))).collect()
+}
+
+fn job_worker_row(worker: &JobWorkerReport) -> String {
+    let JobWorkerReport { worker_id, host, pid, device, slots, held, units_done, silent_ms } = worker;
+    let held: String = held.iter().map(|held| format!("{} ({})<br>", escape(&held.unit), held.done)).collect();
+    format!(
+        "<tr><td>{}</td><td>{}</td><td>{pid}</td><td>{}</td><td>{held}of {slots}</td><td>{units_done}</td><td>{silent_ms} ms</td></tr>\n",
+        escape(worker_id),
+        escape(host),
+        escape(device)
     )
 }
 
@@ -99,6 +190,7 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::HeldUnitReport;
 
     fn report() -> StatusReport {
         StatusReport {
@@ -118,6 +210,47 @@ mod tests {
         let html = html(&report());
         assert!(html.contains("s3://b/&lt;script&gt;") && !html.contains("<script>"), "{html}");
         assert!(html.contains("&lt;w&gt;&amp;&quot;&#39;"));
+    }
+
+    fn job() -> StatusReport {
+        let held = vec![HeldUnitReport { unit: "<u>".into(), done: 7, held_ms: 10 }];
+        let workers = vec![JobWorkerReport { worker_id: "w".into(), slots: 2, held, ..JobWorkerReport::default() }];
+        let given_up = vec![FailedUnitReport { unit: "a.tar".into(), error: "<truncated>".into(), permanent: true }];
+        let results = [("refused.too_small".to_owned(), 3)].into();
+        let job = JobReport {
+            stage: 2,
+            units: 9,
+            units_done: 4,
+            units_held: 1,
+            units_given_up: 1,
+            workers,
+            given_up,
+            results,
+            ..JobReport::default()
+        };
+        StatusReport { phase: "working".into(), job: Some(job), ..StatusReport::default() }
+    }
+
+    #[test]
+    fn a_job_is_shown_as_a_job() {
+        let html = html(&job());
+        for text in
+            ["4 of 9 done, 1 held, 1 given up", "&lt;u&gt; (7)<br>of 2", "&lt;truncated&gt;", "refused.too_small</td><td>3", "width:44.4%"]
+        {
+            assert!(html.contains(text), "{text} is not in: {html}");
+        }
+        assert!(!html.contains("commit") && !html.contains("<u>"));
+        let text = prometheus(&job());
+        for line in [
+            "ella_phase{phase=\"working\"} 1",
+            "ella_job_units{place=\"waiting\"} 3",
+            "ella_job_results_total{name=\"refused.too_small\"} 3",
+            "ella_job_seconds_left NaN",
+            "ella_workers 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in:\n{text}");
+        }
+        assert!(!text.contains("ella_step"));
     }
 
     #[test]

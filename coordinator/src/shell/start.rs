@@ -120,6 +120,11 @@ pub(super) fn random_bytes() -> [u8; 16] {
     bytes
 }
 
+/// A number that no other process will have, never 0, and small enough that every reader of JSON takes it as it is.
+pub(super) fn session() -> u64 {
+    RandomState::new().build_hasher().finish() >> 11 | 1
+}
+
 /// Milliseconds since 1970, for people to read.
 pub(super) fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

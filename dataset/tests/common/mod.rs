@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use ella_dataset::{Report, Settings, Source, encode_jpeg};
+use ella_dataset::{Crop, DataError, Encoding, Picture, PictureRules, Piece, Refusal, Report, Sample, Scratch, Settings, Source, cut, encode};
+use ella_store::Digest;
 use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageFormat, RgbImage, RgbaImage};
 
 /// A smooth picture that differs from seed to seed.
@@ -11,12 +12,70 @@ pub fn rgb(width: u32, height: u32, seed: u32) -> RgbImage {
     RgbImage::from_fn(width, height, |x, y| image::Rgb([(x * 3 + seed * 40) as u8, (y * 2) as u8, (x + y + seed) as u8]))
 }
 
+/// Something like a photograph: waves of all lengths, in colours of their own, and an edge. Differs much from seed to seed.
+pub fn photo(width: u32, height: u32, seed: u32) -> RgbImage {
+    let mut state = u64::from(seed) * 2 + 1;
+    let mut draw = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as f64 / f64::from(1u32 << 31)
+    };
+    let waves: Vec<[f64; 7]> = (0..14)
+        .map(|i| {
+            let (length, angle) = (1.3f64.powi(i), draw() * 6.3);
+            [length * angle.cos() * 6.0, length * angle.sin() * 6.0, draw() * 6.3, draw(), draw(), draw(), 50.0 / length.sqrt()]
+        })
+        .collect();
+    let edge = 0.2 + 0.6 * draw();
+    RgbImage::from_fn(width, height, |x, y| {
+        let (x, y) = (f64::from(x) / f64::from(width), f64::from(y) / f64::from(height));
+        let base = if x + 0.3 * y < edge { 100.0 } else { 150.0 };
+        let of = |c: usize| {
+            let light: f64 = waves.iter().map(|w| (w[0] * x + w[1] * y + w[2]).sin() * (0.7 + 0.6 * w[3 + c]) * w[6]).sum();
+            (base + light).clamp(0.0, 255.0) as u8
+        };
+        image::Rgb([of(0), of(1), of(2)])
+    })
+}
+
 /// As PNG.
 pub fn png(width: u32, height: u32, seed: u32) -> Vec<u8> {
+    png_of(&rgb(width, height, seed))
+}
+
+/// Any picture as PNG.
+pub fn png_of(picture: &RgbImage) -> Vec<u8> {
     let mut out = Vec::new();
     let encoder = image::codecs::png::PngEncoder::new(&mut out);
-    encoder.write_image(&rgb(width, height, seed), width, height, ExtendedColorType::Rgb8).unwrap();
+    encoder.write_image(picture, picture.width(), picture.height(), ExtendedColorType::Rgb8).unwrap();
     out
+}
+
+/// Any picture as JPEG.
+pub fn jpeg_of(picture: &RgbImage, quality: u8) -> Vec<u8> {
+    encode(picture, picture.dimensions(), Encoding::Jpeg { quality }, &mut Scratch::default()).unwrap()
+}
+
+/// Squares of 32 pixels from any small picture.
+pub const RULES: PictureRules = PictureRules {
+    sizes: &[(32, 32)],
+    crop: Crop::Centre,
+    min_edge: 1,
+    max_aspect: None,
+    min_area: None,
+    max_area: None,
+    max_pixels: 1 << 20,
+    phash: false,
+};
+
+/// Cuts a picture without a key.
+pub fn cut_one(bytes: &[u8], rules: &PictureRules) -> Result<Picture, Refusal> {
+    Scratch::of_thread(|scratch| cut(bytes, "", rules, scratch))
+}
+
+/// Mean absolute difference of two pictures of the same size.
+pub fn mean_difference(a: &[u8], b: &[u8]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / a.len() as f64
 }
 
 /// As lossless WebP.
@@ -28,7 +87,7 @@ pub fn webp(width: u32, height: u32, seed: u32) -> Vec<u8> {
 
 /// A square JPEG.
 pub fn jpeg(side: u32, seed: u32) -> Vec<u8> {
-    encode_jpeg(&rgb(side, side, seed), side, 90).unwrap()
+    jpeg_of(&rgb(side, side, seed), 90)
 }
 
 /// A PNG with an alpha channel that is `alpha` everywhere.
@@ -100,4 +159,35 @@ pub fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
 /// Keys refused, as `reason: key key`.
 pub fn refused(report: &Report) -> Vec<String> {
     report.refused.iter().map(|(why, keys)| format!("{why}: {}", keys.join(" "))).collect()
+}
+
+/// Writes a file into a folder and finds it as a source.
+pub async fn source(folder: &Path, name: &str, bytes: &[u8]) -> Source {
+    std::fs::create_dir_all(folder).unwrap();
+    sources(folder, &[(name, bytes)]).await.remove(0)
+}
+
+/// Reads pieces of a source, one after another.
+pub async fn read_pieces(source: &Source, pieces: &[Piece]) -> Result<(Vec<Sample>, Vec<Digest>), DataError> {
+    let (source, pieces) = (source.clone(), pieces.to_vec());
+    let reading = tokio::task::spawn_blocking(move || {
+        let (mut samples, mut digests) = (Vec::new(), Vec::new());
+        for piece in &pieces {
+            let read = source.read(piece, &mut |sample| {
+                samples.push(sample);
+                true
+            })?;
+            let read = read.unwrap();
+            assert_eq!(read.bytes, piece.bytes.end - piece.bytes.start);
+            digests.push(read.blake3);
+        }
+        Ok((samples, digests))
+    });
+    reading.await.unwrap()
+}
+
+/// All samples of a source.
+pub async fn read(source: &Source) -> Result<Vec<Sample>, DataError> {
+    let pieces = source.pieces().await?;
+    Ok(read_pieces(source, &pieces).await?.0)
 }

@@ -13,6 +13,7 @@ pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError
     let check = Check { config, origin };
     check.sizes()?;
     check.rates()?;
+    check.captions()?;
     check.padding()?;
     check.supported()
 }
@@ -85,6 +86,20 @@ impl Check<'_> {
         }
         self.holds("train.optimizer.eps", optimizer.eps, positive, "it must be a number above 0")?;
         train.snr_gamma.map_or(Ok(()), |gamma| self.holds("train.snr_gamma", gamma, positive, "it must be a number above 0"))
+    }
+
+    fn captions(&self) -> Result<(), ConfigError> {
+        let captions = &self.config.data.captions;
+        for (i, choice) in captions.iter().enumerate() {
+            self.holds("data.captions", choice.weight, |w| w >= 0.0 && w.is_finite(), "weights must be numbers of 0 or more")?;
+            if choice.column.is_empty() || captions[..i].iter().any(|earlier| earlier.column == choice.column) {
+                let rule = "each must name a column of its own".to_owned();
+                return Err(self.wrong("data.captions", format!("{:?}", choice.column), rule));
+            }
+        }
+        let sum: f64 = captions.iter().map(|choice| choice.weight).sum();
+        let some = |sum: f64| captions.is_empty() || sum > 0.0;
+        self.holds("data.captions", sum, some, "one weight or more must be above 0")
     }
 
     fn padding(&self) -> Result<(), ConfigError> {

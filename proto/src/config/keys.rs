@@ -3,9 +3,9 @@
 use super::*;
 use serde_json::Value;
 
-/// Every key that exists: the tree of a config in which all optional keys are set.
-pub(super) fn known() -> toml::Table {
-    let full = RunConfig {
+/// A run's config in which all optional keys are set: its tree has every key that exists.
+pub(super) fn full() -> RunConfig {
+    RunConfig {
         run: Run { output: String::new(), seed: 0 },
         base: Base {
             model: String::new(),
@@ -21,28 +21,35 @@ pub(super) fn known() -> toml::Table {
             features: Features::Cached,
             dtype: Dtype::Fp32,
         },
-        data: Data { path: String::new(), window: 1, memory_bytes: 1 },
+        data: Data {
+            path: String::new(),
+            window: 1,
+            captions: vec![CaptionChoice { column: String::new(), weight: 1.0 }],
+            memory_bytes: 1,
+        },
         connector: Connector { width: Some(1), ..Connector::default() },
         train: Train { snr_gamma: Some(1.0), ..Train::default() },
         checkpoint: Checkpoint { max_lost_work: Some(Millis(1)), ..Checkpoint::default() },
         workers: Workers::default(),
-    };
-    toml::Table::try_from(full).unwrap_or_default()
+    }
 }
 
-/// Refuses the first key of `table` that `known` lacks.
+/// Refuses the first key of `table` that `known` lacks. Where `known` has an empty table, any keys may be.
 pub(super) fn check(table: &toml::Table, known: &toml::Table, origin: &str) -> Result<(), ConfigError> {
     check_below(table, known, origin, "")
 }
 
-fn check_below(table: &toml::Table, known: &toml::Table, origin: &str, above: &str) -> Result<(), ConfigError> {
+/// The same for a table that stands under the key `above`, which ends with a dot.
+pub(super) fn check_below(table: &toml::Table, known: &toml::Table, origin: &str, above: &str) -> Result<(), ConfigError> {
     for (key, value) in table {
         let full = format!("{above}{key}");
         let Some(expected) = known.get(key) else {
             let nearest = nearest(key, known.keys()).map(|n| format!("{above}{n}"));
             return Err(ConfigError::UnknownKey { origin: origin.to_owned(), key: full, nearest });
         };
-        if let (toml::Value::Table(inner), toml::Value::Table(expected)) = (value, expected) {
+        if let (toml::Value::Table(inner), toml::Value::Table(expected)) = (value, expected)
+            && !expected.is_empty()
+        {
             check_below(inner, expected, origin, &format!("{full}."))?;
         }
     }

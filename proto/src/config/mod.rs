@@ -1,12 +1,15 @@
-//! A run's config: `RUN.toml`, with overrides. Unknown keys are refused with the nearest known one; every value is checked here,
-//! once, so that what carries a [`RunConfig`] may trust it.
+//! A run's config: `RUN.toml`, with overrides; and a job's ([`JobConfig`]). Unknown keys are refused with the nearest known one; every
+//! value is checked here, once, so that what carries a [`RunConfig`] may trust it.
 
 mod check;
+mod job;
 mod keys;
 mod units;
 
+pub use job::{Config, JobConfig, JobKind, JobTable};
 pub use units::Millis;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -14,7 +17,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("{path}: cannot be read ({source}); give the path of a run's TOML file")]
+    #[error("{path}: cannot be read ({source}); give the path of a run's or job's TOML file")]
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -234,9 +237,29 @@ pub struct Data {
     /// How many consecutive shards are shuffled together (ORDER).
     #[serde(default = "Data::window")]
     pub window: usize,
+    /// Columns of captions, of which each sample's is chosen anew in every epoch (NOISE); left out: the data set's own, by its weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub captions: Vec<CaptionChoice>,
     /// Most bytes of shards and features that a worker holds in memory, those read ahead included. Local files are mapped, and count nothing.
     #[serde(default = "Data::memory_bytes")]
     pub memory_bytes: u64,
+}
+
+/// One of `data.captions`: a column, and how often it is taken relative to the others that a sample has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CaptionChoice {
+    /// The column's name in the data set: one of its own, or one that was added.
+    pub column: String,
+    /// Its weight.
+    #[serde(default = "CaptionChoice::weight")]
+    pub weight: f64,
+}
+
+impl CaptionChoice {
+    fn weight() -> f64 {
+        1.0
+    }
 }
 
 impl Data {
@@ -469,27 +492,12 @@ impl Default for Workers {
 impl RunConfig {
     /// Reads a config file and applies overrides of the form `section.key=value`.
     pub fn load(path: &std::path::Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-        Self::parse(&text, &path.display().to_string(), overrides)
+        Self::parse(&text_of(path)?, &path.display().to_string(), overrides)
     }
 
     /// Parses TOML text. `origin` names it in errors.
     pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self, ConfigError> {
-        let syntax = |origin: &str, message: String| ConfigError::Syntax { origin: origin.to_owned(), message };
-        let mut table: toml::Table = text.parse().map_err(|e| syntax(origin, words(text, &e)))?;
-        keys::check(&table, &keys::known(), origin)?;
-        if overrides.is_empty() {
-            // Straight from the text, so that the parser's errors carry line and column.
-            let config: Self = toml::from_str(text).map_err(|e| syntax(origin, words(text, &e)))?;
-            check::values(&config, origin)?;
-            return Ok(config);
-        }
-        for item in overrides {
-            keys::set(&mut table, item)?;
-            keys::check(&table, &keys::known(), &format!("--set {item}"))?;
-        }
-        let origin = format!("{origin} with --set");
-        let config: Self = table.try_into().map_err(|e: toml::de::Error| syntax(&origin, words("", &e)))?;
+        let (config, origin) = read(text, origin, overrides, &keys::full())?;
         check::values(&config, &origin)?;
         Ok(config)
     }
@@ -531,6 +539,35 @@ impl RunConfig {
     fn binding_json(&self) -> Vec<u8> {
         self.binding().to_string().into_bytes()
     }
+}
+
+/// The text of a config file.
+fn text_of(path: &std::path::Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })
+}
+
+/// Reads a config of any kind from TOML text, with overrides of the form `section.key=value`; and how errors name its origin then. `full`
+/// has every key that exists; a table that is empty there may hold any.
+///
+/// # Errors
+/// No TOML, a key that does not exist (with the nearest that does), or a value of another type. Rules for values are the caller's.
+pub fn read<T: Serialize + DeserializeOwned>(text: &str, origin: &str, overrides: &[String], full: &impl Serialize) -> Result<(T, String), ConfigError> {
+    let syntax = |origin: &str, message: String| ConfigError::Syntax { origin: origin.to_owned(), message };
+    let known = toml::Table::try_from(full).unwrap_or_default();
+    let mut table: toml::Table = text.parse().map_err(|e| syntax(origin, words(text, &e)))?;
+    keys::check(&table, &known, origin)?;
+    if overrides.is_empty() {
+        // Straight from the text, so that the parser's errors carry line and column.
+        let config = toml::from_str(text).map_err(|e| syntax(origin, words(text, &e)))?;
+        return Ok((config, origin.to_owned()));
+    }
+    for item in overrides {
+        keys::set(&mut table, item)?;
+        keys::check(&table, &known, &format!("--set {item}"))?;
+    }
+    let origin = format!("{origin} with --set");
+    let config = table.try_into().map_err(|e: toml::de::Error| syntax(&origin, words("", &e)))?;
+    Ok((config, origin))
 }
 
 /// A parser's error in one line: its words, and where.
@@ -622,6 +659,17 @@ mod tests {
         assert_eq!(error, "run.toml with --set: `train.steps` is 0, but it must be 1 or more");
         let error = parse("", &["train.steps"]).unwrap_err().to_string();
         assert!(error.contains("section.key=value"), "{error}");
+    }
+
+    #[test]
+    fn captions_are_chosen_by_column_and_weight() {
+        let config = parse("", &["data.captions=[{column=\"dense\",weight=0.7},{column=\"short\"}]"]).unwrap();
+        assert_eq!(config.data.captions.iter().map(|c| (c.column.as_str(), c.weight)).collect::<Vec<_>>(), [("dense", 0.7), ("short", 1.0)]);
+        assert_ne!(config.digest(), parse("", &[]).unwrap().digest(), "what is trained on depends on it");
+        for bad in ["[{column=\"a\",weight=-1.0}]", "[{column=\"a\",weight=0.0}]", "[{column=\"a\"},{column=\"a\"}]", "[{column=\"\"}]"] {
+            let error = parse("", &[&format!("data.captions={bad}")]).unwrap_err().to_string();
+            assert!(error.contains("`data.captions`"), "{error}");
+        }
     }
 
     #[test]

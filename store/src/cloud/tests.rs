@@ -1,112 +1,23 @@
 //! The S3 client against a small server that answers by script: which replies are retried, refused, or leave the effect unknown.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 
 use super::*;
 use crate::{Created, Digest, Limits, Operation, Store};
+use support::{Manners, Reply, Server};
 
-/// What happens to one request.
-#[derive(Clone, Copy)]
-enum Reply {
-    /// This status, without effect.
-    Status(u16),
-    /// It takes effect, and the connection closes without a reply.
-    Lost,
-    /// It takes effect, and no reply ever comes.
-    Silent,
-    /// A get's body breaks off half-way.
-    Half,
-    /// As it should be.
-    Proper,
-}
-
-#[derive(Default)]
-struct Server {
-    objects: Mutex<BTreeMap<String, Vec<u8>>>,
-    script: Mutex<VecDeque<Reply>>,
-    requests: Mutex<Vec<String>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Server {
-    /// Answers one request; `None` when the connection is done.
-    async fn answer(&self, connection: &mut TcpStream) -> Option<()> {
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            head.push(connection.read_u8().await.ok()?);
-        }
-        let head = String::from_utf8(head).unwrap();
-        let header = |name: &str| {
-            head.lines().find_map(|line| Some(line.split_once(": ")?).filter(|(key, _)| key.eq_ignore_ascii_case(name)).map(|pair| pair.1))
-        };
-        let mut body = vec![0; header("content-length").map_or(0, |length| length.parse().unwrap())];
-        connection.read_exact(&mut body).await.ok()?;
-        let mut words = head.split(' ');
-        let (method, path) = (words.next().unwrap(), words.next().unwrap().to_owned());
-        lock(&self.requests).push(format!("{method} {path}"));
-        let reply = lock(&self.script).pop_front().unwrap_or(Reply::Proper);
-        if let Reply::Status(status) = reply {
-            let text = format!("HTTP/1.1 {status} X\r\ncontent-length: 5\r\n\r\noops\n");
-            return connection.write_all(text.as_bytes()).await.ok();
-        }
-        let (status, found) = self.effect(method, path, body, header("if-none-match").is_some());
-        let (start, end) = header("range")
-            .and_then(|range| range.strip_prefix("bytes=")?.split_once('-'))
-            .map_or((0, found.len()), |(start, end)| (start.parse().unwrap(), end.parse::<usize>().unwrap() + 1));
-        let part = &found[start..end.min(found.len())];
-        let status = if start > 0 { 206 } else { status };
-        let range = format!("content-range: bytes {start}-{}/{}\r\n", end - usize::from(end > 0), found.len());
-        let dates = "etag: \"1\"\r\nlast-modified: Mon, 01 Jan 2024 00:00:00 GMT\r\n";
-        let text = format!("HTTP/1.1 {status} X\r\n{dates}{}content-length: {}\r\n\r\n", if start > 0 { &range } else { "" }, part.len());
-        match reply {
-            Reply::Lost => return None,
-            Reply::Silent => std::future::pending().await,
-            Reply::Half => {
-                connection.write_all(text.as_bytes()).await.ok()?;
-                connection.write_all(&part[..part.len() / 2]).await.ok()?;
-                return None;
-            }
-            _ => connection.write_all(text.as_bytes()).await.ok()?,
-        }
-        if method == "HEAD" { Some(()) } else { connection.write_all(part).await.ok() }
-    }
-
-    fn effect(&self, method: &str, path: String, body: Vec<u8>, only_if_absent: bool) -> (u16, Vec<u8>) {
-        let mut objects = lock(&self.objects);
-        match method {
-            "PUT" if only_if_absent && objects.contains_key(&path) => (412, vec![]),
-            "PUT" => {
-                objects.insert(path, body);
-                (200, vec![])
-            }
-            _ => objects.get(&path).map_or((404, vec![]), |found| (200, found.clone())),
-        }
-    }
-}
+#[path = "../../tests/support/mod.rs"]
+mod support;
 
 /// A store over the S3 client and a server that will answer the first requests by `script`.
-async fn store(script: impl Into<VecDeque<Reply>>) -> (Store, Arc<Server>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
-    let server = Arc::new(Server { script: Mutex::new(script.into()), ..Server::default() });
-    let serving = Arc::clone(&server);
-    tokio::spawn(async move {
-        while let Ok((mut connection, _)) = listener.accept().await {
-            let server = Arc::clone(&serving);
-            tokio::spawn(async move { while server.answer(&mut connection).await.is_some() {} });
-        }
-    });
-    (store_at(&endpoint), server)
+async fn store(script: impl IntoIterator<Item = Reply>) -> (Store, Arc<Server>) {
+    let server = Server::start(script.into_iter().collect::<Vec<_>>(), Manners::GOOD).await;
+    (store_at(&server.url), server)
 }
 
 fn store_at(endpoint: &str) -> Store {
@@ -123,7 +34,7 @@ fn store_at(endpoint: &str) -> Store {
         first_pause: Duration::from_millis(1),
         ..Limits::default()
     };
-    Store::open("memory://").unwrap().with_backend(|_| client).with_limits(limits)
+    Store::open("memory://").unwrap().rebuilt(client, limits)
 }
 
 fn bytes() -> Bytes {
@@ -148,7 +59,7 @@ async fn refusals_are_not_retried() {
         assert_eq!(error.kind(), kind, "{status}: {error}");
         assert!(error.to_string().starts_with("memory:///a: ") || kind == "bad url", "{error}");
         assert!(!format!("{error} {error:?}").contains("hunter2"), "{error:?}");
-        assert_eq!(lock(&server.requests).len(), 1, "{status}");
+        assert_eq!(server.requests().len(), 1, "{status}");
     }
 }
 
@@ -165,7 +76,7 @@ async fn a_create_whose_reply_was_lost_is_ours() {
 async fn a_create_that_met_anothers_object_is_not_ours_even_after_a_lost_reply() {
     for script in [vec![], vec![Reply::Lost], vec![Reply::Status(503)]] {
         let (store, server) = store(script).await;
-        lock(&server.objects).insert("/bucket/a".into(), b"another".to_vec());
+        server.keep("/bucket/a", b"another");
         assert_eq!(store.create("a", bytes()).await.unwrap(), Created::AlreadyThere);
         assert_eq!(store.get("a").await.unwrap(), "another");
     }
@@ -184,7 +95,7 @@ async fn a_read_that_breaks_off_is_resumed_where_it_broke() {
     let (store, server) = store([Reply::Proper, Reply::Half]).await;
     store.put("a", bytes()).await.unwrap();
     assert_eq!(store.get_verified("a", &Digest::of(&bytes()), 10).await.unwrap(), bytes());
-    lock(&server.script).push_back(Reply::Half);
+    server.plan([Reply::Half]);
     assert_eq!(store.stream("a").try_collect::<Vec<_>>().await.unwrap().concat(), bytes());
     assert_eq!(store.retries(), 2);
 }
@@ -197,6 +108,99 @@ async fn a_server_that_is_not_there_is_given_up_at_the_deadline() {
     let error = store.get("a").await.unwrap_err();
     assert_eq!(error.kind(), "unavailable", "{error}");
     assert!(error.is_retryable() && store.retries() > 0);
+}
+
+#[tokio::test]
+async fn a_store_that_asks_for_time_is_given_it() {
+    let soon = httpdate::fmt_http_date(std::time::SystemTime::now() + Duration::from_secs(3));
+    for (status, asked) in [(503, soon), (503, "1".to_owned()), (429, "1".to_owned())] {
+        let (store, server) = store([Reply::With(status, format!("retry-after: {asked}"))]).await;
+        let begun = Instant::now();
+        store.put("a", bytes()).await.unwrap();
+        // A date has no fractions of seconds.
+        assert!(begun.elapsed() >= Duration::from_secs(1), "{status} {asked}: {:?}", begun.elapsed());
+        assert_eq!((store.retries(), server.requests().len()), (1, 2));
+    }
+}
+
+#[tokio::test]
+async fn a_wait_beyond_the_deadline_is_not_begun() {
+    let (store, server) = store([Reply::With(503, "Retry-After: 3600".into())]).await;
+    let begun = Instant::now();
+    let error = store.get("a").await.unwrap_err();
+    assert!(begun.elapsed() < store.limits().overall, "{:?}", begun.elapsed());
+    assert_eq!((error.retry_after(), server.requests().len()), (Some(Duration::from_secs(3600)), 1));
+    assert!(error.is_retryable() && error.to_string().contains("(status 503) and asks to wait 3600s"), "{error}");
+}
+
+#[tokio::test]
+async fn no_two_calls_pause_alike() {
+    let pauses = || crate::Limits::default().retries(0).pauses.take(4).collect::<Vec<_>>();
+    assert_ne!(pauses(), pauses());
+}
+
+#[tokio::test]
+async fn of_an_upload_only_the_part_that_failed_is_sent_again() {
+    let large: Bytes = (0..40_u32 << 18).flat_map(u32::to_le_bytes).collect::<Vec<_>>().into();
+    for failure in [Reply::Status(503), Reply::Lost, Reply::With(503, "retry-after: 0".into())] {
+        // One that begins it, three parts, one that completes it: each fails once.
+        let (store, server) = store([failure.clone(), Reply::Proper, failure.clone()]).await;
+        let limits = Limits { attempt: Duration::from_secs(5), ..store.limits() };
+        let store = store.with_limits(limits);
+        store.upload("a", large.clone()).await.unwrap();
+        let sent = server.requests();
+        assert_eq!(sent.iter().filter(|request| request.starts_with("PUT")).count(), 4, "{sent:?}");
+        assert_eq!(store.retries(), 2, "{:?}", store.retry_report());
+        server.plan([Reply::Proper, Reply::Proper, Reply::Proper, Reply::Proper, failure]);
+        store.upload("a", large.clone()).await.unwrap();
+        assert_eq!(store.retries(), 3, "{:?}", store.retry_report());
+        assert_eq!(store.get("a").await.unwrap(), large);
+    }
+}
+
+#[tokio::test]
+async fn an_upload_that_is_given_up_is_aborted() {
+    let (store, server) = store([Reply::Proper, Reply::Status(403)]).await;
+    let error = store.upload("a", vec![0; 20 << 20].into()).await.unwrap_err();
+    assert_eq!(error.kind(), "permission", "{error}");
+    assert!(server.requests().iter().any(|request| request.starts_with("DELETE /bucket/a?uploadId=7")), "{:?}", server.requests());
+}
+
+#[tokio::test]
+async fn a_body_that_came_too_slowly_for_s3_is_sent_again() {
+    let error = classify_reply("<Error><Code>RequestTimeout</Code></Error>");
+    assert!(error.is_retryable(), "{error}");
+    assert!(!classify_reply("<Error><Code>InvalidArgument</Code></Error>").is_retryable());
+}
+
+fn classify_reply(body: &str) -> StoreError {
+    let text = format!("Server returned non-2xx status code: 400 Bad Request: {body}");
+    Store::open("memory://").unwrap().place(Operation::Put, "a").error(object_store::Error::Generic { store: "S3", source: text.into() })
+}
+
+#[tokio::test]
+async fn an_endpoint_without_encryption_needs_a_word() {
+    let server = Server::start([], Manners::GOOD).await;
+    let builder = AmazonS3Builder::new().with_endpoint(&server.url).with_access_key_id("id").with_secret_access_key("hunter2");
+    let store = Store::open("memory://").unwrap().rebuilt(s3(builder, "bucket").unwrap(), Limits::default());
+    let error = store.get("a").await.unwrap_err();
+    assert!(matches!(error, StoreError::BadUrl { .. }) && error.to_string().contains("set AWS_ALLOW_HTTP=true"), "{error}");
+    assert_eq!((store.retries(), server.requests().len()), (0, 0));
+}
+
+/// The steps by which a machine of the cloud gets its role's credentials.
+#[tokio::test]
+async fn an_instance_role_gives_credentials() {
+    let server = Server::start([], Manners::GOOD).await;
+    let expiry = "2099-01-01T00:00:00Z";
+    server.keep("/latest/meta-data/iam/security-credentials/", b"worker");
+    let given = format!(r#"{{"AccessKeyId":"id","SecretAccessKey":"hunter2","Token":"t","Expiration":"{expiry}"}}"#);
+    server.keep("/latest/meta-data/iam/security-credentials/worker", given.as_bytes());
+    let builder = AmazonS3Builder::new().with_endpoint(&server.url).with_allow_http(true).with_metadata_endpoint(&server.url);
+    let store = Store::open("memory://").unwrap().rebuilt(s3(builder, "bucket").unwrap(), Limits::default());
+    store.put("a", bytes()).await.unwrap();
+    assert_eq!(server.requests()[0], "PUT /latest/api/token");
+    assert_eq!(server.requests().last().unwrap(), "PUT /bucket/a");
 }
 
 #[tokio::test]

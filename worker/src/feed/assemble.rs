@@ -2,11 +2,11 @@
 
 use super::features::{LaneFeatures, Wanted};
 use super::staging::Staging;
-use super::{FeatureSource, FeedError, Identity, LaneInput, StepInput};
+use super::{Captions, FeatureSource, FeedError, Identity, LaneInput, StepInput};
 use crate::noise::{HELD_OUT, SampleNoise, Stream};
 use crate::train::lane::LaneBatch;
 use ella_dataset::ledger::{KeyHash, Tally};
-use ella_dataset::order::{Order, OrderConfig, SampleRef};
+use ella_dataset::order::{BucketOrder, OrderConfig, SampleRef};
 use ella_dataset::{Ahead, DataSet, Reading, RowRef, decode_rgb};
 use ella_model::vae::Vae;
 use ella_proto::config::RunConfig;
@@ -24,7 +24,9 @@ pub struct Parts {
     pub config: Arc<RunConfig>,
     /// The prepared data set.
     pub data: Arc<DataSet>,
-    /// Captions to features.
+    /// The columns of captions that are trained on.
+    pub captions: Captions,
+    /// Captions to features: of these columns, in their order.
     pub features: FeatureSource,
     /// Pictures to latents.
     pub vae: Vae,
@@ -44,7 +46,7 @@ pub struct Parts {
 #[derive(Debug)]
 pub struct Sources {
     parts: Parts,
-    order: Arc<Order>,
+    order: Arc<BucketOrder>,
     identity: Identity,
     staging: Staging,
     ahead: Option<Ahead>,
@@ -56,7 +58,8 @@ pub struct Sources {
 struct Picked {
     at: SampleRef,
     key: String,
-    caption: String,
+    /// One for each column.
+    captions: Vec<String>,
     noise: SampleNoise,
     /// Width and height of the original, left and top of the crop.
     sizes: Option<[u32; 4]>,
@@ -82,9 +85,8 @@ impl Sources {
             micro_batch: train.micro_batch as u32,
             window: parts.config.data.window as u32,
         };
-        let rows: Vec<u64> = manifest.shards.iter().map(|s| s.rows).collect();
-        let order = Arc::new(Order::new(config, &rows)?);
-        let identity = Identity { data: manifest.digest().to_string(), models: parts.models_digest.clone() };
+        let order = Arc::new(BucketOrder::new(config, &manifest.order_shards())?);
+        let identity = Identity { data: parts.captions.identity(&parts.data), models: parts.models_digest.clone() };
         let staging = Staging::new(parts.device);
         Ok(Self { parts, order, identity, staging, ahead: None, held_out: None })
     }
@@ -93,14 +95,14 @@ impl Sources {
     pub(super) fn start_ahead(&mut self, lanes: &Range<u32>, step: u64) {
         let reading = Reading {
             data: Arc::clone(&self.parts.data),
-            features: self.parts.features.sidecars().cloned(),
+            features: self.parts.features.sidecars().to_vec(),
             order: Arc::clone(&self.order),
             lanes: lanes.clone(),
         };
         self.ahead = Some(Ahead::start(&self.parts.runtime, reading, step));
     }
 
-    pub(super) fn order(&self) -> Arc<Order> {
+    pub(super) fn order(&self) -> Arc<BucketOrder> {
         self.order.clone()
     }
 
@@ -135,10 +137,10 @@ impl Sources {
         }
         self.parts.runtime.block_on(async {
             self.parts.data.read_ahead(samples).await?;
-            match self.parts.features.sidecars() {
-                Some(features) => features.read_ahead(samples).await,
-                None => Ok(()),
+            for features in self.parts.features.sidecars() {
+                features.read_ahead(samples).await?;
             }
+            Ok::<_, FeedError>(())
         })?;
         Ok(())
     }
@@ -159,7 +161,7 @@ impl Sources {
             tally.add(KeyHash::of(&sample.key));
         }
         let dropout = self.parts.config.train.caption_dropout;
-        let wanted: Vec<Wanted> = picked.iter().map(|p| p.wanted(p.noise.dropped(dropout))).collect();
+        let wanted: Vec<Wanted> = picked.iter().map(|p| self.wanted(p, p.noise.dropped(dropout))).collect();
         let dropped = wanted.iter().filter(|w| w.place.is_none()).count() as i64;
         let (batch, truncated) = self.batch(&picked, pictures, &wanted, encode)?;
         Ok(LaneInput { lane, batch: Some(batch), tally, dropped, truncated })
@@ -178,12 +180,15 @@ impl Sources {
         let count = (self.parts.config.train.eval_samples as u64).min(self.order.samples());
         let all: Vec<SampleRef> = (0..count).filter_map(|index| self.order.sample_at(index)).collect();
         let mut batches = Vec::new();
-        for (group, samples) in all.chunks(micro_batch).enumerate() {
+        // A batch has pictures of one size.
+        let size = |at: &SampleRef| self.parts.data.manifest().shards.get(at.shard as usize).and_then(|shard| shard.size);
+        let groups: Vec<&[SampleRef]> = all.chunk_by(|a, b| size(a) == size(b)).flat_map(|group| group.chunks(micro_batch)).collect();
+        for (group, samples) in groups.into_iter().enumerate() {
             if !lanes.contains(&((group % all_lanes) as u32)) {
                 continue;
             }
             let (picked, pictures) = self.pick(samples, HELD_OUT)?;
-            let wanted: Vec<Wanted> = picked.iter().map(|p| p.wanted(false)).collect();
+            let wanted: Vec<Wanted> = picked.iter().map(|p| self.wanted(p, false)).collect();
             batches.push(self.batch(&picked, pictures, &wanted, &mut Duration::default())?.0);
         }
         Ok(batches)
@@ -196,16 +201,30 @@ impl Sources {
         let mut note = |i: usize, row: &RowRef<'_>| {
             let noise = SampleNoise::new(seed, epoch, KeyHash::of(row.key).0 as u64);
             let sizes = row.original.zip(row.crop).map(|(original, crop)| [original.0, original.1, crop.0, crop.1]);
-            picked[i] = Some(Picked { at: samples[i], key: row.key.to_owned(), caption: row.caption.to_owned(), noise, sizes });
+            picked[i] = Some(Picked { at: samples[i], key: row.key.to_owned(), captions: parts.captions.of_row(row), noise, sizes });
         };
         let pictures = match &parts.data.manifest().latents {
             Some(spec) => {
-                let shape = [samples.len() as i64, i64::from(spec.channels), i64::from(spec.height), i64::from(spec.width)];
+                let size = samples.first().and_then(|at| parts.data.manifest().shards.get(at.shard as usize)?.size).unwrap_or_default();
+                let [channels, height, width] = spec.shape(size).map(|side| side as i64);
+                let shape = [samples.len() as i64, channels, height, width];
                 Pictures::Moments(self.staging.assemble(&shape, Kind::Half, |bytes| copy_moments(parts, samples, bytes, &mut note))?)
             }
             None => Pictures::Rgb(decode(parts, samples, &mut note)?),
         };
-        Ok((picked.into_iter().flatten().collect(), pictures))
+        let mut picked: Vec<Picked> = picked.into_iter().flatten().collect();
+        for sample in &mut picked {
+            parts.runtime.block_on(parts.captions.fill(sample.at, &mut sample.captions))?;
+        }
+        Ok((picked, pictures))
+    }
+
+    /// The caption that is taken of a sample; a dropped one, and a sample that has none, is the empty caption.
+    fn wanted(&self, sample: &Picked, dropped: bool) -> Wanted {
+        match self.parts.captions.choose(&sample.captions, &sample.noise).filter(|_| !dropped) {
+            Some(column) => Wanted { caption: sample.captions[column].clone(), place: Some(sample.at), column },
+            None => Wanted { caption: String::new(), place: None, column: 0 },
+        }
     }
 
     fn batch(
@@ -305,7 +324,9 @@ fn check_suited(parts: &Parts) -> Result<(), FeedError> {
     let refuse = |what: String| Err(FeedError::Unsuited { data: parts.data.store().url().to_owned(), what });
     let vae = parts.vae.config();
     let downscale = vae.downscale() as u32;
-    match (manifest.resolution(), &manifest.latents) {
+    let mut sizes = manifest.shards.iter().filter_map(|shard| shard.size);
+    let odd = sizes.find(|(width, height)| !width.is_multiple_of(downscale) || !height.is_multiple_of(downscale));
+    match (odd, &manifest.latents) {
         (_, Some(latents)) if latents.model.to_string() != parts.vae_weights => {
             let (expected, found) = (&parts.vae_weights, latents.model);
             refuse(format!("its latents are another VAE's (expected {expected}, found {found}); prepare it with --latents of base.model"))
@@ -314,22 +335,13 @@ fn check_suited(parts: &Parts) -> Result<(), FeedError> {
             let (expected, found) = (2 * vae.latent_channels, latents.channels);
             refuse(format!("its latents have the wrong number of channels (expected {expected}, found {found}); prepare it again"))
         }
-        (Some(side), None) if !side.is_multiple_of(downscale) => {
-            refuse(format!("pictures of {side} pixels are no multiple of the VAE's {downscale}; prepare with another resolution"))
+        (Some((width, height)), None) => {
+            refuse(format!("pictures of {width}×{height} pixels are no multiple of the VAE's {downscale}; prepare with another resolution"))
         }
         (_, None) if !manifest.has_images() => {
             refuse("it has captions only, and training needs pictures; prepare one from pictures with captions".to_owned())
         }
         _ => Ok(()),
-    }
-}
-
-impl Picked {
-    fn wanted(&self, dropped: bool) -> Wanted {
-        if dropped {
-            return Wanted { caption: String::new(), place: None };
-        }
-        Wanted { caption: self.caption.clone(), place: Some(self.at) }
     }
 }
 

@@ -60,13 +60,15 @@ pub(super) struct Wanted {
     pub caption: String,
     /// The sample, unless the caption is dropped.
     pub place: Option<SampleRef>,
+    /// The column that the caption is from, among those that are trained on.
+    pub column: usize,
 }
 
 /// Where features come from.
 #[derive(Debug)]
 pub enum FeatureSource {
-    /// Complete sidecars, with the empty caption's features for dropped captions.
-    Cached(Arc<Features>),
+    /// Complete sidecars of every column, with the empty caption's features for dropped captions.
+    Cached(Vec<Arc<Features>>),
     /// Computed for every lane.
     Inline {
         /// The encoder.
@@ -91,25 +93,46 @@ impl FeatureSource {
     }
 
     /// The sidecars, if there are any.
-    pub(super) fn sidecars(&self) -> Option<&Arc<Features>> {
+    pub(super) fn sidecars(&self) -> &[Arc<Features>] {
         match self {
-            Self::Cached(features) => Some(features),
-            Self::Inline { .. } => None,
+            Self::Cached(features) => features,
+            Self::Inline { .. } => &[],
         }
     }
 }
 
-fn cached(features: &Features, wanted: &[Wanted], staging: &mut Staging, runtime: &Handle) -> Result<LaneFeatures, FeedError> {
-    let spec = &features.manifest().encoder;
-    let at: Vec<Option<SampleRef>> = wanted.iter().map(|w| w.place).collect();
-    let positions = runtime.block_on(features.positions(&at))?;
-    let longest = positions.iter().max().copied().unwrap_or(0) as i64;
-    let shape = [at.len() as i64, longest, i64::from(spec.width)];
-    let rows = staging.assemble(&shape, stored_kind(spec.dtype), |bytes| Ok(runtime.block_on(features.copy(&at, bytes))?))?;
+fn cached(columns: &[Arc<Features>], wanted: &[Wanted], staging: &mut Staging, runtime: &Handle) -> Result<LaneFeatures, FeedError> {
+    let Some(first) = columns.first() else { return Err(FeedError::NoColumn) };
+    let spec = &first.manifest().spec;
+    // Where each column's rows lie, and which parts of the batch they fill.
+    let rows: Vec<(&Features, Vec<Option<SampleRef>>, Vec<usize>)> = columns
+        .iter()
+        .enumerate()
+        .map(|(column, features)| {
+            let (parts, at) = wanted.iter().enumerate().filter(|(_, w)| w.column == column).map(|(i, w)| (i, w.place)).unzip();
+            (&**features, at, parts)
+        })
+        .collect();
+    let mut positions = vec![0; wanted.len()];
+    for (features, at, parts) in &rows {
+        for (part, count) in parts.iter().zip(runtime.block_on(features.positions(at))?) {
+            positions[*part] = count;
+        }
+    }
+    let longest = positions.iter().max().copied().unwrap_or(0);
+    let shape = [wanted.len() as i64, longest as i64, i64::from(spec.width)];
+    let part = longest * spec.token_bytes();
+    let copy = |bytes: &mut [u8]| {
+        for (features, at, parts) in &rows {
+            runtime.block_on(features.copy(at, parts, part, bytes))?;
+        }
+        Ok(())
+    };
+    let rows = staging.assemble(&shape, stored_kind(spec.dtype), copy)?;
     let mask = match spec.padding {
         Stored::Fixed => None,
         Stored::None => {
-            let places = Tensor::f_arange(longest, (Kind::Int64, Device::Cpu))?.f_unsqueeze(0)?;
+            let places = Tensor::f_arange(longest as i64, (Kind::Int64, Device::Cpu))?.f_unsqueeze(0)?;
             let lengths: Vec<i64> = positions.iter().map(|count| *count as i64).collect();
             let mask = places.f_less_tensor(&Tensor::f_from_slice(&lengths)?.f_unsqueeze(1)?)?;
             Some(mask.f_to_device(rows.device())?)

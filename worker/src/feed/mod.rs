@@ -4,17 +4,19 @@
 //! come next. Memory is bounded: `AHEAD` + 1 steps of assembled lanes, and `data.memory_bytes` of fetched files (mapped ones take none).
 
 mod assemble;
+mod captions;
 mod features;
 mod staging;
 
 pub use assemble::{Parts, Sources};
+pub use captions::Captions;
 pub use features::{FeatureSource, spec, stored_kind};
 
 use crate::control::Flags;
 use crate::train::lane::LaneBatch;
 use ella_dataset::DataError;
 use ella_dataset::ledger::Tally;
-use ella_dataset::order::{Order, OrderError, Position};
+use ella_dataset::order::{BucketOrder, OrderError, Position};
 use ella_model::ModelError;
 use ella_store::digest::BadDigest;
 use std::ops::Range;
@@ -58,6 +60,9 @@ pub enum FeedError {
         /// Why, and what to do.
         what: String,
     },
+    /// Features of no column at all.
+    #[error("no column of captions is trained on; name one in data.captions")]
+    NoColumn,
     /// A digest that is none.
     #[error(transparent)]
     Digest(#[from] BadDigest),
@@ -92,7 +97,7 @@ pub struct LaneInput {
     pub batch: Option<LaneBatch>,
     /// Their keys (ONCE).
     pub tally: Tally,
-    /// Captions replaced by the empty one.
+    /// Captions replaced by the empty one, by chance or because the sample has none.
     pub dropped: i64,
     /// Captions cut at the token limit, where they were encoded for this step.
     pub truncated: i64,
@@ -128,7 +133,7 @@ pub struct Identity {
 #[derive(Debug)]
 pub struct Feed {
     ready: Receiver<Result<StepInput, FeedError>>,
-    order: Arc<Order>,
+    order: Arc<BucketOrder>,
     identity: Identity,
     patience: Duration,
     flags: Arc<Flags>,
@@ -208,7 +213,7 @@ mod tests {
     /// LIVE: neither a feed that hangs nor one whose thread has died is waited for in vain.
     #[test]
     fn samples_that_do_not_come_are_not_waited_for_for_ever() {
-        let order = Order::new(OrderConfig { seed: 0, lanes: 1, micro_batch: 1, window: 1 }, &[1]).unwrap();
+        let order = BucketOrder::new(OrderConfig { seed: 0, lanes: 1, micro_batch: 1, window: 1 }, &[((), 1)]).unwrap();
         let (send, ready) = sync_channel(1);
         let identity = Identity { data: String::new(), models: String::new() };
         let mut feed = Feed { ready, order: Arc::new(order), identity, patience: Duration::from_millis(5), flags: Arc::default() };

@@ -9,16 +9,15 @@ use std::io::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
-use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, LOCATION, RANGE};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, ETAG, LOCATION, RANGE};
 use reqwest::redirect::Policy;
 use reqwest::{Client, Method, Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::cache::{disk, length};
 use super::{HubError, HubId, Settings};
+use crate::http::{chain, client};
 
-/// How long a connection may take.
-const CONNECT: Duration = Duration::from_secs(15);
 /// How long an answer, or its next part, may take.
 const READ: Duration = Duration::from_secs(60);
 /// How often something is tried that comes no further.
@@ -63,13 +62,8 @@ enum Trouble {
 
 impl From<reqwest::Error> for Trouble {
     fn from(error: reqwest::Error) -> Self {
-        Trouble::Passing(chain(error.without_url()))
+        Trouble::Passing(chain(error))
     }
-}
-
-/// An error with its causes: the HTTP client's own words leave out what happened.
-fn chain(error: reqwest::Error) -> String {
-    format!("{:#}", anyhow::Error::from(error))
 }
 
 #[derive(Deserialize)]
@@ -92,19 +86,10 @@ impl fmt::Display for Hub<'_> {
 
 impl<'a> Hub<'a> {
     pub(super) fn new(id: &'a HubId, settings: &'a Settings) -> Result<Self, HubError> {
-        // The HTTP client takes the process's TLS provider. An error here means that there is one already, which is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut headers = HeaderMap::new();
-        if let Some(token) = &settings.token {
-            let value = HeaderValue::from_str(&format!("Bearer {token}"));
-            let mut value = value.map_err(|_| HubError::Client("the token holds characters that none has".to_owned()))?;
-            value.set_sensitive(true);
-            headers.insert(AUTHORIZATION, value);
-        }
         let client = |policy: Policy| {
-            let builder = Client::builder().connect_timeout(CONNECT).read_timeout(READ).default_headers(headers.clone());
-            let agent = concat!("ella/", env!("CARGO_PKG_VERSION"));
-            builder.user_agent(agent).redirect(policy).build().map_err(|error| HubError::Client(chain(error)))
+            let builder = client(settings.token.as_deref());
+            let builder = builder.ok_or_else(|| HubError::Client("the token holds characters that none has".to_owned()))?;
+            builder.read_timeout(READ).redirect(policy).build().map_err(|error| HubError::Client(chain(error)))
         };
         Ok(Hub { id, endpoint: &settings.endpoint, http: client(Policy::default())?, still: client(Policy::none())? })
     }

@@ -3,6 +3,7 @@
 use crate::control::ControlError;
 use crate::device::NoDevice;
 use crate::feed::FeedError;
+use crate::job::JobEnd;
 use crate::reduce::CollectiveError;
 use crate::train::TrainError;
 use crate::train::state::StateError;
@@ -20,6 +21,9 @@ pub enum WorkError {
     /// The control plane.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The job.
+    #[error(transparent)]
+    Job(#[from] JobEnd),
     /// The coordinator's config cannot be used here.
     #[error("the coordinator's config: {0}")]
     Config(#[from] ConfigError),
@@ -89,6 +93,7 @@ impl WorkError {
             Self::Store(error) => (FailureKind::Store, error.is_permanent()),
             Self::Collective(error) => (FailureKind::Collective, matches!(error, CollectiveError::SharedGpu { .. })),
             Self::Control(error) => (FailureKind::Internal, error.is_permanent()),
+            Self::Job(error) => (FailureKind::Internal, error.is_permanent()),
             Self::Device(_) | Self::OtherDevice { .. } => (FailureKind::Internal, true),
             Self::Peer { .. } | Self::Protocol(_) | Self::Torch(_) | Self::System { .. } => (FailureKind::Internal, false),
         }

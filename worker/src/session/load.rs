@@ -4,7 +4,7 @@ use super::WorkError;
 use crate::commit::{Committer, Place};
 use crate::control::Control;
 use crate::device;
-use crate::feed::{self, FeatureSource, Feed, FeedError, Parts, Sources, lanes_of};
+use crate::feed::{self, Captions, FeatureSource, Feed, FeedError, Parts, Sources, lanes_of};
 use crate::models::{self, Loaded};
 use crate::reduce::{Collective, CollectiveError, Listener, Membership, Nccl, Tcp};
 use crate::text::{TextEncoder, TextIdentity, TextOptions};
@@ -71,12 +71,14 @@ pub(super) fn assemble(
 ) -> Result<Trainer, WorkError> {
     let Loaded { networks, state, vae, text, vae_weights, digest } = loaded;
     let data = runtime.block_on(DataSet::open(&config.data.path)).map_err(FeedError::from)?;
-    let features = feature_source(config, &data, &text, device, runtime)?;
+    let captions = runtime.block_on(Captions::open(&data, &config.data.captions))?;
+    let features = feature_source(config, &data, &captions, (&text, device), runtime)?;
     let data = Arc::new(data);
     let lanes = lanes_of(place.rank, place.world, config.train.lanes() as u32);
     let sources = Sources::new(Parts {
         config: config.clone(),
         data,
+        captions,
         features,
         vae,
         vae_weights,
@@ -100,8 +102,8 @@ pub(super) fn assemble(
 fn feature_source(
     config: &RunConfig,
     data: &DataSet,
-    text: &TextIdentity,
-    device: Device,
+    captions: &Captions,
+    (text, device): (&TextIdentity, Device),
     runtime: &Handle,
 ) -> Result<FeatureSource, WorkError> {
     if config.text.features == Features::Inline {
@@ -116,8 +118,11 @@ fn feature_source(
         return Ok(FeatureSource::Inline { encoder, padding: config.text.padding });
     }
     let spec = feed::spec(&config.text, text)?;
-    let features = runtime.block_on(data.features(&spec)).map_err(FeedError::from)?;
-    Ok(FeatureSource::Cached(Arc::new(features)))
+    let mut features = Vec::new();
+    for column in captions.names() {
+        features.push(Arc::new(runtime.block_on(data.features(&spec, column)).map_err(FeedError::from)?));
+    }
+    Ok(FeatureSource::Cached(features))
 }
 
 /// The commit to resume from; none for a fresh start.

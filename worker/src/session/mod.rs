@@ -1,4 +1,4 @@
-//! A worker's life: attach, be assigned, load, train, finish.
+//! A worker's life: attach, be assigned, load, train, finish; or, if it finds itself in a job, do units until that is over.
 
 mod error;
 mod load;
@@ -6,13 +6,14 @@ mod load;
 pub use error::WorkError;
 
 use crate::commit::Place;
-use crate::control::{Control, Flags, Message};
+use crate::control::{self, Control, Flags, Link, Message};
 use crate::device;
+use crate::job;
 use crate::models;
 use crate::reduce::Listener;
 use crate::train::state::part_names;
 use crate::train::{Ending, TrainError, Trainer};
-use ella_proto::config::{Device as Choice, RunConfig};
+use ella_proto::config::{Config, Device as Choice, RunConfig};
 use ella_proto::v1::{Failed, Finished, Hello, Outcome, Ready, Welcome, from_worker};
 use ella_store::Store;
 use std::net::SocketAddr;
@@ -36,15 +37,28 @@ pub struct Options {
     pub advertise: Option<String>,
     /// Where to compute.
     pub device: Choice,
+    /// Units of a job that are done at once.
+    pub slots: u32,
 }
 
-/// Works for a coordinator until its run is over. Call it from a thread of its own, outside the runtime. Raise `flags.drain` to have the
-/// run commit and leave.
+/// Works for a coordinator until its run or job is over. Call it from a thread of its own, outside the runtime. Cancel `flags.drain` to
+/// have a run commit and leave, or to leave a job.
 pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<Ending, WorkError> {
     let device = device::set_up(options.device, 1)?;
     let listener = Listener::bind(options.listen)?;
     let hello = hello(options, device, &listener)?;
-    let (control, welcome) = runtime.block_on(Control::attach(&options.coordinator, hello, flags))?;
+    let link = runtime.block_on(Link::open(&options.coordinator, hello))?;
+    // What is neither is taken for a run's, and told to the coordinator as such.
+    if let Ok(Config::Job(config)) = Config::parse(&link.welcome.config_toml, "the coordinator's config", &[]) {
+        flags.working.store(true, Ordering::Relaxed);
+        let choice = options.device;
+        let leased = job::Leased { url: options.coordinator.clone(), slots: options.slots, stop: flags.drain.clone() };
+        return Ok(runtime.block_on(leased.work(link, move || job::kinds::make(&config, choice)))?);
+    }
+    let (control, welcome) = {
+        let _within = runtime.enter();
+        Control::over(link, flags)
+    };
     let result = attached(options, runtime, &control, &welcome, listener);
     let unread = control.flags.dropped_progress.load(Ordering::Relaxed);
     if unread > 0 {
@@ -73,24 +87,17 @@ fn confess(control: &Control, error: &WorkError) {
 }
 
 fn hello(options: &Options, device: Device, listener: &Listener) -> Result<Hello, WorkError> {
-    let mut id = [0u8; 16];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut id))
-        .map_err(|source| WorkError::System { what: "random bytes", source })?;
     let address = listener.address();
     let peer_address = match &options.advertise {
         Some(host) => format!("{host}:{}", address.port()),
         None => address.to_string(),
     };
+    let identity = control::identity().map_err(|source| WorkError::System { what: "random bytes", source })?;
     Ok(Hello {
-        worker_id: id.iter().map(|b| format!("{b:02x}")).collect(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        host: std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
-        pid: std::process::id(),
         device_kind: device::kind_name(device).to_owned(),
         device_uuid: device::uuid(device).unwrap_or_default(),
         peer_address,
-        config_digest: String::new(),
+        ..identity
     })
 }
 
@@ -118,7 +125,7 @@ fn attached(options: &Options, runtime: &Handle, control: &Control, welcome: &We
         Message::Start(_) => {}
         _ => return Err(WorkError::Protocol("something else than a start")),
     }
-    control.flags.training.store(true, Ordering::Relaxed);
+    control.flags.working.store(true, Ordering::Relaxed);
     let ending = trainer.run()?;
     finish(trainer, ending, control)
 }

@@ -185,7 +185,7 @@ impl Trainer {
     /// The gradients of this rank's lanes, summed, and what it has to tell of them.
     fn lanes(&self, input: &StepInput, times: &mut Times) -> Result<(Sum, StepStats), TrainError> {
         let step = self.state.step + 1;
-        let mut mine = StepStats::of_one_rank(self.flags.drain.load(Ordering::Relaxed));
+        let mut mine = StepStats::of_one_rank(self.flags.drain.is_cancelled());
         for batch in &input.held_out {
             mine.add_held_out(self.networks.evaluate(batch)?, batch.len());
         }

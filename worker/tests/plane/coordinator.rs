@@ -86,7 +86,8 @@ impl Scripted {
 
     /// Starts a worker as a thread and takes its Hello.
     pub(crate) async fn worker(&mut self) -> Worker {
-        let options = Options { coordinator: self.url.clone(), listen: ([127, 0, 0, 1], 0).into(), advertise: None, device: Device::Cpu };
+        let listen = ([127, 0, 0, 1], 0).into();
+        let options = Options { coordinator: self.url.clone(), listen, advertise: None, device: Device::Cpu, slots: 1 };
         let flags = Arc::new(Flags::default());
         let (done, ending) = oneshot::channel();
         let its = flags.clone();

@@ -242,9 +242,9 @@ fn a_drain_commits_at_the_next_step_and_leaves_resumable() {
     RUNTIME.block_on(async {
         for by_signal in [false, true] {
             let (_folder, _coordinator, mut worker) = in_the_middle(&[]).await;
-            assert!(worker.flags.training.load(Ordering::Relaxed));
+            assert!(worker.flags.working.load(Ordering::Relaxed));
             if by_signal {
-                worker.flags.drain.store(true, Ordering::Relaxed);
+                worker.flags.drain.cancel();
             } else {
                 worker.say(Say::Drain(v1::Drain { reason: "a spot machine goes".into() }));
             }
@@ -263,7 +263,7 @@ fn a_drain_at_the_last_step_is_a_run_that_is_done() {
         let config = prepared(&["train.steps=1"]);
         let (_folder, url) = run_folder();
         let mut worker = Scripted::start().await.worker().await;
-        worker.flags.drain.store(true, Ordering::Relaxed);
+        worker.flags.drain.cancel();
         worker.say(welcome(&config, &url));
         let peers = vec![worker.address.clone()];
         worker.assign(0, peers, None);

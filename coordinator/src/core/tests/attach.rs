@@ -64,7 +64,7 @@ fn workers_that_do_not_fit_are_refused_with_the_reason_and_counted() {
             R::Config,
             "refused_config",
             format!(
-                "this worker was started for config x, but the run has {}; start it with the run's config, or with none",
+                "this worker was started for config x, but the coordinator has {}; start it with that config, or with none",
                 hex("config")
             ),
         ),

@@ -2,27 +2,12 @@
 //! fails or is taken over. Every event passes the oracle, and every schedule must end. `ELLA_SEED=N` runs one schedule.
 
 use super::*;
+use crate::random::{Random, Seed, given};
 use std::collections::VecDeque;
 
 const SCHEDULES: u64 = 400;
 /// A schedule that has not ended after so many events never will.
 const MOST_EVENTS: usize = 20_000;
-
-struct Random(u64);
-
-impl Random {
-    /// Below `n` (xorshift64*).
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % n
-    }
-
-    fn chance(&mut self, one_in: u64) -> bool {
-        self.below(one_in) == 0
-    }
-}
 
 /// A worker as the core sees it: what it was sent, and what it says next.
 #[derive(Default)]
@@ -48,7 +33,7 @@ struct Sim {
 
 impl Sim {
     fn new(seed: u64) -> Self {
-        let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        let mut random = Random::new(seed);
         let workers = 1 + random.below(3) as usize;
         let commits = if random.chance(2) { vec![] } else { vec![commit_at(1, 1), commit_at(3, 2)] };
         let step = commits.last().map_or(0, |commit| commit.step);
@@ -203,17 +188,6 @@ impl Sim {
     }
 }
 
-/// Says which schedule failed.
-struct Seed(u64);
-
-impl Drop for Seed {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("the schedule of ELLA_SEED={} failed", self.0);
-        }
-    }
-}
-
 fn outcome_of(seed: u64) -> &'static str {
     let _seed = Seed(seed);
     let mut sim = Sim::new(seed);
@@ -233,7 +207,7 @@ fn outcome_of(seed: u64) -> &'static str {
 
 #[test]
 fn every_schedule_keeps_the_invariants_and_ends() {
-    if let Some(seed) = std::env::var("ELLA_SEED").ok().and_then(|seed| seed.parse().ok()) {
+    if let Some(seed) = given() {
         println!("ELLA_SEED={seed}: {}", outcome_of(seed));
         return;
     }

@@ -1,145 +1,52 @@
-//! Sources: WebDataset tars by path or URL, read as a stream, sample by sample.
+//! WebDataset tars, read as a stream, sample by sample.
 //!
 //! A sample is a run of neighbouring members with the same key: the member's path up to the first dot of its base name. Members
-//! whose base name begins with a dot or with `__`, folders and links belong to no sample.
+//! whose base name begins with a dot or with `__`, folders and links belong to no sample. `.txt` is the field `txt`, `.NAME.txt` the
+//! field `NAME.txt`; each top-level entry of the object in `.json` is a field, where no text file has that name.
 
+use std::collections::btree_map::Entry;
 use std::io::{self, Read};
 
-use bytes::Bytes;
-use ella_store::{Digest, Hasher, Store};
+use ella_store::Hasher;
 use futures::TryStreamExt;
+use serde_json::{Map, Value};
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
+use super::fetch::data_error;
+use super::sample::{Field, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Member, Sample};
+use super::{PieceRead, Source};
 use crate::error::DataError;
 
-/// Larger pictures are not read into memory.
-const MAX_IMAGE_BYTES: u64 = 256 << 20;
-/// Larger caption files are not read into memory.
-const MAX_TEXT_BYTES: u64 = 1 << 20;
 /// Larger `.json` files are not read into memory.
 const MAX_JSON_BYTES: u64 = 16 << 20;
 const BLOCK: u64 = 512;
 
-/// One source tar in an object store.
-#[derive(Clone, Debug)]
-pub struct Source {
-    store: Store,
-    key: String,
-    name: String,
-    bytes: u64,
-}
-
-impl Source {
-    /// The sources that a path or URL names: itself if it ends in `.tar`, else every `*.tar` directly in that folder, by name.
-    pub async fn find(location: &str) -> Result<Vec<Source>, DataError> {
-        let missing = || DataError::SourceMissing { source_name: location.to_owned() };
-        let local_folder = std::path::Path::new(location).is_dir();
-        if location.ends_with(".tar") && !local_folder {
-            let (folder, key) = match location.rsplit_once('/') {
-                Some(("", key)) => ("/", key),
-                Some((folder, key)) => (folder, key),
-                None => (".", location),
-            };
-            if !folder.contains("://") && !std::path::Path::new(folder).is_dir() {
-                return Err(missing());
-            }
-            let store = Store::open(folder)?;
-            let meta = store.head(key).await?.ok_or_else(missing)?;
-            return Ok(vec![Source { store, key: key.to_owned(), name: location.to_owned(), bytes: meta.bytes }]);
+/// Reads a whole tar. Blocks.
+pub(super) fn read(source: &Source, each: &mut dyn FnMut(Sample) -> bool) -> Result<Option<PieceRead>, DataError> {
+    let bytes = source.store.stream(&source.key).map_err(io::Error::other);
+    let read = read_samples(&source.name, SyncIoBridge::new(StreamReader::new(bytes)), each)?;
+    match &read {
+        Some(read) if read.bytes != source.bytes => {
+            Err(source.changed(&format!("{} bytes", source.bytes), &format!("{} bytes", read.bytes)))
         }
-        if !location.contains("://") && !local_folder {
-            return Err(missing());
-        }
-        let store = Store::open(location)?;
-        let mut found: Vec<_> = store
-            .list("")
-            .await?
-            .into_iter()
-            .filter(|meta| meta.key.ends_with(".tar") && !meta.key.contains('/'))
-            .map(|meta| Source {
-                store: store.clone(),
-                name: format!("{}/{}", location.trim_end_matches('/'), meta.key),
-                key: meta.key,
-                bytes: meta.bytes,
-            })
-            .collect();
-        found.sort_by(|a, b| a.key.cmp(&b.key));
-        if found.is_empty() { Err(missing()) } else { Ok(found) }
+        _ => Ok(read),
     }
-
-    /// The source as messages name it.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// The file's name without its folder.
-    pub fn file_name(&self) -> &str {
-        &self.key
-    }
-
-    /// Size in bytes when it was found.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// A blocking reader over the tar's bytes. Must be called in a tokio runtime; must be read outside its async tasks.
-    pub fn reader(&self) -> impl Read + Send + use<> {
-        SyncIoBridge::new(StreamReader::new(self.store.stream(&self.key).map_err(io::Error::other)))
-    }
-}
-
-/// A file of a sample.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Member {
-    /// There is none.
-    #[default]
-    Absent,
-    /// Its bytes.
-    Data(Bytes),
-    /// It has more bytes than are read.
-    TooLarge,
-}
-
-/// The files of one key that prepare looks at.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Sample {
-    /// Path in the tar up to the first dot of the base name; invalid UTF-8 is replaced.
-    pub key: String,
-    /// Whether the key was valid UTF-8.
-    pub key_is_utf8: bool,
-    /// The first jpg, jpeg, png or webp.
-    pub image: Member,
-    /// `.txt`
-    pub text: Member,
-    /// `.json`
-    pub json: Member,
-}
-
-/// What reading a whole tar showed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TarRead {
-    /// Bytes of the file.
-    pub bytes: u64,
-    /// BLAKE3 of the file.
-    pub blake3: Digest,
-    /// Members that no sample used: folders, links, hidden files, other kinds of file.
-    pub ignored: u64,
 }
 
 /// Reads a tar to its end and hands over each sample in turn; `each` returns false to stop early (then `None`).
 /// Never holds more than one sample in memory.
-pub fn read_samples(name: &str, from: impl Read, mut each: impl FnMut(Sample) -> bool) -> Result<Option<TarRead>, DataError> {
+fn read_samples(name: &str, from: impl Read, each: &mut dyn FnMut(Sample) -> bool) -> Result<Option<PieceRead>, DataError> {
     let mut counted = Counted { inner: from, hash: Hasher::new(), bytes: 0, failed: false };
     let mut grouper = Grouper::default();
     // Where the last member ends, rounded up to whole blocks: the end marker must follow.
     let mut end = 0;
-    let walked = walk(&mut counted, &mut end, &mut |member| grouper.add(member, &mut each));
+    let walked = walk(&mut counted, &mut end, &mut |member| grouper.add(member, each));
     let corrupt = |offset, what: String| DataError::SourceCorrupt { source_name: name.to_owned(), offset, what };
     match walked {
         Ok(true) => {}
         Ok(false) => return Ok(None),
         Err(_) if counted.bytes == 0 && !counted.failed => return Err(corrupt(0, "is empty (expected a tar)".into())),
-        Err(error) => return Err(corrupt(counted.bytes, explain(&error, &counted))),
+        Err(error) => return Err(data_error(error, |e| corrupt(counted.bytes, explain(&e, &counted)))),
     }
     if counted.bytes == 0 {
         return Err(corrupt(0, "is empty (expected a tar)".into()));
@@ -150,11 +57,13 @@ pub fn read_samples(name: &str, from: impl Read, mut each: impl FnMut(Sample) ->
     if end == 0 {
         return Err(corrupt(0, "holds no files (expected samples)".into()));
     }
-    io::copy(&mut counted, &mut io::sink()).map_err(|e| corrupt(counted.bytes, format!("cannot be read: {e}")))?;
-    if !grouper.flush(&mut each) {
+    if let Err(error) = io::copy(&mut counted, &mut io::sink()) {
+        return Err(data_error(error, |e| corrupt(counted.bytes, explain(&e, &counted))));
+    }
+    if !grouper.flush(each) {
         return Ok(None);
     }
-    Ok(Some(TarRead { bytes: counted.bytes, blake3: counted.hash.finish(), ignored: grouper.ignored }))
+    Ok(Some(PieceRead { bytes: counted.bytes, blake3: counted.hash.finish(), ignored: grouper.ignored }))
 }
 
 fn explain<R>(error: &io::Error, counted: &Counted<R>) -> String {
@@ -184,8 +93,8 @@ impl Kind {
     fn of(extension: &[u8]) -> Kind {
         match extension.to_ascii_lowercase().as_slice() {
             b"jpg" | b"jpeg" | b"png" | b"webp" => Kind::Image,
-            b"txt" => Kind::Text,
             b"json" => Kind::Json,
+            extension if extension == b"txt" || extension.ends_with(b".txt") => Kind::Text,
             _ => Kind::Other,
         }
     }
@@ -240,6 +149,13 @@ fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
     (!hidden).then(|| (path[..dot].strip_prefix(b"./").unwrap_or(&path[..dot]), &path[dot + 1..]))
 }
 
+fn text_of(data: &Member) -> Field {
+    match data {
+        Member::Data(bytes) => Field::text(bytes),
+        Member::Absent | Member::TooLarge => Field::TooLong,
+    }
+}
+
 /// Collects members into samples.
 #[derive(Default)]
 struct Grouper {
@@ -250,7 +166,7 @@ struct Grouper {
 }
 
 impl Grouper {
-    fn add(&mut self, member: TarMember, each: &mut impl FnMut(Sample) -> bool) -> bool {
+    fn add(&mut self, member: TarMember, each: &mut dyn FnMut(Sample) -> bool) -> bool {
         let Some((key, extension)) = split(&member.path).filter(|_| !member.path.ends_with(b"/")) else {
             self.ignored += 1;
             return true;
@@ -261,28 +177,40 @@ impl Grouper {
             if !self.flush(each) {
                 return false;
             }
-            self.sample = Sample {
-                key: String::from_utf8_lossy(key).into_owned(),
-                key_is_utf8: std::str::from_utf8(key).is_ok(),
-                ..Sample::default()
-            };
+            self.sample = Sample::of_key(key);
             self.key = Some(key.to_vec());
         }
         self.extensions.push(extension.to_vec());
-        let slot = match member.kind {
-            Kind::Image if self.sample.image == Member::Absent => &mut self.sample.image,
-            Kind::Text => &mut self.sample.text,
-            Kind::Json => &mut self.sample.json,
-            _ => {
-                self.ignored += 1;
-                return true;
+        match (member.kind, member.data) {
+            (Kind::Image, data) if self.sample.image == Member::Absent => self.sample.image = data,
+            (Kind::Text, data) => {
+                let name = String::from_utf8_lossy(extension).to_ascii_lowercase();
+                self.sample.fields.insert(name, text_of(&data));
             }
-        };
-        *slot = member.data;
+            (Kind::Json, data) => self.add_json(&data),
+            (Kind::Image | Kind::Other, _) => self.ignored += 1,
+        }
         true
     }
 
-    fn flush(&mut self, each: &mut impl FnMut(Sample) -> bool) -> bool {
+    fn add_json(&mut self, data: &Member) {
+        let Member::Data(bytes) = data else {
+            self.sample.fields.insert("json".into(), Field::TooLong);
+            return;
+        };
+        let Ok(object) = serde_json::from_slice::<Map<String, Value>>(bytes) else {
+            let field = if std::str::from_utf8(bytes).is_ok() { Field::Other } else { Field::NotUtf8 };
+            self.sample.fields.insert("json".into(), field);
+            return;
+        };
+        for (name, value) in object {
+            if let Entry::Vacant(entry) = self.sample.fields.entry(name) {
+                entry.insert(Field::json(value));
+            }
+        }
+    }
+
+    fn flush(&mut self, each: &mut dyn FnMut(Sample) -> bool) -> bool {
         self.extensions.clear();
         self.key.take().is_none() || each(std::mem::take(&mut self.sample))
     }
@@ -337,7 +265,7 @@ mod tests {
                 Err(io::Error::other("connection reset"))
             }
         }
-        let error = read_samples("s3://b/x.tar", Failing, |_| true).unwrap_err().to_string();
+        let error = read_samples("s3://b/x.tar", Failing, &mut |_| true).unwrap_err().to_string();
         assert!(error.contains("s3://b/x.tar: cannot be read (connection reset)"), "{error}");
     }
 
@@ -351,7 +279,7 @@ mod tests {
         }
         let tar = builder.into_inner().unwrap();
         let mut keys = Vec::new();
-        let read = read_samples("x.tar", tar.as_slice(), |sample| {
+        let read = read_samples("x.tar", tar.as_slice(), &mut |sample| {
             keys.push(sample.key);
             keys.len() < 2
         });

@@ -22,9 +22,9 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// One process.
 #[derive(Debug)]
-pub(super) struct Member {
-    pub(super) name: String,
-    pub(super) ended: Option<ExitStatus>,
+pub(crate) struct Member {
+    pub(crate) name: String,
+    pub(crate) ended: Option<ExitStatus>,
     child: Child,
     lines: Arc<Mutex<VecDeque<String>>>,
     listener: Option<JoinHandle<()>>,
@@ -32,21 +32,21 @@ pub(super) struct Member {
 
 /// Where what processes say goes, beside the last lines that are kept.
 #[derive(Clone, Debug)]
-pub(super) struct Logs {
+pub(crate) struct Logs {
     /// A folder with a file each, if the run is on this machine.
-    pub(super) folder: Option<PathBuf>,
+    pub(crate) folder: Option<PathBuf>,
     /// Show every line.
-    pub(super) verbose: bool,
+    pub(crate) verbose: bool,
 }
 
 /// All processes, the coordinator first if it is ours.
 #[derive(Debug, Default)]
-pub(super) struct Children {
+pub(crate) struct Children {
     members: Vec<Member>,
 }
 
 /// A binary beside this one.
-pub(super) fn binary(name: &str) -> Result<PathBuf, Fail> {
+pub(crate) fn binary(name: &str) -> Result<PathBuf, Fail> {
     let own = std::env::current_exe().map_err(|error| Fail::failed(format_args!("the folder of this program is unknown ({error})")))?;
     let path = own.with_file_name(name);
     if path.is_file() {
@@ -57,7 +57,7 @@ pub(super) fn binary(name: &str) -> Result<PathBuf, Fail> {
 
 impl Children {
     /// Starts a process; its stdout is given back.
-    pub(super) fn start(&mut self, name: &str, program: &Path, arguments: &[String], logs: &Logs) -> Result<Option<ChildStdout>, Fail> {
+    pub(crate) fn start(&mut self, name: &str, program: &Path, arguments: &[String], logs: &Logs) -> Result<Option<ChildStdout>, Fail> {
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         // A group of its own: a terminal's ctrl-C comes to this process only, which passes it on once.
@@ -79,16 +79,16 @@ impl Children {
         Ok(stdout)
     }
 
-    pub(super) fn members(&self) -> &[Member] {
+    pub(crate) fn members(&self) -> &[Member] {
         &self.members
     }
 
-    pub(super) fn all_ended(&self) -> bool {
+    pub(crate) fn all_ended(&self) -> bool {
         self.members.iter().all(|member| member.ended.is_some())
     }
 
     /// Waits until one more process has ended, and says which. Never, if all have.
-    pub(super) async fn next_end(&mut self) -> usize {
+    pub(crate) async fn next_end(&mut self) -> usize {
         let running = self.members.iter_mut().enumerate().filter(|(_, member)| member.ended.is_none());
         let waits: Vec<_> = running.map(|(at, member)| Box::pin(async move { (at, member.wait().await) })).collect();
         if waits.is_empty() {
@@ -100,7 +100,7 @@ impl Children {
     }
 
     /// Waits until all have ended, and kills those that have not by then.
-    pub(super) async fn reap(&mut self, patience: Duration) {
+    pub(crate) async fn reap(&mut self, patience: Duration) {
         let all = async {
             while !self.all_ended() {
                 self.next_end().await;
@@ -121,12 +121,12 @@ impl Children {
     }
 
     /// Sends a signal to all that run.
-    pub(super) fn signal(&self, signal: i32) {
+    pub(crate) fn signal(&self, signal: i32) {
         self.members.iter().for_each(|member| member.signal(signal));
     }
 
     /// Sends a signal to one of them, if it runs.
-    pub(super) fn signal_one(&self, at: usize, signal: i32) {
+    pub(crate) fn signal_one(&self, at: usize, signal: i32) {
         if let Some(member) = self.members.get(at) {
             member.signal(signal);
         }
@@ -135,12 +135,12 @@ impl Children {
 
 impl Member {
     /// Its last lines.
-    pub(super) fn last_lines(&self) -> Vec<String> {
+    pub(crate) fn last_lines(&self) -> Vec<String> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
     /// What it last logged as an error, without time, level and module. Events, which are JSON, are the run's journal's.
-    pub(super) fn last_error(&self) -> Option<String> {
+    pub(crate) fn last_error(&self) -> Option<String> {
         let said = |line: &String| {
             let message = line.split_once("ERROR ")?.1.trim();
             let message = message.strip_prefix("ella_worker: ").unwrap_or(message);
@@ -203,7 +203,7 @@ async fn listen(stderr: ChildStderr, kept: Arc<Mutex<VecDeque<String>>>, mut fil
 }
 
 /// How a process ended, in words.
-pub(super) fn ending(status: ExitStatus) -> String {
+pub(crate) fn ending(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit code {code}"),

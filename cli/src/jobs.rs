@@ -1,0 +1,238 @@
+//! Leased work from the command line: alone in this process, by several worker processes of this machine under a coordinator, or joined to
+//! a job that is coordinated elsewhere.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use ella_coordinator::client;
+use ella_coordinator::core::Outcome;
+use ella_coordinator::shell::{Coordinator, Options};
+use ella_coordinator::status::{JobReport, StatusReport};
+use ella_proto::config::{Device, JobConfig};
+use ella_worker::job::{JobEnd, kinds, run_leased, run_local};
+use ella_worker::train::Ending;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::children::{Children, Logs, binary, ending};
+use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, PREEMPTED, note, span};
+
+/// How often the coordinator is asked for the status.
+const POLL: Duration = Duration::from_millis(250);
+/// How long workers may take to leave once the job is over.
+const LEAVING: Duration = Duration::from_secs(10);
+/// How many processes may die for each that was asked for, before the job is given up.
+const DEATHS: usize = 3;
+
+/// Who does the work.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Who {
+    /// Let so many worker processes of this machine share the work, under a coordinator; others may join and leave
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    workers: Option<u32>,
+    /// Where that coordinator listens
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0", requires = "workers")]
+    listen: SocketAddr,
+    /// Join the job that is coordinated at this address, whatever it is, and leave when it is over
+    #[arg(long, value_name = "URL", conflicts_with = "workers")]
+    coordinator: Option<String>,
+    /// Do nothing, but write the job's config to a file: `ella-coordinator FILE` coordinates it
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["workers", "coordinator"])]
+    write_job: Option<PathBuf>,
+}
+
+/// What became of a job.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    /// Its last status; none where somebody else coordinates it, or nothing was done.
+    pub(crate) status: Option<StatusReport>,
+    pub(crate) code: u8,
+}
+
+impl Who {
+    /// This process alone.
+    pub(crate) fn here() -> Self {
+        Self { workers: None, listen: SocketAddr::from(([127, 0, 0, 1], 0)), coordinator: None, write_job: None }
+    }
+
+    /// Whether the work is another's: joined to, or only described.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.coordinator.is_some() || self.write_job.is_some()
+    }
+
+    /// Does a job.
+    pub(crate) fn run(&self, config: &JobConfig, device: Device) -> Result<Ran, Fail> {
+        let runtime = crate::runtime()?;
+        if let Some(file) = &self.write_job {
+            std::fs::write(file, config.to_toml()).map_err(|error| Fail::io(file, "written", &error))?;
+            note(format_args!("{}: run `ella-coordinator {}`, and workers with --coordinator", file.display(), file.display()));
+            return Ok(Ran { status: None, code: DONE });
+        }
+        match (&self.coordinator, self.workers) {
+            (Some(url), _) => join(&runtime, url, device),
+            (None, Some(count)) => runtime.block_on(many(config, count, self.listen, device)),
+            (None, None) => alone(&runtime, config, device),
+        }
+    }
+}
+
+/// SIGTERM and SIGINT give back what is in hand; a second one leaves at once.
+async fn stop_on_signals(stop: CancellationToken) {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else { return };
+    loop {
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        if stop.is_cancelled() {
+            std::process::exit(i32::from(PREEMPTED));
+        }
+        stop.cancel();
+    }
+}
+
+fn code(ended: Result<Ending, JobEnd>) -> Result<u8, Fail> {
+    match ended {
+        Ok(Ending::Done) => Ok(DONE),
+        Ok(Ending::Preempted) => {
+            note("stopped; the same command goes on where it was");
+            Ok(PREEMPTED)
+        }
+        Err(error) => Err(Fail { code: if error.is_permanent() { NO_RETRY } else { FAILED }, message: error.to_string() }),
+    }
+}
+
+fn alone(runtime: &Runtime, config: &JobConfig, device: Device) -> Result<Ran, Fail> {
+    let stop = CancellationToken::new();
+    runtime.spawn(stop_on_signals(stop.clone()));
+    let mut shown = Shown::new(config);
+    let ended = runtime.block_on(async {
+        let making = config.clone();
+        let made = tokio::task::spawn_blocking(move || kinds::make(&making, device)).await;
+        match made.map_err(Fail::failed)? {
+            Ok(job) => code(run_local(config, job, 1, stop, &mut |status| shown.show(status)).await),
+            Err(error) => Err(Fail { code: if error.permanent { NO_RETRY } else { FAILED }, message: error.message }),
+        }
+    });
+    Ok(Ran { code: ended?, status: shown.last })
+}
+
+fn join(runtime: &Runtime, url: &str, device: Device) -> Result<Ran, Fail> {
+    let stop = CancellationToken::new();
+    runtime.spawn(stop_on_signals(stop.clone()));
+    let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+    let ended = runtime.block_on(run_leased(&url, 1, stop, move |config| kinds::make(config, device)));
+    Ok(Ran { status: None, code: code(ended)? })
+}
+
+/// A coordinator in this process, and workers in their own. One that dies is followed by another.
+async fn many(config: &JobConfig, count: u32, listen: SocketAddr, device: Device) -> Result<Ran, Fail> {
+    let coordinator = Coordinator::open_job(config, &Options { listen, ..Options::default() }).await.map_err(Fail::failed)?;
+    let (grpc, http) = (coordinator.addresses().grpc, coordinator.addresses().http);
+    note(format_args!("coordinator http://{grpc} (page http://{http}); more workers: ella-worker --coordinator http://{grpc}"));
+    let (stops, stopping) = mpsc::channel(2);
+    let stop = CancellationToken::new();
+    tokio::spawn(stop_on_signals(stop.clone()));
+    let mut serving = tokio::spawn(coordinator.run(stopping));
+    let mut workers = Workers::start(&format!("http://{grpc}"), count, device)?;
+    let mut shown = Shown::new(config);
+    let mut ticks = tokio::time::interval(POLL);
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut serving => break outcome.map_err(Fail::failed)?.map_err(Fail::failed)?,
+            () = stop.cancelled(), if !stops.is_closed() => {
+                // Nobody listens any more only when the job is over.
+                let _ = stops.try_send("asked to stop by a signal".to_owned());
+                workers.children.signal(libc::SIGTERM);
+            }
+            at = workers.children.next_end() => if !stop.is_cancelled() && let Some(reason) = workers.replace(at)? {
+                let _ = stops.try_send(reason);
+            },
+            _ = ticks.tick() => if let Ok(status) = client::status(&format!("http://{grpc}")).await {
+                shown.show(&status.into());
+            },
+        }
+    };
+    workers.children.reap(LEAVING).await;
+    let code = match &outcome {
+        Outcome::Done => DONE,
+        Outcome::Preempted { reason } => {
+            note(format_args!("stopped ({reason}); the same command goes on where it was"));
+            PREEMPTED
+        }
+        _ => return Err(Fail { code: outcome.exit_code(), message: format!("the job failed: {}", outcome.reason()) }),
+    };
+    Ok(Ran { status: shown.last, code })
+}
+
+/// The worker processes of a job.
+struct Workers {
+    children: Children,
+    arguments: Vec<String>,
+    program: PathBuf,
+    deaths_left: usize,
+}
+
+impl Workers {
+    fn start(url: &str, count: u32, device: Device) -> Result<Self, Fail> {
+        let device = serde_json::to_value(device).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default();
+        let arguments = ["--coordinator", url, "--device", &device].map(str::to_owned).to_vec();
+        let mut workers =
+            Self { children: Children::default(), arguments, program: binary("ella-worker")?, deaths_left: DEATHS * count as usize };
+        (0..count).try_for_each(|_| workers.add())?;
+        Ok(workers)
+    }
+
+    fn add(&mut self) -> Result<(), Fail> {
+        let name = format!("worker-{}", self.children.members().len());
+        let logs = Logs { folder: None, verbose: false };
+        self.children.start(&name, &self.program, &self.arguments, &logs).map(|_| ())
+    }
+
+    /// Starts another in the place of one that died; or says why no more are.
+    fn replace(&mut self, at: usize) -> Result<Option<String>, Fail> {
+        let member = &self.children.members()[at];
+        let Some(status) = member.ended.filter(|status| !status.success()) else { return Ok(None) };
+        let why = member.last_error().unwrap_or_else(|| ending(status));
+        if self.deaths_left == 0 {
+            return Ok(Some(format!("workers die again and again, the last: {why}")));
+        }
+        self.deaths_left -= 1;
+        note(format_args!("{} is gone ({why}); another takes its place", member.name));
+        self.add().map(|()| None)
+    }
+}
+
+/// How far a job has come, for people.
+struct Shown {
+    meter: Meter,
+    last: Option<StatusReport>,
+}
+
+impl Shown {
+    fn new(config: &JobConfig) -> Self {
+        Self { meter: Meter::new(config.job.kind.name(), 0), last: None }
+    }
+
+    fn show(&mut self, status: &StatusReport) {
+        if let Some(job) = &status.job {
+            self.meter.of(job.units);
+            self.meter.at(job.units_done, &message(job));
+        }
+        self.last = Some(status.clone());
+    }
+}
+
+fn message(job: &JobReport) -> String {
+    let mut text = format!("units of stage {}; {} samples, {:.1}/s", job.stage, job.samples, job.samples_per_second);
+    for (name, count) in &job.results {
+        if let Some(why) = name.strip_prefix("refused.") {
+            text += &format!(", {count} {why}");
+        }
+    }
+    if let Some(left) = job.seconds_left {
+        text += &format!(", {} left", span(left));
+    }
+    text
+}

@@ -1,0 +1,227 @@
+//! What a run costs, by arithmetic: every figure with the formula that gave it. Pure.
+
+use serde::Serialize;
+
+use crate::ui::{bytes, span};
+
+/// A GPU that can be rented: its name, and its peak for products of dense bf16 (fp16 where it has no bf16) matrices, TFLOP/s, by its maker.
+pub(super) const GPUS: [(&str, f64); 9] = [
+    ("h200", 989.0),
+    ("h100", 989.0),
+    ("a100", 312.0),
+    ("l40s", 362.0),
+    ("l4", 121.0),
+    ("a10", 125.0),
+    ("4090", 165.0),
+    ("v100", 125.0),
+    ("t4", 65.0),
+];
+
+/// FLOP of the SD family's VAE encoder for a picture of 512 × 512 (onnx-tool counts 566.4 GMAC); convolutions grow with the area.
+const VAE_ENCODE: f64 = 1.133e12;
+const SQUARE: f64 = 512.0 * 512.0;
+/// A step through a frozen U-Net over its forward pass: the backward pass needs gradients of the inputs only, and those down to the first
+/// cross-attention (2 × (401 + 445) GMAC over 2 × 401).
+const STEP_OVER_FORWARD: f64 = 2.11;
+
+/// What the figures are made of.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Facts {
+    pub(super) samples: u64,
+    /// Of an average picture.
+    pub(super) pixels: f64,
+    /// Bytes of the prepared shards.
+    pub(super) shard_bytes: u64,
+    pub(super) shards: u64,
+    pub(super) has_latents: bool,
+    /// Columns of captions that are trained on.
+    pub(super) columns: u64,
+    /// Of the text encoder, without its embedding.
+    pub(super) text_parameters: u64,
+    pub(super) text_width: u64,
+    /// Positions of a caption that are stored: all with fixed padding, the average caption's own without.
+    pub(super) positions: f64,
+    /// Bytes of a number of the features.
+    pub(super) number: u64,
+    /// FLOP of the U-Net's forward pass on an average picture, if it is of a known family.
+    pub(super) unet_forward: Option<f64>,
+    pub(super) steps: u64,
+    pub(super) steps_per_epoch: u64,
+    pub(super) global_batch: u64,
+    pub(super) lanes: u64,
+    pub(super) workers: u64,
+    pub(super) window: u64,
+    pub(super) features_cached: bool,
+}
+
+/// What is assumed.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Assumed {
+    pub(super) gpu: String,
+    /// TFLOP/s.
+    pub(super) peak: f64,
+    /// Share of the peak that is reached.
+    pub(super) efficiency: f64,
+    /// Of a GPU-hour and of a GB-month, in one currency.
+    pub(super) gpu_hour: f64,
+    pub(super) gb_month: f64,
+    /// How long features are kept.
+    pub(super) months: f64,
+}
+
+/// One figure, and how it was reckoned.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Figure {
+    pub(super) name: &'static str,
+    pub(super) value: f64,
+    pub(super) unit: &'static str,
+    pub(super) formula: String,
+}
+
+impl Figure {
+    /// The value for people.
+    pub(super) fn shown(&self) -> String {
+        match self.unit {
+            "bytes" => bytes(self.value as u64),
+            "hours" if self.value < 1.0 => span(self.value * 3600.0),
+            "hours" => format!("{:.1} h", self.value),
+            "price" => format!("{:.2}", self.value),
+            "" => format!("{:.0}", self.value),
+            unit => format!("{:.3} {unit}", self.value),
+        }
+    }
+}
+
+/// Everything that can be told before anything is rented.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Costs {
+    pub(super) figures: Vec<Figure>,
+    /// "cache" or "recompute", and why.
+    pub(super) cheaper: &'static str,
+    pub(super) why: String,
+}
+
+/// FLOP of a U-Net's forward pass on a picture of so many pixels, by its number of parameters: SD 1.x and 2.x, and SDXL.
+pub(super) fn unet_forward(parameters: u64, pixels: f64) -> Option<f64> {
+    match parameters / 1_000_000 {
+        855..=870 => Some(0.802e12 * pixels / SQUARE),
+        2_550..=2_580 => Some(6.76e12 * pixels / (4.0 * SQUARE)),
+        _ => None,
+    }
+}
+
+/// Reckons.
+pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
+    let mut figures = Vec::new();
+    let mut add = |name, value: f64, unit, formula: String| {
+        figures.push(Figure { name, value, unit, formula });
+        value
+    };
+    let (samples, batch) = (facts.samples as f64, facts.global_batch as f64);
+    let epochs = facts.steps as f64 / facts.steps_per_epoch.max(1) as f64;
+    add("steps per epoch", facts.steps_per_epoch as f64, "", format!("{} samples in global batches of {}", facts.samples, facts.global_batch));
+    add("epochs", epochs, "epochs", format!("{} steps / {} per epoch", facts.steps, facts.steps_per_epoch));
+
+    let caption = facts.positions * facts.text_width as f64 * facts.number as f64;
+    let Facts { text_width, number, positions, .. } = facts;
+    let columns = facts.columns.max(1) as f64;
+    add("features of a caption", caption, "bytes", format!("{positions:.0} positions × {text_width} × {number} bytes"));
+    let captions = samples * columns;
+    let features = add("features of the data set", captions * caption, "bytes", format!("{captions:.0} captions × the above"));
+    add("shards", facts.shard_bytes as f64, "bytes", format!("{} shards, as prepared", facts.shards));
+    let stored = facts.shard_bytes as f64 + if facts.features_cached { features } else { 0.0 };
+    let read = add("read in training", stored / columns * epochs, "bytes", format!("what is stored of one caption a sample × {epochs:.2} epochs"));
+    let lanes_each = facts.lanes.div_ceil(facts.workers.max(1)) as f64;
+    let shard = stored / facts.shards.max(1) as f64;
+    let open = (lanes_each * (facts.window as f64 + 1.0)).min(facts.shards as f64);
+    add("cache of a worker", open * shard, "bytes", format!("{lanes_each:.0} lanes × (window {} + 1) shards × {}, at most all", facts.window, bytes(shard as u64)));
+
+    let rate = assumed.peak * assumed.efficiency * 1e12;
+    let hours = |flop: f64| flop / rate / 3600.0;
+    let at = format!("{:.0} TFLOP/s × {:.2} of {}", assumed.peak, assumed.efficiency, assumed.gpu);
+    let caption_flop = 2.0 * facts.text_parameters as f64 * positions;
+    let embed_flop = captions * caption_flop;
+    let embed = add("embed", hours(embed_flop), "hours", format!("{captions:.0} captions × 2 × {} parameters × {positions:.0} positions / ({at})", facts.text_parameters));
+    let vae_flop = samples * VAE_ENCODE * facts.pixels / SQUARE;
+    let vae = add("latents", hours(vae_flop), "hours", format!("{samples:.0} pictures × 1.133 TFLOP × {:.0} pixels / 512² / ({at})", facts.pixels));
+    let trained = facts.steps as f64 * batch;
+    let mut all = if facts.features_cached { embed } else { hours(trained * caption_flop) };
+    all += if facts.has_latents { vae } else { hours(trained * VAE_ENCODE * facts.pixels / SQUARE) };
+    if let Some(forward) = facts.unet_forward {
+        let step = hours(trained * forward * STEP_OVER_FORWARD);
+        add("training", step, "hours", format!("{trained:.0} samples × {STEP_OVER_FORWARD} × {:.3} TFLOP / ({at})", forward / 1e12));
+        let total = add("GPU-hours in all", all + step, "hours", "training, features and latents, each made where this config makes it".into());
+        add("price of the GPUs", total * assumed.gpu_hour, "price", format!("{total:.1} h × {}", assumed.gpu_hour));
+    }
+    let gb = features / 1e9;
+    let keep = gb * assumed.gb_month * assumed.months;
+    let once = embed * assumed.gpu_hour;
+    let cache = add("caching features", once + keep, "price", format!("{embed:.1} h × {} + {gb:.1} GB × {} × {} months", assumed.gpu_hour, assumed.gb_month, assumed.months));
+    let again_hours = hours(trained * caption_flop);
+    let again = add("recomputing features", again_hours * assumed.gpu_hour, "price", format!("{trained:.0} captions in training, as for embed: {again_hours:.1} h × {}", assumed.gpu_hour));
+    let cheaper = if cache <= again { "cache" } else { "recompute" };
+    let per_epoch = once / columns;
+    let even = if per_epoch > 0.0 { (once + keep) / per_epoch } else { f64::INFINITY };
+    let why = format!("{cache:.2} against {again:.2}; even at {even:.1} epochs, and this run has {epochs:.2}. Reading {} from the store is not counted", bytes(read as u64));
+    Costs { figures, cheaper, why }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paper() -> Facts {
+        // ELLA's own run: 34 million pairs, Flan-T5-XL's encoder, 280,000 steps of 243.
+        Facts {
+            samples: 34_000_000,
+            pixels: SQUARE,
+            shard_bytes: 34_000_000 * 65_536,
+            shards: 17_000,
+            has_latents: true,
+            columns: 1,
+            text_parameters: 1_157_800_000,
+            text_width: 2048,
+            positions: 128.0,
+            number: 2,
+            unet_forward: unet_forward(859_520_964, SQUARE),
+            steps: 280_000,
+            steps_per_epoch: 140_000,
+            global_batch: 243,
+            lanes: 9,
+            workers: 8,
+            window: 16,
+            features_cached: true,
+        }
+    }
+
+    fn assumed() -> Assumed {
+        Assumed { gpu: "h200".into(), peak: 989.0, efficiency: 0.35, gpu_hour: 3.0, gb_month: 0.023, months: 1.0 }
+    }
+
+    fn value(costs: &Costs, name: &str) -> f64 {
+        costs.figures.iter().find(|figure| figure.name == name).unwrap().value
+    }
+
+    #[test]
+    fn the_papers_run_has_the_sizes_that_are_known_of_it() {
+        let costs = costs(&paper(), &assumed());
+        assert_eq!(value(&costs, "features of a caption"), 524_288.0, "512 KiB at T5-XL");
+        assert!((value(&costs, "features of the data set") / 17.8e12 - 1.0).abs() < 0.01, "17.8 TB");
+        assert_eq!(value(&costs, "epochs"), 2.0);
+        // 0.296 TFLOP a caption (0.300 with its attention).
+        assert!((value(&costs, "embed") - 34e6 * 0.2964 / (989.0 * 0.35) / 3600.0).abs() < 0.1);
+        // About 1.7 TFLOP an image: 195 images a second at that efficiency.
+        let rate = 280_000.0 * 243.0 / value(&costs, "training") / 3600.0;
+        assert!((195.0..210.0).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn caching_pays_once_there_are_epochs_enough() {
+        let one = Facts { steps: 140_000, ..paper() };
+        assert_eq!(costs(&one, &assumed()).cheaper, "recompute");
+        let many = Facts { steps: 2_800_000, ..paper() };
+        assert_eq!(costs(&many, &assumed()).cheaper, "cache");
+        let free = Assumed { gb_month: 0.0, ..assumed() };
+        assert_eq!(costs(&paper(), &free).cheaper, "cache");
+    }
+}

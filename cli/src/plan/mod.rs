@@ -1,0 +1,172 @@
+//! `ella plan`: what a run will store, read and cost, before anything is rented.
+
+mod cost;
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use cost::{Assumed, Costs, Facts, GPUS, costs, unet_forward};
+use ella_dataset::order::{BucketOrder, OrderConfig};
+use ella_dataset::{DataSet, Manifest};
+use ella_model::base::Base;
+use ella_model::part::Part;
+use ella_model::text::TextConfig;
+use ella_model::tokenizer::{Padding as Rule, TextTokenizer};
+use ella_proto::config::{Dtype, Features, Padding, RunConfig};
+use ella_worker::models;
+use serde::Serialize;
+
+use crate::ui::{DONE, Fail, Out};
+
+/// Captions whose tokens are counted where rows differ in length.
+const COUNTED: usize = 2000;
+
+#[derive(Debug, Args)]
+pub(crate) struct Plan {
+    /// The run's config; its data set must be prepared, and its models there
+    #[arg(value_name = "RUN.toml")]
+    config: PathBuf,
+    /// Override one key of the config, as in --set train.steps=280000; may be given more than once
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// The GPU that would be rented: h200, h100, a100, l40s, l4, a10, 4090, v100 or t4
+    #[arg(long, default_value = "h100")]
+    gpu: String,
+    /// The GPU's peak in TFLOP/s, for others than these
+    #[arg(long, value_name = "TFLOPS")]
+    peak: Option<f64>,
+    /// Share of the peak that is reached (0.35: what the best published trainings of SD reach)
+    #[arg(long, default_value_t = 0.35)]
+    efficiency: f64,
+    /// Price of a GPU-hour
+    #[arg(long, default_value_t = 3.0, value_name = "PRICE")]
+    gpu_hour: f64,
+    /// Price of a GB stored for a month
+    #[arg(long, default_value_t = 0.023, value_name = "PRICE")]
+    gb_month: f64,
+    /// How long features are kept
+    #[arg(long, default_value_t = 1.0)]
+    months: f64,
+}
+
+/// What the figures were made of, what was assumed, and the figures.
+#[derive(Debug, Serialize)]
+struct Planned {
+    facts: Facts,
+    assumed: Assumed,
+    #[serde(flatten)]
+    costs: Costs,
+}
+
+impl Plan {
+    pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
+        let config = RunConfig::load(&self.config, &self.set)?;
+        let assumed = self.assumed()?;
+        let runtime = crate::runtime()?;
+        let data = runtime.block_on(DataSet::open(&config.data.path))?;
+        let text = models::locate("text.model", &config.text.model)?;
+        let base = models::locate("base.model", &config.base.model)?;
+        let positions = match config.text.padding {
+            Padding::Fixed => config.text.max_tokens as f64,
+            Padding::None => runtime.block_on(average_tokens(&data, &text, config.text.max_tokens))?,
+        };
+        let facts = facts(&config, data.manifest(), (&text, positions), &base)?;
+        let costs = costs(&facts, &assumed);
+        let planned = Planned { facts, assumed, costs };
+        out.result(&planned, || table(&planned));
+        Ok(DONE)
+    }
+
+    fn assumed(&self) -> Result<Assumed, Fail> {
+        let known = GPUS.iter().find(|(name, _)| self.gpu.eq_ignore_ascii_case(name)).map(|(_, peak)| *peak);
+        let names = || GPUS.map(|(name, _)| name).join(", ");
+        let unknown = || Fail::usage(format_args!("--gpu {}: not known (known are {}); give its --peak in TFLOP/s", self.gpu, names()));
+        let peak = self.peak.or(known).ok_or_else(unknown)?;
+        let positive = |value: f64| value > 0.0 && value.is_finite();
+        for (option, value, holds) in [
+            ("--peak", peak, positive(peak)),
+            ("--efficiency", self.efficiency, positive(self.efficiency) && self.efficiency <= 1.0),
+            ("--gpu-hour", self.gpu_hour, self.gpu_hour >= 0.0),
+            ("--gb-month", self.gb_month, self.gb_month >= 0.0),
+            ("--months", self.months, self.months >= 0.0),
+        ] {
+            if !holds {
+                return Err(Fail::usage(format_args!("{option} {value} is out of its range")));
+            }
+        }
+        let (gpu, efficiency) = (self.gpu.to_lowercase(), self.efficiency);
+        Ok(Assumed { gpu, peak, efficiency, gpu_hour: self.gpu_hour, gb_month: self.gb_month, months: self.months })
+    }
+}
+
+fn facts(config: &RunConfig, data: &Manifest, (text, positions): (&Path, f64), base: &Path) -> Result<Facts, Fail> {
+    let part = Part::open(text)?;
+    let parameters = parameters(&part);
+    let text = TextConfig::read(part.config)?;
+    let (width, vocabulary) = (text.width().unsigned_abs(), text.vocab_size().unsigned_abs());
+    let train = &config.train;
+    let order = OrderConfig {
+        seed: config.run.seed,
+        lanes: train.lanes() as u32,
+        micro_batch: train.micro_batch as u32,
+        window: config.data.window as u32,
+    };
+    let order = BucketOrder::new(order, &data.order_shards()).map_err(Fail::failed)?;
+    let area = |size: Option<(u32, u32)>| size.map_or(0.0, |(width, height)| f64::from(width) * f64::from(height));
+    let pixels = data.shards.iter().map(|shard| area(shard.size) * shard.rows as f64).sum::<f64>() / data.samples.max(1) as f64;
+    let columns = if config.data.captions.is_empty() { data.captions.len() } else { config.data.captions.len() };
+    Ok(Facts {
+        samples: data.samples,
+        pixels,
+        shard_bytes: data.bytes,
+        shards: data.shards.len() as u64,
+        has_latents: data.latents.is_some(),
+        columns: columns as u64,
+        text_parameters: parameters.saturating_sub(width * vocabulary),
+        text_width: width,
+        positions,
+        number: if config.text.dtype == Dtype::Fp32 { 4 } else { 2 },
+        unet_forward: unet_forward(self::parameters(&Base::open(base)?.unet_part()?), pixels),
+        steps: train.steps,
+        steps_per_epoch: order.steps_per_epoch(),
+        global_batch: train.global_batch as u64,
+        lanes: train.lanes() as u64,
+        workers: config.workers.count as u64,
+        window: config.data.window as u64,
+        features_cached: config.text.features != Features::Inline,
+    })
+}
+
+fn parameters(part: &Part) -> u64 {
+    part.weights.listing().map(|tensor| tensor.shape.iter().product::<i64>().unsigned_abs()).sum()
+}
+
+/// Tokens of an average caption, counted on the first ones.
+async fn average_tokens(data: &DataSet, text: &Path, most: usize) -> Result<f64, Fail> {
+    let tokenizer = TextTokenizer::load(text, &TextConfig::load(text)?)?;
+    let mut lengths = Vec::new();
+    for shard in 0..data.manifest().shards.len() {
+        let reader = data.shard(shard).await?;
+        let captions: Vec<&str> = reader.iter().map(|row| row.caption).filter(|caption| !caption.is_empty()).take(COUNTED).collect();
+        lengths.extend(tokenizer.encode(&captions, most, Rule::None)?.lengths);
+        if lengths.len() >= COUNTED {
+            break;
+        }
+    }
+    Ok(lengths.iter().sum::<usize>() as f64 / lengths.len().max(1) as f64)
+}
+
+fn table(planned: &Planned) -> String {
+    let Costs { figures, cheaper, why } = &planned.costs;
+    let width = figures.iter().map(|figure| figure.name.len()).max().unwrap_or(0);
+    let shown = figures.iter().map(|figure| figure.shown().len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for figure in figures {
+        text += &format!("{:width$}  {:>shown$}  = {}\n", figure.name, figure.shown(), figure.formula);
+    }
+    if planned.facts.unet_forward.is_none() {
+        text += "training is not reckoned: the base is none of SD 1.x, 2.x or SDXL, whose FLOP are known\n";
+    }
+    let what = if *cheaper == "cache" { "caching features (text.features = \"cached\")" } else { "recomputing them (text.features = \"inline\")" };
+    text + &format!("cheaper: {what}: {why}")
+}

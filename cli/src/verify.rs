@@ -1,0 +1,88 @@
+//! `ella verify`: every byte of a data set against its records; damaged files are named, and made anew if asked.
+
+use std::sync::{Mutex, PoisonError};
+
+use clap::Args;
+use ella_dataset::{Damage, Inventory, Verified};
+use ella_store::Store;
+use serde::Serialize;
+
+use crate::prepare;
+use crate::ui::{DONE, FAILED, Fail, Meter, Out, bytes, count, note};
+
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// A prepared data set (path or URL)
+    data: String,
+    /// Make damaged shards anew from the sources, as `ella prepare` was told then; damaged features are deleted for `ella embed`
+    #[arg(long)]
+    repair: bool,
+    /// Where the sources are now, if they were moved; with --repair
+    #[arg(long = "source", value_name = "SRC", requires = "repair")]
+    sources: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Found {
+    data: String,
+    #[serde(flatten)]
+    verified: Verified,
+    /// Files that were made anew.
+    repaired: Vec<String>,
+    /// Files that are still missing, and what makes them.
+    to_do: Vec<String>,
+}
+
+impl Verify {
+    pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
+        let runtime = crate::runtime()?;
+        let store = Store::open(&self.data)?;
+        let (inventory, verified) = runtime.block_on(read(&store))?;
+        let (mut repaired, mut to_do) = (Vec::new(), Vec::new());
+        if self.repair && !verified.damaged.is_empty() {
+            runtime.block_on(inventory.delete(&verified.damaged))?;
+            let names = |shards: bool| verified.damaged.iter().map(|d| d.file.clone()).filter(move |file| file.starts_with("shards/") == shards);
+            to_do.extend(names(false));
+            if names(true).next().is_some() {
+                prepare::again(&self.data, &self.sources)?;
+                repaired.extend(names(true));
+            }
+        }
+        let sound = verified.damaged.len() == repaired.len();
+        let found = Found { data: store.url().to_owned(), verified, repaired, to_do };
+        out.result(&found, || text(&found, self.repair));
+        Ok(if sound { DONE } else { FAILED })
+    }
+}
+
+async fn read(store: &Store) -> Result<(Inventory, Verified), Fail> {
+    let inventory = Inventory::of(store).await?;
+    let meter = Mutex::new((Meter::new("verify", inventory.bytes()), 0));
+    let watch = |read: u64| {
+        let (meter, done) = &mut *meter.lock().unwrap_or_else(PoisonError::into_inner);
+        *done += read;
+        meter.at(*done, "bytes");
+    };
+    let verified = inventory.verify(watch).await?;
+    Ok((inventory, verified))
+}
+
+fn text(found: &Found, repair: bool) -> String {
+    let Found { data, verified, repaired, to_do } = found;
+    for Damage { file, what } in &verified.damaged {
+        note(format_args!("{data}/{file}: {what}"));
+    }
+    let mut text = format!("{} read, {}", count(verified.files, "file"), bytes(verified.bytes));
+    for stray in &verified.stray {
+        text += &format!("\nleft half-written by a writer that was killed: {stray} (it does no harm, and may be deleted)");
+    }
+    match (verified.damaged.len(), repaired.len()) {
+        (0, _) => return text + "\nevery byte is as it was written",
+        (damaged, 0) if !repair => return text + &format!("\n{} damaged; --repair makes shards anew from their sources", count(damaged, "file")),
+        (damaged, made) => text += &format!("\n{} damaged, {made} made anew", count(damaged, "file")),
+    }
+    if !to_do.is_empty() {
+        text += &format!("\nrun `ella embed` (features) or `ella caption` (captions) again to make these anew: {}", to_do.join(", "));
+    }
+    text
+}

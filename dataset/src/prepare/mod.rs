@@ -1,0 +1,411 @@
+//! From sources to a prepared data set, as units of work: look into the sources and plan; prepare every part; find duplicates, and
+//! prepare the parts that hold some again without them; finish.
+//!
+//! Each step can be repeated, and be cut off anywhere: what stands is skipped, and the bytes that come out are those of one calm run.
+
+mod duplicates;
+mod judge;
+mod part;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::sync::Arc;
+
+use ella_store::{Created, Meta, Store};
+use futures::{StreamExt, TryStreamExt, stream};
+use half::f16;
+use serde::{Deserialize, Serialize};
+use tokio::sync::OnceCell;
+
+use crate::error::DataError;
+use crate::manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, at, parse, pretty, read};
+use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, same};
+use crate::report::{Refusal, Report};
+use crate::settings::Settings;
+use crate::source::{Piece, Source};
+use crate::stray::remove_stray;
+use duplicates::{Finder, Repeat, SharedKey};
+use judge::Judge;
+pub use judge::{KeyList, TokenCounter};
+
+/// What was found of duplicates, in a data set's folder.
+const DUPLICATES: &str = "duplicates.json";
+/// Records read at once.
+const READ_AT_ONCE: usize = 32;
+
+/// Turns pictures into VAE moments. Implemented where the networks are.
+pub trait LatentEncoder: Send + Sync {
+    /// Which network this is, and the shape of what it makes.
+    fn spec(&self) -> LatentSpec;
+    /// Pictures encoded at once; a part's last batch may have fewer.
+    fn batch(&self) -> usize;
+    /// Encodes `count` pictures of one width and height: 8-bit RGB `[count, height, width, 3]` to moments `[count, channels, h, w]`.
+    fn encode(&self, rgb: &[u8], count: usize, size: (u32, u32)) -> Result<Vec<f16>, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+/// Is told what became of a unit's samples so far.
+pub type UnitWatch = Box<dyn Fn(&Report) + Send>;
+
+/// What works on samples, beside the settings.
+#[derive(Clone, Default)]
+pub struct PrepareOptions {
+    /// Threads that decode and encode pictures; 0: one for every core.
+    pub threads: usize,
+    /// Makes latents.
+    pub latents: Option<Arc<dyn LatentEncoder>>,
+    /// Counts tokens, where the settings bound them.
+    pub tokens: Option<Arc<dyn TokenCounter>>,
+    /// The keys that alone are kept.
+    pub allow: Option<Arc<KeyList>>,
+    /// The keys that are not kept.
+    pub deny: Option<Arc<KeyList>>,
+}
+
+impl PrepareOptions {
+    fn threads(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        }
+    }
+}
+
+impl fmt::Debug for PrepareOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let latents = self.latents.as_ref().map(|encoder| encoder.spec());
+        f.debug_struct("PrepareOptions").field("threads", &self.threads).field("latents", &latents).finish_non_exhaustive()
+    }
+}
+
+/// What is left to do, as found when planning.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ToDo {
+    /// Parts to prepare.
+    pub parts: Vec<usize>,
+    /// Parts that are prepared, of sources that look newer than they were then: their bytes must be the same still.
+    pub check: Vec<usize>,
+}
+
+/// One sample that is left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LeftOut {
+    key: String,
+    why: Refusal,
+    /// The key of the sample that is kept.
+    of: String,
+}
+
+/// What `duplicates.json` says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LeftOuts {
+    schema: u32,
+    /// By part.
+    parts: BTreeMap<usize, Vec<LeftOut>>,
+}
+
+/// A data set that is being prepared. Its methods are the steps, each a unit of work that may be done anywhere.
+#[derive(Debug)]
+pub struct Preparation {
+    sources: Vec<Source>,
+    settings: Settings,
+    options: PrepareOptions,
+    out: Store,
+    plan: OnceCell<Plan>,
+    /// The records that there were when planning began.
+    unit_names: OnceCell<Vec<Meta>>,
+    left_out: OnceCell<LeftOuts>,
+}
+
+impl Preparation {
+    /// A preparation of sources into a folder. The options must be those that the settings name.
+    pub fn new(sources: Vec<Source>, settings: Settings, options: PrepareOptions, out: Store) -> Result<Preparation, DataError> {
+        let digests = [
+            (
+                "caption_tokens.tokenizer",
+                settings.filters.caption_tokens.as_ref().map(|r| r.tokenizer),
+                options.tokens.as_ref().map(|t| t.digest()),
+            ),
+            ("allow", settings.filters.allow, options.allow.as_ref().and_then(|list| list.digest())),
+            ("deny", settings.filters.deny, options.deny.as_ref().and_then(|list| list.digest())),
+        ];
+        if let Some((field, expected, found)) = digests.into_iter().find(|(_, expected, found)| expected != found) {
+            let found = format!("expected {expected:?}, found {found:?}");
+            return Err(DataError::Setting { field, rule: "what the data set was planned with", found });
+        }
+        let (plan, unit_names, left_out) = (OnceCell::new(), OnceCell::new(), OnceCell::new());
+        Ok(Preparation { sources, settings, options, out, plan, unit_names, left_out })
+    }
+
+    /// Looks into the sources, makes the destination this data set's own, and finds what is left to do.
+    pub async fn plan(&self) -> Result<ToDo, DataError> {
+        let latents = self.options.latents.as_ref().map(|encoder| encoder.spec());
+        let plan = Plan::new(&self.settings, latents, &self.sources).await?;
+        plan.claim(&self.out).await?;
+        let plan = self.plan.get_or_init(|| async { plan }).await;
+        let there = self.out.list(SHARDS).await?;
+        let whole =
+            |shard: &ShardEntry| there.binary_search_by(|meta| meta.key.cmp(&shard.name)).is_ok_and(|at| there[at].bytes == shard.bytes);
+        let left_out = self.read_left_out().await?.unwrap_or_default();
+        // Once a data set is whole, first attempts at parts with duplicates are not needed, and gone.
+        let finished = read(&self.out, MANIFEST).await?.is_some();
+        let parts = &plan.parts();
+        let looks = stream::iter(0..parts.len()).map(|index| async move { Ok((index, self.record(index, &parts[index], &[]).await?)) });
+        let mut looks = looks.buffered(READ_AT_ONCE);
+        let mut todo = ToDo::default();
+        while let Some((index, first)) = looks.try_next().await.map_err(|e: DataError| e)? {
+            let part = &parts[index];
+            let Some(first) = first else {
+                self.refuse_changed(index, part).await?;
+                todo.parts.push(index);
+                continue;
+            };
+            let replaced = finished && left_out.parts.contains_key(&index);
+            if !replaced && !first.shards.iter().all(whole) {
+                todo.parts.push(index);
+            } else if self.source(part)?.stamp() != first.stamp.as_deref() {
+                todo.check.push(index);
+            }
+        }
+        Ok(todo)
+    }
+
+    /// Prepares a part, unless it is done.
+    pub async fn part(&self, index: usize, watch: UnitWatch) -> Result<UnitRecord, DataError> {
+        self.prepare_part(index, &[], watch).await
+    }
+
+    /// Prepares a part without its duplicates, unless that is done.
+    pub async fn again(&self, index: usize, watch: UnitWatch) -> Result<UnitRecord, DataError> {
+        let left_out = self.left_outs().await?.parts.get(&index).map_or(&[][..], Vec::as_slice);
+        self.prepare_part(index, left_out, watch).await
+    }
+
+    /// Reads a part's source again: its bytes must be those that were prepared.
+    pub async fn check(&self, index: usize) -> Result<(), DataError> {
+        let plan = self.planned().await?;
+        let part = part_of(plan, index)?;
+        let source = self.source(&part)?.clone();
+        let Some(record) = self.record(index, &part, &[]).await? else { return Ok(()) };
+        let piece = piece_of(&source, &part);
+        let (name, bytes) = (source.name().to_owned(), record.source.bytes);
+        let reading = tokio::task::spawn_blocking(move || source.read(&piece, &mut |_| true));
+        let stopped = |what: String| DataError::Stopped { source_name: name.clone(), what };
+        let read = reading.await.map_err(|e| stopped(e.to_string()))??;
+        match read {
+            Some(read) if read.blake3 == record.source.blake3 => Ok(()),
+            Some(read) => Err(DataError::SourceReplaced { source_name: name, expected: bytes, found: read.bytes }),
+            None => Err(stopped("reading ended early".into())),
+        }
+    }
+
+    /// Finds keys that sources share (an error), and duplicates: the parts to prepare without them.
+    pub async fn resolve(&self) -> Result<Vec<usize>, DataError> {
+        if let Some(there) = self.read_left_out().await? {
+            return Ok(there.parts.into_keys().collect());
+        }
+        let plan = self.planned().await?;
+        let parts = &plan.parts();
+        let mut finder = Finder::new(plan.settings.duplicates);
+        let records = stream::iter(0..parts.len());
+        let records = records.map(|index| async move { Ok::<_, DataError>((index, self.done(index, &parts[index], &[]).await?)) });
+        let mut records = records.buffered(READ_AT_ONCE);
+        while let Some((index, record)) = records.try_next().await? {
+            finder.add(index as u32, &record);
+        }
+        self.check_shared_keys(plan, &finder.shared_keys).await?;
+        let found = LeftOuts { schema: SCHEMA, parts: self.name_repeats(plan, &finder.repeats).await? };
+        if self.out.create(DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
+            let there: LeftOuts = parse(&at(&self.out, DUPLICATES), &self.out.get(DUPLICATES).await?)?;
+            same(&found, &there, at(&self.out, DUPLICATES))?;
+        }
+        Ok(found.parts.into_keys().collect())
+    }
+
+    /// Writes `report.json` and, last, `manifest.json`; then deletes what earlier attempts left.
+    pub async fn finish(&self) -> Result<Report, DataError> {
+        let plan = self.planned().await?;
+        let left_out = self.left_outs().await?;
+        let parts = &plan.parts();
+        let records = stream::iter(0..parts.len());
+        let records = records.map(|index| async move { self.done(index, &parts[index], &left_out.keys(index)).await });
+        let mut records = records.buffered(READ_AT_ONCE);
+        let (mut report, mut sources, mut shards) = (Report::default(), Vec::new(), Vec::new());
+        while let Some(record) = records.try_next().await? {
+            sources.push(record.source);
+            shards.extend(record.shards);
+            report.merge(record.report);
+        }
+        if report.kept == 0 {
+            self.out.put(crate::plan::REPORT, pretty(&report)).await?;
+            return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
+        }
+        let manifest = Manifest::new(Some(plan.settings.clone()), plan.latents.clone(), sources, shards);
+        publish(&self.out, &manifest, &report).await?;
+        self.delete_leftovers(&manifest).await?;
+        Ok(report)
+    }
+
+    /// Deletes shards that no manifest names, of attempts at sources that were replaced and of parts that were prepared again; and what
+    /// killed writers left half-written.
+    async fn delete_leftovers(&self, manifest: &Manifest) -> Result<(), DataError> {
+        remove_stray(&self.out, &[SHARDS, UNITS])?;
+        let named: BTreeSet<&str> = manifest.shards.iter().map(|shard| shard.name.as_str()).collect();
+        for meta in self.out.list(SHARDS).await? {
+            if !named.contains(meta.key.as_str()) {
+                self.out.delete(&meta.key).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn prepare_part(&self, index: usize, left_out: &[LeftOut], watch: UnitWatch) -> Result<UnitRecord, DataError> {
+        let plan = self.planned().await?;
+        let part = part_of(plan, index)?;
+        let source = self.source(&part)?;
+        let keys: Vec<String> = left_out.iter().map(|left| left.key.clone()).collect();
+        if let Some(record) = self.record(index, &part, &keys).await?
+            && self.is_whole(&record).await?
+        {
+            return Ok(record);
+        }
+        let left_out: HashMap<_, _> = left_out.iter().map(|left| (left.key.clone(), left.why.clone())).collect();
+        let judge = Judge::new(&plan.settings, self.prefix(source), &self.options, left_out);
+        let unit = plan.unit(index, &part, source.bytes(), &keys);
+        let work = part::Work { plan, unit, source, piece: piece_of(source, &part), judge };
+        part::run(work, &self.out, &self.options, watch).await
+    }
+
+    fn prefix(&self, source: &Source) -> String {
+        if self.settings.key_prefix { format!("{}/", source.stem()) } else { String::new() }
+    }
+
+    /// Whether a record's shards are there, by name and size. One that was lost is made again: its bytes are given by its input.
+    async fn is_whole(&self, record: &UnitRecord) -> Result<bool, DataError> {
+        for shard in &record.shards {
+            if self.out.head(&shard.name).await?.is_none_or(|meta| meta.bytes != shard.bytes) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    async fn planned(&self) -> Result<&Plan, DataError> {
+        let load = || async {
+            let hint = "run `ella prepare` again";
+            let plan = Plan::load(&self.out).await?;
+            plan.ok_or(DataError::RecordMissing { file: at(&self.out, crate::plan::PLAN), hint })
+        };
+        let plan = self.plan.get_or_try_init(load).await?;
+        let names = |count: usize| format!("{count} sources");
+        if plan.sources.len() != self.sources.len() {
+            let (file, field) = (at(&self.out, crate::plan::PLAN), "sources".into());
+            return Err(DataError::Other { file, field, expected: names(self.sources.len()), found: names(plan.sources.len()) });
+        }
+        Ok(plan)
+    }
+
+    fn source(&self, part: &Part<'_>) -> Result<&Source, DataError> {
+        let missing = || DataError::SourceMissing { source_name: format!("source {} of the plan", part.source) };
+        self.sources.get(part.source).ok_or_else(missing)
+    }
+
+    async fn record(&self, index: usize, part: &Part<'_>, left_out: &[String]) -> Result<Option<UnitRecord>, DataError> {
+        let plan = self.planned().await?;
+        UnitRecord::load(&plan.unit(index, part, self.source(part)?.bytes(), left_out), &self.out).await
+    }
+
+    /// The record of a part that must be done.
+    async fn done(&self, index: usize, part: &Part<'_>, left_out: &[String]) -> Result<UnitRecord, DataError> {
+        let record = self.record(index, part, left_out).await?;
+        let hint = "this source is not prepared yet: run `ella prepare` again";
+        record.ok_or(DataError::RecordMissing { file: at(&self.out, &format!("{UNITS}/{index:05}-….json")), hint })
+    }
+
+    /// A part that was prepared from a source of another size is another part, and its name tells.
+    async fn refuse_changed(&self, index: usize, part: &Part<'_>) -> Result<(), DataError> {
+        let source = self.source(part)?;
+        let own = format!("{UNITS}/{index:05}-");
+        let records = self.unit_names.get_or_try_init(|| self.out.list(UNITS)).await?;
+        let Some(other) = records.iter().find(|meta| meta.key.starts_with(&own)) else { return Ok(()) };
+        let other = other.key.trim_start_matches(UNITS).trim_matches('/').trim_end_matches(".json");
+        let expected = UnitRecord::load(other, &self.out).await?.map_or(0, |record| record.source.bytes);
+        Err(DataError::SourceReplaced { source_name: source.name().to_owned(), expected, found: source.bytes() })
+    }
+
+    async fn read_left_out(&self) -> Result<Option<LeftOuts>, DataError> {
+        let Some(bytes) = read(&self.out, DUPLICATES).await? else { return Ok(None) };
+        parse(&at(&self.out, DUPLICATES), &bytes).map(Some)
+    }
+
+    async fn left_outs(&self) -> Result<&LeftOuts, DataError> {
+        self.left_out.get_or_try_init(|| async { Ok(self.read_left_out().await?.unwrap_or_default()) }).await
+    }
+
+    /// Says which key is in two sources, if one is.
+    async fn check_shared_keys(&self, plan: &Plan, shared: &[SharedKey]) -> Result<(), DataError> {
+        let parts = plan.parts();
+        for SharedKey { first, second: (part, row) } in shared {
+            let (first, second) = (*first as usize, *part as usize);
+            let record = self.done(second, &parts[second], &[]).await?;
+            let Some(key) = record.keys.get(*row as usize) else { continue };
+            // Two keys may share 64 bits of a digest: the earlier record says whether it is the key itself.
+            if self.done(first, &parts[first], &[]).await?.keys.contains(key) {
+                let name = |part: usize| plan.sources[parts[part].source].name.clone();
+                return Err(DataError::DuplicateKey { key: key.clone(), first: name(first), second: name(second) });
+            }
+        }
+        Ok(())
+    }
+
+    /// The keys of repeats, by part.
+    async fn name_repeats(&self, plan: &Plan, repeats: &[Repeat]) -> Result<BTreeMap<usize, Vec<LeftOut>>, DataError> {
+        let parts = plan.parts();
+        let involved: BTreeSet<u32> = repeats.iter().flat_map(|repeat| [repeat.at.0, repeat.of.0]).collect();
+        let mut keys = HashMap::new();
+        for part in involved {
+            keys.insert(part, self.done(part as usize, &parts[part as usize], &[]).await?.keys);
+        }
+        let key = |(part, row): (u32, u32)| keys.get(&part).and_then(|keys| keys.get(row as usize)).cloned().unwrap_or_default();
+        let mut left_out = BTreeMap::<usize, Vec<LeftOut>>::new();
+        for Repeat { at, of, near } in repeats {
+            let why = if *near { Refusal::NearDuplicate } else { Refusal::DuplicateImage };
+            left_out.entry(at.0 as usize).or_default().push(LeftOut { key: key(*at), why, of: key(*of) });
+        }
+        Ok(left_out)
+    }
+}
+
+impl LeftOuts {
+    fn keys(&self, part: usize) -> Vec<String> {
+        self.parts.get(&part).into_iter().flatten().map(|left| left.key.clone()).collect()
+    }
+}
+
+fn part_of(plan: &Plan, index: usize) -> Result<Part<'_>, DataError> {
+    let missing = || DataError::SourceMissing { source_name: format!("part {index} of the plan") };
+    plan.parts().into_iter().nth(index).ok_or_else(missing)
+}
+
+fn piece_of(source: &Source, part: &Part<'_>) -> Piece {
+    part.piece.cloned().unwrap_or_else(|| Piece { rows: 0..0, bytes: 0..source.bytes() })
+}
+
+/// Prepares sources into a data set, here, one part after another. Finished parts are skipped, so that the same call after an
+/// interruption goes on, and makes the same bytes. Must run in a tokio runtime.
+pub async fn prepare(sources: &[Source], out: &Store, settings: &Settings, options: &PrepareOptions) -> Result<Report, DataError> {
+    let preparation = Preparation::new(sources.to_vec(), settings.clone(), options.clone(), out.clone())?;
+    let quiet = || -> UnitWatch { Box::new(|_| {}) };
+    let todo = preparation.plan().await?;
+    for part in todo.parts {
+        preparation.part(part, quiet()).await?;
+    }
+    for part in todo.check {
+        preparation.check(part).await?;
+    }
+    for part in preparation.resolve().await? {
+        preparation.again(part, quiet()).await?;
+    }
+    preparation.finish().await
+}

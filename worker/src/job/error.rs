@@ -1,0 +1,88 @@
+//! Why a unit was not done, and why a worker ended without the job being done.
+
+use crate::control::ControlError;
+use ella_proto::config::ConfigError;
+
+/// Why a unit could not be done.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct JobError {
+    /// What happened, what it happened to, and what to do.
+    pub message: String,
+    /// It would fail in the same way anywhere: input that cannot be used. Else others get their try.
+    pub permanent: bool,
+}
+
+impl JobError {
+    /// Input that cannot be used, wherever it is tried.
+    pub fn permanent(message: impl ToString) -> Self {
+        Self { message: message.to_string(), permanent: true }
+    }
+
+    /// What may pass: a store that is away, a full disk.
+    pub fn passing(message: impl ToString) -> Self {
+        Self { message: message.to_string(), permanent: false }
+    }
+}
+
+/// Why a worker ended without the job being done.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum JobEnd {
+    /// No coordinator, or none that wants this worker.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The coordinator's config cannot be used here.
+    #[error("the coordinator's config is no job's: {0}")]
+    Config(String),
+    /// This worker cannot do the job.
+    #[error("this worker cannot do the job: {0}")]
+    Unfit(JobError),
+    /// The job failed.
+    #[error("the job failed: {reason}")]
+    Failed {
+        /// The coordinator's words, which name what could not be done.
+        reason: String,
+        /// Starting it again would fail in the same way.
+        permanent: bool,
+    },
+    /// The coordinator is gone, and none came in its place.
+    #[error(
+        "no coordinator has answered at {url} for {seconds} s (job.orphan_timeout; {why}); start the job again: what is done stays done"
+    )]
+    Orphaned {
+        /// Where.
+        url: String,
+        /// For how long.
+        seconds: u64,
+        /// The last try's words.
+        why: String,
+    },
+    /// The coordinator that came in its place has another config.
+    #[error("the coordinator at {url} has another config now; start this worker again to take it up")]
+    OtherConfig {
+        /// Where.
+        url: String,
+    },
+    /// The operating system.
+    #[error("the system refused random bytes: {0}")]
+    System(String),
+}
+
+impl JobEnd {
+    /// Whether starting again would fail in the same way.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::Control(error) => error.is_permanent(),
+            Self::Unfit(error) => error.permanent,
+            Self::Failed { permanent, .. } => *permanent,
+            Self::Config(_) => true,
+            Self::Orphaned { .. } | Self::OtherConfig { .. } | Self::System(_) => false,
+        }
+    }
+}
+
+impl From<ConfigError> for JobEnd {
+    fn from(error: ConfigError) -> Self {
+        Self::Config(error.to_string())
+    }
+}

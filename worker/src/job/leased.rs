@@ -1,0 +1,205 @@
+//! Units leased from a coordinator, until its job is over.
+
+use super::hand::{Hand, say};
+use super::{Job, JobEnd, JobError};
+use crate::control::{self, ControlError, Link};
+use crate::train::Ending;
+use ella_proto::config::JobConfig;
+use ella_proto::v1::{
+    Failed, FailureKind, Finished, Hello, JobOver, LeaseRequest, Outcome, RefusedReason, ToWorker, Welcome, from_worker, to_worker,
+};
+use futures::StreamExt as _;
+use std::time::Duration;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+/// The first and the longest pause between two tries to reach a coordinator that is gone.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// How long a worker that is unfit waits for the coordinator to end its stream: by then its message has been read.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Works for the coordinator at `url` (`http://host:port`) until its job is over, doing `slots` units at once. `make` gets the job's
+/// config. `stop` gives back what is in hand and leaves ([`Ending::Preempted`]). A coordinator that is gone has `job.orphan_timeout` to
+/// come back; units go on meanwhile.
+///
+/// # Errors
+/// If there is no coordinator, its job failed, or this worker cannot do it.
+pub async fn run_leased<M>(url: &str, slots: u32, stop: CancellationToken, make: M) -> Result<Ending, JobEnd>
+where
+    M: FnOnce(&JobConfig) -> Result<Box<dyn Job>, JobError> + Send + 'static,
+{
+    let link = Link::open(url, identity()?).await?;
+    let config = JobConfig::parse(&link.welcome.config_toml, "the coordinator's config", &[])?;
+    Leased { url: url.to_owned(), slots, stop }.work(link, move || make(&config)).await
+}
+
+pub(super) fn identity() -> Result<Hello, JobEnd> {
+    control::identity().map_err(|error| JobEnd::System(error.to_string()))
+}
+
+/// A worker of a coordinator's job.
+#[derive(Debug)]
+pub(crate) struct Leased {
+    pub(crate) url: String,
+    pub(crate) slots: u32,
+    pub(crate) stop: CancellationToken,
+}
+
+impl Leased {
+    /// Makes the job, which may take a while, and does its units.
+    pub(crate) async fn work<M>(self, mut link: Link, make: M) -> Result<Ending, JobEnd>
+    where
+        M: FnOnce() -> Result<Box<dyn Job>, JobError> + Send + 'static,
+    {
+        let Some(made) = self.make(link.beating(), make).await else { return Ok(Ending::Preempted) };
+        match made {
+            Ok(job) => {
+                let mut hand = Hand::new(job, self.slots);
+                let ending = self.serve(&mut link, &mut hand).await;
+                hand.let_go().await;
+                ending
+            }
+            Err(error) => {
+                confess(&mut link, &error).await;
+                Err(JobEnd::Unfit(error))
+            }
+        }
+    }
+
+    /// Makes the job while signs of life are sent. None if it is told to leave first.
+    async fn make<M>(&self, _beats: AbortOnDropHandle<()>, make: M) -> Option<Result<Box<dyn Job>, JobError>>
+    where
+        M: FnOnce() -> Result<Box<dyn Job>, JobError> + Send + 'static,
+    {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => None,
+            made = tokio::task::spawn_blocking(make) => Some(made.unwrap_or_else(|broken| Err(JobError::passing(broken)))),
+        }
+    }
+
+    /// Does units for one coordinator after the other, until one says that the job is over.
+    async fn serve(&self, link: &mut Link, hand: &mut Hand) -> Result<Ending, JobEnd> {
+        loop {
+            match serve(link, hand, &self.stop).await {
+                Served::Over(over) => return ending(over),
+                Served::Stopped => return Ok(Ending::Preempted),
+                Served::Silent(error) => {
+                    let seconds = link.welcome.orphan_ms / 1000;
+                    return Err(JobEnd::Orphaned { url: self.url.clone(), seconds, why: error.to_string() });
+                }
+                Served::Lost(why) => {
+                    tracing::warn!("the coordinator is gone ({why}); what is in hand goes on, and the next one is looked for");
+                    match self.again(link.welcome.clone()).await? {
+                        Some(next) => *link = next,
+                        None => return Ok(Ending::Preempted),
+                    }
+                }
+            }
+        }
+    }
+
+    /// A link to the coordinator that is in the old one's place, or to the old one; none if told to leave.
+    async fn again(&self, old: Welcome) -> Result<Option<Link>, JobEnd> {
+        let orphan = Duration::from_millis(old.orphan_ms);
+        let until = Instant::now() + orphan;
+        let mut pause = PAUSES.0;
+        loop {
+            let hello = Hello { config_digest: old.config_digest.clone(), ..identity()? };
+            let opened = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Ok(None),
+                opened = Link::open(&self.url, hello) => opened,
+            };
+            let url = self.url.clone();
+            let why = match opened {
+                Ok(link) => return Ok(Some(link)),
+                Err(ControlError::Refused { reason: RefusedReason::Config, .. }) => return Err(JobEnd::OtherConfig { url }),
+                Err(error @ ControlError::Refused { .. }) => return Err(error.into()),
+                Err(error) => error.to_string(),
+            };
+            if Instant::now() >= until {
+                return Err(JobEnd::Orphaned { url, seconds: orphan.as_secs(), why });
+            }
+            tokio::select! {
+                () = self.stop.cancelled() => return Ok(None),
+                () = sleep(pause) => pause = (pause * 2).min(PAUSES.1),
+            }
+        }
+    }
+}
+
+/// Tells the coordinator why this worker leaves, and waits a moment until it has heard: it answers by ending the stream.
+async fn confess(link: &mut Link, error: &JobError) {
+    let failed = Failed { kind: FailureKind::Input.into(), message: error.message.clone(), permanent: error.permanent };
+    say(link, from_worker::Body::Failed(failed));
+    let _ = timeout(FAREWELL, async { while link.incoming.next().await.is_some_and(|message| message.is_ok()) {} }).await;
+}
+
+/// How a stream ended.
+pub(super) enum Served {
+    /// The job's outcome.
+    Over(JobOver),
+    /// This worker was told to leave.
+    Stopped,
+    /// The stream broke.
+    Lost(String),
+    /// The stream stands, but nobody answers.
+    Silent(ControlError),
+}
+
+/// Does what one coordinator grants.
+pub(super) async fn serve(link: &mut Link, hand: &mut Hand, stop: &CancellationToken) -> Served {
+    let _beats = link.beating();
+    let orphaned = link.orphaned();
+    tokio::pin!(orphaned);
+    let mut ticks = interval(Duration::from_millis(link.welcome.heartbeat_ms.max(1)));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut heard = say(link, from_worker::Body::LeaseRequest(LeaseRequest { slots: hand.slots }));
+    while heard {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {
+                say(link, from_worker::Body::Finished(Finished { step: 0, outcome: Outcome::Preempted.into() }));
+                return Served::Stopped;
+            }
+            ended = hand.next() => heard = hand.report(link, ended),
+            message = link.incoming.next() => match message {
+                None => return Served::Lost("its stream ended".to_owned()),
+                Some(Err(status)) => return Served::Lost(status.message().to_owned()),
+                Some(Ok(message)) => if let Some(over) = told(link.term, hand, message) {
+                    return Served::Over(over);
+                },
+            },
+            why = &mut orphaned => return Served::Silent(why),
+            _ = ticks.tick() => heard = hand.renew(link),
+        }
+    }
+    Served::Lost("it reads nothing".to_owned())
+}
+
+/// Takes in a message; gives the job's outcome if that is what it says.
+fn told(session: u64, hand: &mut Hand, message: ToWorker) -> Option<JobOver> {
+    use to_worker::Body as B;
+    match message.body {
+        _ if message.term != session => tracing::warn!(message.term, "refused a message of another session"),
+        Some(B::LeaseGrant(grant)) => hand.take(grant, session),
+        Some(B::JobOver(over)) => return Some(over),
+        Some(B::Abort(abort)) => return Some(JobOver { outcome: Outcome::Failed.into(), reason: abort.reason, permanent: false }),
+        _ => tracing::warn!("the coordinator sent what makes no sense in a job"),
+    }
+    None
+}
+
+/// What an outcome means for this process.
+pub(super) fn ending(over: JobOver) -> Result<Ending, JobEnd> {
+    match over.outcome() {
+        Outcome::Done => Ok(Ending::Done),
+        Outcome::Preempted => {
+            tracing::info!("the job was told to leave: {}", over.reason);
+            Ok(Ending::Preempted)
+        }
+        Outcome::Failed | Outcome::Unspecified => Err(JobEnd::Failed { reason: over.reason, permanent: over.permanent }),
+    }
+}
