@@ -422,7 +422,7 @@ async fn write_large(from: &Path, to: &Path, fraction: f64) -> Result<()> {
             File::create(to.join(&folder).join(name(i, "")).with_extension(suffix))?;
         }
     }
-    for shard in read.into_iter().map(|shard| shard as usize) {
+    for shard in read.iter().map(|shard| *shard as usize) {
         let _ = std::fs::remove_file(to.join(&folder).join(name(shard, "")));
         link(from, to, Path::new(""), &shards[place(shard)].name, &name(shard, "shards/"))?;
         link(from, to, &folder, &features[place(shard)].name, &name(shard, ""))?;
