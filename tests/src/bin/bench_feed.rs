@@ -7,7 +7,7 @@
 use anyhow::{Context as _, Result, bail};
 use ella_dataset::order::{Order, OrderConfig, SampleRef};
 use ella_dataset::{
-    DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Features, LatentSpec, Manifest, Padding, Row, Settings, ShardEntry,
+    Counts, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Features, LatentSpec, Manifest, Padding, Row, Settings, ShardEntry,
     ShardLayout, ShardWriter, write_file,
 };
 use ella_store::{Digest, Store};
@@ -84,6 +84,11 @@ fn timed(read: impl FnOnce() -> Result<usize>) -> Result<Took> {
     Ok(Took { samples, wall: wall.elapsed().as_secs_f64(), cpu: cpu_seconds() - cpu })
 }
 
+/// The column of captions.
+const COLUMN: &str = "caption";
+/// Width and height of the pictures that the latents are of.
+const PICTURE: (u32, u32) = (512, 512);
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
@@ -113,7 +118,7 @@ struct Reader {
 impl Reader {
     async fn open(folder: &Path, seed: u64) -> Result<Reader> {
         let data = DataSet::open(folder.to_str().context("a folder that is not UTF-8")?).await?;
-        let features = data.features(&spec()).await?;
+        let features = data.features(&spec(), COLUMN).await?;
         let rows: Vec<u64> = data.manifest().shards.iter().map(|shard| shard.rows).collect();
         let order = Order::new(OrderConfig { seed, lanes: 1, micro_batch: BATCH, window: WINDOW }, &rows)?;
         Ok(Reader { data, features, order })
@@ -138,7 +143,8 @@ impl Reader {
         let at: Vec<Option<SampleRef>> = samples.into_iter().map(Some).collect();
         let positions = self.features.positions(&at).await?.into_iter().max().unwrap_or(0);
         batch.features.resize(count * positions * WIDTH as usize * 2, 0);
-        self.features.copy(&at, &mut batch.features).await?;
+        let parts: Vec<usize> = (0..count).collect();
+        self.features.copy(&at, &parts, positions * WIDTH as usize * 2, &mut batch.features).await?;
         Ok(count)
     }
 
@@ -170,7 +176,7 @@ fn spec() -> FeatureSpec {
 
 /// A manifest of latents alone.
 fn manifest(shards: Vec<ShardEntry>) -> Manifest {
-    let latents = LatentSpec { model: Digest::of(b"vae"), channels: 8, height: 64, width: 64 };
+    let latents = LatentSpec { model: Digest::of(b"vae"), channels: 8, downscale: 8 };
     Manifest::new(Some(Settings { images: false, ..Settings::new(512) }), Some(latents), Vec::new(), shards)
 }
 
@@ -193,7 +199,7 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
 fn row(index: usize) -> Row {
     let moments = noise(index as u64, LATENT * 2).chunks_exact(2).map(|two| f16::from_le_bytes([two[0], two[1]])).collect();
     let caption = "a dense caption of a picture, in several clauses, that says what stands where. ".repeat(6);
-    Row { key: format!("{index:09}"), caption, original: (1024, 768), crop: (0, 0), moments, ..Row::default() }
+    Row { key: format!("{index:09}"), captions: vec![caption], original: (1024, 768), crop: (0, 0), moments, ..Row::default() }
 }
 
 impl Bench {
@@ -226,6 +232,7 @@ impl Bench {
             rows: 10_000,
             bytes: 1 << 27,
             blake3: Digest::of(&i.to_le_bytes()),
+            size: Some(PICTURE),
         };
         let folder = tempfile::tempdir()?;
         std::fs::write(folder.path().join("manifest.json"), json(&manifest((0..100_000).map(entry).collect()))?)?;
@@ -374,23 +381,24 @@ fn worst(times: &[[f64; 2]], at: usize) -> f64 {
 async fn write_ours(folder: &Path, samples: usize) -> Result<()> {
     println!("writing ella's data set");
     let store = Store::open(folder.to_str().context("not UTF-8")?)?;
-    let layout = ShardLayout { pictures: true, images: false, moments: Some(LATENT) };
+    let layout = ShardLayout { pictures: true, images: false, moments: Some(LATENT), ..ShardLayout::default() };
     let mut shards = Vec::new();
     for (number, first) in (0..samples).step_by(SHARD_ROWS).enumerate() {
-        let mut writer = ShardWriter::new(layout)?;
+        let mut writer = ShardWriter::new(layout.clone())?;
         (first..samples.min(first + SHARD_ROWS)).try_for_each(|index| writer.push(row(index)))?;
         let (rows, file) = (writer.rows(), writer.finish()?);
-        shards.push(write_file(&store, format!("shards/{number:05}-0123456789ab-0000.arrow"), rows, file).await?);
+        let entry = write_file(&store, format!("shards/{number:05}-0123456789ab-0000.arrow"), rows, file).await?;
+        shards.push(ShardEntry { size: Some(PICTURE), ..entry });
     }
     store.create("manifest.json", json(&manifest(shards))?).await?;
     let data = DataSet::open_store(store, Default::default()).await?;
-    let set = data.begin_features(&spec()).await?;
+    let set = data.begin_features(&spec(), COLUMN).await?;
     for (number, shard) in data.manifest().shards.iter().enumerate() {
         let mut writer = FeatureWriter::new(&spec())?;
         for row in 0..shard.rows {
             writer.push(&noise((number as u64) << 32 | row, FEATURE_BYTES), TOKENS)?;
         }
-        set.write(number, shard.rows, writer.finish()?).await?;
+        set.write(number, shard.rows, writer.finish()?, Counts::new()).await?;
     }
     let mut empty = FeatureWriter::new(&spec())?;
     empty.push(&noise(99, FEATURE_BYTES), TOKENS)?;
@@ -413,7 +421,7 @@ async fn write_large(from: &Path, to: &Path, fraction: f64) -> Result<()> {
     let mut sidecars = small.features.manifest().clone();
     sidecars.data = data.digest();
     sidecars.shards = (0..count).map(|i| ShardEntry { name: name(i, ""), ..features[place(i)].clone() }).collect();
-    let folder = PathBuf::from("features").join(spec().fingerprint().to_string());
+    let folder = PathBuf::from("features").join(spec().fingerprint().to_string()).join(COLUMN);
     for part in [Path::new("shards"), Path::new("trees/shards"), &folder, &folder.join("trees")] {
         std::fs::create_dir_all(to.join(part))?;
     }
