@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 
 fn folder(config: &RunConfig) -> PathBuf {
     let spec = spec(&config.text, &identity(Path::new(&config.text.model), config.text.max_tokens).unwrap()).unwrap();
-    Path::new(&config.data.path).join("features").join(spec.fingerprint().to_string())
+    Path::new(&config.data.path).join("features").join(spec.fingerprint().to_string()).join("caption")
 }
 
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file());
     entries.map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap())).collect()
 }
 
@@ -23,14 +23,14 @@ fn an_interrupted_embedding_goes_on_and_ends_with_the_same_bytes() {
         // A length of their own, so that no other test meets them half-made.
         let config = config(&[set, "text.max_tokens=24"]);
         let first = embedded(&config);
-        assert_eq!((first.captions, first.embedded), (SCENES, SCENES));
-        assert!(first.truncated > 0 && first.tokens_kept <= first.tokens_computed);
+        assert_eq!(first["embedded"], SCENES);
+        assert!(first["truncated"] > 0 && first["tokens_kept"] <= first["tokens_computed"]);
         let folder = folder(&config);
         let whole = files(&folder);
         let rows = open(&config).manifest().shards[1].rows;
 
         let again = embedded(&config);
-        assert_eq!((again.embedded, again.tokens_computed), (0, 0), "all of it was there");
+        assert_eq!(again.get("embedded"), None, "all of it was there: {again:?}");
 
         // Killed between a file and its record, and before the manifest.
         let victims = whole.keys().filter(|name| name.starts_with("00000-") && name.contains("-0001."));
@@ -39,7 +39,7 @@ fn an_interrupted_embedding_goes_on_and_ends_with_the_same_bytes() {
         for name in victims {
             std::fs::remove_file(folder.join(name)).unwrap();
         }
-        assert_eq!(embedded(&config).embedded, rows);
+        assert_eq!(embedded(&config)["embedded"], rows);
         assert!(files(&folder) == whole);
     }
 }

@@ -1,23 +1,27 @@
 //! A data set of 43 scenes in several shards, features and models: made once, by the library calls that the commands make.
 
+use ella_coordinator::status::StatusReport;
 use ella_dataset::order::{Order, OrderConfig};
 use ella_dataset::scenes::{ScenesConfig, scene, write};
 use ella_dataset::{DataSet, LatentEncoder, LatentSpec, PrepareOptions, Settings, Source, prepare};
 use ella_model::presets::{Preset, init_base};
 use ella_model::vae::Vae;
 use ella_model::weights::Weights;
-use ella_proto::config::RunConfig;
+use ella_proto::config::{self, JobConfig, JobKind, JobTable, RunConfig};
 use ella_store::Store;
-use ella_worker::embed::{EmbedReport, embed};
-use ella_worker::feed::{self, FeatureSource, Parts, Sources};
+use ella_worker::embed::{self, EmbedSettings};
+use ella_worker::feed::{self, Captions, FeatureSource, Parts, Sources};
+use ella_worker::job::run_local;
 use ella_worker::models::{self, Loaded};
-use ella_worker::text::{TextEncoder, TextOptions, identity};
+use ella_worker::text::{TextEncoder, TextOptions};
 use half::f16;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
 
 /// Neither lanes nor steps divide it: the last step of an epoch has lanes of 1, 1, 1 and 0 samples.
 pub(crate) const SCENES: u64 = 43;
@@ -101,8 +105,8 @@ impl VaeLatents {
     fn load(folder: &Path) -> Self {
         let vae = Vae::load(folder, Kind::Float, Device::Cpu).unwrap();
         let model = Weights::open(folder).unwrap().digest().parse().unwrap();
-        let side = SIDE / vae.config().downscale() as u32;
-        Self(Mutex::new(vae), LatentSpec { model, channels: 8, height: side, width: side })
+        let downscale = vae.config().downscale() as u32;
+        Self(Mutex::new(vae), LatentSpec { model, channels: 8, downscale })
     }
 }
 
@@ -115,9 +119,13 @@ impl LatentEncoder for VaeLatents {
         8
     }
 
-    fn encode(&self, rgb: &[u8], count: usize, side: u32) -> Result<Vec<f16>, Box<dyn std::error::Error + Send + Sync>> {
-        let side = i64::from(side);
-        let pictures = Tensor::from_slice(rgb).reshape([count as i64, side, side, 3]).permute([0, 3, 1, 2]);
+    fn encode(
+        &self,
+        rgb: &[u8],
+        count: usize,
+        (width, height): (u32, u32),
+    ) -> Result<Vec<f16>, Box<dyn std::error::Error + Send + Sync>> {
+        let pictures = Tensor::from_slice(rgb).reshape([count as i64, height.into(), width.into(), 3]).permute([0, 3, 1, 2]);
         let vae = self.0.lock().unwrap();
         let (mean, logvar) = tch::no_grad(|| vae.encode(&(pictures.to_kind(Kind::Float) / 127.5 - 1.0)))?;
         Ok(Vec::try_from(Tensor::cat(&[mean, logvar], 1).to_kind(Kind::Half).flatten(0, -1))?)
@@ -149,12 +157,20 @@ pub(crate) fn encoder(config: &RunConfig) -> TextEncoder {
     TextEncoder::load(&TextOptions { model, max_tokens, padding, layers, dtype }, Device::Cpu).unwrap()
 }
 
-/// Embeds what is missing, as the config asks for it.
-pub(crate) fn embedded(config: &RunConfig) -> EmbedReport {
+/// Embeds what is missing, as the config asks for it. What was counted meanwhile, by name.
+pub(crate) fn embedded(config: &RunConfig) -> BTreeMap<String, u64> {
     let _alone = EMBEDDING.lock().unwrap_or_else(PoisonError::into_inner);
-    let spec = feed::spec(&config.text, &identity(Path::new(&config.text.model), config.text.max_tokens).unwrap()).unwrap();
-    let done = || embed(&open(config), &encoder(config), &spec, 2, (RUNTIME.handle(), &mut |_| {}));
-    tokio::task::block_in_place(done).unwrap()
+    let config::Text { model, max_tokens, padding, layers, dtype, .. } = config.text.clone();
+    let settings = EmbedSettings { text: model, max_tokens, padding, layers, dtype, captions: Vec::new(), batch: 2, threads: 1 };
+    let config = JobConfig::new(JobTable::new(JobKind::Embed, config.data.path.clone()), &settings).unwrap();
+    let mut results = BTreeMap::new();
+    wait(async {
+        let made = config.clone();
+        let job = tokio::task::spawn_blocking(move || embed::make(&made, config::Device::Cpu)).await.unwrap().unwrap();
+        let mut watch = |status: &StatusReport| results = status.job.clone().unwrap_or_default().results;
+        run_local(&config, job, 1, CancellationToken::new(), &mut watch).await.unwrap();
+    });
+    results
 }
 
 pub(crate) fn load(config: &RunConfig) -> Loaded {
@@ -165,16 +181,18 @@ pub(crate) fn load(config: &RunConfig) -> Loaded {
 pub(crate) fn parts(config: &RunConfig) -> Parts {
     let Loaded { networks, vae, vae_weights, text, digest, .. } = load(config);
     let data = open(config);
+    let captions = wait(Captions::open(&data, &config.data.captions)).unwrap();
     let features = if config.text.features == ella_proto::config::Features::Inline {
         FeatureSource::Inline { encoder: Box::new(encoder(config)), padding: config.text.padding }
     } else {
         embedded(config);
-        let features = wait(data.features(&feed::spec(&config.text, &text).unwrap())).unwrap();
-        FeatureSource::Cached(Arc::new(features))
+        let spec = feed::spec(&config.text, &text).unwrap();
+        FeatureSource::Cached(captions.names().map(|column| Arc::new(wait(data.features(&spec, column)).unwrap())).collect())
     };
     Parts {
         config: Arc::new(config.clone()),
         data: Arc::new(data),
+        captions,
         features,
         vae,
         vae_weights,
