@@ -1,13 +1,17 @@
-# Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, once.
+# Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
+# that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-stores bench bench-feed lint libtorch proto parity-full
+.PHONY: build demo test test-stores bench bench-feed bench-prepare lint libtorch proto parity-full
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
 FLAGS := --release --workspace --locked
+# Where scripts/codec-tools.sh puts a cmake if the machine has none.
+export PATH := $(PATH):$(CURDIR)/.tools/bin
 
 libtorch:
 	@scripts/libtorch.sh
+	@scripts/codec-tools.sh
 
 # Leaves ella, ella-coordinator and ella-worker in cargo's target folder, under release/.
 build: libtorch
@@ -32,6 +36,11 @@ bench: build
 # with 8 GiB free.
 bench-feed: libtorch
 	$(CARGO) run --release --locked -p ella-tests --bin bench_feed
+
+# ella prepare beside cv2 and PIL, image by image and core by core. PEERS_PYTHON names a Python that has opencv-python-headless, pillow
+# and numpy; nothing is installed.
+bench-prepare: build
+	$(CARGO) run --release --locked -p ella-tests --bin bench_prepare
 
 # ella beside diffusers and transformers at full size (SD 1.5's U-Net, Flan-T5-XL's encoder): errors, seconds, peak memory. Opt-in: it
 # installs both, unless PARITY_PYTHON names a Python that has them, and needs 14 GiB of memory.

@@ -14,9 +14,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn truncated_pictures_are_always_refused(seed in 0u32..1000, at in 0.0f64..1.0, kind in 0..5usize) {
+    fn truncated_pictures_are_always_refused(seed in 0u32..1000, at in 0.0f64..1.0, kind in 0..6usize) {
         let lossy = encode(&rgb(64, 64, seed), (64, 64), Encoding::Webp { quality: 80 }, &mut Scratch::default()).unwrap();
-        let bytes = [jpeg(64, seed), progressive(&rgb(64, 64, seed)), png(64, 64, seed), webp(64, 64, seed), lossy][kind].clone();
+        let bytes = [jpeg(64, seed), progressive(&rgb(64, 64, seed)), png(64, 64, seed), webp(64, 64, seed), lossy, gif(1)][kind].clone();
         let short = &bytes[..((bytes.len() - 1) as f64 * at) as usize];
         prop_assert_eq!(cut_one(short, &RULES), Err(Refusal::ImageUndecodable));
     }

@@ -36,3 +36,30 @@ impl Drop for Hold {
 fn held() -> MutexGuard<'static, u64> {
     HELD.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    #[test]
+    fn threads_wait_for_one_another_and_together_hold_no_more_than_there_is() {
+        assert!(matches!(hold(MOST + 1), Err(Refusal::ImageTooLarge)));
+        let (now, most) = (AtomicU64::new(0), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            for thread in 0..8u64 {
+                let (now, most) = (&now, &most);
+                scope.spawn(move || {
+                    for round in 0..200 {
+                        let bytes = MOST / (1 + (thread + round) % 5);
+                        let _hold = hold(bytes).unwrap();
+                        most.fetch_max(now.fetch_add(bytes, Ordering::SeqCst) + bytes, Ordering::SeqCst);
+                        now.fetch_sub(bytes, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(most.into_inner(), MOST, "the whole was held at once, and never more");
+        assert_eq!(*held(), 0);
+    }
+}
