@@ -5,22 +5,14 @@ mod common;
 
 use std::sync::{Arc, Mutex};
 
-use common::{files, good_tar, jpeg, png, png_alpha, refused, small, sources, tar_of, webp};
+use common::{files, good_tar, jpeg, png, png_alpha, refused, small, sources, store, tar_of, threads, webp};
 use ella_dataset::{
-    DataError, DataSet, LatentEncoder, LatentSpec, Manifest, PrepareOptions, Progress, Row, Settings, ShardLayout, ShardReader,
-    ShardWriter, Source, decode_rgb, prepare,
+    CaptionColumn, DataError, DataSet, Duplicates, Encoding, Filters, LatentEncoder, LatentSpec, Manifest, Preparation, PrepareOptions, Row,
+    Settings, ShardLayout, ShardReader, ShardWriter, Source, decode_rgb, prepare,
 };
 use ella_store::{Digest, Store};
 use half::f16;
 use tempfile::TempDir;
-
-fn store(dir: &TempDir) -> Store {
-    Store::open(dir.path().to_str().unwrap()).unwrap()
-}
-
-fn threads(threads: usize) -> PrepareOptions {
-    PrepareOptions { threads, ..PrepareOptions::default() }
-}
 
 #[tokio::test]
 async fn keeps_good_samples_of_every_kind_in_the_order_of_the_sources() {
@@ -109,11 +101,12 @@ async fn every_refused_sample_is_counted_with_its_reason() {
     members.push(("small.png", &small_picture));
     members.push(("small.txt", text));
     let sources = sources(dir.path(), &[("s.tar", &tar_of(&members))]).await;
-    let settings = Settings { min_caption_words: 2, max_caption_words: Some(5), ..small() };
+    let filters = Filters { min_caption_words: 2, max_caption_words: Some(5), ..Filters::new(32) };
+    let settings = Settings { filters, duplicates: Duplicates::Keep, ..small() };
     let report = prepare(&sources, &store(&out), &settings, &threads(1)).await.unwrap();
     let expected = [
         "caption_empty: empty",
-        "caption_json_invalid: json number",
+        "caption_invalid: json number",
         "caption_long: long",
         "caption_missing: no_text field",
         "caption_not_utf8: latin",
@@ -137,7 +130,7 @@ async fn captions_come_from_the_field_named() {
     let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let tar = tar_of(&[("a.jpg", &jpeg(40, 1)), ("a.txt", b"from txt"), ("a.json", br#"{"caption": "c", "long": "from long"}"#)]);
     let sources = sources(dir.path(), &[("s.tar", &tar)]).await;
-    let settings = Settings { caption_field: Some("long".into()), ..small() };
+    let settings = Settings { captions: vec!["long".parse().unwrap()], ..small() };
     prepare(&sources, &store(&out), &settings, &threads(1)).await.unwrap();
     let data = DataSet::open(out.path().to_str().unwrap()).await.unwrap();
     assert_eq!(data.shard(0).await.unwrap().row(0).unwrap().caption, "from long");
@@ -229,16 +222,16 @@ async fn a_destination_with_other_data_is_refused_and_left_alone() {
         DataError::Other { file, field, expected, found } => (file.rsplit('/').next().unwrap().to_owned(), field, expected, found),
         error => panic!("{error}"),
     };
-    let settings = Settings { jpeg_quality: 80, ..small() };
+    let settings = Settings { encoding: Encoding::Jpeg { quality: 80 }, ..small() };
     let found = field(prepare(&one, &store(&out), &settings, &threads(1)).await);
-    assert_eq!(found, ("plan.json".into(), "settings.jpeg_quality".into(), "80".into(), "95".into()));
+    assert_eq!(found, ("plan.json".into(), "settings.encoding.jpeg.quality".into(), "80".into(), "95".into()));
     let two = sources(dir.path(), &[("a.tar", &good_tar(0, 5)), ("b.tar", &good_tar(9, 5))]).await;
     assert_eq!(field(prepare(&two, &store(&out), &small(), &threads(1)).await).1, "sources");
-    // Another file of the same name: the manifest that stands is not replaced.
+    // Another file of the same name is another source.
     let changed = sources(dir.path(), &[("a.tar", &good_tar(700, 9))]).await;
-    assert_eq!(field(prepare(&changed, &store(&out), &small(), &threads(1)).await).0, "manifest.json");
-    let after = files(out.path());
-    assert!(before.iter().all(|file| after.contains(file)));
+    let error = prepare(&changed, &store(&out), &small(), &threads(1)).await.unwrap_err();
+    assert!(matches!(&error, DataError::SourceReplaced { source_name, .. } if source_name.ends_with("a.tar")), "{error}");
+    assert_eq!(files(out.path()), before);
 }
 
 #[tokio::test]
@@ -315,7 +308,7 @@ async fn a_key_in_two_sources_is_an_error_naming_both_unless_keys_are_prefixed()
 async fn nothing_kept_is_an_error_and_still_reported() {
     let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let sources = sources(dir.path(), &[("a.tar", &good_tar(0, 3))]).await;
-    let settings = Settings { min_caption_words: 50, ..small() };
+    let settings = Settings { filters: Filters { min_caption_words: 50, ..Filters::new(32) }, ..small() };
     let error = prepare(&sources, &store(&out), &settings, &threads(1)).await.unwrap_err();
     assert!(matches!(&error, DataError::NothingKept { read: 3, refused } if refused == "3 caption_short"), "{error}");
     assert!(out.path().join("report.json").exists() && !out.path().join("manifest.json").exists());
@@ -325,14 +318,19 @@ async fn nothing_kept_is_an_error_and_still_reported() {
 async fn settings_out_of_range_are_refused_by_name() {
     let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let sources = sources(dir.path(), &[("a.tar", &good_tar(0, 1))]).await;
+    let filters = |change: fn(&mut Filters)| {
+        let mut settings = small();
+        change(&mut settings.filters);
+        settings
+    };
     let cases = [
         ("resolution", Settings { resolution: 33, ..small() }),
-        ("min_edge", Settings { min_edge: 0, ..small() }),
-        ("max_caption_words", Settings { min_caption_words: 9, max_caption_words: Some(8), ..small() }),
-        ("jpeg_quality", Settings { jpeg_quality: 101, ..small() }),
+        ("min_edge", filters(|f| f.min_edge = 0)),
+        ("max_caption_words", filters(|f| (f.min_caption_words, f.max_caption_words) = (9, Some(8)))),
+        ("quality", Settings { encoding: Encoding::Jpeg { quality: 101 }, ..small() }),
         ("shard_bytes", Settings { shard_bytes: 0, ..small() }),
-        ("max_pixels", Settings { max_pixels: 0, ..small() }),
-        ("caption_field", Settings { caption_field: Some(String::new()), ..small() }),
+        ("max_pixels", filters(|f| f.max_pixels = 0)),
+        ("caption", Settings { captions: vec![CaptionColumn { field: Some(String::new()), ..CaptionColumn::default() }], ..small() }),
         ("images", Settings { images: false, ..small() }),
     ];
     for (name, settings) in cases {
@@ -343,21 +341,17 @@ async fn settings_out_of_range_are_refused_by_name() {
 }
 
 #[tokio::test]
-async fn progress_reaches_the_end() {
+async fn a_part_tells_what_became_of_its_samples_so_far() {
     let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
-    let sources = sources(dir.path(), &[("a.tar", &good_tar(0, 20)), ("b.tar", &good_tar(50, 5))]).await;
+    let sources = sources(dir.path(), &[("a.tar", &good_tar(0, 40))]).await;
     let seen = Arc::new(Mutex::new(Vec::new()));
     let watch = Arc::clone(&seen);
-    let options = PrepareOptions {
-        threads: 1,
-        progress: Some(Arc::new(move |p: &Progress| watch.lock().unwrap().push(p.clone()))),
-        ..PrepareOptions::default()
-    };
-    prepare(&sources, &store(&out), &small(), &options).await.unwrap();
+    let preparation = Preparation::new(sources, small(), threads(1), store(&out)).unwrap();
+    assert_eq!(preparation.plan().await.unwrap().parts, [0]);
+    let record = preparation.part(0, Box::new(move |report| watch.lock().unwrap().push(report.clone()))).await.unwrap();
     let seen = seen.lock().unwrap();
-    let last = seen.last().unwrap();
-    assert_eq!((last.sources_done, last.read, last.kept, last.bytes_done), (2, 25, 25, last.bytes));
-    assert!(seen.is_sorted_by_key(|p| p.read) && seen.len() > 3);
+    assert_eq!(seen.last(), Some(&record.report));
+    assert!(seen.is_sorted_by_key(|report| report.read) && seen.len() > 2);
 }
 
 #[tokio::test]
@@ -367,13 +361,13 @@ async fn a_shard_left_by_another_machine_stands_if_it_holds_the_same_samples() {
     prepare(&sources, &store(&out), &small(), &threads(1)).await.unwrap();
     let manifest = Manifest::load(&store(&out)).await.unwrap();
     let path = out.path().join(&manifest.shards[0].name);
-    let layout = ShardLayout { pictures: true, images: true, moments: None };
+    let layout = ShardLayout { pictures: true, images: true, ..ShardLayout::default() };
     let rewrite = |change: fn(&mut Row)| {
-        let reader = ShardReader::open("shard", std::fs::read(&path).unwrap().into(), layout).unwrap();
-        let mut writer = ShardWriter::new(layout).unwrap();
+        let reader = ShardReader::open("shard", std::fs::read(&path).unwrap().into(), layout.clone()).unwrap();
+        let mut writer = ShardWriter::new(layout.clone()).unwrap();
         for row in reader.iter() {
-            let (key, caption, image) = (row.key.into(), row.caption.into(), row.image.unwrap().to_vec());
-            let mut row = Row { key, caption, image, original: row.original.unwrap(), crop: row.crop.unwrap(), ..Row::default() };
+            let (key, captions, image) = (row.key.into(), vec![row.caption.into()], row.image.unwrap().to_vec());
+            let mut row = Row { key, captions, image, original: row.original.unwrap(), crop: row.crop.unwrap(), ..Row::default() };
             change(&mut row);
             writer.push(row).unwrap();
         }
@@ -388,7 +382,7 @@ async fn a_shard_left_by_another_machine_stands_if_it_holds_the_same_samples() {
     assert_ne!(stands.digest(), manifest.digest());
     DataSet::open(out.path().to_str().unwrap()).await.unwrap().shard(0).await.unwrap();
 
-    rewrite(|row| row.caption.push('!'));
+    rewrite(|row| row.captions[0].push('!'));
     let error = prepare(&sources, &store(&out), &small(), &threads(1)).await.unwrap_err();
     assert!(matches!(&error, DataError::Digest { file, .. } if file.ends_with(&manifest.shards[0].name)), "{error}");
 }
@@ -400,16 +394,16 @@ struct Mean {
 
 impl LatentEncoder for Mean {
     fn spec(&self) -> LatentSpec {
-        LatentSpec { model: Digest::of(b"mean"), channels: 8, height: 4, width: 4 }
+        LatentSpec { model: Digest::of(b"mean"), channels: 8, downscale: 8 }
     }
 
     fn batch(&self) -> usize {
         4
     }
 
-    fn encode(&self, rgb: &[u8], count: usize, side: u32) -> Result<Vec<f16>, Box<dyn std::error::Error + Send + Sync>> {
+    fn encode(&self, rgb: &[u8], count: usize, size: (u32, u32)) -> Result<Vec<f16>, Box<dyn std::error::Error + Send + Sync>> {
         self.batches.lock().unwrap().push(count);
-        assert_eq!(rgb.len(), count * (side * side * 3) as usize);
+        assert_eq!(rgb.len(), count * (size.0 * size.1 * 3) as usize);
         let mean = |picture: &[u8]| f16::from_f32(picture.iter().map(|&b| f32::from(b)).sum::<f32>() / picture.len() as f32);
         Ok(rgb.chunks_exact(rgb.len() / count).flat_map(|picture| vec![mean(picture); 128]).collect())
     }
@@ -448,12 +442,12 @@ async fn an_encoder_of_the_wrong_shape_is_an_error() {
     struct Wrong;
     impl LatentEncoder for Wrong {
         fn spec(&self) -> LatentSpec {
-            LatentSpec { model: Digest::of(b""), channels: 8, height: 4, width: 4 }
+            LatentSpec { model: Digest::of(b""), channels: 8, downscale: 8 }
         }
         fn batch(&self) -> usize {
             2
         }
-        fn encode(&self, _: &[u8], _: usize, _: u32) -> Result<Vec<f16>, Box<dyn std::error::Error + Send + Sync>> {
+        fn encode(&self, _: &[u8], _: usize, _: (u32, u32)) -> Result<Vec<f16>, Box<dyn std::error::Error + Send + Sync>> {
             Ok(vec![f16::ONE; 7])
         }
     }

@@ -3,10 +3,10 @@
 
 mod common;
 
-use common::{files, good_tar, small, sources};
+use common::{files, good_tar, small, sources, store, threads};
 use ella_dataset::{
-    CacheLimits, DataError, DataSet, FeatureDtype, FeatureLayers, FeatureReader, FeatureSpec, FeatureWriter, Manifest, Padding,
-    PrepareOptions, Refusal, Row, ShardLayout, ShardReader, ShardWriter, captions_from_txt, prepare, prepare_captions,
+    CacheLimits, Counts, DataError, DataSet, FeatureDtype, FeatureLayers, FeatureReader, FeatureSpec, FeatureWriter, Manifest, Padding,
+    Refusal, Row, ShardLayout, ShardReader, ShardWriter, captions_from_txt, prepare, prepare_captions,
 };
 use ella_store::{Digest, Store};
 use half::f16;
@@ -14,15 +14,11 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-fn store(dir: &TempDir) -> Store {
-    Store::open(dir.path().to_str().unwrap()).unwrap()
-}
-
 /// A prepared data set of several shards.
 async fn prepared() -> TempDir {
     let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let sources = sources(dir.path(), &[("a.tar", &good_tar(0, 30))]).await;
-    prepare(&sources, &store(&out), &small(), &PrepareOptions { threads: 1, ..PrepareOptions::default() }).await.unwrap();
+    prepare(&sources, &store(&out), &small(), &threads(1)).await.unwrap();
     out
 }
 
@@ -37,11 +33,11 @@ fn feature(spec: &FeatureSpec, row: usize, tokens: u32) -> Vec<u8> {
     (0..len).map(|i| (i * 7 + row * 31) as u8 & 0x3f).collect()
 }
 
-fn rows_strategy(moments: usize) -> impl Strategy<Value = Vec<Row>> {
-    let row = (".{0,12}", ".{0,40}", any::<[u32; 4]>(), vec(any::<u8>(), 0..200), vec(any::<u16>(), moments));
-    let row = row.prop_map(|(key, caption, n, image, moments)| Row {
+fn rows_strategy(columns: usize, moments: usize) -> impl Strategy<Value = Vec<Row>> {
+    let row = (".{0,12}", vec(".{0,40}", columns), any::<[u32; 4]>(), vec(any::<u8>(), 0..200), vec(any::<u16>(), moments));
+    let row = row.prop_map(|(key, captions, n, image, moments)| Row {
         key,
-        caption,
+        captions,
         original: (n[0], n[1]),
         crop: (n[2], n[3]),
         image,
@@ -54,9 +50,10 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn shards_give_back_every_row_as_written(rows in rows_strategy(5)) {
-        let layout = ShardLayout { pictures: true, images: true, moments: Some(5) };
-        let mut writer = ShardWriter::new(layout).unwrap();
+    fn shards_give_back_every_row_as_written(rows in rows_strategy(2, 5)) {
+        let captions = vec!["caption".to_owned(), "short".to_owned()];
+        let layout = ShardLayout { captions, pictures: true, images: true, moments: Some(5) };
+        let mut writer = ShardWriter::new(layout.clone()).unwrap();
         for row in &rows {
             writer.push(row.clone()).unwrap();
         }
@@ -65,7 +62,9 @@ proptest! {
         prop_assert_eq!(reader.rows(), rows.len());
         for (i, row) in rows.iter().enumerate() {
             let read = reader.row(i).unwrap();
-            prop_assert_eq!((read.key, read.caption), (row.key.as_str(), row.caption.as_str()));
+            prop_assert_eq!((read.key, read.caption), (row.key.as_str(), row.captions[0].as_str()));
+            prop_assert_eq!((read.caption_in(1), read.caption_in(2)), (Some(row.captions[1].as_str()), None));
+            prop_assert_eq!(reader.caption(i, 1).unwrap(), &row.captions[1]);
             prop_assert_eq!((read.original, read.crop), (Some(row.original), Some(row.crop)));
             prop_assert_eq!(read.image, Some(row.image.as_slice()));
             let bits = |m: &[f16]| m.iter().map(|m| m.to_bits()).collect::<Vec<_>>();
@@ -99,12 +98,12 @@ proptest! {
     /// Without a digest to check first, a damaged shard is still an error or readable, never a crash.
     #[test]
     fn damaged_shards_never_crash(at in 0.0f64..1.0, to: u8, cut: bool) {
-        let layout = ShardLayout { pictures: true, images: true, moments: Some(2) };
-        let mut writer = ShardWriter::new(layout).unwrap();
+        let layout = ShardLayout { pictures: true, images: true, moments: Some(2), ..ShardLayout::default() };
+        let mut writer = ShardWriter::new(layout.clone()).unwrap();
         for i in 0..5 {
             let text = |what: &str| format!("{what} {i}");
-            let (key, caption, moments) = (text("key"), text("caption"), vec![f16::ONE; 2]);
-            writer.push(Row { key, caption, image: vec![i; 9], moments, ..Row::default() }).unwrap();
+            let (key, captions, moments) = (text("key"), vec![text("caption")], vec![f16::ONE; 2]);
+            writer.push(Row { key, captions, image: vec![i; 9], moments, ..Row::default() }).unwrap();
         }
         let mut bytes = writer.finish().unwrap().to_vec();
         let at = (at * bytes.len() as f64) as usize;
@@ -119,32 +118,37 @@ proptest! {
 
 #[test]
 fn equal_rows_make_equal_bytes() {
-    let layout = ShardLayout { pictures: true, images: true, moments: Some(2) };
+    let layout = ShardLayout { pictures: true, images: true, moments: Some(2), ..ShardLayout::default() };
     let file = || {
-        let mut writer = ShardWriter::new(layout).unwrap();
-        writer.push(Row { key: "a".into(), image: vec![1, 2], moments: vec![f16::ONE; 2], ..Row::default() }).unwrap();
+        let mut writer = ShardWriter::new(layout.clone()).unwrap();
+        writer.push(Row { key: "a".into(), captions: vec![String::new()], image: vec![1, 2], moments: vec![f16::ONE; 2], ..Row::default() }).unwrap();
         writer.finish().unwrap()
     };
     assert_eq!(file(), file());
 }
 
 #[test]
-fn moments_of_a_wrong_length_are_refused() {
+fn moments_and_captions_of_a_wrong_number_are_refused() {
     let mut writer = ShardWriter::new(ShardLayout { moments: Some(2), ..ShardLayout::default() }).unwrap();
-    let error = writer.push(Row { key: "a".into(), moments: vec![f16::ONE], ..Row::default() }).unwrap_err();
-    assert!(error.to_string().contains("expected 2 numbers, found 1"), "{error}");
+    let row = Row { key: "a".into(), captions: vec![String::new()], moments: vec![f16::ONE], ..Row::default() };
+    let error = writer.push(row.clone()).unwrap_err();
+    assert!(error.to_string().contains("moments of a: expected 2, found 1"), "{error}");
+    let error = writer.push(Row { captions: Vec::new(), moments: vec![f16::ONE; 2], ..row }).unwrap_err();
+    assert!(error.to_string().contains("captions of a: expected 1, found 0"), "{error}");
 }
 
 #[test]
 fn a_shard_with_other_columns_is_refused_by_name() {
     let captions = ShardLayout::default();
-    let mut writer = ShardWriter::new(captions).unwrap();
-    writer.push(Row::default()).unwrap();
+    let mut writer = ShardWriter::new(captions.clone()).unwrap();
+    writer.push(Row { captions: vec![String::new()], ..Row::default() }).unwrap();
     let bytes = writer.finish().unwrap();
     let open = |layout| ShardReader::open("x.arrow", bytes.clone(), layout).unwrap_err().to_string();
-    assert!(open(ShardLayout { images: true, ..captions }).contains("x.arrow: not a usable Arrow file: column image is missing"));
-    assert!(open(ShardLayout { moments: Some(4), ..captions }).contains("column moments is missing"));
-    let error = ShardReader::open("x.arrow", bytes.slice(..bytes.len() / 2), captions).unwrap_err();
+    assert!(open(ShardLayout { images: true, ..captions.clone() }).contains("x.arrow: not a usable Arrow file: column image is missing"));
+    assert!(open(ShardLayout { moments: Some(4), ..captions.clone() }).contains("column moments is missing"));
+    let named = ShardLayout { captions: vec!["dense".into()], ..captions.clone() };
+    assert!(open(named).contains("column caption_dense is missing"));
+    let error = ShardReader::open("x.arrow", bytes.slice(..bytes.len() / 2), captions.clone()).unwrap_err();
     assert!(matches!(error, DataError::Arrow { .. }), "{error}");
     assert!(ShardReader::open("x.arrow", bytes.slice(..5), captions).is_err());
 }
@@ -237,14 +241,14 @@ async fn manifests_are_read_strictly() {
 
 /// Writes the features of a shard.
 async fn embed(data: &DataSet, spec: &FeatureSpec, shard: usize) -> Result<(), DataError> {
-    let set = data.begin_features(spec).await?;
+    let set = data.begin_features(spec, "caption").await?;
     let rows = data.shard(shard).await?.rows();
     let mut writer = FeatureWriter::new(spec)?;
     for row in 0..rows {
         let tokens = 1 + (row as u32 % 6);
         writer.push(&feature(spec, row, tokens), tokens)?;
     }
-    set.write(shard, writer.rows(), writer.finish()?).await?;
+    set.write(shard, writer.rows(), writer.finish()?, Counts::new()).await?;
     let mut empty = FeatureWriter::new(spec)?;
     empty.push(&feature(spec, 0, 1), 1)?;
     set.write_empty(empty.finish()?).await.map(drop)
@@ -258,15 +262,15 @@ async fn features_are_used_only_when_complete() {
     for shard in 1..count {
         embed(&data, &spec, shard).await.unwrap();
     }
-    assert_eq!(data.begin_features(&spec).await.unwrap().missing().await.unwrap(), [0]);
-    let error = data.features(&spec).await.unwrap_err();
-    let DataError::FeaturesIncomplete { missing, missing_count: 1, total, .. } = &error else { panic!("{error}") };
+    assert_eq!(data.begin_features(&spec, "caption").await.unwrap().missing().await.unwrap(), [0]);
+    let error = data.features(&spec, "caption").await.unwrap_err();
+    let DataError::SidecarIncomplete { missing, missing_count: 1, total, .. } = &error else { panic!("{error}") };
     let stem = data.manifest().shards[0].name.trim_start_matches("shards/").trim_end_matches(".arrow").to_owned();
     assert_eq!((missing, *total), (&stem, count + 1));
 
     embed(&data, &spec, 0).await.unwrap();
     embed(&data, &spec, 0).await.unwrap();
-    let features = data.features(&spec).await.unwrap();
+    let features = data.features(&spec, "caption").await.unwrap();
     for shard in 0..count {
         let file = features.shard(shard).await.unwrap();
         assert_eq!(file.rows(), data.shard(shard).await.unwrap().rows());
@@ -276,33 +280,33 @@ async fn features_are_used_only_when_complete() {
         }
     }
     assert_eq!(features.empty().row(0).unwrap(), (feature(&spec, 0, 1).as_slice(), 1));
-    assert_eq!(data.features(&spec).await.unwrap().manifest(), features.manifest());
+    assert_eq!(data.features(&spec, "caption").await.unwrap().manifest(), features.manifest());
 
     // Without the empty caption's, dropped captions have no features: not complete either.
-    let folder = out.path().join("features").join(spec.fingerprint().to_string());
+    let folder = out.path().join("features").join(spec.fingerprint().to_string()).join("caption");
     let hidden = ["manifest.json", "empty.json"].map(|name| folder.join(name));
     hidden.iter().for_each(|path| std::fs::remove_file(path).unwrap());
-    let error = data.features(&spec).await.unwrap_err();
-    assert!(matches!(&error, DataError::FeaturesIncomplete { missing, missing_count: 1, .. } if missing == "empty"), "{error}");
+    let error = data.features(&spec, "caption").await.unwrap_err();
+    assert!(matches!(&error, DataError::SidecarIncomplete { missing, missing_count: 1, .. } if missing == "empty"), "{error}");
     embed(&data, &spec, 0).await.unwrap();
 
-    let path = out.path().join("features").join(spec.fingerprint().to_string()).join(&features.manifest().shards[0].name);
+    let path = folder.join(&features.manifest().shards[0].name);
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[600] ^= 1;
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, bytes).unwrap();
     let anew = DataSet::open(out.path().to_str().unwrap()).await.unwrap();
-    let damaged = anew.features(&spec).await.unwrap();
+    let damaged = anew.features(&spec, "caption").await.unwrap();
     assert!(matches!(damaged.shard(0).await, Err(DataError::Digest { .. })));
 
     // What the error advises: delete the file, and embed again.
     std::fs::remove_file(&path).unwrap();
     let error = damaged.shard(0).await.unwrap_err().to_string();
     assert!(error.contains("not found") && error.contains("ella embed"), "{error}");
-    let error = data.features(&spec).await.unwrap_err();
-    assert!(matches!(&error, DataError::FeaturesIncomplete { missing, missing_count: 1, .. } if missing == &stem), "{error}");
+    let error = data.features(&spec, "caption").await.unwrap_err();
+    assert!(matches!(&error, DataError::SidecarIncomplete { missing, missing_count: 1, .. } if missing == &stem), "{error}");
     embed(&data, &spec, 0).await.unwrap();
-    data.features(&spec).await.unwrap().shard(0).await.unwrap();
+    data.features(&spec, "caption").await.unwrap().shard(0).await.unwrap();
 }
 
 #[tokio::test]
@@ -310,28 +314,28 @@ async fn a_stale_cache_is_not_taken_for_a_fresh_one() {
     let out = prepared().await;
     let data = DataSet::open(out.path().to_str().unwrap()).await.unwrap();
     let there = spec(Padding::None, FeatureDtype::F16);
-    let error = data.features(&there).await.unwrap_err().to_string();
+    let error = data.features(&there, "caption").await.unwrap_err().to_string();
     assert!(error.contains("there are none at all"), "{error}");
     for shard in 0..data.manifest().shards.len() {
         embed(&data, &there, shard).await.unwrap();
     }
     let wanted = FeatureSpec { max_tokens: 7, ..spec(Padding::Fixed, FeatureDtype::F16) };
     assert_ne!(wanted.fingerprint(), there.fingerprint());
-    let error = data.features(&wanted).await.unwrap_err();
+    let error = data.features(&wanted, "caption").await.unwrap_err();
     let DataError::FeaturesMissing { found, .. } = &error else { panic!("{error}") };
     assert!(found.contains(&there.fingerprint().to_string()), "{error}");
     assert!(found.contains("max_tokens expected 7, found 6; padding expected \"fixed\", found \"none\""), "{error}");
 
     let average = FeatureSpec { layers: FeatureLayers::Average, ..there.clone() };
-    let error = data.features(&average).await.unwrap_err().to_string();
+    let error = data.features(&average, "caption").await.unwrap_err().to_string();
     assert!(error.contains("layers expected \"average\", found \"last\""), "{error}");
 
     // Features of another data set, copied over: the spec says whose they are.
-    let folder = out.path().join("features").join(there.fingerprint().to_string());
+    let folder = out.path().join("features").join(there.fingerprint().to_string()).join("caption");
     let record = std::fs::read_to_string(folder.join("spec.json")).unwrap();
     let other = record.replace(&data.manifest().digest().to_string(), &Digest::of(b"other").to_string());
     std::fs::write(folder.join("spec.json"), other).unwrap();
-    let error = data.features(&there).await.unwrap_err();
+    let error = data.features(&there, "caption").await.unwrap_err();
     assert!(matches!(&error, DataError::Other { field, .. } if field == "data"), "{error}");
 }
 
@@ -346,13 +350,13 @@ async fn wrong_features_are_refused() {
     }
     writer.push(&[0; 12], 1).unwrap();
     let (rows, file) = (writer.rows(), writer.finish().unwrap());
-    let set = data.begin_features(&spec).await.unwrap();
-    assert!(matches!(set.write(0, rows, file.clone()).await, Err(DataError::Arrow { .. })), "a row count that is not the shard's");
+    let set = data.begin_features(&spec, "caption").await.unwrap();
+    assert!(matches!(set.write(0, rows, file.clone(), Counts::new()).await, Err(DataError::Arrow { .. })), "a row count that is not the shard's");
     let narrower = FeatureSpec { width: 2, ..spec.clone() };
     assert!(matches!(FeatureReader::open("f", file.clone(), &narrower), Err(DataError::Arrow { .. })));
     let half = FeatureSpec { dtype: FeatureDtype::F16, ..spec.clone() };
     assert!(FeatureReader::open("f", file, &half).unwrap_err().to_string().contains("column features: expected"));
-    let error = data.begin_features(&FeatureSpec { width: 0, ..spec }).await.unwrap_err();
+    let error = data.begin_features(&FeatureSpec { width: 0, ..spec }, "caption").await.unwrap_err();
     assert!(matches!(error, DataError::Setting { field: "width", .. }));
 }
 
@@ -384,7 +388,7 @@ async fn a_folder_of_text_files_becomes_a_data_set_of_captions() {
     assert_eq!((row.key, row.caption, row.image, row.original), ("10", "zehn Äpfel", None, None));
     let spec = spec(Padding::Fixed, FeatureDtype::F32);
     embed(&data, &spec, 0).await.unwrap();
-    assert_eq!(data.features(&spec).await.unwrap().shard(0).await.unwrap().rows(), 2);
+    assert_eq!(data.features(&spec, "caption").await.unwrap().shard(0).await.unwrap().rows(), 2);
 
     let fewer = ella_dataset::Captions { kept: kept[..1].to_vec(), ..captions };
     let error = prepare_captions(fewer, "prompts", &store(&out)).await.unwrap_err();

@@ -303,12 +303,13 @@ async fn sources_of_all_kinds_are_prepared_together() {
     for name in ["a.tar", "b.jsonl", "c.csv"] {
         sources.extend(Source::find(dir.path().join(name).to_str().unwrap()).await.unwrap());
     }
-    let settings = ella_dataset::Settings { max_caption_words: Some(1000), ..small() };
+    let filters = ella_dataset::Filters { max_caption_words: Some(1000), ..ella_dataset::Filters::new(32) };
+    let settings = ella_dataset::Settings { filters, duplicates: ella_dataset::Duplicates::Keep, ..small() };
     let store = Store::open(out.path().to_str().unwrap()).unwrap();
     let report = prepare(&sources, &store, &settings, &PrepareOptions::default()).await.unwrap();
     let expected = [
         "caption_empty: c2",
-        "caption_json_invalid: none",
+        "caption_invalid: none",
         "caption_long: long",
         "duplicate_key: c1",
         "image_missing: p/2",

@@ -3,9 +3,13 @@
 
 use std::path::Path;
 
-use ella_dataset::{Crop, DataError, Encoding, Picture, PictureRules, Piece, Refusal, Report, Sample, Scratch, Settings, Source, cut, encode};
-use ella_store::Digest;
+use ella_dataset::{
+    Crop, DataError, DataSet, Encoding, Picture, PictureRules, Piece, Preparation, PrepareOptions, Refusal, Report, Sample, Scratch, Settings,
+    Source, cut, encode,
+};
+use ella_store::{Digest, Store};
 use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageFormat, RgbImage, RgbaImage};
+use tempfile::TempDir;
 
 /// A smooth picture that differs from seed to seed.
 pub fn rgb(width: u32, height: u32, seed: u32) -> RgbImage {
@@ -190,4 +194,102 @@ pub async fn read_pieces(source: &Source, pieces: &[Piece]) -> Result<(Vec<Sampl
 pub async fn read(source: &Source) -> Result<Vec<Sample>, DataError> {
     let pieces = source.pieces().await?;
     Ok(read_pieces(source, &pieces).await?.0)
+}
+
+/// A folder as a store.
+pub fn store(dir: &TempDir) -> Store {
+    Store::open(dir.path().to_str().unwrap()).unwrap()
+}
+
+/// Options with so many threads.
+pub fn threads(threads: usize) -> PrepareOptions {
+    PrepareOptions { threads, ..PrepareOptions::default() }
+}
+
+/// A tar of samples: key, picture, and their other members by ending.
+pub fn tar_of_samples(samples: &[(&str, &[u8], &[(&str, &str)])]) -> Vec<u8> {
+    let mut members = Vec::new();
+    for (key, image, others) in samples {
+        members.push((format!("{key}.jpg"), *image));
+        members.extend(others.iter().map(|(ending, text)| (format!("{key}.{ending}"), text.as_bytes())));
+    }
+    let members: Vec<_> = members.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+    tar_of(&members)
+}
+
+/// A sample of a prepared data set.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prepared {
+    pub key: String,
+    pub captions: Vec<String>,
+    pub original: (u32, u32),
+    pub crop: (u32, u32),
+    pub image: Option<Vec<u8>>,
+    pub moments: Option<Vec<half::f16>>,
+    pub shard: usize,
+}
+
+/// All samples of a prepared data set, shard by shard.
+pub async fn prepared_rows(out: &TempDir) -> Vec<Prepared> {
+    let data = DataSet::open_store(store(out), ella_dataset::CacheLimits::default()).await.unwrap();
+    let mut rows = Vec::new();
+    for shard in 0..data.manifest().shards.len() {
+        let reader = data.shard(shard).await.unwrap();
+        rows.extend(reader.iter().map(|row| Prepared {
+            key: row.key.to_owned(),
+            captions: (0..reader.layout().captions.len()).map(|column| row.caption_in(column).unwrap().to_owned()).collect(),
+            original: row.original.unwrap(),
+            crop: row.crop.unwrap(),
+            image: row.image.map(<[u8]>::to_vec),
+            moments: row.moments.map(<[half::f16]>::to_vec),
+            shard,
+        }));
+    }
+    rows
+}
+
+/// Keys and captions of a prepared data set.
+pub async fn keys_and_captions(out: &TempDir) -> Vec<(String, Vec<String>)> {
+    prepared_rows(out).await.into_iter().map(|row| (row.key, row.captions)).collect()
+}
+
+/// Does all steps of preparing, the parts of each in an order of the caller's, and every unit twice.
+pub async fn prepare_in_order(
+    sources: &[Source],
+    out: &Store,
+    settings: &Settings,
+    options: &PrepareOptions,
+    order: impl Fn(&mut Vec<usize>),
+) -> Result<Report, DataError> {
+    let new = || Preparation::new(sources.to_vec(), settings.clone(), options.clone(), out.clone());
+    let mut parts = new()?.plan().await?.parts;
+    order(&mut parts);
+    for part in parts.iter().chain(&parts) {
+        new()?.part(*part, Box::new(|_| {})).await?;
+    }
+    let mut parts = new()?.resolve().await?;
+    assert_eq!(new()?.resolve().await?, parts);
+    order(&mut parts);
+    for part in parts.iter().chain(&parts) {
+        new()?.again(*part, Box::new(|_| {})).await?;
+    }
+    new()?.finish().await
+}
+
+/// Every file below a folder: its bytes, and what tells whether it was written anew.
+pub fn versions(folder: &Path) -> Vec<(String, u64, std::time::SystemTime, Vec<u8>)> {
+    use std::os::unix::fs::MetadataExt;
+    let version = |(name, bytes): (String, Vec<u8>)| {
+        let meta = folder.join(&name).metadata().unwrap();
+        (name, meta.ino(), meta.modified().unwrap(), bytes)
+    };
+    files(folder).into_iter().map(version).collect()
+}
+
+/// Files in a data set's folder that should not be there: shards and trees that no manifest names, and half-written ones.
+pub async fn leftovers(out: &TempDir) -> Vec<String> {
+    let manifest = ella_dataset::Manifest::load(&store(out)).await.unwrap();
+    let named = |name: &str| manifest.shards.iter().any(|shard| name.contains(&shard.name));
+    let names = files(out.path()).into_iter().map(|(name, _)| name);
+    names.filter(|name| name.contains('#') || (name.contains("shards/") && !named(name))).collect()
 }
