@@ -9,6 +9,7 @@ use ella_dataset::{DataSet, MANIFEST, Report, captions_from_txt, prepare_caption
 use ella_proto::config::{self, JobConfig, JobKind, JobTable};
 use ella_store::Store;
 use ella_worker::embed::EmbedSettings;
+use ella_worker::models;
 use serde_json::json;
 
 use crate::forward::Dtype;
@@ -132,7 +133,7 @@ impl From<Dtype> for config::Dtype {
 
 impl Embed {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
-        let settings = self.settings();
+        let mut settings = self.settings();
         if self.who.is_elsewhere() {
             let config = JobConfig::new(JobTable::new(JobKind::Embed, self.data.clone()), &settings)?;
             return Ok(self.who.run(&config, self.device.into())?.code);
@@ -143,7 +144,10 @@ impl Embed {
             note(table_of(report, &url));
         }
         let begin = Instant::now();
-        let spec = settings.spec()?;
+        // Whoever does the work on this machine finds the model there.
+        let model = models::locate("--text", &self.text)?;
+        settings.text = model.display().to_string();
+        let spec = settings.spec(&model)?;
         let config = JobConfig::new(JobTable::new(JobKind::Embed, url.clone()), &settings)?;
         let ran = self.who.run(&config, self.device.into())?;
         let results = ran.status.and_then(|status| status.job).map(|job| job.results).unwrap_or_default();

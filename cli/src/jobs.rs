@@ -25,6 +25,8 @@ use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, PREEMPTED, note, span};
 const POLL: Duration = Duration::from_millis(250);
 /// How long workers may take to leave once the job is over.
 const LEAVING: Duration = Duration::from_secs(10);
+/// Errors that are named.
+const NAMED: usize = 5;
 /// How many processes may die for each that was asked for, before the job is given up.
 const DEATHS: usize = 3;
 
@@ -108,6 +110,21 @@ fn code(ended: Result<Ending, JobEnd>) -> Result<u8, Fail> {
     }
 }
 
+/// Names what could not be done, where a job failed for that: units are of no interest to people.
+fn told(fail: Fail, last: Option<&StatusReport>) -> Fail {
+    let given_up = last.and_then(|status| status.job.as_ref()).map_or(&[][..], |job| &job.given_up);
+    let mut errors: Vec<String> = given_up.iter().map(|unit| unit.error.clone()).collect();
+    errors.sort();
+    errors.dedup();
+    let more = errors.len().saturating_sub(NAMED);
+    errors.truncate(NAMED);
+    match (errors.is_empty(), more) {
+        (true, _) => fail,
+        (_, 0) => Fail { message: errors.join("; also "), ..fail },
+        (_, more) => Fail { message: format!("{}; and {more} more", errors.join("; also ")), ..fail },
+    }
+}
+
 fn alone(runtime: &Runtime, config: &JobConfig, device: Device) -> Result<Ran, Fail> {
     let stop = CancellationToken::new();
     runtime.spawn(stop_on_signals(stop.clone()));
@@ -120,7 +137,7 @@ fn alone(runtime: &Runtime, config: &JobConfig, device: Device) -> Result<Ran, F
             Err(error) => Err(Fail { code: if error.permanent { NO_RETRY } else { FAILED }, message: error.message }),
         }
     });
-    Ok(Ran { code: ended?, status: shown.last })
+    Ok(Ran { code: ended.map_err(|fail| told(fail, shown.last.as_ref()))?, status: shown.last })
 }
 
 fn join(runtime: &Runtime, url: &str, device: Device) -> Result<Ran, Fail> {
@@ -166,7 +183,10 @@ async fn many(config: &JobConfig, count: u32, listen: SocketAddr, device: Device
             note(format_args!("stopped ({reason}); the same command goes on where it was"));
             PREEMPTED
         }
-        _ => return Err(Fail { code: outcome.exit_code(), message: format!("the job failed: {}", outcome.reason()) }),
+        _ => {
+            let fail = Fail { code: outcome.exit_code(), message: format!("the job failed: {}", outcome.reason()) };
+            return Err(told(fail, shown.last.as_ref()));
+        }
     };
     Ok(Ran { status: shown.last, code })
 }

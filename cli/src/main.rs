@@ -117,9 +117,9 @@ fn refused(error: &clap::Error) -> u8 {
     Out { json }.fail(&Fail::usage(format_args!("{}; see --help", ui::one_line(body.trim_start_matches("error: ")))))
 }
 
-/// What libraries have to say, such as retries; `ELLA_LOG` asks for more.
+/// What libraries have to say, such as retries; `ELLA_LOG` asks for more. What a coordinator in this process logs, its status tells.
 fn log_to_stderr() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("ELLA_LOG").unwrap_or_else(|_| "warn".into());
+    let filter = tracing_subscriber::EnvFilter::try_from_env("ELLA_LOG").unwrap_or_else(|_| "warn,ella_coordinator=off".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
 }
 

@@ -41,17 +41,17 @@ fn prepare_counts_what_it_refuses_and_names_broken_sources() {
     let text = ella(here, &all).ok().stdout;
     assert!(text.contains("7  read") && text.contains("3    min_edge") && text.contains("report.json"), "{text}");
 
-    ella(here, &["prepare", "nowhere", "--out", "x", "--json"]).fails(1, &["nowhere", "not a source"]);
+    ella(here, &["prepare", "nowhere", "--out", "x", "--json"]).fails(4, &["nowhere", "no source is there"]);
     ella(here, &["prepare", "small", "--out", "x", "--resolution", "63", "--json"]).fails(2, &["resolution", "multiple of 8", "63"]);
-    ella(here, &["prepare", "small", "--out", "x", "--resolution", "512", "--json"]).fails(1, &["no sample was kept", "min_edge"]);
+    ella(here, &["prepare", "small", "--out", "x", "--resolution", "512", "--json"]).fails(4, &["no sample was kept", "min_edge"]);
     ella(here, &["prepare", "small", "--out", "data", "--resolution", "32", "--json"])
-        .fails(1, &["data/plan.json", "holds something else"]);
+        .fails(4, &["data/plan.json", "holds something else"]);
     ella(here, &["prepare", "small", "--out", "ftp://x/y"]).fails(2, &["ftp"]);
     let tar = std::fs::read(here.join("small/scenes-00000.tar")).unwrap();
     std::fs::write(here.join("cut.tar"), &tar[..tar.len() / 2]).unwrap();
-    ella(here, &["prepare", "cut.tar", "--out", "y", "--resolution", "64", "--json"]).fails(1, &["cut.tar", "truncated"]);
+    ella(here, &["prepare", "cut.tar", "--out", "y", "--resolution", "64", "--json"]).fails(4, &["cut.tar", "truncated"]);
     std::fs::write(here.join("empty.tar"), "").unwrap();
-    ella(here, &["prepare", "empty.tar", "--out", "z", "--resolution", "64"]).fails(1, &["empty.tar", "is empty"]);
+    ella(here, &["prepare", "empty.tar", "--out", "z", "--resolution", "64"]).fails(4, &["empty.tar", "is empty"]);
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn latents_are_those_of_the_base_models_vae() {
     let arguments = ["prepare", "tars", "--out", "latent", "--resolution", "64", "--latents", "models/base", "--json"];
     assert_eq!(ella(here, &arguments).ok().json()["kept"], 16);
     let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(here.join("latent/manifest.json")).unwrap()).unwrap();
-    assert_eq!((&manifest["latents"]["channels"], &manifest["latents"]["height"]), (&json!(8), &json!(8)));
+    assert_eq!((&manifest["latents"]["channels"], &manifest["latents"]["downscale"]), (&json!(8), &json!(8)));
     ella(here, &["prepare", "tars", "--out", "l2", "--resolution", "64", "--latents", "models/text"]).fails(1, &["models/text"]);
 }
 

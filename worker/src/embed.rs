@@ -1,6 +1,7 @@
 //! `ella embed`: features of every caption of a data set, into sidecars. Each shard is one unit: written once, and skipped if it is
 //! there, so that an interrupted run goes on where it was, and any number of workers share the work.
 
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -72,10 +73,9 @@ impl EmbedSettings {
         }
     }
 
-    /// What the features will be, read without loading the encoder.
-    pub fn spec(&self) -> Result<FeatureSpec, FeedError> {
-        let model = models::locate("--text", &self.text)?;
-        feed::spec(&self.text(), &identity(&model, self.max_tokens)?)
+    /// What the features of the encoder in a folder will be, read without loading it.
+    pub fn spec(&self, model: &Path) -> Result<FeatureSpec, FeedError> {
+        feed::spec(&self.text(), &identity(model, self.max_tokens)?)
     }
 }
 
@@ -100,10 +100,11 @@ impl EmbedJob {
     /// Opens the data set and loads the encoder. Blocks, in a tokio runtime.
     pub fn open(data: &str, settings: &EmbedSettings, choice: Choice) -> Result<Self, JobError> {
         let device = device::set_up(choice, settings.threads)?;
-        let model = models::locate("--text", &settings.text).map_err(FeedError::from)?;
-        let spec = settings.spec()?;
+        // Another machine may have the model.
+        let model = models::locate("--text", &settings.text).map_err(JobError::passing)?;
         let EmbedSettings { max_tokens, padding, layers, dtype, .. } = *settings;
-        let encoder = TextEncoder::load(&TextOptions { model, max_tokens, padding, layers, dtype }, device).map_err(FeedError::from)?;
+        let spec = feed::spec(&settings.text(), &identity(&model, max_tokens).map_err(JobError::passing)?)?;
+        let encoder = TextEncoder::load(&TextOptions { model, max_tokens, padding, layers, dtype }, device).map_err(JobError::passing)?;
         let runtime = Handle::current();
         let data = runtime.block_on(DataSet::open(data))?;
         let own = || data.manifest().captions.iter().map(|column| column.name.clone()).collect();

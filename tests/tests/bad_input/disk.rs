@@ -1,6 +1,6 @@
 //! Disks that are full or read-only: small ones in memory, mounted where only the commands under test see them.
 
-use super::{FAILED, refused, shared};
+use super::{FAILED, PERMANENT, refused, shared};
 use anyhow::Result;
 use ella_tests::{binary, lead, wait};
 use std::fmt::Write as _;
@@ -141,6 +141,6 @@ fn a_read_only_disk_is_a_refusal() -> Result<()> {
     ];
     let Some(ran) = on_disk(&disk, "1m", &steps)? else { return Ok(()) };
     refused(ran[0].clone(), FAILED, &["read-only/run/", "refused", "Read-only file system", "permissions"]);
-    refused(ran[1].clone(), FAILED, &["read-only/data/", "refused", "Read-only file system", "permissions"]);
+    refused(ran[1].clone(), PERMANENT, &["read-only/data/", "refused", "Read-only file system", "permissions"]);
     Ok(())
 }

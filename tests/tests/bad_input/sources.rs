@@ -1,6 +1,6 @@
 //! `ella prepare`: broken tars, and single samples that are no good among many.
 
-use super::{FAILED, Shared, USAGE, ella_refused, files, shared};
+use super::{PERMANENT, Shared, USAGE, ella_refused, files, shared};
 use anyhow::{Context as _, Result};
 use ella_tests::{ella, exists};
 use std::io::Read as _;
@@ -60,7 +60,7 @@ fn a_broken_tar_is_named_and_goes_on_once_it_is_whole() -> Result<()> {
         std::fs::write(shared.world.path(name), bytes)?;
         let out = shared.path(&format!("from-{name}"));
         let command = ["prepare", &shared.path(name), "--out", &out, "--resolution", "64"];
-        ella_refused(&command, FAILED, &[name, rule])?;
+        ella_refused(&command, PERMANENT, &[name, rule])?;
         assert!(!exists(PathBuf::from(&out).join("manifest.json")), "{name}: a data set appeared");
     }
     std::fs::write(shared.world.path("cut.tar"), &whole)?;
@@ -73,7 +73,7 @@ fn sources_that_are_not_there_are_named() -> Result<()> {
     let shared = shared()?;
     std::fs::create_dir_all(shared.world.path("no-tars"))?;
     for name in ["nowhere.tar", "no-tars"] {
-        ella_refused(&["prepare", &shared.path(name), "--out", &shared.path("from-nothing")], FAILED, &[name, ".tar"])?;
+        ella_refused(&["prepare", &shared.path(name), "--out", &shared.path("from-nothing")], PERMANENT, &[name, ".tar"])?;
     }
     assert!(!exists(shared.world.path("from-nothing")), "a source that is not there left something behind");
     Ok(())
@@ -124,7 +124,7 @@ fn single_bad_samples_are_skipped_and_counted_by_reason() -> Result<()> {
 fn nothing_kept_is_no_data_set_and_says_why() -> Result<()> {
     let shared = shared()?;
     let command = ["prepare", &shared.path("scenes"), "--out", &shared.path("none-kept"), "--resolution", "64", "--min-edge", "65"];
-    ella_refused(&command, FAILED, &["no sample was kept of 48 read", "48 min_edge"])?;
+    ella_refused(&command, PERMANENT, &["no sample was kept of 48 read", "48 min_edge"])?;
     assert!(!exists(shared.world.path("none-kept/manifest.json")));
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(shared.world.path("none-kept/report.json"))?)?;
     assert_eq!(report["refused"]["min_edge"].as_array().map(Vec::len), Some(48));
@@ -138,8 +138,8 @@ fn a_destination_that_holds_something_else_is_left_alone() -> Result<()> {
     let before = files(&out)?;
     let at = out.display().to_string();
     let (all, one) = (shared.path("scenes"), shared.path("scenes/scenes-00000.tar"));
-    ella_refused(&["prepare", &all, "--out", &at, "--resolution", "32"], FAILED, &["other-data/plan.json", "min_edge", "32", "64"])?;
-    ella_refused(&["prepare", &one, "--out", &at, "--resolution", "64"], FAILED, &["other-data/plan.json", "sources", "2 entries"])?;
+    ella_refused(&["prepare", &all, "--out", &at, "--resolution", "32"], PERMANENT, &["other-data/plan.json", "min_edge", "32", "64"])?;
+    ella_refused(&["prepare", &one, "--out", &at, "--resolution", "64"], PERMANENT, &["other-data/plan.json", "sources", "2 entries"])?;
     assert!(files(&out)? == before, "the other data set was changed");
 
     let file = shared.path("a-file");

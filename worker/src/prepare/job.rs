@@ -27,7 +27,8 @@ pub struct PrepareJob {
 /// Makes the job of a config. It blocks, in a tokio runtime.
 pub fn make(config: &JobConfig, device: Device) -> Result<Box<dyn Job>, JobError> {
     let settings = config.settings(&PrepareSettings::full()).map_err(JobError::permanent)?;
-    let preparation = Handle::current().block_on(settings.preparation(&config.job.data, device));
+    let models = settings.load(device)?;
+    let preparation = Handle::current().block_on(settings.preparation(&config.job.data, models));
     let out = Store::open(&config.job.data).map_err(DataError::from)?;
     Ok(Box::new(PrepareJob { preparation: preparation?, out, config: config.to_toml() }))
 }

@@ -222,6 +222,20 @@ impl Default for PrepareSettings {
     }
 }
 
+/// The models of a prepare job.
+#[derive(Clone, Default)]
+pub struct PrepareModels {
+    tokens: Option<Arc<dyn TokenCounter>>,
+    latents: Option<Arc<dyn LatentEncoder>>,
+}
+
+impl std::fmt::Debug for PrepareModels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (tokens, latents) = (self.tokens.is_some(), self.latents.is_some());
+        f.debug_struct("PrepareModels").field("tokens", &tokens).field("latents", &latents).finish()
+    }
+}
+
 impl PrepareSettings {
     /// Settings in which every key is there: they say which keys exist.
     pub fn full() -> Self {
@@ -259,22 +273,29 @@ impl PrepareSettings {
         Ok(self.settings()?.check()?)
     }
 
-    /// Finds the sources, loads what was named, and makes the preparation into `data`. Must run in a tokio runtime; loads models on the
-    /// calling thread.
+    /// Loads the models that were named. Blocks; not to be called in an async task, for it may download.
     ///
     /// # Errors
-    /// If what was given does not go together, or a source, list or model can't be used.
-    pub async fn preparation(&self, data: &str, choice: Choice) -> Result<Preparation, PrepareError> {
+    /// If what was given does not go together, or a model can't be used.
+    pub fn load(&self, choice: Choice) -> Result<PrepareModels, PrepareError> {
         self.check()?;
+        Ok(PrepareModels { tokens: self.tokens()?, latents: self.latents(&self.settings()?, choice)? })
+    }
+
+    /// Finds the sources, and makes the preparation into `data`. Must run in a tokio runtime.
+    ///
+    /// # Errors
+    /// If what was given does not go together, or a source or list can't be used.
+    pub async fn preparation(&self, data: &str, models: PrepareModels) -> Result<Preparation, PrepareError> {
+        let PrepareModels { tokens, latents } = models;
         let mut settings = self.settings()?;
-        let (tokens, allow, deny) = (self.tokens()?, key_list(self.allow.as_deref()).await?, key_list(self.deny.as_deref()).await?);
+        let (allow, deny) = (key_list(self.allow.as_deref()).await?, key_list(self.deny.as_deref()).await?);
         settings.filters.allow = allow.as_ref().and_then(|list| list.digest());
         settings.filters.deny = deny.as_ref().and_then(|list| list.digest());
         settings.filters.caption_tokens =
             tokens.as_ref().map(|counter| TokenRule { tokenizer: counter.digest(), min: self.min_caption_tokens.unwrap_or(0), max: self.max_caption_tokens });
         settings.check()?;
         let sources = self.find_sources().await?;
-        let latents = self.latents(&settings, choice)?;
         let options = PrepareOptions { threads: self.threads, latents, tokens, allow, deny };
         Ok(Preparation::new(sources, settings, options, Store::open(data).map_err(DataError::from)?)?)
     }
