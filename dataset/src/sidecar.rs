@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
 use crate::manifest::{MANIFEST, Manifest, SCHEMA, ShardEntry, at, join, parse, pretty, read, validate_shards};
-use crate::plan::{create_file, restore_file, same};
+use crate::plan::{create, create_file, restore_file, same};
 use crate::stray::remove_stray;
 use crate::tree::TREES;
 
@@ -176,7 +176,7 @@ impl<K: Kind> Sidecar<K> {
         let file = create_file(&self.folder, entry, file, move |there| spec.stands(there, rows)).await?;
         let record = FileRecord { schema: SCHEMA, file, counts };
         let key = format!("{stem}.json");
-        if self.folder.create(&key, pretty(&record)).await? == Created::Yes {
+        if create(&self.folder, &key, pretty(&record)).await? == Created::Yes {
             return Ok(record);
         }
         let there = self.record(stem).await?.unwrap_or_else(|| record.clone());
@@ -219,7 +219,7 @@ impl<K: Kind> Sidecar<K> {
         let manifest = SidecarManifest { schema: SCHEMA, data: self.digest, spec: self.spec.clone(), shards, extra, counts };
         self.validate(&at(&self.folder, MANIFEST), &manifest)?;
         // Whoever was first wrote the same: it is made from the same records.
-        self.folder.create(MANIFEST, pretty(&manifest)).await?;
+        create(&self.folder, MANIFEST, pretty(&manifest)).await?;
         remove_stray(&self.folder, &["", TREES])?;
         Ok(manifest)
     }

@@ -135,7 +135,8 @@ async fn open_shards_never_hold_more_than_one_may() {
 async fn the_nearest_aspect_ratio_decides() {
     let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let sizes = [(100, 100), (200, 100), (90, 180), (128, 96)];
-    let members: Vec<_> = sizes.iter().map(|(width, height)| (format!("{width}x{height}"), jpeg_of(&rgb(*width, *height, *width), 90))).collect();
+    let members: Vec<_> =
+        sizes.iter().map(|(width, height)| (format!("{width}x{height}"), jpeg_of(&rgb(*width, *height, *width), 90))).collect();
     let names: Vec<_> = members.iter().map(|(key, _)| (format!("{key}.jpg"), format!("{key}.txt"))).collect();
     let members = names.iter().zip(&members).flat_map(|((jpg, txt), (_, image))| [(jpg.as_str(), image.as_slice()), (txt, &b"a"[..])]);
     let sources = sources(dir.path(), &[("s.tar", &tar_of(&members.collect::<Vec<_>>()))]).await;

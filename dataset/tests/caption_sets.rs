@@ -5,7 +5,8 @@ mod common;
 
 use common::{good_tar, small, sources, store, threads};
 use ella_dataset::{
-    CaptionSet, CaptionSpec, Counts, DataError, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Padding, captions_in, prepare,
+    CaptionSet, CaptionSpec, Counts, DataError, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Padding, captions_in,
+    prepare,
 };
 use ella_store::Digest;
 use serde_json::json;

@@ -6,8 +6,8 @@ mod common;
 use std::path::Path;
 
 use common::{
-    files, good_tar, jpeg, jpeg_of, keys_and_captions, leftovers, photo, prepare_in_order, prepared_rows, refused, small, sources, store, tar_of,
-    threads,
+    files, good_tar, jpeg, jpeg_of, keys_and_captions, leftovers, photo, prepare_in_order, prepared_rows, refused, small, sources, store,
+    tar_of, threads,
 };
 use ella_dataset::{Duplicates, Encoding, Settings, Source, prepare};
 use tempfile::TempDir;
@@ -15,7 +15,8 @@ use tempfile::TempDir;
 /// A tar of these pictures, with keys from their names.
 fn tar(pictures: &[(&str, Vec<u8>)]) -> Vec<u8> {
     let texts: Vec<_> = pictures.iter().map(|(key, _)| (format!("{key}.jpg"), format!("{key}.txt"), format!("picture {key}"))).collect();
-    let members = texts.iter().zip(pictures).flat_map(|((jpg, txt, text), (_, bytes))| [(jpg.as_str(), bytes.as_slice()), (txt, text.as_bytes())]);
+    let members =
+        texts.iter().zip(pictures).flat_map(|((jpg, txt, text), (_, bytes))| [(jpg.as_str(), bytes.as_slice()), (txt, text.as_bytes())]);
     tar_of(&members.collect::<Vec<_>>())
 }
 
@@ -126,7 +127,8 @@ async fn a_key_that_is_twice_in_a_list_is_refused_wherever_its_parts_are_cut() {
 #[tokio::test]
 async fn what_repeats_a_sample_that_was_left_out_is_not_left_out_for_it() {
     let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
-    let mut lines: Vec<_> = (0..2002).map(|row| format!("{{\"file_name\": \"{row}.png\", \"key\": \"k{row}\", \"text\": \"t\"}}")).collect();
+    let mut lines: Vec<_> =
+        (0..2002).map(|row| format!("{{\"file_name\": \"{row}.png\", \"key\": \"k{row}\", \"text\": \"t\"}}")).collect();
     for picture in [0, 1, 2000, 2001] {
         std::fs::write(dir.path().join(format!("{picture}.png")), common::png(8, 8, picture % 2000 + picture / 2000 * 50)).unwrap();
     }

@@ -61,7 +61,8 @@ async fn a_store_that_refuses_is_an_error_and_the_next_run_goes_on() {
     let (dir, calm, out) = (TempDir::new().unwrap(), TempDir::new().unwrap(), TempDir::new().unwrap());
     let sources = tars(&dir).await;
     prepare(&sources, &store(&calm), &small(), &threads(1)).await.unwrap();
-    let places = [(Operation::Create, "shards"), (Operation::Create, "units"), (Operation::Create, "duplicates"), (Operation::Create, "manifest")];
+    let places =
+        [(Operation::Create, "shards"), (Operation::Create, "units"), (Operation::Create, "duplicates"), (Operation::Create, "manifest")];
     for (operation, key) in places {
         for failure in [Failure::Full, Failure::Denied] {
             let faults = Faults::new();

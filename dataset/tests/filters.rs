@@ -6,7 +6,9 @@ mod common;
 use std::sync::Arc;
 
 use common::{good_tar, jpeg, keys_and_captions, png, refused, small, sources, store, tar_of_samples, threads};
-use ella_dataset::{DataError, Duplicates, Filters, KeyList, Preparation, PrepareOptions, Report, Settings, TokenCounter, TokenRule, prepare};
+use ella_dataset::{
+    DataError, Duplicates, Filters, KeyList, Preparation, PrepareOptions, Report, Settings, TokenCounter, TokenRule, prepare,
+};
 use ella_store::Digest;
 use tempfile::TempDir;
 
@@ -134,7 +136,15 @@ async fn captions_are_bounded_in_tokens() {
 
 #[tokio::test]
 async fn pictures_are_bounded_in_aspect_and_area() {
-    let sizes = [("good", 64, 40), ("wide", 101, 50), ("tall", 50, 101), ("edge", 100, 50), ("small", 44, 44), ("large", 180, 170), ("thin", 100, 31)];
+    let sizes = [
+        ("good", 64, 40),
+        ("wide", 101, 50),
+        ("tall", 50, 101),
+        ("edge", 100, 50),
+        ("small", 44, 44),
+        ("large", 180, 170),
+        ("thin", 100, 31),
+    ];
     let pictures: Vec<_> = sizes.iter().map(|(_, width, height)| png(*width, *height, 1)).collect();
     let samples: Vec<(&str, &[u8], &[(&str, &str)])> =
         sizes.iter().zip(&pictures).map(|((key, ..), picture)| (*key, picture.as_slice(), &[("txt", "a")][..])).collect();

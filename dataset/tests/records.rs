@@ -121,7 +121,9 @@ fn equal_rows_make_equal_bytes() {
     let layout = ShardLayout { pictures: true, images: true, moments: Some(2), ..ShardLayout::default() };
     let file = || {
         let mut writer = ShardWriter::new(layout.clone()).unwrap();
-        writer.push(Row { key: "a".into(), captions: vec![String::new()], image: vec![1, 2], moments: vec![f16::ONE; 2], ..Row::default() }).unwrap();
+        writer
+            .push(Row { key: "a".into(), captions: vec![String::new()], image: vec![1, 2], moments: vec![f16::ONE; 2], ..Row::default() })
+            .unwrap();
         writer.finish().unwrap()
     };
     assert_eq!(file(), file());
@@ -351,7 +353,10 @@ async fn wrong_features_are_refused() {
     writer.push(&[0; 12], 1).unwrap();
     let (rows, file) = (writer.rows(), writer.finish().unwrap());
     let set = data.begin_features(&spec, "caption").await.unwrap();
-    assert!(matches!(set.write(0, rows, file.clone(), Counts::new()).await, Err(DataError::Arrow { .. })), "a row count that is not the shard's");
+    assert!(
+        matches!(set.write(0, rows, file.clone(), Counts::new()).await, Err(DataError::Arrow { .. })),
+        "a row count that is not the shard's"
+    );
     let narrower = FeatureSpec { width: 2, ..spec.clone() };
     assert!(matches!(FeatureReader::open("f", file.clone(), &narrower), Err(DataError::Arrow { .. })));
     let half = FeatureSpec { dtype: FeatureDtype::F16, ..spec.clone() };

@@ -8,15 +8,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{files, good_tar, small, sources, store, threads};
 use ella_dataset::{
-    CaptionSet, CaptionSpec, Counts, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Inventory, Padding, Settings, Source,
-    Verified, prepare,
+    CaptionSet, CaptionSpec, Counts, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Inventory, Padding, Settings,
+    Source, Verified, prepare,
 };
 use ella_store::{Digest, Store};
 use tempfile::TempDir;
 
 fn spec() -> FeatureSpec {
     let (weights_digest, tokenizer_digest) = (Digest::of(b"weights"), Digest::of(b"tokenizer"));
-    FeatureSpec { weights_digest, tokenizer_digest, max_tokens: 2, padding: Padding::Fixed, layers: FeatureLayers::Last, dtype: FeatureDtype::F32, width: 3 }
+    FeatureSpec {
+        weights_digest,
+        tokenizer_digest,
+        max_tokens: 2,
+        padding: Padding::Fixed,
+        layers: FeatureLayers::Last,
+        dtype: FeatureDtype::F32,
+        width: 3,
+    }
 }
 
 fn features(rows: u64) -> bytes::Bytes {
@@ -79,7 +87,13 @@ async fn every_damaged_file_is_named_with_what_is_wrong() {
     }
     type Change = fn(&Path, &[u8]);
     let changes: [(Change, &str); 4] = [
-        (|path, bytes| std::fs::write(path, [&bytes[..bytes.len() / 2], &[bytes[bytes.len() / 2] ^ 1], &bytes[bytes.len() / 2 + 1..]].concat()).unwrap(), "digest is wrong"),
+        (
+            |path, bytes| {
+                std::fs::write(path, [&bytes[..bytes.len() / 2], &[bytes[bytes.len() / 2] ^ 1], &bytes[bytes.len() / 2 + 1..]].concat())
+                    .unwrap()
+            },
+            "digest is wrong",
+        ),
         (|path, bytes| std::fs::write(path, &bytes[..bytes.len() - 9]).unwrap(), "bytes (expected"),
         (|path, _| std::fs::write(path, b"").unwrap(), "it has 0 bytes (expected"),
         (|path, _| std::fs::remove_file(path).unwrap(), "it is missing"),

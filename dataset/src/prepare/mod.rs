@@ -19,7 +19,7 @@ use tokio::sync::OnceCell;
 
 use crate::error::DataError;
 use crate::manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, at, parse, pretty, read};
-use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, same, write_report};
+use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, create, publish, same, unit_key, write_report};
 use crate::report::{Refusal, Report};
 use crate::settings::Settings;
 use crate::source::{Piece, Source};
@@ -114,8 +114,6 @@ pub struct Preparation {
     options: PrepareOptions,
     out: Store,
     plan: OnceCell<Plan>,
-    /// The records that there were when planning began.
-    unit_names: OnceCell<Vec<Meta>>,
     left_out: OnceCell<LeftOuts>,
 }
 
@@ -135,8 +133,7 @@ impl Preparation {
             let found = format!("expected {expected:?}, found {found:?}");
             return Err(DataError::Setting { field, rule: "what the data set was planned with", found });
         }
-        let (plan, unit_names, left_out) = (OnceCell::new(), OnceCell::new(), OnceCell::new());
-        Ok(Preparation { sources, settings, options, out, plan, unit_names, left_out })
+        Ok(Preparation { sources, settings, options, out, plan: OnceCell::new(), left_out: OnceCell::new() })
     }
 
     /// Looks into the sources, makes the destination this data set's own, and finds what is left to do.
@@ -145,20 +142,23 @@ impl Preparation {
         let plan = Plan::new(&self.settings, latents, &self.sources).await?;
         plan.claim(&self.out).await?;
         let plan = self.plan.get_or_init(|| async { plan }).await;
-        let there = self.out.list(SHARDS).await?;
-        let whole =
-            |shard: &ShardEntry| there.binary_search_by(|meta| meta.key.cmp(&shard.name)).is_ok_and(|at| there[at].bytes == shard.bytes);
+        let (shards, records) = (self.out.list(SHARDS).await?, &self.out.list(UNITS).await?);
+        let whole = |shard: &ShardEntry| listed(&shards, &shard.name).is_some_and(|meta| meta.bytes == shard.bytes);
         let left_out = self.read_left_out().await?.unwrap_or_default();
         // Once a data set is whole, first attempts at parts with duplicates are not needed, and gone.
         let finished = read(&self.out, MANIFEST).await?.is_some();
         let parts = &plan.parts().collect::<Vec<_>>();
-        let looks = stream::iter(0..parts.len()).map(|index| async move { Ok((index, self.record(index, &parts[index], &[]).await?)) });
+        let looks = stream::iter(0..parts.len()).map(|index| async move {
+            let unit = self.unit(plan, index, &parts[index], &[])?;
+            let record = if listed(records, &unit_key(&unit)).is_some() { UnitRecord::load(&unit, &self.out).await? } else { None };
+            Ok((index, record))
+        });
         let mut looks = looks.buffered(READ_AT_ONCE);
         let mut todo = ToDo::default();
         while let Some((index, first)) = looks.try_next().await.map_err(|e: DataError| e)? {
             let part = &parts[index];
             let Some(first) = first else {
-                self.refuse_changed(index, part).await?;
+                self.refuse_changed(index, part, records).await?;
                 todo.parts.push(index);
                 continue;
             };
@@ -216,7 +216,7 @@ impl Preparation {
             finder.add(index as u32, parts[index].source, &record).map_err(|shared| shared_key(plan, shared))?;
         }
         let found = LeftOuts { schema: SCHEMA, parts: self.name_repeats(plan, &finder.repeats).await? };
-        if self.out.create(DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
+        if create(&self.out, DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
             let there: LeftOuts = parse(&at(&self.out, DUPLICATES), &self.out.get(DUPLICATES).await?)?;
             same(&found, &there, at(&self.out, DUPLICATES))?;
         }
@@ -274,7 +274,7 @@ impl Preparation {
         }
         let left_out: HashMap<_, _> = left_out.iter().map(|left| (left.key.clone(), left.why.clone())).collect();
         let judge = Judge::new(&plan.settings, self.prefix(source), &self.options, left_out);
-        let unit = plan.unit(index, &part, source.bytes(), &keys);
+        let unit = self.unit(plan, index, &part, &keys)?;
         let work = part::Work { plan, unit, source, piece: piece_of(source, &part), judge, there };
         part::run(work, &self.out, &self.options, watch).await
     }
@@ -315,7 +315,12 @@ impl Preparation {
 
     async fn record(&self, index: usize, part: &Part<'_>, left_out: &[String]) -> Result<Option<UnitRecord>, DataError> {
         let plan = self.planned().await?;
-        UnitRecord::load(&plan.unit(index, part, self.source(part)?.bytes(), left_out), &self.out).await
+        UnitRecord::load(&self.unit(plan, index, part, left_out)?, &self.out).await
+    }
+
+    /// The name of a part's files, if these keys are left out of it.
+    fn unit(&self, plan: &Plan, index: usize, part: &Part<'_>, left_out: &[String]) -> Result<String, DataError> {
+        Ok(plan.unit(index, part, self.source(part)?.bytes(), left_out))
     }
 
     /// The record of a part that must be done.
@@ -326,10 +331,9 @@ impl Preparation {
     }
 
     /// A part that was prepared from a source of another size is another part, and its name tells.
-    async fn refuse_changed(&self, index: usize, part: &Part<'_>) -> Result<(), DataError> {
+    async fn refuse_changed(&self, index: usize, part: &Part<'_>, records: &[Meta]) -> Result<(), DataError> {
         let source = self.source(part)?;
         let own = format!("{UNITS}/{index:05}-");
-        let records = self.unit_names.get_or_try_init(|| self.out.list(UNITS)).await?;
         let after = records.partition_point(|meta| meta.key < own);
         let Some(other) = records.get(after).filter(|meta| meta.key.starts_with(&own)) else { return Ok(()) };
         let other = other.key.trim_start_matches(UNITS).trim_matches('/').trim_end_matches(".json");
@@ -352,7 +356,8 @@ impl Preparation {
     /// The keys of repeats, by part.
     async fn name_repeats(&self, plan: &Plan, repeats: &[Repeat]) -> Result<BTreeMap<usize, Vec<LeftOut>>, DataError> {
         let parts: Vec<_> = plan.parts().collect();
-        let involved: BTreeSet<u32> = repeats.iter().flat_map(|repeat| [Some(repeat.at.0), repeat.of.place().map(|of| of.0)]).flatten().collect();
+        let involved: BTreeSet<u32> =
+            repeats.iter().flat_map(|repeat| [Some(repeat.at.0), repeat.of.place().map(|of| of.0)]).flatten().collect();
         let mut keys = HashMap::new();
         for part in involved {
             keys.insert(part, self.done(part as usize, &parts[part as usize], &[]).await?.keys);
@@ -375,6 +380,11 @@ impl LeftOuts {
     fn keys(&self, part: usize) -> Vec<String> {
         self.parts.get(&part).into_iter().flatten().map(|left| left.key.clone()).collect()
     }
+}
+
+/// An object of a sorted list.
+fn listed<'a>(list: &'a [Meta], key: &str) -> Option<&'a Meta> {
+    list.binary_search_by(|meta| meta.key.as_str().cmp(key)).ok().map(|at| &list[at])
 }
 
 fn shared_key(plan: &Plan, SharedKey { key, first, second }: SharedKey) -> DataError {

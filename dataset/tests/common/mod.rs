@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use ella_dataset::{
-    Crop, DataError, DataSet, Encoding, Picture, PictureRules, Piece, Preparation, PrepareOptions, Refusal, Report, Sample, Scratch, Settings,
-    Source, cut, encode,
+    Crop, DataError, DataSet, Encoding, Picture, PictureRules, Piece, Preparation, PrepareOptions, Refusal, Report, Sample, Scratch,
+    Settings, Source, cut, encode,
 };
 use ella_store::{Digest, Store};
 use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageFormat, RgbImage, RgbaImage};
