@@ -11,8 +11,8 @@ use ella_proto::config::ConfigError;
 use ella_store::{LogError, StoreError};
 use ella_worker::device::NoDevice;
 use ella_worker::feed::FeedError;
-use ella_worker::prepare::PrepareError;
 pub(crate) use ella_worker::meter::{Meter, note};
+use ella_worker::prepare::PrepareError;
 use serde::Serialize;
 
 /// Done.

@@ -41,7 +41,8 @@ impl Verify {
         let (mut repaired, mut to_do) = (Vec::new(), Vec::new());
         if self.repair && !verified.damaged.is_empty() {
             runtime.block_on(inventory.delete(&verified.damaged))?;
-            let names = |shards: bool| verified.damaged.iter().map(|d| d.file.clone()).filter(move |file| file.starts_with("shards/") == shards);
+            let names =
+                |shards: bool| verified.damaged.iter().map(|d| d.file.clone()).filter(move |file| file.starts_with("shards/") == shards);
             to_do.extend(names(false));
             if names(true).next().is_some() {
                 prepare::again(&self.data, &self.sources)?;
@@ -78,7 +79,9 @@ fn text(found: &Found, repair: bool) -> String {
     }
     match (verified.damaged.len(), repaired.len()) {
         (0, _) => return text + "\nevery byte is as it was written",
-        (damaged, 0) if !repair => return text + &format!("\n{} damaged; --repair makes shards anew from their sources", count(damaged, "file")),
+        (damaged, 0) if !repair => {
+            return text + &format!("\n{} damaged; --repair makes shards anew from their sources", count(damaged, "file"));
+        }
         (damaged, made) => text += &format!("\n{} damaged, {made} made anew", count(damaged, "file")),
     }
     if !to_do.is_empty() {

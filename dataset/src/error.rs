@@ -23,6 +23,15 @@ pub enum DataError {
         source: std::io::Error,
     },
 
+    /// A temporary file could not be written or read.
+    #[error("{}: a temporary file cannot be used ({source}); free some room there, or point TMPDIR at a disk that has it", folder.display())]
+    Temporary {
+        /// The folder for temporary files.
+        folder: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+
     /// A source was named that is not there.
     #[error("{source_name}: no source is there (expected a .tar, .parquet, .jsonl or .csv file, or a folder with such); check the path")]
     SourceMissing {

@@ -1,6 +1,8 @@
 //! Arrow IPC files in memory or mapped: batches out of bytes without copying, columns by name.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -26,10 +28,31 @@ const TRAILER: usize = 10;
 /// Parts of a file that lie no further apart are checked as one: Arrow pads its buffers.
 const JOINED: usize = 64;
 
-/// An Arrow IPC file growing in memory.
+/// An Arrow IPC file that grows, in memory or on this machine's disk.
 pub(crate) struct Writer {
-    file: FileWriter<Vec<u8>>,
+    file: FileWriter<Sink>,
     schema: SchemaRef,
+}
+
+enum Sink {
+    Memory(Vec<u8>),
+    Disk(BufWriter<File>),
+}
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Sink::Memory(memory) => memory.write(bytes),
+            Sink::Disk(file) => file.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Sink::Memory(memory) => memory.flush(),
+            Sink::Disk(file) => file.flush(),
+        }
+    }
 }
 
 impl fmt::Debug for Writer {
@@ -40,8 +63,14 @@ impl fmt::Debug for Writer {
 
 impl Writer {
     pub(crate) fn new(schema: SchemaRef) -> Result<Writer, DataError> {
-        let file = FileWriter::try_new(Vec::new(), &schema).map_err(unwritable)?;
+        let file = FileWriter::try_new(Sink::Memory(Vec::new()), &schema).map_err(unwritable)?;
         Ok(Writer { file, schema })
+    }
+
+    /// One that grows in a file without a name, which is gone when its bytes are let go of.
+    pub(crate) fn on_disk(schema: SchemaRef) -> Result<Writer, DataError> {
+        let sink = Sink::Disk(BufWriter::new(nameless()?));
+        Ok(Writer { file: FileWriter::try_new(sink, &schema).map_err(unwritable)?, schema })
     }
 
     /// Appends a batch, its columns in the schema's order.
@@ -52,8 +81,31 @@ impl Writer {
 
     pub(crate) fn finish(mut self) -> Result<Bytes, DataError> {
         self.file.finish().map_err(unwritable)?;
-        Ok(self.file.into_inner().map_err(unwritable)?.into())
+        match self.file.into_inner().map_err(unwritable)? {
+            Sink::Memory(memory) => Ok(memory.into()),
+            Sink::Disk(file) => mapped(file),
+        }
     }
+}
+
+/// A file in the system's folder for temporary files that nobody else can see.
+pub(crate) fn nameless() -> Result<File, DataError> {
+    tempfile::tempfile().map_err(unspoolable)
+}
+
+/// The bytes of a nameless file.
+pub(crate) fn mapped(file: BufWriter<File>) -> Result<Bytes, DataError> {
+    let file = file.into_inner().map_err(|error| unspoolable(error.into_error()))?;
+    if file.metadata().map_err(unspoolable)?.len() == 0 {
+        return Ok(Bytes::new());
+    }
+    // SAFETY: the file has no name and this is its only handle: nobody can change it.
+    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(unspoolable)?;
+    Ok(Bytes::from_owner(map))
+}
+
+pub(crate) fn unspoolable(source: io::Error) -> DataError {
+    DataError::Temporary { folder: std::env::temp_dir(), source }
 }
 
 pub(crate) fn unwritable(error: ArrowError) -> DataError {

@@ -38,7 +38,7 @@ pub use caption::{Captions, captions_from_txt, prepare_captions};
 pub use caption_set::{CaptionManifest, CaptionSet, CaptionSpec, captions_in};
 pub use caption_stats::{CaptionCounter, CaptionStats, Lengths, Speech, Tokens, caption_stats, is_whole, sentences};
 pub use error::DataError;
-pub use feature_file::{FeatureReader, FeatureWriter};
+pub use feature_file::{FeatureReader, FeatureSpool, FeatureWriter};
 pub use features::{FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, Padding, features_in};
 pub use files::{CacheLimits, Opened};
 pub use manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, SourceEntry};

@@ -1,6 +1,6 @@
 //! `manifest.json`: what a prepared data set is, down to every byte.
 
-use std::collections::BTreeSet;
+use std::collections::HashSet;
 use std::ops::Range;
 
 use bytes::Bytes;
@@ -194,7 +194,7 @@ impl Manifest {
 
 /// The rules for a list of files: safe, unique names; rows.
 pub(crate) fn validate_shards(shards: &[ShardEntry]) -> Result<(), String> {
-    let mut names = BTreeSet::new();
+    let mut names = HashSet::with_capacity(shards.len());
     for (i, shard) in shards.iter().enumerate() {
         let name = &shard.name;
         let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b));

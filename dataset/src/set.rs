@@ -99,9 +99,7 @@ impl DataSet {
     }
 
     async fn reader(&self, index: usize) -> Result<Arc<ShardReader>, DataError> {
-        let file = self.file(index)?;
-        let layout = self.manifest.layout(file.entry);
-        self.files.open(file, move |content| ShardReader::of(content, layout)).await
+        self.files.open(self.file(index)?, self.parse(index)).await
     }
 
     pub(crate) fn file(&self, index: usize) -> Result<FileAt<'_>, DataError> {
@@ -109,9 +107,12 @@ impl DataSet {
     }
 
     pub(crate) async fn open_ahead(&self, index: usize, keep: &HashSet<Digest>) -> Result<bool, DataError> {
-        let file = self.file(index)?;
-        let layout = self.manifest.layout(file.entry);
-        self.files.open_ahead(file, keep, move |content| ShardReader::of(content, layout)).await
+        self.files.open_ahead(self.file(index)?, keep, self.parse(index)).await
+    }
+
+    fn parse(&self, index: usize) -> impl FnOnce(Content) -> Result<ShardReader, DataError> + Send + 'static {
+        let manifest = Arc::clone(&self.manifest);
+        move |content| ShardReader::of(content, manifest.layout(&manifest.shards[index]))
     }
 
     /// An added column of captions, whole.

@@ -129,7 +129,8 @@ fn features_are_shared_out_among_workers_and_come_out_the_same() -> Result<()> {
     ella(&embed(&[]))?;
     let alone: Files = tree(&world.path("data/features"))?.into_iter().collect();
     // The world's own features, of other settings, are gone with the folder.
-    let made = |files: Files, of: &Files| -> Files { files.into_iter().filter(|(name, _)| of.iter().any(|(own, _)| own == name)).collect() };
+    let made =
+        |files: Files, of: &Files| -> Files { files.into_iter().filter(|(name, _)| of.iter().any(|(own, _)| own == name)).collect() };
     ensure!(!alone.is_empty() && made(features, &alone) == alone, "the features depend on who made them");
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
-use ella_dataset::{Counts, DataError, DataSet, FeatureSet, FeatureSpec, FeatureWriter};
+use ella_dataset::{Counts, DataError, DataSet, FeatureSet, FeatureSpec, FeatureSpool, FeatureWriter};
 use ella_proto::config::{Device as Choice, Dtype, Features, JobConfig, Layers, Padding, Text};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
@@ -164,24 +164,19 @@ impl EmbedJob {
         let lengths = if texts.is_empty() { Vec::new() } else { encoder.lengths(&texts)? };
         let mut by_length: Vec<(usize, usize)> = lengths.into_iter().zip(there).collect();
         by_length.sort_unstable();
-        let mut stored: Vec<(Vec<u8>, u32)> = vec![(Vec::new(), 0); captions.len()];
+        let mut spool = FeatureSpool::new(&self.spec, captions.len())?;
         let mut counts = Counts::from([("embedded".to_owned(), 0), ("absent".to_owned(), (captions.len() - by_length.len()) as u64)]);
         for group in by_length.chunks(self.batch.max(1)) {
             if tell.stopped() {
                 return Err(FeedError::Died);
             }
             let texts: Vec<&str> = group.iter().map(|(_, row)| captions[*row].as_str()).collect();
-            for ((_, row), encoded) in group.iter().zip(encode(&encoder, &self.spec, &texts, &mut counts)?) {
-                stored[*row] = encoded;
+            for ((_, row), (features, tokens)) in group.iter().zip(encode(&encoder, &self.spec, &texts, &mut counts)?) {
+                spool.put(*row, &features, tokens)?;
             }
             tell.samples(group.len() as u64);
         }
-        let mut writer = FeatureWriter::new(&self.spec)?;
-        // Each row is let go as it is written: a shard's features are large.
-        for (bytes, tokens) in stored {
-            writer.push(&bytes, tokens)?;
-        }
-        Ok((writer.finish()?, counts))
+        Ok((spool.finish()?, counts))
     }
 }
 
@@ -190,9 +185,12 @@ fn encode(encoder: &TextEncoder, spec: &FeatureSpec, texts: &[&str], counts: &mu
     let rows = encoder.encode(texts)?;
     let kept: usize = rows.tokens.iter().sum();
     let computed = (rows.features.size()[0] * rows.features.size()[1]) as u64;
-    for (name, count) in
-        [("embedded", texts.len() as u64), ("truncated", rows.truncated as u64), ("tokens_kept", kept as u64), ("tokens_computed", computed)]
-    {
+    for (name, count) in [
+        ("embedded", texts.len() as u64),
+        ("truncated", rows.truncated as u64),
+        ("tokens_kept", kept as u64),
+        ("tokens_computed", computed),
+    ] {
         *counts.entry(name.to_owned()).or_default() += count;
     }
     let features = rows.features.f_to_kind(stored_kind(spec.dtype))?.f_to_device(Device::Cpu)?;

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use ella_dataset::{CaptionManifest, CaptionSet, DataSet, Encoding, FeatureManifest, FeatureSet, MANIFEST, REPORT, Report, captions_in, features_in};
+use ella_dataset::{
+    CaptionManifest, CaptionSet, DataSet, Encoding, FeatureManifest, FeatureSet, MANIFEST, REPORT, Report, captions_in, features_in,
+};
 use ella_store::Store;
 use serde::Serialize;
 
@@ -76,7 +78,10 @@ impl DataFacts {
             sources: manifest.sources.len(),
             sizes,
             images,
-            latents: manifest.latents.as_ref().map(|latents| format!("{} channels, {}", latents.channels, short(&latents.model.to_string()))),
+            latents: manifest
+                .latents
+                .as_ref()
+                .map(|latents| format!("{} channels, {}", latents.channels, short(&latents.model.to_string()))),
             captions: captions(set).await?,
             features: features(set).await?,
             read: report.as_ref().map(|report| report.read),
@@ -88,7 +93,13 @@ impl DataFacts {
     pub(super) fn text(&self) -> String {
         let mut lines = vec![
             format!("{}: a prepared data set, {}", self.data, short(&self.digest)),
-            format!("{} in {}, {}, from {}", count(self.samples as usize, "sample"), count(self.shards, "shard"), bytes(self.bytes), count(self.sources, "source")),
+            format!(
+                "{} in {}, {}, from {}",
+                count(self.samples as usize, "sample"),
+                count(self.shards, "shard"),
+                bytes(self.bytes),
+                count(self.sources, "source")
+            ),
         ];
         let sizes: Vec<String> = self.sizes.iter().map(|(size, samples)| format!("{size}: {samples}")).collect();
         let mut say = |name: &str, what: String| {
@@ -97,12 +108,22 @@ impl DataFacts {
             }
         };
         say("pictures", sizes.join(", "));
-        say("stored", self.images.clone().into_iter().chain(self.latents.iter().map(|l| format!("latents ({l})"))).collect::<Vec<_>>().join(", "));
+        say(
+            "stored",
+            self.images.clone().into_iter().chain(self.latents.iter().map(|l| format!("latents ({l})"))).collect::<Vec<_>>().join(", "),
+        );
         self.captions.iter().for_each(|column| say("captions", column.clone()));
         self.features.iter().for_each(|encoder| say("features", encoder.clone()));
         let refused: Vec<String> = self.refused.iter().map(|(why, count)| format!("{count} {why}")).collect();
         if let Some(read) = self.read {
-            say("refused", format!("{} of {read} read{}", self.refused.values().sum::<u64>(), if refused.is_empty() { String::new() } else { format!(": {}", refused.join(", ")) }));
+            say(
+                "refused",
+                format!(
+                    "{} of {read} read{}",
+                    self.refused.values().sum::<u64>(),
+                    if refused.is_empty() { String::new() } else { format!(": {}", refused.join(", ")) }
+                ),
+            );
         }
         lines.join("\n")
     }
@@ -144,7 +165,10 @@ async fn features(set: &DataSet) -> Result<Vec<String>, Fail> {
             };
             let (padding, dtype) = (format!("{:?}", spec.padding).to_lowercase(), format!("{:?}", spec.dtype).to_lowercase());
             let encoder = short(&spec.fingerprint().to_string()).to_owned();
-            found.push(format!("{encoder} of {column}: width {}, {} tokens, padding {padding}, {dtype}: {state}", spec.width, spec.max_tokens));
+            found.push(format!(
+                "{encoder} of {column}: width {}, {} tokens, padding {padding}, {dtype}: {state}",
+                spec.width, spec.max_tokens
+            ));
         }
     }
     Ok(found)
@@ -186,7 +210,8 @@ pub(super) async fn look(set: &DataSet) -> Result<Looked, Fail> {
         let spread = (0..each_shown.min(rows)).map(|i| i * rows / each_shown.min(rows));
         for row in spread.take(PICTURES.saturating_sub(looked.shown.len())) {
             let read = shard.row(row)?;
-            let captions = (0..manifest.captions.len()).map(|column| shard.caption(row, column).map(str::to_owned)).collect::<Result<_, _>>()?;
+            let captions =
+                (0..manifest.captions.len()).map(|column| shard.caption(row, column).map(str::to_owned)).collect::<Result<_, _>>()?;
             looked.shown.push(Shown {
                 key: read.key.to_owned(),
                 captions,

@@ -25,7 +25,11 @@ rect { fill: var(--blue); }
 pub(super) fn page(facts: &DataFacts, looked: &Looked) -> String {
     let title = facts.data.rsplit('/').next().unwrap_or(&facts.data);
     let mut body = format!("<h1>{}</h1>\n<pre class=\"scroll soft\">{}</pre>\n", escape(title), escape(facts.text()));
-    let _ = writeln!(body, "<h2>Lengths and sizes</h2>\n<p class=\"soft\">of {} rows, spread over the data set</p>\n<div class=\"hists\">", looked.rows);
+    let _ = writeln!(
+        body,
+        "<h2>Lengths and sizes</h2>\n<p class=\"soft\">of {} rows, spread over the data set</p>\n<div class=\"hists\">",
+        looked.rows
+    );
     for (name, values) in [
         ("words in a caption", &looked.words),
         ("width of the original, pixels", &looked.widths),
@@ -48,7 +52,8 @@ fn figure(shown: &Shown) -> String {
     };
     let by = |(width, height): (u32, u32)| format!("{width}×{height}");
     let sizes: Vec<String> = shown.original.map(by).into_iter().chain(shown.size.map(by)).collect();
-    let captions: String = shown.captions.iter().filter(|caption| !caption.is_empty()).map(|caption| format!("<p>{}</p>", escape(caption))).collect();
+    let captions: String =
+        shown.captions.iter().filter(|caption| !caption.is_empty()).map(|caption| format!("<p>{}</p>", escape(caption))).collect();
     format!("<figure>{picture}<figcaption><code>{key}</code> <small>{}</small>{captions}</figcaption></figure>\n", sizes.join(" → "))
 }
 
@@ -68,10 +73,17 @@ fn histogram(name: &str, values: &[f64]) -> String {
     }
     let most = bars.iter().max().copied().unwrap_or(1).max(1) as f64;
     let each = WIDTH / BARS as f64;
-    let mut svg = format!("<figure style=\"margin:0\"><svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\" aria-label=\"{name}\">\n", HEIGHT + 20.0);
+    let mut svg =
+        format!("<figure style=\"margin:0\"><svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\" aria-label=\"{name}\">\n", HEIGHT + 20.0);
     for (i, count) in bars.iter().enumerate() {
         let height = HEIGHT * *count as f64 / most;
-        let _ = writeln!(svg, "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{height:.1}\"/>", i as f64 * each, HEIGHT - height, each - 1.0);
+        let _ = writeln!(
+            svg,
+            "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{height:.1}\"/>",
+            i as f64 * each,
+            HEIGHT - height,
+            each - 1.0
+        );
     }
     let label = |value: f64| if value < 10.0 { format!("{value:.2}") } else { format!("{value:.0}") };
     let _ = write!(

@@ -119,7 +119,12 @@ pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
     };
     let (samples, batch) = (facts.samples as f64, facts.global_batch as f64);
     let epochs = facts.steps as f64 / facts.steps_per_epoch.max(1) as f64;
-    add("steps per epoch", facts.steps_per_epoch as f64, "", format!("{} samples in global batches of {}", facts.samples, facts.global_batch));
+    add(
+        "steps per epoch",
+        facts.steps_per_epoch as f64,
+        "",
+        format!("{} samples in global batches of {}", facts.samples, facts.global_batch),
+    );
     add("epochs", epochs, "epochs", format!("{} steps / {} per epoch", facts.steps, facts.steps_per_epoch));
 
     let caption = facts.positions * facts.text_width as f64 * facts.number as f64;
@@ -130,39 +135,69 @@ pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
     let features = add("features of the data set", captions * caption, "bytes", format!("{captions:.0} captions × the above"));
     add("shards", facts.shard_bytes as f64, "bytes", format!("{} shards, as prepared", facts.shards));
     let stored = facts.shard_bytes as f64 + if facts.features_cached { features } else { 0.0 };
-    let read = add("read in training", stored / columns * epochs, "bytes", format!("what is stored of one caption a sample × {epochs:.2} epochs"));
+    let read =
+        add("read in training", stored / columns * epochs, "bytes", format!("what is stored of one caption a sample × {epochs:.2} epochs"));
     let lanes_each = facts.lanes.div_ceil(facts.workers.max(1)) as f64;
     let shard = stored / facts.shards.max(1) as f64;
     let open = (lanes_each * (facts.window as f64 + 1.0)).min(facts.shards as f64);
-    add("cache of a worker", open * shard, "bytes", format!("{lanes_each:.0} lanes × (window {} + 1) shards × {}, at most all", facts.window, bytes(shard as u64)));
+    add(
+        "cache of a worker",
+        open * shard,
+        "bytes",
+        format!("{lanes_each:.0} lanes × (window {} + 1) shards × {}, at most all", facts.window, bytes(shard as u64)),
+    );
 
     let rate = assumed.peak * assumed.efficiency * 1e12;
     let hours = |flop: f64| flop / rate / 3600.0;
     let at = format!("{:.0} TFLOP/s × {:.2} of {}", assumed.peak, assumed.efficiency, assumed.gpu);
     let caption_flop = 2.0 * facts.text_parameters as f64 * positions;
     let embed_flop = captions * caption_flop;
-    let embed = add("embed", hours(embed_flop), "hours", format!("{captions:.0} captions × 2 × {} parameters × {positions:.0} positions / ({at})", facts.text_parameters));
+    let embed = add(
+        "embed",
+        hours(embed_flop),
+        "hours",
+        format!("{captions:.0} captions × 2 × {} parameters × {positions:.0} positions / ({at})", facts.text_parameters),
+    );
     let vae_flop = samples * VAE_ENCODE * facts.pixels / SQUARE;
-    let vae = add("latents", hours(vae_flop), "hours", format!("{samples:.0} pictures × 1.133 TFLOP × {:.0} pixels / 512² / ({at})", facts.pixels));
+    let vae = add(
+        "latents",
+        hours(vae_flop),
+        "hours",
+        format!("{samples:.0} pictures × 1.133 TFLOP × {:.0} pixels / 512² / ({at})", facts.pixels),
+    );
     let trained = facts.steps as f64 * batch;
     let mut all = if facts.features_cached { embed } else { hours(trained * caption_flop) };
     all += if facts.has_latents { vae } else { hours(trained * VAE_ENCODE * facts.pixels / SQUARE) };
     if let Some(forward) = facts.unet_forward {
         let step = hours(trained * forward * STEP_OVER_FORWARD);
         add("training", step, "hours", format!("{trained:.0} samples × {STEP_OVER_FORWARD} × {:.3} TFLOP / ({at})", forward / 1e12));
-        let total = add("GPU-hours in all", all + step, "hours", "training, features and latents, each made where this config makes it".into());
+        let total =
+            add("GPU-hours in all", all + step, "hours", "training, features and latents, each made where this config makes it".into());
         add("price of the GPUs", total * assumed.gpu_hour, "price", format!("{total:.1} h × {}", assumed.gpu_hour));
     }
     let gb = features / 1e9;
     let keep = gb * assumed.gb_month * assumed.months;
     let once = embed * assumed.gpu_hour;
-    let cache = add("caching features", once + keep, "price", format!("{embed:.1} h × {} + {gb:.1} GB × {} × {} months", assumed.gpu_hour, assumed.gb_month, assumed.months));
+    let cache = add(
+        "caching features",
+        once + keep,
+        "price",
+        format!("{embed:.1} h × {} + {gb:.1} GB × {} × {} months", assumed.gpu_hour, assumed.gb_month, assumed.months),
+    );
     let again_hours = hours(trained * caption_flop);
-    let again = add("recomputing features", again_hours * assumed.gpu_hour, "price", format!("{trained:.0} captions in training, as for embed: {again_hours:.1} h × {}", assumed.gpu_hour));
+    let again = add(
+        "recomputing features",
+        again_hours * assumed.gpu_hour,
+        "price",
+        format!("{trained:.0} captions in training, as for embed: {again_hours:.1} h × {}", assumed.gpu_hour),
+    );
     let cheaper = if cache <= again { "cache" } else { "recompute" };
     let per_epoch = once / columns;
     let even = if per_epoch > 0.0 { (once + keep) / per_epoch } else { f64::INFINITY };
-    let why = format!("{cache:.2} against {again:.2}; even at {even:.1} epochs, and this run has {epochs:.2}. Reading {} from the store is not counted", bytes(read as u64));
+    let why = format!(
+        "{cache:.2} against {again:.2}; even at {even:.1} epochs, and this run has {epochs:.2}. Reading {} from the store is not counted",
+        bytes(read as u64)
+    );
     Costs { figures, cheaper, why }
 }
 

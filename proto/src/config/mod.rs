@@ -551,7 +551,12 @@ fn text_of(path: &std::path::Path) -> Result<String, ConfigError> {
 ///
 /// # Errors
 /// No TOML, a key that does not exist (with the nearest that does), or a value of another type. Rules for values are the caller's.
-pub fn read<T: Serialize + DeserializeOwned>(text: &str, origin: &str, overrides: &[String], full: &impl Serialize) -> Result<(T, String), ConfigError> {
+pub fn read<T: Serialize + DeserializeOwned>(
+    text: &str,
+    origin: &str,
+    overrides: &[String],
+    full: &impl Serialize,
+) -> Result<(T, String), ConfigError> {
     let syntax = |origin: &str, message: String| ConfigError::Syntax { origin: origin.to_owned(), message };
     let known = toml::Table::try_from(full).unwrap_or_default();
     let mut table: toml::Table = text.parse().map_err(|e| syntax(origin, words(text, &e)))?;
@@ -664,7 +669,10 @@ mod tests {
     #[test]
     fn captions_are_chosen_by_column_and_weight() {
         let config = parse("", &["data.captions=[{column=\"dense\",weight=0.7},{column=\"short\"}]"]).unwrap();
-        assert_eq!(config.data.captions.iter().map(|c| (c.column.as_str(), c.weight)).collect::<Vec<_>>(), [("dense", 0.7), ("short", 1.0)]);
+        assert_eq!(
+            config.data.captions.iter().map(|c| (c.column.as_str(), c.weight)).collect::<Vec<_>>(),
+            [("dense", 0.7), ("short", 1.0)]
+        );
         assert_ne!(config.digest(), parse("", &[]).unwrap().digest(), "what is trained on depends on it");
         for bad in ["[{column=\"a\",weight=-1.0}]", "[{column=\"a\",weight=0.0}]", "[{column=\"a\"},{column=\"a\"}]", "[{column=\"\"}]"] {
             let error = parse("", &[&format!("data.captions={bad}")]).unwrap_err().to_string();

@@ -7,8 +7,8 @@
 use anyhow::{Context as _, Result, bail};
 use ella_dataset::order::{Order, OrderConfig, SampleRef};
 use ella_dataset::{
-    Counts, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Features, LatentSpec, Manifest, Padding, Row, Settings, ShardEntry,
-    ShardLayout, ShardWriter, write_file,
+    Counts, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Features, LatentSpec, Manifest, Padding, Row, Settings,
+    ShardEntry, ShardLayout, ShardWriter, write_file,
 };
 use ella_store::{Digest, Store};
 use half::f16;

@@ -13,9 +13,9 @@ fn ending(folder: &Path, with: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The folder of the one encoder's features.
+/// The folder of the one encoder's features of the one column.
 fn features(data: &Path) -> Result<PathBuf> {
-    ending(&data.join("features"), "")?.pop().context("no features")
+    Ok(ending(&data.join("features"), "")?.pop().context("no features")?.join("caption"))
 }
 
 /// Trains on a copy of the data set with one thing done to it, which must be refused in these words.

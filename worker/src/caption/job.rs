@@ -32,7 +32,8 @@ impl CaptionSettings {
 
     /// What decides the captions.
     fn spec(&self) -> CaptionSpec {
-        let made_by = json!({ "model": self.ask.model, "prompt": self.ask.prompt, "shown": self.shown, "digest": self.ask.digest().to_string() });
+        let made_by =
+            json!({ "model": self.ask.model, "prompt": self.ask.prompt, "shown": self.shown, "digest": self.ask.digest().to_string() });
         CaptionSpec { column: self.column.clone(), made_by }
     }
 }
@@ -59,7 +60,9 @@ impl CaptionJob {
         let data = DataSet::open(data).await?;
         let url = data.store().url();
         if !data.manifest().has_images() {
-            return Err(JobError::permanent(format!("{url}: it holds no pictures to caption; prepare it with pictures (--format jpeg or webp)")));
+            return Err(JobError::permanent(format!(
+                "{url}: it holds no pictures to caption; prepare it with pictures (--format jpeg or webp)"
+            )));
         }
         let first = || data.manifest().captions.first().map(|column| column.name.clone()).unwrap_or_default();
         let name = settings.shown.clone().unwrap_or_else(first);

@@ -283,12 +283,7 @@ impl Sources {
 }
 
 /// Copies the samples' moments into `out`, one after the other, and shows each row to `note`.
-fn copy_moments(
-    parts: &Parts,
-    samples: &[SampleRef],
-    out: &mut [u8],
-    note: &mut impl FnMut(usize, &RowRef<'_>),
-) -> Result<(), FeedError> {
+fn copy_moments(parts: &Parts, samples: &[SampleRef], out: &mut [u8], note: &mut impl FnMut(usize, &RowRef<'_>)) -> Result<(), FeedError> {
     let each = out.len() / samples.len().max(1);
     parts.runtime.block_on(parts.data.rows(samples, |i, row| {
         let moments = row.moments.ok_or_else(|| bad_row(parts, row.key, "it has no moments"))?;

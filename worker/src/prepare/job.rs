@@ -83,7 +83,8 @@ impl Job for PrepareJob {
             Unit::Plan => {
                 let todo = self.preparation.plan().await?;
                 self.out.put(CONFIG, self.config.clone().into()).await.map_err(DataError::from)?;
-                let units = todo.parts.iter().map(|part| format!("part {part}")).chain(todo.check.iter().map(|part| format!("check {part}")));
+                let units =
+                    todo.parts.iter().map(|part| format!("part {part}")).chain(todo.check.iter().map(|part| format!("check {part}")));
                 Ok(Some(units.collect::<Vec<_>>()).filter(|units| !units.is_empty()).unwrap_or_else(|| one("resolve")))
             }
             Unit::Part(part) => {

@@ -292,8 +292,11 @@ impl PrepareSettings {
         let (allow, deny) = (key_list(self.allow.as_deref()).await?, key_list(self.deny.as_deref()).await?);
         settings.filters.allow = allow.as_ref().and_then(|list| list.digest());
         settings.filters.deny = deny.as_ref().and_then(|list| list.digest());
-        settings.filters.caption_tokens =
-            tokens.as_ref().map(|counter| TokenRule { tokenizer: counter.digest(), min: self.min_caption_tokens.unwrap_or(0), max: self.max_caption_tokens });
+        settings.filters.caption_tokens = tokens.as_ref().map(|counter| TokenRule {
+            tokenizer: counter.digest(),
+            min: self.min_caption_tokens.unwrap_or(0),
+            max: self.max_caption_tokens,
+        });
         settings.check()?;
         let sources = self.find_sources().await?;
         let options = PrepareOptions { threads: self.threads, latents, tokens, allow, deny };
@@ -381,7 +384,8 @@ impl PrepareSettings {
         let device = device::set_up(choice, threads)?;
         let encoder = VaeLatents::load(&models::locate("--latents", model)?, device, threads)?;
         let downscale = encoder.spec().downscale;
-        let odd = settings.sizes().into_iter().find(|(width, height)| !width.is_multiple_of(downscale) || !height.is_multiple_of(downscale));
+        let odd =
+            settings.sizes().into_iter().find(|(width, height)| !width.is_multiple_of(downscale) || !height.is_multiple_of(downscale));
         match odd {
             Some((width, height)) => Err(PrepareError::Usage(format!(
                 "pictures of {width}×{height} are no multiples of the VAE's {downscale}; choose another --resolution or --buckets"

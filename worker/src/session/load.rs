@@ -10,8 +10,8 @@ use crate::reduce::{Collective, CollectiveError, Listener, Membership, Nccl, Tcp
 use crate::text::{TextEncoder, TextIdentity, TextOptions};
 use crate::train::Trainer;
 use crate::train::state::{StateError, TrainState, part_names};
-use ella_dataset::DataSet;
 use ella_dataset::ledger::Tally;
+use ella_dataset::{CacheLimits, DataSet};
 use ella_proto::config::{Features, RunConfig};
 use ella_proto::v1::Assign;
 use ella_store::{Commit, Store};
@@ -70,7 +70,8 @@ pub(super) fn assemble(
     (collective, place): (Box<dyn Collective>, Place),
 ) -> Result<Trainer, WorkError> {
     let Loaded { networks, state, vae, text, vae_weights, digest } = loaded;
-    let data = runtime.block_on(DataSet::open(&config.data.path)).map_err(FeedError::from)?;
+    let limits = CacheLimits { bytes: config.data.memory_bytes, ..CacheLimits::default() };
+    let data = runtime.block_on(DataSet::open_store(Store::open(&config.data.path)?, limits)).map_err(FeedError::from)?;
     let captions = runtime.block_on(Captions::open(&data, &config.data.captions))?;
     let features = feature_source(config, &data, &captions, (&text, device), runtime)?;
     let data = Arc::new(data);

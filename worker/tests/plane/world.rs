@@ -119,12 +119,7 @@ impl LatentEncoder for VaeLatents {
         8
     }
 
-    fn encode(
-        &self,
-        rgb: &[u8],
-        count: usize,
-        (width, height): (u32, u32),
-    ) -> Result<Vec<f16>, Box<dyn std::error::Error + Send + Sync>> {
+    fn encode(&self, rgb: &[u8], count: usize, (width, height): (u32, u32)) -> Result<Vec<f16>, Box<dyn std::error::Error + Send + Sync>> {
         let pictures = Tensor::from_slice(rgb).reshape([count as i64, height.into(), width.into(), 3]).permute([0, 3, 1, 2]);
         let vae = self.0.lock().unwrap();
         let (mean, logvar) = tch::no_grad(|| vae.encode(&(pictures.to_kind(Kind::Float) / 127.5 - 1.0)))?;
