@@ -138,16 +138,16 @@ impl FeatureSet {
     /// Begins, or goes on with, the features of an encoder in a data set's folder. Safe to call from many workers at once.
     pub async fn begin(store: &Store, data: &Arc<Manifest>, spec: &FeatureSpec, column: &str) -> Result<FeatureSet, DataError> {
         spec.check()?;
-        Ok(FeatureSet(FeatureSet::new(store, data, spec, column).begin().await?))
+        Ok(FeatureSet(FeatureSet::sidecar(store, data, spec, column).begin().await?))
     }
 
-    fn new(store: &Store, data: &Arc<Manifest>, spec: &FeatureSpec, column: &str) -> Sidecar<FeatureSpec> {
+    fn sidecar(store: &Store, data: &Arc<Manifest>, spec: &FeatureSpec, column: &str) -> Sidecar<FeatureSpec> {
         Sidecar::new(store, &format!("{FOLDER}/{}/{column}", spec.fingerprint()), data, spec.clone())
     }
 
     /// The features of an encoder, which must be there; else an error that says what there is instead.
     pub async fn find(store: &Store, data: &Arc<Manifest>, spec: &FeatureSpec, column: &str) -> Result<FeatureSet, DataError> {
-        let set = FeatureSet::new(store, data, spec, column);
+        let set = FeatureSet::sidecar(store, data, spec, column);
         if !set.is_begun().await? {
             let found = what_there_is(store, spec).await?;
             return Err(DataError::FeaturesMissing { folder: set.folder.url().to_owned(), found });

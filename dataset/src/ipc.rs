@@ -147,7 +147,8 @@ fn decode(bytes: Bytes) -> Result<(Vec<RecordBatch>, Vec<Range<usize>>), ArrowEr
     let footer = root_as_footer(&buffer[start..end]).map_err(|e| damaged(&format!("the footer is damaged: {e}")))?;
     let schema = footer.schema().ok_or_else(|| damaged("the footer has no schema"))?;
     let decoder = FileDecoder::new(Arc::new(try_fb_to_schema(schema)?), footer.version());
-    let (mut batches, mut heads) = (Vec::new(), vec![start..buffer.len()]);
+    let (mut batches, mut heads) = (Vec::new(), Vec::new());
+    heads.push(start..buffer.len());
     for block in footer.recordBatches().into_iter().flatten() {
         let range = || {
             let offset = usize::try_from(block.offset()).ok()?;

@@ -69,7 +69,7 @@ async fn numbers_must_satisfy_every_condition() {
         ("words", r#"{"text": "a", "aesthetic": "high", "watermark": 0}"#),
     ];
     let members: Vec<_> = json.iter().map(|(_, json)| [("json", *json)]).collect();
-    let samples: Vec<(&str, &[u8], &[(&str, &str)])> =
+    let samples: Vec<common::Texts<'_>> =
         json.iter().zip(&members).map(|((key, _), members)| (*key, picture.as_slice(), members.as_slice())).collect();
     let settings = filters(|filters| filters.conditions = ["aesthetic>6", "watermark < 0.5"].map(|text| text.parse().unwrap()).to_vec());
     let (report, rows) = prepared(&tar_of_samples(&samples), &settings, &threads(1)).await;
@@ -122,7 +122,7 @@ async fn captions_are_bounded_in_tokens() {
     let picture = jpeg(40, 1);
     let captions = ["abc", "abcd", "abcdefgh", "abcdefghi", "abcd?"];
     let members: Vec<_> = captions.iter().map(|caption| [("txt", *caption)]).collect();
-    let samples: Vec<(&str, &[u8], &[(&str, &str)])> =
+    let samples: Vec<common::Texts<'_>> =
         captions.iter().zip(&members).map(|(caption, members)| (*caption, picture.as_slice(), members.as_slice())).collect();
     let options = PrepareOptions { tokens: Some(Arc::new(Letters)), ..threads(2) };
     let rule = TokenRule { tokenizer: Letters.digest(), min: 6, max: Some(10) };
@@ -146,7 +146,7 @@ async fn pictures_are_bounded_in_aspect_and_area() {
         ("thin", 100, 31),
     ];
     let pictures: Vec<_> = sizes.iter().map(|(_, width, height)| png(*width, *height, 1)).collect();
-    let samples: Vec<(&str, &[u8], &[(&str, &str)])> =
+    let samples: Vec<common::Texts<'_>> =
         sizes.iter().zip(&pictures).map(|((key, ..), picture)| (*key, picture.as_slice(), &[("txt", "a")][..])).collect();
     let settings =
         filters(|filters| (filters.max_aspect, filters.min_area, filters.max_area) = (Some(2.0), Some(44 * 45), Some(180 * 170 - 1)));

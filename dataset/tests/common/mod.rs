@@ -206,8 +206,11 @@ pub fn threads(threads: usize) -> PrepareOptions {
     PrepareOptions { threads, ..PrepareOptions::default() }
 }
 
+/// A sample's key, its picture, and its texts by ending.
+pub type Texts<'a> = (&'a str, &'a [u8], &'a [(&'a str, &'a str)]);
+
 /// A tar of samples: key, picture, and their other members by ending.
-pub fn tar_of_samples(samples: &[(&str, &[u8], &[(&str, &str)])]) -> Vec<u8> {
+pub fn tar_of_samples(samples: &[Texts<'_>]) -> Vec<u8> {
     let mut members = Vec::new();
     for (key, image, others) in samples {
         members.push((format!("{key}.jpg"), *image));

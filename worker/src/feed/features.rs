@@ -101,11 +101,16 @@ impl FeatureSource {
     }
 }
 
+/// Where rows lie; none is the empty caption's.
+type Places = Vec<Option<SampleRef>>;
+/// Which parts of a batch they fill.
+type Parts = Vec<usize>;
+
 fn cached(columns: &[Arc<Features>], wanted: &[Wanted], staging: &mut Staging, runtime: &Handle) -> Result<LaneFeatures, FeedError> {
     let Some(first) = columns.first() else { return Err(FeedError::NoColumn) };
     let spec = &first.manifest().spec;
     // Where each column's rows lie, and which parts of the batch they fill.
-    let rows: Vec<(&Features, Vec<Option<SampleRef>>, Vec<usize>)> = columns
+    let rows: Vec<(&Features, Places, Parts)> = columns
         .iter()
         .enumerate()
         .map(|(column, features)| {
