@@ -247,8 +247,9 @@ impl Files {
         }
         let surplus = state.open.len().saturating_sub(self.limits.shards.max(1));
         drop(state);
+        // A fetched file that somebody holds stays: closing it would give nothing back.
         (0..surplus).for_each(|_| {
-            self.close_oldest(|other, _| *other != digest);
+            self.close_oldest(|other, open| *other != digest && (open.content.is_local() || open.is_idle_memory()));
         });
         self.room.freed.notify_waiters();
     }

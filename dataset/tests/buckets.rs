@@ -97,7 +97,7 @@ async fn every_shard_has_pictures_of_one_size_and_says_which() {
     let used: Vec<_> = manifest.shards.iter().map(|shard| shard.size.unwrap()).collect();
     assert!(used.iter().all(|size| sizes.contains(size)));
     let distinct: std::collections::BTreeSet<_> = used.iter().collect();
-    assert!(distinct.len() > 3 && used.len() > distinct.len(), "several sizes, and several shards of some: {used:?}");
+    assert!(distinct.len() > 2 && used.len() > distinct.len(), "several sizes, and several shards of some: {used:?}");
 
     for row in prepared_rows(&out).await {
         let size = manifest.shards[row.shard].size.unwrap();

@@ -347,7 +347,7 @@ async fn wrong_features_are_refused() {
     let data = DataSet::open(out.path().to_str().unwrap()).await.unwrap();
     let spec = spec(Padding::None, FeatureDtype::F32);
     let mut writer = FeatureWriter::new(&spec).unwrap();
-    for (bytes, tokens) in [(12 * 2, 3), (0, 0), (12 * 7, 7)] {
+    for (bytes, tokens) in [(12 * 2, 3), (12, 0), (12 * 7, 7)] {
         assert!(matches!(writer.push(&vec![0; bytes], tokens), Err(DataError::FeatureRow { .. })), "{tokens}");
     }
     writer.push(&[0; 12], 1).unwrap();
