@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use ella_coordinator::client;
 use ella_coordinator::core::Outcome;
 use ella_coordinator::shell::{Coordinator, Options};
-use ella_proto::config::{JobConfig, JobKind, JobTable};
+use ella_proto::config::{JobConfig, JobKind, JobTable, Millis};
 use ella_proto::v1::{HeldUnit, RunStatus};
 use ella_worker::job::{Job, JobError, PLAN, Tell, run_leased};
 use ella_worker::train::Ending;
@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 /// Nothing here takes this long unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(90);
 /// Who is a worker, and of which coordinator.
 const COORDINATOR: &str = "ELLA_TEST_COORDINATOR";
 
@@ -98,11 +98,10 @@ fn held(status: &RunStatus) -> Vec<(u32, &HeldUnit)> {
 
 async fn told_to_leave_and_killed() {
     let folder = tempfile::tempdir().unwrap();
-    let config = JobConfig::new(
-        JobTable::new(JobKind::Prepare, folder.path().display().to_string()),
-        &std::collections::BTreeMap::<String, String>::new(),
-    )
-    .unwrap();
+    let mut job = JobTable::new(JobKind::Prepare, folder.path().display().to_string());
+    // What is lost is seen at once, or not within this test.
+    job.lease = Millis(600_000);
+    let config = JobConfig::new(job, &std::collections::BTreeMap::<String, String>::new()).unwrap();
     let coordinator = Coordinator::open_job(&config, &Options::default()).await.unwrap();
     let url = format!("http://{}", coordinator.addresses().grpc);
     let (_stops, stops) = mpsc::channel(1);

@@ -101,6 +101,13 @@ impl Hand {
     }
 }
 
+impl Drop for Hand {
+    /// A worker that is dropped leaves no unit behind that waits for ever.
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
 async fn one(job: &dyn Job, unit: &str, tell: &Tell, permits: &Semaphore) -> Done {
     let work = async {
         // The semaphore is never closed.

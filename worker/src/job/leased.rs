@@ -16,7 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// The first and the longest pause between two tries to reach a coordinator that is gone.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-/// How long a worker that is unfit waits for the coordinator to end its stream: by then its message has been read.
+/// How long a worker that leaves waits for the coordinator to end its stream: by then its last message has been read.
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Works for the coordinator at `url` (`http://host:port`) until its job is over, doing `slots` units at once. `make` gets the job's
@@ -130,10 +130,15 @@ impl Leased {
     }
 }
 
-/// Tells the coordinator why this worker leaves, and waits a moment until it has heard: it answers by ending the stream.
+/// Tells the coordinator why this worker is of no use.
 async fn confess(link: &mut Link, error: &JobError) {
     let failed = Failed { kind: FailureKind::Input.into(), message: error.message.clone(), permanent: error.permanent };
-    say(link, from_worker::Body::Failed(failed));
+    farewell(link, from_worker::Body::Failed(failed)).await;
+}
+
+/// A last word, and a moment until it has been heard: the coordinator answers by ending the stream.
+async fn farewell(link: &mut Link, last: from_worker::Body) {
+    say(link, last);
     let _ = timeout(FAREWELL, async { while link.incoming.next().await.is_some_and(|message| message.is_ok()) {} }).await;
 }
 
@@ -161,7 +166,7 @@ pub(super) async fn serve(link: &mut Link, hand: &mut Hand, stop: &CancellationT
         tokio::select! {
             biased;
             () = stop.cancelled() => {
-                say(link, from_worker::Body::Finished(Finished { step: 0, outcome: Outcome::Preempted.into() }));
+                farewell(link, from_worker::Body::Finished(Finished { step: 0, outcome: Outcome::Preempted.into() })).await;
                 return Served::Stopped;
             }
             ended = hand.next() => heard = hand.report(link, ended),

@@ -30,7 +30,17 @@ impl Served {
     async fn start(config: &JobConfig, listen: Option<SocketAddr>) -> Self {
         let options =
             Options { listen: listen.unwrap_or(([127, 0, 0, 1], 0).into()), linger: Duration::from_millis(50), ..Options::default() };
-        let coordinator = Coordinator::open_job(config, &options).await.unwrap();
+        let opened = async {
+            loop {
+                match Coordinator::open_job(config, &options).await {
+                    Ok(coordinator) => return coordinator,
+                    // The tasks of one that was killed a moment ago may still be going.
+                    Err(RunError::Bind { .. }) => tokio::task::yield_now().await,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        };
+        let coordinator = soon("a coordinator", opened).await;
         let (_stops, stops) = mpsc::channel(1);
         Self { address: coordinator.addresses().grpc, run: tokio::spawn(coordinator.run(stops)), _stops }
     }
@@ -125,6 +135,7 @@ async fn workers_that_are_killed_or_stopped_lose_nothing_and_the_result_is_that_
     let counted = |name| status.counts.get(name).copied();
     assert_eq!((counted("workers_lost"), counted("workers_left"), counted("leases_expired")), (Some(1), Some(1), None));
     let fresh = served.worker(toy("d"));
+    served.status_when(|status| status.job.as_ref().is_some_and(|job| job.workers.len() == 2)).await;
     stage.gates.keys().for_each(|unit| stage.open(unit));
     assert_eq!(served.outcome().await, Outcome::Done);
     for (_, worker) in workers.into_iter().chain([("d", fresh)]) {
@@ -261,4 +272,16 @@ async fn the_worker_binary_takes_part_in_jobs_and_says_which_it_cannot_do() {
     assert!(output.status.code() == Some(4) && stderr.contains(words), "{stderr}");
     let outcome = served.outcome().await;
     assert!(outcome.exit_code() == 4 && outcome.reason().contains(words), "{outcome:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_dropped_leaves_no_unit_behind() {
+    let out = tempfile::tempdir().unwrap();
+    let stage = gated(&["plan"]);
+    let served = Served::start(&config(out.path()), None).await;
+    let worker = served.worker(Toy::new(out.path(), "a", &stage));
+    until("a plan", || stage.begun("plan") == 1).await;
+    worker.task.abort();
+    // The gate has no permits: only a unit that was dropped lets go of what the test shares with it.
+    until("the end of its unit", || Arc::strong_count(&stage) == 1).await;
 }
