@@ -1,20 +1,19 @@
 //! The bytes of an open file, each checked before it is used.
 
 use std::fs::File;
-use std::num::NonZeroU64;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use ella_store::Digest;
-use rustix::fs::{Advice, fadvise};
+use memmap2::{Advice, Mmap};
 
 use crate::error::DataError;
 use crate::tree::Tree;
 
 /// Linux reads ahead no more for one call than a device takes at once: this much, of most.
-const READ_AHEAD: u64 = 256 << 10;
+const READ_AHEAD: usize = 256 << 10;
 
 /// A file's bytes. Clones share what has been checked.
 #[derive(Clone, Debug)]
@@ -22,8 +21,8 @@ pub(crate) struct Content {
     /// The file, as errors name it.
     name: Arc<str>,
     bytes: Bytes,
-    /// A local file's own handle, to read ahead by.
-    file: Option<Arc<File>>,
+    /// The map of a local file, to read ahead by. It needs no open handle: a process may have few.
+    map: Option<Arc<Mmap>>,
     /// None: all bytes are good.
     checks: Option<Arc<Checks>>,
 }
@@ -37,13 +36,14 @@ struct Checks {
 impl Content {
     /// Bytes that need no check, or have been checked.
     pub(crate) fn good(name: &str, bytes: Bytes) -> Content {
-        Content { name: name.into(), bytes, file: None, checks: None }
+        Content { name: name.into(), bytes, map: None, checks: None }
     }
 
     /// Maps a local file, whose bytes are taken for good.
     pub(crate) fn map(name: &str, path: &Path) -> Result<Content, DataError> {
-        let (bytes, file) = map(path)?;
-        Ok(Content { file: Some(Arc::new(file)), ..Content::good(name, bytes) })
+        let map = Arc::new(map(path)?);
+        let bytes = Bytes::from_owner(Mapped(Arc::clone(&map)));
+        Ok(Content { map: Some(map), ..Content::good(name, bytes) })
     }
 
     /// The same, where nothing has been checked yet: by its tree piece by piece as it is used, or all of it now if it has none.
@@ -69,7 +69,7 @@ impl Content {
 
     /// Whether it is a mapped file, which takes no memory of its own.
     pub(crate) fn is_local(&self) -> bool {
-        self.file.is_some()
+        self.map.is_some()
     }
 
     /// Whether every byte has been checked.
@@ -111,24 +111,29 @@ impl Content {
 
     /// Has the system begin to read a part of a local file. Best effort: whoever needs the part reads it anyway.
     pub(crate) fn read_ahead<T>(&self, part: &[T]) {
-        let (Some(file), Some(part)) = (&self.file, self.range(part)) else { return };
-        let (mut start, end) = (part.start as u64, part.end as u64);
-        while start < end {
-            let len = READ_AHEAD.min(end - start);
-            let _ = fadvise(file, start, NonZeroU64::new(len), Advice::WillNeed);
-            start += len;
+        let (Some(map), Some(part)) = (&self.map, self.range(part)) else { return };
+        for start in part.clone().step_by(READ_AHEAD) {
+            let _ = map.advise_range(Advice::WillNeed, start, READ_AHEAD.min(part.end - start));
         }
     }
 }
 
+/// The bytes of a map.
+struct Mapped(Arc<Mmap>);
+
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 /// Maps a local file.
-pub(crate) fn map(path: &Path) -> Result<(Bytes, File), DataError> {
+pub(crate) fn map(path: &Path) -> Result<Mmap, DataError> {
     let io = |source| DataError::Io { path: path.to_owned(), source };
     let file = File::open(path).map_err(io)?;
     // SAFETY: prepared files are written once under their final name and never changed. Should someone truncate one
     // while it is mapped, the process gets a bus error; there is no way to map a file that excludes this.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-    Ok((Bytes::from_owner(map), file))
+    unsafe { Mmap::map(&file) }.map_err(io)
 }
 
 #[cfg(test)]

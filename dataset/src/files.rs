@@ -34,9 +34,9 @@ pub struct CacheLimits {
 }
 
 impl Default for CacheLimits {
-    /// 1024 files, 2 GiB.
+    /// 4096 files, 2 GiB.
     fn default() -> CacheLimits {
-        CacheLimits { shards: 1024, bytes: 2 << 30 }
+        CacheLimits { shards: 4096, bytes: 2 << 30 }
     }
 }
 
@@ -178,7 +178,7 @@ impl Files {
             }
             let content = Content::map(&name, &path)?;
             // A tree that cannot be read is as good as none.
-            if checked { Ok(content) } else { content.unchecked(digest, map(&tree).ok().map(|(tree, _)| tree)) }
+            if checked { Ok(content) } else { content.unchecked(digest, map(&tree).ok().map(Bytes::from_owner)) }
         });
         mapped.await.map(Some)
     }

@@ -65,7 +65,7 @@ pub enum Buckets {
 pub struct CaptionColumn {
     /// The column's name in the data set.
     pub name: String,
-    /// The sources' field. None: the first of [`CAPTION_FIELDS`] that a sample has.
+    /// The sources' field. None: the first of `txt`, `caption` and `text` that a sample has.
     pub field: Option<String>,
     /// How often training takes it, relative to the other columns that a sample has; a run's config may say otherwise.
     pub weight: f64,

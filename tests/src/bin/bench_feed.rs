@@ -5,10 +5,10 @@
 //! in one run, because machines are shared. `PEERS_PYTHON` names a Python that has both peers; without it ella is measured alone.
 
 use anyhow::{Context as _, Result, bail};
-use ella_dataset::order::{Order, OrderConfig, SampleRef};
+use ella_dataset::order::{BucketOrder, Order, OrderConfig, SampleRef};
 use ella_dataset::{
-    Counts, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Features, LatentSpec, Manifest, Padding, Row, Settings,
-    ShardEntry, ShardLayout, ShardWriter, write_file,
+    Counts, DataSet, FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, FeatureWriter, Features, LatentSpec, Manifest,
+    Padding, Row, SCHEMA, Settings, ShardEntry, ShardLayout, ShardWriter, write_file,
 };
 use ella_store::{Digest, Store};
 use half::f16;
@@ -22,19 +22,96 @@ use tokio::runtime::Runtime;
 
 const BATCH: u32 = 32;
 const WINDOW: u32 = 16;
-const SHARD_ROWS: usize = 256;
-const LATENT: usize = 8 * 64 * 64;
 const TOKENS: u32 = 128;
-const WIDTH: u32 = 2048;
-const FEATURE_BYTES: usize = TOKENS as usize * WIDTH as usize * 2;
-const SAMPLE_BYTES: usize = LATENT * 2 + FEATURE_BYTES;
+const CAPTION: &str = "caption";
 const ROUNDS: usize = 5;
+
+/// The shape of a data set's samples.
+#[derive(Clone, Copy)]
+struct Shape {
+    /// Side of the pictures, pixels; a latent's is an eighth.
+    side: u32,
+    /// Width of a feature.
+    width: u32,
+    /// Rows of a shard.
+    rows: usize,
+}
+
+/// SD 1.5's latents at 512 pixels and T5-XL's features.
+const FULL: Shape = Shape { side: 512, width: 2048, rows: 256 };
+/// As many rows as a shard of 128 MiB has under [`FULL`], but small ones.
+const SMALL: Shape = Shape { side: 64, width: 16, rows: 2048 };
+
+impl Shape {
+    fn latent(self) -> usize {
+        8 * (self.side as usize / 8).pow(2)
+    }
+
+    fn feature_bytes(self) -> usize {
+        TOKENS as usize * self.width as usize * 2
+    }
+
+    fn sample_bytes(self) -> usize {
+        self.latent() * 2 + self.feature_bytes()
+    }
+
+    fn spec(self) -> FeatureSpec {
+        FeatureSpec {
+            weights_digest: Digest::of(b"weights"),
+            tokenizer_digest: Digest::of(b"tokenizer"),
+            max_tokens: TOKENS,
+            padding: Padding::Fixed,
+            layers: FeatureLayers::Last,
+            dtype: FeatureDtype::F16,
+            width: self.width,
+        }
+    }
+
+    /// A manifest of latents alone.
+    fn manifest(self, shards: Vec<ShardEntry>) -> Manifest {
+        let latents = LatentSpec { model: Digest::of(b"vae"), channels: 8, downscale: 8 };
+        Manifest::new(Some(Settings { images: false, ..Settings::new(self.side) }), Some(latents), Vec::new(), shards)
+    }
+
+    async fn write_shard(self, store: &Store, number: usize, rows: usize) -> Result<ShardEntry> {
+        let layout = ShardLayout { captions: vec![CAPTION.to_owned()], pictures: true, images: false, moments: Some(self.latent()) };
+        let mut writer = ShardWriter::new(layout)?;
+        for row in 0..rows {
+            let index = number * self.rows + row;
+            let bytes = noise(index as u64, self.latent() * 2);
+            let moments = bytes.chunks_exact(2).map(|two| f16::from_le_bytes([two[0], two[1]])).collect();
+            let caption = "a dense caption of a picture, in several clauses, that says what stands where. ".repeat(6);
+            writer.push(Row { key: format!("{index:09}"), captions: vec![caption], original: (1024, 768), moments, ..Row::default() })?;
+        }
+        let entry = write_file(store, name(number, "shards/"), rows as u64, writer.finish()?).await?;
+        Ok(ShardEntry { size: Some((self.side, self.side)), ..entry })
+    }
+
+    async fn write_features(self, set: &FeatureSet, number: usize, rows: u64) -> Result<ShardEntry> {
+        let file = self.feature_file(number as u64, rows)?;
+        Ok(set.write(number, rows, file, Counts::new()).await?)
+    }
+
+    fn feature_file(self, number: u64, rows: u64) -> Result<bytes::Bytes> {
+        let mut writer = FeatureWriter::new(&self.spec())?;
+        (0..rows).try_for_each(|row| writer.push(&noise(!number << 32 | row, self.feature_bytes()), TOKENS))?;
+        Ok(writer.finish()?)
+    }
+}
+
+fn name(shard: usize, folder: &str) -> String {
+    format!("{folder}{shard:05}-0123456789ab-0000.arrow")
+}
 
 fn main() -> Result<()> {
     let samples = std::env::args().nth(1).map_or(Ok(4096), |text| text.parse())?;
     let folder = std::env::var("BENCH_FOLDER").map_or_else(|_| std::env::temp_dir().join("ella-bench-feed"), PathBuf::from);
     let bench = Bench { runtime: Runtime::new()?, folder, samples };
-    println!("{samples} samples of {} KiB in batches of {BATCH}, on {} cores", SAMPLE_BYTES / 1024, std::thread::available_parallelism()?);
+    println!(
+        "{samples} samples of {} KiB in batches of {BATCH}, on {} cores",
+        FULL.sample_bytes() / 1024,
+        std::thread::available_parallelism()?
+    );
     bench.order()?;
     bench.manifest()?;
     bench.write()?;
@@ -84,11 +161,6 @@ fn timed(read: impl FnOnce() -> Result<usize>) -> Result<Took> {
     Ok(Took { samples, wall: wall.elapsed().as_secs_f64(), cpu: cpu_seconds() - cpu })
 }
 
-/// The column of captions.
-const COLUMN: &str = "caption";
-/// Width and height of the pictures that the latents are of.
-const PICTURE: (u32, u32) = (512, 512);
-
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
@@ -103,6 +175,7 @@ fn status_mib(field: &str) -> Result<f64> {
 }
 
 /// A batch's memory, used again and again as a feed's pinned memory is.
+#[derive(Default)]
 struct Batch {
     latents: Vec<u8>,
     features: Vec<u8>,
@@ -112,16 +185,16 @@ struct Batch {
 struct Reader {
     data: DataSet,
     features: Features,
-    order: Order,
+    order: BucketOrder,
+    shape: Shape,
 }
 
 impl Reader {
-    async fn open(folder: &Path, seed: u64) -> Result<Reader> {
+    async fn open(folder: &Path, shape: Shape, seed: u64) -> Result<Reader> {
         let data = DataSet::open(folder.to_str().context("a folder that is not UTF-8")?).await?;
-        let features = data.features(&spec(), COLUMN).await?;
-        let rows: Vec<u64> = data.manifest().shards.iter().map(|shard| shard.rows).collect();
-        let order = Order::new(OrderConfig { seed, lanes: 1, micro_batch: BATCH, window: WINDOW }, &rows)?;
-        Ok(Reader { data, features, order })
+        let features = data.features(&shape.spec(), CAPTION).await?;
+        let order = BucketOrder::new(order_config(seed), &data.manifest().order_shards())?;
+        Ok(Reader { data, features, order, shape })
     }
 
     /// Reads a step's samples into the batch, as the feed does.
@@ -130,21 +203,20 @@ impl Reader {
         self.data.read_ahead(&next).await?;
         self.features.read_ahead(&next).await?;
         let samples = self.order.lane(step, 0);
-        let count = samples.len();
-        batch.latents.resize(count * LATENT * 2, 0);
+        let (count, each) = (samples.len(), self.shape.latent() * 2);
+        batch.latents.resize(count * each, 0);
         self.data
             .rows(&samples, |i, row| {
                 let moments = row.moments.context("no moments")?;
-                let slot = &mut batch.latents[i * LATENT * 2..(i + 1) * LATENT * 2];
-                slot.copy_from_slice(bytemuck::cast_slice(moments.reinterpret_cast()));
+                batch.latents[i * each..(i + 1) * each].copy_from_slice(bytemuck::cast_slice(moments.reinterpret_cast()));
                 Ok::<_, anyhow::Error>(())
             })
             .await?;
         let at: Vec<Option<SampleRef>> = samples.into_iter().map(Some).collect();
-        let positions = self.features.positions(&at).await?.into_iter().max().unwrap_or(0);
-        batch.features.resize(count * positions * WIDTH as usize * 2, 0);
-        let parts: Vec<usize> = (0..count).collect();
-        self.features.copy(&at, &parts, positions * WIDTH as usize * 2, &mut batch.features).await?;
+        let longest = self.features.positions(&at).await?.into_iter().max().unwrap_or(0);
+        let (parts, part): (Vec<usize>, _) = ((0..count).collect(), longest * self.shape.width as usize * 2);
+        batch.features.resize(count * part, 0);
+        self.features.copy(&at, &parts, part, &mut batch.features).await?;
         Ok(count)
     }
 
@@ -158,26 +230,8 @@ impl Reader {
     }
 }
 
-fn batch() -> Batch {
-    Batch { latents: vec![0; BATCH as usize * LATENT * 2], features: vec![0; BATCH as usize * FEATURE_BYTES] }
-}
-
-fn spec() -> FeatureSpec {
-    FeatureSpec {
-        weights_digest: Digest::of(b"weights"),
-        tokenizer_digest: Digest::of(b"tokenizer"),
-        max_tokens: TOKENS,
-        padding: Padding::Fixed,
-        layers: FeatureLayers::Last,
-        dtype: FeatureDtype::F16,
-        width: WIDTH,
-    }
-}
-
-/// A manifest of latents alone.
-fn manifest(shards: Vec<ShardEntry>) -> Manifest {
-    let latents = LatentSpec { model: Digest::of(b"vae"), channels: 8, downscale: 8 };
-    Manifest::new(Some(Settings { images: false, ..Settings::new(512) }), Some(latents), Vec::new(), shards)
+fn order_config(seed: u64) -> OrderConfig {
+    OrderConfig { seed, lanes: 1, micro_batch: BATCH, window: WINDOW }
 }
 
 fn json(record: &impl serde::Serialize) -> Result<bytes::Bytes> {
@@ -194,12 +248,6 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
         (state & 0x3bff_3bff_3bff_3bff).to_le_bytes()
     });
     words.collect()
-}
-
-fn row(index: usize) -> Row {
-    let moments = noise(index as u64, LATENT * 2).chunks_exact(2).map(|two| f16::from_le_bytes([two[0], two[1]])).collect();
-    let caption = "a dense caption of a picture, in several clauses, that says what stands where. ".repeat(6);
-    Row { key: format!("{index:09}"), captions: vec![caption], original: (1024, 768), crop: (0, 0), moments, ..Row::default() }
 }
 
 impl Bench {
@@ -232,10 +280,10 @@ impl Bench {
             rows: 10_000,
             bytes: 1 << 27,
             blake3: Digest::of(&i.to_le_bytes()),
-            size: Some(PICTURE),
+            size: Some((512, 512)),
         };
         let folder = tempfile::tempdir()?;
-        std::fs::write(folder.path().join("manifest.json"), json(&manifest((0..100_000).map(entry).collect()))?)?;
+        std::fs::write(folder.path().join("manifest.json"), json(&FULL.manifest((0..100_000).map(entry).collect()))?)?;
         let url = folder.path().to_str().context("not UTF-8")?;
         let mut times = Vec::new();
         for _ in 0..ROUNDS {
@@ -276,8 +324,8 @@ impl Bench {
 
     /// Everything in the page cache: samples per core-second.
     fn warm(&self, peers: &mut [Peer]) -> Result<()> {
-        let reader = self.runtime.block_on(Reader::open(&self.ours(), 1))?;
-        let mut memory = batch();
+        let reader = self.runtime.block_on(Reader::open(&self.ours(), FULL, 1))?;
+        let mut memory = Batch::default();
         let mut epoch = |number| timed(|| self.runtime.block_on(reader.epoch(number, &mut memory)));
         let first = epoch(0)?;
         let (mut ours, mut theirs) = (Vec::new(), vec![Vec::new(); 2 * peers.len()]);
@@ -307,45 +355,40 @@ impl Bench {
         Ok(())
     }
 
-    /// The first batch after a resume in the middle of an epoch: everything is opened anew.
+    /// The first batch after a resume in the middle of an epoch: everything is opened anew. Its features are read ahead of by nobody.
     fn resume(&self, peers: &mut [Peer]) -> Result<()> {
-        let mut ours = Vec::new();
-        for fraction in FRACTIONS {
-            ours.push(self.first_batch(&self.ours(), fraction)?);
-        }
-        println!("first batch after a resume: ella {:.1} ms (to the order alone {:.1} ms)", worst(&ours, 1), worst(&ours, 0));
+        let ours = FRACTIONS.repeat(ROUNDS).into_iter().map(|fraction| self.first_batch(&self.ours(), FULL, fraction));
+        told("ella", &ours.collect::<Result<Vec<_>>>()?);
         for peer in peers {
             let mut times = Vec::new();
             for fraction in FRACTIONS {
                 // Once before: what is to be measured is not the first time that Python runs this code.
                 peer.ask(&format!("resume {fraction}"))?;
-                times.push(peer.ask(&format!("resume {fraction}"))?.wall * 1e3);
+                times.push(peer.ask(&format!("resume {fraction}"))?);
             }
-            println!("first batch after a resume: {} {:.1} ms", peer.name, median(times));
+            told(peer.name, &times);
         }
         Ok(())
     }
 
-    /// Milliseconds until the data set, its features and the order are open, and until the first batch is there.
-    fn first_batch(&self, folder: &Path, fraction: f64) -> Result<[f64; 2]> {
-        let mut memory = batch();
-        self.runtime.block_on(async {
-            let begin = Instant::now();
-            let reader = Reader::open(folder, 1).await?;
-            let open = begin.elapsed();
-            let step = (reader.order.steps_per_epoch() as f64 * fraction) as u64;
-            reader.step(step, &mut memory).await?;
-            Ok([open, begin.elapsed()].map(|time| time.as_secs_f64() * 1e3))
+    /// Opens the data set, its features and the order, and reads the first batch.
+    fn first_batch(&self, folder: &Path, shape: Shape, fraction: f64) -> Result<Took> {
+        let mut memory = Batch::default();
+        timed(|| {
+            self.runtime.block_on(async {
+                let reader = Reader::open(folder, shape, 1).await?;
+                let step = (reader.order.steps_per_epoch() as f64 * fraction) as u64;
+                reader.step(step, &mut memory).await
+            })
         })
     }
 
-    /// The same in a data set of ten million samples, of which only those files hold anything that the first two steps read.
+    /// The same in a data set of ten million samples, of which only those files hold anything that the first steps read.
     fn resume_at_scale(&self) -> Result<()> {
         let large = tempfile::tempdir_in(&self.folder)?;
-        let fraction = FRACTIONS[1];
-        self.runtime.block_on(write_large(&self.ours(), large.path(), fraction))?;
-        let times = (0..ROUNDS).map(|_| self.first_batch(large.path(), fraction)).collect::<Result<Vec<_>>>()?;
-        println!("first batch after a resume in 10^7 samples: {:.1} ms (to the order alone {:.1} ms)", worst(&times, 1), worst(&times, 0));
+        self.runtime.block_on(write_large(large.path(), SMALL, FRACTIONS[1]))?;
+        let times = (0..3 * ROUNDS).map(|_| self.first_batch(large.path(), SMALL, FRACTIONS[1])).collect::<Result<Vec<_>>>()?;
+        told("ella in 10^7 samples", &times);
         Ok(())
     }
 
@@ -357,9 +400,10 @@ impl Bench {
             forget(&files)?;
             disk.push(sequential(&files)?);
             forget(&files)?;
-            let mut memory = batch();
-            let took = timed(|| self.runtime.block_on(async { Reader::open(&self.ours(), 2).await?.epoch(round, &mut memory).await }))?;
-            ours.push(took.samples * SAMPLE_BYTES as f64 / took.wall);
+            let mut memory = Batch::default();
+            let took =
+                timed(|| self.runtime.block_on(async { Reader::open(&self.ours(), FULL, 2).await?.epoch(round, &mut memory).await }))?;
+            ours.push(took.samples * FULL.sample_bytes() as f64 / took.wall);
             cpu.push(took.per_core_second());
         }
         let (ours, disk) = (median(ours) / 1e6, median(disk) / 1e6);
@@ -374,87 +418,64 @@ impl Bench {
 
 const FRACTIONS: [f64; 5] = [0.21, 0.37, 0.5, 0.63, 0.84];
 
-fn worst(times: &[[f64; 2]], at: usize) -> f64 {
-    times.iter().map(|both| both[at]).fold(0.0, f64::max)
+/// Prints what the first batches took.
+fn told(who: &str, times: &[Took]) {
+    let milliseconds = |of: fn(&Took) -> f64| times.iter().map(|took| of(took) * 1e3).collect::<Vec<_>>();
+    let (wall, cpu) = (milliseconds(|took| took.wall), milliseconds(|took| took.cpu));
+    let best = wall.iter().copied().fold(f64::MAX, f64::min);
+    println!("first batch after a resume: {who} {:.1} ms, {best:.1} at best, {:.1} ms of CPU time", median(wall), median(cpu));
 }
 
 async fn write_ours(folder: &Path, samples: usize) -> Result<()> {
     println!("writing ella's data set");
     let store = Store::open(folder.to_str().context("not UTF-8")?)?;
-    let layout = ShardLayout { pictures: true, images: false, moments: Some(LATENT), ..ShardLayout::default() };
     let mut shards = Vec::new();
-    for (number, first) in (0..samples).step_by(SHARD_ROWS).enumerate() {
-        let mut writer = ShardWriter::new(layout.clone())?;
-        (first..samples.min(first + SHARD_ROWS)).try_for_each(|index| writer.push(row(index)))?;
-        let (rows, file) = (writer.rows(), writer.finish()?);
-        let entry = write_file(&store, format!("shards/{number:05}-0123456789ab-0000.arrow"), rows, file).await?;
-        shards.push(ShardEntry { size: Some(PICTURE), ..entry });
+    for (number, first) in (0..samples).step_by(FULL.rows).enumerate() {
+        shards.push(FULL.write_shard(&store, number, FULL.rows.min(samples - first)).await?);
     }
-    store.create("manifest.json", json(&manifest(shards))?).await?;
+    store.create("manifest.json", json(&FULL.manifest(shards))?).await?;
     let data = DataSet::open_store(store, Default::default()).await?;
-    let set = data.begin_features(&spec(), COLUMN).await?;
+    let set = data.begin_features(&FULL.spec(), CAPTION).await?;
     for (number, shard) in data.manifest().shards.iter().enumerate() {
-        let mut writer = FeatureWriter::new(&spec())?;
-        for row in 0..shard.rows {
-            writer.push(&noise((number as u64) << 32 | row, FEATURE_BYTES), TOKENS)?;
-        }
-        set.write(number, shard.rows, writer.finish()?, Counts::new()).await?;
+        FULL.write_features(&set, number, shard.rows).await?;
     }
-    let mut empty = FeatureWriter::new(&spec())?;
-    empty.push(&noise(99, FEATURE_BYTES), TOKENS)?;
-    set.write_empty(empty.finish()?).await?;
+    set.write_empty(FULL.feature_file(u64::MAX >> 32, 1)?).await?;
     set.finish().await?;
     Ok(())
 }
 
-/// A data set of 10⁷ samples by its manifests; the files of one place in its first epoch are links to those that there are, others are empty.
-async fn write_large(from: &Path, to: &Path, fraction: f64) -> Result<()> {
-    let small = Reader::open(from, 1).await?;
-    let (shards, features) = (&small.data.manifest().shards, &small.features.manifest().shards);
-    let (count, real) = (10_000_000 / SHARD_ROWS, shards.iter().filter(|shard| shard.rows == SHARD_ROWS as u64).count());
-    let order = OrderConfig { seed: 1, lanes: 1, micro_batch: BATCH, window: WINDOW };
-    let order = Order::new(order, &vec![SHARD_ROWS as u64; count])?;
+/// A data set of 10⁷ samples by its manifests; those files are whole that are read from one place in its first epoch on, the others empty.
+async fn write_large(to: &Path, shape: Shape, fraction: f64) -> Result<()> {
+    let store = Store::open(to.to_str().context("not UTF-8")?)?;
+    let (count, rows) = (10_000_000 / shape.rows, shape.rows as u64);
+    let size = Some((shape.side, shape.side));
+    let order = BucketOrder::new(order_config(1), &vec![(size, rows); count])?;
     let step = (order.steps_per_epoch() as f64 * fraction) as u64;
     let read = order.lane_shards(step..step + 2, 0);
-    let place = |shard: usize| read.iter().position(|other| *other as usize == shard).unwrap_or(shard) % real;
-    let data = manifest((0..count).map(|i| ShardEntry { name: name(i, "shards/"), ..shards[place(i)].clone() }).collect());
-    let mut sidecars = small.features.manifest().clone();
-    sidecars.data = data.digest();
-    sidecars.shards = (0..count).map(|i| ShardEntry { name: name(i, ""), ..features[place(i)].clone() }).collect();
-    let folder = PathBuf::from("features").join(spec().fingerprint().to_string()).join(COLUMN);
-    for part in [Path::new("shards"), Path::new("trees/shards"), &folder, &folder.join("trees")] {
-        std::fs::create_dir_all(to.join(part))?;
+    let entry = |name, number: usize| ShardEntry { name, rows, bytes: 1 << 27, blake3: Digest::of(&number.to_le_bytes()), size };
+    let mut shards: Vec<ShardEntry> = (0..count).map(|number| entry(name(number, "shards/"), number)).collect();
+    for number in &read {
+        shards[*number as usize] = shape.write_shard(&store, *number as usize, shape.rows).await?;
     }
-    for i in 0..count {
+    store.create("manifest.json", json(&shape.manifest(shards))?).await?;
+    let data = DataSet::open_store(store.clone(), Default::default()).await?;
+    let set = data.begin_features(&shape.spec(), CAPTION).await?;
+    let folder = to.join("features").join(shape.spec().fingerprint().to_string()).join(CAPTION);
+    let mut shards: Vec<ShardEntry> =
+        (0..count).map(|number| ShardEntry { size: None, ..entry(name(number, ""), count + number) }).collect();
+    for (number, shard) in shards.iter_mut().enumerate() {
+        if read.contains(&(number as u32)) {
+            *shard = shape.write_features(&set, number, rows).await?;
+            continue;
+        }
         for suffix in ["arrow", "json"] {
-            File::create(to.join(&folder).join(name(i, "")).with_extension(suffix))?;
+            File::create(folder.join(&shard.name).with_extension(suffix))?;
         }
     }
-    for shard in read.iter().map(|shard| *shard as usize) {
-        let _ = std::fs::remove_file(to.join(&folder).join(name(shard, "")));
-        link(from, to, Path::new(""), &shards[place(shard)].name, &name(shard, "shards/"))?;
-        link(from, to, &folder, &features[place(shard)].name, &name(shard, ""))?;
-    }
-    link(from, to, &folder, "empty.arrow", "empty.arrow")?;
-    for record in ["spec.json", "empty.json"] {
-        std::fs::copy(from.join(&folder).join(record), to.join(&folder).join(record))?;
-    }
-    let spec = std::fs::read_to_string(to.join(&folder).join("spec.json"))?;
-    let spec = spec.replace(&small.data.manifest().digest().to_string(), &data.digest().to_string());
-    std::fs::write(to.join(&folder).join("spec.json"), spec)?;
-    std::fs::write(to.join(&folder).join("manifest.json"), json(&sidecars)?)?;
-    Ok(std::fs::write(to.join("manifest.json"), json(&data)?)?)
-}
-
-fn name(shard: usize, folder: &str) -> String {
-    format!("{folder}{shard:05}-0123456789ab-0000.arrow")
-}
-
-/// Links a file and its tree under another name.
-fn link(from: &Path, to: &Path, folder: &Path, there: &str, here: &str) -> Result<()> {
-    std::fs::hard_link(from.join(folder).join(there), to.join(folder).join(here))?;
-    let tree = |base: &Path, name: &str| base.join(folder).join(format!("trees/{name}.obao6"));
-    Ok(std::fs::hard_link(tree(from, there), tree(to, here))?)
+    let empty = set.write_empty(shape.feature_file(u64::MAX >> 32, 1)?).await?;
+    let (data, spec) = (data.manifest().digest(), shape.spec());
+    let manifest = FeatureManifest { schema: SCHEMA, data, spec, shards, extra: vec![empty], counts: Counts::new() };
+    Ok(std::fs::write(folder.join("manifest.json"), json(&manifest)?)?)
 }
 
 /// Every Arrow file below a folder.

@@ -99,7 +99,27 @@ impl Sources {
             order: Arc::clone(&self.order),
             lanes: lanes.clone(),
         };
+        self.warn_of_crowding(lanes);
         self.ahead = Some(Ahead::start(&self.parts.runtime, reading, step));
+        lanes.clone().for_each(|lane| self.read_ahead(&self.order.lane(step, lane)));
+    }
+
+    /// Says so where the windows of these lanes do not fit into the memory there is for fetched files, for then they are fetched again and again.
+    fn warn_of_crowding(&self, lanes: &Range<u32>) {
+        let Parts { config, data, features, .. } = &self.parts;
+        let sidecars = features.sidecars().iter().flat_map(|features| &features.manifest().shards);
+        let bytes: u64 = data.manifest().shards.iter().chain(sidecars).map(|file| file.bytes).sum();
+        let open = (lanes.len() * config.data.window).min(data.manifest().shards.len()) as u64;
+        let needed = (u128::from(bytes) * u128::from(open) / data.manifest().shards.len().max(1) as u128) as u64;
+        if data.store().local_path().is_none() && needed > config.data.memory_bytes {
+            let (limit, data) = (config.data.memory_bytes, data.store().url());
+            tracing::warn!(
+                data,
+                needed,
+                limit,
+                "the shards that this worker's lanes read at once do not fit into data.memory_bytes and are fetched repeatedly; raise it, lower                  data.window, or copy the data set to this machine"
+            );
+        }
     }
 
     pub(super) fn order(&self) -> Arc<BucketOrder> {
@@ -123,26 +143,25 @@ impl Sources {
         for lane in lanes.clone() {
             inputs.push(self.lane(step, lane, epoch, &mut encode)?);
             // The disk reads for the next step while this one is assembled.
-            self.read_ahead(&self.order.lane(step + 1, lane))?;
+            self.read_ahead(&self.order.lane(step + 1, lane));
         }
         let held_out = if self.measures(step) { self.held_out(lanes)? } else { Vec::new() };
         let step_samples = self.order.batch_len(step);
         Ok(StepInput { epoch, step_samples, lanes: inputs, held_out, encode, waited: Duration::ZERO })
     }
 
-    fn read_ahead(&self, samples: &[SampleRef]) -> Result<(), FeedError> {
-        // Elsewhere there is nothing to be told to read.
+    /// Has the system begin to read some rows of local files. What fails is told by the step that needs them.
+    fn read_ahead(&self, samples: &[SampleRef]) {
         if self.parts.data.store().local_path().is_none() {
-            return Ok(());
+            return;
         }
-        self.parts.runtime.block_on(async {
+        let _ = self.parts.runtime.block_on(async {
             self.parts.data.read_ahead(samples).await?;
             for features in self.parts.features.sidecars() {
                 features.read_ahead(samples).await?;
             }
             Ok::<_, FeedError>(())
-        })?;
-        Ok(())
+        });
     }
 
     fn measures(&self, step: u64) -> bool {
