@@ -2,7 +2,7 @@
 //!
 //! The first of equal samples, in the order of parts and rows, is kept; what comes out depends on the records alone. Digests go to temporary
 //! files by their first bits, and are sorted file by file: 10⁹ samples take 48 GB of disk and 375 MB of memory. Looks, which are compared
-//! only if the settings say so, stay in memory: 32 bytes a picture, and 4 for each band.
+//! only if the settings say so, stay in memory: 16 bytes a picture, and 4 for each band.
 
 use std::collections::{HashMap, HashSet};
 use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
@@ -21,6 +21,8 @@ type Half = [u8; 16];
 const FILES: usize = 64;
 /// Bytes of one that stay in memory.
 const IN_MEMORY: usize = 128 << 10;
+/// Bytes of a sample in one.
+const SAMPLE: u64 = 24;
 
 /// A sample that repeats an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,12 +70,12 @@ pub(super) struct Finder {
     keys: Spill,
     contents: Spill,
     /// How many bits may differ, and what is compared.
-    looks: Option<(u32, Vec<(u64, At)>)>,
+    looks: Option<(u32, Spill)>,
 }
 
 impl Finder {
     pub(super) fn new(rule: Duplicates) -> Finder {
-        let looks = if let Duplicates::Near { bits } = rule { Some((bits, Vec::new())) } else { None };
+        let looks = if let Duplicates::Near { bits } = rule { Some((bits, Spill::new(1))) } else { None };
         Finder { sources: HashMap::new(), keys: Spill::new(FILES), contents: Spill::new(FILES), looks }
     }
 
@@ -94,7 +96,7 @@ impl Finder {
             self.contents.push(content.to_be_bytes(), at)?;
         }
         if let (Some(look), Some((_, looks))) = (look, &mut self.looks) {
-            looks.push((look, at));
+            looks.push(u128::from(look).to_le_bytes(), at)?;
         }
         Ok(())
     }
@@ -111,7 +113,7 @@ impl Finder {
         gone.extend(contents.iter().map(|repeat| repeat.at));
         repeats.extend(contents);
         if let Some((bits, looks)) = self.looks {
-            repeats.extend(find_looks(bits, &looks, &gone));
+            repeats.extend(looks.find_looks(bits, &gone)?);
         }
         repeats.sort_unstable_by_key(|repeat| repeat.at);
         Ok(Ok(repeats))
@@ -145,29 +147,21 @@ impl Spill {
         file.write_all(&row.to_le_bytes())
     }
 
-    /// The files' samples, one file after another, each in the order in which they were added.
-    fn files(self) -> impl Iterator<Item = io::Result<Vec<(Half, At)>>> {
+    /// The files, each with its samples in the order in which they were added.
+    fn files(self) -> impl Iterator<Item = io::Result<Samples>> {
         self.0.into_iter().map(|file| {
             let mut file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
-            let count = file.stream_position()? / 24;
+            let left = file.stream_position()? / SAMPLE;
             file.rewind()?;
-            let mut file = BufReader::with_capacity(1 << 20, file);
-            let mut sample = || {
-                let (mut half, mut part, mut row) = (Half::default(), [0; 4], [0; 4]);
-                file.read_exact(&mut half)?;
-                file.read_exact(&mut part)?;
-                file.read_exact(&mut row)?;
-                Ok((half, (u32::from_le_bytes(part), u32::from_le_bytes(row))))
-            };
-            (0..count).map(|_| sample()).collect()
+            Ok(Samples { left, file: BufReader::with_capacity(1 << 20, file) })
         })
     }
 
     /// Calls with all that are equal, in order, the first apart.
     fn each_equal(self, gone: &HashSet<At>, mut equal: impl FnMut(At, At)) -> io::Result<()> {
         for samples in self.files() {
-            let mut samples = samples?;
-            samples.retain(|(_, at)| !gone.contains(at));
+            let kept = |sample: &io::Result<(Half, At)>| sample.as_ref().map_or(true, |(_, at)| !gone.contains(at));
+            let mut samples: Vec<_> = samples?.filter(kept).collect::<io::Result<_>>()?;
             samples.sort_unstable();
             for same in samples.chunk_by(|a, b| a.0 == b.0) {
                 same[1..].iter().for_each(|later| equal(same[0].1, later.1));
@@ -194,17 +188,47 @@ impl Spill {
         self.each_equal(gone, |first, at| repeats.push(Repeat { at, of: Of::Content(first) }))?;
         Ok(repeats)
     }
+
+    fn find_looks(self, bits: u32, gone: &HashSet<At>) -> io::Result<Vec<Repeat>> {
+        let (mut looks, mut repeats) = (Looks::new(bits), Vec::new());
+        for samples in self.files() {
+            for sample in samples? {
+                let (look, at) = sample?;
+                let look = u128::from_le_bytes(look) as u64;
+                match looks.like(look) {
+                    _ if gone.contains(&at) => {}
+                    Some(of) => repeats.push(Repeat { at, of: Of::Look(of) }),
+                    None => looks.add(look, at),
+                }
+            }
+        }
+        Ok(repeats)
+    }
 }
 
-fn find_looks(bits: u32, pictures: &[(u64, At)], gone: &HashSet<At>) -> Vec<Repeat> {
-    let (mut looks, mut repeats) = (Looks::new(bits), Vec::new());
-    for &(look, at) in pictures.iter().filter(|(_, at)| !gone.contains(at)) {
-        match looks.like(look) {
-            Some(of) => repeats.push(Repeat { at, of: Of::Look(of) }),
-            None => looks.add(look, at),
-        }
+/// What one file holds.
+struct Samples {
+    left: u64,
+    file: BufReader<SpooledTempFile>,
+}
+
+impl Iterator for Samples {
+    type Item = io::Result<(Half, At)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.left = self.left.checked_sub(1)?;
+        Some(self.read())
     }
-    repeats
+}
+
+impl Samples {
+    fn read(&mut self) -> io::Result<(Half, At)> {
+        let (mut half, mut part, mut row) = (Half::default(), [0; 4], [0; 4]);
+        self.file.read_exact(&mut half)?;
+        self.file.read_exact(&mut part)?;
+        self.file.read_exact(&mut row)?;
+        Ok((half, (u32::from_le_bytes(part), u32::from_le_bytes(row))))
+    }
 }
 
 /// Hashes by their bands: two that differ in at most `bits` bits have one of `bits + 1` bands in common.
