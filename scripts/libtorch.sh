@@ -8,7 +8,7 @@ say() { printf 'ella: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 need() { command -v "$1" >/dev/null 2>&1 || die "$1 is missing: $2"; }
 
-need cargo "install Rust 1.88 or newer (https://rustup.rs)"
+need cargo "install Rust 1.89 or newer (https://rustup.rs)"
 need c++ "install a C++ compiler (Debian: apt-get install g++)"
 
 if [ -n "${LIBTORCH:-}" ]; then

@@ -140,7 +140,7 @@ impl Spill {
     }
 
     fn push(&mut self, half: Half, (part, row): At) -> io::Result<()> {
-        let file = half[0] as usize * self.0.len() >> 8;
+        let file = (half[0] as usize * self.0.len()) >> 8;
         let file = &mut self.0[file];
         file.write_all(&half)?;
         file.write_all(&part.to_le_bytes())?;
