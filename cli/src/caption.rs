@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use ella_dataset::{CaptionStats, DataSet, caption_stats};
+use ella_dataset::{CaptionSet, CaptionStats, Counts, DataSet, REPORT, caption_stats};
 use ella_proto::config::{Device, JobConfig, JobKind, JobTable};
 use ella_worker::caption::{CaptionConfig, CaptionJob, CaptionSettings, Estimate, Work};
 use serde_json::json;
@@ -57,11 +57,18 @@ impl Caption {
         let ran = self.who.run(&config, Device::Cpu)?;
         if ran.code == DONE {
             let results = ran.status.and_then(|status| status.job).map(|job| job.results).unwrap_or_default();
-            let stats = runtime.block_on(self.stats())?;
-            let told = json!({ "data": self.data, "column": self.column, "results": results, "captions": stats });
+            let (counts, report, stats) = runtime.block_on(self.made())?;
+            let told = json!({
+                "data": self.data, "column": self.column, "counts": counts, "report": report, "results": results, "captions": stats,
+            });
             out.result(&told, || {
-                let counts: String = results.iter().map(|(name, count)| format!("{count:>10}  {name}\n")).collect();
-                format!("{counts}\n{stats}\ncolumn: {}, for ella embed --caption {0} and data.captions", self.column)
+                let line = |(name, count): (&String, &u64)| format!("{count:>10}  {name}\n");
+                let retried = results.iter().filter(|(name, _)| name.starts_with("retried."));
+                let mut text: String = counts.iter().chain(retried).map(line).collect();
+                if counts.keys().any(|name| name.starts_with("refused.")) {
+                    text += &format!("every refused key with its reason: {report}\n");
+                }
+                format!("{text}\n{stats}\ncolumn: {}, for ella embed --caption {0} and data.captions", self.column)
             });
         }
         Ok(ran.code)
@@ -90,8 +97,12 @@ impl Caption {
         Ok(Some(Estimate::new(&settings.ask, work, Some(&probe))))
     }
 
-    async fn stats(&self) -> Result<CaptionStats, Fail> {
-        column_stats(&DataSet::open(&self.data).await?, &self.column).await
+    /// What the whole column counts, where its report is, and what its captions are like.
+    async fn made(&self) -> Result<(Counts, String, CaptionStats), Fail> {
+        let data = DataSet::open(&self.data).await?;
+        let set = CaptionSet::find(data.store(), data.shared_manifest(), &self.column).await?;
+        let report = format!("{}/captions/{}/{REPORT}", data.store().url(), self.column);
+        Ok((set.finish().await?.counts, report, column_stats(&data, &self.column).await?))
     }
 }
 

@@ -254,6 +254,8 @@ fn message(job: &JobReport) -> String {
     for (name, count) in &job.results {
         if let Some(why) = name.strip_prefix("refused.") {
             text += &format!(", {count} {why}");
+        } else if name == "trimmed" || name.starts_with("retried.") {
+            text += &format!(", {count} {}", name.replace('.', " "));
         }
     }
     if let Some(left) = job.seconds_left {

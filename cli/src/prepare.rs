@@ -1,14 +1,14 @@
 //! `ella prepare`: sources to a prepared data set.
 
 use clap::Args;
-use ella_dataset::{REPORT, Report};
+use ella_dataset::{Damage, DataError, REPORT, Report};
 use ella_proto::config::{Config, Device as Choice, JobConfig, JobKind, JobTable};
 use ella_store::Store;
 use ella_worker::prepare::{CONFIG, PrepareSettings};
 
 use crate::embed::Device;
 use crate::jobs::Who;
-use crate::ui::{DONE, Fail, Out};
+use crate::ui::{DONE, Fail, Meter, Out};
 
 #[derive(Debug, Args)]
 pub(crate) struct Prepare {
@@ -42,8 +42,8 @@ impl Prepare {
     }
 }
 
-/// Prepares a data set again as it was told then, its sources being elsewhere now if any are given.
-pub(crate) fn again(data: &str, sources: &[String]) -> Result<(), Fail> {
+/// The config that a data set was prepared by, its sources being elsewhere now if any are given.
+fn told(data: &str, sources: &[String]) -> Result<(JobTable, PrepareSettings), Fail> {
     let store = Store::open(data)?;
     let there = crate::runtime()?.block_on(async {
         match store.head(CONFIG).await? {
@@ -51,14 +51,49 @@ pub(crate) fn again(data: &str, sources: &[String]) -> Result<(), Fail> {
             None => Ok(None),
         }
     })?;
-    let missing = || Fail::failed(format_args!("{data}/{CONFIG}: not found; run the same `ella prepare` again to make the shards anew"));
+    let missing = || Fail::failed(format_args!("{data}/{CONFIG}: not found; run the same `ella prepare` again: it writes it"));
     let text = String::from_utf8_lossy(&there.ok_or_else(missing)?).into_owned();
     let Config::Job(config) = Config::parse(&text, &format!("{data}/{CONFIG}"), &[])? else { return Err(missing()) };
     let mut settings = config.settings(&PrepareSettings::full())?;
     if !sources.is_empty() {
         settings.sources = sources.to_vec();
     }
-    let config = JobConfig::new(JobTable { data: data.to_owned(), ..config.job }, &settings)?;
+    Ok((JobTable { data: data.to_owned(), ..config.job }, settings))
+}
+
+/// Reads all sources of a data set again, and the pictures that lists name. Gives those that are not what was prepared.
+pub(crate) fn changed(data: &str, sources: &[String]) -> Result<Vec<Damage>, Fail> {
+    let (table, settings) = told(data, sources)?;
+    let (runtime, models) = (crate::runtime()?, settings.load(Choice::Auto)?);
+    runtime.block_on(async {
+        let preparation = settings.preparation(&table.data, models).await?;
+        let mut changed = Vec::new();
+        // A source of another size, or a list of other rows, is seen without reading it.
+        match preparation.plan().await {
+            Err(error @ (DataError::SourceReplaced { .. } | DataError::Other { .. })) => {
+                return Ok(vec![Damage { file: data.to_owned(), what: error.to_string() }]);
+            }
+            planned => planned?,
+        };
+        let parts = preparation.parts().await?;
+        let mut meter = Meter::new("sources", parts.len() as u64);
+        for part in parts {
+            match preparation.check(part).await {
+                Err(error @ (DataError::SourceReplaced { .. } | DataError::SourceMissing { .. } | DataError::SourceCorrupt { .. })) => {
+                    changed.push(Damage { file: preparation.name_of(part).await?, what: error.to_string() });
+                }
+                checked => checked?,
+            }
+            meter.at(part as u64 + 1, "parts");
+        }
+        Ok(changed)
+    })
+}
+
+/// Prepares a data set again as it was told then, its sources being elsewhere now if any are given.
+pub(crate) fn again(data: &str, sources: &[String]) -> Result<(), Fail> {
+    let (table, settings) = told(data, sources)?;
+    let config = JobConfig::new(table, &settings)?;
     match Who::here().run(&config, Choice::Auto)?.code {
         DONE => Ok(()),
         code => Err(Fail { code, message: format!("{data}: was not repaired to the end") }),

@@ -1,19 +1,35 @@
-//! `ella status`: what a run or a job is doing (asked of its coordinator), or what became of it (read from its folder).
+//! `ella status`: what a run or a job is doing (asked of its coordinator), or how far it is and what became of it (read from its folder or
+//! its data set's).
 
 use clap::Args;
 use ella_coordinator::client;
 use ella_coordinator::status::{JobReport, StatusReport};
-use ella_store::RunState;
+use ella_dataset::{Progress, progress};
+use ella_store::{RunState, Store};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::run::{Metric, RunFolder, samples};
-use crate::ui::{DONE, Fail, Out, span};
+use crate::ui::{DONE, Fail, Out, bytes, span};
 
 #[derive(Debug, Args)]
 pub(crate) struct Status {
-    /// A run's folder (path or URL), or the address of a run's or job's coordinator, http://HOST:PORT
-    run: String,
+    /// A run's folder, or a data set's, being prepared, embedded or captioned, or whole (path or URL); or the address of a run's or job's
+    /// coordinator, http://HOST:PORT
+    #[arg(value_name = "RUN|DATA|URL", required_unless_present = "coordinator")]
+    what: Option<String>,
+    /// Ask the coordinator at this address
+    #[arg(long, value_name = "URL", conflicts_with = "what")]
+    coordinator: Option<String>,
+}
+
+/// A data set by its folder.
+#[derive(Debug, Serialize)]
+struct DataStatus {
+    data: String,
+    /// Preparing first, then every encoder's features, then every added column of captions.
+    work: Vec<Progress>,
 }
 
 /// A run by its folder.
@@ -37,18 +53,35 @@ struct FolderStatus {
 impl Status {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let runtime = crate::runtime()?;
-        if self.run.starts_with("http://") || self.run.starts_with("https://") {
-            let status = StatusReport::from(runtime.block_on(client::status(&self.run))?);
+        let folder_or_url = self.what.as_deref().unwrap_or_default();
+        let is_url = folder_or_url.starts_with("http://") || folder_or_url.starts_with("https://");
+        let coordinator = match &self.coordinator {
+            Some(url) if url.contains("://") => Some(url.clone()),
+            Some(address) => Some(format!("http://{address}")),
+            None => is_url.then(|| folder_or_url.to_owned()),
+        };
+        if let Some(url) = coordinator {
+            let status = StatusReport::from(runtime.block_on(client::status(&url))?);
             out.result(&status, || match &status.job {
                 Some(job) => live_job(&status, job),
                 None => live(&status),
             });
+        } else if let Some(status) = runtime.block_on(read_data(folder_or_url))? {
+            out.result(&status, || data(&status));
         } else {
-            let status = runtime.block_on(read(&self.run))?;
+            let status = runtime.block_on(read(folder_or_url))?;
             out.result(&status, || folder(&status));
         }
         Ok(DONE)
     }
+}
+
+/// None: no data set is there.
+async fn read_data(url: &str) -> Result<Option<DataStatus>, Fail> {
+    let store = Store::open(url)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    let work = progress(&store, u64::try_from(now).unwrap_or(u64::MAX)).await?;
+    Ok(work.map(|work| DataStatus { data: store.url().to_owned(), work }))
 }
 
 async fn read(url: &str) -> Result<FolderStatus, Fail> {
@@ -78,6 +111,28 @@ pub(crate) fn outcome(state: &RunState) -> (&'static str, String) {
             (name, ended.reason.clone())
         }
     }
+}
+
+fn data(status: &DataStatus) -> String {
+    let mut text = format!("data     {}\n", status.data);
+    for work in &status.work {
+        let Progress { kind, name, whole, units, units_done, samples, counts, units_read, .. } = work;
+        let name = if name.is_empty() { String::new() } else { format!(" {name}") };
+        let state = match (whole, units_done < units) {
+            (true, _) => "whole",
+            (false, true) => "under way",
+            (false, false) => "all units are done, its manifest is not written yet",
+        };
+        let sums = if units_read < units_done { format!(", reckoned from {units_read} units") } else { String::new() };
+        text += &format!("{kind:<8}{name} {state}: {units_done} of {units} units done, {samples} samples, {}{sums}\n", bytes(work.bytes));
+        if let (Some(units), Some(samples), Some(left), false) = (work.units_per_second, work.samples_per_second, work.seconds_left, whole)
+        {
+            let idle = work.idle_seconds.unwrap_or_default();
+            text += &format!("         {:.2} units/s, {samples:.1} samples/s, {} left; the last {} ago\n", units, span(left), span(idle));
+        }
+        text += &counts.iter().map(|(name, count)| format!("         {name} {count}\n")).collect::<String>();
+    }
+    text
 }
 
 fn folder(status: &FolderStatus) -> String {
@@ -168,5 +223,42 @@ mod tests {
                         worker   h pid 5, cpu, 2 units done, holds b.tar (7 samples), heard 0.3 s ago\n\
                         given up a.tar: truncated\nresult   kept 60\ncount    units_retried 1\n";
         assert_eq!(live_job(&status, &job), expected);
+    }
+
+    #[test]
+    fn a_data_set_is_shown_by_its_work() {
+        let whole = Progress {
+            kind: "prepare",
+            name: String::new(),
+            whole: true,
+            units: 3,
+            units_done: 3,
+            samples: 30,
+            counts: [("kept".to_owned(), 28), ("refused.area".to_owned(), 2)].into(),
+            bytes: 2048,
+            units_read: 3,
+            units_per_second: None,
+            samples_per_second: None,
+            seconds_left: None,
+            idle_seconds: None,
+        };
+        let begun = Progress {
+            kind: "caption",
+            name: "dense".into(),
+            whole: false,
+            units: 9000,
+            units_done: 3000,
+            counts: [("captioned".to_owned(), 7)].into(),
+            units_read: 2000,
+            units_per_second: Some(0.5),
+            samples_per_second: Some(5.0),
+            seconds_left: Some(12_000.0),
+            idle_seconds: Some(3.0),
+            ..whole.clone()
+        };
+        let expected = "data     d\nprepare  whole: 3 of 3 units done, 30 samples, 2.0 KiB\n         kept 28\n         refused.area 2\n\
+                        caption  dense under way: 3000 of 9000 units done, 30 samples, 2.0 KiB, reckoned from 2000 units\n         \
+                        0.50 units/s, 5.0 samples/s, 3 h 20 min left; the last 3.0 s ago\n         captioned 7\n";
+        assert_eq!(data(&DataStatus { data: "d".into(), work: vec![whole, begun] }), expected);
     }
 }

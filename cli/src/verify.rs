@@ -17,8 +17,11 @@ pub(crate) struct Verify {
     /// Make damaged shards anew from the sources, as `ella prepare` was told then; damaged features are deleted for `ella embed`
     #[arg(long)]
     repair: bool,
-    /// Where the sources are now, if they were moved; with --repair
-    #[arg(long = "source", value_name = "SRC", requires = "repair")]
+    /// Read the sources again too, and every picture that lists name: whether they are what was prepared
+    #[arg(long)]
+    originals: bool,
+    /// Where the sources are now, if they were moved; with --repair or --originals
+    #[arg(long = "source", value_name = "SRC")]
     sources: Vec<String>,
 }
 
@@ -31,10 +34,15 @@ struct Found {
     repaired: Vec<String>,
     /// Files that are still missing, and what makes them.
     to_do: Vec<String>,
+    /// Sources that are not what was prepared any more; null if they were not looked at.
+    changed: Option<Vec<Damage>>,
 }
 
 impl Verify {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
+        if !self.sources.is_empty() && !self.repair && !self.originals {
+            return Err(Fail::usage("--source: says where sources are for --repair or --originals; give one of them"));
+        }
         let runtime = crate::runtime()?;
         let store = Store::open(&self.data)?;
         let (inventory, verified) = runtime.block_on(read(&store))?;
@@ -49,8 +57,9 @@ impl Verify {
                 repaired.extend(names(true));
             }
         }
-        let sound = verified.damaged.len() == repaired.len();
-        let found = Found { data: store.url().to_owned(), verified, repaired, to_do };
+        let changed = self.originals.then(|| prepare::changed(&self.data, &self.sources)).transpose()?;
+        let sound = verified.damaged.len() == repaired.len() && changed.as_ref().is_none_or(Vec::is_empty);
+        let found = Found { data: store.url().to_owned(), verified, repaired, to_do, changed };
         out.result(&found, || text(&found, self.repair));
         Ok(if sound { DONE } else { FAILED })
     }
@@ -69,13 +78,21 @@ async fn read(store: &Store) -> Result<(Inventory, Verified), Fail> {
 }
 
 fn text(found: &Found, repair: bool) -> String {
-    let Found { data, verified, repaired, to_do } = found;
+    let Found { data, verified, repaired, to_do, changed } = found;
     for Damage { file, what } in &verified.damaged {
         note(format_args!("{data}/{file}: {what}"));
     }
     let mut text = format!("{} read, {}", count(verified.files, "file"), bytes(verified.bytes));
     for stray in &verified.stray {
         text += &format!("\nleft half-written by a writer that was killed: {stray} (it does no harm, and may be deleted)");
+    }
+    for Damage { what, .. } in changed.iter().flatten() {
+        note(what);
+    }
+    match changed.as_ref().map(Vec::len) {
+        None => {}
+        Some(0) => text += "\nthe sources are what was prepared",
+        Some(n) => text += &format!("\n{} of the sources changed since they were prepared", count(n, "part")),
     }
     match (verified.damaged.len(), repaired.len()) {
         (0, _) => return text + "\nevery byte is as it was written",

@@ -48,6 +48,17 @@ pub enum DataError {
         what: String,
     },
 
+    /// No sample of a source has any of the fields that were named for captions.
+    #[error("{source_name}: no sample has the field of captions that was named ({fields}); its samples have: {found}; name one of these")]
+    CaptionField {
+        /// The source as it was given.
+        source_name: String,
+        /// What was named.
+        fields: String,
+        /// The fields that samples have, the first of them.
+        found: String,
+    },
+
     /// No column of a source holds pictures or their paths.
     #[error("{source_name}: no column of pictures (expected one of: {expected}; found: {found}); name it as the image column")]
     SourceColumns {

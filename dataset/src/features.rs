@@ -187,7 +187,7 @@ impl FeatureSet {
 
     /// Stores a shard's features, once, and then their record, with what was counted. If another worker was first, its features stay.
     pub async fn write(&self, shard: usize, rows: u64, file: Bytes, counts: Counts) -> Result<ShardEntry, DataError> {
-        Ok(self.0.write(shard, rows, file, counts).await?.file)
+        Ok(self.0.write(shard, rows, file, |_| Ok(counts.into())).await?.file)
     }
 
     /// Fails unless every shard has its features; then their manifest, which is written if it was not there.

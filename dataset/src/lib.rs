@@ -21,6 +21,7 @@ pub mod order;
 mod picture;
 mod plan;
 mod prepare;
+mod progress;
 mod report;
 mod room;
 pub mod scenes;
@@ -34,7 +35,7 @@ mod verify;
 
 pub use ahead::{Ahead, Reading};
 pub use caption::{Captions, captions_from_txt, prepare_captions};
-pub use caption_set::{CaptionManifest, CaptionSet, CaptionSpec, captions_in};
+pub use caption_set::{CaptionManifest, CaptionSet, CaptionSpec, Made, captions_in};
 pub use caption_stats::{CaptionCounter, CaptionStats, Lengths, Speech, Tokens, caption_stats, is_whole, sentences};
 pub use error::DataError;
 pub use feature_file::{FeatureReader, FeatureSpool, FeatureWriter};
@@ -44,6 +45,7 @@ pub use manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, SourceEnt
 pub use picture::{Crop, Encoding, Picture, PictureRules, SDXL_BUCKETS, Scratch, buckets, cut, decode_rgb, encode};
 pub use plan::{PLAN, Part, Plan, PlannedSource, REPORT, UnitRecord, write_file};
 pub use prepare::{KeyList, LatentEncoder, Preparation, PrepareOptions, ToDo, TokenCounter, UnitWatch, prepare};
+pub use progress::{Progress, progress};
 pub use report::{Refusal, Refused, Report};
 pub use room::Memory;
 pub use set::{AddedCaptions, DataSet, Features};

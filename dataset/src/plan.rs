@@ -182,6 +182,12 @@ impl UnitRecord {
         validate_shards(&self.shards).or_else(|what| wrong(&what))
     }
 
+    /// Notes that a source which looks newer was found to be the same, so that it need not be read again the next time.
+    pub(crate) async fn seen_as(self, unit: &str, stamp: Option<&str>, out: &Store) -> Result<(), DataError> {
+        let record = UnitRecord { stamp: stamp.map(str::to_owned), ..self };
+        Ok(out.put(&unit_key(unit), pretty(&record)).await?)
+    }
+
     /// Writes the record of a finished unit, once. A record that is already there wins, if it says the same.
     pub(crate) async fn write(&self, unit: &str, out: &Store) -> Result<(), DataError> {
         let key = unit_key(unit);

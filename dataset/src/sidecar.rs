@@ -15,7 +15,7 @@ use std::io::ErrorKind;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use ella_store::{Created, Digest, Store};
+use ella_store::{Created, Digest, Meta, Store};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,21 @@ const READ_AT_ONCE: usize = 32;
 
 /// Numbers that a unit counted, by name.
 pub type Counts = BTreeMap<String, u64>;
+/// Samples of which nothing could be made: what was said of each, by its key, by the reason.
+pub(crate) type Declined = BTreeMap<String, BTreeMap<String, String>>;
+
+/// What a file's record tells of it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Told {
+    pub(crate) counts: Counts,
+    pub(crate) declined: Declined,
+}
+
+impl From<Counts> for Told {
+    fn from(counts: Counts) -> Self {
+        Told { counts, declined: Declined::new() }
+    }
+}
 
 /// What tells one kind of sidecar from another.
 pub(crate) trait Kind: Clone + Debug + PartialEq + Serialize + DeserializeOwned {
@@ -62,6 +77,8 @@ pub(crate) struct FileRecord {
     schema: u32,
     pub(crate) file: ShardEntry,
     pub(crate) counts: Counts,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub(crate) declined: Declined,
 }
 
 /// A whole sidecar.
@@ -162,33 +179,50 @@ impl<K: Kind> Sidecar<K> {
         Ok(self.folder.head(&record.file.name).await?.map(|_| record))
     }
 
-    /// Stores a shard's file, once, and then its record. If another worker was first, its file stays.
-    pub(crate) async fn write(&self, shard: usize, rows: u64, file: Bytes, counts: Counts) -> Result<FileRecord, DataError> {
+    /// Stores a shard's file, once, and then its record. If another worker was first, its file stays; `tell` is asked of the file that
+    /// does.
+    pub(crate) async fn write(
+        &self,
+        shard: usize,
+        rows: u64,
+        file: Bytes,
+        tell: impl FnOnce(Bytes) -> Result<Told, DataError>,
+    ) -> Result<FileRecord, DataError> {
         let stem = self.stem(shard);
         let expected = self.data.shards.get(shard).map_or(0, |entry| entry.rows);
         if rows != expected {
             let what = format!("expected {expected} rows, as in its shard, found {rows}");
             return Err(DataError::Arrow { file: join(self.folder.url(), &format!("{stem}.arrow")), what });
         }
-        self.store_file(stem, rows, file, counts).await
+        self.store_file(stem, rows, file, tell).await
     }
 
     /// Stores a further file of one row.
     pub(crate) async fn write_extra(&self, name: &str, file: Bytes) -> Result<FileRecord, DataError> {
-        self.store_file(name, 1, file, Counts::new()).await
+        self.store_file(name, 1, file, |_| Ok(Told::default())).await
     }
 
     /// Stores a file and then its record. If another worker was first, its record stays; a file that was lost and made again must be
     /// the one that its record describes.
-    async fn store_file(&self, stem: &str, rows: u64, file: Bytes, counts: Counts) -> Result<FileRecord, DataError> {
+    async fn store_file(
+        &self,
+        stem: &str,
+        rows: u64,
+        file: Bytes,
+        tell: impl FnOnce(Bytes) -> Result<Told, DataError>,
+    ) -> Result<FileRecord, DataError> {
         if let Some(record) = self.record(stem).await? {
             restore_file(&self.folder, &record.file, file).await?;
             return Ok(record);
         }
         let entry = ShardEntry::of(format!("{stem}.arrow"), rows, &file);
-        let spec = self.spec.clone();
-        let file = create_file(&self.folder, entry, file, move |there| spec.stands(there, rows)).await?;
-        let record = FileRecord { schema: SCHEMA, file, counts };
+        let (spec, made) = (self.spec.clone(), entry.blake3);
+        let ours = file.clone();
+        let entry = create_file(&self.folder, entry, file, move |there| spec.stands(there, rows)).await?;
+        // An earlier attempt may have left its file and not its record, and not have made what this one did.
+        let stands = if entry.blake3 == made { ours } else { self.folder.get(&entry.name).await? };
+        let Told { counts, declined } = tell(stands)?;
+        let record = FileRecord { schema: SCHEMA, file: entry, counts, declined };
         let key = format!("{stem}.json");
         if self.folder.create(&key, pretty(&record)).await? == Created::Yes {
             return Ok(record);
@@ -218,12 +252,7 @@ impl<K: Kind> Sidecar<K> {
         if let Some(manifest) = self.manifest().await? {
             return Ok(manifest);
         }
-        self.check_complete().await?;
-        let records = stream::iter(0..self.files()).map(|file| async move {
-            let stem = self.file_stem(file);
-            self.record(stem).await?.ok_or_else(|| self.incomplete(vec![stem.to_owned()]))
-        });
-        let records: Vec<FileRecord> = records.buffered(READ_AT_ONCE).try_collect().await?;
+        let records = self.records().await?;
         let mut counts = Counts::new();
         for (name, count) in records.iter().flat_map(|record| &record.counts) {
             *counts.entry(name.clone()).or_default() += count;
@@ -240,7 +269,28 @@ impl<K: Kind> Sidecar<K> {
         Ok(manifest)
     }
 
-    async fn manifest(&self) -> Result<Option<SidecarManifest<K>>, DataError> {
+    /// The records of all files, in order; fails unless every file is there.
+    pub(crate) async fn records(&self) -> Result<Vec<FileRecord>, DataError> {
+        self.check_complete().await?;
+        let records = stream::iter(0..self.files()).map(|file| async move {
+            let stem = self.file_stem(file);
+            self.record(stem).await?.ok_or_else(|| self.incomplete(vec![stem.to_owned()]))
+        });
+        records.buffered(READ_AT_ONCE).try_collect().await
+    }
+
+    /// What is there of it: the records, as far as they were listed, with when each was written.
+    pub(crate) async fn listed(&self) -> Result<(usize, Vec<Meta>), DataError> {
+        let metas = self.folder.files("").await?;
+        let there: HashSet<&str> = metas.iter().map(|meta| meta.key.as_str()).collect();
+        let stems = (0..self.files()).map(|file| self.file_stem(file));
+        let done: HashSet<String> =
+            stems.filter(|stem| there.contains(format!("{stem}.arrow").as_str())).map(|stem| format!("{stem}.json")).collect();
+        Ok((self.files(), metas.iter().filter(|meta| done.contains(&meta.key)).cloned().collect()))
+    }
+
+    /// The manifest, if the sidecar is whole.
+    pub(crate) async fn manifest(&self) -> Result<Option<SidecarManifest<K>>, DataError> {
         let Some(bytes) = read(&self.folder, MANIFEST).await? else { return Ok(None) };
         let file = at(&self.folder, MANIFEST);
         let manifest = parse(&file, &bytes)?;

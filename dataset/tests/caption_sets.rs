@@ -5,8 +5,8 @@ mod common;
 
 use common::{good_tar, small, sources, store, threads};
 use ella_dataset::{
-    CaptionSet, CaptionSpec, Counts, DataError, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Padding, captions_in,
-    prepare,
+    CaptionSet, CaptionSpec, Counts, DataError, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Made, Padding,
+    captions_in, prepare,
 };
 use ella_store::Digest;
 use serde_json::json;
@@ -25,8 +25,25 @@ fn spec(model: &str) -> CaptionSpec {
     CaptionSpec { column: "dense".into(), made_by: json!({"model": model, "limit": 200}) }
 }
 
-fn counts(requests: u64) -> Counts {
-    Counts::from([("requests".to_owned(), requests)])
+fn counts(counts: &[(&str, u64)]) -> Counts {
+    counts.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect()
+}
+
+fn keys(captions: &[String]) -> Vec<String> {
+    (0..captions.len()).map(|row| format!("key {row}")).collect()
+}
+
+/// Captions as a captioner makes them: an empty one was declined.
+fn made(captions: &[String]) -> Vec<Made> {
+    let one = |caption: &String| match caption.as_str() {
+        "" => Made { refused: Some(("empty".into(), "stop".into())), input_tokens: 3, ..Made::default() },
+        caption => Made { caption: caption.to_owned(), input_tokens: 3, output_tokens: 2, ..Made::default() },
+    };
+    captions.iter().map(one).collect()
+}
+
+async fn write(set: &CaptionSet, shard: usize, captions: &[String]) -> Result<Counts, DataError> {
+    set.write(shard, &keys(captions), &made(captions)).await
 }
 
 /// Captions of a shard; of every third row there is none.
@@ -42,7 +59,7 @@ async fn a_column_is_written_shard_by_shard_and_read_like_the_own_ones() {
     let set = CaptionSet::begin(&store(&out), data.shared_manifest(), spec("m")).await.unwrap();
     assert_eq!(set.missing().await.unwrap(), (0..shards).collect::<Vec<_>>());
     for shard in (1..shards).rev() {
-        set.write(shard, &captions(&data, shard), counts(2)).await.unwrap();
+        write(&set, shard, &captions(&data, shard)).await.unwrap();
     }
     // Whoever goes on finds what is there; it is not whole yet.
     let set = CaptionSet::begin(&store(&out), data.shared_manifest(), spec("m")).await.unwrap();
@@ -51,9 +68,13 @@ async fn a_column_is_written_shard_by_shard_and_read_like_the_own_ones() {
         assert!(matches!(&error, DataError::SidecarIncomplete { missing_count: 1, .. }), "{error}");
         assert!(error.to_string().contains("ella caption"), "{error}");
     }
-    set.write(0, &captions(&data, 0), counts(5)).await.unwrap();
+    write(&set, 0, &captions(&data, 0)).await.unwrap();
     let manifest = set.finish().await.unwrap();
-    assert_eq!((manifest.shards.len(), &manifest.counts), (shards, &counts(2 * (shards as u64 - 1) + 5)));
+    let all: Vec<String> = (0..shards).flat_map(|shard| captions(&data, shard)).collect();
+    let (total, none) = (all.len() as u64, all.iter().filter(|caption| caption.is_empty()).count() as u64);
+    let expected =
+        counts(&[("captioned", total - none), ("refused.empty", none), ("input_tokens", 3 * total), ("output_tokens", 2 * (total - none))]);
+    assert_eq!((manifest.shards.len(), &manifest.counts), (shards, &expected));
     assert_eq!(set.finish().await.unwrap(), manifest);
 
     let added = data.added_captions("dense").await.unwrap();
@@ -88,43 +109,63 @@ async fn a_column_made_otherwise_or_of_a_taken_name_is_refused() {
 async fn the_first_answer_stands_and_a_lost_one_is_not_replaced_by_another() {
     let (out, data) = prepared().await;
     let set = CaptionSet::begin(&store(&out), data.shared_manifest(), spec("m")).await.unwrap();
-    let error = set.write(0, &["one".to_owned()], counts(1)).await.unwrap_err();
+    let error = write(&set, 0, &["one".to_owned()]).await.unwrap_err();
     assert!(matches!(&error, DataError::Arrow { what, .. } if what.contains("rows, as in its shard")), "{error}");
     let (first, second) = (captions(&data, 0), vec!["another answer".to_owned(); captions(&data, 0).len()]);
-    set.write(0, &first, counts(1)).await.unwrap();
-    set.write(0, &second, counts(1)).await.unwrap();
+    write(&set, 0, &first).await.unwrap();
+    write(&set, 0, &second).await.unwrap();
     for shard in 1..data.manifest().shards.len() {
-        set.write(shard, &captions(&data, shard), counts(1)).await.unwrap();
+        write(&set, shard, &captions(&data, shard)).await.unwrap();
     }
     let manifest = set.finish().await.unwrap();
     assert_eq!(data.captions("dense", 0).await.unwrap(), first);
 
     let path = out.path().join("captions/dense").join(&manifest.shards[0].name);
     std::fs::remove_file(&path).unwrap();
-    let error = set.write(0, &second, counts(1)).await.unwrap_err();
+    let error = write(&set, 0, &second).await.unwrap_err();
     assert!(matches!(&error, DataError::MadeOtherwise { file, .. } if file.ends_with(&manifest.shards[0].name)), "{error}");
     assert!(!path.exists());
-    set.write(0, &first, counts(1)).await.unwrap();
+    write(&set, 0, &first).await.unwrap();
     let anew = DataSet::open(out.path().to_str().unwrap()).await.unwrap();
     assert_eq!(anew.captions("dense", 0).await.unwrap(), first);
 }
 
+/// Killed between the file and its record: the captions that stand are the first attempt's, and so is what is counted.
 #[tokio::test]
-async fn a_file_without_its_record_stands_for_another_answer() {
+async fn what_is_counted_is_counted_from_the_file_that_stands() {
     let (out, data) = prepared().await;
     let set = CaptionSet::begin(&store(&out), data.shared_manifest(), spec("m")).await.unwrap();
-    set.write(0, &captions(&data, 0), counts(1)).await.unwrap();
-    // Killed between the file and its record.
+    let rows = data.manifest().shards[0].rows as usize;
+    let said = |text: &str| Some(("refused".to_owned(), text.to_owned()));
+    let mut first = made(&vec!["a cut one".to_owned(); rows]);
+    first[0] = Made { refused: said("I cannot."), caption: String::new(), input_tokens: 7, ..Made::default() };
+    first[1].trimmed = true;
+    let told = set.write(0, &keys(&captions(&data, 0)), &first).await.unwrap();
+    let left = rows as u64 - 1;
+    let expected =
+        [("captioned", left), ("trimmed", 1), ("refused.refused", 1), ("input_tokens", 7 + 3 * left), ("output_tokens", 2 * left)];
+    assert_eq!(told, counts(&expected));
+
     let record = std::fs::read_dir(out.path().join("captions/dense")).unwrap().map(|entry| entry.unwrap().path());
-    let record = record.filter(|path| path.extension().unwrap() == "json" && !path.ends_with("spec.json")).collect::<Vec<_>>();
+    let record = record.filter(|path| path.extension().is_some_and(|e| e == "json") && !path.ends_with("spec.json")).collect::<Vec<_>>();
     assert_eq!(record.len(), 1);
+    let written = std::fs::read(&record[0]).unwrap();
     std::fs::remove_file(&record[0]).unwrap();
     assert_eq!(set.missing().await.unwrap()[0], 0);
-    set.write(0, &vec!["another".to_owned(); captions(&data, 0).len()], counts(1)).await.unwrap();
+    let another = vec!["another".to_owned(); rows];
+    assert_eq!(write(&set, 0, &another).await.unwrap(), told, "the second attempt's own counts are of captions that do not stand");
+    assert_eq!(std::fs::read(&record[0]).unwrap(), written);
+
     for shard in 1..data.manifest().shards.len() {
-        set.write(shard, &captions(&data, shard), counts(1)).await.unwrap();
+        set.write(shard, &keys(&captions(&data, shard)), &made(&vec!["a good one".into(); captions(&data, shard).len()])).await.unwrap();
     }
-    assert_eq!(data.captions("dense", 0).await.unwrap(), captions(&data, 0));
+    let manifest = set.finish().await.unwrap();
+    assert_eq!((manifest.counts["refused.refused"], manifest.counts["trimmed"]), (1, 1));
+    assert_eq!(data.captions("dense", 0).await.unwrap()[..2], [String::new(), "a cut one".to_owned()]);
+    // Every refused key is named with its reason, and what was said.
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(out.path().join("captions/dense/report.json")).unwrap()).unwrap();
+    let samples: u64 = data.manifest().samples;
+    assert_eq!(report, json!({ "captioned": samples - 1, "trimmed": 1, "refused": { "refused": { "key 0": "I cannot." } } }));
 }
 
 #[tokio::test]
@@ -136,11 +177,11 @@ async fn features_of_an_added_column_lie_beside_those_of_the_own() {
     let error = data.begin_features(&encoder, "dense").await.unwrap_err();
     assert!(matches!(&error, DataError::ColumnMissing { column, .. } if column == "dense"), "{error}");
     let set = CaptionSet::begin(&store(&out), data.shared_manifest(), spec("m")).await.unwrap();
-    set.write(0, &captions(&data, 0), counts(1)).await.unwrap();
+    write(&set, 0, &captions(&data, 0)).await.unwrap();
     let error = data.begin_features(&encoder, "dense").await.unwrap_err();
     assert!(matches!(&error, DataError::SidecarIncomplete { .. }), "{error}");
     for shard in 1..data.manifest().shards.len() {
-        set.write(shard, &captions(&data, shard), counts(1)).await.unwrap();
+        write(&set, shard, &captions(&data, shard)).await.unwrap();
     }
     for (column, mark) in [("caption", 1u8), ("dense", 2)] {
         let features = data.begin_features(&encoder, column).await.unwrap();

@@ -72,7 +72,28 @@ async fn a_source_that_was_only_touched_is_the_same() {
     let after = [find(&path).await];
     assert_eq!(todo(&after, &out).await.unwrap(), ToDo { parts: vec![], check: vec![0] });
     assert_eq!(prepare(&after, &store(&out), &small(), &threads(1)).await.unwrap(), report);
-    assert_eq!(versions(out.path()), written);
+    // It is read again once: its new look is noted in its record, and nothing else is written.
+    let others = |all: Vec<(String, u64, SystemTime, Vec<u8>)>| all.into_iter().filter(|(name, ..)| !name.starts_with("units/"));
+    assert!(others(versions(out.path())).eq(others(written)));
+    assert_eq!(todo(&after, &out).await.unwrap(), ToDo::default());
+    assert_eq!(prepare(&after, &store(&out), &small(), &threads(1)).await.unwrap(), report);
+}
+
+/// A list's own look tells nothing of the pictures that it names: only reading them again does.
+#[tokio::test]
+async fn a_picture_that_changed_behind_an_unchanged_list_is_found_by_a_check() {
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    std::fs::write(dir.path().join("p.png"), png(8, 8, 1)).unwrap();
+    let list = sources(dir.path(), &[("l.jsonl", b"{\"file_name\": \"p.png\", \"text\": \"a\"}\n")]).await;
+    let new = || Preparation::new(list.clone(), Settings::new(8), threads(1), store(&out)).unwrap();
+    prepare(&list, &store(&out), &Settings::new(8), &threads(1)).await.unwrap();
+    assert_eq!(new().parts().await.unwrap(), 0..1);
+    new().check(0).await.unwrap();
+    std::fs::write(dir.path().join("p.png"), png(8, 8, 2)).unwrap();
+    assert_eq!(new().plan().await.unwrap(), ToDo::default());
+    let error = new().check(0).await.unwrap_err();
+    assert!(matches!(&error, DataError::SourceReplaced { source_name, .. } if source_name.ends_with("l.jsonl")), "{error}");
+    assert!(new().name_of(0).await.unwrap().ends_with("l.jsonl"));
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{files, good_tar, small, sources, store, threads};
 use ella_dataset::{
-    CaptionSet, CaptionSpec, Counts, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Inventory, Padding, Settings,
+    CaptionSet, CaptionSpec, Counts, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Inventory, Made, Padding, Settings,
     Source, Verified, prepare,
 };
 use ella_store::{Digest, Store};
@@ -44,7 +44,9 @@ async fn whole(dir: &TempDir) -> (TempDir, Vec<Source>) {
     let added = CaptionSpec { column: "dense".into(), made_by: serde_json::json!({"model": "m"}) };
     let captions = CaptionSet::begin(&store(&out), data.shared_manifest(), added).await.unwrap();
     for (shard, entry) in data.manifest().shards.iter().enumerate() {
-        captions.write(shard, &vec![format!("dense {shard}"); entry.rows as usize], Counts::new()).await.unwrap();
+        let rows = entry.rows as usize;
+        let made = vec![Made { caption: format!("dense {shard}"), ..Made::default() }; rows];
+        captions.write(shard, &vec!["key".to_owned(); rows], &made).await.unwrap();
     }
     captions.finish().await.unwrap();
     for column in ["caption", "dense"] {

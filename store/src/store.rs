@@ -45,6 +45,8 @@ pub struct Meta {
     /// Another one when the object was replaced: its entity tag (of a local file: inode, time and size), or else when it was last
     /// modified. `None` where a web server tells neither.
     pub stamp: Option<String>,
+    /// When it was last modified, in milliseconds since 1970 by the store's clock. `None` where a web server does not tell.
+    pub changed_ms: Option<u64>,
 }
 
 /// How often calls were retried, and why.
@@ -205,7 +207,8 @@ impl Store {
     }
 
     fn meta(&self, meta: &ObjectMeta) -> Meta {
-        Meta { key: self.key(&meta.location), bytes: meta.size, stamp: stamp(meta) }
+        let changed_ms = u64::try_from(meta.last_modified.timestamp_millis()).ok().filter(|changed| *changed > 0);
+        Meta { key: self.key(&meta.location), bytes: meta.size, stamp: stamp(meta), changed_ms }
     }
 
     /// An object's size and stamp; `None` if there is no such object.

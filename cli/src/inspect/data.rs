@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ella_dataset::{
-    CaptionManifest, CaptionSet, DataSet, Encoding, FeatureManifest, FeatureSet, MANIFEST, REPORT, Report, captions_in, features_in,
+    CaptionManifest, CaptionSet, CaptionStats, DataSet, Encoding, FeatureManifest, FeatureSet, MANIFEST, REPORT, Report, captions_in,
+    features_in,
 };
 use ella_store::Store;
 use serde::Serialize;
 
+use crate::caption::column_stats;
 use crate::ui::{Fail, bytes, count};
 
 /// Rows that are looked at for histograms.
@@ -41,6 +43,9 @@ pub(super) struct DataFacts {
     /// Samples read, and refused by reason, when it was prepared.
     pub(super) read: Option<u64>,
     pub(super) refused: BTreeMap<String, u64>,
+    /// What the captions of every column are like, if that was asked.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) stats: BTreeMap<String, CaptionStats>,
 }
 
 /// Whether a path or URL is a prepared data set's.
@@ -86,6 +91,7 @@ impl DataFacts {
             features: features(set).await?,
             read: report.as_ref().map(|report| report.read),
             refused,
+            stats: BTreeMap::new(),
         })
     }
 
@@ -125,7 +131,8 @@ impl DataFacts {
                 ),
             );
         }
-        lines.join("\n")
+        let stats = self.stats.iter().map(|(column, stats)| format!("\n\ncaptions of {column}\n{stats}"));
+        lines.join("\n") + &stats.collect::<String>()
     }
 }
 
@@ -141,13 +148,38 @@ async fn captions(set: &DataSet) -> Result<Vec<String>, Fail> {
         let missing = added.missing().await?.len();
         let state = if missing == 0 {
             let CaptionManifest { counts, .. } = added.finish().await?;
-            counts.iter().map(|(name, count)| format!("{count} {name}")).collect::<Vec<_>>().join(", ")
+            let told = counts.iter().map(|(name, count)| format!("{count} {name}")).collect::<Vec<_>>().join(", ");
+            let report =
+                if counts.keys().any(|name| name.starts_with("refused.")) { format!(" (captions/{name}/{REPORT})") } else { String::new() };
+            told + &report
         } else {
             format!("{} of {} shards are done", set.manifest().shards.len() - missing, set.manifest().shards.len())
         };
         columns.push(format!("{name}, added: {state}"));
     }
     Ok(columns)
+}
+
+/// What the captions of every whole column are like.
+pub(super) async fn stats(set: &DataSet) -> Result<BTreeMap<String, CaptionStats>, Fail> {
+    let own = set.manifest().captions.iter().map(|column| column.name.clone());
+    let mut stats = BTreeMap::new();
+    for column in own.chain(whole(set).await?) {
+        let counted = column_stats(set, &column).await?;
+        stats.insert(column, counted);
+    }
+    Ok(stats)
+}
+
+/// The added columns that are whole.
+async fn whole(set: &DataSet) -> Result<Vec<String>, Fail> {
+    let mut whole = Vec::new();
+    for name in captions_in(set.store()).await? {
+        if CaptionSet::find(set.store(), set.shared_manifest(), &name).await?.missing().await?.is_empty() {
+            whole.push(name);
+        }
+    }
+    Ok(whole)
 }
 
 async fn features(set: &DataSet) -> Result<Vec<String>, Fail> {
@@ -203,15 +235,23 @@ pub(super) async fn look(set: &DataSet) -> Result<Looked, Fail> {
     let taken = total.min(SHARDS);
     let each_shown = PICTURES.div_ceil(taken.max(1));
     let mut looked = Looked::default();
+    let mut added = Vec::new();
+    for column in whole(set).await? {
+        added.push(set.added_captions(&column).await?);
+    }
     for number in 0..taken {
         let index = number * total / taken;
         let shard = set.shard(index).await?;
+        let mut more = Vec::new();
+        for column in &added {
+            more.push(column.shard(index).await?);
+        }
         let rows = shard.rows();
         let spread = (0..each_shown.min(rows)).map(|i| i * rows / each_shown.min(rows));
         for row in spread.take(PICTURES.saturating_sub(looked.shown.len())) {
             let read = shard.row(row)?;
-            let captions =
-                (0..manifest.captions.len()).map(|column| shard.caption(row, column).map(str::to_owned)).collect::<Result<_, _>>()?;
+            let own = (0..manifest.captions.len()).map(|column| shard.caption(row, column).map(str::to_owned));
+            let captions = own.chain(more.iter().map(|column| Ok(column[row].clone()))).collect::<Result<_, _>>()?;
             looked.shown.push(Shown {
                 key: read.key.to_owned(),
                 captions,

@@ -23,6 +23,9 @@ pub(crate) struct Inspect {
     /// Also write a data set's contact sheet: pictures with captions and sizes, and histograms
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Also tell what a data set's captions are like, column by column, beside the ELLA paper's Table 1
+    #[arg(long)]
+    stats: bool,
 }
 
 impl Inspect {
@@ -31,8 +34,10 @@ impl Inspect {
         if runtime.block_on(data::is_data(&self.path))? {
             return runtime.block_on(self.data(out));
         }
-        if self.html.is_some() {
-            return Err(Fail::usage(format_args!("{}: --html is for prepared data sets, and this is none", self.path)));
+        if let Some(option) =
+            [("--html", self.html.is_some()), ("--stats", self.stats)].iter().find_map(|(name, given)| given.then_some(name))
+        {
+            return Err(Fail::usage(format_args!("{}: {option} is for prepared data sets, and this is none", self.path)));
         }
         let report = look::look(Path::new(&self.path))?;
         out.result(&report, || text(&report));
@@ -43,7 +48,10 @@ impl Inspect {
 impl Inspect {
     async fn data(&self, out: Out) -> Result<u8, Fail> {
         let set = DataSet::open(&self.path).await?;
-        let facts = DataFacts::of(&set).await?;
+        let mut facts = DataFacts::of(&set).await?;
+        if self.stats {
+            facts.stats = data::stats(&set).await?;
+        }
         if let Some(file) = &self.html {
             let page = sheet::page(&facts, &data::look(&set).await?);
             std::fs::write(file, page).map_err(|error| Fail::io(file, "written", &error))?;

@@ -434,20 +434,21 @@ impl Core {
         Some(Failure::Malformed { who: self.members.who(conn)?, field: *field, found: shown(found) })
     }
 
-    pub(super) fn closed(&mut self, _now: Time, conn: ConnId, how: Closed) {
+    pub(super) fn closed(&mut self, now: Time, conn: ConnId, how: Closed) {
         if let Some(name) = how.counter() {
             self.counts.add(name, 1);
         }
-        self.lost(conn, how.into());
+        self.lost(now, conn, how.into());
     }
 
     /// A member is gone. Before training its place is free again; after that the run can't go on without
-    /// it, unless its work was done.
-    pub(super) fn lost(&mut self, conn: ConnId, how: Loss) {
+    /// it, unless its work was done: what it had to report is in, or the run's last commit stands, whether it said farewell or not.
+    pub(super) fn lost(&mut self, now: Time, conn: ConnId, how: Loss) {
         let all_committed = matches!(self.phase, Phase::Closing { .. }) && !self.commits.lacks_reports(self.members.len());
+        let last = self.last_commit();
         let Some(member) = self.members.0.get_mut(&conn).filter(|member| member.open) else { return };
         member.open = false;
-        let (who, blamed, finished) = (member.who(), member.failed, member.finished.is_some());
+        let (who, blamed, finished) = (member.who(), member.failed, member.finished);
         self.effects.push(super::Effect::Close(conn));
         match self.phase {
             Phase::Waiting { .. } => {
@@ -458,7 +459,11 @@ impl Core {
             Phase::Ending { .. } | Phase::Over(_) => {}
             // It has said why it leaves; the suspicion's window decides.
             _ if blamed => {}
-            _ if finished && all_committed => {}
+            _ if finished.is_some_and(|finished| all_committed || finished.step <= last.0) => {}
+            _ if last.0 >= self.config.steps => {
+                self.counts.add("workers_left", 1);
+                self.finished(now, conn, v1::Finished { step: last.0, outcome: v1::Outcome::Done.into() });
+            }
             _ => {
                 self.counts.add("workers_lost", 1);
                 self.fail(Failure::Lost { who, how });

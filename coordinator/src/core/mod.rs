@@ -9,6 +9,7 @@
 //! - **C-2** the steps of appended commits rise.
 //! - **C-3** `Committed` is sent only after the record stands in the log (persist before reply).
 //! - **C-4** a folder is deleted only after the log gave it up, and never the newest commit's.
+//! - **C-5** once the commit of the last step stands, no worker that goes fails the run: nothing is left to do.
 //! - **P-1** after the outcome nothing is sent but refusals, and nothing is appended; the outcome is announced once.
 //! - **P-2** until the outcome there is always a next deadline (LIVE).
 //! - **P-3** time in which this process did not run is nobody's silence: a coordinator that was stopped and goes on finds its workers
@@ -217,7 +218,7 @@ impl Core {
         for conn in self.members.silent(now, self.config.welcome.lease_ms) {
             self.counts.add("leases_missed", 1);
             let silent_ms = self.config.welcome.lease_ms;
-            self.lost(conn, Loss::Silent { silent_ms });
+            self.lost(now, conn, Loss::Silent { silent_ms });
         }
         if self.suspicion.as_ref().is_some_and(|(until, _)| *until <= now)
             && let Some((_, failure)) = self.suspicion.take()

@@ -183,19 +183,34 @@ impl Preparation {
         self.prepare_part(index, left_out, watch).await
     }
 
-    /// Reads a part's source again: its bytes must be those that were prepared.
+    /// All parts: to [`check`](Self::check) each, whatever its source looks like.
+    pub async fn parts(&self) -> Result<std::ops::Range<usize>, DataError> {
+        Ok(0..self.planned().await?.parts().count())
+    }
+
+    /// A part's source, as messages name it.
+    pub async fn name_of(&self, part: usize) -> Result<String, DataError> {
+        Ok(self.source(&part_of(self.planned().await?, part)?)?.name().to_owned())
+    }
+
+    /// Reads a part's source again, and the pictures that its rows name: they must be those that were prepared. Of a source that only looks
+    /// newer, its new look is noted.
     pub async fn check(&self, index: usize) -> Result<(), DataError> {
         let plan = self.planned().await?;
         let part = part_of(plan, index)?;
         let source = self.source(&part)?.clone();
         let Some(record) = self.record(index, &part, &[]).await? else { return Ok(()) };
+        let stamp = source.stamp().map(str::to_owned);
         let piece = piece_of(&source, &part);
         let (name, bytes) = (source.name().to_owned(), record.source.bytes);
         let reading = tokio::task::spawn_blocking(move || source.read(&piece, &mut |_| true));
         let stopped = |what: String| DataError::Stopped { source_name: name.clone(), what };
         let read = reading.await.map_err(|e| stopped(e.to_string()))??;
         match read {
-            Some(read) if read.blake3 == record.source.blake3 => Ok(()),
+            Some(read) if read.blake3 == record.source.blake3 && stamp == record.stamp => Ok(()),
+            Some(read) if read.blake3 == record.source.blake3 => {
+                record.seen_as(&self.unit(plan, index, &part, &[])?, stamp.as_deref(), &self.out).await
+            }
             Some(read) => Err(DataError::SourceReplaced { source_name: name, expected: bytes, found: read.bytes }),
             None => Err(stopped("reading ended early".into())),
         }

@@ -4,7 +4,7 @@
 //! before is stored meanwhile. Memory: one batch of samples waiting, one in work, the open shards (together at most one shard's bytes), and
 //! the one being stored. The bytes that come out do not depend on the number of threads.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -29,6 +29,10 @@ use crate::source::{Member, Piece, PieceRead, Sample, Source, SourceKind};
 const BATCH_BYTES: usize = 32 << 20;
 /// Samples of a batch for every thread.
 const BATCH_PER_THREAD: usize = 16;
+/// Fields of samples that an error names.
+const FIELDS_NAMED: usize = 24;
+/// Of fewer samples without a caption nothing is concluded.
+const FEW_SAMPLES: usize = 16;
 /// Pictures of all sizes that wait for their latents take at most this, and one more.
 const WAITING_BYTES: usize = 64 << 20;
 
@@ -58,7 +62,8 @@ pub(super) async fn run(work: Work<'_>, out: &Store, options: &PrepareOptions, w
 
     let (to_cores, from_source) = sync_channel(0);
     let (reading, piece) = (source.clone(), work.piece.clone());
-    let read = tokio::task::spawn_blocking(move || read_source(&reading, &piece, &to_cores, threads * BATCH_PER_THREAD));
+    let unseen = Unseen::of(work.plan);
+    let read = tokio::task::spawn_blocking(move || read_source(&reading, &piece, unseen, &to_cores, threads * BATCH_PER_THREAD));
     let mut unit = Unit::new(&work, out, options, pool);
     let rows = tokio::task::spawn_blocking(move || {
         unit.run(&work.judge, &from_source, &stop, |report| watch(report))?;
@@ -80,9 +85,62 @@ impl Drop for StopOnDrop {
     }
 }
 
-fn read_source(source: &Source, piece: &Piece, to: &SyncSender<FromSource>, batch_samples: usize) -> Result<(), DataError> {
+/// Fields that were named for captions, while no sample had any of them.
+struct Unseen {
+    fields: Vec<String>,
+    /// What samples had instead, as much as a message holds.
+    found: BTreeSet<String>,
+    samples: usize,
+    /// There is no other source.
+    alone: bool,
+}
+
+impl Unseen {
+    fn of(plan: &Plan) -> Unseen {
+        let named = plan.settings.captions.iter().map(|column| column.field.clone());
+        let fields = named.collect::<Option<_>>().unwrap_or_default();
+        Unseen { fields, found: BTreeSet::new(), samples: 0, alone: plan.sources.len() == 1 }
+    }
+
+    /// Costs nothing once one was seen, as mostly in the first sample.
+    fn look(&mut self, sample: &Sample) {
+        if self.fields.is_empty() {
+            return;
+        }
+        self.samples += 1;
+        if self.fields.iter().any(|field| sample.fields.contains_key(field)) {
+            return self.fields.clear();
+        }
+        let room = FIELDS_NAMED - self.found.len().min(FIELDS_NAMED);
+        self.found.extend(sample.fields.keys().take(room).cloned());
+    }
+
+    /// Where no sample of a whole source has any, that is an error of whoever named them: refusing all samples one by one would not tell.
+    /// A small tar or list among others may be just a bad one. Parts of a list of JSON may differ, so then the others are looked at.
+    fn judge(self, source: &Source, piece: &Piece) -> Result<(), DataError> {
+        let has_columns = matches!(source.kind(), SourceKind::Parquet | SourceKind::Csv);
+        let few = !(has_columns || self.alone) && self.samples < FEW_SAMPLES;
+        if self.fields.is_empty() || self.found.is_empty() || few {
+            return Ok(());
+        }
+        if source.kind() == SourceKind::Jsonl && piece.bytes != (0..source.bytes()) && source.has_field(&self.fields)? {
+            return Ok(());
+        }
+        let found = self.found.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+        Err(DataError::CaptionField { source_name: source.name().to_owned(), fields: self.fields.join(", "), found })
+    }
+}
+
+fn read_source(
+    source: &Source,
+    piece: &Piece,
+    mut unseen: Unseen,
+    to: &SyncSender<FromSource>,
+    batch_samples: usize,
+) -> Result<(), DataError> {
     let (mut batch, mut bytes) = (Vec::new(), 0);
     let read = source.read(piece, &mut |sample| {
+        unseen.look(&sample);
         bytes += if let Member::Data(image) = &sample.image { image.len() } else { 0 };
         batch.push(sample);
         if batch.len() < batch_samples && bytes < BATCH_BYTES {
@@ -92,6 +150,7 @@ fn read_source(source: &Source, piece: &Piece, to: &SyncSender<FromSource>, batc
         to.send(FromSource::Samples(std::mem::take(&mut batch))).is_ok()
     })?;
     if let Some(read) = read {
+        unseen.judge(source, piece)?;
         // Nobody listens any more only where the unit has failed, and says so itself.
         let _ = to.send(FromSource::Samples(batch)).and_then(|()| to.send(FromSource::End(read)));
     }

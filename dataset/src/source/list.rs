@@ -45,6 +45,19 @@ pub(super) fn pieces(source: &Source) -> Result<Vec<Piece>, DataError> {
     if pieces.is_empty() { Err(source.corrupt(0, "holds no rows (expected samples)")) } else { Ok(pieces) }
 }
 
+/// Whether any row has a column of one of these names. Blocks.
+pub(super) fn has_field(source: &Source, fields: &[String]) -> Result<bool, DataError> {
+    let list = List::open(source)?;
+    let mut rows = list.rows(list.header_end..source.bytes);
+    while let Some(row) = rows.next().map_err(|e| list.error(e))? {
+        let has = |values: &Values<'_>| fields.iter().any(|field| values.names().contains(&field.as_str()));
+        if row.bytes.and_then(|bytes| list.values(bytes)).is_some_and(|values| has(&values)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Reads a piece's rows and their pictures. Blocks.
 pub(super) fn read(source: &Source, piece: &Piece, each: &mut dyn FnMut(Sample) -> bool) -> Result<Option<PieceRead>, DataError> {
     let list = List::open(source)?;

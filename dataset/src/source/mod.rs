@@ -151,6 +151,11 @@ impl Source {
         }
     }
 
+    /// Whether any row of a list has any of these fields. Reads the list, and no pictures. Blocks, as [`Self::read`] does.
+    pub(crate) fn has_field(&self, fields: &[String]) -> Result<bool, DataError> {
+        list::has_field(self, fields)
+    }
+
     fn check_unchanged(&self) -> Result<(), DataError> {
         let head = Handle::current().block_on(self.store.head(&self.key))?;
         let meta = head.ok_or_else(|| DataError::SourceMissing { source_name: self.name.clone() })?;

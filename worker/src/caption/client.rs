@@ -1,5 +1,6 @@
 //! The client: asks an endpoint for captions, so many at once and so fast as it may, and again where it failed in passing.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -73,6 +74,8 @@ pub struct CaptionClient {
     slots: Semaphore,
     pace: Pace,
     counts: Mutex<CaptionCounts>,
+    /// Failures in passing that were told of.
+    told: Mutex<BTreeMap<String, u64>>,
     /// Whether it ever answered.
     met: AtomicBool,
     /// Completions that came.
@@ -138,6 +141,7 @@ impl CaptionClient {
             slots: Semaphore::new(config.concurrency),
             pace: Pace::new(&config),
             counts: Mutex::default(),
+            told: Mutex::default(),
             met: AtomicBool::new(false),
             served: AtomicU64::new(0),
             row: AtomicU32::new(0),
@@ -153,6 +157,18 @@ impl CaptionClient {
     /// What became of the pictures so far.
     pub fn counts(&self) -> CaptionCounts {
         self.with_counts(|counts| counts.clone())
+    }
+
+    /// Attempts that failed in passing since the last call, by kind. They stay in [`Self::counts`].
+    pub fn take_passing(&self) -> BTreeMap<String, u64> {
+        let told = &mut *self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.counts().passing;
+        let before = std::mem::replace(told, now.clone());
+        now.into_iter()
+            .map(|(kind, count)| (count - before.get(&kind).copied().unwrap_or(0), kind))
+            .filter(|(new, _)| *new > 0)
+            .map(|(new, kind)| (kind, new))
+            .collect()
     }
 
     fn with_counts<T>(&self, act: impl FnOnce(&mut CaptionCounts) -> T) -> T {

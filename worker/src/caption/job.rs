@@ -1,7 +1,7 @@
 //! `ella caption` as a job: a new column of captions for a data set, shard by shard, asked of a model at an endpoint.
 
 use async_trait::async_trait;
-use ella_dataset::{CaptionSet, CaptionSpec, Counts, DataError, DataSet};
+use ella_dataset::{CaptionSet, CaptionSpec, DataError, DataSet, Made};
 use ella_proto::config::{Device, JobConfig};
 use futures::{StreamExt as _, stream};
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::runtime::Handle;
 
 use super::config::full;
-use super::{CaptionClient, CaptionConfig, CaptionFailure, Captioned, EndpointError, Probe};
+use super::{CaptionClient, CaptionConfig, CaptionFailure, Captioned, EndpointError, Probe, Refused};
 use crate::job::{Job, JobError, PLAN, Tell};
 
 /// The settings of a caption job: `[caption]`.
@@ -99,37 +99,36 @@ impl CaptionJob {
         let shard = self.data.shard(index).await?;
         let rows = (0..shard.rows()).map(|row| Ok((shard.row(row)?.image.unwrap_or_default(), shard.caption(row, self.shown)?)));
         let rows: Vec<(&[u8], &str)> = rows.collect::<Result<_, DataError>>()?;
+        let keys: Vec<String> = shard.iter().map(|row| row.key.to_owned()).collect();
         let rows = &rows;
         let ask = |row: usize| async move { self.client.caption(rows[row].0, rows[row].1).await };
         let mut asked = stream::iter(0..rows.len()).map(ask).buffered(self.client.config().concurrency);
-        let (mut captions, mut counts) = (Vec::with_capacity(rows.len()), Counts::new());
+        let mut made = Vec::with_capacity(rows.len());
         while let Some(answer) = asked.next().await {
-            captions.push(taken(answer, &mut counts)?);
+            made.push(taken(answer)?);
             tell.samples(1);
         }
-        self.set.write(index, &captions, counts.clone()).await?;
+        // Of an earlier attempt's file, if that stands.
+        let counts = self.set.write(index, &keys, &made).await?;
         counts.iter().for_each(|(name, count)| tell.count(name, *count));
+        // What was tried again is no property of the captions: only whoever watches is told.
+        for (kind, count) in self.client.take_passing() {
+            tell.count(&format!("retried.{kind}"), count);
+        }
         Ok(())
     }
 }
 
-/// A caption; an empty one for a picture that is to have none, which is counted with its reason.
-fn taken(answer: Result<Captioned, CaptionFailure>, counts: &mut Counts) -> Result<String, EndpointError> {
-    let mut count = |name: String, n: u64| *counts.entry(name).or_default() += n;
-    let (caption, usage) = match answer {
-        Ok(captioned) => {
-            count("captioned".into(), 1);
-            (captioned.caption, captioned.usage)
-        }
-        Err(CaptionFailure::Refused(refused)) => {
-            count(format!("refused.{}", refused.why), 1);
-            (String::new(), refused.usage)
+/// A caption; an empty one, with its reason, for a picture that is to have none.
+fn taken(answer: Result<Captioned, CaptionFailure>) -> Result<Made, EndpointError> {
+    let (made, usage) = match answer {
+        Ok(Captioned { caption, trimmed, usage }) => (Made { caption, trimmed, ..Made::default() }, usage),
+        Err(CaptionFailure::Refused(Refused { why, detail, usage })) => {
+            (Made { refused: Some((why.to_string(), detail)), ..Made::default() }, usage)
         }
         Err(CaptionFailure::Endpoint(error)) => return Err(error),
     };
-    count("input_tokens".into(), usage.input_tokens);
-    count("output_tokens".into(), usage.output_tokens);
-    Ok(caption)
+    Ok(Made { input_tokens: usage.input_tokens, output_tokens: usage.output_tokens, ..made })
 }
 
 impl From<EndpointError> for JobError {

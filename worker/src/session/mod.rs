@@ -153,7 +153,9 @@ fn ready(trainer: &Trainer) -> Result<Ready, WorkError> {
     })
 }
 
-/// Waits until the last commit's record stands, so that nobody leaves before the work is safe.
+/// Waits until the last commit's record stands, so that nobody leaves before the work is safe, and then for the end of the stream: a
+/// coordinator ends it once it has read all farewells. To a worker that left before, its own could still be on the way, and the
+/// coordinator would take it for lost.
 fn finish(mut trainer: Trainer, ending: Ending, control: &Control) -> Result<Ending, WorkError> {
     let step = trainer.state.step;
     trainer.committer.finish().map_err(TrainError::from)?;
@@ -164,10 +166,14 @@ fn finish(mut trainer: Trainer, ending: Ending, control: &Control) -> Result<End
     control.outbox().send(from_worker::Body::Finished(Finished { step, outcome: outcome.into() }));
     // Others may still be saving their files: the coordinator gives them this long, and then ends the run itself.
     let patience = trainer.config.workers.start_timeout.duration() + FAREWELL;
+    let mut committed = false;
     loop {
-        match control.next("record of the last commit", patience)? {
-            Message::Committed(committed) if committed.step >= step => return Ok(ending),
-            _ => {}
+        match control.next("end of the run", patience) {
+            Ok(Message::Committed(commit)) => committed |= commit.step >= step,
+            Ok(_) => {}
+            // Whatever became of the coordinator, the work is safe.
+            Err(_) if committed => return Ok(ending),
+            Err(error) => return Err(error.into()),
         }
     }
 }

@@ -202,6 +202,19 @@ impl Worker {
         }
     }
 
+    /// Tells it that the record of its last commit stands, and, as a coordinator does once all have finished, ends its stream.
+    pub(crate) async fn committed(mut self, step: u64) -> Result<Ending, WorkError> {
+        self.say(Say::Committed(v1::Committed { step }));
+        self.hang_up();
+        self.ended().await
+    }
+
+    /// Waits for a sign of life.
+    pub(crate) async fn beat(&mut self) {
+        let message = soon("a message", self.heard.message()).await.unwrap().expect("the stream goes on");
+        assert!(matches!(message.body, Some(Said::Heartbeat(_))), "{message:?}");
+    }
+
     /// How its thread ended.
     pub(crate) async fn ended(self) -> Result<Ending, WorkError> {
         soon("the worker's end", self.ending).await.unwrap()

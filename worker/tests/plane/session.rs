@@ -92,8 +92,7 @@ fn a_run_is_trained_committed_and_resumed_to_the_same_state() {
         let (heard, finished) = Heard::of(&mut worker).await;
         assert_eq!((finished.step, finished.outcome()), (2, Outcome::Done));
         worker.say(Say::Committed(v1::Committed { step: 1 }));
-        worker.say(Say::Committed(v1::Committed { step: 2 }));
-        assert_eq!(worker.ended().await.unwrap(), Ending::Done);
+        assert_eq!(worker.committed(2).await.unwrap(), Ending::Done);
 
         let steps: Vec<_> = heard.progress.iter().map(|p| (p.step, p.samples, p.held_out_loss.is_some())).collect();
         assert_eq!(steps, [(1, 8, true), (2, 8, true)], "held-out loss before the first step and before the last");
@@ -112,8 +111,7 @@ fn a_run_is_trained_committed_and_resumed_to_the_same_state() {
         let (resumed, _) = Heard::of(&mut worker).await;
         assert_eq!(resumed.states, heard.states[1..]);
         assert_eq!(resumed.parts, heard.parts.iter().filter(|part| part.step == 2).cloned().collect::<Vec<_>>());
-        worker.say(Say::Committed(v1::Committed { step: 2 }));
-        assert_eq!(worker.ended().await.unwrap(), Ending::Done);
+        assert_eq!(worker.committed(2).await.unwrap(), Ending::Done);
     });
 }
 
@@ -139,8 +137,7 @@ fn every_kind_of_step_runs() {
             let dropped: u64 = heard.progress.iter().filter_map(|p| p.skipped.get("captions_dropped")).sum();
             assert!((10..40).contains(&dropped), "{dropped}");
             losses.push(heard.progress[6].loss);
-            worker.say(Say::Committed(v1::Committed { step: 7 }));
-            assert_eq!(worker.ended().await.unwrap(), Ending::Done);
+            assert_eq!(worker.committed(7).await.unwrap(), Ending::Done);
         }
         assert!((losses[0] - losses[1]).abs() < 1e-4 * losses[0], "{losses:?}");
     });
@@ -163,8 +160,7 @@ fn every_kind_of_connector_is_trained() {
             let (mut worker, ready) = Scripted::start().await.training(&config, &url, None).await;
             let (heard, finished) = Heard::of(&mut worker).await;
             assert_eq!((finished.step, finished.outcome()), (2, Outcome::Done), "{set}");
-            worker.say(Say::Committed(v1::Committed { step: 2 }));
-            assert_eq!(worker.ended().await.unwrap(), Ending::Done);
+            assert_eq!(worker.committed(2).await.unwrap(), Ending::Done);
             let file = folder.path().join(heard.commit(2, &config, &ready).folder).join("connector.safetensors");
             let trained = Connector::load(&file, 8, Kind::Float, Device::Cpu).unwrap();
             assert_eq!((trained.config().kind, trained.config().pooled), (kind, (base == &sdxl).then_some(32)));
@@ -251,9 +247,34 @@ fn a_drain_commits_at_the_next_step_and_leaves_resumable() {
             let (heard, finished) = Heard::of(&mut worker).await;
             assert_eq!((finished.outcome(), heard.states.len(), heard.parts.len()), (Outcome::Preempted, 1, 3));
             assert_eq!((heard.states[0].step, heard.progress.last().unwrap().step), (finished.step, finished.step));
-            worker.say(Say::Committed(v1::Committed { step: finished.step }));
-            assert_eq!(worker.ended().await.unwrap(), Ending::Preempted);
+            assert_eq!(worker.committed(finished.step).await.unwrap(), Ending::Preempted);
         }
+    });
+}
+
+/// A commit may be recorded before its workers have said farewell: one that left by that would be taken for lost. It stays until the
+/// coordinator ends its stream.
+#[test]
+fn a_worker_stays_until_its_farewell_has_been_read() {
+    RUNTIME.block_on(async {
+        let config = prepared(&["train.steps=1"]);
+        let (_folder, url) = run_folder();
+        let (mut worker, _) = Scripted::start().await.training(&config, &url, None).await;
+        worker.say(Say::Committed(v1::Committed { step: 1 }));
+        let (_, finished) = Heard::of(&mut worker).await;
+        assert_eq!((finished.step, finished.outcome()), (1, Outcome::Done));
+        for _ in 0..10 {
+            worker.beat().await;
+        }
+        worker.hang_up();
+        assert_eq!(worker.ended().await.unwrap(), Ending::Done);
+
+        // A stream that ends before the commit is recorded is a coordinator that is gone.
+        let (_folder, url) = run_folder();
+        let (mut worker, _) = Scripted::start().await.training(&config, &url, None).await;
+        Heard::of(&mut worker).await;
+        worker.hang_up();
+        assert!(matches!(worker.ended().await, Err(WorkError::Control(ControlError::Lost(_)))));
     });
 }
 
@@ -271,8 +292,7 @@ fn a_drain_at_the_last_step_is_a_run_that_is_done() {
         worker.say(Say::Start(v1::Start {}));
         let (_, finished) = Heard::of(&mut worker).await;
         assert_eq!((finished.step, finished.outcome()), (1, Outcome::Done));
-        worker.say(Say::Committed(v1::Committed { step: 1 }));
-        assert_eq!(worker.ended().await.unwrap(), Ending::Done);
+        assert_eq!(worker.committed(1).await.unwrap(), Ending::Done);
     });
 }
 
@@ -322,8 +342,7 @@ fn a_commit_with_a_flipped_byte_or_of_another_layout_is_not_restored() {
         let mut coordinator = Scripted::start().await;
         let (mut worker, ready) = coordinator.training(&config, &url, None).await;
         let (heard, _) = Heard::of(&mut worker).await;
-        worker.say(Say::Committed(v1::Committed { step: 2 }));
-        worker.ended().await.unwrap();
+        worker.committed(2).await.unwrap();
         let commit = heard.commit(1, &config, &ready);
 
         let tell = async |coordinator: &mut Scripted, config: &RunConfig, commit: &Commit| {
@@ -429,8 +448,7 @@ fn only_rank_zero_speaks_for_all() {
         }
         assert_eq!(states[0], states[1]);
         for worker in workers {
-            worker.say(Say::Committed(v1::Committed { step: 2 }));
-            assert_eq!(worker.ended().await.unwrap(), Ending::Done);
+            assert_eq!(worker.committed(2).await.unwrap(), Ending::Done);
         }
     });
 }
@@ -484,6 +502,7 @@ fn the_process_ends_with_the_code_that_says_what_to_do_next() {
         let (_, finished) = Heard::of(&mut worker).await;
         assert_eq!(finished.outcome(), Outcome::Preempted);
         worker.say(Say::Committed(v1::Committed { step: finished.step }));
+        worker.hang_up();
         assert_eq!(soon("the end", child.wait()).await.unwrap().code(), Some(3));
 
         let (worker, mut child) = coordinator.process().await;

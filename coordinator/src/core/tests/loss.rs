@@ -135,6 +135,36 @@ fn a_worker_whose_work_is_done_may_go() {
     assert_eq!(run.core.phase(), &Phase::Over(Outcome::Done));
 }
 
+/// Its farewell may be lost with it, or come before the others'.
+#[test]
+fn a_worker_may_go_once_the_last_commit_stands() {
+    let record = || Body::End { outcome: ella_store::Outcome::Done, step: 10, reason: String::new() };
+    let mut run = Run::training(vec![]);
+    run.commit(10);
+    run.say(1, done(10));
+    assert_eq!(run.event(Event::Closed(conn(1), Closed::Gone)), vec![Effect::Close(conn(1))]);
+    assert_eq!(run.event(Event::Closed(conn(2), Closed::Gone)), vec![Effect::Close(conn(2)), Effect::Append(record())]);
+    run.event(Event::Appended(record()));
+    assert_eq!((run.core.phase(), run.count("workers_lost")), (&Phase::Over(Outcome::Done), 0));
+
+    let mut run = Run::training(vec![]);
+    run.commit(10);
+    run.event(Event::Closed(conn(2), Closed::Gone));
+    assert_eq!(run.say(1, done(10)), vec![Effect::Append(record())]);
+}
+
+/// A drain ends at a step that only the workers know: the last commit is not known to be all of it until they say so.
+#[test]
+fn a_worker_that_goes_in_a_drain_is_lost_unless_it_said_farewell() {
+    let mut run = Run::training(vec![]);
+    run.event(Event::Stop("night".into()));
+    run.commit(3);
+    run.say(1, preempted(3));
+    assert_eq!(run.event(Event::Closed(conn(1), Closed::Gone)), vec![Effect::Close(conn(1))]);
+    run.event(Event::Closed(conn(2), Closed::Gone));
+    assert_eq!(run.failure(), Failure::Lost { who: who(2, Some(1)), how: Loss::StreamClosed });
+}
+
 #[test]
 fn a_worker_that_goes_before_its_commit_is_complete_is_lost() {
     let mut run = Run::training(vec![]);

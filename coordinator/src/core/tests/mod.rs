@@ -307,7 +307,9 @@ impl Oracle {
                     assert_ne!(Some(folder), self.newest.as_ref(), "C-4: the newest commit");
                 }
             }
-            Effect::Finish(_) => {
+            Effect::Finish(outcome) => {
+                let lost = matches!(outcome, Outcome::Failed(failure) if matches!(**failure, Failure::Lost { .. }));
+                assert!(!lost || !self.recorded.contains(&core.config.steps), "C-5: {outcome:?}");
                 assert!(!self.finished, "P-1: a second outcome");
                 self.finished = true;
             }

@@ -177,7 +177,8 @@ impl Sim {
     fn act(&mut self) {
         match self.random.below(100) {
             0..4 => self.attach(),
-            4 if self.random.chance(8) => self.kill(),
+            // The end of a run is short, and has the most to get wrong.
+            4 if self.random.chance(if self.step == 12 { 2 } else { 8 }) => self.kill(),
             5 if self.random.chance(12) => self.feed(Event::Stop("stop".into())),
             6 if self.random.chance(60) => self.feed(Event::Leave("leave".into())),
             7..20 => self.train(),

@@ -1,0 +1,77 @@
+//! Fields of captions that a user names and a source does not have.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+
+use common::{good_tar, jpeg, keys_and_captions, png, refused, small, sources, store, tar_of, threads};
+use ella_dataset::{CaptionColumn, DataError, Report, Settings, prepare};
+use tempfile::TempDir;
+
+fn named(fields: &[&str]) -> Settings {
+    let column = |field: &&str| CaptionColumn { name: (*field).to_owned(), field: Some((*field).to_owned()), weight: 1.0 };
+    Settings { captions: fields.iter().map(column).collect(), ..small() }
+}
+
+async fn prepared(files: &[(&str, &[u8])], fields: &[&str]) -> (TempDir, Result<Report, DataError>) {
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    std::fs::write(dir.path().join("p.png"), png(40, 40, 1)).unwrap();
+    let sources = sources(dir.path(), files).await;
+    let report = prepare(&sources, &store(&out), &named(fields), &threads(2)).await;
+    (out, report)
+}
+
+#[track_caller]
+fn is_told(report: Result<Report, DataError>, source: &str, named: &str, seen: &str) {
+    let error = report.unwrap_err();
+    assert!(error.is_permanent());
+    let DataError::CaptionField { source_name, fields, found } = &error else { panic!("{error}") };
+    assert!(source_name.ends_with(source), "{error}");
+    assert_eq!((fields.as_str(), found.as_str()), (named, seen), "{error}");
+}
+
+/// Rows of a JSON list, numbered, with this field.
+fn rows(count: usize, field: &str) -> String {
+    (0..count).map(|row| format!("{{\"file_name\": \"p.png\", \"key\": \"{field}{row}\", \"{field}\": \"a cup\"}}\n")).collect()
+}
+
+#[tokio::test]
+async fn a_field_that_no_sample_of_a_source_has_is_one_error_that_names_what_there_is() {
+    let json = br#"{"title": "a", "width": 4}"#;
+    let tar = tar_of(&[("a.jpg", &jpeg(48, 1)), ("a.txt", b"a cup"), ("a.json", json), ("b.jpg", &jpeg(48, 2))]);
+    is_told(prepared(&[("a.tar", &tar)], &["caption"]).await.1, "a.tar", "caption", "title, txt, width");
+    is_told(prepared(&[("a.tar", &tar)], &["dense", "short"]).await.1, "a.tar", "dense, short", "title, txt, width");
+    let csv = b"file_name,txet\np.png,a cup\n";
+    is_told(prepared(&[("l.csv", csv)], &["text"]).await.1, "l.csv", "text", "file_name, txet");
+    // Of two sources the one is named that lacks it.
+    let files: [(&str, &[u8]); 2] = [("a.tar", &good_tar(0, 20)), ("l.csv", csv)];
+    is_told(prepared(&files, &["txt"]).await.1, "l.csv", "txt", "file_name, txet");
+    is_told(prepared(&[("l.jsonl", rows(3, "text").as_bytes())], &["title"]).await.1, "l.jsonl", "title", "file_name, key, text");
+}
+
+#[tokio::test]
+async fn samples_that_lack_what_others_have_are_refused_one_by_one() {
+    let tar = tar_of(&[("a.jpg", &jpeg(48, 1)), ("a.txt", b"a cup"), ("b.jpg", &jpeg(48, 2)), ("b.json", b"{\"title\": 1}")]);
+    let (_, report) = prepared(&[("a.tar", &tar)], &["txt"]).await;
+    assert_eq!(refused(&report.unwrap()), ["caption_missing: b"]);
+    // One of several columns is enough.
+    let (out, report) = prepared(&[("a.tar", &tar)], &["dense", "txt"]).await;
+    report.unwrap();
+    assert_eq!(keys_and_captions(&out).await, [("a".to_owned(), vec![String::new(), "a cup".to_owned()])]);
+    // A small tar among others may be just a bad one.
+    let bad = tar_of(&[("x.jpg", &jpeg(48, 3)), ("x.json", b"{\"title\": 1}")]);
+    let (_, report) = prepared(&[("a.tar", &good_tar(0, 3)), ("b.tar", &bad)], &["txt"]).await;
+    assert_eq!(refused(&report.unwrap()), ["caption_missing: x"]);
+}
+
+/// A long list falls into parts, of which one may lack what another has.
+#[tokio::test]
+async fn all_parts_of_a_list_are_looked_at_before_a_field_is_missed() {
+    let list = rows(2000, "text") + &rows(1, "title");
+    let settings = Settings { duplicates: ella_dataset::Duplicates::Keep, ..named(&["title"]) };
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    std::fs::write(dir.path().join("p.png"), png(40, 40, 1)).unwrap();
+    let found = sources(dir.path(), &[("l.jsonl", list.as_bytes())]).await;
+    let report = prepare(&found, &store(&out), &settings, &threads(2)).await.unwrap();
+    assert_eq!((report.read, report.kept), (2001, 1));
+    is_told(prepared(&[("l.jsonl", list.as_bytes())], &["dense"]).await.1, "l.jsonl", "dense", "file_name, key, text");
+}
