@@ -29,7 +29,6 @@ mod settings;
 mod shard;
 mod sidecar;
 mod source;
-mod stray;
 mod tree;
 mod verify;
 

@@ -14,7 +14,7 @@
 //! ```
 
 use bytes::Bytes;
-use ella_store::{Created, Digest, Store, StoreError};
+use ella_store::{Created, Digest, Store};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
@@ -185,7 +185,7 @@ impl UnitRecord {
     /// Writes the record of a finished unit, once. A record that is already there wins, if it says the same.
     pub(crate) async fn write(&self, unit: &str, out: &Store) -> Result<(), DataError> {
         let key = unit_key(unit);
-        if create(out, &key, pretty(self)).await? == Created::Yes {
+        if out.create(&key, pretty(self)).await? == Created::Yes {
             return Ok(());
         }
         let there: UnitRecord = parse(&at(out, &key), &out.get(&key).await?)?;
@@ -199,15 +199,6 @@ pub(crate) fn unit_name(index: usize, input: &Digest) -> String {
 
 pub(crate) fn unit_key(unit: &str) -> String {
     format!("{UNITS}/{unit}.json")
-}
-
-/// Creates a file. On a local store, another process that has finished the same work may have swept what this one had half written:
-/// then it is written once more.
-pub(crate) async fn create(out: &Store, key: &str, bytes: Bytes) -> Result<Created, StoreError> {
-    match out.create(key, bytes.clone()).await {
-        Err(StoreError::NotFound { .. }) => out.create(key, bytes).await,
-        done => done,
-    }
 }
 
 /// Writes a file again that a record names, if it was lost. Other bytes than the record's are refused, and nothing is written.
@@ -236,7 +227,7 @@ pub(crate) async fn create_file(
     file: Bytes,
     same: impl FnOnce(&Bytes) -> bool,
 ) -> Result<ShardEntry, DataError> {
-    if create(out, &entry.name, file.clone()).await? == Created::Yes {
+    if out.create(&entry.name, file.clone()).await? == Created::Yes {
         tree::write(out, &entry.name, &file).await?;
         return Ok(entry);
     }
@@ -260,7 +251,7 @@ pub(crate) async fn refuse_other(out: &Store, manifest: &Manifest) -> Result<(),
 pub(crate) async fn publish(out: &Store, manifest: &Manifest, report: &Report) -> Result<(), DataError> {
     refuse_other(out, manifest).await?;
     write_report(out, report).await?;
-    match create(out, MANIFEST, pretty(manifest)).await? {
+    match out.create(MANIFEST, pretty(manifest)).await? {
         Created::Yes => Ok(()),
         Created::AlreadyThere => refuse_other(out, manifest).await,
     }

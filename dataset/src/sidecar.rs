@@ -22,8 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
 use crate::manifest::{MANIFEST, Manifest, SCHEMA, ShardEntry, at, join, parse, pretty, read, validate_shards};
-use crate::plan::{create, create_file, restore_file, same};
-use crate::stray::remove_stray;
+use crate::plan::{create_file, restore_file, same};
 use crate::tree::TREES;
 
 const SPEC: &str = "spec.json";
@@ -191,7 +190,7 @@ impl<K: Kind> Sidecar<K> {
         let file = create_file(&self.folder, entry, file, move |there| spec.stands(there, rows)).await?;
         let record = FileRecord { schema: SCHEMA, file, counts };
         let key = format!("{stem}.json");
-        if create(&self.folder, &key, pretty(&record)).await? == Created::Yes {
+        if self.folder.create(&key, pretty(&record)).await? == Created::Yes {
             return Ok(record);
         }
         let there = self.record(stem).await?.unwrap_or_else(|| record.clone());
@@ -234,8 +233,10 @@ impl<K: Kind> Sidecar<K> {
         let manifest = SidecarManifest { schema: SCHEMA, data: self.digest, spec: self.spec.clone(), shards, extra, counts };
         self.validate(&at(&self.folder, MANIFEST), &manifest)?;
         // Whoever was first wrote the same: it is made from the same records.
-        create(&self.folder, MANIFEST, pretty(&manifest)).await?;
-        remove_stray(&self.folder, &["", TREES])?;
+        self.folder.create(MANIFEST, pretty(&manifest)).await?;
+        for folder in ["", TREES] {
+            self.folder.sweep(folder).await?;
+        }
         Ok(manifest)
     }
 

@@ -14,7 +14,6 @@ use ella_store::{Created, Digest, Store};
 
 use crate::error::DataError;
 use crate::manifest::read;
-use crate::plan::create;
 
 /// Bytes that are checked at once. BLAKE3 is at its full speed from 16 KiB on.
 const GROUP: usize = 64 << 10;
@@ -41,7 +40,7 @@ pub(crate) async fn write(folder: &Store, name: &str, file: &[u8]) -> Result<(),
     }
     let (key, tree) = (key(name), Bytes::from(outboard(file)));
     // One that is there may be of a file that was lost and made again with other bytes.
-    if create(folder, &key, tree.clone()).await? == Created::AlreadyThere && read(folder, &key).await?.as_ref() != Some(&tree) {
+    if folder.create(&key, tree.clone()).await? == Created::AlreadyThere && read(folder, &key).await?.as_ref() != Some(&tree) {
         folder.put(&key, tree).await?;
     }
     Ok(())

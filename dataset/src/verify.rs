@@ -13,7 +13,6 @@ use crate::features::{FeatureSpec, features_in};
 use crate::manifest::{Manifest, ShardEntry, join};
 use crate::plan::{SHARDS, UNITS};
 use crate::sidecar::{Kind, Sidecar};
-use crate::stray::find_stray;
 use crate::tree::TREES;
 
 /// Files read at once.
@@ -87,7 +86,7 @@ impl Inventory {
         let checks = self.files.iter().map(|file| self.check(file, &told));
         let found: Vec<Option<Damage>> = stream::iter(checks).buffered(READ_AT_ONCE).try_collect().await?;
         let damaged = found.into_iter().flatten().collect();
-        Ok(Verified { files: self.files.len(), bytes: bytes.into_inner(), damaged, stray: self.stray()? })
+        Ok(Verified { files: self.files.len(), bytes: bytes.into_inner(), damaged, stray: self.stray().await? })
     }
 
     async fn check(&self, file: &ShardEntry, told: &(impl Fn(u64) + Sync)) -> Result<Option<Damage>, DataError> {
@@ -113,11 +112,12 @@ impl Inventory {
         }
     }
 
-    fn stray(&self) -> Result<Vec<String>, DataError> {
-        let Some(root) = self.store.local_path() else { return Ok(Vec::new()) };
-        let folders: Vec<&str> = self.folders.iter().map(String::as_str).collect();
-        let name = |path: std::path::PathBuf| path.strip_prefix(&root).unwrap_or(&path).display().to_string();
-        Ok(find_stray(&self.store, &folders)?.into_iter().map(name).collect())
+    async fn stray(&self) -> Result<Vec<String>, DataError> {
+        let mut stray = Vec::new();
+        for folder in &self.folders {
+            stray.extend(self.store.half_written(folder).await?);
+        }
+        Ok(stray)
     }
 
     /// Deletes files, so that they can be made anew.

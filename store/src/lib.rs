@@ -18,6 +18,7 @@ pub mod conformance;
 pub mod digest;
 mod error;
 pub mod faulty;
+mod half_written;
 #[cfg(feature = "cloud")]
 mod http;
 mod limits;

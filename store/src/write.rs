@@ -45,6 +45,7 @@ impl Store {
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
         let (path, place) = self.at(Operation::Put, key)?;
         retrying(self, place, bytes.len() as u64, |_| async {
+            let _writing = self.writing(key, place).await?;
             self.object().put(&path, bytes.clone().into()).await.map_err(|error| place.error(error))?;
             Ok(())
         })
@@ -76,7 +77,10 @@ impl Store {
     }
 
     async fn try_create(&self, path: &Path, bytes: &Bytes, unsure: bool, place: Place<'_>) -> Result<Created, StoreError> {
-        let put = self.object().put_opts(path, PutPayload::from_bytes(bytes.clone()), PutMode::Create.into()).await;
+        let put = {
+            let _writing = self.writing(place.key, place).await?;
+            self.object().put_opts(path, PutPayload::from_bytes(bytes.clone()), PutMode::Create.into()).await
+        };
         match put {
             Ok(_) => Ok(Created::Yes),
             Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
@@ -127,8 +131,11 @@ impl Store {
         if let Some(parts) = self.parts() {
             return self.upload_parts(parts, &path, &bytes, place).await;
         }
-        retrying(self, place, bytes.len() as u64, |_| async { self.try_upload(&path, &bytes).await.map_err(|error| place.error(error)) })
-            .await
+        retrying(self, place, bytes.len() as u64, |_| async {
+            let _writing = self.writing(key, place).await?;
+            self.try_upload(&path, &bytes).await.map_err(|error| place.error(error))
+        })
+        .await
     }
 
     /// Uploads at once, to a backend whose parts can't be sent again one by one.

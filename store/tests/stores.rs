@@ -131,3 +131,49 @@ async fn a_file_on_disk_has_the_digest_of_its_bytes() {
     let error = store.get_verified("f", &found.0, found.1).await.unwrap_err();
     assert!(error.to_string().contains("expected 3000000 bytes, found 7 bytes"), "{error}");
 }
+
+/// `flock` tells who lives: what a writer needs stays, what nobody holds goes.
+#[tokio::test(start_paused = true)]
+async fn a_sweep_spares_the_files_of_writers_that_live() {
+    let (_dir, store) = local();
+    store.put("shards/a", Bytes::from_static(b"x")).await.unwrap();
+    let folder = store.local_path().unwrap().join("shards");
+    for name in ["b#1", "b#22", "c#", "d#x"] {
+        fs::write(folder.join(name), b"half").unwrap();
+    }
+    let half = ["shards/b#1", "shards/b#22"];
+    assert_eq!(store.half_written("shards").await.unwrap(), half);
+
+    let writer = fs::File::open(&folder).unwrap();
+    writer.lock_shared().unwrap();
+    assert_eq!(store.sweep("shards").await.unwrap(), 0);
+    assert_eq!(store.half_written("shards").await.unwrap(), half);
+    // Writers don't hinder each other.
+    store.put("shards/e", Bytes::new()).await.unwrap();
+
+    drop(writer);
+    assert_eq!(store.sweep("shards").await.unwrap(), 2);
+    assert!(store.half_written("shards").await.unwrap().is_empty());
+    assert!(["a", "e", "c#", "d#x"].iter().all(|name| folder.join(name).exists()));
+    assert_eq!((store.sweep("nowhere").await.unwrap(), store.sweep("").await.unwrap()), (0, 0));
+}
+
+#[tokio::test]
+async fn a_writer_waits_while_its_folder_is_swept() {
+    let (_dir, store) = local();
+    store.put("a", Bytes::new()).await.unwrap();
+    let sweeper = fs::File::open(store.local_path().unwrap()).unwrap();
+    sweeper.lock().unwrap();
+    let write = tokio::spawn({
+        let store = store.clone();
+        async move { store.create("b", Bytes::from_static(b"v")).await }
+    });
+    // It has had every chance to write.
+    for _ in 0..100 {
+        assert_eq!(store.list("").await.unwrap().len(), 1);
+        assert!(store.half_written("").await.unwrap().is_empty());
+    }
+    assert!(!write.is_finished());
+    drop(sweeper);
+    assert_eq!(write.await.unwrap().unwrap(), Created::Yes);
+}

@@ -1,20 +1,26 @@
 //! Finds samples that are there twice: keys, pictures of the same bytes, pictures that look alike.
 //!
-//! Parts are added in order, and the first of equal samples is kept; what comes out depends on the records alone.
+//! The first of equal samples, in the order of parts and rows, is kept; what comes out depends on the records alone. Digests go to temporary
+//! files by their first bits, and are sorted file by file: 10⁹ samples take 48 GB of disk and 375 MB of memory. Looks, which are compared
+//! only if the settings say so, stay in memory: 32 bytes a picture, and 4 for each band.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
+
+use tempfile::SpooledTempFile;
 
 use crate::plan::UnitRecord;
 use crate::settings::Duplicates;
 
 /// Part and row (among those kept) of a sample.
 pub(super) type At = (u32, u32);
+/// Half of a digest. Among 10⁹ keys, two that share it are as likely as one in 10²⁰.
+type Half = [u8; 16];
 
-/// 96 bits of a digest. Among 10⁹ keys, two that share them are as likely as one in 10¹¹.
-type Short = [u32; 3];
-/// 128 bits of a digest.
-type Content = [u32; 4];
+/// Files that digests are dealt to, by their first bits.
+const FILES: usize = 64;
+/// Bytes of one that stay in memory.
+const IN_MEMORY: usize = 128 << 10;
 
 /// A sample that repeats an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,73 +50,161 @@ impl Of {
     }
 }
 
-/// A key that two sources, by their places in the plan, have both.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A key that two sources have both: where the second is, and the parts of both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct SharedKey {
-    pub(super) key: String,
-    pub(super) first: usize,
-    pub(super) second: usize,
+    pub(super) at: At,
+    pub(super) first: u32,
 }
 
-/// Looks for repeats. In hash tables: 16 bytes for every sample's key, 24 for its picture's digest, and 4 for each band of its look.
+/// What was found: repeats in the samples' order, or the first key that sources share.
+pub(super) type Found = Result<Vec<Repeat>, SharedKey>;
+
+/// Looks for repeats.
 #[derive(Debug)]
 pub(super) struct Finder {
-    /// The source of every key.
-    keys: HashMap<Short, u32>,
-    contents: HashMap<Content, At>,
-    looks: Option<Looks>,
-    pub(super) repeats: Vec<Repeat>,
+    /// The source of every part.
+    sources: HashMap<u32, usize>,
+    keys: Spill,
+    contents: Spill,
+    /// How many bits may differ, and what is compared.
+    looks: Option<(u32, Vec<(u64, At)>)>,
 }
 
 impl Finder {
     pub(super) fn new(rule: Duplicates) -> Finder {
-        let looks = if let Duplicates::Near { bits } = rule { Some(Looks::new(bits)) } else { None };
-        Finder { keys: HashMap::new(), contents: HashMap::new(), looks, repeats: Vec::new() }
+        let looks = if let Duplicates::Near { bits } = rule { Some((bits, Vec::new())) } else { None };
+        Finder { sources: HashMap::new(), keys: Spill::new(FILES), contents: Spill::new(FILES), looks }
     }
 
-    /// Adds the next part, of a source. A key of another source is an error.
-    pub(super) fn add(&mut self, part: u32, source: usize, record: &UnitRecord) -> Result<(), SharedKey> {
+    /// Adds the next part, of a source.
+    pub(super) fn add(&mut self, part: u32, source: usize, record: &UnitRecord) -> io::Result<()> {
+        self.sources.insert(part, source);
         for (row, key) in (0..).zip(&record.keys) {
-            match self.keys.entry(short(key)) {
-                Entry::Occupied(first) if *first.get() as usize == source => {
-                    // Not kept, so nothing repeats its picture.
-                    self.repeats.push(Repeat { at: (part, row), of: Of::Key });
-                    continue;
-                }
-                Entry::Occupied(first) => return Err(SharedKey { key: key.clone(), first: *first.get() as usize, second: source }),
-                Entry::Vacant(place) => _ = place.insert(source as u32),
-            }
+            self.keys.push(half(key), (part, row))?;
             let content = record.contents.get(row as usize).and_then(|text| u128::from_str_radix(text, 16).ok());
             let look = record.looks.get(row as usize).and_then(|text| u64::from_str_radix(text, 16).ok());
-            self.add_picture((part, row), content, look);
+            self.add_picture((part, row), content, look)?;
         }
         Ok(())
     }
 
-    fn add_picture(&mut self, at: At, content: Option<u128>, look: Option<u64>) {
+    fn add_picture(&mut self, at: At, content: Option<u128>, look: Option<u64>) -> io::Result<()> {
         if let Some(content) = content {
-            match self.contents.entry(words(&content.to_le_bytes())) {
-                Entry::Occupied(first) => return self.repeats.push(Repeat { at, of: Of::Content(*first.get()) }),
-                Entry::Vacant(place) => _ = place.insert(at),
-            }
+            self.contents.push(content.to_be_bytes(), at)?;
         }
-        if let (Some(look), Some(looks)) = (look, &mut self.looks) {
-            match looks.like(look) {
-                Some(of) => self.repeats.push(Repeat { at, of: Of::Look(of) }),
-                None => looks.add(look, at),
-            }
+        if let (Some(look), Some((_, looks))) = (look, &mut self.looks) {
+            looks.push((look, at));
         }
+        Ok(())
+    }
+
+    /// Compares all samples.
+    pub(super) fn find(self) -> io::Result<Found> {
+        let mut repeats = match self.keys.find_keys(&self.sources)? {
+            Ok(repeats) => repeats,
+            Err(shared) => return Ok(Err(shared)),
+        };
+        // What is not kept for its key, nothing repeats; nor what is not kept for its bytes.
+        let mut gone: HashSet<At> = repeats.iter().map(|repeat| repeat.at).collect();
+        let contents = self.contents.find_contents(&gone)?;
+        gone.extend(contents.iter().map(|repeat| repeat.at));
+        repeats.extend(contents);
+        if let Some((bits, looks)) = self.looks {
+            repeats.extend(find_looks(bits, &looks, &gone));
+        }
+        repeats.sort_unstable_by_key(|repeat| repeat.at);
+        Ok(Ok(repeats))
     }
 }
 
-fn short(key: &str) -> Short {
-    words(blake3::hash(key.as_bytes()).as_bytes())
+fn half(key: &str) -> Half {
+    blake3::hash(key.as_bytes()).as_bytes().first_chunk().copied().unwrap_or_default()
 }
 
-/// The first bytes as numbers: they need less alignment, and so less room, than one large number.
-fn words<const N: usize>(bytes: &[u8]) -> [u32; N] {
-    let mut words = bytes.chunks_exact(4).map(|word| word.try_into().map_or(0, u32::from_le_bytes));
-    std::array::from_fn(|_| words.next().unwrap_or_default())
+/// Samples in files, each with what it is compared by.
+struct Spill(Vec<BufWriter<SpooledTempFile>>);
+
+impl std::fmt::Debug for Spill {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Spill of {} files", self.0.len())
+    }
+}
+
+impl Spill {
+    /// Files: a power of two.
+    fn new(files: usize) -> Spill {
+        Spill((0..files).map(|_| BufWriter::new(SpooledTempFile::new(IN_MEMORY))).collect())
+    }
+
+    fn push(&mut self, half: Half, (part, row): At) -> io::Result<()> {
+        let file = half[0] as usize * self.0.len() >> 8;
+        let file = &mut self.0[file];
+        file.write_all(&half)?;
+        file.write_all(&part.to_le_bytes())?;
+        file.write_all(&row.to_le_bytes())
+    }
+
+    /// The files' samples, one file after another, each in the order in which they were added.
+    fn files(self) -> impl Iterator<Item = io::Result<Vec<(Half, At)>>> {
+        self.0.into_iter().map(|file| {
+            let mut file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+            let count = file.stream_position()? / 24;
+            file.rewind()?;
+            let mut file = BufReader::with_capacity(1 << 20, file);
+            let mut sample = || {
+                let (mut half, mut part, mut row) = (Half::default(), [0; 4], [0; 4]);
+                file.read_exact(&mut half)?;
+                file.read_exact(&mut part)?;
+                file.read_exact(&mut row)?;
+                Ok((half, (u32::from_le_bytes(part), u32::from_le_bytes(row))))
+            };
+            (0..count).map(|_| sample()).collect()
+        })
+    }
+
+    /// Calls with all that are equal, in order, the first apart.
+    fn each_equal(self, gone: &HashSet<At>, mut equal: impl FnMut(At, At)) -> io::Result<()> {
+        for samples in self.files() {
+            let mut samples = samples?;
+            samples.retain(|(_, at)| !gone.contains(at));
+            samples.sort_unstable();
+            for same in samples.chunk_by(|a, b| a.0 == b.0) {
+                same[1..].iter().for_each(|later| equal(same[0].1, later.1));
+            }
+        }
+        Ok(())
+    }
+
+    fn find_keys(self, sources: &HashMap<u32, usize>) -> io::Result<Found> {
+        let (mut repeats, mut shared) = (Vec::new(), None::<SharedKey>);
+        self.each_equal(&HashSet::new(), |first, at| {
+            if sources.get(&first.0) == sources.get(&at.0) {
+                repeats.push(Repeat { at, of: Of::Key });
+            } else {
+                let found = SharedKey { at, first: first.0 };
+                shared = Some(shared.map_or(found, |other| other.min(found)));
+            }
+        })?;
+        Ok(shared.map_or(Ok(repeats), Err))
+    }
+
+    fn find_contents(self, gone: &HashSet<At>) -> io::Result<Vec<Repeat>> {
+        let mut repeats = Vec::new();
+        self.each_equal(gone, |first, at| repeats.push(Repeat { at, of: Of::Content(first) }))?;
+        Ok(repeats)
+    }
+}
+
+fn find_looks(bits: u32, pictures: &[(u64, At)], gone: &HashSet<At>) -> Vec<Repeat> {
+    let (mut looks, mut repeats) = (Looks::new(bits), Vec::new());
+    for &(look, at) in pictures.iter().filter(|(_, at)| !gone.contains(at)) {
+        match looks.like(look) {
+            Some(of) => repeats.push(Repeat { at, of: Of::Look(of) }),
+            None => looks.add(look, at),
+        }
+    }
+    repeats
 }
 
 /// Hashes by their bands: two that differ in at most `bits` bits have one of `bits + 1` bands in common.
@@ -158,9 +252,9 @@ mod tests {
     fn finder(rule: Duplicates, pictures: &[(u128, u64)]) -> Vec<Repeat> {
         let mut finder = Finder::new(rule);
         for (row, (content, look)) in (0..).zip(pictures) {
-            finder.add_picture((0, row), Some(*content), Some(*look));
+            finder.add_picture((0, row), Some(*content), Some(*look)).unwrap();
         }
-        finder.repeats
+        finder.find().unwrap().unwrap()
     }
 
     #[test]
@@ -170,7 +264,49 @@ mod tests {
         assert_eq!(repeats, [repeat(2), repeat(3)]);
     }
 
+    fn of_keys(parts: &[(usize, &[&str])]) -> Found {
+        let mut finder = Finder::new(Duplicates::Exact);
+        for (part, (source, keys)) in (0..).zip(parts) {
+            for (row, key) in (0..).zip(*keys) {
+                finder.keys.push(half(key), (part, row)).unwrap();
+            }
+            finder.sources.insert(part, *source);
+        }
+        finder.find().unwrap()
+    }
+
+    #[test]
+    fn a_key_may_repeat_in_its_own_source_only() {
+        let repeat = |at| Repeat { at, of: Of::Key };
+        assert_eq!(of_keys(&[(0, &["a", "b"]), (0, &["b", "c", "a"])]), Ok(vec![repeat((1, 0)), repeat((1, 2))]));
+        assert_eq!(of_keys(&[(0, &["a", "b"]), (1, &["c"]), (1, &["b", "a", "c"])]), Err(SharedKey { at: (2, 0), first: 0 }));
+    }
+
+    #[test]
+    fn nothing_repeats_what_is_not_kept() {
+        let mut finder = Finder::new(Duplicates::Exact);
+        for (row, (key, content)) in (0..).zip([("a", 1), ("a", 2), ("b", 2), ("c", 1)]) {
+            finder.keys.push(half(key), (0, row)).unwrap();
+            finder.add_picture((0, row), Some(content), None).unwrap();
+        }
+        let found = finder.find().unwrap().unwrap();
+        assert_eq!(found, [Repeat { at: (0, 1), of: Of::Key }, Repeat { at: (0, 3), of: Of::Content((0, 0)) }]);
+    }
+
     proptest! {
+        /// Files and sorting find what a table finds, whatever lies on disk.
+        #[test]
+        fn equal_bytes_are_found(contents in prop::collection::vec(0u128..600, 0..3000)) {
+            let spread = |content: &u128| content.wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835);
+            let pictures: Vec<_> = contents.iter().map(|content| (spread(content), 0)).collect();
+            let mut first = HashMap::new();
+            let expected: Vec<_> = (0..).zip(&contents).filter_map(|(row, content)| {
+                let of = *first.entry(content).or_insert(row);
+                (of != row).then_some(Repeat { at: (0, row), of: Of::Content((0, of)) })
+            }).collect();
+            prop_assert_eq!(finder(Duplicates::Exact, &pictures), expected);
+        }
+
         /// Bands find what comparing with everything finds.
         #[test]
         fn looks_within_the_bound_are_found(bits in 0u32..=12, looks in prop::collection::vec(0u64..1 << 10, 0..40), spread in 0u32..54) {

@@ -18,14 +18,14 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
 
 use crate::error::DataError;
+use crate::ipc::unspoolable;
 use crate::manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, at, parse, pretty, read};
-use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, create, publish, same, unit_key, write_report};
+use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, same, unit_key, write_report};
 use crate::report::{Refusal, Report};
 use crate::settings::Settings;
 use crate::source::{Piece, Source};
-use crate::stray::remove_stray;
 use crate::tree::{TREES, file_of};
-use duplicates::{Finder, Of, Repeat, SharedKey};
+use duplicates::{At, Finder, Of, Repeat, SharedKey};
 use judge::Judge;
 pub use judge::{KeyList, TokenCounter};
 
@@ -213,10 +213,16 @@ impl Preparation {
         let records = records.map(|index| async move { Ok::<_, DataError>((index, self.done(index, &parts[index], &[]).await?)) });
         let mut records = records.buffered(READ_AT_ONCE);
         while let Some((index, record)) = records.try_next().await? {
-            finder.add(index as u32, parts[index].source, &record).map_err(|shared| shared_key(plan, shared))?;
+            finder.add(index as u32, parts[index].source, &record).map_err(unspoolable)?;
         }
-        let found = LeftOuts { schema: SCHEMA, parts: self.name_repeats(plan, &finder.repeats).await? };
-        if create(&self.out, DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
+        let found = tokio::task::spawn_blocking(move || finder.find()).await;
+        let found = found.unwrap_or_else(|stopped| Err(std::io::Error::other(stopped))).map_err(unspoolable)?;
+        let repeats = match found {
+            Ok(repeats) => repeats,
+            Err(shared) => return Err(self.shared_key(plan, shared).await?),
+        };
+        let found = LeftOuts { schema: SCHEMA, parts: self.name_repeats(&repeats).await? };
+        if self.out.create(DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
             let there: LeftOuts = parse(&at(&self.out, DUPLICATES), &self.out.get(DUPLICATES).await?)?;
             same(&found, &there, at(&self.out, DUPLICATES))?;
         }
@@ -251,7 +257,9 @@ impl Preparation {
     /// killed writers left half-written.
     async fn delete_leftovers(&self, manifest: &Manifest) -> Result<(), DataError> {
         let trees = format!("{TREES}/{SHARDS}");
-        remove_stray(&self.out, &["", SHARDS, UNITS, &trees])?;
+        for folder in ["", SHARDS, UNITS, &trees] {
+            self.out.sweep(folder).await?;
+        }
         let named: BTreeSet<&str> = manifest.shards.iter().map(|shard| shard.name.as_str()).collect();
         let there = [self.out.list(SHARDS).await?, self.out.list(&trees).await?].concat();
         let left = there.iter().filter(|meta| !named.contains(file_of(&meta.key).unwrap_or(&meta.key)));
@@ -354,15 +362,9 @@ impl Preparation {
     }
 
     /// The keys of repeats, by part.
-    async fn name_repeats(&self, plan: &Plan, repeats: &[Repeat]) -> Result<BTreeMap<usize, Vec<LeftOut>>, DataError> {
-        let parts: Vec<_> = plan.parts().collect();
-        let involved: BTreeSet<u32> =
-            repeats.iter().flat_map(|repeat| [Some(repeat.at.0), repeat.of.place().map(|of| of.0)]).flatten().collect();
-        let mut keys = HashMap::new();
-        for part in involved {
-            keys.insert(part, self.done(part as usize, &parts[part as usize], &[]).await?.keys);
-        }
-        let key = |(part, row): (u32, u32)| keys.get(&part).and_then(|keys| keys.get(row as usize)).cloned().unwrap_or_default();
+    async fn name_repeats(&self, repeats: &[Repeat]) -> Result<BTreeMap<usize, Vec<LeftOut>>, DataError> {
+        let keys = self.keys_at(repeats.iter().flat_map(|repeat| [repeat.at, repeat.of.place().unwrap_or(repeat.at)]).collect()).await?;
+        let key = |at: At| keys.get(&at).cloned().unwrap_or_default();
         let mut left_out = BTreeMap::<usize, Vec<LeftOut>>::new();
         for Repeat { at, of } in repeats {
             let (why, of) = match of {
@@ -373,6 +375,27 @@ impl Preparation {
             left_out.entry(at.0 as usize).or_default().push(LeftOut { key: key(*at), why, of: key(of) });
         }
         Ok(left_out)
+    }
+
+    /// The keys of some samples.
+    async fn keys_at(&self, wanted: BTreeSet<At>) -> Result<HashMap<At, String>, DataError> {
+        let plan = self.planned().await?;
+        let parts: Vec<_> = plan.parts().collect();
+        let mut keys = HashMap::new();
+        for wanted in wanted.into_iter().collect::<Vec<_>>().chunk_by(|a, b| a.0 == b.0) {
+            let part = wanted[0].0 as usize;
+            let mut record = self.done(part, &parts[part], &[]).await?;
+            let mut key = |at: At| record.keys.get_mut(at.1 as usize).map(std::mem::take).unwrap_or_default();
+            keys.extend(wanted.iter().map(|at| (*at, key(*at))));
+        }
+        Ok(keys)
+    }
+
+    async fn shared_key(&self, plan: &Plan, shared: SharedKey) -> Result<DataError, DataError> {
+        let key = self.keys_at([shared.at].into()).await?.remove(&shared.at).unwrap_or_default();
+        let source = |part: u32| Some(&plan.sources.get(plan.parts().nth(part as usize)?.source)?.name);
+        let name = |part: u32| source(part).cloned().unwrap_or_default();
+        Ok(DataError::DuplicateKey { key, first: name(shared.first), second: name(shared.at.0) })
     }
 }
 
@@ -385,11 +408,6 @@ impl LeftOuts {
 /// An object of a sorted list.
 fn listed<'a>(list: &'a [Meta], key: &str) -> Option<&'a Meta> {
     list.binary_search_by(|meta| meta.key.as_str().cmp(key)).ok().map(|at| &list[at])
-}
-
-fn shared_key(plan: &Plan, SharedKey { key, first, second }: SharedKey) -> DataError {
-    let name = |source: usize| plan.sources.get(source).map_or_else(String::new, |source| source.name.clone());
-    DataError::DuplicateKey { key, first: name(first), second: name(second) }
 }
 
 fn part_of(plan: &Plan, index: usize) -> Result<Part<'_>, DataError> {
