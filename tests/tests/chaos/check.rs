@@ -112,7 +112,8 @@ pub(crate) fn once(seen: &[Seen]) -> Result<()> {
     for write in seen.iter().filter(|seen| seen.made()) {
         ensure!(made.insert(&write.target), "{} was made twice", write.target);
     }
-    let parts: Vec<&Seen> = seen.iter().filter(|seen| ["uploads", "uploadId", "comp=block"].iter().any(|q| seen.target.contains(q))).collect();
+    let parts: Vec<&Seen> =
+        seen.iter().filter(|seen| ["uploads", "uploadId", "comp=block"].iter().any(|q| seen.target.contains(q))).collect();
     ensure!(parts.is_empty(), "an upload in parts, of which none is known to be whole: {parts:?}");
     Ok(())
 }

@@ -191,7 +191,7 @@ impl Shared {
             Some(Fault::Busy) => return Ok(busy(None)?),
             Some(Fault::BusyFor) => return Ok(busy(Some("1"))?),
             Some(Fault::Reset) => bail!("reset"),
-            Some(Fault::Slow) => tokio::time::sleep(self.lock().slowness()).await,
+            Some(Fault::Slow) => self.dawdle().await,
             None | Some(Fault::Lost | Fault::Cut) => {}
         }
         let reply = self.pass_on(request).await?;
@@ -201,6 +201,11 @@ impl Shared {
             (None, Some(Fault::Cut)) => cut(reply),
             (None, _) => Ok(reply.map(Full::new)),
         }
+    }
+
+    async fn dawdle(&self) {
+        let slowness = Duration::from_millis(SLOW + self.lock().dice.below(SLOW));
+        tokio::time::sleep(slowness).await;
     }
 
     /// What becomes of a request.
@@ -232,12 +237,6 @@ impl Shared {
         head.headers.remove(CONNECTION);
         head.headers.remove(TRANSFER_ENCODING);
         Ok(Response::from_parts(head, body))
-    }
-}
-
-impl State {
-    fn slowness(&mut self) -> Duration {
-        Duration::from_millis(SLOW + self.dice.below(SLOW))
     }
 }
 
