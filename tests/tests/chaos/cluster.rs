@@ -36,6 +36,7 @@ pub(crate) struct Cluster {
 #[derive(Debug)]
 struct Slot {
     child: Child,
+    log: PathBuf,
     environment: Environment,
 }
 
@@ -48,18 +49,19 @@ impl Cluster {
         let (folder, job) = (folder.to_owned(), job.to_owned());
         let mut cluster = Self { folder, job, port, coordinator, http, slots: Vec::new(), started: 1, may_fail: 0, failed: 0 };
         for environment in environments {
-            let child = cluster.worker(environment)?;
-            cluster.slots.push(Slot { child, environment: environment.clone() });
+            let slot = cluster.worker(environment)?;
+            cluster.slots.push(slot);
         }
         Ok(cluster)
     }
 
-    fn worker(&mut self, environment: &Environment) -> Result<Child> {
+    fn worker(&mut self, environment: &Environment) -> Result<Slot> {
         let mut command = Command::new(binary("ella-worker")?);
         command.args(["--coordinator", &format!("http://127.0.0.1:{}", self.port), "--device", "cpu"]);
         command.envs(environment.iter().cloned());
         self.started += 1;
-        logged(command, &self.folder.join(format!("{:03}-worker.log", self.started)))
+        let log = self.folder.join(format!("{:03}-worker.log", self.started));
+        Ok(Slot { child: logged(command, &log)?, log, environment: environment.clone() })
     }
 
     /// The processes of all slots.
@@ -73,7 +75,7 @@ impl Cluster {
         let _ = self.slots[slot].child.kill();
         self.slots[slot].child.wait()?;
         let environment = self.slots[slot].environment.clone();
-        self.slots[slot].child = self.worker(&environment)?;
+        self.slots[slot] = self.worker(&environment)?;
         Ok(())
     }
 
@@ -110,22 +112,24 @@ impl Cluster {
         }
         for slot in 0..self.slots.len() {
             let Some(status) = self.slots[slot].child.try_wait()?.filter(|status| !status.success()) else { continue };
-            ensure!(self.may_fail > 0, "a worker ended by itself with {status}:\n{}", self.last_words()?);
+            let excused = self.may_fail > 0 && found_nobody(&self.slots[slot].log)?;
+            ensure!(excused, "a worker ended by itself with {status}:\n{}", self.last_words()?);
             (self.may_fail, self.failed) = (self.may_fail - 1, self.failed + 1);
             self.replace(slot)?;
         }
         Ok(false)
     }
 
-    /// Waits until all have ended, well.
+    /// Waits until all have ended: well, or because they were too late to find a coordinator.
     pub(crate) fn ended(mut self) -> Result<()> {
-        let mut status = None;
         for slot in &mut self.slots {
+            let mut status = None;
             wait_until("the workers' end", || {
                 status = slot.child.try_wait().ok().flatten();
                 status.is_some()
             })?;
-            ensure!(status.is_some_and(|status| status.success()), "a worker ended with {status:?} when the job was over");
+            let well = status.is_some_and(|status| status.success()) || found_nobody(&slot.log)?;
+            ensure!(well, "a worker ended with {status:?} when the job was over:\n{}", std::fs::read_to_string(&slot.log)?);
         }
         Ok(())
     }
@@ -148,6 +152,12 @@ impl Drop for Cluster {
             let _ = child.wait();
         }
     }
+}
+
+/// Whether a worker says that it found no coordinator, or lost it before it was welcomed.
+fn found_nobody(log: &Path) -> Result<bool> {
+    let log = std::fs::read_to_string(log)?;
+    Ok(["no coordinator answers", "the coordinator is gone", "the job is over"].iter().any(|why| log.contains(why)))
 }
 
 /// What the processes of a folder said, by name.

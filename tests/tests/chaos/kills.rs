@@ -4,7 +4,7 @@ use crate::Dice;
 use crate::cluster::Cluster;
 use crate::proxy::{Proxy, When};
 use crate::report::Report;
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -32,8 +32,8 @@ pub(crate) enum Ground<'a> {
 /// A moment to kill a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
-    /// Whatever any of them does.
-    Any,
+    /// While it has a unit in hand.
+    Holding,
     /// The one that was started last, before it has begun.
     Newest,
     /// While it has a file half-written.
@@ -45,7 +45,7 @@ pub(crate) enum Moment {
 impl Moment {
     fn name(self) -> &'static str {
         match self {
-            Self::Any => "at any moment",
+            Self::Holding => "with a unit in hand",
             Self::Newest => "while it starts",
             Self::Writing => "with a file half-written",
             Self::Request(When::Before) => "before its write",
@@ -69,10 +69,10 @@ pub(crate) struct Kill {
 
 impl Ground<'_> {
     fn moments(self) -> &'static [Moment] {
-        use Moment::{Any, Newest, Request, Writing};
+        use Moment::{Holding, Newest, Request, Writing};
         match self {
-            Self::Folder(_) => &[Any, Any, Writing, Writing, Newest],
-            Self::Server(_) => &[Any, Any, Request(When::Before), Request(When::After), Request(When::After), Newest],
+            Self::Folder(_) => &[Holding, Holding, Holding, Writing, Writing, Newest],
+            Self::Server(_) => &[Holding, Holding, Request(When::Before), Request(When::After), Request(When::After), Newest],
         }
     }
 
@@ -156,16 +156,32 @@ impl<'a> Harassed<'a> {
 
     fn kill(&mut self, moment: Moment) -> Result<()> {
         let caught = match moment {
-            Moment::Any => None,
             Moment::Newest => Some(self.newest),
+            Moment::Holding => self.holder()?,
             Moment::Writing => self.writer()?,
             Moment::Request(when) => self.asker(when)?,
         };
-        let moment = if caught.is_some() { moment } else { Moment::Any };
-        let slot = caught.unwrap_or_else(|| self.dice.below(self.cluster.pids().len() as u64) as usize);
+        let slot = caught.with_context(|| format!("the job was over before a worker was seen {}", moment.name()))?;
         self.newest = slot;
         *self.report.kills.entry(moment.name()).or_default() += 1;
         self.cluster.replace(slot)
+    }
+
+    /// One of the workers that have a unit in hand; none if the job is over before one has.
+    fn holder(&mut self) -> Result<Option<usize>> {
+        while !self.is_over()? {
+            let status = self.cluster.status().unwrap_or_default();
+            let holds = |worker: &&Value| worker["held"].as_array().is_some_and(|held| !held.is_empty());
+            let workers = status["job"]["workers"].as_array().into_iter().flatten().filter(holds);
+            let holding: Vec<u64> = workers.filter_map(|worker| worker["pid"].as_u64()).collect();
+            let pids = self.cluster.pids();
+            let slots: Vec<usize> = (0..pids.len()).filter(|slot| holding.contains(&u64::from(pids[*slot]))).collect();
+            if let Some(slot) = slots.get(self.dice.below(slots.len() as u64) as usize) {
+                return Ok(Some(*slot));
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(None)
     }
 
     /// A worker that has a file half-written; none if the job is over before one has.

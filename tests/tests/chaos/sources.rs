@@ -10,8 +10,8 @@ use tar::{Archive, Builder, Header};
 
 /// Every so many tars one holds a duplicate: its part is prepared twice, and what the first time made is deleted.
 const REPEATS: usize = 20;
-/// Width and height of pictures: large enough for a part to take a moment.
-const PIXELS: &str = "192";
+/// Width and height of pictures.
+pub(crate) const PIXELS: &str = "64";
 
 /// Writes tars into a folder, and gives how many of the samples are no duplicates.
 pub(crate) fn write(folder: &Path, size: &Size) -> Result<u64> {

@@ -3,10 +3,14 @@
 use crate::check::{Tree, accounted, counted, once, same, tree};
 use crate::cluster::{Cluster, Environment, logs};
 use crate::kills::{Ground, Harassed, draw};
+use crate::sources::PIXELS;
 use crate::{Dice, Size};
 use anyhow::{Context as _, Result, ensure};
 use ella_tests::{World, ella};
 use std::path::PathBuf;
+
+/// Width and height of prepared pictures.
+const RESOLUTION: &str = "384";
 
 /// Where a trial takes place.
 pub(crate) struct Trial<'a> {
@@ -67,13 +71,15 @@ impl Trial<'_> {
     }
 
     fn prepare(&self, out: &str, job: Option<PathBuf>) -> Vec<String> {
-        let fixed = ["prepare", &self.tars, "--out", out, "--resolution", "64", "--key-prefix", "--threads", "1"];
-        with_job(&fixed, job)
+        // Enlarged, and in the slower format: a part then takes a moment, which a kill can hit, and its shard is large enough for a tree.
+        let slow = ["--resolution", RESOLUTION, "--min-edge", PIXELS, "--format", "webp"];
+        let fixed = ["prepare", &self.tars, "--out", out, "--key-prefix", "--threads", "1"];
+        with_job(&[&fixed[..], &slow].concat(), job)
     }
 
     fn embed(&self, data: &str, job: Option<PathBuf>) -> Vec<String> {
         let text = self.world.path("models/text").display().to_string();
-        with_job(&["embed", data, "--text", &text, "--max-tokens", "64", "--padding", "none"], job)
+        with_job(&["embed", data, "--text", &text, "--max-tokens", "64", "--batch", "1"], job)
     }
 }
 
