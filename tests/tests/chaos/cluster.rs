@@ -154,10 +154,11 @@ impl Drop for Cluster {
     }
 }
 
-/// Whether a worker says that it found no coordinator, or lost it before it was welcomed.
+/// Whether a worker says that it found no coordinator, or lost it before it was welcomed; not one that did work.
 fn found_nobody(log: &Path) -> Result<bool> {
     let log = std::fs::read_to_string(log)?;
-    Ok(["no coordinator answers", "the coordinator is gone", "the job is over"].iter().any(|why| log.contains(why)))
+    let welcomed = log.contains("what is in hand goes on");
+    Ok(!welcomed && ["no coordinator answers", "the coordinator is gone", "the job is over"].iter().any(|why| log.contains(why)))
 }
 
 /// What the processes of a folder said, by name.

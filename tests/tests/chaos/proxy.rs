@@ -2,16 +2,19 @@
 //! of one. It sends on what it gets as it is, `Host` too, for that is signed.
 
 use crate::Dice;
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, anyhow, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Body, Frame, SizeHint};
 use hyper::header::{CONNECTION, CONTENT_LENGTH, IF_NONE_MATCH, RETRY_AFTER, TRANSFER_ENCODING};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
@@ -109,7 +112,7 @@ impl Proxy {
     /// A way for each of so many workers to the server at `http://HOST:PORT`.
     pub(crate) fn start(endpoint: &str, workers: usize, dice: Dice) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let server = endpoint.strip_prefix("http://").context("the server is not at an http:// address")?.to_owned();
+        let server = endpoint.strip_prefix("http://").ok_or_else(|| anyhow!("the server is not at an http:// address"))?.to_owned();
         let state = State { dice, faults: BTreeMap::new(), requests: 0, seen: Vec::new(), trap: None };
         let shared = Arc::new(Shared { server, state: Mutex::new(state) });
         let mut ports = Vec::new();
@@ -180,7 +183,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn answer(&self, slot: usize, request: Request<hyper::body::Incoming>) -> Result<Response<Full<Bytes>>> {
+    async fn answer(&self, slot: usize, request: Request<hyper::body::Incoming>) -> Result<Response<Reply>> {
         let (head, body) = request.into_parts();
         let request = Request::from_parts(head, Full::new(body.collect().await?.to_bytes()));
         let (fault, trap) = self.draw(request.method());
@@ -199,7 +202,7 @@ impl Shared {
             (Some(trap), _) => held(&trap.sprung, slot).await,
             (None, Some(Fault::Lost)) => bail!("lost"),
             (None, Some(Fault::Cut)) => cut(reply),
-            (None, _) => Ok(reply.map(Full::new)),
+            (None, _) => Ok(reply.map(Reply::from)),
         }
     }
 
@@ -246,17 +249,48 @@ async fn held<T>(sprung: &mpsc::Sender<usize>, slot: usize) -> Result<T> {
     std::future::pending().await
 }
 
-fn busy(wait: Option<&str>) -> hyper::http::Result<Response<Full<Bytes>>> {
+fn busy(wait: Option<&str>) -> hyper::http::Result<Response<Reply>> {
     let reply = Response::builder().status(StatusCode::SERVICE_UNAVAILABLE);
-    wait.iter().fold(reply, |reply, seconds| reply.header(RETRY_AFTER, *seconds)).body(Full::default())
+    wait.iter().fold(reply, |reply, seconds| reply.header(RETRY_AFTER, *seconds)).body(Reply::default())
 }
 
 /// A reply whose head promises more than comes, after which the connection ends.
-fn cut(mut reply: Response<Bytes>) -> Result<Response<Full<Bytes>>> {
+fn cut(mut reply: Response<Bytes>) -> Result<Response<Reply>> {
     let length = reply.body().len();
     if length < 2 {
         bail!("nothing to cut");
     }
     reply.headers_mut().insert(CONTENT_LENGTH, length.into());
-    Ok(reply.map(|body| Full::new(body.slice(..length / 2))))
+    Ok(reply.map(|body| Reply { rest: Some(body.slice(..length / 2)), breaks_off: true }))
+}
+
+/// A reply's body.
+#[derive(Debug, Default)]
+struct Reply {
+    rest: Option<Bytes>,
+    breaks_off: bool,
+}
+
+impl From<Bytes> for Reply {
+    fn from(bytes: Bytes) -> Self {
+        Self { rest: Some(bytes), breaks_off: false }
+    }
+}
+
+impl Body for Reply {
+    type Data = Bytes;
+    type Error = HungUp;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, HungUp>>> {
+        Poll::Ready(match self.rest.take() {
+            Some(bytes) => Some(Ok(Frame::data(bytes))),
+            None => self.breaks_off.then_some(Err(HungUp)),
+        })
+    }
+
+    /// None if it breaks off: hyper would believe it rather than the head.
+    fn size_hint(&self) -> SizeHint {
+        let length = self.rest.as_ref().map_or(0, Bytes::len) as u64;
+        if self.breaks_off { SizeHint::default() } else { SizeHint::with_exact(length) }
+    }
 }
