@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
 # that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-stores bench bench-feed bench-prepare lint libtorch proto parity-full
+.PHONY: build demo test test-stores chaos bench bench-feed bench-prepare lint libtorch proto parity-full
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -25,8 +25,12 @@ test: build
 	$(CARGO) test $(FLAGS) --no-fail-fast
 
 # Stores on real servers: moto (S3) and azurite (Azure Blob), which are installed into .stores/ once. Opt-in: it needs Node.js, and half a GB.
-test-stores:
+test-stores: build
 	@scripts/test-stores.sh
+
+# Jobs under kills and failing stores at full size: 200 tars, 4 workers, 40 kills, in a folder and on both servers. ELLA_CHAOS_SEED draws others.
+chaos: build
+	@ELLA_CHAOS=full scripts/test-stores.sh chaos
 
 # Programs that print ratios; nothing here is a test.
 bench: build

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Tries stores on real servers, installed into .stores/ once: moto (S3, from PyPI) and azurite (Azure Blob, from npm).
+# Tries stores on real servers, installed into .stores/ once: moto (S3, from PyPI) and azurite (Azure Blob, from npm). With `chaos` only what
+# the processes of a job make of them under kills, and of a local folder too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,4 +16,9 @@ if [ "$(cat .stores/installed 2>/dev/null)" != "$versions" ]; then
     npm install --silent --no-audit --no-fund --prefix .stores "$azurite"
     echo "$versions" > .stores/installed
 fi
-ELLA_TEST_STORES=1 "${CARGO:-cargo}" test --release --locked -p ella-store --test emulators -- --nocapture
+export ELLA_TEST_STORES=1
+# One after the other: each wants all cores.
+chaos() { "${CARGO:-cargo}" test --release --locked --workspace --test chaos -- --nocapture --test-threads 1 "$@"; }
+if [ "${1:-}" = chaos ]; then chaos; exit; fi
+"${CARGO:-cargo}" test --release --locked -p ella-store --test emulators -- --nocapture
+chaos server
