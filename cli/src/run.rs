@@ -98,6 +98,9 @@ pub(crate) struct Metric {
     /// Since the step before, by reason (KNOWN).
     #[serde(default)]
     pub(crate) skipped: BTreeMap<String, u64>,
+    /// What reading the data set through caches came to since the step before, by name (KNOWN).
+    #[serde(default)]
+    pub(crate) read: BTreeMap<String, u64>,
 }
 
 /// Seconds of one step, by what they were spent on.

@@ -21,7 +21,7 @@ pub(crate) struct Content {
     /// The file, as errors name it.
     name: Arc<str>,
     bytes: Bytes,
-    /// The map of a local file, to read ahead by. It needs no open handle: a process may have few.
+    /// The map of a file, to read ahead by. It needs no open handle: a process may have few.
     map: Option<Arc<Mmap>>,
     /// None: all bytes are good.
     checks: Option<Arc<Checks>>,
@@ -41,9 +41,14 @@ impl Content {
 
     /// Maps a local file, whose bytes are taken for good.
     pub(crate) fn map(name: &str, path: &Path) -> Result<Content, DataError> {
-        let map = Arc::new(map(path)?);
-        let bytes = Bytes::from_owner(Mapped(Arc::clone(&map)));
-        Ok(Content { map: Some(map), ..Content::good(name, bytes) })
+        Ok(Content::mapped(name, map(path)?, ()))
+    }
+
+    /// A mapped file, whose bytes are taken for good. `with` is kept as long as they are.
+    pub(crate) fn mapped(name: &str, map: Mmap, with: impl Send + 'static) -> Content {
+        let map = Arc::new(map);
+        let bytes = Bytes::from_owner(Mapped { map: Arc::clone(&map), _with: with });
+        Content { map: Some(map), ..Content::good(name, bytes) }
     }
 
     /// The same, where nothing has been checked yet: by its tree piece by piece as it is used, or all of it now if it has none.
@@ -65,11 +70,6 @@ impl Content {
 
     pub(crate) fn bytes(&self) -> &Bytes {
         &self.bytes
-    }
-
-    /// Whether it is a mapped file, which takes no memory of its own.
-    pub(crate) fn is_local(&self) -> bool {
-        self.map.is_some()
     }
 
     /// Whether every byte has been checked.
@@ -109,7 +109,7 @@ impl Content {
         (end <= self.bytes.len()).then_some(start..end)
     }
 
-    /// Has the system begin to read a part of a local file. Best effort: whoever needs the part reads it anyway.
+    /// Has the system begin to read a part of a mapped file. Best effort: whoever needs the part reads it anyway.
     pub(crate) fn read_ahead<T>(&self, part: &[T]) {
         let (Some(map), Some(part)) = (&self.map, self.range(part)) else { return };
         for start in part.clone().step_by(READ_AHEAD) {
@@ -118,12 +118,15 @@ impl Content {
     }
 }
 
-/// The bytes of a map.
-struct Mapped(Arc<Mmap>);
+/// The bytes of a map, and what is kept with them.
+struct Mapped<T> {
+    map: Arc<Mmap>,
+    _with: T,
+}
 
-impl AsRef<[u8]> for Mapped {
+impl<T> AsRef<[u8]> for Mapped<T> {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        &self.map
     }
 }
 

@@ -1,6 +1,7 @@
 //! Open files of a data set: shards and features, kept open by their digest, the least recently used closed first.
 //!
-//! Local files are mapped, and take no memory of their own. Fetched ones are held in memory, within [`CacheLimits::bytes`].
+//! Local files are mapped, and take no memory of their own. Others are fetched: into this machine's cache, if there is one, and mapped from
+//! there; or else into memory, within [`CacheLimits::bytes`].
 
 use std::any::Any;
 use std::collections::{HashMap, HashSet};
@@ -9,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use ella_store::{Digest, Store};
+use ella_store::{CacheCounts, Digest, DiskCache, Store, StoreError};
 use tokio::sync::Mutex as Gate;
 use tokio::time::{Instant, timeout_at};
 
@@ -29,7 +30,7 @@ const LOOK: Duration = Duration::from_millis(20);
 pub struct CacheLimits {
     /// Files open at once, at least one.
     pub shards: usize,
-    /// Bytes of files held in memory (fetched ones; mapped files do not count), shards and features together.
+    /// Bytes of files held in memory (fetched ones; mapped files do not count, nor what a disk holds), shards and features together.
     pub bytes: u64,
 }
 
@@ -67,10 +68,28 @@ enum Why<'a> {
     Ahead(&'a HashSet<Digest>),
 }
 
+/// How an open file is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    /// Mapped where it lies.
+    Mapped,
+    /// Mapped from this machine's cache.
+    Cached,
+    /// In memory.
+    Memory,
+}
+
 pub(crate) struct Files {
     limits: CacheLimits,
     room: Arc<Room>,
+    cache: Option<Cache>,
     state: Mutex<State>,
+}
+
+/// This machine's cache. What it evicts takes its disk space until it is closed here, so no more is kept open than it may hold.
+struct Cache {
+    disk: DiskCache,
+    room: Arc<Room>,
 }
 
 #[derive(Default)]
@@ -88,6 +107,7 @@ struct State {
 struct Open {
     file: Arc<dyn Any + Send + Sync>,
     content: Content,
+    held: Held,
     used: u64,
 }
 
@@ -98,12 +118,18 @@ impl fmt::Debug for Files {
 }
 
 impl Files {
-    pub(crate) fn new(limits: CacheLimits) -> Files {
-        Files { limits, room: Room::new(limits.bytes), state: Mutex::default() }
+    pub(crate) fn new(limits: CacheLimits, cache: Option<DiskCache>) -> Files {
+        let cache = cache.map(|disk| Cache { room: Room::new(disk.bound()), disk });
+        Files { limits, room: Room::new(limits.bytes), cache, state: Mutex::default() }
     }
 
     pub(crate) fn memory(&self) -> Memory {
         self.room.memory()
+    }
+
+    /// What this machine's cache did for this process, if there is one.
+    pub(crate) fn cache(&self) -> Option<CacheCounts> {
+        self.cache.as_ref().map(|cache| cache.disk.counts())
     }
 
     pub(crate) fn opened(&self) -> Opened {
@@ -137,6 +163,18 @@ impl Files {
         Ok(self.admit(file, Why::Ahead(keep), drop, parse).await?.is_some())
     }
 
+    /// A file, if it is open, or local and opened at no cost.
+    pub(crate) async fn open_mapped<T: Send + Sync + 'static>(
+        &self,
+        file: FileAt<'_>,
+        parse: impl FnOnce(Content) -> Result<T, DataError> + Send + 'static,
+    ) -> Result<Option<Arc<T>>, DataError> {
+        if file.store.local_path().is_none() {
+            return Ok(self.there(&file.entry.blake3));
+        }
+        self.open(file, parse).await.map(Some)
+    }
+
     /// Closes a file that is no good: it may be put right before it is wanted again.
     pub(crate) fn close(&self, digest: &Digest) {
         self.state().open.remove(digest);
@@ -156,18 +194,23 @@ impl Files {
         if let Some(there) = self.there(&digest) {
             return Ok(Some(give(there)));
         }
-        let Some(content) = self.content(file, why).await? else { return Ok(None) };
+        let Some((content, held)) = self.content(file, why).await? else { return Ok(None) };
         let kept = content.clone();
         // Reads the file's structure from disk: not on a thread that others wait for.
         let opened = Arc::new(blocking(file, move || parse(content)).await?);
         let given = give(Arc::clone(&opened));
-        self.keep(digest, Open { file: opened, content: kept, used: 0 }, why);
+        self.keep(digest, Open { file: opened, content: kept, held, used: 0 }, why);
         Ok(Some(given))
     }
 
-    /// A file's bytes: mapped if it is local, else fetched into memory. None: no room.
-    async fn content(&self, file: FileAt<'_>, why: Why<'_>) -> Result<Option<Content>, DataError> {
-        let Some(folder) = file.store.local_path() else { return self.fetch(file, why).await };
+    /// A file's bytes: mapped if it is local, else fetched. None: no room.
+    async fn content(&self, file: FileAt<'_>, why: Why<'_>) -> Result<Option<(Content, Held)>, DataError> {
+        let Some(folder) = file.store.local_path() else {
+            return match &self.cache {
+                Some(cache) => self.fetch_to_disk(cache, file, why).await,
+                None => self.fetch(file, why).await,
+            };
+        };
         let name = at(file.store, &file.entry.name);
         let missing = DataError::RecordMissing { file: name.clone(), hint: file.hint };
         let (path, tree) = (folder.join(&file.entry.name), folder.join(tree::key(&file.entry.name)));
@@ -180,34 +223,58 @@ impl Files {
             // A tree that cannot be read is as good as none.
             if checked { Ok(content) } else { content.unchecked(digest, map(&tree).ok().map(Bytes::from_owner)) }
         });
-        mapped.await.map(Some)
+        mapped.await.map(|content| Some((content, Held::Mapped)))
     }
 
-    /// Fetches a file into memory, and checks it. A cache on this machine's disk would come in here: what it maps is no memory, and needs
-    /// no share of the room.
-    async fn fetch(&self, file: FileAt<'_>, why: Why<'_>) -> Result<Option<Content>, DataError> {
+    /// Maps a file from this machine's cache, which checks it, and fetches it if need be. Where the cache is of no use, memory is.
+    async fn fetch_to_disk(&self, cache: &Cache, file: FileAt<'_>, why: Why<'_>) -> Result<Option<(Content, Held)>, DataError> {
         let FileAt { store, entry, hint } = file;
-        let Some(share) = self.share(entry.bytes, why).await else { return Ok(None) };
+        let mut share = None;
+        if entry.bytes <= cache.disk.bound() {
+            share = self.share(entry.bytes, Held::Cached, why).await;
+            match (&share, why) {
+                (None, Why::Ahead(_)) => return Ok(None),
+                (None, Why::Wanted) => return self.fetch(file, why).await,
+                (Some(_), _) => {}
+            }
+        }
+        let mapped = match cache.disk.map(store, &entry.name, &entry.blake3, entry.bytes).await {
+            Err(StoreError::NotFound { .. }) => return Err(DataError::RecordMissing { file: at(store, &entry.name), hint }),
+            mapped => mapped?,
+        };
+        let evicted = |digest: &Digest, open: &Open| open.is_idle(Held::Cached) && !cache.disk.has(digest);
+        while self.close_oldest(evicted) {}
+        match mapped {
+            Some(map) => Ok(Some((Content::mapped(&at(store, &entry.name), map, share), Held::Cached))),
+            None => self.fetch(file, why).await,
+        }
+    }
+
+    /// Fetches a file into memory, and checks it.
+    async fn fetch(&self, file: FileAt<'_>, why: Why<'_>) -> Result<Option<(Content, Held)>, DataError> {
+        let FileAt { store, entry, hint } = file;
+        let Some(share) = self.share(entry.bytes, Held::Memory, why).await else { return Ok(None) };
         let name = at(store, &entry.name);
         let bytes = read(store, &entry.name).await?.ok_or_else(|| DataError::RecordMissing { file: name.clone(), hint })?;
         let digest = entry.blake3;
         blocking(file, move || Content::good(&name, Bytes::from_owner(Fetched { bytes, _share: share })).unchecked(digest, None))
             .await
-            .map(Some)
+            .map(|content| Some((content, Held::Memory)))
     }
 
-    /// Room in memory. Whoever wants a row waits for it, though not for ever.
-    async fn share(&self, bytes: u64, why: Why<'_>) -> Option<Share> {
+    /// Room for a file that is held in one way. Whoever wants a row waits for it, though not for ever.
+    async fn share(&self, bytes: u64, held: Held, why: Why<'_>) -> Option<Share> {
+        let room = if held == Held::Cached { &self.cache.as_ref()?.room } else { &self.room };
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let freed = self.room.freed.notified();
+            let freed = room.freed.notified();
             loop {
-                if let Some(share) = self.room.take(bytes) {
+                if let Some(share) = room.take(bytes) {
                     return Some(share);
                 }
                 let closed = match why {
-                    Why::Wanted => self.close_oldest(|_, open| open.is_idle_memory()),
-                    Why::Ahead(keep) => self.close_oldest(|digest, open| open.is_idle_memory() && !keep.contains(digest)),
+                    Why::Wanted => self.close_oldest(|_, open| open.is_idle(held)),
+                    Why::Ahead(keep) => self.close_oldest(|digest, open| open.is_idle(held) && !keep.contains(digest)),
                 };
                 if !closed {
                     break;
@@ -249,9 +316,11 @@ impl Files {
         drop(state);
         // A fetched file that somebody holds stays: closing it would give nothing back.
         (0..surplus).for_each(|_| {
-            self.close_oldest(|other, open| *other != digest && (open.content.is_local() || open.is_idle_memory()));
+            self.close_oldest(|other, open| *other != digest && (open.held == Held::Mapped || open.is_idle(open.held)));
         });
-        self.room.freed.notify_waiters();
+        for room in [Some(&self.room), self.cache.as_ref().map(|cache| &cache.room)].into_iter().flatten() {
+            room.freed.notify_waiters();
+        }
     }
 
     /// Closes the least recently used file of those that may be closed, if there is one.
@@ -260,7 +329,7 @@ impl Files {
         let oldest = state.open.iter().filter(|(digest, open)| may(digest, open)).min_by_key(|(_, open)| open.used);
         let Some(digest) = oldest.map(|(digest, _)| *digest) else { return false };
         let closed = state.open.remove(&digest);
-        if closed.as_ref().is_some_and(|open| open.content.is_local() && open.content.is_checked()) {
+        if closed.as_ref().is_some_and(|open| open.held == Held::Mapped && open.content.is_checked()) {
             state.checked.insert(digest);
         }
         drop(state);
@@ -271,9 +340,9 @@ impl Files {
 }
 
 impl Open {
-    /// Whether closing it gives memory back: it was fetched, and nobody holds it.
-    fn is_idle_memory(&self) -> bool {
-        !self.content.is_local() && Arc::strong_count(&self.file) == 1
+    /// Whether it is held in that way, and closing it gives its room back: nobody else holds it.
+    fn is_idle(&self, held: Held) -> bool {
+        self.held == held && Arc::strong_count(&self.file) == 1
     }
 }
 

@@ -68,6 +68,13 @@ pub enum OrderError {
     },
 }
 
+/// About how many of a data set's bytes are in `shards` shards the lanes of one worker read from at a time: those of each lane's window, and one
+/// that is read ahead. What a cache holds at least, lest it fetches the same again and again.
+pub fn open_bytes(bytes: u64, shards: usize, lanes: usize, window: usize) -> u64 {
+    let open = lanes.saturating_mul(window.saturating_add(1)).min(shards);
+    u64::try_from(u128::from(bytes) * open as u128 / shards.max(1) as u128).unwrap_or(u64::MAX)
+}
+
 /// Where a global step lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {

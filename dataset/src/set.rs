@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use ella_store::{Digest, Store};
+use ella_store::{CacheCounts, Digest, DiskCache, Store};
 
 use crate::caption_set::{CaptionManifest, CaptionSet, read_captions};
 use crate::content::Content;
@@ -36,8 +36,14 @@ impl DataSet {
 
     /// Opens a data set in a store's folder.
     pub async fn open_store(store: Store, limits: CacheLimits) -> Result<DataSet, DataError> {
+        DataSet::open_through(store, limits, None).await
+    }
+
+    /// The same, and reads it through a cache on this machine unless it is local. Of the files of such a data set only as many stay open as
+    /// the cache may hold.
+    pub async fn open_through(store: Store, limits: CacheLimits, cache: Option<DiskCache>) -> Result<DataSet, DataError> {
         let manifest = Arc::new(Manifest::load(&store).await?);
-        Ok(DataSet { store, manifest, files: Arc::new(Files::new(limits)) })
+        Ok(DataSet { store, manifest, files: Arc::new(Files::new(limits, cache)) })
     }
 
     /// What the data set is.
@@ -58,6 +64,11 @@ impl DataSet {
     /// Memory that fetched shards and features take.
     pub fn memory(&self) -> Memory {
         self.files.memory()
+    }
+
+    /// What the cache that it is read through did for this process, if there is one (KNOWN).
+    pub fn cache(&self) -> Option<CacheCounts> {
+        self.files.cache()
     }
 
     /// How many files were opened, and why.
@@ -90,10 +101,13 @@ impl DataSet {
         Ok(())
     }
 
-    /// Has the system begin to read these rows, where they are in local files.
+    /// Has the system begin to read these rows, where they are in mapped files. Nothing is fetched for it.
     pub async fn read_ahead(&self, at: &[SampleRef]) -> Result<(), DataError> {
         for sample in at {
-            self.reader(sample.shard as usize).await?.read_ahead(sample.row as usize)?;
+            let index = sample.shard as usize;
+            if let Some(reader) = self.files.open_mapped(self.file(index)?, self.parse(index)).await? {
+                reader.read_ahead(sample.row as usize)?;
+            }
         }
         Ok(())
     }
@@ -139,7 +153,7 @@ impl DataSet {
         set.check_complete().await?;
         let folder = set.folder().clone();
         // A row that most steps read: not among what may be closed.
-        let own = Files::new(CacheLimits::default());
+        let own = Files::new(CacheLimits::default(), None);
         let how = manifest.spec.clone();
         let file = file_at(&folder, &manifest.extra, 0, FEATURES_HINT)?;
         let empty: Arc<FeatureReader> = own.open(file, move |content| FeatureReader::of(content, &how)).await?;
@@ -253,10 +267,14 @@ impl Features {
         Ok(())
     }
 
-    /// Has the system begin to read these rows, where they are in local files.
+    /// Has the system begin to read these rows, where they are in mapped files. Nothing is fetched for it.
     pub async fn read_ahead(&self, at: &[SampleRef]) -> Result<(), DataError> {
         for sample in at {
-            self.reader(sample.shard as usize).await?.read_ahead(sample.row as usize)?;
+            let spec = self.manifest.spec.clone();
+            let file = self.file(sample.shard as usize)?;
+            if let Some(reader) = self.files.open_mapped(file, move |content| FeatureReader::of(content, &spec)).await? {
+                reader.read_ahead(sample.row as usize)?;
+            }
         }
         Ok(())
     }

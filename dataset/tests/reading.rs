@@ -11,7 +11,7 @@ use ella_dataset::{
     Padding, Reading, Row, Settings, ShardEntry, ShardLayout, ShardWriter, write_file,
 };
 use ella_store::faulty::{Failure, Faults};
-use ella_store::{Digest, Limits, Operation, Store};
+use ella_store::{Digest, DiskCache, Limits, Operation, Store};
 use half::f16;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
@@ -258,6 +258,74 @@ async fn windows_are_fetched_before_they_are_needed() {
         }
     }
     assert_eq!((data.opened().wanted, data.opened().ahead), (0, 48));
+}
+
+/// Bytes that this process has mapped of files in a folder, those included that have lost their name.
+fn mapped(folder: &std::path::Path) -> u64 {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let own = maps.lines().filter(|line| line.contains(folder.to_str().unwrap()));
+    let bytes = |line: &str| {
+        let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        u64::from_str_radix(to, 16).unwrap() - u64::from_str_radix(from, 16).unwrap()
+    };
+    own.map(bytes).sum()
+}
+
+/// A cache on disk takes the place of memory: shared by who reads the same data set, bounded in what it holds and in what is kept open of
+/// it, and never trusted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cache_on_disk_is_shared_bounded_and_checked() {
+    let spec = &spec(Padding::Fixed);
+    let (store, largest) = far(24, spec).await;
+    let dir = TempDir::new().unwrap();
+    let through = |bound: u64| {
+        let (store, folder) = (store.clone(), dir.path().to_owned());
+        async move {
+            let cache = DiskCache::open(folder, bound).await.unwrap();
+            let data = DataSet::open_through(store, CacheLimits::default(), Some(cache)).await.unwrap();
+            let features = data.features(spec, "caption").await.unwrap();
+            (Arc::new(data), Arc::new(features))
+        }
+    };
+    // Smaller than all windows, by two that know nothing of each other.
+    let bound = 9 * largest;
+    let (one, other) = (through(bound).await, through(bound).await);
+    let (order, ahead) = reading(&one.0, &one.1, 2);
+    let ahead = Ahead::start(&Handle::current(), ahead, 0);
+    for step in 0..order.steps_per_epoch() {
+        ahead.at(step);
+        for (lane, (data, features)) in [&one, &other].into_iter().enumerate() {
+            read(data, features, &order.lane(step, lane as u32)).await.unwrap();
+        }
+        let held: u64 = std::fs::read_dir(dir.path().join("objects")).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
+        assert!(held <= bound, "{held} of {bound}");
+        assert!(mapped(dir.path()) <= 2 * (bound + (24 << 12)), "each keeps no more open than the cache may hold");
+    }
+    drop(ahead);
+    let counts = [&one, &other].map(|(data, _)| data.cache().unwrap());
+    assert!(counts.iter().all(|counts| counts.bypassed.is_empty() && counts.corrupt == 0), "{counts:?}");
+    assert!(counts.iter().map(|counts| counts.evicted).sum::<u64>() > 0 && counts.iter().all(|counts| counts.hits + counts.misses > 0));
+    assert_eq!((one.0.memory().peak, other.0.memory().peak), (0, 0));
+    drop((one, other));
+    assert_eq!(mapped(dir.path()), 0);
+
+    // Room for all: the second fetches nothing, but for what the disk has damaged.
+    let (data, features) = through(100 * largest).await;
+    let all: Vec<_> = (0..24 * ROWS).map(sample).collect();
+    read(&data, &features, &all).await.unwrap();
+    let damaged = dir.path().join("objects").join(data.manifest().shards[7].blake3.to_string());
+    drop((data, features));
+    let mut bytes = std::fs::read(&damaged).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&damaged, bytes).unwrap();
+    let (data, features) = through(100 * largest).await;
+    read(&data, &features, &all).await.unwrap();
+    read(&data, &features, &all).await.unwrap();
+    let counts = data.cache().unwrap();
+    assert_eq!((counts.hits, counts.misses, counts.corrupt), (47, 1, 1));
+    data.read_ahead(&all).await.unwrap();
+    features.read_ahead(&all).await.unwrap();
 }
 
 /// LIVE: a store that does not answer is an error in time, and no other file waits for it.

@@ -185,6 +185,9 @@ pub struct Progress {
     /// When the step was applied, by the worker's clock, in milliseconds since 1970: it may be read much later (LIVE).
     #[prost(uint64, tag = "10")]
     pub at_unix_ms: u64,
+    /// What reading the data set through a cache on the worker's machine came to since its last message, by name (KNOWN).
+    #[prost(map = "string, uint64", tag = "11")]
+    pub read: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
 }
 /// Seconds of one step, by what they were spent on.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]

@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
+use memmap2::Mmap;
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 
@@ -114,18 +115,39 @@ impl DiskCache {
     /// # Errors
     /// `Corrupt` if the store's object is another, or any [`StoreError`] of reading it. What is wrong with the cache is no error.
     pub async fn get(&self, store: &Store, key: &str, digest: &Digest, bytes: u64) -> Result<Bytes, StoreError> {
+        match self.map(store, key, digest, bytes).await? {
+            Some(map) => Ok(Bytes::from_owner(map)),
+            None => store.get_verified(key, digest, bytes).await,
+        }
+    }
+
+    /// The same for who has other ways to read past the cache: none where it is of no use.
+    ///
+    /// # Errors
+    /// Those of [`DiskCache::get`].
+    pub async fn map(&self, store: &Store, key: &str, digest: &Digest, bytes: u64) -> Result<Option<Mmap>, StoreError> {
         match self.cached(store, key, digest, bytes).await {
-            Ok(found) => Ok(found),
+            Ok(found) => Ok(Some(found)),
             Err(Miss::Store(error)) => Err(error),
             Err(Miss::Bypass(reason, error)) => {
                 tracing::warn!(folder = %self.shared.room.folder.display(), key, reason, %error, "read past the cache");
                 *self.lock_counts().bypassed.entry(reason).or_default() += 1;
-                store.get_verified(key, digest, bytes).await
+                Ok(None)
             }
         }
     }
 
-    async fn cached(&self, store: &Store, key: &str, digest: &Digest, bytes: u64) -> Result<Bytes, Miss> {
+    /// The most bytes that it may hold.
+    pub fn bound(&self) -> u64 {
+        self.shared.room.bound
+    }
+
+    /// Whether an object is in it, as far as its name tells. What was evicted takes disk space until nobody has it mapped.
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.shared.room.object(digest).exists()
+    }
+
+    async fn cached(&self, store: &Store, key: &str, digest: &Digest, bytes: u64) -> Result<Mmap, Miss> {
         if bytes > self.shared.room.bound {
             return Err(Miss::Bypass("larger than the cache", io::ErrorKind::FileTooLarge.into()));
         }
@@ -147,7 +169,7 @@ impl DiskCache {
     }
 
     /// The object, if the cache has it and its bytes are right.
-    async fn look(&self, digest: &Digest, bytes: u64) -> io::Result<Option<Bytes>> {
+    async fn look(&self, digest: &Digest, bytes: u64) -> io::Result<Option<Mmap>> {
         let (shared, digest) = (Arc::clone(&self.shared), *digest);
         blocking(move || shared.look(&digest, bytes)).await
     }
@@ -173,7 +195,7 @@ impl DiskCache {
     }
 
     /// Gives what was fetched its name.
-    async fn publish(&self, claim: Claim, digest: &Digest, bytes: u64) -> Result<Bytes, Miss> {
+    async fn publish(&self, claim: Claim, digest: &Digest, bytes: u64) -> Result<Mmap, Miss> {
         let (shared, digest) = (Arc::clone(&self.shared), *digest);
         let map = blocking(move || {
             let file = claim.publish(&shared.room.object(&digest))?;
@@ -193,7 +215,7 @@ impl DiskCache {
 }
 
 impl Shared {
-    fn look(&self, digest: &Digest, bytes: u64) -> io::Result<Option<Bytes>> {
+    fn look(&self, digest: &Digest, bytes: u64) -> io::Result<Option<Mmap>> {
         let path = self.room.object(digest);
         let file = match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -245,11 +267,10 @@ fn version(file: &File) -> io::Result<Version> {
     Ok((meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.len()))
 }
 
-fn map(file: &File) -> io::Result<Bytes> {
+fn map(file: &File) -> io::Result<Mmap> {
     // SAFETY: files under `objects` are whole when they get that name, and are removed but never changed. Should someone truncate one
     // while it is mapped, the process gets a bus error; there is no way to map a file that excludes this.
-    let map = unsafe { memmap2::Mmap::map(file) }?;
-    Ok(Bytes::from_owner(map))
+    unsafe { Mmap::map(file) }
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {

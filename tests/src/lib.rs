@@ -2,6 +2,8 @@
 //!
 //! The binaries are those that `make build` leaves beside the test's own.
 
+pub mod s3;
+
 use anyhow::{Context as _, Result, bail, ensure};
 use ella_store::{Body, Commit, RunLog, Store};
 use std::os::unix::process::CommandExt as _;

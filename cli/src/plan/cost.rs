@@ -1,5 +1,6 @@
 //! What a run costs, by arithmetic: every figure with the formula that gave it. Pure.
 
+use ella_dataset::order::open_bytes;
 use serde::Serialize;
 
 use crate::ui::{bytes, span};
@@ -52,6 +53,8 @@ pub(super) struct Facts {
     pub(super) workers: u64,
     pub(super) window: u64,
     pub(super) features_cached: bool,
+    /// What fetched files may take of a worker, and the key that says so; none for a data set that is here, which is mapped.
+    pub(super) room: Option<(&'static str, u64)>,
 }
 
 /// What is assumed.
@@ -137,14 +140,20 @@ pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
     let stored = facts.shard_bytes as f64 + if facts.features_cached { features } else { 0.0 };
     let read =
         add("read in training", stored / columns * epochs, "bytes", format!("what is stored of one caption a sample × {epochs:.2} epochs"));
-    let lanes_each = facts.lanes.div_ceil(facts.workers.max(1)) as f64;
+    let lanes_each = facts.lanes.div_ceil(facts.workers.max(1));
     let shard = stored / facts.shards.max(1) as f64;
-    let open = (lanes_each * (facts.window as f64 + 1.0)).min(facts.shards as f64);
+    let cache = open_bytes(stored as u64, facts.shards as usize, lanes_each as usize, facts.window as usize);
+    let fits = match facts.room {
+        None => "; the data set is on this machine, where nothing is fetched".to_owned(),
+        Some((key, room)) => {
+            format!("; {key} = {}{}", bytes(room), if cache > room { ": TOO LITTLE, raise it or lower data.window" } else { "" })
+        }
+    };
     add(
         "cache of a worker",
-        open * shard,
+        cache as f64,
         "bytes",
-        format!("{lanes_each:.0} lanes × (window {} + 1) shards × {}, at most all", facts.window, bytes(shard as u64)),
+        format!("{lanes_each} lanes × (window {} + 1) shards × {}, at most all{fits}", facts.window, bytes(shard as u64)),
     );
 
     let rate = assumed.peak * assumed.efficiency * 1e12;
@@ -226,6 +235,7 @@ mod tests {
             workers: 8,
             window: 16,
             features_cached: true,
+            room: Some(("data.cache_bytes", 50 << 30)),
         }
     }
 
@@ -248,6 +258,16 @@ mod tests {
         // About 1.7 TFLOP an image: 195 images a second at that efficiency.
         let rate = 280_000.0 * 243.0 / value(&costs, "training") / 3600.0;
         assert!((195.0..210.0).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn a_cache_that_is_too_small_is_told_with_its_key() {
+        let cache = |facts: &Facts| costs(facts, &assumed()).figures.into_iter().find(|figure| figure.name == "cache of a worker").unwrap();
+        let (enough, little) = (cache(&paper()), cache(&Facts { room: Some(("data.memory_bytes", 2 << 30)), ..paper() }));
+        assert!((enough.value / (2.0 * 17.0 * 2000.0 * (65_536.0 + 524_288.0)) - 1.0).abs() < 1e-6, "{enough:?}");
+        assert!(enough.formula.ends_with("data.cache_bytes = 50.0 GiB"), "{}", enough.formula);
+        assert!(little.formula.contains("data.memory_bytes = 2.0 GiB: TOO LITTLE"), "{}", little.formula);
+        assert!(cache(&Facts { room: None, ..paper() }).formula.contains("on this machine"));
     }
 
     #[test]

@@ -70,7 +70,12 @@ impl Plan {
             Padding::Fixed => config.text.max_tokens as f64,
             Padding::None => runtime.block_on(average_tokens(&data, &text, config.text.max_tokens))?,
         };
-        let facts = facts(&config, data.manifest(), (&text, positions), &base)?;
+        let room = match (data.store().local_path(), config.data.cache_bytes) {
+            (Some(_), _) => None,
+            (None, 0) => Some(("data.memory_bytes", config.data.memory_bytes)),
+            (None, most) => Some(("data.cache_bytes", most)),
+        };
+        let facts = Facts { room, ..facts(&config, data.manifest(), (&text, positions), &base)? };
         let costs = costs(&facts, &assumed);
         let planned = Planned { facts, assumed, costs };
         out.result(&planned, || table(&planned));
@@ -134,6 +139,7 @@ fn facts(config: &RunConfig, data: &Manifest, (text, positions): (&Path, f64), b
         workers: config.workers.count as u64,
         window: config.data.window as u64,
         features_cached: config.text.features != Features::Inline,
+        room: None,
     })
 }
 

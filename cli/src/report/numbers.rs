@@ -46,7 +46,7 @@ pub(super) struct Numbers {
     pub(super) encode: f64,
     /// Mean seconds of a step.
     pub(super) step_seconds: f64,
-    /// What was skipped, by reason (KNOWN).
+    /// What was skipped, by reason, and what was read through caches, by name (KNOWN).
     pub(super) skipped: BTreeMap<String, u64>,
 }
 
@@ -61,7 +61,7 @@ pub(super) fn of(metrics: &[Metric]) -> Numbers {
     let smooth = thin(&smoothed(&loss, (loss.len() / 25).max(1)));
     let (samples, seconds) = spans(metrics).fold((0.0, 0.0), |sum, span| (sum.0 + span.samples, sum.1 + span.seconds));
     let mut skipped = BTreeMap::new();
-    for (reason, count) in metrics.iter().flat_map(|metric| &metric.skipped) {
+    for (reason, count) in metrics.iter().flat_map(|metric| metric.skipped.iter().chain(&metric.read)) {
         *skipped.entry(reason.clone()).or_default() += count;
     }
     let step_seconds = mean(metrics.iter().map(|metric| metric.step_seconds)).unwrap_or_default();

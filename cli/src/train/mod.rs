@@ -2,6 +2,7 @@
 //!
 //! Nothing is trained here and nothing is kept here: when all of it is killed, the same command goes on from the last commit.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -64,6 +65,9 @@ struct Trained {
     /// Commits that the run keeps.
     commits: usize,
     last_commit_step: u64,
+    /// What reading the data set through caches came to over the whole run, by name (KNOWN).
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    read: BTreeMap<String, u64>,
 }
 
 /// The coordinator's one line on stdout.
@@ -342,6 +346,10 @@ async fn read(config: &RunConfig, outcome: &'static str) -> Result<Trained, Fail
         Vec::new()
     });
     let last = metrics.last().cloned().unwrap_or_default();
+    let mut read = BTreeMap::new();
+    for (name, count) in metrics.iter().flat_map(|metric| &metric.read) {
+        *read.entry(name.clone()).or_default() += count;
+    }
     let last_commit_step = state.last_commit().map_or(0, |commit| commit.step);
     Ok(Trained {
         outcome,
@@ -351,14 +359,17 @@ async fn read(config: &RunConfig, outcome: &'static str) -> Result<Trained, Fail
         loss: last.loss,
         commits: state.commits.len(),
         last_commit_step,
+        read,
     })
 }
 
 fn human(trained: &Trained) -> String {
-    let Trained { outcome, run, step, steps, loss, commits, last_commit_step } = trained;
+    let Trained { outcome, run, step, steps, loss, commits, last_commit_step, read } = trained;
     let loss = loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
     let next = if *outcome == "done" { "" } else { "; the same command resumes it" };
+    let read: Vec<String> = read.iter().map(|(name, count)| format!("{name} {count}")).collect();
+    let read = if read.is_empty() { String::new() } else { format!("\nread     {}", read.join(", ")) };
     format!(
-        "{outcome} at step {step} of {steps}{loss}{next}\ncommits  {commits} kept, the newest of step {last_commit_step}\nrun      {run}"
+        "{outcome} at step {step} of {steps}{loss}{next}\ncommits  {commits} kept, the newest of step {last_commit_step}{read}\nrun      {run}"
     )
 }

@@ -1,6 +1,7 @@
 //! How far training is and how fast. Nothing waits for these messages and none is answered (LIVE).
 
 use super::{ConnId, Core, Effect, Time};
+use crate::machine::Counts;
 use ella_proto::ids::Rank;
 use ella_proto::v1;
 use ella_store::Commit;
@@ -17,6 +18,8 @@ pub(super) struct Progress {
     epoch: u64,
     loss: f64,
     recent: VecDeque<(Time, u64)>,
+    /// What the other ranks have read since rank 0's last message, for its next one: so metrics have all of it.
+    read: Counts,
 }
 
 impl Progress {
@@ -86,12 +89,16 @@ impl Core {
     }
 
     /// A rank has applied a step. Rank 0 speaks for all; of the others only the timing is of interest.
-    pub(super) fn measured(&mut self, now: Time, conn: ConnId, progress: v1::Progress) {
+    pub(super) fn measured(&mut self, now: Time, conn: ConnId, mut progress: v1::Progress) {
         if !self.phase.has_begun() || progress.step > self.config.steps {
             return self.counts.add("refused_out_of_turn", 1);
         }
         for (reason, n) in &progress.skipped {
             self.counts.add(&format!("skipped_{reason}"), *n);
+        }
+        for (name, n) in std::mem::take(&mut progress.read) {
+            self.counts.add(&name, n);
+            self.progress.read.add(&name, n);
         }
         let Some(member) = self.members.get_mut(conn) else { return };
         member.step = member.step.max(progress.step);
@@ -104,6 +111,7 @@ impl Core {
         }
         let samples_per_epoch = self.agreed.as_ref().map_or(0, |ready| ready.samples_per_epoch);
         self.progress.take(now, &progress, samples_per_epoch);
+        progress.read = std::mem::take(&mut self.progress.read).to_map();
         self.effects.push(Effect::Metric(progress));
     }
 }

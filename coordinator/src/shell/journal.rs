@@ -58,6 +58,8 @@ struct Metric<'a> {
     held_out_loss: Option<f64>,
     #[serde(skip_serializing_if = "std::collections::HashMap::is_empty")]
     skipped: &'a std::collections::HashMap<String, u64>,
+    #[serde(skip_serializing_if = "std::collections::HashMap::is_empty")]
+    read: &'a std::collections::HashMap<String, u64>,
 }
 
 #[derive(Serialize)]
@@ -81,6 +83,7 @@ impl Journal {
             parts: progress.parts.map(Into::into),
             held_out_loss: progress.held_out_loss,
             skipped: &progress.skipped,
+            read: &progress.read,
         };
         self.send(serde_json::to_string(&line).map(Line::Metric));
     }

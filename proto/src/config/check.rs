@@ -49,6 +49,9 @@ impl Check<'_> {
         ] {
             self.within(key, found, any.clone())?;
         }
+        if data.cache.as_ref().is_some_and(|folder| folder.as_os_str().is_empty()) {
+            return Err(self.wrong("data.cache", "\"\"", "it must be a folder; data.cache_bytes = 0 is for no cache".to_owned()));
+        }
         self.lanes()
     }
 

@@ -26,6 +26,8 @@ pub(super) fn full() -> RunConfig {
             window: 1,
             captions: vec![CaptionChoice { column: String::new(), weight: 1.0 }],
             memory_bytes: 1,
+            cache: Some(PathBuf::new()),
+            cache_bytes: 1,
         },
         connector: Connector { width: Some(1), ..Connector::default() },
         train: Train { snr_gamma: Some(1.0), ..Train::default() },

@@ -240,9 +240,16 @@ pub struct Data {
     /// Columns of captions, of which each sample's is chosen anew in every epoch (NOISE); left out: the data set's own, by its weights.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub captions: Vec<CaptionChoice>,
-    /// Most bytes of shards and features that a worker holds in memory, those read ahead included. Local files are mapped, and count nothing.
+    /// Most bytes of shards and features that a worker holds in memory, those read ahead included. Mapped files count nothing: local ones, and
+    /// those in the cache.
     #[serde(default = "Data::memory_bytes")]
     pub memory_bytes: u64,
+    /// Where each worker's machine keeps what it fetches of a data set that is not on it; left out: in the user's cache folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
+    /// Most bytes that this cache holds, for all processes of a machine together; 0: there is none.
+    #[serde(default = "Data::cache_bytes")]
+    pub cache_bytes: u64,
 }
 
 /// One of `data.captions`: a column, and how often it is taken relative to the others that a sample has.
@@ -269,6 +276,10 @@ impl Data {
 
     fn memory_bytes() -> u64 {
         2 << 30
+    }
+
+    fn cache_bytes() -> u64 {
+        50 << 30
     }
 }
 
@@ -524,7 +535,10 @@ impl RunConfig {
         for path in ["run.output", "base.model", "base.loras", "text.model", "data.path"] {
             keys::remove(&mut value, path);
         }
-        for path in ["checkpoint", "data.memory_bytes", "train.eval_every", "train.eval_samples", "workers.count"] {
+        for path in ["data.memory_bytes", "data.cache", "data.cache_bytes"] {
+            keys::remove(&mut value, path);
+        }
+        for path in ["checkpoint", "train.eval_every", "train.eval_samples", "workers.count"] {
             keys::remove(&mut value, path);
         }
         for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {
@@ -627,6 +641,7 @@ mod tests {
             text(parse("", &["worker.count=3"]).unwrap_err()),
             "--set worker.count=3: unknown key `worker`; did you mean `workers`?"
         );
+        assert_eq!(text(parse("", &["data.cahce_bytes=1"]).unwrap_err()).rsplit('`').nth(1), Some("data.cache_bytes"));
         assert_eq!(text(parse("[zzzzzzzzz]", &[]).unwrap_err()), "run.toml: unknown key `zzzzzzzzz`");
         assert_eq!(text(parse("[trian]", &[]).unwrap_err()), "run.toml: unknown key `trian`; did you mean `train`?");
     }
@@ -700,6 +715,9 @@ mod tests {
     #[test]
     fn the_digest_binds_what_determines_the_bits_and_nothing_else() {
         let base = parse("", &[]).unwrap();
+        for free in ["data.cache=/tmp/x", "data.cache_bytes=0", "data.memory_bytes=9"] {
+            assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
+        }
         for free in ["workers.count=2", "run.output=x", "checkpoint.every=7", "checkpoint.keep=1", "train.steps=5", "workers.lease=1s"] {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
         }

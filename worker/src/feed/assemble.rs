@@ -6,7 +6,7 @@ use super::{Captions, FeatureSource, FeedError, Identity, LaneInput, StepInput};
 use crate::noise::{HELD_OUT, SampleNoise, Stream};
 use crate::train::lane::LaneBatch;
 use ella_dataset::ledger::{KeyHash, Tally};
-use ella_dataset::order::{BucketOrder, OrderConfig, SampleRef};
+use ella_dataset::order::{BucketOrder, OrderConfig, SampleRef, open_bytes};
 use ella_dataset::{Ahead, DataSet, Reading, RowRef, decode_rgb};
 use ella_model::vae::Vae;
 use ella_proto::config::RunConfig;
@@ -104,22 +104,30 @@ impl Sources {
         lanes.clone().for_each(|lane| self.read_ahead(&self.order.lane(step, lane)));
     }
 
-    /// Says so where the windows of these lanes do not fit into the memory there is for fetched files, for then they are fetched again and again.
+    /// Says so where the windows of these lanes do not fit into what there is for fetched files, for then they are fetched again and again.
     fn warn_of_crowding(&self, lanes: &Range<u32>) {
         let Parts { config, data, features, .. } = &self.parts;
         let sidecars = features.sidecars().iter().flat_map(|features| &features.manifest().shards);
         let bytes: u64 = data.manifest().shards.iter().chain(sidecars).map(|file| file.bytes).sum();
-        let open = (lanes.len() * config.data.window).min(data.manifest().shards.len()) as u64;
-        let needed = (u128::from(bytes) * u128::from(open) / data.manifest().shards.len().max(1) as u128) as u64;
-        if data.store().local_path().is_none() && needed > config.data.memory_bytes {
-            let (limit, data) = (config.data.memory_bytes, data.store().url());
+        let needed = open_bytes(bytes, data.manifest().shards.len(), lanes.len(), config.data.window);
+        let (key, limit) = match data.cache() {
+            Some(_) => ("data.cache_bytes", config.data.cache_bytes),
+            None => ("data.memory_bytes", config.data.memory_bytes),
+        };
+        if data.store().local_path().is_none() && needed > limit {
+            let data = data.store().url();
             tracing::warn!(
                 data,
                 needed,
                 limit,
-                "the shards that this worker's lanes read at once do not fit into data.memory_bytes and are fetched repeatedly; raise it, lower                  data.window, or copy the data set to this machine"
+                "the shards that this worker's lanes read at once do not fit into {key} and are fetched repeatedly; raise it, lower data.window, or copy \
+                 the data set to this machine"
             );
         }
+    }
+
+    pub(super) fn data(&self) -> &Arc<DataSet> {
+        &self.parts.data
     }
 
     pub(super) fn order(&self) -> Arc<BucketOrder> {
@@ -150,11 +158,8 @@ impl Sources {
         Ok(StepInput { epoch, step_samples, lanes: inputs, held_out, encode, waited: Duration::ZERO })
     }
 
-    /// Has the system begin to read some rows of local files. What fails is told by the step that needs them.
+    /// Has the system begin to read some rows of mapped files. What fails is told by the step that needs them.
     fn read_ahead(&self, samples: &[SampleRef]) {
-        if self.parts.data.store().local_path().is_none() {
-            return;
-        }
         let _ = self.parts.runtime.block_on(async {
             self.parts.data.read_ahead(samples).await?;
             for features in self.parts.features.sidecars() {

@@ -1,19 +1,23 @@
 //! The feed: the samples of a rank's lanes, step by step, ahead of the step that uses them (design.md §4 "Feed").
 //!
 //! One thread reads, decodes and encodes; it stays at most `AHEAD` steps ahead. Meanwhile files are opened, or fetched, for the windows that
-//! come next. Memory is bounded: `AHEAD` + 1 steps of assembled lanes, and `data.memory_bytes` of fetched files (mapped ones take none).
+//! come next. Memory is bounded: `AHEAD` + 1 steps of assembled lanes, and `data.memory_bytes` of fetched files (mapped ones take none, local
+//! or in this machine's cache).
 
 mod assemble;
+mod cache;
 mod captions;
 mod features;
 mod staging;
 
 pub use assemble::{Parts, Sources};
+pub use cache::cache;
 pub use captions::Captions;
 pub use features::{FeatureSource, spec, stored_kind};
 
 use crate::control::Flags;
 use crate::train::lane::LaneBatch;
+use cache::Reads;
 use ella_dataset::DataError;
 use ella_dataset::ledger::Tally;
 use ella_dataset::order::{BucketOrder, OrderError, Position};
@@ -137,6 +141,7 @@ pub struct Feed {
     identity: Identity,
     patience: Duration,
     flags: Arc<Flags>,
+    reads: Reads,
 }
 
 impl Feed {
@@ -153,11 +158,12 @@ impl Feed {
         let patience = sources.patience();
         let order = sources.order();
         let identity = sources.identity().clone();
+        let reads = Reads::of(sources.data());
         std::thread::Builder::new().name("feed".into()).spawn(move || {
             set_up();
             serve(sources, &lanes, steps, &send);
         })?;
-        Ok(Self { ready, order, identity, patience, flags })
+        Ok(Self { ready, order, identity, patience, flags, reads })
     }
 
     /// The next step's samples.
@@ -169,6 +175,11 @@ impl Feed {
         })??;
         input.waited = begin.elapsed();
         Ok(input)
+    }
+
+    /// What reading through this machine's cache came to since the last call, by name (KNOWN).
+    pub fn reads(&mut self) -> std::collections::HashMap<String, u64> {
+        self.reads.news()
     }
 
     /// Where the data goes on after `step` steps.
@@ -216,7 +227,14 @@ mod tests {
         let order = BucketOrder::new(OrderConfig { seed: 0, lanes: 1, micro_batch: 1, window: 1 }, &[((), 1)]).unwrap();
         let (send, ready) = sync_channel(1);
         let identity = Identity { data: String::new(), models: String::new() };
-        let mut feed = Feed { ready, order: Arc::new(order), identity, patience: Duration::from_millis(5), flags: Arc::default() };
+        let mut feed = Feed {
+            ready,
+            order: Arc::new(order),
+            identity,
+            patience: Duration::from_millis(5),
+            flags: Arc::default(),
+            reads: Reads::default(),
+        };
         let late = feed.next_step().unwrap_err();
         assert!(matches!(late, FeedError::Late { .. }) && !late.is_permanent() && late.to_string().contains("workers.step_timeout"));
         send.send(Err(FeedError::Died)).unwrap();

@@ -71,7 +71,9 @@ pub(super) fn assemble(
 ) -> Result<Trainer, WorkError> {
     let Loaded { networks, state, vae, text, vae_weights, digest } = loaded;
     let limits = CacheLimits { bytes: config.data.memory_bytes, ..CacheLimits::default() };
-    let data = runtime.block_on(DataSet::open_store(Store::open(&config.data.path)?, limits)).map_err(FeedError::from)?;
+    let store = Store::open(&config.data.path)?;
+    let cache = runtime.block_on(feed::cache(&config.data, &store)).map_err(FeedError::from)?;
+    let data = runtime.block_on(DataSet::open_through(store, limits, cache)).map_err(FeedError::from)?;
     let captions = runtime.block_on(Captions::open(&data, &config.data.captions))?;
     let features = feature_source(config, &data, &captions, (&text, device), runtime)?;
     let data = Arc::new(data);

@@ -219,11 +219,12 @@ impl Trainer {
         Ok(())
     }
 
-    /// Rank 0 speaks for all; of the others only the timing is of interest.
-    fn report(&self, all: &StepStats, norm: f64, took: Duration, times: &Times) {
-        let step = self.state.step;
+    /// Rank 0 speaks for all; of the others only the timing, and what they read, is of interest.
+    fn report(&mut self, all: &StepStats, norm: f64, took: Duration, times: &Times) {
+        let (step, read) = (self.state.step, self.feed.reads());
         let at_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-        let timing = Progress { step, step_seconds: took.as_secs_f64(), parts: Some(times.parts()), at_unix_ms, ..Progress::default() };
+        let timing =
+            Progress { step, step_seconds: took.as_secs_f64(), parts: Some(times.parts()), at_unix_ms, read, ..Progress::default() };
         if self.collective.rank() != 0 {
             return self.outbox.progress(timing);
         }

@@ -71,3 +71,13 @@ fn progress_out_of_turn_is_refused() {
     assert_eq!(run.say(1, from_worker::Body::Progress(progress(2, 4))), vec![]);
     assert_eq!(run.count("refused_old_step"), 1);
 }
+
+#[test]
+fn what_all_ranks_read_is_counted_and_told_with_rank_0s_next_step() {
+    let mut run = Run::training(vec![]);
+    let read = |step, hits| v1::Progress { read: [("cache_hits".to_owned(), hits)].into(), ..progress(step, 4) };
+    assert_eq!(run.say(2, from_worker::Body::Progress(read(1, 5))), vec![]);
+    assert_eq!(run.say(1, from_worker::Body::Progress(read(1, 2))), vec![Effect::Metric(read(1, 7))]);
+    assert_eq!(run.say(1, from_worker::Body::Progress(progress(2, 4))), vec![Effect::Metric(progress(2, 4))]);
+    assert_eq!(run.count("cache_hits"), 7);
+}
