@@ -6,31 +6,28 @@
 mod duplicates;
 mod judge;
 mod part;
+mod resolve;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
-use ella_store::{Created, Meta, Store};
+use ella_store::{Meta, Store};
 use futures::{StreamExt, TryStreamExt, stream};
 use half::f16;
-use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
 
 use crate::error::DataError;
-use crate::ipc::unspoolable;
-use crate::manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, at, parse, pretty, read};
-use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, same, unit_key, write_report};
-use crate::report::{Refusal, Report};
+use crate::manifest::{LatentSpec, MANIFEST, Manifest, ShardEntry, at, read};
+use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, unit_key, write_report};
+use crate::report::Report;
 use crate::settings::Settings;
 use crate::source::{Piece, Source};
 use crate::tree::{TREES, file_of};
-use duplicates::{At, Finder, Of, Repeat, SharedKey};
 use judge::Judge;
 pub use judge::{KeyList, TokenCounter};
+use resolve::{LeftOut, LeftOuts};
 
-/// What was found of duplicates, in a data set's folder.
-const DUPLICATES: &str = "duplicates.json";
 /// Records read at once.
 const READ_AT_ONCE: usize = 32;
 
@@ -85,25 +82,6 @@ pub struct ToDo {
     pub parts: Vec<usize>,
     /// Parts that are prepared, of sources that look newer than they were then: their bytes must be the same still.
     pub check: Vec<usize>,
-}
-
-/// One sample that is left out.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct LeftOut {
-    key: String,
-    why: Refusal,
-    /// The key of the sample that is kept.
-    of: String,
-}
-
-/// What `duplicates.json` says.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct LeftOuts {
-    schema: u32,
-    /// By part.
-    parts: BTreeMap<usize, Vec<LeftOut>>,
 }
 
 /// A data set that is being prepared. Its methods are the steps, each a unit of work that may be done anywhere.
@@ -214,34 +192,6 @@ impl Preparation {
             Some(read) => Err(DataError::SourceReplaced { source_name: name, expected: bytes, found: read.bytes }),
             None => Err(stopped("reading ended early".into())),
         }
-    }
-
-    /// Finds keys that sources share (an error), and duplicates: the parts to prepare without them.
-    pub async fn resolve(&self) -> Result<Vec<usize>, DataError> {
-        if let Some(there) = self.read_left_out().await? {
-            return Ok(there.parts.into_keys().collect());
-        }
-        let plan = self.planned().await?;
-        let parts = &plan.parts().collect::<Vec<_>>();
-        let mut finder = Finder::new(plan.settings.duplicates);
-        let records = stream::iter(0..parts.len());
-        let records = records.map(|index| async move { Ok::<_, DataError>((index, self.done(index, &parts[index], &[]).await?)) });
-        let mut records = records.buffered(READ_AT_ONCE);
-        while let Some((index, record)) = records.try_next().await? {
-            finder.add(index as u32, parts[index].source, &record).map_err(unspoolable)?;
-        }
-        let found = tokio::task::spawn_blocking(move || finder.find()).await;
-        let found = found.unwrap_or_else(|stopped| Err(std::io::Error::other(stopped))).map_err(unspoolable)?;
-        let repeats = match found {
-            Ok(repeats) => repeats,
-            Err(shared) => return Err(self.shared_key(plan, shared).await?),
-        };
-        let found = LeftOuts { schema: SCHEMA, parts: self.name_repeats(&repeats).await? };
-        if self.out.create(DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
-            let there: LeftOuts = parse(&at(&self.out, DUPLICATES), &self.out.get(DUPLICATES).await?)?;
-            same(&found, &there, at(&self.out, DUPLICATES))?;
-        }
-        Ok(found.parts.into_keys().collect())
     }
 
     /// Writes `report.json` and, last, `manifest.json`; then deletes what earlier attempts left.
@@ -362,61 +312,6 @@ impl Preparation {
         let other = other.key.trim_start_matches(UNITS).trim_matches('/').trim_end_matches(".json");
         let expected = UnitRecord::load(other, &self.out).await?.map_or(0, |record| record.source.bytes);
         Err(DataError::SourceReplaced { source_name: source.name().to_owned(), expected, found: source.bytes() })
-    }
-
-    async fn read_left_out(&self) -> Result<Option<LeftOuts>, DataError> {
-        let Some(bytes) = read(&self.out, DUPLICATES).await? else { return Ok(None) };
-        parse(&at(&self.out, DUPLICATES), &bytes).map(Some)
-    }
-
-    /// What was found of duplicates; that must have been looked for.
-    async fn left_outs(&self) -> Result<&LeftOuts, DataError> {
-        let hint = "duplicates were not looked for yet: run `ella prepare` again";
-        let missing = || DataError::RecordMissing { file: at(&self.out, DUPLICATES), hint };
-        self.left_out.get_or_try_init(|| async { self.read_left_out().await?.ok_or_else(missing) }).await
-    }
-
-    /// The keys of repeats, by part.
-    async fn name_repeats(&self, repeats: &[Repeat]) -> Result<BTreeMap<usize, Vec<LeftOut>>, DataError> {
-        let keys = self.keys_at(repeats.iter().flat_map(|repeat| [repeat.at, repeat.of.place().unwrap_or(repeat.at)]).collect()).await?;
-        let key = |at: At| keys.get(&at).cloned().unwrap_or_default();
-        let mut left_out = BTreeMap::<usize, Vec<LeftOut>>::new();
-        for Repeat { at, of } in repeats {
-            let (why, of) = match of {
-                Of::Key => (Refusal::DuplicateKey, *at),
-                Of::Content(of) => (Refusal::DuplicateImage, *of),
-                Of::Look(of) => (Refusal::NearDuplicate, *of),
-            };
-            left_out.entry(at.0 as usize).or_default().push(LeftOut { key: key(*at), why, of: key(of) });
-        }
-        Ok(left_out)
-    }
-
-    /// The keys of some samples.
-    async fn keys_at(&self, wanted: BTreeSet<At>) -> Result<HashMap<At, String>, DataError> {
-        let plan = self.planned().await?;
-        let parts: Vec<_> = plan.parts().collect();
-        let mut keys = HashMap::new();
-        for wanted in wanted.into_iter().collect::<Vec<_>>().chunk_by(|a, b| a.0 == b.0) {
-            let part = wanted[0].0 as usize;
-            let mut record = self.done(part, &parts[part], &[]).await?;
-            let mut key = |at: At| record.keys.get_mut(at.1 as usize).map(std::mem::take).unwrap_or_default();
-            keys.extend(wanted.iter().map(|at| (*at, key(*at))));
-        }
-        Ok(keys)
-    }
-
-    async fn shared_key(&self, plan: &Plan, shared: SharedKey) -> Result<DataError, DataError> {
-        let key = self.keys_at([shared.at].into()).await?.remove(&shared.at).unwrap_or_default();
-        let source = |part: u32| Some(&plan.sources.get(plan.parts().nth(part as usize)?.source)?.name);
-        let name = |part: u32| source(part).cloned().unwrap_or_default();
-        Ok(DataError::DuplicateKey { key, first: name(shared.first), second: name(shared.at.0) })
-    }
-}
-
-impl LeftOuts {
-    fn keys(&self, part: usize) -> Vec<String> {
-        self.parts.get(&part).into_iter().flatten().map(|left| left.key.clone()).collect()
     }
 }
 
