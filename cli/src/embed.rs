@@ -153,7 +153,8 @@ impl Embed {
         let results = ran.status.and_then(|status| status.job).map(|job| job.results).unwrap_or_default();
         if ran.code == DONE {
             let captions_there = runtime.block_on(DataSet::open(&url))?.manifest().samples;
-            let done = Embedded { captions: captions_there, results, seconds: begin.elapsed().as_secs_f64() };
+            let seconds = begin.elapsed().as_secs_f64();
+            let done = Embedded { captions: captions_there, results, max_tokens: self.max_tokens.into(), seconds };
             let fingerprint = spec.fingerprint().to_string();
             out.result(&done.json(&url, &fingerprint, captions.as_ref()), || done.text(&url, &fingerprint));
         }
@@ -207,6 +208,7 @@ struct Embedded {
     captions: u64,
     /// Counts of the units that were done now, by name.
     results: BTreeMap<String, u64>,
+    max_tokens: u64,
     seconds: f64,
 }
 
@@ -217,8 +219,17 @@ impl Embedded {
 
     /// What padding costs: 1 would be none. None where nothing was embedded now.
     fn per_kept(&self) -> Option<f64> {
+        self.per_token(self.count("tokens_computed"))
+    }
+
+    /// What it would cost to pad every caption to the most tokens.
+    fn per_kept_if_padded(&self) -> Option<f64> {
+        self.per_token(self.count("embedded") * self.max_tokens)
+    }
+
+    fn per_token(&self, computed: u64) -> Option<f64> {
         let kept = self.count("tokens_kept");
-        (kept > 0).then(|| self.count("tokens_computed") as f64 / kept as f64)
+        (kept > 0).then(|| computed as f64 / kept as f64)
     }
 
     fn rate(&self) -> f64 {
@@ -229,19 +240,21 @@ impl Embedded {
         json!({
             "data": url, "fingerprint": fingerprint, "captions": self.captions, "embedded": self.count("embedded"),
             "absent": self.count("absent"), "truncated": self.count("truncated"), "tokens_kept": self.count("tokens_kept"),
-            "tokens_computed": self.count("tokens_computed"), "tokens_computed_per_token_kept": self.per_kept(), "seconds": self.seconds,
+            "tokens_computed": self.count("tokens_computed"), "tokens_computed_per_token_kept": self.per_kept(),
+            "tokens_per_token_kept_if_padded": self.per_kept_if_padded(), "seconds": self.seconds,
             "captions_per_second": self.rate(), "refused": captions.map(|report| &report.refused),
         })
     }
 
     fn text(&self, url: &str, fingerprint: &str) -> String {
         let mut text = format!("{:>8}  samples\n{:>8}  captions embedded now", self.captions, self.count("embedded"));
-        if let Some(ratio) = self.per_kept() {
+        if let (Some(ratio), Some(padded)) = (self.per_kept(), self.per_kept_if_padded()) {
             text += &format!(", in {}: {:.1} captions/s", span(self.seconds), self.rate());
             text += &format!(
-                "\n{:>8}  cut at the token limit\n{:>8}  tokens, {ratio:.2} computed for each one kept",
+                "\n{:>8}  cut at the token limit\n{:>8}  tokens, {ratio:.2} computed for each one kept ({padded:.2} if all were padded to {})",
                 self.count("truncated"),
-                self.count("tokens_kept")
+                self.count("tokens_kept"),
+                self.max_tokens
             );
         }
         text + &format!("\nfeatures: {}/features/{fingerprint}", url.trim_end_matches('/'))

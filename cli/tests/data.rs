@@ -95,6 +95,8 @@ fn embed_goes_on_where_it_was_and_takes_plain_texts() {
     assert_eq!((&first["captions"], &first["embedded"]), (&json!(16), &json!(16)));
     let ratio = first["tokens_computed_per_token_kept"].as_f64().unwrap();
     assert!((1.0..2.0).contains(&ratio), "{first}");
+    let padded = 16.0 * 40.0 / first["tokens_kept"].as_f64().unwrap();
+    assert!(ratio <= padded && first["tokens_per_token_kept_if_padded"] == padded, "{first}");
     let again = ella(here, &arguments).ok().json();
     assert_eq!((&again["embedded"], &again["fingerprint"]), (&json!(0), &first["fingerprint"]));
     assert!(again["tokens_computed_per_token_kept"].is_null());
