@@ -247,11 +247,21 @@ impl<K: Kind> Sidecar<K> {
         Ok(records.into_iter().flatten().map(|record| record.file).collect())
     }
 
-    /// Fails unless every file is there; then their manifest, which is written if it was not there.
+    /// Fails unless every file is there; then their manifest, which is written if it was not there. Deletes what killed writers left.
     pub(crate) async fn finish(&self) -> Result<SidecarManifest<K>, DataError> {
-        if let Some(manifest) = self.manifest().await? {
-            return Ok(manifest);
+        let manifest = match self.manifest().await? {
+            // Whoever wrote it may have been killed before it swept.
+            Some(manifest) => manifest,
+            None => self.publish().await?,
+        };
+        for folder in ["", TREES] {
+            self.folder.sweep(folder).await?;
         }
+        Ok(manifest)
+    }
+
+    /// Writes the manifest, which makes the sidecar whole.
+    async fn publish(&self) -> Result<SidecarManifest<K>, DataError> {
         let records = self.records().await?;
         let mut counts = Counts::new();
         for (name, count) in records.iter().flat_map(|record| &record.counts) {
@@ -263,9 +273,6 @@ impl<K: Kind> Sidecar<K> {
         self.validate(&at(&self.folder, MANIFEST), &manifest)?;
         // Whoever was first wrote the same: it is made from the same records.
         self.folder.create(MANIFEST, pretty(&manifest)).await?;
-        for folder in ["", TREES] {
-            self.folder.sweep(folder).await?;
-        }
         Ok(manifest)
     }
 

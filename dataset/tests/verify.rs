@@ -140,6 +140,20 @@ async fn half_written_files_are_named_wherever_they_are() {
 }
 
 #[tokio::test]
+async fn what_a_writer_left_goes_too_when_the_one_who_finished_was_killed_before_it_swept() {
+    let (out, _) = whole(&TempDir::new().unwrap()).await;
+    let features = format!("features/{}/caption", spec().fingerprint());
+    for name in ["captions/dense/00000-x.arrow#2".to_owned(), format!("{features}/empty.json#7")] {
+        std::fs::write(out.path().join(name), b"half").unwrap();
+    }
+    let data = DataSet::open(out.path().to_str().unwrap()).await.unwrap();
+    let added = CaptionSpec { column: "dense".into(), made_by: serde_json::json!({"model": "m"}) };
+    CaptionSet::begin(&store(&out), data.shared_manifest(), added).await.unwrap().finish().await.unwrap();
+    data.begin_features(&spec(), "caption").await.unwrap().finish().await.unwrap();
+    assert_eq!(verify(&out).await.stray, Vec::<String>::new());
+}
+
+#[tokio::test]
 async fn damaged_shards_are_deleted_and_made_anew() {
     let dir = TempDir::new().unwrap();
     let (out, sources) = whole(&dir).await;

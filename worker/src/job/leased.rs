@@ -181,7 +181,22 @@ pub(super) async fn serve(link: &mut Link, hand: &mut Hand, stop: &CancellationT
             _ = ticks.tick() => heard = hand.renew(link),
         }
     }
-    Served::Lost("it reads nothing".to_owned())
+    last_word(link).await.map_or_else(|| Served::Lost("it reads nothing".to_owned()), Served::Over)
+}
+
+/// The job's outcome, if that is what a coordinator said before it stopped reading: a worker that was busy then, or loading, has not read it.
+async fn last_word(link: &mut Link) -> Option<JobOver> {
+    let session = link.term;
+    let over = async {
+        while let Some(Ok(message)) = link.incoming.next().await {
+            match message.body {
+                Some(to_worker::Body::JobOver(over)) if message.term == session => return Some(over),
+                _ => {}
+            }
+        }
+        None
+    };
+    timeout(FAREWELL, over).await.ok().flatten()
 }
 
 /// Takes in a message; gives the job's outcome if that is what it says.

@@ -275,6 +275,28 @@ async fn the_worker_binary_takes_part_in_jobs_and_says_which_it_cannot_do() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_still_loads_when_the_job_is_over_ends_well_and_at_once() {
+    let (out, stage) = (tempfile::tempdir().unwrap(), Arc::<Stage>::default());
+    let mut config = config(out.path());
+    config.job.orphan_timeout = Millis(1_000);
+    let served = Served::start(&config, None).await;
+    let (loaded, loading) = std::sync::mpsc::channel::<()>();
+    let (url, toy) = (served.url(), Toy::new(out.path(), "late", &stage));
+    let make = move |_: &JobConfig| {
+        let _ = loading.recv();
+        Ok(toy.boxed())
+    };
+    let late = tokio::spawn(async move { run_leased(&url, 1, CancellationToken::new(), make).await });
+    served.status_when(|status| status.job.as_ref().is_some_and(|job| job.workers.len() == 1)).await;
+    let worker = served.worker(Toy::new(out.path(), "a", &stage));
+    assert_eq!(served.outcome().await, Outcome::Done);
+    assert!(matches!(worker.ended().await, Ok(Ending::Done)));
+    loaded.send(()).unwrap();
+    let ended = soon("its end", late).await.unwrap();
+    assert!(matches!(ended, Ok(Ending::Done)), "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_is_dropped_leaves_no_unit_behind() {
     let out = tempfile::tempdir().unwrap();
     let stage = gated(&["plan"]);
