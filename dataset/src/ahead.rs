@@ -1,5 +1,8 @@
 //! Reading ahead of the steps: opens the shards and features of the windows that lanes are in and will be in next, so that no step waits
-//! for a store.
+//! for a store; and has the system read the rows of the next steps, so that none waits for a disk.
+//!
+//! The latter goes on in a thread of its own: for the system it is half of the work of a cold read (pages are found, requests are queued), and
+//! a feed that did it between two steps would leave the disk idle in the one half and itself in the other.
 
 use std::collections::HashSet;
 use std::future::ready;
@@ -19,6 +22,10 @@ use crate::set::{DataSet, Features};
 
 /// Files that are fetched at once.
 const CONCURRENT: usize = 4;
+/// Bytes of rows that the system is asked to read before they are needed: what a fast disk gives while a step is assembled, several times.
+const ROWS_AHEAD: u64 = 64 << 20;
+/// Steps that these are in, at most: what was read too early may be forgotten again.
+const STEPS_AHEAD: u64 = 16;
 
 /// What is read, and in which order.
 #[derive(Clone, Debug)]
@@ -37,14 +44,15 @@ pub struct Reading {
 #[derive(Debug)]
 pub struct Ahead {
     step: watch::Sender<u64>,
-    task: JoinHandle<()>,
+    tasks: [JoinHandle<()>; 2],
 }
 
 impl Ahead {
     /// Starts at a step.
     pub fn start(runtime: &Handle, reading: Reading, step: u64) -> Ahead {
         let (step, steps) = watch::channel(step);
-        Ahead { step, task: runtime.spawn(run(reading, steps)) }
+        let rows = runtime.spawn(read_rows(runtime.clone(), reading.clone(), steps.clone()));
+        Ahead { step, tasks: [rows, runtime.spawn(run(reading, steps))] }
     }
 
     /// Tells which step is being read.
@@ -55,7 +63,7 @@ impl Ahead {
 
 impl Drop for Ahead {
     fn drop(&mut self) {
-        self.task.abort();
+        self.tasks.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -69,7 +77,48 @@ async fn run(reading: Reading, mut steps: watch::Receiver<u64>) {
     }
 }
 
+/// Has the system read the rows of the next steps, a step at a time.
+async fn read_rows(runtime: Handle, reading: Reading, mut steps: watch::Receiver<u64>) {
+    let (depth, mut next) = (reading.steps_ahead(), 0);
+    loop {
+        let now = *steps.borrow_and_update();
+        // What is being read needs no advice any more.
+        next = now.max(next);
+        while next <= now + depth && !steps.has_changed().unwrap_or(true) {
+            let (reading, within, step) = (reading.clone(), runtime.clone(), next);
+            let advised = tokio::task::spawn_blocking(move || within.block_on(reading.read_rows(step)));
+            // What fails is told by the step that needs it.
+            let _ = advised.await;
+            next += 1;
+        }
+        if steps.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 impl Reading {
+    /// Over how many steps rows are read ahead.
+    fn steps_ahead(&self) -> u64 {
+        let features = self.features.iter().flat_map(|features| &features.manifest().shards);
+        let bytes: u64 = self.data.manifest().shards.iter().chain(features).map(|file| file.bytes).sum();
+        let samples = self.lanes.len() as u64 * u64::from(self.order.config().micro_batch);
+        let step = u128::from(bytes) * u128::from(samples) / u128::from(self.order.samples().max(1));
+        (u128::from(ROWS_AHEAD) / step.max(1)).clamp(1, u128::from(STEPS_AHEAD)) as u64
+    }
+
+    /// Has the system begin to read the rows of a step, where they are in mapped files.
+    async fn read_rows(&self, step: u64) -> Result<(), DataError> {
+        for lane in self.lanes.clone() {
+            let samples = self.order.lane(step, lane);
+            self.data.read_ahead(&samples).await?;
+            for features in &self.features {
+                features.read_ahead(&samples).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// The shards of the windows that the lanes are in at a step, then those of their next ones, soonest first.
     fn shards(&self, step: u64) -> Vec<u32> {
         let mut windows: Vec<(u64, Vec<u32>)> = self.lanes.clone().flat_map(|lane| self.order.upcoming(step, lane)).collect();

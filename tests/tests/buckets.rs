@@ -27,7 +27,7 @@ fn photograph(width: u32, height: u32, number: u32) -> Vec<u8> {
 fn write_tar(to: &Path) -> Result<()> {
     let mut tar = tar::Builder::new(std::fs::File::create(to)?);
     for number in 0..PICTURES {
-        let (width, height) = [(170, 110), (96, 200), (150, 150), (240, 90)][number as usize % 4];
+        let (width, height) = [(400, 130), (150, 500), (300, 300), (560, 150)][number as usize % 4];
         let picture = photograph(width, height, number);
         let coded = Scratch::of_thread(|scratch| encode(&picture, (width, height), Encoding::Jpeg { quality: 90 }, scratch));
         let mut captions =
@@ -65,7 +65,7 @@ fn buckets_and_weighted_captions_train_the_same_bytes_whoever_trains() -> Result
     write_tar(&tar)?;
     let captions = ["--caption", "dense=dense:0.7", "--caption", "short=short:0.3"];
     let tar = tar.display().to_string();
-    ella(&[&["prepare", &tar, "--out", &data, "--resolution", "128", "--buckets", "64"][..], &captions].concat())?;
+    ella(&[&["prepare", &tar, "--out", &data, "--resolution", "128", "--buckets", "64", "--bucket-aspect", "4"][..], &captions].concat())?;
     let sizes = sizes(&data)?;
     assert_eq!(sizes.values().sum::<u64>(), u64::from(PICTURES));
     assert!(sizes.len() >= 3 && sizes.keys().all(|(width, height)| width % 64 == 0 && height % 64 == 0), "{sizes:?}");

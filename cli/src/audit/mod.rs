@@ -9,9 +9,10 @@ use std::collections::BTreeSet;
 use clap::Args;
 use ella_dataset::DataSet;
 use ella_dataset::ledger::KeyHash;
-use ella_dataset::order::{Order, OrderConfig};
+use ella_dataset::order::{BucketOrder, OrderConfig};
 use ella_proto::config::RunConfig;
 use ella_store::{Record, RunState, Store, verify_commit};
+use ella_worker::feed::Captions;
 use proof::{Expected, History};
 use serde::{Deserialize, Serialize};
 
@@ -149,21 +150,23 @@ async fn leftovers(store: &Store, history: &History, verdict: &mut Verdict) -> R
 async fn expected(data: &str, config: &RunConfig) -> Result<Expected, Fail> {
     let data = DataSet::open(data).await?;
     let manifest = data.manifest();
-    let rows: Vec<u64> = manifest.shards.iter().map(|shard| shard.rows).collect();
     let order = OrderConfig {
         seed: config.run.seed,
         lanes: config.train.lanes() as u32,
         micro_batch: config.train.micro_batch as u32,
         window: config.data.window as u32,
     };
-    let order = Order::new(order, &rows).map_err(Fail::failed)?;
+    let order = BucketOrder::new(order, &manifest.order_shards()).map_err(Fail::failed)?;
+    // With the columns of captions that were added to it and trained on.
+    let identity = Captions::open(&data, &config.data.captions).await.map_err(Fail::failed)?.identity(&data);
+    let identity = identity.parse().map_err(Fail::failed)?;
     let mut keys = Vec::with_capacity(manifest.samples as usize);
-    let mut meter = Meter::new("shards", rows.len() as u64);
-    for shard in 0..rows.len() {
+    let mut meter = Meter::new("shards", manifest.shards.len() as u64);
+    for shard in 0..manifest.shards.len() {
         meter.at(shard as u64, "");
         keys.extend(data.shard(shard).await?.iter().map(|row| KeyHash::of(row.key)));
     }
-    Ok(Expected::new(order, keys, manifest.digest()))
+    Ok(Expected::new(order, keys, identity))
 }
 
 fn text(verdict: &Verdict) -> String {

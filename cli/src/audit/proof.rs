@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use ella_dataset::ledger::{KeyHash, Tally};
-use ella_dataset::order::Order;
+use ella_dataset::order::{BucketOrder, SampleRef};
 use ella_proto::config::RunConfig;
 use ella_store::{Body, Commit, Digest, Outcome, Record, RunState};
 
@@ -72,7 +72,7 @@ fn step_back(earlier: &Commit, later: &Commit) -> Option<String> {
 /// What the data set says must have been used.
 #[derive(Debug)]
 pub(super) struct Expected {
-    order: Order,
+    order: BucketOrder,
     keys: Vec<KeyHash>,
     whole: Tally,
     data: Digest,
@@ -80,7 +80,7 @@ pub(super) struct Expected {
 
 impl Expected {
     /// `keys` of all samples, in the manifest's order.
-    pub(super) fn new(order: Order, keys: Vec<KeyHash>, data: Digest) -> Self {
+    pub(super) fn new(order: BucketOrder, keys: Vec<KeyHash>, data: Digest) -> Self {
         let mut whole = Tally::default();
         keys.iter().for_each(|key| whole.add(*key));
         Self { order, keys, whole, data }
@@ -89,9 +89,14 @@ impl Expected {
     /// Adds what the steps `from..to` of an epoch use (ORDER).
     fn add_steps(&self, tally: &mut Tally, epoch: u64, steps: std::ops::Range<u64>) {
         let first = epoch * self.order.steps_per_epoch();
-        let samples = steps.flat_map(|step| self.order.global(first + step)).flatten();
+        let samples = steps.flat_map(|step| samples_of(&self.order, first + step));
         samples.filter_map(|sample| self.keys.get(sample.index as usize)).for_each(|key| tally.add(*key));
     }
+}
+
+/// A step's samples, of all lanes.
+fn samples_of(order: &BucketOrder, step: u64) -> impl Iterator<Item = SampleRef> {
+    (0..order.config().lanes).flat_map(move |lane| order.lane(step, lane))
 }
 
 /// The epoch that is under way: what its first steps use. Commits come in the order of their steps, so no step is walked twice.
@@ -174,10 +179,10 @@ mod tests {
 
     use super::*;
 
-    const ROWS: [u64; 3] = [10, 7, 6];
+    const CONFIG: OrderConfig = OrderConfig { seed: 3, lanes: 2, micro_batch: 2, window: 2 };
 
-    fn order() -> Order {
-        Order::new(OrderConfig { seed: 3, lanes: 2, micro_batch: 2, window: 2 }, &ROWS).unwrap()
+    fn order() -> BucketOrder {
+        BucketOrder::new(CONFIG, &[((), 10), ((), 7), ((), 6)]).unwrap()
     }
 
     fn keys() -> Vec<KeyHash> {
@@ -194,10 +199,14 @@ mod tests {
 
     /// The commit that a faithful run makes at `step`.
     fn commit(step: u64) -> Commit {
-        let (order, keys) = (order(), keys());
+        commit_of(&order(), step)
+    }
+
+    fn commit_of(order: &BucketOrder, step: u64) -> Commit {
+        let keys = keys();
         let mut tallies = BTreeMap::<u64, Tally>::new();
         for s in 0..step {
-            for sample in order.global(s).into_iter().flatten() {
+            for sample in samples_of(order, s) {
                 tallies.entry(order.position(s).epoch).or_default().add(keys[sample.index as usize]);
             }
         }
@@ -244,6 +253,20 @@ mod tests {
         let epochs: Vec<_> = verdict.epochs.iter().map(|e| (e.samples, e.expected, e.finished, e.exact)).collect();
         assert_eq!(epochs, [(23, 23, true, true), (23, 23, true, true), (8, 8, false, true)]);
         assert!(log_problems(&history(&commits), &config()).is_empty());
+    }
+
+    /// Pictures of two sizes: 13 and 10 samples make four and three steps, where 23 of one size make six.
+    #[test]
+    fn every_size_has_steps_of_its_own() {
+        let order = || BucketOrder::new(CONFIG, &[('a', 10), ('b', 7), ('a', 3), ('b', 3)]).unwrap();
+        let commits: Vec<_> = [3, 7, 16].map(|step| commit_of(&order(), step)).to_vec();
+        let mut verdict = Verdict::default();
+        ledgers(&Expected::new(order(), keys(), Digest::of(b"data")), &commits, &mut verdict);
+        assert_eq!(verdict.problems, Vec::<String>::new());
+        let finished: Vec<_> = verdict.epochs.iter().map(|e| (e.samples, e.finished)).collect();
+        assert_eq!(finished[..2], [(23, true), (23, true)]);
+        assert!(finished.len() == 3 && !finished[2].1 && verdict.epochs[2].exact);
+        assert!(!judged(&commits).problems.is_empty(), "as one size it would be another order");
     }
 
     #[test]

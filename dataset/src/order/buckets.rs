@@ -30,7 +30,7 @@ struct Group {
 /// The order of a data set's samples, step by step of one picture size.
 #[derive(Debug)]
 pub struct BucketOrder {
-    seed: u64,
+    config: OrderConfig,
     groups: Vec<Group>,
     samples: u64,
     steps: u64,
@@ -54,7 +54,12 @@ impl BucketOrder {
         let groups = sizes.iter().map(|size| Group::new(config, shards, *size)).collect::<Result<Vec<_>, _>>()?;
         let samples = shards.iter().map(|(_, rows)| rows).sum();
         let steps = groups.iter().map(|group| group.steps).sum();
-        Ok(Self { seed: config.seed, groups, samples, steps })
+        Ok(Self { config, groups, samples, steps })
+    }
+
+    /// The settings it was made with.
+    pub fn config(&self) -> OrderConfig {
+        self.config
     }
 
     /// Samples in the data set, and so in an epoch.
@@ -138,7 +143,7 @@ impl BucketOrder {
     }
 
     fn spread(&self, epoch: u64) -> Spread {
-        let offset = |at: usize| mix::key(&[SPREAD, self.seed, epoch, at as u64]) >> 32;
+        let offset = |at: usize| mix::key(&[SPREAD, self.config.seed, epoch, at as u64]) >> 32;
         Spread { groups: self.groups.iter().enumerate().map(|(at, group)| (group.steps, offset(at))).collect() }
     }
 }

@@ -7,8 +7,8 @@
 use anyhow::{Context as _, Result, bail};
 use ella_dataset::order::{BucketOrder, Order, OrderConfig, SampleRef};
 use ella_dataset::{
-    Counts, DataSet, FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, FeatureWriter, Features, LatentSpec, Manifest,
-    Padding, Row, SCHEMA, Settings, ShardEntry, ShardLayout, ShardWriter, write_file,
+    Ahead, Counts, DataSet, FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, FeatureWriter, Features, LatentSpec,
+    Manifest, Padding, Reading, Row, SCHEMA, Settings, ShardEntry, ShardLayout, ShardWriter, write_file,
 };
 use ella_store::{Digest, Store};
 use half::f16;
@@ -17,6 +17,7 @@ use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::Instant;
 use tokio::runtime::Runtime;
 
@@ -183,25 +184,29 @@ struct Batch {
 
 /// The data set, its features and its order, open.
 struct Reader {
-    data: DataSet,
-    features: Features,
-    order: BucketOrder,
+    data: Arc<DataSet>,
+    features: Arc<Features>,
+    order: Arc<BucketOrder>,
     shape: Shape,
 }
 
 impl Reader {
     async fn open(folder: &Path, shape: Shape, seed: u64) -> Result<Reader> {
-        let data = DataSet::open(folder.to_str().context("a folder that is not UTF-8")?).await?;
-        let features = data.features(&shape.spec(), CAPTION).await?;
-        let order = BucketOrder::new(order_config(seed), &data.manifest().order_shards())?;
+        let data = Arc::new(DataSet::open(folder.to_str().context("a folder that is not UTF-8")?).await?);
+        let features = Arc::new(data.features(&shape.spec(), CAPTION).await?);
+        let order = Arc::new(BucketOrder::new(order_config(seed), &data.manifest().order_shards())?);
         Ok(Reader { data, features, order, shape })
     }
 
+    /// Begins to read ahead of a step, as the feed does.
+    fn start(&self, step: u64) -> Ahead {
+        let (data, features, order) = (Arc::clone(&self.data), vec![Arc::clone(&self.features)], Arc::clone(&self.order));
+        Ahead::start(&tokio::runtime::Handle::current(), Reading { data, features, order, lanes: 0..1 }, step)
+    }
+
     /// Reads a step's samples into the batch, as the feed does.
-    async fn step(&self, step: u64, batch: &mut Batch) -> Result<usize> {
-        let next = self.order.lane(step + 1, 0);
-        self.data.read_ahead(&next).await?;
-        self.features.read_ahead(&next).await?;
+    async fn step(&self, step: u64, ahead: &Ahead, batch: &mut Batch) -> Result<usize> {
+        ahead.at(step);
         let samples = self.order.lane(step, 0);
         let (count, each) = (samples.len(), self.shape.latent() * 2);
         batch.latents.resize(count * each, 0);
@@ -222,9 +227,9 @@ impl Reader {
 
     async fn epoch(&self, epoch: u64, batch: &mut Batch) -> Result<usize> {
         let steps = self.order.steps_per_epoch();
-        let mut samples = 0;
+        let (mut samples, ahead) = (0, self.start(epoch * steps));
         for step in epoch * steps..(epoch + 1) * steps {
-            samples += self.step(step, batch).await?;
+            samples += self.step(step, &ahead, batch).await?;
         }
         Ok(samples)
     }
@@ -355,7 +360,7 @@ impl Bench {
         Ok(())
     }
 
-    /// The first batch after a resume in the middle of an epoch: everything is opened anew. Its features are read ahead of by nobody.
+    /// The first batch after a resume in the middle of an epoch: everything is opened anew. Meanwhile the windows are opened too, as in a feed.
     fn resume(&self, peers: &mut [Peer]) -> Result<()> {
         let ours = FRACTIONS.repeat(ROUNDS).into_iter().map(|fraction| self.first_batch(&self.ours(), FULL, fraction));
         told("ella", &ours.collect::<Result<Vec<_>>>()?);
@@ -378,7 +383,7 @@ impl Bench {
             self.runtime.block_on(async {
                 let reader = Reader::open(folder, shape, 1).await?;
                 let step = (reader.order.steps_per_epoch() as f64 * fraction) as u64;
-                reader.step(step, &mut memory).await
+                reader.step(step, &reader.start(step), &mut memory).await
             })
         })
     }

@@ -101,7 +101,6 @@ impl Sources {
         };
         self.warn_of_crowding(lanes);
         self.ahead = Some(Ahead::start(&self.parts.runtime, reading, step));
-        lanes.clone().for_each(|lane| self.read_ahead(&self.order.lane(step, lane)));
     }
 
     /// Says so where the windows of these lanes do not fit into what there is for fetched files, for then they are fetched again and again.
@@ -150,23 +149,10 @@ impl Sources {
         let mut inputs = Vec::with_capacity(lanes.len());
         for lane in lanes.clone() {
             inputs.push(self.lane(step, lane, epoch, &mut encode)?);
-            // The disk reads for the next step while this one is assembled.
-            self.read_ahead(&self.order.lane(step + 1, lane));
         }
         let held_out = if self.measures(step) { self.held_out(lanes)? } else { Vec::new() };
         let step_samples = self.order.batch_len(step);
         Ok(StepInput { epoch, step_samples, lanes: inputs, held_out, encode, waited: Duration::ZERO })
-    }
-
-    /// Has the system begin to read some rows of mapped files. What fails is told by the step that needs them.
-    fn read_ahead(&self, samples: &[SampleRef]) {
-        let _ = self.parts.runtime.block_on(async {
-            self.parts.data.read_ahead(samples).await?;
-            for features in self.parts.features.sidecars() {
-                features.read_ahead(samples).await?;
-            }
-            Ok::<_, FeedError>(())
-        });
     }
 
     fn measures(&self, step: u64) -> bool {
