@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use ella_dataset::{CaptionSet, CaptionStats, Counts, DataSet, REPORT, caption_stats};
+use ella_dataset::{CaptionSet, CaptionStats, Counts, DataSet, REPORT, Tokens, caption_stats};
 use ella_proto::config::{Device, JobConfig, JobKind, JobTable};
 use ella_worker::caption::{CaptionConfig, CaptionJob, CaptionSettings, Estimate, Work};
 use serde_json::json;
@@ -102,12 +102,12 @@ impl Caption {
         let data = DataSet::open(&self.data).await?;
         let set = CaptionSet::find(data.store(), data.shared_manifest(), &self.column).await?;
         let report = format!("{}/captions/{}/{REPORT}", data.store().url(), self.column);
-        Ok((set.finish().await?.counts, report, column_stats(&data, &self.column).await?))
+        Ok((set.finish().await?.counts, report, column_stats(&data, &self.column, None).await?))
     }
 }
 
 /// What the captions of a column are like, on the first ones.
-pub(crate) async fn column_stats(data: &DataSet, column: &str) -> Result<CaptionStats, Fail> {
+pub(crate) async fn column_stats(data: &DataSet, column: &str, tokens: Option<Tokens<'_>>) -> Result<CaptionStats, Fail> {
     let mut captions = Vec::new();
     for shard in 0..data.manifest().shards.len() {
         captions.extend(data.captions(column, shard).await?.into_iter().filter(|caption| !caption.is_empty()));
@@ -115,5 +115,5 @@ pub(crate) async fn column_stats(data: &DataSet, column: &str) -> Result<Caption
             break;
         }
     }
-    Ok(caption_stats(captions.iter().take(COUNTED), None))
+    Ok(caption_stats(captions.iter().take(COUNTED), tokens))
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::run::{Metric, RunFolder, samples};
+use crate::run::{Metric, RUN_TOML, RunFolder, samples};
 use crate::ui::{DONE, Fail, Out, bytes, span};
 
 #[derive(Debug, Args)]
@@ -76,9 +76,12 @@ impl Status {
     }
 }
 
-/// None: no data set is there.
+/// None: a run is there, or no data set.
 async fn read_data(url: &str) -> Result<Option<DataStatus>, Fail> {
     let store = Store::open(url)?;
+    if store.head(RUN_TOML).await?.is_some() {
+        return Ok(None);
+    }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     let work = progress(&store, u64::try_from(now).unwrap_or(u64::MAX)).await?;
     Ok(work.map(|work| DataStatus { data: store.url().to_owned(), work }))

@@ -5,10 +5,13 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ella_dataset::{
-    CaptionManifest, CaptionSet, CaptionStats, DataSet, Encoding, FeatureManifest, FeatureSet, MANIFEST, REPORT, Report, captions_in,
-    features_in,
+    CaptionManifest, CaptionSet, CaptionStats, DataSet, Encoding, FeatureManifest, FeatureSet, MANIFEST, REPORT, Report, Tokens,
+    captions_in, features_in,
 };
+use ella_model::text::TextConfig;
+use ella_model::tokenizer::{Padding, TextTokenizer};
 use ella_store::Store;
+use ella_worker::models;
 use serde::Serialize;
 
 use crate::caption::column_stats;
@@ -16,6 +19,8 @@ use crate::ui::{Fail, bytes, count};
 
 /// Rows that are looked at for histograms.
 const ROWS: usize = 20_000;
+/// More tokens than these are not told apart: no encoder takes so many.
+const MOST_TOKENS: usize = 1 << 16;
 /// Shards that are looked into.
 const SHARDS: usize = 64;
 /// Pictures of a contact sheet.
@@ -161,11 +166,21 @@ async fn captions(set: &DataSet) -> Result<Vec<String>, Fail> {
 }
 
 /// What the captions of every whole column are like.
-pub(super) async fn stats(set: &DataSet) -> Result<BTreeMap<String, CaptionStats>, Fail> {
+pub(super) async fn stats(set: &DataSet, tokenizer: Option<&str>) -> Result<BTreeMap<String, CaptionStats>, Fail> {
+    let load = |model| -> Result<TextTokenizer, Fail> {
+        let folder = models::locate("--tokenizer", model)?;
+        Ok(TextTokenizer::load(&folder, &TextConfig::load(&folder)?)?)
+    };
+    let tokenizer = tokenizer.map(load).transpose()?;
+    let count = tokenizer.as_ref().map(|tokenizer| {
+        // A caption that cannot be cut into tokens has none.
+        move |caption: &str| tokenizer.encode(&[caption], MOST_TOKENS, Padding::None).map_or(0, |encoded| encoded.lengths[0])
+    });
+    let count = count.as_ref().map(|count| count as Tokens<'_>);
     let own = set.manifest().captions.iter().map(|column| column.name.clone());
     let mut stats = BTreeMap::new();
     for column in own.chain(whole(set).await?) {
-        let counted = column_stats(set, &column).await?;
+        let counted = column_stats(set, &column, count).await?;
         stats.insert(column, counted);
     }
     Ok(stats)

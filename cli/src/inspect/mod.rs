@@ -26,6 +26,9 @@ pub(crate) struct Inspect {
     /// Also tell what a data set's captions are like, column by column, beside the ELLA paper's Table 1
     #[arg(long)]
     stats: bool,
+    /// With --stats, count tokens too, special ones included, as this text encoder's tokenizer makes them (the paper's are CLIP's)
+    #[arg(long, value_name = "MODEL", requires = "stats")]
+    tokenizer: Option<String>,
 }
 
 impl Inspect {
@@ -50,7 +53,7 @@ impl Inspect {
         let set = DataSet::open(&self.path).await?;
         let mut facts = DataFacts::of(&set).await?;
         if self.stats {
-            facts.stats = data::stats(&set).await?;
+            facts.stats = data::stats(&set, self.tokenizer.as_deref()).await?;
         }
         if let Some(file) = &self.html {
             let page = sheet::page(&facts, &data::look(&set).await?);

@@ -2,7 +2,7 @@
 
 use super::{CONNECTOR, FAILED, USAGE, cut, ella_refused, files, shared};
 use anyhow::Result;
-use ella_tests::try_ella;
+use ella_tests::{ella, try_ella};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -93,10 +93,13 @@ fn what_is_no_run_is_named_and_left_alone() -> Result<()> {
     let out = shared.path("exported");
     for (folder, file) in [("data", "data/run.toml"), ("no-run", "no-run/run.toml")] {
         let folder = shared.path(folder);
-        for command in [&["audit", &folder][..], &["status", &folder], &["export", &folder, "--out", &out]] {
+        for command in [&["audit", &folder][..], &["export", &folder, "--out", &out]] {
             ella_refused(command, FAILED, &[file, "not found", "no run folder"])?;
         }
     }
+    ella_refused(&["status", &shared.path("no-run")], FAILED, &["no-run/run.toml", "not found", "no run folder"])?;
+    // A data set has a status too, and is left as it is.
+    assert!(ella(&["status", &shared.path("data")])?.contains("48 samples"));
     assert!(files(&shared.world.path("data"))? == before && !Path::new(&out).exists());
     ella_refused(&["status", "http://127.0.0.1:1"], FAILED, &["127.0.0.1:1", "no coordinator answers"])?;
     ella_refused(&["audit", &shared.path("run.toml")], USAGE, &["run.toml", "a file is there", "expected a folder"])

@@ -78,7 +78,15 @@ fn captions_are_counted_beside_the_papers() -> Result<()> {
     for part in ["captions of caption", "LAION alt", "CogVLM", "49.87", &format!("{words:.2}"), "20 captions"] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    assert!(json(&["inspect", &data])?.get("stats").is_none());
+    assert!(json(&["inspect", &data])?.get("stats").is_none() && stats["tokens"].is_null());
+
+    let models = folder.path().join("models").display().to_string();
+    ella(&["init-base", "--preset", "nano", "--captions", &data, "--out", &models])?;
+    let (text, stats) = (format!("{models}/text"), ["inspect", &data, "--stats", "--tokenizer"]);
+    let tokens = json(&[&stats[..], &[&text]].concat())?["stats"]["caption"]["tokens"].as_f64().context("no tokens")?;
+    // Words of a vocabulary that was made of these captions, marks, and an end.
+    assert!((words..2.0 * words).contains(&tokens), "{tokens} tokens, {words} words");
+    assert_eq!(try_ella(&["inspect", &data, "--tokenizer", &text])?.status.code(), Some(2));
     Ok(())
 }
 
@@ -176,5 +184,21 @@ fn verify_reads_the_originals_again_if_asked() -> Result<()> {
     let changed = try_ella(&["verify", &data, "--originals"])?;
     let said = String::from_utf8_lossy(&changed.stderr);
     assert!(changed.status.code() == Some(1) && said.contains("plan.json"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_field_of_captions_that_no_sample_has_is_one_error_that_names_what_there_is() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (tars, data) = (folder.path().join("scenes").display().to_string(), folder.path().join("data").display().to_string());
+    ella(&["scenes", "--out", &tars, "--count", "20", "--seed", "4", "--size", "64", "--per-tar", "20"])?;
+    let refused = try_ella(&["prepare", &tars, "--out", &data, "--resolution", "64", "--caption", "dense=descripton"])?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("ella: ")).collect();
+    assert!(refused.status.code() == Some(4) && lines.len() == 1, "{said}");
+    for word in ["scenes-00000.tar", "(descripton)", "txt"] {
+        assert!(lines[0].contains(word), "{word}: {said}");
+    }
+    assert!(!exists(Path::new(&data).join("manifest.json")));
     Ok(())
 }
