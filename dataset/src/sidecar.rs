@@ -115,6 +115,10 @@ impl<K: Kind> Sidecar<K> {
 
     /// Makes the folder this sidecar's own, or finds that it is. Safe to call from many workers at once.
     pub(crate) async fn begin(self) -> Result<Self, DataError> {
+        // Only looked at, as a rule: a worker that comes late, and is killed as it writes, would leave that half-written after the sweep.
+        if self.is_begun().await? {
+            return Ok(self);
+        }
         let record = SpecRecord { schema: SCHEMA, data: self.digest, spec: self.spec.clone() };
         if self.folder.create(SPEC, pretty(&record)).await? == Created::AlreadyThere {
             self.check_spec().await?;

@@ -11,7 +11,8 @@ use ella_dataset::{
     CaptionSet, CaptionSpec, Counts, DataSet, FeatureDtype, FeatureLayers, FeatureSpec, FeatureWriter, Inventory, Made, Padding, Settings,
     Source, Verified, prepare,
 };
-use ella_store::{Digest, Store};
+use ella_store::faulty::Faults;
+use ella_store::{Digest, Operation, Store};
 use tempfile::TempDir;
 
 fn spec() -> FeatureSpec {
@@ -151,6 +152,16 @@ async fn what_a_writer_left_goes_too_when_the_one_who_finished_was_killed_before
     CaptionSet::begin(&store(&out), data.shared_manifest(), added).await.unwrap().finish().await.unwrap();
     data.begin_features(&spec(), "caption").await.unwrap().finish().await.unwrap();
     assert_eq!(verify(&out).await.stray, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn who_comes_late_to_a_sidecar_writes_nothing_that_a_kill_could_leave_half_written() {
+    let (out, _) = whole(&TempDir::new().unwrap()).await;
+    let (data, faults) = (DataSet::open(out.path().to_str().unwrap()).await.unwrap(), Faults::new());
+    let added = CaptionSpec { column: "dense".into(), made_by: serde_json::json!({"model": "m"}) };
+    CaptionSet::begin(&faults.inject(&store(&out)), data.shared_manifest(), added).await.unwrap();
+    let seen = faults.seen();
+    assert!(!seen.is_empty() && seen.iter().all(|(operation, _)| *operation != Operation::Create), "{seen:?}");
 }
 
 #[tokio::test]

@@ -17,6 +17,28 @@ pub const PATIENCE: Duration = Duration::from_secs(240);
 /// Files by name.
 pub type Files = Vec<(String, Vec<u8>)>;
 
+/// Numbers that look like chance, and are the same for the same seed.
+#[derive(Clone, Debug)]
+pub struct Dice(u64);
+
+impl Dice {
+    /// The numbers of a seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next number, from 0 to below `bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound.max(1)
+    }
+
+    /// Others, that are as much the seed's.
+    pub fn split(&mut self) -> Self {
+        Self((self.below(1 << 31) << 31) | self.below(1 << 31))
+    }
+}
+
 /// A data set, its features, and models to train on, in a folder that goes away.
 #[derive(Debug)]
 pub struct World {

@@ -1,21 +1,11 @@
 //! Leased work by real processes that are killed: the bytes are those of a calm run, no unit's output is there twice, nothing is left over.
 
 use anyhow::{Context as _, Result, ensure};
-use ella_tests::{Files, World, ella, exists, signal, spawn, try_ella, wait};
+use ella_tests::{Dice, Files, World, ella, exists, signal, spawn, try_ella, wait};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
-
-/// Numbers that differ from call to call, the same in every run of the test.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound.max(1)
-    }
-}
 
 /// Every file below a folder but the records that tell where sources were read, by name.
 fn tree(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
@@ -82,7 +72,7 @@ fn a_data_set_prepared_under_kills_has_the_bytes_of_a_calm_run() -> Result<()> {
         fixed.into_iter().chain(more.iter().map(|s| (*s).to_owned())).collect()
     };
     ella(&prepare("calm", &[]))?;
-    let mut dice = Dice(11);
+    let mut dice = Dice::new(11);
     let mut child = spawn(&prepare("killed", &["--workers", "3"]))?;
     let killed = harass(&mut child, 8, &mut dice)?;
     let output = wait(child)?;
@@ -121,7 +111,7 @@ fn features_are_shared_out_among_workers_and_come_out_the_same() -> Result<()> {
         fixed.into_iter().chain(more.iter().map(|s| (*s).to_owned())).collect()
     };
     let mut child = spawn(&embed(&["--workers", "2"]))?;
-    harass(&mut child, 1, &mut Dice(3))?;
+    harass(&mut child, 1, &mut Dice::new(3))?;
     let output = wait(child)?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let features: Files = tree(&world.path("data/features"))?.into_iter().collect();

@@ -4,10 +4,10 @@ use crate::emulator::Emulator;
 use crate::kills::Ground;
 use crate::proxy::Proxy;
 use crate::trial::Trial;
-use crate::{Dice, Size, anew, seed, sources};
+use crate::{Size, anew, seed, sources};
 use anyhow::{Context as _, Result, ensure};
 use ella_store::Store;
-use ella_tests::World;
+use ella_tests::{Dice, World};
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 
@@ -30,7 +30,7 @@ fn on_an_azure_server_nothing_is_lost_or_done_twice() -> Result<()> {
 fn on(name: &str, server: fn() -> Option<Emulator>) -> Result<()> {
     if let Ok(url) = std::env::var(URL) {
         let seed = seed();
-        return trial(&url, &mut Dice(seed)).with_context(|| format!("ELLA_CHAOS_SEED={seed}"));
+        return trial(&url, &mut Dice::new(seed)).with_context(|| format!("ELLA_CHAOS_SEED={seed}"));
     }
     if std::env::var_os("ELLA_TEST_STORES").is_none() {
         println!("skipped: this takes minutes, and servers; make test-stores has both");

@@ -1,10 +1,10 @@
 //! Whom to kill and when, by what is seen to be done: never by the clock.
 
-use crate::Dice;
 use crate::cluster::Cluster;
 use crate::proxy::{Proxy, When};
 use crate::report::Report;
 use anyhow::{Context as _, Result, ensure};
+use ella_tests::Dice;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -2,9 +2,9 @@
 
 use crate::kills::Ground;
 use crate::trial::Trial;
-use crate::{Dice, Size, seed, sources};
+use crate::{Size, seed, sources};
 use anyhow::{Context as _, Result};
-use ella_tests::World;
+use ella_tests::{Dice, World};
 
 #[test]
 fn in_a_folder_nothing_is_lost_or_done_twice() -> Result<()> {
@@ -23,5 +23,5 @@ fn in_a_folder_nothing_is_lost_or_done_twice() -> Result<()> {
         ground: Ground::Folder(&chaos),
         environments: vec![Vec::new(); size.workers],
     };
-    trial.run(&mut Dice(seed)).with_context(|| format!("ELLA_CHAOS_SEED={seed}"))
+    trial.run(&mut Dice::new(seed)).with_context(|| format!("ELLA_CHAOS_SEED={seed}"))
 }

@@ -18,22 +18,6 @@ mod trial;
 
 use std::process::Command;
 
-/// Numbers that look like chance and are the same for the same seed.
-#[derive(Clone, Debug)]
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound.max(1)
-    }
-
-    /// Others, that are as much the seed's.
-    fn split(&mut self) -> Self {
-        Self(self.below(1 << 31) << 31 | self.below(1 << 31))
-    }
-}
-
 /// How much is done, and how badly it is disturbed.
 #[derive(Clone, Copy, Debug)]
 struct Size {

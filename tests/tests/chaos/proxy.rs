@@ -1,9 +1,9 @@
 //! A proxy between workers and a store's server, which fails some of the requests, remembers all, and lends itself to kills in the midst
 //! of one. It sends on what it gets as it is, `Host` too, for that is signed.
 
-use crate::Dice;
 use anyhow::{Result, anyhow, bail};
 use bytes::Bytes;
+use ella_tests::Dice;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::header::{CONNECTION, CONTENT_LENGTH, IF_NONE_MATCH, RETRY_AFTER, TRANSFER_ENCODING};

@@ -1,12 +1,12 @@
 //! A calm run, then the same job under kills: prepare, then embed.
 
+use crate::Size;
 use crate::check::{Tree, accounted, counted, once, same, tree};
 use crate::cluster::{Cluster, Environment, logs};
 use crate::kills::{Ground, Harassed, draw};
 use crate::sources::PIXELS;
-use crate::{Dice, Size};
 use anyhow::{Context as _, Result, ensure};
-use ella_tests::{World, ella};
+use ella_tests::{Dice, World, ella};
 use std::path::PathBuf;
 
 /// Width and height of prepared pictures.
