@@ -12,7 +12,7 @@ use memmap2::{Advice, Mmap};
 use crate::error::DataError;
 use crate::tree::Tree;
 
-/// Linux reads ahead no more for one call than a device takes at once: this much, of most.
+/// Linux reads ahead no more for one call than a device takes at once, or than its read-ahead: this much, of most.
 const READ_AHEAD: usize = 256 << 10;
 
 /// A file's bytes. Clones share what has been checked.
@@ -112,6 +112,8 @@ impl Content {
     /// Has the system begin to read a part of a mapped file. Best effort: whoever needs the part reads it anyway.
     pub(crate) fn read_ahead<T>(&self, part: &[T]) {
         let (Some(map), Some(part)) = (&self.map, self.range(part)) else { return };
+        // In one request where the device takes it, for each has its cost; else what was left out, piece by piece.
+        let _ = map.advise_range(Advice::WillNeed, part.start, part.len());
         for start in part.clone().step_by(READ_AHEAD) {
             let _ = map.advise_range(Advice::WillNeed, start, READ_AHEAD.min(part.end - start));
         }

@@ -26,7 +26,13 @@ impl Far<'_> {
     /// Trains to the end; what it printed.
     fn train(&self, run: &Run, set: &[&str]) -> Result<serde_json::Value> {
         let output = wait(self.start(run, set)?)?;
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let logs = || -> String {
+            let files = std::fs::read_dir(run.output.join("logs")).into_iter().flatten().flatten();
+            files
+                .map(|file| format!("{}:\n{}\n", file.path().display(), std::fs::read_to_string(file.path()).unwrap_or_default()))
+                .collect()
+        };
+        assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), logs());
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
