@@ -93,7 +93,7 @@ async fn stop_on_signals(stop: CancellationToken) {
     loop {
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
         if stop.is_cancelled() {
-            std::process::exit(i32::from(PREEMPTED));
+            ella_worker::leave(PREEMPTED);
         }
         stop.cancel();
     }

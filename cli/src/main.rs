@@ -98,7 +98,7 @@ fn main() -> ExitCode {
         Command::InitBase(command) => command.run(out),
         Command::Report(command) => command.run(out),
     };
-    ExitCode::from(result.unwrap_or_else(|fail| out.fail(&fail)))
+    ella_worker::leave(result.unwrap_or_else(|fail| out.fail(&fail)))
 }
 
 /// Help is help; anything else is bad usage, said in one line.

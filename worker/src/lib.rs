@@ -12,6 +12,7 @@ mod http;
 pub mod hub;
 pub mod job;
 pub mod latents;
+mod leave;
 pub mod meter;
 pub mod models;
 pub mod noise;
@@ -20,3 +21,5 @@ pub mod reduce;
 pub mod session;
 pub mod text;
 pub mod train;
+
+pub use leave::leave;

@@ -5,13 +5,17 @@ use clap::Parser;
 use ella_proto::config::Device;
 use ella_worker::control::Flags;
 use ella_worker::job::MOST_SLOTS;
-use ella_worker::session::{Options, WorkError, work};
+use ella_worker::leave;
+use ella_worker::session::{Options, work};
 use ella_worker::train::Ending;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use tokio::signal::unix::{SignalKind, signal};
+
+/// The exit code of what can be resumed.
+const PREEMPTED: u8 = 3;
 
 /// Train one share of a run under a coordinator, or do units of its job.
 ///
@@ -64,14 +68,14 @@ fn main() -> ExitCode {
     let ending = work(&Options { coordinator, listen, advertise, device, slots }, flags, runtime.handle());
     // What a store still does for a worker that has failed is not waited for.
     runtime.shutdown_background();
-    match ending {
-        Ok(Ending::Done) => ExitCode::SUCCESS,
-        Ok(Ending::Preempted) => ExitCode::from(3),
+    leave(match ending {
+        Ok(Ending::Done) => 0,
+        Ok(Ending::Preempted) => PREEMPTED,
         Err(error) => {
             tracing::error!("{error}");
-            exit_code(&error)
+            if error.is_permanent() { 4 } else { 1 }
         }
-    }
+    })
 }
 
 /// SIGTERM and SIGINT ask for a commit at the next step boundary, or give back a job's units. A second one, or one before the first step,
@@ -84,15 +88,11 @@ async fn watch_signals(flags: Arc<Flags>) {
     loop {
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
         if flags.drain.is_cancelled() || !flags.working.load(Ordering::Relaxed) {
-            std::process::exit(3);
+            leave(PREEMPTED);
         }
         flags.drain.cancel();
         tracing::info!("signal: commit at the next step boundary, or give back what is in hand, then leave");
     }
-}
-
-fn exit_code(error: &WorkError) -> ExitCode {
-    if error.is_permanent() { ExitCode::from(4) } else { ExitCode::FAILURE }
 }
 
 fn start_log(format: &str) {

@@ -139,9 +139,11 @@ pub(super) struct Evicted {
 pub(super) fn make_room(room: &Room, file: Option<&File>, bytes: u64, evicted: &mut Evicted) -> io::Result<bool> {
     // What a killed process left in it does not count.
     file.map_or(Ok(()), |file| file.set_len(0))?;
+    // In this order, what gets its final name meanwhile counts twice; in the other, not at all.
+    let filling = filling(room)?;
     let mut objects = files(&room.folder.join("objects"))?;
     objects.sort_by_key(|object| object.used);
-    let mut held = objects.iter().map(|object| object.bytes).sum::<u64>() + filling(room)?;
+    let mut held = filling + objects.iter().map(|object| object.bytes).sum::<u64>();
     let mut oldest = objects.into_iter();
     loop {
         let fits = held.saturating_add(bytes) <= room.bound;
