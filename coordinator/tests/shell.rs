@@ -229,7 +229,7 @@ async fn the_final_status_is_readable_for_a_moment() {
     let status = client::status(&served.url()).await.unwrap();
     assert_eq!((status.phase.as_str(), status.step, status.last_commit_step), ("done", 5, 5));
     let refused = Fake::attach(&served.url(), hello("b")).await.err().unwrap();
-    assert_eq!(refused.detail, "the run is over (done)");
+    assert_eq!((refused.detail.as_str(), refused.outcome()), ("the run is over (done)", ella_proto::v1::Outcome::Done));
 }
 
 #[tokio::test]

@@ -117,12 +117,15 @@ pub struct Welcome {
     #[prost(uint64, tag = "7")]
     pub step_timeout_ms: u64,
 }
+/// `outcome`: how the run or job ended, where the reason is RUN_OVER.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Refused {
     #[prost(enumeration = "RefusedReason", tag = "1")]
     pub reason: i32,
     #[prost(string, tag = "2")]
     pub detail: ::prost::alloc::string::String,
+    #[prost(enumeration = "Outcome", tag = "3")]
+    pub outcome: i32,
 }
 /// A place in a generation. `peers` are the collective addresses in rank order; `commit_json` is the commit record to restore from
 /// (empty: a fresh start); `session` is the same 16 bytes for all of a generation.

@@ -1,9 +1,10 @@
 //! The worker's side of the control plane: one stream to the coordinator, served by its own tasks. The step path only looks at
 //! flags and an inbox; it never waits for the coordinator (LIVE).
 
+use crate::train::Ending;
 use ella_proto::v1::coordinator_client::CoordinatorClient;
 use ella_proto::v1::{
-    FromWorker, Heartbeat, Hello, Progress, Refused, RefusedReason, StatusRequest, ToWorker, Welcome, from_worker, to_worker,
+    FromWorker, Heartbeat, Hello, Outcome, Progress, Refused, RefusedReason, StatusRequest, ToWorker, Welcome, from_worker, to_worker,
 };
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
@@ -48,6 +49,14 @@ pub enum ControlError {
         /// In words.
         detail: String,
     },
+    /// The run or job had ended before this worker came.
+    #[error("{detail}")]
+    Over {
+        /// How.
+        outcome: Outcome,
+        /// In words.
+        detail: String,
+    },
     /// The stream ended.
     #[error("the coordinator is gone ({0}); start the run again to resume from its last commit")]
     Lost(String),
@@ -78,6 +87,18 @@ impl ControlError {
         use RefusedReason as R;
         let Self::Refused { reason, .. } = self else { return false };
         matches!(reason, R::Version | R::Config | R::DeviceKind | R::Malformed)
+    }
+
+    /// For a worker that came too late to be of use: how that ends it.
+    pub(crate) fn ending(self) -> Result<Ending, Self> {
+        match self {
+            Self::Over { outcome: Outcome::Done, detail } => {
+                tracing::info!("nothing is left to do: {detail}");
+                Ok(Ending::Done)
+            }
+            Self::Over { outcome: Outcome::Preempted, .. } => Ok(Ending::Preempted),
+            error => Err(error),
+        }
     }
 }
 
@@ -408,9 +429,12 @@ async fn beat(outbox: Outbox, every: Duration) {
 }
 
 fn refusal(refused: Refused) -> ControlError {
-    let reason = refused.reason();
+    let (reason, outcome) = (refused.reason(), refused.outcome());
     let detail = if refused.detail.is_empty() { reason.as_str_name().to_owned() } else { refused.detail };
-    ControlError::Refused { reason, detail }
+    match reason {
+        RefusedReason::RunOver => ControlError::Over { outcome, detail },
+        reason => ControlError::Refused { reason, detail },
+    }
 }
 
 #[cfg(test)]

@@ -62,20 +62,28 @@ pub enum Refusal {
         rule: &'static str,
     },
     /// There is nothing left to do.
-    #[error("the run is over ({outcome})")]
+    #[error("the run is over ({})", word(*outcome))]
     RunOver {
         /// How it ended.
-        outcome: &'static str,
+        outcome: v1::Outcome,
     },
     /// The job ended.
-    #[error("the job is over ({outcome})")]
+    #[error("the job is over ({})", word(*outcome))]
     JobOver {
         /// How it ended.
-        outcome: &'static str,
+        outcome: v1::Outcome,
     },
     /// Another coordinator has the run (TERM).
     #[error("this coordinator has been superseded; attach to the new one")]
     Superseded,
+}
+
+fn word(outcome: v1::Outcome) -> &'static str {
+    match outcome {
+        v1::Outcome::Done => "done",
+        v1::Outcome::Preempted => "preempted",
+        v1::Outcome::Failed | v1::Outcome::Unspecified => "failed",
+    }
 }
 
 impl Refusal {
@@ -97,7 +105,11 @@ impl Refusal {
 
     /// As the wire says it, in words too.
     pub(crate) fn on_the_wire(&self) -> v1::Refused {
-        v1::Refused { reason: self.reason().into(), detail: self.to_string() }
+        let outcome = match self {
+            Self::RunOver { outcome } | Self::JobOver { outcome } => *outcome,
+            _ => v1::Outcome::Unspecified,
+        };
+        v1::Refused { reason: self.reason().into(), detail: self.to_string(), outcome: outcome.into() }
     }
 
     /// Refuses a worker of another version than `ours`, or one that insists on another config than that of `digest`.
@@ -324,9 +336,9 @@ impl Core {
         let admitted = match &self.phase {
             Phase::Over(outcome) => Err(match outcome {
                 super::Outcome::Failed(failure) if matches!(**failure, Failure::Superseded { .. }) => Refusal::Superseded,
-                outcome => Refusal::RunOver { outcome: outcome.name() },
+                outcome => Refusal::RunOver { outcome: outcome.on_the_wire() },
             }),
-            Phase::Ending { outcome, .. } => Err(Refusal::RunOver { outcome: outcome.name() }),
+            Phase::Ending { outcome, .. } => Err(Refusal::RunOver { outcome: outcome.on_the_wire() }),
             _ => self.members.admit(&hello, &self.config),
         };
         if let Err(refusal) = admitted {

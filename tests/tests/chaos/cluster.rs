@@ -158,7 +158,7 @@ impl Drop for Cluster {
 fn found_nobody(log: &Path) -> Result<bool> {
     let log = std::fs::read_to_string(log)?;
     let welcomed = log.contains("what is in hand goes on");
-    Ok(!welcomed && ["no coordinator answers", "the coordinator is gone", "the job is over"].iter().any(|why| log.contains(why)))
+    Ok(!welcomed && ["no coordinator answers", "the coordinator is gone"].iter().any(|why| log.contains(why)))
 }
 
 /// What the processes of a folder said, by name.

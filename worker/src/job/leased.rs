@@ -29,7 +29,10 @@ pub async fn run_leased<M>(url: &str, slots: u32, stop: CancellationToken, make:
 where
     M: FnOnce(&JobConfig) -> Result<Box<dyn Job>, JobError> + Send + 'static,
 {
-    let link = Link::open(url, identity()?).await?;
+    let link = match Link::open(url, identity()?).await {
+        Ok(link) => link,
+        Err(error) => return Ok(error.ending()?),
+    };
     let config = JobConfig::parse(&link.welcome.config_toml, "the coordinator's config", &[])?;
     Leased { url: url.to_owned(), slots, stop }.work(link, move || make(&config)).await
 }
@@ -92,16 +95,16 @@ impl Leased {
                 Served::Lost(why) => {
                     tracing::warn!("the coordinator is gone ({why}); what is in hand goes on, and the next one is looked for");
                     match self.again(link.welcome.clone()).await? {
-                        Some(next) => *link = next,
-                        None => return Ok(Ending::Preempted),
+                        Next::Link(next) => *link = *next,
+                        Next::Ending(ending) => return Ok(ending),
                     }
                 }
             }
         }
     }
 
-    /// A link to the coordinator that is in the old one's place, or to the old one; none if told to leave.
-    async fn again(&self, old: Welcome) -> Result<Option<Link>, JobEnd> {
+    /// Looks for the coordinator that is in the old one's place, or for the old one.
+    async fn again(&self, old: Welcome) -> Result<Next, JobEnd> {
         let orphan = Duration::from_millis(old.orphan_ms);
         let until = Instant::now() + orphan;
         let mut pause = PAUSES.0;
@@ -109,25 +112,33 @@ impl Leased {
             let hello = Hello { config_digest: old.config_digest.clone(), ..identity()? };
             let opened = tokio::select! {
                 biased;
-                () = self.stop.cancelled() => return Ok(None),
+                () = self.stop.cancelled() => return Ok(Next::Ending(Ending::Preempted)),
                 opened = Link::open(&self.url, hello) => opened,
             };
             let url = self.url.clone();
             let why = match opened {
-                Ok(link) => return Ok(Some(link)),
+                Ok(link) => return Ok(Next::Link(Box::new(link))),
                 Err(ControlError::Refused { reason: RefusedReason::Config, .. }) => return Err(JobEnd::OtherConfig { url }),
-                Err(error @ ControlError::Refused { .. }) => return Err(error.into()),
+                Err(error @ (ControlError::Refused { .. } | ControlError::Over { .. })) => return Ok(Next::Ending(error.ending()?)),
                 Err(error) => error.to_string(),
             };
             if Instant::now() >= until {
                 return Err(JobEnd::Orphaned { url, seconds: orphan.as_secs(), why });
             }
             tokio::select! {
-                () = self.stop.cancelled() => return Ok(None),
+                () = self.stop.cancelled() => return Ok(Next::Ending(Ending::Preempted)),
                 () = sleep(pause) => pause = (pause * 2).min(PAUSES.1),
             }
         }
     }
+}
+
+/// What follows a coordinator that is gone.
+enum Next {
+    /// Another, or the same again.
+    Link(Box<Link>),
+    /// Nothing: the job is over, or this worker was told to leave.
+    Ending(Ending),
 }
 
 /// Tells the coordinator why this worker is of no use.

@@ -47,7 +47,10 @@ pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<En
     let device = device::set_up(options.device, 1)?;
     let listener = Listener::bind(options.listen)?;
     let hello = hello(options, device, &listener)?;
-    let link = runtime.block_on(Link::open(&options.coordinator, hello))?;
+    let link = match runtime.block_on(Link::open(&options.coordinator, hello)) {
+        Ok(link) => link,
+        Err(error) => return Ok(error.ending()?),
+    };
     // What is neither is taken for a run's, and told to the coordinator as such.
     if let Ok(Config::Job(config)) = Config::parse(&link.welcome.config_toml, "the coordinator's config", &[]) {
         flags.working.store(true, Ordering::Relaxed);

@@ -28,8 +28,11 @@ struct Served {
 
 impl Served {
     async fn start(config: &JobConfig, listen: Option<SocketAddr>) -> Self {
-        let options =
-            Options { listen: listen.unwrap_or(([127, 0, 0, 1], 0).into()), linger: Duration::from_millis(50), ..Options::default() };
+        Self::lingering(config, listen, Duration::from_millis(50)).await
+    }
+
+    async fn lingering(config: &JobConfig, listen: Option<SocketAddr>, linger: Duration) -> Self {
+        let options = Options { listen: listen.unwrap_or(([127, 0, 0, 1], 0).into()), linger, ..Options::default() };
         let opened = async {
             loop {
                 match Coordinator::open_job(config, &options).await {
@@ -294,6 +297,18 @@ async fn a_worker_that_still_loads_when_the_job_is_over_ends_well_and_at_once() 
     loaded.send(()).unwrap();
     let ended = soon("its end", late).await.unwrap();
     assert!(matches!(ended, Ok(Ending::Done)), "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_comes_when_the_job_is_done_has_nothing_to_do() {
+    let (out, stage) = (tempfile::tempdir().unwrap(), Arc::<Stage>::default());
+    let served = Served::lingering(&config(out.path()), None, Duration::from_secs(2)).await;
+    let worker = served.worker(Toy::new(out.path(), "a", &stage));
+    served.status_when(|status| status.phase == "done").await;
+    let late = served.worker(Toy::new(out.path(), "late", &stage)).ended().await;
+    assert!(matches!(late, Ok(Ending::Done)), "{late:?}");
+    assert!(matches!(worker.ended().await, Ok(Ending::Done)));
+    assert_eq!(served.outcome().await, Outcome::Done);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

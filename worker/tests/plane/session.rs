@@ -175,12 +175,27 @@ fn every_kind_of_connector_is_trained() {
 #[test]
 fn a_refused_worker_says_why_and_whether_to_try_again() {
     RUNTIME.block_on(async {
-        for (reason, permanent) in [(RefusedReason::Version, true), (RefusedReason::Full, false), (RefusedReason::RunOver, false)] {
+        for (reason, permanent) in [(RefusedReason::Version, true), (RefusedReason::Full, false), (RefusedReason::Superseded, false)] {
             let worker = Scripted::start().await.worker().await;
-            worker.say(Say::Refused(v1::Refused { reason: reason.into(), detail: "not you".into() }));
+            worker.say(Say::Refused(v1::Refused { reason: reason.into(), detail: "not you".into(), ..Default::default() }));
             let error = worker.ended().await.unwrap_err();
             assert!(matches!(&error, WorkError::Control(ControlError::Refused { reason: told, .. }) if *told == reason));
             assert!(error.to_string().contains("not you") && error.is_permanent() == permanent, "{error}");
+        }
+    });
+}
+
+#[test]
+fn a_worker_that_comes_when_the_run_is_over_ends_as_the_run_did() {
+    RUNTIME.block_on(async {
+        for (outcome, expected) in
+            [(Outcome::Done, Some(Ending::Done)), (Outcome::Preempted, Some(Ending::Preempted)), (Outcome::Failed, None)]
+        {
+            let worker = Scripted::start().await.worker().await;
+            let reason = RefusedReason::RunOver.into();
+            worker.say(Say::Refused(v1::Refused { reason, detail: "over".into(), outcome: outcome.into() }));
+            let ended = worker.ended().await;
+            assert!(ended.as_ref().ok() == expected.as_ref(), "{ended:?}");
         }
     });
 }
@@ -482,7 +497,7 @@ fn the_process_ends_with_the_code_that_says_what_to_do_next() {
         };
 
         let (worker, mut child) = coordinator.process().await;
-        worker.say(Say::Refused(v1::Refused { reason: RefusedReason::Version.into(), detail: "not you".into() }));
+        worker.say(Say::Refused(v1::Refused { reason: RefusedReason::Version.into(), detail: "not you".into(), ..Default::default() }));
         assert_eq!(soon("the end", child.wait()).await.unwrap().code(), Some(4));
 
         // Before the first step there is nothing to commit.

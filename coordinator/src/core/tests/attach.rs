@@ -3,8 +3,9 @@
 use super::*;
 
 fn refused(run: &Run, n: u64, worker: &str, reason: v1::RefusedReason, detail: &str) -> Vec<Effect> {
+    let outcome = if reason == v1::RefusedReason::RunOver { v1::Outcome::Preempted } else { v1::Outcome::Unspecified };
     vec![
-        run.to(n, to_worker::Body::Refused(v1::Refused { reason: reason.into(), detail: detail.into() })),
+        run.to(n, to_worker::Body::Refused(v1::Refused { reason: reason.into(), detail: detail.into(), outcome: outcome.into() })),
         Effect::Close(conn(n)),
         Effect::Note(Note::Refused { worker: worker.into(), why: detail.into() }),
     ]
