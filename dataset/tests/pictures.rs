@@ -23,6 +23,18 @@ fn reference(picture: &RgbImage, size: (u32, u32), crop: (u32, u32)) -> Vec<u8> 
     image::imageops::crop_imm(&resized, crop.0, crop.1, size.0, size.1).to_image().into_raw()
 }
 
+/// The last column but one then needs a column more of the original than the last one does.
+#[test]
+fn a_window_whose_last_pixel_lies_upon_one_of_the_original_is_resized_right() {
+    for (width, height, size, seed) in [(41, 41, (26, 59), 13350698210885421835), (41, 300, (60, 20), 5)] {
+        let rules = PictureRules { sizes: &[size], crop: Crop::Random { seed }, ..RULES };
+        let picture = cut_one(&png_of(&photo(width, height, 3)), &rules).unwrap();
+        let whole = reference(&photo(width, height, 3), size, picture.crop);
+        let most = picture.rgb.iter().zip(&whole).map(|(a, b)| a.abs_diff(*b)).max();
+        assert!(most <= Some(1), "{most:?} at {:?}", picture.crop);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
 

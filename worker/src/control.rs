@@ -57,6 +57,9 @@ pub enum ControlError {
         /// In words.
         detail: String,
     },
+    /// The stream ended before the coordinator had taken this worker in.
+    #[error("the coordinator is gone ({0}) before it took this worker in; start the worker again")]
+    Unwelcomed(String),
     /// The stream ended.
     #[error("the coordinator is gone ({0}); start the run again to resume from its last commit")]
     Lost(String),
@@ -279,11 +282,11 @@ impl Link {
         mut incoming: BoxStream<'static, Result<ToWorker, tonic::Status>>,
     ) -> Result<Self, ControlError> {
         let first = deadline("welcome", CONNECT_TIMEOUT, incoming.next()).await?.transpose();
-        let first = first.map_err(|e| ControlError::Lost(e.message().to_owned()))?;
+        let first = first.map_err(|e| ControlError::Unwelcomed(e.message().to_owned()))?;
         match first.and_then(|m| Some((m.term, m.body?))) {
             Some((term, Message::Welcome(welcome))) => Ok(Self { client, out, incoming, term, welcome }),
             Some((_, Message::Refused(refused))) => Err(refusal(refused)),
-            _ => Err(ControlError::Lost("its first message was no welcome".to_owned())),
+            _ => Err(ControlError::Unwelcomed("its first message was no welcome".to_owned())),
         }
     }
 
