@@ -25,7 +25,7 @@ use crate::error::DataError;
 use crate::ipc::{self, BATCH_BYTES, BATCH_ROWS};
 use crate::manifest::{Manifest, pretty};
 use crate::plan::REPORT;
-use crate::sidecar::{Counts, Declined, Kind, Sidecar, SidecarManifest, Told};
+use crate::sidecar::{Counts, Declined, FileRecord, Kind, Sidecar, SidecarManifest, Told};
 
 /// The folder of all added columns in a data set's.
 const FOLDER: &str = "captions";
@@ -164,14 +164,10 @@ impl CaptionSet {
     /// Fails unless every shard has its captions; then their report and manifest, which are written if they were not there.
     pub async fn finish(&self) -> Result<CaptionManifest, DataError> {
         if self.0.manifest().await?.is_none() {
-            let (mut counts, mut refused) = (Counts::new(), Declined::new());
-            for record in self.0.records().await? {
-                for (why, keys) in record.declined {
-                    refused.entry(why).or_default().extend(keys);
-                }
-                for (name, count) in record.counts {
-                    *counts.entry(name).or_default() += count;
-                }
+            let records = self.0.records().await?;
+            let (counts, mut refused) = (FileRecord::total(&records), Declined::new());
+            for (why, keys) in records.into_iter().flat_map(|record| record.declined) {
+                refused.entry(why).or_default().extend(keys);
             }
             let of = |name: &str| counts.get(name).copied().unwrap_or(0);
             let report = CaptionReport { captioned: of(CAPTIONED), trimmed: of(TRIMMED), refused: &refused };

@@ -81,6 +81,17 @@ pub(crate) struct FileRecord {
     pub(crate) declined: Declined,
 }
 
+impl FileRecord {
+    /// What several files count together.
+    pub(crate) fn total(records: &[FileRecord]) -> Counts {
+        let mut total = Counts::new();
+        for (name, count) in records.iter().flat_map(|record| &record.counts) {
+            *total.entry(name.clone()).or_default() += count;
+        }
+        total
+    }
+}
+
 /// A whole sidecar.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -267,10 +278,7 @@ impl<K: Kind> Sidecar<K> {
     /// Writes the manifest, which makes the sidecar whole.
     async fn publish(&self) -> Result<SidecarManifest<K>, DataError> {
         let records = self.records().await?;
-        let mut counts = Counts::new();
-        for (name, count) in records.iter().flat_map(|record| &record.counts) {
-            *counts.entry(name.clone()).or_default() += count;
-        }
+        let counts = FileRecord::total(&records);
         let mut shards: Vec<_> = records.into_iter().map(|record| record.file).collect();
         let extra = shards.split_off(self.data.shards.len());
         let manifest = SidecarManifest { schema: SCHEMA, data: self.digest, spec: self.spec.clone(), shards, extra, counts };

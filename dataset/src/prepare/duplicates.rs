@@ -1,7 +1,7 @@
 //! Finds samples that are there twice: keys, pictures of the same bytes, pictures that look alike.
 //!
 //! The first of equal samples, in the order of parts and rows, is kept; what comes out depends on the records alone. Digests go to temporary
-//! files by their first bits, and are sorted file by file: 10⁹ samples take 48 GB of disk and 375 MB of memory. Looks, which are compared
+//! files by their first bits, and are sorted file by file: by that reckoning 10⁹ samples take 48 GB of disk and 375 MB of memory. Looks, which are compared
 //! only if the settings say so, stay in memory: 16 bytes a picture, and 4 for each band.
 
 use std::collections::{HashMap, HashSet};
