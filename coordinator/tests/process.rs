@@ -145,7 +145,7 @@ async fn a_coordinator_that_was_stopped_for_longer_than_the_lease_goes_on_with_i
         let (out, term, generation) = (worker.out.clone(), worker.term, worker.generation);
         tokio::spawn(async move {
             let mut every = tokio::time::interval(Duration::from_millis(50));
-            let body = Some(ella_proto::v1::from_worker::Body::Heartbeat(ella_proto::v1::Heartbeat { step: 0 }));
+            let body = Some(ella_proto::v1::from_worker::Body::Heartbeat(ella_proto::v1::Heartbeat::default()));
             while out.send(ella_proto::v1::FromWorker { term, generation, body: body.clone() }).await.is_ok() {
                 every.tick().await;
             }

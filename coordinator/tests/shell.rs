@@ -200,7 +200,7 @@ async fn people_and_probes_read_the_status_over_http() {
     let mut worker = Fake::attach(&served.url(), hello("<b>w</b>")).await.unwrap();
     worker.get_ready().await.unwrap();
     worker.progress(1).await;
-    worker.say(Say::Heartbeat(ella_proto::v1::Heartbeat { step: 1 })).await;
+    worker.say(Say::Heartbeat(ella_proto::v1::Heartbeat { step: 1, ..Default::default() })).await;
     let status = StatusReport::from(served.status_when(|status| status.step == 1).await);
     assert_eq!((status.loss, status.samples, status.workers[0].parts.unwrap().forward), (Some(1.0), 32, 0.005));
 

@@ -100,8 +100,8 @@ async fn read_rows(runtime: Handle, reading: Reading, mut steps: watch::Receiver
 impl Reading {
     /// Over how many steps rows are read ahead.
     fn steps_ahead(&self) -> u64 {
-        let features = self.features.iter().flat_map(|features| &features.manifest().shards);
-        let bytes: u64 = self.data.manifest().shards.iter().chain(features).map(|file| file.bytes).sum();
+        let features: u64 = self.features.iter().map(|features| features.bytes()).sum();
+        let bytes = self.data.manifest().shards.iter().map(|shard| shard.bytes).sum::<u64>().saturating_add(features);
         let samples = self.lanes.len() as u64 * u64::from(self.order.config().micro_batch);
         let step = u128::from(bytes) * u128::from(samples) / u128::from(self.order.samples().max(1));
         (u128::from(ROWS_AHEAD) / step.max(1)).clamp(1, u128::from(STEPS_AHEAD)) as u64
@@ -120,7 +120,7 @@ impl Reading {
     }
 
     /// The shards of the windows that the lanes are in at a step, then those of their next ones, soonest first.
-    fn shards(&self, step: u64) -> Vec<u32> {
+    pub fn shards(&self, step: u64) -> Vec<u32> {
         let mut windows: Vec<(u64, Vec<u32>)> = self.lanes.clone().flat_map(|lane| self.order.upcoming(step, lane)).collect();
         windows.sort_by_key(|(step, _)| *step);
         let mut seen = HashSet::new();

@@ -170,14 +170,25 @@ impl FeatureSet {
         Ok(self.0.missing().await?.0)
     }
 
-    /// The record of a shard's features, if they are there.
+    /// The record of a shard's features, if they and it are there.
     pub async fn entry(&self, shard: usize) -> Result<Option<ShardEntry>, DataError> {
-        Ok(self.0.record(self.0.stem(shard)).await?.map(|record| record.file))
+        Ok(self.0.whole(self.0.stem(shard)).await?.map(|record| record.file))
     }
 
-    /// Whether the empty caption has its features.
-    pub async fn has_empty(&self) -> Result<bool, DataError> {
-        Ok(self.0.whole(EMPTY).await?.is_some())
+    /// The record of the empty caption's features, if they and it are there.
+    pub async fn empty(&self) -> Result<Option<ShardEntry>, DataError> {
+        Ok(self.0.whole(EMPTY).await?.map(|record| record.file))
+    }
+
+    /// The error that a shard, or the empty caption, has no features.
+    pub(crate) fn lacks(&self, shard: Option<usize>) -> DataError {
+        self.0.incomplete(vec![shard.map_or(EMPTY, |shard| self.0.stem(shard)).to_owned()])
+    }
+
+    /// Bytes of each shard's features, if every caption had as many tokens as there can be.
+    pub(crate) fn most_bytes(&self) -> impl Iterator<Item = u64> {
+        let row = u64::from(self.0.spec.max_tokens) * self.0.spec.token_bytes() as u64;
+        self.0.rows().map(move |rows| rows.saturating_mul(row))
     }
 
     /// Stores the empty caption's features, a file of one row, once. To be called before [`FeatureSet::finish`].

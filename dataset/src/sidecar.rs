@@ -349,7 +349,7 @@ impl<K: Kind> Sidecar<K> {
         if missing.is_empty() { Ok(()) } else { Err(self.incomplete(missing)) }
     }
 
-    fn incomplete(&self, mut missing: Vec<String>) -> DataError {
+    pub(crate) fn incomplete(&self, mut missing: Vec<String>) -> DataError {
         let missing_count = missing.len();
         if missing_count > NAMED {
             missing.truncate(NAMED);
@@ -358,6 +358,11 @@ impl<K: Kind> Sidecar<K> {
         let total = self.files();
         let folder = self.folder.url().to_owned();
         DataError::SidecarIncomplete { folder, missing_count, total, missing: missing.join(", "), hint: K::HINT }
+    }
+
+    /// Rows of every shard.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = u64> {
+        self.data.shards.iter().map(|shard| shard.rows)
     }
 
     /// How many files there should be: one for every shard, and the further ones.

@@ -107,7 +107,7 @@ async fn read(data: &DataSet, sidecar: &Features, at: &[SampleRef]) -> Result<()
     .await?;
     assert!(seen.iter().all(|times| *times == 1));
     let wanted: Vec<_> = at.iter().copied().map(Some).collect();
-    let (parts, spec) = ((0..at.len()).collect::<Vec<_>>(), &sidecar.manifest().spec);
+    let (parts, spec) = ((0..at.len()).collect::<Vec<_>>(), sidecar.spec());
     let positions = sidecar.positions(&wanted).await?;
     let part = spec.token_bytes() * positions.iter().max().copied().unwrap_or(0);
     let mut out = vec![0xff; part * at.len()];
@@ -184,8 +184,9 @@ async fn without_trees_files_are_checked_when_they_are_opened() {
 async fn far(shards: usize, spec: &FeatureSpec) -> (Store, u64) {
     let store = Store::open("memory://").unwrap();
     write(&store, shards, spec).await;
-    let (data, features) = open(&store, CacheLimits::default(), spec).await;
-    let files = data.manifest().shards.iter().chain(&features.manifest().shards);
+    let (data, _) = open(&store, CacheLimits::default(), spec).await;
+    let features = data.begin_features(spec, "caption").await.unwrap().finish().await.unwrap();
+    let files = data.manifest().shards.iter().chain(&features.shards);
     let largest = files.map(|entry| entry.bytes).max().unwrap();
     (store, largest)
 }

@@ -282,7 +282,9 @@ async fn features_are_used_only_when_complete() {
         }
     }
     assert_eq!(features.empty().row(0).unwrap(), (feature(&spec, 0, 1).as_slice(), 1));
-    assert_eq!(data.features(&spec, "caption").await.unwrap().manifest(), features.manifest());
+    let set = data.begin_features(&spec, "caption").await.unwrap();
+    let manifest = set.finish().await.unwrap();
+    assert_eq!(features.bytes(), manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>());
 
     // Without the empty caption's, dropped captions have no features: not complete either.
     let folder = out.path().join("features").join(spec.fingerprint().to_string()).join("caption");
@@ -292,7 +294,7 @@ async fn features_are_used_only_when_complete() {
     assert!(matches!(&error, DataError::SidecarIncomplete { missing, missing_count: 1, .. } if missing == "empty"), "{error}");
     embed(&data, &spec, 0).await.unwrap();
 
-    let path = folder.join(&features.manifest().shards[0].name);
+    let path = folder.join(&manifest.shards[0].name);
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[600] ^= 1;
     std::fs::remove_file(&path).unwrap();

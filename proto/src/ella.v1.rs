@@ -160,6 +160,9 @@ pub struct Start {}
 pub struct Heartbeat {
     #[prost(uint64, tag = "1")]
     pub step: u64,
+    /// Captions that this worker has encoded, while its next step waits for more of them (text.features = "ahead").
+    #[prost(uint64, optional, tag = "2")]
+    pub encoding: ::core::option::Option<u64>,
 }
 /// One applied step, from rank 0; other ranks send theirs with `parts` only, for timing.
 #[derive(Clone, PartialEq, ::prost::Message)]

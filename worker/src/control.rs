@@ -121,6 +121,8 @@ pub struct Flags {
     pub dropped_progress: AtomicU64,
     term: AtomicU64,
     generation: AtomicU64,
+    /// Captions encoded so far, while the next step waits for more of them.
+    encoding: Mutex<Option<u64>>,
     stop: Mutex<Stop>,
 }
 
@@ -157,6 +159,11 @@ impl Flags {
     /// The generation that this worker is in.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Relaxed)
+    }
+
+    /// For heartbeats: how many captions are encoded, while the next step waits for more of them.
+    pub(crate) fn encoding(&self, captions: Option<u64>) {
+        *lock(&self.encoding) = captions;
     }
 
     /// Why the run was ended from outside, if it was.
@@ -427,7 +434,8 @@ async fn beat(outbox: Outbox, every: Duration) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while !outbox.out.is_closed() {
         ticks.tick().await;
-        outbox.offer(from_worker::Body::Heartbeat(Heartbeat { step: outbox.flags.step.load(Ordering::Relaxed) }));
+        let (step, encoding) = (outbox.flags.step.load(Ordering::Relaxed), *lock(&outbox.flags.encoding));
+        outbox.offer(from_worker::Body::Heartbeat(Heartbeat { step, encoding }));
     }
 }
 

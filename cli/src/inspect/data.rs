@@ -204,7 +204,7 @@ async fn features(set: &DataSet) -> Result<Vec<String>, Fail> {
             let features = FeatureSet::find(set.store(), set.shared_manifest(), &spec, &column).await?;
             let missing = features.missing().await?.len();
             let total = set.manifest().shards.len();
-            let state = if missing > 0 || !features.has_empty().await? {
+            let state = if missing > 0 || features.empty().await?.is_none() {
                 format!("{} of {total} shards are done", total - missing)
             } else {
                 let FeatureManifest { shards, .. } = features.finish().await?;

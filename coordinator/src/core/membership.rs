@@ -1,6 +1,6 @@
 //! Who takes part: attaching, refusing, liveness, and the forming of a generation.
 
-use super::{Closed, ConnId, Core, CoreConfig, Failure, Field, Loss, Note, Phase, Than, Time, Who};
+use super::{Closed, ConnId, Core, CoreConfig, Failure, Field, Loss, Note, Phase, Than, Time, Wait, Who};
 use ella_proto::ids::{Generation, Rank, Step};
 use ella_proto::v1::{self, to_worker};
 use std::collections::BTreeMap;
@@ -147,6 +147,8 @@ pub(super) struct Member {
     pub(super) heard: Time,
     pub(super) step: u64,
     pub(super) parts: Option<v1::StepParts>,
+    /// Captions that it has encoded, while its next step waits for more.
+    pub(super) encoding: Option<u64>,
     ready: Option<v1::Ready>,
     finished: Option<v1::Finished>,
     failed: bool,
@@ -232,6 +234,13 @@ impl Members {
 
     pub(super) fn not_ready(&self) -> Vec<Rank> {
         self.0.values().filter(|member| member.ready.is_none()).filter_map(|member| member.rank).collect()
+    }
+
+    /// What ranks wait for, if some wait for captions to be encoded.
+    pub(super) fn encoding(&self) -> Option<Wait> {
+        let waiting = self.0.values().filter_map(|member| Some((member.rank?, member.encoding?)));
+        let (ranks, captions): (Vec<Rank>, Vec<u64>) = waiting.unzip();
+        (!ranks.is_empty()).then(|| Wait::Encoding { ranks, captions: captions.iter().sum() })
     }
 
     pub(super) fn first_not_ready(&self) -> Option<Who> {
@@ -345,7 +354,7 @@ impl Core {
             return self.refuse(conn, shown(&hello.worker_id), refusal);
         }
         let worker = hello.worker_id.clone();
-        let member = Member { hello, rank: None, heard: now, step: 0, parts: None, ready: None, finished: None, failed: false, open: true };
+        let member = Member { hello, rank: None, heard: now, step: 0, parts: None, encoding: None, ready: None, finished: None, failed: false, open: true };
         let device = device(&member.hello);
         self.members.0.insert(conn, member);
         let (have, need) = (self.members.len(), self.config.workers);

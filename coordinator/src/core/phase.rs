@@ -169,6 +169,13 @@ pub enum Wait {
         /// Not ready yet.
         ranks: Vec<Rank>,
     },
+    /// For captions to be encoded, before the next step.
+    Encoding {
+        /// Whose.
+        ranks: Vec<Rank>,
+        /// That they have encoded.
+        captions: u64,
+    },
     /// For workers to reach a step boundary and commit.
     Boundary {
         /// Why they were asked to.
@@ -191,6 +198,10 @@ impl fmt::Display for Wait {
                 let ranks: Vec<String> = ranks.iter().map(Rank::to_string).collect();
                 write!(f, "waiting for ranks to load and restore: {}", ranks.join(", "))
             }
+            Self::Encoding { ranks, captions } => {
+                let ranks: Vec<String> = ranks.iter().map(Rank::to_string).collect();
+                write!(f, "the next step waits for captions to be encoded: {captions} are, by ranks {}", ranks.join(", "))
+            }
             Self::Boundary { reason } => write!(f, "waiting for the workers to commit and leave ({reason})"),
             Self::LastCommit { step } => write!(f, "waiting for the commit of step {step}"),
             Self::Record => f.write_str("waiting for the log to take the end's record"),
@@ -212,7 +223,8 @@ impl Core {
             Phase::Draining { reason, .. } => Some(Wait::Boundary { reason: reason.clone() }),
             Phase::Closing { step, .. } => Some(Wait::LastCommit { step: *step }),
             Phase::Ending { .. } => Some(Wait::Record),
-            Phase::Training | Phase::Over(_) => None,
+            Phase::Training => self.members.encoding(),
+            Phase::Over(_) => None,
         }
     }
 

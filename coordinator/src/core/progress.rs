@@ -85,6 +85,7 @@ impl Core {
         let steps = self.config.steps;
         if let Some(member) = self.members.get_mut(conn) {
             member.step = member.step.max(beat.step.min(steps));
+            member.encoding = beat.encoding;
         }
     }
 
@@ -103,6 +104,7 @@ impl Core {
         let Some(member) = self.members.get_mut(conn) else { return };
         member.step = member.step.max(progress.step);
         member.parts = progress.parts.or(member.parts);
+        member.encoding = None;
         if member.rank != Some(Rank(0)) {
             return;
         }

@@ -1,6 +1,6 @@
 //! The rules for values, which types cannot hold. Each is checked once, and named with its file and key.
 
-use super::{ConfigError, ConnectorKind, Features, Padding, RunConfig};
+use super::{ConfigError, ConnectorKind, Padding, RunConfig};
 use std::ops::RangeInclusive;
 
 /// Most threads of a worker: more than any machine has, and fewer than a system refuses to start.
@@ -116,9 +116,6 @@ impl Check<'_> {
 
     fn supported(&self) -> Result<(), ConfigError> {
         let refused = |key, found, instead| Err(ConfigError::Unsupported { origin: self.origin.to_owned(), key, found, instead });
-        if self.config.text.features == Features::Ahead {
-            return refused("text.features", "\"ahead\"".to_owned(), "use \"cached\" (run `ella embed` first) or \"inline\"");
-        }
         if let Some(work) = self.config.checkpoint.max_lost_work {
             return refused("checkpoint.max_lost_work", work.to_string(), "use checkpoint.every, in steps");
         }

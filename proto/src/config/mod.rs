@@ -195,7 +195,7 @@ pub enum Features {
     Cached,
     /// Computed for each step, and dropped.
     Inline,
-    /// Computed ahead and written through.
+    /// Computed ahead of the steps and written through to sidecars: the first epoch is `ella embed`.
     Ahead,
 }
 
@@ -544,6 +544,10 @@ impl RunConfig {
         for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {
             keys::remove(&mut value, &format!("workers.{timeout}"));
         }
+        // Features that are made ahead are those that `ella embed` makes.
+        if self.text.features == Features::Ahead {
+            value["text"]["features"] = serde_json::to_value(Features::Cached).unwrap_or_default();
+        }
         if self.train.schedule.kind == ScheduleKind::Constant {
             keys::remove(&mut value, "train.steps");
         }
@@ -721,8 +725,11 @@ mod tests {
         for free in ["workers.count=2", "run.output=x", "checkpoint.every=7", "checkpoint.keep=1", "train.steps=5", "workers.lease=1s"] {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
         }
+        let ahead = parse("", &["text.features=ahead"]).unwrap();
+        assert_eq!(ahead.digest(), base.digest(), "a run that began so may go on with the features that it made");
         for bound in [
             "workers.threads=2",
+            "text.features=inline",
             "run.seed=1",
             "train.micro_batch=4",
             "text.padding=none",

@@ -1,8 +1,9 @@
 //! Makes a step's input from the data set: which samples (ORDER), their latents, features and noise (NOISE).
 
 use super::features::{LaneFeatures, Wanted};
+use super::encoding::EncodingAhead;
 use super::staging::Staging;
-use super::{Captions, FeatureSource, FeedError, Identity, LaneInput, StepInput};
+use super::{Captions, Encoding, FeatureSource, FeedError, Identity, LaneInput, StepInput};
 use crate::noise::{HELD_OUT, SampleNoise, Stream};
 use crate::train::lane::LaneBatch;
 use ella_dataset::ledger::{KeyHash, Tally};
@@ -25,7 +26,7 @@ pub struct Parts {
     /// The prepared data set.
     pub data: Arc<DataSet>,
     /// The columns of captions that are trained on.
-    pub captions: Captions,
+    pub captions: Arc<Captions>,
     /// Captions to features: of these columns, in their order.
     pub features: FeatureSource,
     /// Pictures to latents.
@@ -50,6 +51,7 @@ pub struct Sources {
     identity: Identity,
     staging: Staging,
     ahead: Option<Ahead>,
+    encoding: Option<EncodingAhead>,
     /// The held-out batches, once they have been made.
     held_out: Option<Vec<LaneBatch>>,
 }
@@ -88,11 +90,11 @@ impl Sources {
         let order = Arc::new(BucketOrder::new(config, &manifest.order_shards())?);
         let identity = Identity { data: parts.captions.identity(&parts.data), models: parts.models_digest.clone() };
         let staging = Staging::new(parts.device);
-        Ok(Self { parts, order, identity, staging, ahead: None, held_out: None })
+        Ok(Self { parts, order, identity, staging, ahead: None, encoding: None, held_out: None })
     }
 
     /// Begins to read ahead of a step.
-    pub(super) fn start_ahead(&mut self, lanes: &Range<u32>, step: u64) {
+    pub(super) fn start_ahead(&mut self, lanes: &Range<u32>, step: u64) -> Result<(), FeedError> {
         let reading = Reading {
             data: Arc::clone(&self.parts.data),
             features: self.parts.features.sidecars().to_vec(),
@@ -100,14 +102,18 @@ impl Sources {
             lanes: lanes.clone(),
         };
         self.warn_of_crowding(lanes);
+        if let Some(encoding) = self.parts.features.encoding() {
+            self.encoding = Some(EncodingAhead::start(encoding, &reading, step).map_err(FeedError::Thread)?);
+        }
         self.ahead = Some(Ahead::start(&self.parts.runtime, reading, step));
+        Ok(())
     }
 
     /// Says so where the windows of these lanes do not fit into what there is for fetched files, for then they are fetched again and again.
     fn warn_of_crowding(&self, lanes: &Range<u32>) {
         let Parts { config, data, features, .. } = &self.parts;
-        let sidecars = features.sidecars().iter().flat_map(|features| &features.manifest().shards);
-        let bytes: u64 = data.manifest().shards.iter().chain(sidecars).map(|file| file.bytes).sum();
+        let sidecars: u64 = features.sidecars().iter().map(|features| features.bytes()).sum();
+        let bytes = data.manifest().shards.iter().map(|shard| shard.bytes).sum::<u64>().saturating_add(sidecars);
         let needed = open_bytes(bytes, data.manifest().shards.len(), lanes.len(), config.data.window);
         let (key, limit) = match data.cache() {
             Some(_) => ("data.cache_bytes", config.data.cache_bytes),
@@ -123,6 +129,11 @@ impl Sources {
                  the data set to this machine"
             );
         }
+    }
+
+    /// What encodes captions ahead, if anything does.
+    pub(super) fn encoding(&self) -> Option<&Arc<Encoding>> {
+        self.parts.features.encoding()
     }
 
     pub(super) fn data(&self) -> &Arc<DataSet> {
@@ -144,6 +155,7 @@ impl Sources {
     /// The input of the step after `step` applied ones, for some lanes.
     pub(super) fn step(&mut self, step: u64, lanes: &Range<u32>) -> Result<StepInput, FeedError> {
         self.ahead.iter().for_each(|ahead| ahead.at(step));
+        self.encoding.iter().for_each(|encoding| encoding.at(step));
         let epoch = self.order.position(step).epoch;
         let mut encode = Duration::ZERO;
         let mut inputs = Vec::with_capacity(lanes.len());
@@ -206,6 +218,10 @@ impl Sources {
 
     /// The rows of some samples, in their order, and their pictures. Each row is copied once, into the batch.
     fn pick(&mut self, samples: &[SampleRef], epoch: u64) -> Result<(Vec<Picked>, Pictures), FeedError> {
+        if let Some(encoding) = self.parts.features.encoding() {
+            // Of dropped captions too: after an epoch every shard has its features.
+            samples.iter().try_for_each(|at| encoding.have(at.shard))?;
+        }
         let mut picked: Vec<Option<Picked>> = samples.iter().map(|_| None).collect();
         let (seed, parts) = (self.parts.config.run.seed, &self.parts);
         let mut note = |i: usize, row: &RowRef<'_>| {

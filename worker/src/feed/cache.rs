@@ -1,5 +1,6 @@
 //! This machine's cache of a data set that is not on it (`data.cache`), and what is told of it (KNOWN).
 
+use super::Encoding;
 use ella_dataset::{DataError, DataSet};
 use ella_proto::config::Data;
 use ella_store::{CacheCounts, DiskCache, Store};
@@ -40,24 +41,30 @@ fn default_folder() -> Option<PathBuf> {
     Some(caches.join("ella").join("data"))
 }
 
-/// What reading a data set through its cache came to, told bit by bit.
+/// What is told of captions that are encoded ahead.
+const ENCODED: [&str; 2] = ["embedded", "truncated"];
+
+/// What reading a data set through its cache came to, and encoding its captions ahead; told bit by bit.
 #[derive(Debug, Default)]
 pub(super) struct Reads {
     data: Option<Arc<DataSet>>,
+    encoding: Option<Arc<Encoding>>,
     told: BTreeMap<String, u64>,
 }
 
 impl Reads {
-    pub(super) fn of(data: &Arc<DataSet>) -> Self {
-        Self { data: Some(Arc::clone(data)), told: BTreeMap::new() }
+    pub(super) fn of(data: &Arc<DataSet>, encoding: Option<&Arc<Encoding>>) -> Self {
+        Self { data: Some(Arc::clone(data)), encoding: encoding.cloned(), told: BTreeMap::new() }
     }
 
     /// What came to it since the last call, by name.
     pub(super) fn news(&mut self) -> HashMap<String, u64> {
         let counts = self.data.as_ref().and_then(|data| data.cache()).map(|counts| named(&counts)).unwrap_or_default();
         let unusable = (self.data.is_some() && UNUSABLE.load(Relaxed)).then(|| ("cache_unusable".to_owned(), 1));
+        let encoded = self.encoding.as_ref().map(|encoding| encoding.counts()).unwrap_or_default();
+        let encoded = ENCODED.iter().filter_map(|name| Some((format!("captions_{name}"), *encoded.get(*name)?)));
         let mut news = HashMap::new();
-        for (name, count) in counts.into_iter().chain(unusable) {
+        for (name, count) in counts.into_iter().chain(unusable).chain(encoded) {
             let told = self.told.entry(name.clone()).or_default();
             if count > *told {
                 news.insert(name, count - *told);

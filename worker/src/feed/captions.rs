@@ -73,6 +73,15 @@ impl Captions {
         Ok(())
     }
 
+    /// All captions of a shard in one column, in the order of the rows; empty where a sample has none.
+    pub(super) async fn of_shard(&self, data: &DataSet, column: usize, shard: usize) -> Result<Vec<String>, FeedError> {
+        let column = self.columns.get(column).ok_or(FeedError::NoColumn)?;
+        match &column.added {
+            Some(added) => Ok(added.shard(shard).await?.to_vec()),
+            None => Ok(data.captions(&column.name, shard).await?),
+        }
+    }
+
     /// The column whose caption is taken: one that the sample has, by the weights. None: it has none of them.
     pub(super) fn choose(&self, captions: &[String], noise: &SampleNoise) -> Option<usize> {
         let weight = |(column, caption): (&Column, &String)| if caption.is_empty() { 0.0 } else { column.weight };

@@ -1,11 +1,13 @@
 //! Where a step's features come from: sidecars, or the encoder itself.
 
-use super::FeedError;
 use super::staging::Staging;
-use crate::text::{TextEncoder, TextIdentity};
+use super::{Captions, Encoding, FeedError};
+use crate::embed::{BATCH, ShardEncoder};
+use crate::models;
+use crate::text::{TextEncoder, TextIdentity, TextOptions};
 use ella_dataset::order::SampleRef;
-use ella_dataset::{FeatureDtype, FeatureLayers, FeatureSpec, Features, Padding as Stored};
-use ella_proto::config::{Dtype, Layers, Padding, Text};
+use ella_dataset::{DataError, DataSet, FeatureDtype, FeatureLayers, FeatureSet, FeatureSpec, Features, Padding as Stored};
+use ella_proto::config::{Dtype, Features as Choice, Layers, Padding, RunConfig, Text};
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
@@ -69,6 +71,8 @@ pub(super) struct Wanted {
 pub enum FeatureSource {
     /// Complete sidecars of every column, with the empty caption's features for dropped captions.
     Cached(Vec<Arc<Features>>),
+    /// Sidecars that are made ahead of the steps.
+    Ahead(Arc<Encoding>),
     /// Computed for every lane.
     Inline {
         /// The encoder.
@@ -79,6 +83,37 @@ pub enum FeatureSource {
 }
 
 impl FeatureSource {
+    /// Where a run takes its features from. Blocks; call it outside of the runtime.
+    ///
+    /// # Errors
+    /// If they must be there and are not, or the encoder is needed and cannot be loaded.
+    pub fn open(
+        config: &RunConfig,
+        (data, captions): (&Arc<DataSet>, &Arc<Captions>),
+        (identity, device): (&TextIdentity, Device),
+        runtime: &Handle,
+    ) -> Result<Self, FeedError> {
+        let (text, spec) = (&config.text, spec(&config.text, identity)?);
+        let model = || models::locate("text.model", &text.model);
+        match text.features {
+            Choice::Cached => {}
+            Choice::Inline => {
+                let Text { max_tokens, padding, layers, dtype, .. } = *text;
+                let options = TextOptions { model: model()?, max_tokens, padding, layers, dtype };
+                return Ok(Self::Inline { encoder: Box::new(TextEncoder::load(&options, device)?), padding });
+            }
+            Choice::Ahead => {
+                let sets = runtime.block_on(begin(data, captions, &spec))?;
+                if !runtime.block_on(are_whole(&sets))? {
+                    let encoder = ShardEncoder::load(text, model()?, spec, device, (BATCH, config.workers.threads))?;
+                    return Ok(Self::Ahead(Arc::new(Encoding::open((data, captions), sets, encoder, runtime)?)));
+                }
+            }
+        }
+        let whole = captions.names().map(|column| Ok(Arc::new(runtime.block_on(data.features(&spec, column))?)));
+        Ok(Self::Cached(whole.collect::<Result<_, FeedError>>()?))
+    }
+
     /// The features of some captions, as one batch.
     pub(super) fn lane(&self, wanted: &[Wanted], staging: &mut Staging, runtime: &Handle) -> Result<LaneFeatures, FeedError> {
         match self {
@@ -88,7 +123,7 @@ impl FeatureSource {
                 let mask = if *padding == Padding::None { Some(rows.mask()?) } else { None };
                 Ok(LaneFeatures { features: rows.features, mask, truncated: rows.truncated as i64 })
             }
-            Self::Cached(features) => cached(features, wanted, staging, runtime),
+            Self::Cached(_) | Self::Ahead(_) => cached(self.sidecars(), wanted, staging, runtime),
         }
     }
 
@@ -96,9 +131,33 @@ impl FeatureSource {
     pub(super) fn sidecars(&self) -> &[Arc<Features>] {
         match self {
             Self::Cached(features) => features,
+            Self::Ahead(encoding) => encoding.features(),
             Self::Inline { .. } => &[],
         }
     }
+
+    /// What encodes ahead, if anything does.
+    pub(super) fn encoding(&self) -> Option<&Arc<Encoding>> {
+        if let Self::Ahead(encoding) = self { Some(encoding) } else { None }
+    }
+}
+
+/// The sidecars of every column, begun if they were not.
+async fn begin(data: &DataSet, captions: &Captions, spec: &FeatureSpec) -> Result<Vec<FeatureSet>, DataError> {
+    let mut sets = Vec::new();
+    for column in captions.names() {
+        sets.push(data.begin_features(spec, column).await?);
+    }
+    Ok(sets)
+}
+
+async fn are_whole(sets: &[FeatureSet]) -> Result<bool, DataError> {
+    for set in sets {
+        if set.empty().await?.is_none() || !set.missing().await?.is_empty() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Where rows lie; none is the empty caption's.
@@ -108,7 +167,7 @@ type Parts = Vec<usize>;
 
 fn cached(columns: &[Arc<Features>], wanted: &[Wanted], staging: &mut Staging, runtime: &Handle) -> Result<LaneFeatures, FeedError> {
     let Some(first) = columns.first() else { return Err(FeedError::NoColumn) };
-    let spec = &first.manifest().spec;
+    let spec = first.spec();
     // Where each column's rows lie, and which parts of the batch they fill.
     let rows: Vec<(&Features, Places, Parts)> = columns
         .iter()

@@ -7,12 +7,14 @@
 mod assemble;
 mod cache;
 mod captions;
+mod encoding;
 mod features;
 mod staging;
 
 pub use assemble::{Parts, Sources};
 pub use cache::cache;
 pub use captions::Captions;
+pub use encoding::Encoding;
 pub use features::{FeatureSource, spec, stored_kind};
 
 use crate::control::Flags;
@@ -76,6 +78,18 @@ pub enum FeedError {
         /// The deadline.
         seconds: u64,
     },
+    /// Nothing comes of what is done ahead of the steps.
+    #[error(
+        "for {seconds} s (workers.step_timeout) there were neither samples for the next step nor newly encoded captions; look at the data set's \
+         store, or raise the timeout"
+    )]
+    Stalled {
+        /// The deadline.
+        seconds: u64,
+    },
+    /// A thread that works ahead.
+    #[error("a thread cannot be started: {0}")]
+    Thread(std::io::Error),
     /// The feeding thread is gone.
     #[error("the feeding thread has died")]
     Died,
@@ -86,7 +100,7 @@ impl FeedError {
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Data(DataError::Store(error)) => error.is_permanent(),
-            Self::Torch(_) | Self::Late { .. } | Self::Died => false,
+            Self::Torch(_) | Self::Late { .. } | Self::Stalled { .. } | Self::Thread(_) | Self::Died => false,
             _ => true,
         }
     }
@@ -142,6 +156,17 @@ pub struct Feed {
     patience: Duration,
     flags: Arc<Flags>,
     reads: Reads,
+    /// The next step's samples, if they have been received.
+    next: Option<Result<StepInput, FeedError>>,
+    encoding: Option<Arc<Encoding>>,
+    /// While the next step's samples are awaited: how many captions had been encoded when that last changed, and when it did.
+    moved: Option<(u64, Instant)>,
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.encoding.iter().for_each(|encoding| encoding.stop());
+    }
 }
 
 impl Feed {
@@ -158,23 +183,69 @@ impl Feed {
         let patience = sources.patience();
         let order = sources.order();
         let identity = sources.identity().clone();
-        let reads = Reads::of(sources.data());
+        let encoding = sources.encoding().cloned();
+        let reads = Reads::of(sources.data(), encoding.as_ref());
         std::thread::Builder::new().name("feed".into()).spawn(move || {
             set_up();
             serve(sources, &lanes, steps, &send);
         })?;
-        Ok(Self { ready, order, identity, patience, flags, reads })
+        Ok(Self { ready, order, identity, patience, flags, reads, next: None, encoding, moved: None })
     }
 
     /// The next step's samples.
     pub fn next_step(&mut self) -> Result<StepInput, FeedError> {
         let begin = Instant::now();
-        let mut input = self.flags.receive(&self.ready, self.patience).map_err(|error| match error {
-            RecvTimeoutError::Timeout => FeedError::Late { seconds: self.patience.as_secs() },
-            RecvTimeoutError::Disconnected => FeedError::Died,
-        })??;
+        let mut input = match self.next.take() {
+            Some(there) => there?,
+            None => self.receive(self.patience)?.ok_or(FeedError::Late { seconds: self.patience.as_secs() })??,
+        };
         input.waited = begin.elapsed();
+        self.moved = None;
         Ok(input)
+    }
+
+    /// Waits for the next step's samples for at most `patience`. Whether they are there, or an error is.
+    ///
+    /// # Errors
+    /// [`FeedError::Stalled`] if for the config's `step_timeout` no caption has been encoded ahead either.
+    pub fn await_next(&mut self, patience: Duration) -> Result<bool, FeedError> {
+        if self.next.is_none() {
+            self.next = self.receive(patience)?;
+        }
+        let encoded = self.encoded();
+        let (before, since) = *self.moved.get_or_insert((encoded, Instant::now()));
+        if encoded != before {
+            self.moved = Some((encoded, Instant::now()));
+        } else if self.next.is_none() && since.elapsed() > self.patience {
+            return Err(FeedError::Stalled { seconds: self.patience.as_secs() });
+        }
+        Ok(self.next.is_some())
+    }
+
+    /// Whether the next step's samples are there already.
+    pub fn has_next(&mut self) -> bool {
+        if self.next.is_none() {
+            self.next = self.ready.try_recv().ok();
+        }
+        self.next.is_some()
+    }
+
+    fn receive(&self, patience: Duration) -> Result<Option<Result<StepInput, FeedError>>, FeedError> {
+        match self.flags.receive(&self.ready, patience) {
+            Ok(input) => Ok(Some(input)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(FeedError::Died),
+        }
+    }
+
+    /// Captions encoded ahead so far.
+    pub fn encoded(&self) -> u64 {
+        self.encoding.as_ref().map_or(0, |encoding| encoding.encoded())
+    }
+
+    /// Writes the manifests of sidecars that were made ahead and are whole now.
+    pub fn finish_features(&self) -> Result<(), FeedError> {
+        self.encoding.as_ref().map_or(Ok(()), |encoding| encoding.finish())
     }
 
     /// What reading through this machine's cache came to since the last call, by name (KNOWN).
@@ -199,7 +270,10 @@ impl Feed {
 }
 
 fn serve(mut sources: Sources, lanes: &Range<u32>, steps: Range<u64>, send: &SyncSender<Result<StepInput, FeedError>>) {
-    sources.start_ahead(lanes, steps.start);
+    if let Err(error) = sources.start_ahead(lanes, steps.start) {
+        let _ = send.send(Err(error));
+        return;
+    }
     for step in steps {
         let input = sources.step(step, lanes);
         let failed = input.is_err();
@@ -217,24 +291,32 @@ pub fn lanes_of(rank: u32, world: u32, lanes: u32) -> Range<u32> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use ella_dataset::order::OrderConfig;
+
+    /// What a feed sends.
+    pub(crate) type Sent = Result<StepInput, FeedError>;
+
+    /// A feed of what a test sends, which is waited for so long.
+    pub(crate) fn fed_by_hand(patience: Duration) -> (SyncSender<Sent>, Feed) {
+        let order = BucketOrder::new(OrderConfig { seed: 0, lanes: 1, micro_batch: 1, window: 1 }, &[((), 1)]).unwrap();
+        let (send, ready) = sync_channel(1);
+        let identity = Identity { data: String::new(), models: String::new() };
+        let (order, flags, reads) = (Arc::new(order), Arc::default(), Reads::default());
+        (send, Feed { ready, order, identity, patience, flags, reads, next: None, encoding: None, moved: None })
+    }
+
+    /// A step without a sample.
+    pub(crate) fn nothing() -> StepInput {
+        let (encode, waited) = (Duration::ZERO, Duration::ZERO);
+        StepInput { epoch: 0, step_samples: 0, lanes: Vec::new(), held_out: Vec::new(), encode, waited }
+    }
 
     /// LIVE: neither a feed that hangs nor one whose thread has died is waited for in vain.
     #[test]
     fn samples_that_do_not_come_are_not_waited_for_for_ever() {
-        let order = BucketOrder::new(OrderConfig { seed: 0, lanes: 1, micro_batch: 1, window: 1 }, &[((), 1)]).unwrap();
-        let (send, ready) = sync_channel(1);
-        let identity = Identity { data: String::new(), models: String::new() };
-        let mut feed = Feed {
-            ready,
-            order: Arc::new(order),
-            identity,
-            patience: Duration::from_millis(5),
-            flags: Arc::default(),
-            reads: Reads::default(),
-        };
+        let (send, mut feed) = fed_by_hand(Duration::from_millis(5));
         let late = feed.next_step().unwrap_err();
         assert!(matches!(late, FeedError::Late { .. }) && !late.is_permanent() && late.to_string().contains("workers.step_timeout"));
         send.send(Err(FeedError::Died)).unwrap();

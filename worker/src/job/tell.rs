@@ -14,7 +14,7 @@ pub struct Tell {
 }
 
 impl Tell {
-    pub(super) fn new(stop: CancellationToken) -> Self {
+    pub(crate) fn new(stop: CancellationToken) -> Self {
         Self { stop, ..Self::default() }
     }
 

@@ -5,14 +5,13 @@ use crate::commit::{Committer, Place};
 use crate::control::Control;
 use crate::device;
 use crate::feed::{self, Captions, FeatureSource, Feed, FeedError, Parts, Sources, lanes_of};
-use crate::models::{self, Loaded};
+use crate::models::Loaded;
 use crate::reduce::{Collective, CollectiveError, Listener, Membership, Nccl, Tcp};
-use crate::text::{TextEncoder, TextIdentity, TextOptions};
 use crate::train::Trainer;
 use crate::train::state::{StateError, TrainState, part_names};
 use ella_dataset::ledger::Tally;
 use ella_dataset::{CacheLimits, DataSet};
-use ella_proto::config::{Features, RunConfig};
+use ella_proto::config::RunConfig;
 use ella_proto::v1::Assign;
 use ella_store::{Commit, Store};
 use std::net::{SocketAddr, ToSocketAddrs as _};
@@ -74,9 +73,9 @@ pub(super) fn assemble(
     let store = Store::open(&config.data.path)?;
     let cache = runtime.block_on(feed::cache(&config.data, &store)).map_err(FeedError::from)?;
     let data = runtime.block_on(DataSet::open_through(store, limits, cache)).map_err(FeedError::from)?;
-    let captions = runtime.block_on(Captions::open(&data, &config.data.captions))?;
-    let features = feature_source(config, &data, &captions, (&text, device), runtime)?;
     let data = Arc::new(data);
+    let captions = Arc::new(runtime.block_on(Captions::open(&data, &config.data.captions))?);
+    let features = FeatureSource::open(config, (&data, &captions), (&text, device), runtime)?;
     let lanes = lanes_of(place.rank, place.world, config.train.lanes() as u32);
     let sources = Sources::new(Parts {
         config: config.clone(),
@@ -98,34 +97,8 @@ pub(super) fn assemble(
     let outbox = control.outbox();
     let committer = Committer::start(place, outbox.clone(), runtime.clone())
         .map_err(|source| WorkError::System { what: "a committing thread", source })?;
-    Ok(Trainer { config: config.clone(), state, networks, feed, collective, committer, outbox, flags })
-}
-
-/// Sidecars, complete before the first step, or the encoder itself.
-fn feature_source(
-    config: &RunConfig,
-    data: &DataSet,
-    captions: &Captions,
-    (text, device): (&TextIdentity, Device),
-    runtime: &Handle,
-) -> Result<FeatureSource, WorkError> {
-    if config.text.features == Features::Inline {
-        let options = TextOptions {
-            model: models::locate("text.model", &config.text.model)?,
-            max_tokens: config.text.max_tokens,
-            padding: config.text.padding,
-            layers: config.text.layers,
-            dtype: config.text.dtype,
-        };
-        let encoder = Box::new(TextEncoder::load(&options, device)?);
-        return Ok(FeatureSource::Inline { encoder, padding: config.text.padding });
-    }
-    let spec = feed::spec(&config.text, text)?;
-    let mut features = Vec::new();
-    for column in captions.names() {
-        features.push(Arc::new(runtime.block_on(data.features(&spec, column)).map_err(FeedError::from)?));
-    }
-    Ok(FeatureSource::Cached(features))
+    let saved = state.step;
+    Ok(Trainer { config: config.clone(), state, networks, feed, collective, committer, outbox, flags, saved, supplied: false })
 }
 
 /// The commit to resume from; none for a fresh start.

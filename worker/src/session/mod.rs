@@ -121,6 +121,7 @@ fn attached(options: &Options, runtime: &Handle, control: &Control, welcome: &We
     let world = assign.peers.len() as u32;
     let collective = load::connect(listener, &assign, control, &config, device)?;
     let place = Place { store, rank: assign.rank, world, term: control.flags.term(), patience };
+    let resumed = loaded.state.step;
     let mut trainer = load::assemble(&config, loaded, device, (control, runtime), (collective, place))?;
 
     control.outbox().send(from_worker::Body::Ready(ready(&trainer)?));
@@ -130,7 +131,7 @@ fn attached(options: &Options, runtime: &Handle, control: &Control, welcome: &We
     }
     control.flags.working.store(true, Ordering::Relaxed);
     let ending = trainer.run()?;
-    finish(trainer, ending, control)
+    finish(trainer, ending, resumed, control)
 }
 
 /// The device that the run asks for is the one that this worker has told the coordinator of (SAME).
@@ -159,8 +160,15 @@ fn ready(trainer: &Trainer) -> Result<Ready, WorkError> {
 /// Waits until the last commit's record stands, so that nobody leaves before the work is safe, and then for the end of the stream: a
 /// coordinator ends it once it has read all farewells. To a worker that left before, its own could still be on the way, and the
 /// coordinator would take it for lost.
-fn finish(mut trainer: Trainer, ending: Ending, control: &Control) -> Result<Ending, WorkError> {
+///
+/// A rank that left before it applied a step has nothing to save.
+fn finish(mut trainer: Trainer, ending: Ending, resumed: u64, control: &Control) -> Result<Ending, WorkError> {
     let step = trainer.state.step;
+    if trainer.collective.rank() == 0
+        && let Err(error) = trainer.feed.finish_features()
+    {
+        tracing::warn!("features that were encoded ahead lack their manifest, which the next run writes: {error}");
+    }
     trainer.committer.finish().map_err(TrainError::from)?;
     let outcome = match ending {
         Ending::Done => Outcome::Done,
@@ -169,7 +177,7 @@ fn finish(mut trainer: Trainer, ending: Ending, control: &Control) -> Result<End
     control.outbox().send(from_worker::Body::Finished(Finished { step, outcome: outcome.into() }));
     // Others may still be saving their files: the coordinator gives them this long, and then ends the run itself.
     let patience = trainer.config.workers.start_timeout.duration() + FAREWELL;
-    let mut committed = false;
+    let mut committed = step == resumed;
     loop {
         match control.next("end of the run", patience) {
             Ok(Message::Committed(commit)) => committed |= commit.step >= step,

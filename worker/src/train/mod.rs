@@ -5,6 +5,7 @@ pub mod optimizer;
 pub mod state;
 pub mod stats;
 mod sum;
+mod supply;
 
 use crate::commit::{CommitError, Committer};
 use crate::control::{Flags, Outbox};
@@ -13,7 +14,7 @@ use crate::reduce::fixed::FixedError;
 use crate::reduce::{Collective, CollectiveError};
 use ella_dataset::ledger::LedgerError;
 use ella_model::ModelError;
-use ella_proto::config::RunConfig;
+use ella_proto::config::{Features, RunConfig};
 use ella_proto::v1::{FailureKind, Progress, StepParts};
 use lane::Networks;
 use state::TrainState;
@@ -131,19 +132,29 @@ pub struct Trainer {
     pub outbox: Outbox,
     /// What the coordinator, or a signal, asks for.
     pub flags: Arc<Flags>,
+    /// The step of the newest commit, saved or being saved.
+    pub saved: u64,
+    /// Whether all ranks are known to have the next step's samples.
+    pub supplied: bool,
 }
 
 impl Trainer {
     /// Trains until the last step, or until a rank is asked to leave.
     pub fn run(&mut self) -> Result<Ending, TrainError> {
         while self.state.step < self.config.train.steps {
-            let input = self.feed.next_step()?;
+            let awaiting = Instant::now();
+            if !self.supply()? {
+                self.commit()?;
+                return Ok(Ending::Preempted);
+            }
+            let mut input = self.feed.next_step()?;
+            input.waited = awaiting.elapsed();
             let stats = self.step(input)?;
             let step = self.state.step;
             let last = step == self.config.train.steps;
             let leaving = stats.leaving > 0 && !last;
             if leaving || last || step.is_multiple_of(self.config.checkpoint.every) {
-                self.committer.save(self.state.snapshot()?, self.feed.position(step))?;
+                self.commit()?;
             }
             if leaving {
                 return Ok(Ending::Preempted);
@@ -155,18 +166,40 @@ impl Trainer {
         Ok(Ending::Done)
     }
 
+    /// Hands what is not in a commit yet to one.
+    fn commit(&mut self) -> Result<(), TrainError> {
+        let step = self.state.step;
+        if step > self.saved {
+            self.committer.save(self.state.snapshot()?, self.feed.position(step))?;
+            self.saved = step;
+        }
+        Ok(())
+    }
+
+    /// Returns once all ranks have the next step's samples, or false if one is to leave before. Where captions are not encoded ahead, none of
+    /// them waits for long.
+    fn supply(&mut self) -> Result<bool, TrainError> {
+        if self.config.text.features != Features::Ahead || self.supplied {
+            return Ok(true);
+        }
+        let patience = self.config.workers.step_timeout.duration();
+        supply::all_are_supplied(&mut self.feed, self.collective.as_mut(), &self.flags, patience)
+    }
+
     /// Applies one step and returns its sums over all ranks.
     fn step(&mut self, input: StepInput) -> Result<StepStats, TrainError> {
         let begin = Instant::now();
         let mut times = Times { data: input.waited, encode: input.encode, ..Times::default() };
         let number = self.state.step + 1;
-        let (sum, mine) = self.lanes(&input, &mut times)?;
+        let (sum, mut mine) = self.lanes(&input, &mut times)?;
+        mine.supplied = i64::from(self.feed.has_next());
 
         let reducing = Instant::now();
         let (mut grad, words) = sum.reduce(self.collective.as_mut(), mine.words())?;
         times.reduce = reducing.elapsed();
         let all = StepStats::from_words(&words).map_err(|source| TrainError::Ledger { step: number, source })?;
         self.check_dealt(&all, input.step_samples)?;
+        self.supplied = all.supplied == all.ranks;
 
         let updating = Instant::now();
         let norm = optimizer::clip(&mut grad, self.config.train.grad_clip)?;

@@ -6,7 +6,7 @@ use ella_dataset::ledger::{LedgerError, TALLY_WORDS, Tally};
 
 /// Losses travel as multiples of 2^-32.
 const LOSS_SCALE: f64 = 4_294_967_296.0;
-const FIXED: usize = 8;
+const FIXED: usize = 9;
 
 /// Length of the vector.
 pub const WORDS: usize = FIXED + TALLY_WORDS;
@@ -29,6 +29,8 @@ pub struct StepStats {
     pub truncated: i64,
     /// Ranks that took part: the world size, as a check.
     pub ranks: i64,
+    /// Ranks that have the next step's samples already.
+    pub supplied: i64,
     /// Keys used.
     pub tally: Tally,
 }
@@ -76,6 +78,7 @@ impl StepStats {
             self.dropped,
             self.truncated,
             self.ranks,
+            self.supplied,
         ]);
         words[FIXED..].copy_from_slice(&self.tally.words());
         words
@@ -86,8 +89,8 @@ impl StepStats {
         let mut tally = [0; TALLY_WORDS];
         tally.copy_from_slice(&words[FIXED..]);
         let tally = Tally::from_words(tally)?;
-        let [loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, ..] = *words;
-        Ok(Self { loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, tally })
+        let [loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, supplied, ..] = *words;
+        Ok(Self { loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, supplied, tally })
     }
 }
 
@@ -108,6 +111,7 @@ mod tests {
             let mut part = StepStats { ranks: 1, dropped: rank, ..StepStats::default() };
             for sample in 0..20 {
                 let key = KeyHash::of(&format!("{rank}/{sample}"));
+                part.supplied = rank % 2;
                 part.tally.add(key);
                 whole.tally.add(key);
             }
@@ -120,7 +124,7 @@ mod tests {
         }
         let sum = StepStats::from_words(&words).unwrap();
         assert_eq!(sum.tally, whole.tally);
-        assert_eq!((sum.ranks, sum.dropped, sum.held_out_samples, sum.held_out_lost), (5, 10, 10, 5));
+        assert_eq!((sum.ranks, sum.supplied, sum.dropped, sum.held_out_samples, sum.held_out_lost), (5, 2, 10, 10, 5));
         assert_eq!(sum.mean_loss(), 12.5 / 100.0);
         assert_eq!(sum.mean_held_out(), Some(0.25));
         assert_eq!(StepStats::default().mean_held_out(), None);

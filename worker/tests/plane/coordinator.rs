@@ -210,9 +210,10 @@ impl Worker {
     }
 
     /// Waits for a sign of life.
-    pub(crate) async fn beat(&mut self) {
+    pub(crate) async fn beat(&mut self) -> v1::Heartbeat {
         let message = soon("a message", self.heard.message()).await.unwrap().expect("the stream goes on");
-        assert!(matches!(message.body, Some(Said::Heartbeat(_))), "{message:?}");
+        let Some(Said::Heartbeat(beat)) = message.body else { panic!("{message:?}") };
+        beat
     }
 
     /// How its thread ended.

@@ -7,12 +7,12 @@ use ella_worker::text::identity;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-fn folder(config: &RunConfig) -> PathBuf {
+pub(crate) fn folder(config: &RunConfig) -> PathBuf {
     let spec = spec(&config.text, &identity(Path::new(&config.text.model), config.text.max_tokens).unwrap()).unwrap();
     Path::new(&config.data.path).join("features").join(spec.fingerprint().to_string()).join("caption")
 }
 
-fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file());
     entries.map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap())).collect()
 }

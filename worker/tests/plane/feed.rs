@@ -14,7 +14,7 @@ fn tensors(batch: &LaneBatch) -> Vec<Tensor> {
     each.map(Tensor::shallow_clone).collect()
 }
 
-fn same(a: &LaneBatch, b: &LaneBatch) -> bool {
+pub(crate) fn same(a: &LaneBatch, b: &LaneBatch) -> bool {
     tensors(a).iter().zip(tensors(b)).all(|(a, b)| *a == b)
 }
 
@@ -76,7 +76,7 @@ fn a_lanes_input_does_not_depend_on_how_lanes_are_dealt_nor_on_where_a_run_resum
     }
 }
 
-fn collect(config: &ella_proto::config::RunConfig, lanes: std::ops::Range<u32>, steps: std::ops::Range<u64>) -> Vec<StepInput> {
+pub(crate) fn collect(config: &ella_proto::config::RunConfig, lanes: std::ops::Range<u32>, steps: std::ops::Range<u64>) -> Vec<StepInput> {
     let mut feed = fed(config, lanes, steps.clone());
     steps.map(|_| feed.next_step().unwrap()).collect()
 }

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)] // what fails to unwrap fails the test
 
+mod ahead;
 mod coordinator;
 mod embed;
 mod families;

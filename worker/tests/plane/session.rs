@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use tch::{Device, Kind};
 use tempfile::TempDir;
 
-fn run_folder() -> (TempDir, String) {
+pub(crate) fn run_folder() -> (TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     let url = text(folder.path());
     (folder, url)
@@ -31,14 +31,14 @@ fn prepared(set: &[&str]) -> RunConfig {
 
 /// What a worker that trains alone reports, until it has finished.
 #[derive(Default)]
-struct Heard {
-    progress: Vec<v1::Progress>,
-    states: Vec<v1::StateDigest>,
+pub(crate) struct Heard {
+    pub(crate) progress: Vec<v1::Progress>,
+    pub(crate) states: Vec<v1::StateDigest>,
     parts: Vec<v1::PartSaved>,
 }
 
 impl Heard {
-    async fn of(worker: &mut Worker) -> (Self, v1::Finished) {
+    pub(crate) async fn of(worker: &mut Worker) -> (Self, v1::Finished) {
         let mut heard = Self::default();
         loop {
             match worker.next().await {

@@ -13,7 +13,6 @@ use ella_worker::embed::{self, EmbedSettings};
 use ella_worker::feed::{self, Captions, FeatureSource, Parts, Sources};
 use ella_worker::job::run_local;
 use ella_worker::models::{self, Loaded};
-use ella_worker::text::{TextEncoder, TextOptions};
 use half::f16;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -146,17 +145,16 @@ pub(crate) fn open(config: &RunConfig) -> DataSet {
     wait(DataSet::open(&config.data.path)).unwrap()
 }
 
-pub(crate) fn encoder(config: &RunConfig) -> TextEncoder {
-    let (model, max_tokens) = (PathBuf::from(&config.text.model), config.text.max_tokens);
-    let (padding, layers, dtype) = (config.text.padding, config.text.layers, config.text.dtype);
-    TextEncoder::load(&TextOptions { model, max_tokens, padding, layers, dtype }, Device::Cpu).unwrap()
-}
-
 /// Embeds what is missing, as the config asks for it. What was counted meanwhile, by name.
 pub(crate) fn embedded(config: &RunConfig) -> BTreeMap<String, u64> {
+    embedded_by(config, 2)
+}
+
+/// The same, so many captions at once.
+pub(crate) fn embedded_by(config: &RunConfig, batch: usize) -> BTreeMap<String, u64> {
     let _alone = EMBEDDING.lock().unwrap_or_else(PoisonError::into_inner);
     let config::Text { model, max_tokens, padding, layers, dtype, .. } = config.text.clone();
-    let settings = EmbedSettings { text: model, max_tokens, padding, layers, dtype, captions: Vec::new(), batch: 2, threads: 1 };
+    let settings = EmbedSettings { text: model, max_tokens, padding, layers, dtype, captions: Vec::new(), batch, threads: 1 };
     let config = JobConfig::new(JobTable::new(JobKind::Embed, config.data.path.clone()), &settings).unwrap();
     let mut results = BTreeMap::new();
     wait(async {
@@ -176,17 +174,15 @@ pub(crate) fn load(config: &RunConfig) -> Loaded {
 pub(crate) fn parts(config: &RunConfig) -> Parts {
     let Loaded { networks, vae, vae_weights, text, digest, .. } = load(config);
     let data = open(config);
-    let captions = wait(Captions::open(&data, &config.data.captions)).unwrap();
-    let features = if config.text.features == ella_proto::config::Features::Inline {
-        FeatureSource::Inline { encoder: Box::new(encoder(config)), padding: config.text.padding }
-    } else {
+    let captions = Arc::new(wait(Captions::open(&data, &config.data.captions)).unwrap());
+    if config.text.features == config::Features::Cached {
         embedded(config);
-        let spec = feed::spec(&config.text, &text).unwrap();
-        FeatureSource::Cached(captions.names().map(|column| Arc::new(wait(data.features(&spec, column)).unwrap())).collect())
-    };
+    }
+    let data = Arc::new(data);
+    let features = FeatureSource::open(config, (&data, &captions), (&text, Device::Cpu), RUNTIME.handle()).unwrap();
     Parts {
         config: Arc::new(config.clone()),
-        data: Arc::new(data),
+        data,
         captions,
         features,
         vae,
@@ -223,18 +219,23 @@ pub(crate) fn difference(a: &Tensor, b: &Tensor) -> f64 {
     (&a - &b).abs().max().double_value(&[]) / b.abs().max().double_value(&[]).max(1e-300)
 }
 
-/// A copy of the run's data set, without features, in which a byte of one shard is flipped.
-pub(crate) fn damaged_copy(config: &RunConfig, shard: usize) -> tempfile::TempDir {
+/// A copy of the run's data set, without features.
+pub(crate) fn bare_copy(config: &RunConfig) -> tempfile::TempDir {
     let (from, to) = (PathBuf::from(&config.data.path), tempfile::tempdir().unwrap());
-    let shards = open(config).manifest().shards.clone();
     std::fs::create_dir_all(to.path().join("shards")).unwrap();
-    for name in shards.iter().map(|entry| entry.name.as_str()).chain(["manifest.json"]) {
+    for name in open(config).manifest().shards.iter().map(|entry| entry.name.as_str()).chain(["manifest.json"]) {
         std::fs::copy(from.join(name), to.path().join(name)).unwrap();
     }
+    to
+}
+
+/// A copy of the run's data set and its features in which a byte of one shard is flipped.
+pub(crate) fn damaged_copy(config: &RunConfig, shard: usize) -> tempfile::TempDir {
+    let to = bare_copy(config);
     // The features are of the whole data set, which has the same manifest.
     embedded(config);
-    std::os::unix::fs::symlink(from.join("features"), to.path().join("features")).unwrap();
-    let victim = to.path().join(&shards[shard].name);
+    std::os::unix::fs::symlink(Path::new(&config.data.path).join("features"), to.path().join("features")).unwrap();
+    let victim = to.path().join(&open(config).manifest().shards[shard].name);
     let mut bytes = std::fs::read(&victim).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;

@@ -119,7 +119,7 @@ fn malformed_hellos_are_refused_with_the_rule() {
 #[test]
 fn a_stranger_that_does_not_say_hello_is_refused() {
     let mut run = Run::new(config(2), vec![]);
-    let effects = run.say(9, from_worker::Body::Heartbeat(v1::Heartbeat { step: 1 }));
+    let effects = run.say(9, from_worker::Body::Heartbeat(v1::Heartbeat { step: 1, ..Default::default() }));
     assert_eq!(effects, refused(&run, 9, "", v1::RefusedReason::Malformed, "the first message must be Hello"));
 }
 

@@ -53,6 +53,18 @@ fn a_stop_drains_and_the_run_ends_preempted_after_its_commit() {
     assert_eq!(run.event(Event::Appended(record)), over(outcome, 3));
 }
 
+/// Workers that waited for captions to be encoded have nothing new to commit.
+#[test]
+fn a_stop_before_the_first_step_of_a_resume_ends_preempted_at_the_old_commit() {
+    for from in [0, 4] {
+        let mut run = Run::training(if from == 0 { vec![] } else { vec![commit_at(from, 2)] });
+        run.event(Event::Stop("night".into()));
+        run.say(1, preempted(from));
+        let record = end(ella_store::Outcome::Preempted, from, "night");
+        assert_eq!(run.say(2, preempted(from)), vec![Effect::Append(record)]);
+    }
+}
+
 #[test]
 fn a_drain_that_meets_the_last_step_is_done() {
     let mut run = Run::training(vec![]);

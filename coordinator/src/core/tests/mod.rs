@@ -190,7 +190,7 @@ impl Run {
     }
 
     pub(super) fn beat(&mut self, n: u64) {
-        assert_eq!(self.say(n, from_worker::Body::Heartbeat(v1::Heartbeat { step: 0 })), vec![]);
+        assert_eq!(self.say(n, from_worker::Body::Heartbeat(v1::Heartbeat::default())), vec![]);
     }
 
     /// Goes to the next deadline while the other workers keep beating.
@@ -202,7 +202,7 @@ impl Run {
                 if self.core.phase().is_over() {
                     return effects;
                 }
-                effects.extend(self.say(*n, from_worker::Body::Heartbeat(v1::Heartbeat { step: 0 })));
+                effects.extend(self.say(*n, from_worker::Body::Heartbeat(v1::Heartbeat::default())));
             }
             effects.extend(self.event(Event::Tick));
         }

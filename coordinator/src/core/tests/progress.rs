@@ -1,6 +1,7 @@
 //! Progress: measured, kept, never answered (LIVE).
 
 use super::*;
+use ella_proto::ids::Rank;
 
 fn progress(step: u64, samples: u64) -> v1::Progress {
     v1::Progress { step, samples, loss: 0.5, ..v1::Progress::default() }
@@ -39,9 +40,25 @@ fn other_ranks_send_their_timing_only() {
 fn a_heartbeat_says_how_far_a_worker_is() {
     let mut run = Run::training(vec![]);
     for (said, known) in [(3, 3), (2, 3), (99, 10)] {
-        assert_eq!(run.say(2, from_worker::Body::Heartbeat(v1::Heartbeat { step: said })), vec![]);
+        assert_eq!(run.say(2, from_worker::Body::Heartbeat(v1::Heartbeat { step: said, ..Default::default() })), vec![]);
         assert_eq!(run.core.status(run.now).workers[1].step, known);
     }
+}
+
+/// The status says what the next step waits for, until it is applied.
+#[test]
+fn ranks_that_wait_for_captions_to_be_encoded_are_named() {
+    let mut run = Run::training(vec![]);
+    for (n, captions) in [(1, 70), (2, 30)] {
+        run.say(n, from_worker::Body::Heartbeat(v1::Heartbeat { step: 0, encoding: Some(captions) }));
+    }
+    assert_eq!(run.core.wait(), Some(Wait::Encoding { ranks: vec![Rank(0), Rank(1)], captions: 100 }));
+    let reason = run.core.status(run.now).reason;
+    assert!(reason.contains("100") && reason.contains("0, 1"), "{reason}");
+    run.say(1, from_worker::Body::Heartbeat(v1::Heartbeat::default()));
+    assert_eq!(run.core.wait(), Some(Wait::Encoding { ranks: vec![Rank(1)], captions: 30 }));
+    run.say(2, from_worker::Body::Progress(progress(1, 4)));
+    assert_eq!(run.core.wait(), None);
 }
 
 #[test]

@@ -167,7 +167,7 @@ impl Sim {
         let beating: Vec<u64> = self.workers.iter().filter(|(_, w)| w.alive).map(|(n, _)| *n).collect();
         for n in beating {
             if !self.run.core.phase().is_over() {
-                let body = Some(from_worker::Body::Heartbeat(v1::Heartbeat { step: self.step }));
+                let body = Some(from_worker::Body::Heartbeat(v1::Heartbeat { step: self.step, ..Default::default() }));
                 self.feed(Event::Message(conn(n), FromWorker { term: TERM, generation: self.run.core.generation.0, body }));
             }
         }

@@ -1,23 +1,25 @@
 //! A prepared data set as training sees it: rows of shards and features, each byte checked before its first use.
 
+mod features;
+
+pub use features::Features;
+
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ella_store::{CacheCounts, Digest, DiskCache, Store};
 
 use crate::caption_set::{CaptionManifest, CaptionSet, read_captions};
 use crate::content::Content;
 use crate::error::DataError;
-use crate::feature_file::FeatureReader;
-use crate::features::{FeatureManifest, FeatureSet, FeatureSpec};
+use crate::features::{FeatureSet, FeatureSpec};
 use crate::files::{CacheLimits, FileAt, Files, Opened};
-use crate::manifest::{Manifest, ShardEntry};
+use crate::manifest::Manifest;
 use crate::order::SampleRef;
 use crate::room::Memory;
 use crate::shard::{RowRef, ShardReader};
 
 const SHARD_HINT: &str = "run the same `ella prepare` again to make it anew";
-const FEATURES_HINT: &str = "run the same `ella embed` again to make it anew";
 const CAPTIONS_HINT: &str = "run `ella caption` again to make it anew";
 
 /// A prepared data set.
@@ -117,7 +119,7 @@ impl DataSet {
     }
 
     pub(crate) fn file(&self, index: usize) -> Result<FileAt<'_>, DataError> {
-        file_at(&self.store, &self.manifest.shards, index, SHARD_HINT)
+        Ok(FileAt { store: &self.store, entry: entry_of(&self.store, &self.manifest.shards, index)?, hint: SHARD_HINT })
     }
 
     pub(crate) async fn open_ahead(&self, index: usize, keep: &HashSet<Digest>) -> Result<bool, DataError> {
@@ -151,13 +153,14 @@ impl DataSet {
         let manifest = set.finish().await?;
         // A manifest tells what there was; what was deleted since is better missed now than hours into training.
         set.check_complete().await?;
-        let folder = set.folder().clone();
-        // A row that most steps read: not among what may be closed.
-        let own = Files::new(CacheLimits::default(), None);
-        let how = manifest.spec.clone();
-        let file = file_at(&folder, &manifest.extra, 0, FEATURES_HINT)?;
-        let empty: Arc<FeatureReader> = own.open(file, move |content| FeatureReader::of(content, &how)).await?;
-        Ok(Features { empty, folder, manifest, files: Arc::clone(&self.files) })
+        let shards = manifest.shards.into_iter().map(OnceLock::from).collect();
+        Features::open(set, shards, Arc::clone(&self.files)).await
+    }
+
+    /// Features as far as they are there, to which the others are added as they are made. The empty caption's must be there.
+    pub async fn growing_features(&self, set: FeatureSet) -> Result<Features, DataError> {
+        let shards = self.manifest.shards.iter().map(|_| OnceLock::new()).collect();
+        Features::open(set, shards, Arc::clone(&self.files)).await
     }
 
     /// Begins, or goes on with, features of an encoder for a column of captions.
@@ -186,7 +189,8 @@ impl AddedCaptions {
 
     /// The captions of a shard, row for row; empty where none could be made. Every byte is checked.
     pub async fn shard(&self, index: usize) -> Result<Arc<[String]>, DataError> {
-        let file = file_at(&self.folder, &self.manifest.shards, index, CAPTIONS_HINT)?;
+        let entry = entry_of(&self.folder, &self.manifest.shards, index)?;
+        let file = FileAt { store: &self.folder, entry, hint: CAPTIONS_HINT };
         let read = |content: Content| -> Result<Arc<[String]>, DataError> {
             content.check_all()?;
             Ok(read_captions(content.name(), content.bytes().clone())?.into())
@@ -196,107 +200,9 @@ impl AddedCaptions {
     }
 }
 
-/// A data set's complete features of one encoder.
-#[derive(Debug)]
-pub struct Features {
-    folder: Store,
-    manifest: FeatureManifest,
-    files: Arc<Files>,
-    empty: Arc<FeatureReader>,
-}
-
-impl Features {
-    /// What they are.
-    pub fn manifest(&self) -> &FeatureManifest {
-        &self.manifest
-    }
-
-    /// The features of a shard, row for row, every byte checked.
-    pub async fn shard(&self, index: usize) -> Result<Arc<FeatureReader>, DataError> {
-        let file = self.reader(index).await?;
-        let whole = whole(file, |file| file.content().check_all()).await;
-        whole.inspect_err(|_| self.files.close(&self.manifest.shards[index].blake3))
-    }
-
-    /// The empty caption's features: one row.
-    pub fn empty(&self) -> &FeatureReader {
-        &self.empty
-    }
-
-    /// Positions stored of each of these rows; `None` is the empty caption's.
-    pub async fn positions(&self, at: &[Option<SampleRef>]) -> Result<Vec<usize>, DataError> {
-        let mut positions = vec![0; at.len()];
-        self.visit(at, |i, file, row| {
-            positions[i] = file.positions(row)? as usize;
-            Ok(())
-        })
-        .await?;
-        Ok(positions)
-    }
-
-    /// Copies these rows, `None` the empty caption's, into `out`, which has equal parts of `part` bytes, `[positions, width]`: each into the
-    /// part of the number beside it in `parts`. What a row does not fill is zeroed; one that does not fit is an error.
-    pub async fn copy(&self, at: &[Option<SampleRef>], parts: &[usize], part: usize, out: &mut [u8]) -> Result<(), DataError> {
-        self.visit(at, |i, file, row| {
-            let (numbers, _) = file.row(row)?;
-            let wrong = || DataError::FeatureRow { row, what: format!("{} bytes do not fit into {part}", numbers.len()) };
-            let slot = parts.get(i).and_then(|number| out.get_mut(number * part..(number + 1) * part)).ok_or_else(wrong)?;
-            slot.get_mut(..numbers.len()).ok_or_else(wrong)?.copy_from_slice(numbers);
-            slot[numbers.len()..].fill(0);
-            Ok(())
-        })
-        .await
-    }
-
-    /// Shows `each` where every row lies, file by file: its number in `at`, its file, its row there.
-    async fn visit(
-        &self,
-        at: &[Option<SampleRef>],
-        mut each: impl FnMut(usize, &FeatureReader, usize) -> Result<(), DataError>,
-    ) -> Result<(), DataError> {
-        let order = by_shard(at.len(), |i| at[i].map(|sample| (sample.shard, sample.row)));
-        for group in order.chunk_by(|a, b| at[*a].map(|sample| sample.shard) == at[*b].map(|sample| sample.shard)) {
-            let file = match group.first().and_then(|first| at[*first]) {
-                Some(sample) => self.reader(sample.shard as usize).await?,
-                None => Arc::clone(&self.empty),
-            };
-            for &i in group {
-                each(i, &file, at[i].map_or(0, |sample| sample.row as usize))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Has the system begin to read these rows, where they are in mapped files. Nothing is fetched for it.
-    pub async fn read_ahead(&self, at: &[SampleRef]) -> Result<(), DataError> {
-        for sample in at {
-            let spec = self.manifest.spec.clone();
-            let file = self.file(sample.shard as usize)?;
-            if let Some(reader) = self.files.open_mapped(file, move |content| FeatureReader::of(content, &spec)).await? {
-                reader.read_ahead(sample.row as usize)?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn reader(&self, index: usize) -> Result<Arc<FeatureReader>, DataError> {
-        let spec = self.manifest.spec.clone();
-        self.files.open(self.file(index)?, move |content| FeatureReader::of(content, &spec)).await
-    }
-
-    pub(crate) fn file(&self, index: usize) -> Result<FileAt<'_>, DataError> {
-        file_at(&self.folder, &self.manifest.shards, index, FEATURES_HINT)
-    }
-
-    pub(crate) async fn open_ahead(&self, index: usize, keep: &HashSet<Digest>) -> Result<bool, DataError> {
-        let spec = self.manifest.spec.clone();
-        self.files.open_ahead(self.file(index)?, keep, move |content| FeatureReader::of(content, &spec)).await
-    }
-}
-
-fn file_at<'a>(store: &'a Store, entries: &'a [ShardEntry], index: usize, hint: &'static str) -> Result<FileAt<'a>, DataError> {
+fn entry_of<'a, T>(store: &Store, entries: &'a [T], index: usize) -> Result<&'a T, DataError> {
     let missing = || DataError::Row { file: format!("{} (shards)", store.url()), row: index, rows: entries.len() };
-    Ok(FileAt { store, entry: entries.get(index).ok_or_else(missing)?, hint })
+    entries.get(index).ok_or_else(missing)
 }
 
 /// The numbers below `count` in the order of where their rows lie.

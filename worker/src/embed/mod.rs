@@ -1,21 +1,23 @@
 //! `ella embed`: features of every caption of a data set, into sidecars. Each shard is one unit: written once, and skipped if it is
 //! there, so that an interrupted run goes on where it was, and any number of workers share the work.
 
+mod shard;
+
+pub use shard::{BATCH, ShardEncoder};
+
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
-use ella_dataset::{Counts, DataError, DataSet, FeatureSet, FeatureSpec, FeatureSpool, FeatureWriter};
+use ella_dataset::{DataError, DataSet, FeatureSet, FeatureSpec};
 use ella_proto::config::{Device as Choice, Dtype, Features, JobConfig, Layers, Padding, Text};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
 use tokio::runtime::Handle;
 
 use crate::device::{self, NoDevice};
-use crate::feed::{self, FeedError, stored_kind};
+use crate::feed::{self, FeedError};
 use crate::job::{Job, JobError, PLAN, Tell};
 use crate::models;
-use crate::text::{TextEncoder, TextOptions, identity};
+use crate::text::identity;
 
 /// The settings of an embed job: `[embed]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,7 +51,7 @@ impl Default for EmbedSettings {
             layers: Layers::Last,
             dtype: Dtype::Fp32,
             captions: Vec::new(),
-            batch: 32,
+            batch: BATCH,
             threads: 1,
         }
     }
@@ -90,10 +92,7 @@ pub fn make(config: &JobConfig, choice: Choice) -> Result<Box<dyn Job>, JobError
 pub struct EmbedJob {
     data: DataSet,
     columns: Vec<(String, FeatureSet)>,
-    spec: FeatureSpec,
-    batch: usize,
-    threads: usize,
-    encoder: Mutex<TextEncoder>,
+    encoder: ShardEncoder,
 }
 
 impl EmbedJob {
@@ -102,9 +101,9 @@ impl EmbedJob {
         let device = device::set_up(choice, settings.threads)?;
         // Another machine may have the model.
         let model = models::locate("--text", &settings.text).map_err(JobError::passing)?;
-        let EmbedSettings { max_tokens, padding, layers, dtype, .. } = *settings;
-        let spec = feed::spec(&settings.text(), &identity(&model, max_tokens).map_err(JobError::passing)?)?;
-        let encoder = TextEncoder::load(&TextOptions { model, max_tokens, padding, layers, dtype }, device).map_err(JobError::passing)?;
+        let (text, load) = (settings.text(), (settings.batch, settings.threads));
+        let spec = feed::spec(&text, &identity(&model, settings.max_tokens).map_err(JobError::passing)?)?;
+        let encoder = ShardEncoder::load(&text, model, spec.clone(), device, load).map_err(JobError::passing)?;
         let runtime = Handle::current();
         let data = runtime.block_on(DataSet::open(data))?;
         let own = || data.manifest().captions.iter().map(|column| column.name.clone()).collect();
@@ -114,7 +113,7 @@ impl EmbedJob {
             let set = runtime.block_on(data.begin_features(&spec, &name))?;
             columns.push((name, set));
         }
-        Ok(Self { data, columns, spec, batch: settings.batch, threads: settings.threads, encoder: Mutex::new(encoder) })
+        Ok(Self { data, columns, encoder })
     }
 
     /// What has no features yet: shards of each column, as units; or the end.
@@ -129,7 +128,7 @@ impl EmbedJob {
     async fn shard(&self, column: usize, shard: usize, tell: &Tell) -> Result<(), FeedError> {
         let (name, set) = self.columns.get(column).ok_or(FeedError::NoColumn)?;
         let captions = self.data.captions(name, shard).await?;
-        let (file, counts) = self.embed(&captions, tell)?;
+        let (file, counts) = self.encoder.embed(&captions, tell)?;
         set.write(shard, captions.len() as u64, file, counts.clone()).await?;
         counts.iter().for_each(|(name, count)| tell.count(name, *count));
         Ok(())
@@ -137,76 +136,13 @@ impl EmbedJob {
 
     async fn finish(&self) -> Result<(), FeedError> {
         for (_, set) in &self.columns {
-            if !set.has_empty().await? {
-                // For dropped captions in training, and for guidance without a negative prompt.
-                let rows = encode(&self.encoder(), &self.spec, &[""], &mut Counts::new())?;
-                let mut writer = FeatureWriter::new(&self.spec)?;
-                rows.into_iter().try_for_each(|(bytes, tokens)| writer.push(&bytes, tokens))?;
-                set.write_empty(writer.finish()?).await?;
+            if set.empty().await?.is_none() {
+                set.write_empty(self.encoder.embed_empty()?).await?;
             }
             set.finish().await?;
         }
         Ok(())
     }
-
-    fn encoder(&self) -> std::sync::MutexGuard<'_, TextEncoder> {
-        // The number of threads is the calling thread's own.
-        device::set_threads(self.threads);
-        self.encoder.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The feature file of some captions, in their order. Batches are of like length, so that little is computed for padding; which
-    /// captions share one depends on the captions alone, so that the bytes do not depend on who computes them.
-    fn embed(&self, captions: &[String], tell: &Tell) -> Result<(bytes::Bytes, Counts), FeedError> {
-        let encoder = self.encoder();
-        let there: Vec<usize> = (0..captions.len()).filter(|row| !captions[*row].is_empty()).collect();
-        let texts: Vec<&str> = there.iter().map(|row| captions[*row].as_str()).collect();
-        let lengths = if texts.is_empty() { Vec::new() } else { encoder.lengths(&texts)? };
-        let mut by_length: Vec<(usize, usize)> = lengths.into_iter().zip(there).collect();
-        by_length.sort_unstable();
-        let mut spool = FeatureSpool::new(&self.spec, captions.len())?;
-        let mut counts = Counts::from([("embedded".to_owned(), 0), ("absent".to_owned(), (captions.len() - by_length.len()) as u64)]);
-        for group in by_length.chunks(self.batch.max(1)) {
-            if tell.stopped() {
-                return Err(FeedError::Died);
-            }
-            let texts: Vec<&str> = group.iter().map(|(_, row)| captions[*row].as_str()).collect();
-            for ((_, row), (features, tokens)) in group.iter().zip(encode(&encoder, &self.spec, &texts, &mut counts)?) {
-                spool.put(*row, &features, tokens)?;
-            }
-            tell.samples(group.len() as u64);
-        }
-        Ok((spool.finish()?, counts))
-    }
-}
-
-/// The stored features and tokens of some captions, as one batch.
-fn encode(encoder: &TextEncoder, spec: &FeatureSpec, texts: &[&str], counts: &mut Counts) -> Result<Vec<(Vec<u8>, u32)>, FeedError> {
-    let rows = encoder.encode(texts)?;
-    let kept: usize = rows.tokens.iter().sum();
-    let computed = (rows.features.size()[0] * rows.features.size()[1]) as u64;
-    for (name, count) in [
-        ("embedded", texts.len() as u64),
-        ("truncated", rows.truncated as u64),
-        ("tokens_kept", kept as u64),
-        ("tokens_computed", computed),
-    ] {
-        *counts.entry(name.to_owned()).or_default() += count;
-    }
-    let features = rows.features.f_to_kind(stored_kind(spec.dtype))?.f_to_device(Device::Cpu)?;
-    let row = |(at, tokens): (usize, &usize)| {
-        let tokens = *tokens as u32;
-        Ok((row_bytes(&features.f_get(at as i64)?, tokens, spec)?, tokens))
-    };
-    rows.tokens.iter().enumerate().map(row).collect()
-}
-
-/// The positions that are stored of one caption's features `[S, E]`, little-endian.
-fn row_bytes(row: &Tensor, tokens: u32, spec: &FeatureSpec) -> Result<Vec<u8>, tch::TchError> {
-    let row = row.f_narrow(0, 0, i64::from(spec.stored_tokens(tokens)))?.f_contiguous()?;
-    let mut bytes = vec![0u8; row.numel() * spec.dtype.bytes()];
-    row.f_copy_data_u8(&mut bytes, row.numel())?;
-    Ok(bytes)
 }
 
 #[async_trait]

@@ -1,0 +1,204 @@
+//! `text.features = "ahead"`: the text encoder at work ahead of the steps (design.md §4 "Feed").
+//!
+//! It encodes whole shards, as `ella embed` does and to the same bytes, in the order in which the steps come to them, and writes them through
+//! to their sidecars: the first epoch is the precompute. What is trained on is read back from there, so that it makes no difference who
+//! encoded a shard, and when: in this run or before, on this worker or another.
+
+use super::{Captions, FeedError};
+use crate::embed::ShardEncoder;
+use crate::job::Tell;
+use ella_dataset::{DataSet, FeatureSet, Features, Reading};
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// Threads that make shards' features: one encodes while the other writes.
+const THREADS: usize = 2;
+/// How often a wait for a shard that another thread makes looks whether it is over.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Features that are made as they are needed.
+#[derive(Debug)]
+pub struct Encoding {
+    data: Arc<DataSet>,
+    captions: Arc<Captions>,
+    /// One for each column.
+    features: Vec<Arc<Features>>,
+    encoder: ShardEncoder,
+    runtime: Handle,
+    /// Shards that threads are at.
+    busy: Mutex<HashSet<u32>>,
+    freed: Condvar,
+    tell: Tell,
+    stop: CancellationToken,
+}
+
+/// A shard that the holder alone makes.
+struct Claim<'a> {
+    encoding: &'a Encoding,
+    shard: u32,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.encoding.busy().remove(&self.shard);
+        self.encoding.freed.notify_all();
+    }
+}
+
+impl Encoding {
+    /// Begins with what there is of the sidecars of the columns of captions, in their order. Blocks; call it outside of the runtime.
+    pub(super) fn open(
+        (data, captions): (&Arc<DataSet>, &Arc<Captions>),
+        sets: Vec<FeatureSet>,
+        encoder: ShardEncoder,
+        runtime: &Handle,
+    ) -> Result<Self, FeedError> {
+        let mut features = Vec::new();
+        for set in sets {
+            if runtime.block_on(set.empty())?.is_none() {
+                runtime.block_on(set.write_empty(encoder.embed_empty()?))?;
+            }
+            features.push(Arc::new(runtime.block_on(data.growing_features(set))?));
+        }
+        let stop = CancellationToken::new();
+        Ok(Self {
+            data: Arc::clone(data),
+            captions: Arc::clone(captions),
+            features,
+            encoder,
+            runtime: runtime.clone(),
+            busy: Mutex::default(),
+            freed: Condvar::new(),
+            tell: Tell::new(stop.clone()),
+            stop,
+        })
+    }
+
+    /// The features of each column.
+    pub fn features(&self) -> &[Arc<Features>] {
+        &self.features
+    }
+
+    /// Captions that were encoded so far, those of unfinished shards among them.
+    pub fn encoded(&self) -> u64 {
+        self.tell.done()
+    }
+
+    /// What came of the captions of finished shards, by name (KNOWN).
+    pub(super) fn counts(&self) -> BTreeMap<String, u64> {
+        self.tell.counts()
+    }
+
+    /// Has every thread give up soon.
+    pub(super) fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    /// Writes the manifests of sidecars that are whole now.
+    pub(super) fn finish(&self) -> Result<(), FeedError> {
+        for features in &self.features {
+            self.runtime.block_on(features.finish())?;
+        }
+        Ok(())
+    }
+
+    /// Returns when a shard has its features in every column: made here unless another thread is at it.
+    pub(super) fn have(&self, shard: u32) -> Result<(), FeedError> {
+        while !self.has(shard) {
+            if self.stop.is_cancelled() {
+                return Err(FeedError::Died);
+            }
+            match self.claim(shard) {
+                Some(claim) => self.make(&claim)?,
+                None => drop(self.freed.wait_timeout(self.busy(), LOOK).unwrap_or_else(PoisonError::into_inner)),
+            }
+        }
+        Ok(())
+    }
+
+    fn has(&self, shard: u32) -> bool {
+        self.features.iter().all(|features| features.has(shard as usize))
+    }
+
+    fn busy(&self) -> MutexGuard<'_, HashSet<u32>> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a shard that lacks features and that nobody is at.
+    fn claim(&self, shard: u32) -> Option<Claim<'_>> {
+        let mine = !self.has(shard) && self.busy().insert(shard);
+        mine.then(|| Claim { encoding: self, shard })
+    }
+
+    /// Finds a shard's features in the store, or makes them.
+    fn make(&self, claim: &Claim<'_>) -> Result<(), FeedError> {
+        let shard = claim.shard as usize;
+        for (column, features) in self.features.iter().enumerate() {
+            if self.runtime.block_on(features.find(shard))? {
+                continue;
+            }
+            let captions = self.runtime.block_on(self.captions.of_shard(&self.data, column, shard))?;
+            let (file, counts) = self.encoder.embed(&captions, &self.tell)?;
+            self.runtime.block_on(features.write(shard, captions.len() as u64, file, counts.clone()))?;
+            counts.iter().for_each(|(name, count)| self.tell.count(name, *count));
+        }
+        Ok(())
+    }
+
+    /// Makes the shards that the lanes come to next, soonest first, for the steps that it is told; until there are no more of them.
+    fn work(&self, reading: &Reading, mut steps: watch::Receiver<u64>) {
+        while steps.has_changed().is_ok() {
+            let step = *steps.borrow_and_update();
+            let claim = reading.shards(step).into_iter().find_map(|shard| self.claim(shard));
+            let made = claim.map(|claim| self.make(&claim));
+            // What fails is left to the step that needs it, which tries again and tells.
+            if !matches!(made, Some(Ok(()))) && self.runtime.block_on(steps.changed()).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Threads that encode ahead of a feed, until this is dropped.
+#[derive(Debug)]
+pub(super) struct EncodingAhead {
+    encoding: Arc<Encoding>,
+    step: Option<watch::Sender<u64>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl EncodingAhead {
+    pub(super) fn start(encoding: &Arc<Encoding>, reading: &Reading, step: u64) -> std::io::Result<Self> {
+        let (step, steps) = watch::channel(step);
+        let mut ahead = Self { encoding: Arc::clone(encoding), step: Some(step), threads: Vec::new() };
+        for _ in 0..THREADS {
+            let (encoding, reading, steps) = (Arc::clone(encoding), reading.clone(), steps.clone());
+            let work = move || encoding.work(&reading, steps);
+            ahead.threads.push(std::thread::Builder::new().name("encode".into()).spawn(work)?);
+        }
+        Ok(ahead)
+    }
+
+    /// Tells which step is being read.
+    pub(super) fn at(&self, step: u64) {
+        if let Some(steps) = &self.step {
+            steps.send_replace(step);
+        }
+    }
+}
+
+impl Drop for EncodingAhead {
+    fn drop(&mut self) {
+        self.encoding.stop();
+        self.step = None;
+        for thread in self.threads.drain(..) {
+            // A thread that has panicked left its shard to the step that needs it.
+            let _ = thread.join();
+        }
+    }
+}

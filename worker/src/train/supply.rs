@@ -1,0 +1,94 @@
+//! Waiting for samples together, where captions are encoded ahead of the steps (`text.features = "ahead"`).
+//!
+//! An encoder may take longer than ranks wait for each other in a step. So they ask each other, a little at a time, until nobody has to wait
+//! any more: a rank is late only if its encoder stands still. Once encoders are ahead, each step tells so for the next, and nothing is asked.
+
+use super::TrainError;
+use crate::control::Flags;
+use crate::feed::Feed;
+use crate::reduce::Collective;
+use std::time::Duration;
+
+/// How long a rank waits for its own samples until it asks, and answers, the others again.
+const ASK: Duration = Duration::from_secs(1);
+
+/// Returns once all ranks have the next step's samples, or false if one is to leave before. In an exchange ranks wait for each other no
+/// longer than `step_timeout`, which is what the collective waits for one that is late.
+pub(super) fn all_are_supplied(
+    feed: &mut Feed,
+    collective: &mut dyn Collective,
+    flags: &Flags,
+    step_timeout: Duration,
+) -> Result<bool, TrainError> {
+    let (world, patience) = (i64::from(collective.world()), ASK.min(step_timeout / 4));
+    loop {
+        let there = feed.await_next(patience)?;
+        flags.encoding((!there).then(|| feed.encoded()));
+        let mut all = [i64::from(there), i64::from(flags.drain.is_cancelled())];
+        collective.sum_i64(&mut all)?;
+        let [supplied, leaving] = all;
+        if supplied == world || leaving > 0 {
+            flags.encoding(None);
+            return Ok(supplied == world);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::feed::tests::{Sent, fed_by_hand, nothing};
+    use crate::reduce::InProcess;
+    use std::sync::mpsc::SyncSender;
+
+    const STEP_TIMEOUT: Duration = Duration::from_millis(400);
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// Two ranks that wait; what each is told after the others' samples have come, or it has been asked to leave, in this way.
+    fn waiting(then: impl FnOnce([SyncSender<Sent>; 2], &Flags) + Send) -> [Result<bool, TrainError>; 2] {
+        let (flags, (one, first), (two, second)) = (Flags::default(), fed_by_hand(LONG), fed_by_hand(LONG));
+        std::thread::scope(|scope| {
+            let ranks = InProcess::group(2).into_iter().zip([first, second]).map(|(mut ranks, mut feed)| {
+                let flags = &flags;
+                ranks.set_timeout(STEP_TIMEOUT);
+                scope.spawn(move || {
+                    let supplied = all_are_supplied(&mut feed, &mut ranks, flags, STEP_TIMEOUT);
+                    supplied.inspect(|supplied| assert!(!supplied || feed.has_next()))
+                })
+            });
+            let ranks: Vec<_> = ranks.collect();
+            then([one, two], &flags);
+            let ends: Vec<_> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
+            ends.try_into().unwrap()
+        })
+    }
+
+    /// A rank that waits longer for its encoder than ranks wait for each other in a step is no lost one.
+    #[test]
+    fn a_rank_whose_encoder_is_behind_is_not_late() {
+        let ends = waiting(|[one, two], _| {
+            one.send(Ok(nothing())).unwrap();
+            std::thread::sleep(STEP_TIMEOUT * 3);
+            two.send(Ok(nothing())).unwrap();
+        });
+        assert!(ends.iter().all(|end| matches!(end, Ok(true))), "{ends:?}");
+    }
+
+    #[test]
+    fn who_is_to_leave_does_not_wait_for_samples_and_nobody_goes_on_without() {
+        let ends = waiting(|[one, _two], flags| {
+            one.send(Ok(nothing())).unwrap();
+            flags.drain.cancel();
+            std::thread::sleep(STEP_TIMEOUT);
+        });
+        assert!(ends.iter().all(|end| matches!(end, Ok(false))), "{ends:?}");
+    }
+
+    #[test]
+    fn an_encoder_that_stands_still_is_told_by_the_setting_to_raise() {
+        let (_send, mut feed) = fed_by_hand(Duration::from_millis(20));
+        let mut alone = InProcess::group(1).remove(0);
+        let error = all_are_supplied(&mut feed, &mut alone, &Flags::default(), STEP_TIMEOUT).unwrap_err().to_string();
+        assert!(error.contains("workers.step_timeout") && error.contains("encoded"), "{error}");
+    }
+}
