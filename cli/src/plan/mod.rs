@@ -173,7 +173,10 @@ fn table(planned: &Planned) -> String {
     if planned.facts.unet_forward.is_none() {
         text += "training is not reckoned: the base is none of SD 1.x, 2.x or SDXL, whose FLOP are known\n";
     }
-    let what =
-        if *cheaper == "cache" { "caching features (text.features = \"cached\")" } else { "recomputing them (text.features = \"inline\")" };
+    let what = if *cheaper == "cache" {
+        "caching features (text.features = \"cached\" or \"ahead\")"
+    } else {
+        "recomputing them (text.features = \"inline\")"
+    };
     text + &format!("cheaper: {what}: {why}")
 }

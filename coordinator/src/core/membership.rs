@@ -354,7 +354,18 @@ impl Core {
             return self.refuse(conn, shown(&hello.worker_id), refusal);
         }
         let worker = hello.worker_id.clone();
-        let member = Member { hello, rank: None, heard: now, step: 0, parts: None, encoding: None, ready: None, finished: None, failed: false, open: true };
+        let member = Member {
+            hello,
+            rank: None,
+            heard: now,
+            step: 0,
+            parts: None,
+            encoding: None,
+            ready: None,
+            finished: None,
+            failed: false,
+            open: true,
+        };
         let device = device(&member.hello);
         self.members.0.insert(conn, member);
         let (have, need) = (self.members.len(), self.config.workers);

@@ -1,7 +1,7 @@
 //! Makes a step's input from the data set: which samples (ORDER), their latents, features and noise (NOISE).
 
-use super::features::{LaneFeatures, Wanted};
 use super::encoding::EncodingAhead;
+use super::features::{LaneFeatures, Wanted};
 use super::staging::Staging;
 use super::{Captions, Encoding, FeatureSource, FeedError, Identity, LaneInput, StepInput};
 use crate::noise::{HELD_OUT, SampleNoise, Stream};
