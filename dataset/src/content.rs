@@ -10,7 +10,7 @@ use ella_store::Digest;
 use memmap2::{Advice, Mmap};
 
 use crate::error::DataError;
-use crate::tree::Tree;
+use crate::tree::{self, Tree};
 
 /// Linux reads ahead no more for one call than a device takes at once, or than its read-ahead: this much, of most.
 const READ_AHEAD: usize = 256 << 10;
@@ -109,9 +109,30 @@ impl Content {
         (end <= self.bytes.len()).then_some(start..end)
     }
 
+    /// Has the system begin to read what is about to be used of a mapped file, if that has not been checked yet: perhaps nobody read it ahead.
+    pub(crate) fn expect<T>(&self, part: &[T]) {
+        let fresh = |part: &Range<usize>| self.checks.as_ref().is_some_and(|checks| !checks.tree.has(part));
+        self.range(part).filter(fresh).into_iter().for_each(|part| self.read_ahead(part));
+    }
+
+    /// Reads here and there, in parts that the reader says before. Of a mapped file nothing is read around them: the system's guess can be
+    /// mebibytes for each, and in the end the whole file.
+    pub(crate) fn scattered<T>(&self, read: impl FnOnce() -> T) -> T {
+        let advise = |advice| self.map.iter().for_each(|map| drop(map.advise(advice)));
+        advise(Advice::Random);
+        let read = read();
+        advise(Advice::Normal);
+        read
+    }
+
     /// Has the system begin to read a part of a mapped file. Best effort: whoever needs the part reads it anyway.
-    pub(crate) fn read_ahead<T>(&self, part: &[T]) {
-        let (Some(map), Some(part)) = (&self.map, self.range(part)) else { return };
+    pub(crate) fn read_ahead(&self, part: Range<usize>) {
+        let Some(map) = &self.map else { return };
+        // What is read on the way to a check would else be missed, and waited for.
+        let part = match &self.checks {
+            Some(checks) if !checks.tree.has(&part) => tree::checked_with(&part, self.bytes.len()),
+            _ => part,
+        };
         // In one request where the device takes it, for each has its cost; else what was left out, piece by piece.
         let _ = map.advise_range(Advice::WillNeed, part.start, part.len());
         for start in part.clone().step_by(READ_AHEAD) {

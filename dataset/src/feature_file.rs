@@ -169,6 +169,10 @@ impl FeatureReader {
     }
 
     pub(crate) fn of(content: Content, spec: &FeatureSpec) -> Result<FeatureReader, DataError> {
+        content.scattered(|| FeatureReader::parse(content.clone(), spec))
+    }
+
+    fn parse(content: Content, spec: &FeatureSpec) -> Result<FeatureReader, DataError> {
         let file = content.name();
         let mut index = RowIndex::default();
         let mut batches = Vec::new();
@@ -216,7 +220,13 @@ impl FeatureReader {
 
     /// Has the system begin to read a row of a local file.
     pub(crate) fn read_ahead(&self, row: usize) -> Result<(), DataError> {
-        self.content.read_ahead(self.at(row)?.0);
+        self.content.range(self.at(row)?.0).into_iter().for_each(|part| self.content.read_ahead(part));
+        Ok(())
+    }
+
+    /// Has the system begin to read a row of a local file that is about to be used, if it never was.
+    pub(crate) fn expect(&self, row: usize) -> Result<(), DataError> {
+        self.content.expect(self.at(row)?.0);
         Ok(())
     }
 

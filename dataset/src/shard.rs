@@ -242,6 +242,10 @@ impl ShardReader {
     }
 
     pub(crate) fn of(content: Content, layout: ShardLayout) -> Result<ShardReader, DataError> {
+        content.scattered(|| ShardReader::parse(content.clone(), layout))
+    }
+
+    fn parse(content: Content, layout: ShardLayout) -> Result<ShardReader, DataError> {
         let mut index = RowIndex::default();
         let mut batches = Vec::new();
         let columns = layout.columns();
@@ -277,8 +281,17 @@ impl ShardReader {
     pub(crate) fn read_ahead(&self, row: usize) -> Result<(), DataError> {
         let (batch, at) = self.find(row)?;
         let row = batch.row(at);
-        row.image.iter().for_each(|image| self.content.read_ahead(image));
-        row.moments.iter().for_each(|moments| self.content.read_ahead(moments));
+        let parts = [row.image.and_then(|image| self.content.range(image)), row.moments.and_then(|moments| self.content.range(moments))];
+        parts.into_iter().flatten().for_each(|part| self.content.read_ahead(part));
+        Ok(())
+    }
+
+    /// Has the system begin to read a row of a local file that is about to be used, if it never was.
+    pub(crate) fn expect(&self, row: usize) -> Result<(), DataError> {
+        let (batch, at) = self.find(row)?;
+        let row = batch.row(at);
+        row.image.iter().for_each(|image| self.content.expect(image));
+        row.moments.iter().for_each(|moments| self.content.expect(moments));
         Ok(())
     }
 

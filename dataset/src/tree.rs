@@ -50,6 +50,11 @@ fn groups(len: usize) -> usize {
     len.div_ceil(GROUP).max(1)
 }
 
+/// A part of a file of that length, with all of the groups that it has bytes of: what is read to check it.
+pub(crate) fn checked_with(part: &Range<usize>, len: usize) -> Range<usize> {
+    part.start / GROUP * GROUP..part.end.next_multiple_of(GROUP).min(len)
+}
+
 /// Bytes of the tree of a file of that length.
 fn outboard_len(len: usize) -> usize {
     (groups(len) - 1) * NODE
@@ -129,6 +134,11 @@ impl<T: AsRef<[u8]>> Tree<T> {
     /// Whether a part of the file, which has the length it was made for, is what the digest says.
     pub(crate) fn check(&self, file: &[u8], part: &Range<usize>) -> bool {
         self.marks.have(part) || self.node(file, part, 0..file.len(), 0, None)
+    }
+
+    /// Whether a part has been checked.
+    pub(crate) fn has(&self, part: &Range<usize>) -> bool {
+        self.marks.have(part)
     }
 
     /// Marks all as checked.

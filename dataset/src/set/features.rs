@@ -108,7 +108,10 @@ impl Features {
 
     /// Copies these rows, `None` the empty caption's, into `out`, which has equal parts of `part` bytes, `[positions, width]`: each into the
     /// part of the number beside it in `parts`. What a row does not fill is zeroed; one that does not fit is an error.
+    ///
+    /// Rows of mapped files that nobody has used before are asked of the system all at once, in case nobody has read them ahead.
     pub async fn copy(&self, at: &[Option<SampleRef>], parts: &[usize], part: usize, out: &mut [u8]) -> Result<(), DataError> {
+        self.advise(at.iter().flatten(), FeatureReader::expect).await?;
         self.visit(at, |i, file, row| {
             let (numbers, _) = file.row(row)?;
             let wrong = || DataError::FeatureRow { row, what: format!("{} bytes do not fit into {part}", numbers.len()) };
@@ -141,11 +144,19 @@ impl Features {
 
     /// Has the system begin to read these rows, where they are in mapped files. Nothing is fetched for it.
     pub async fn read_ahead(&self, at: &[SampleRef]) -> Result<(), DataError> {
-        for sample in at.iter().filter(|sample| self.has(sample.shard as usize)) {
+        self.advise(at.iter(), FeatureReader::read_ahead).await
+    }
+
+    async fn advise<'a>(
+        &self,
+        at: impl Iterator<Item = &'a SampleRef>,
+        advise: impl Fn(&FeatureReader, usize) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        for sample in at.filter(|sample| self.has(sample.shard as usize)) {
             let spec = self.spec().clone();
             let file = self.file(sample.shard as usize)?;
             if let Some(reader) = self.files.open_mapped(file, move |content| FeatureReader::of(content, &spec)).await? {
-                reader.read_ahead(sample.row as usize)?;
+                advise(&reader, sample.row as usize)?;
             }
         }
         Ok(())

@@ -87,11 +87,14 @@ impl DataSet {
 
     /// Shows `each` the rows `at`: their number in `at`, and the row. They come shard by shard, so that one shard is held at a time.
     /// A byte of theirs that is not what the manifest says is an error.
+    ///
+    /// Rows of mapped files that nobody has used before are asked of the system all at once, in case nobody has read them ahead.
     pub async fn rows<E: From<DataError>>(
         &self,
         at: &[SampleRef],
         mut each: impl FnMut(usize, RowRef<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
+        self.advise(at, ShardReader::expect).await?;
         let order = by_shard(at.len(), |i| (at[i].shard, at[i].row));
         for group in order.chunk_by(|a, b| at[*a].shard == at[*b].shard) {
             let Some(first) = group.first() else { continue };
@@ -105,10 +108,14 @@ impl DataSet {
 
     /// Has the system begin to read these rows, where they are in mapped files. Nothing is fetched for it.
     pub async fn read_ahead(&self, at: &[SampleRef]) -> Result<(), DataError> {
+        self.advise(at, ShardReader::read_ahead).await
+    }
+
+    async fn advise(&self, at: &[SampleRef], advise: impl Fn(&ShardReader, usize) -> Result<(), DataError>) -> Result<(), DataError> {
         for sample in at {
             let index = sample.shard as usize;
             if let Some(reader) = self.files.open_mapped(self.file(index)?, self.parse(index)).await? {
-                reader.read_ahead(sample.row as usize)?;
+                advise(&reader, sample.row as usize)?;
             }
         }
         Ok(())

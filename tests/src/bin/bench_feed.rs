@@ -4,7 +4,7 @@
 //! What counts: from the order to a batch in contiguous memory. CPU time is user and system time of the whole process; the three take turns
 //! in one run, because machines are shared. `PEERS_PYTHON` names a Python that has both peers; without it ella is measured alone.
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use ella_dataset::order::{BucketOrder, Order, OrderConfig, SampleRef};
 use ella_dataset::{
     Ahead, Counts, DataSet, FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, FeatureWriter, Features, LatentSpec,
@@ -15,6 +15,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt as _;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
@@ -116,6 +117,9 @@ fn main() -> Result<()> {
     bench.order()?;
     bench.manifest()?;
     bench.write()?;
+    if std::env::args().nth(2).is_some_and(|part| part == "cold") {
+        return bench.cold();
+    }
     let mut peers = bench.peers()?;
     bench.warm(&mut peers)?;
     bench.resume(&mut peers)?;
@@ -400,23 +404,22 @@ impl Bench {
     /// Nothing in the page cache: bytes per second, and those of reading the same files from end to end.
     fn cold(&self) -> Result<()> {
         let files = arrow_files(&self.ours())?;
-        let (mut ours, mut disk, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
-        for round in 0..3 {
+        let (mut ours, mut whole, mut pieces, mut cpu) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for round in 0..ROUNDS as u64 {
             forget(&files)?;
-            disk.push(sequential(&files)?);
+            whole.push(sequential(&files)?);
             forget(&files)?;
+            pieces.push(scattered(&files)?);
             let mut memory = Batch::default();
             let took =
                 timed(|| self.runtime.block_on(async { Reader::open(&self.ours(), FULL, 2).await?.epoch(round, &mut memory).await }))?;
             ours.push(took.samples * FULL.sample_bytes() as f64 / took.wall);
             cpu.push(took.per_core_second());
         }
-        let (ours, disk) = (median(ours) / 1e6, median(disk) / 1e6);
-        println!(
-            "cold, every byte checked: ella {ours:.0} MB/s ({:.0} samples per core-second); the disk, read from end to end: {disk:.0} MB/s: {:.2} of it",
-            median(cpu),
-            ours / disk
-        );
+        let [ours, whole, pieces] = [ours, whole, pieces].map(|rates| median(rates) / 1e6);
+        println!("cold, every byte checked: ella {ours:.0} MB/s, {:.0} samples per core-second", median(cpu));
+        println!("cold: the disk, in pieces of a sample's size: {pieces:.0} MB/s: ella has {:.2} of it", ours / pieces);
+        println!("cold: the disk, from end to end through the page cache: {whole:.0} MB/s: ella has {:.2} of it", ours / whole);
         Ok(())
     }
 }
@@ -506,6 +509,36 @@ fn forget(files: &[PathBuf]) -> Result<()> {
     }
     Ok(())
 }
+
+/// Bytes per second that the disk gives for pieces of a sample's size, in no order, past the page cache, by `READERS` threads at once.
+fn scattered(files: &[PathBuf]) -> Result<f64> {
+    const READERS: usize = 8;
+    let piece = FULL.sample_bytes().next_multiple_of(ALIGNED);
+    let mut places = Vec::new();
+    for path in files {
+        let pieces = std::fs::metadata(path)?.len() / piece as u64;
+        places.extend((0..pieces).map(|number| (path, number * piece as u64)));
+    }
+    places.sort_by_key(|place| Digest::of(format!("{place:?}").as_bytes()).to_string());
+    let begin = Instant::now();
+    let read = |places: &[(&PathBuf, u64)]| -> Result<usize> {
+        let mut memory = vec![0; piece + ALIGNED];
+        let start = memory.as_ptr().align_offset(ALIGNED);
+        for (path, at) in places {
+            let file = File::options().read(true).custom_flags(libc::O_DIRECT).open(path)?;
+            file.read_exact_at(&mut memory[start..start + piece], *at)?;
+        }
+        Ok(places.len() * piece)
+    };
+    let bytes = std::thread::scope(|scope| {
+        let threads: Vec<_> = places.chunks(places.len().div_ceil(READERS)).map(|places| scope.spawn(move || read(places))).collect();
+        threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a reader died"))?).sum::<Result<usize>>()
+    })?;
+    Ok(bytes as f64 / begin.elapsed().as_secs_f64())
+}
+
+/// What reads past the page cache must be multiples of.
+const ALIGNED: usize = 4096;
 
 /// Bytes per second of reading files one after the other.
 fn sequential(files: &[PathBuf]) -> Result<f64> {
