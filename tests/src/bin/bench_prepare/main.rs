@@ -1,7 +1,10 @@
 //! `ella prepare` beside Python peers that do the same work, in one run: `make bench-prepare`.
 //!
 //! JPEG 1024 × 768 of quality 90 to 512 × 512 of quality 95. All take turns on the same pictures. What counts is CPU time, so that others on the
-//! machine disturb little; ella's start-up (a run on one picture) is measured and taken off, as Python's is.
+//! machine disturb little; ella's start-up (a run on one picture) is measured and taken off, as Python's is. Then ella's peak memory, alone:
+//! `bench_prepare memory` does only this.
+
+mod memory;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -47,12 +50,15 @@ struct PeerReport {
 
 fn main() -> Result<()> {
     let folder = tempfile::tempdir()?;
+    if std::env::args().nth(1).is_some_and(|part| part == "memory") {
+        return memory::measure(folder.path());
+    }
     let at = |name: &str| folder.path().join(name);
     let originals = pictures()?;
     let bytes: usize = originals.values().map(Vec::len).sum();
     println!("{IMAGES} JPEGs of {WIDTH} × {HEIGHT}, quality 90, {} kB each → {SIDE} × {SIDE}, quality 95", bytes / IMAGES / 1000);
-    write_tar(&at("photos.tar"), &originals)?;
-    write_tar(&at("one.tar"), &originals.iter().take(1).map(|(key, bytes)| (key.clone(), bytes.clone())).collect())?;
+    write_tar(&at("photos.tar"), "jpg", &originals)?;
+    write_tar(&at("one.tar"), "jpg", &originals.iter().take(1).map(|(key, bytes)| (key.clone(), bytes.clone())).collect())?;
 
     let peers = ["cv2", "pil"];
     let (mut ella, mut others, mut start) = (Times::default(), vec![Times::default(); peers.len()], f64::INFINITY);
@@ -80,7 +86,7 @@ fn main() -> Result<()> {
         ratios.sort_by(f64::total_cmp);
         println!("ella / {peer}: {:.2} (best rounds), {:.2} (median of rounds)", times.best() / ella.best(), ratios[ROUNDS / 2]);
     }
-    Ok(())
+    memory::measure(folder.path())
 }
 
 fn show(name: &str, times: &Times, output: &Pictures, references: &BTreeMap<String, Vec<u8>>) -> Result<()> {
@@ -99,7 +105,7 @@ fn show(name: &str, times: &Times, output: &Pictures, references: &BTreeMap<Stri
 /// The pictures to prepare, the same in every run.
 fn pictures() -> Result<Pictures> {
     let make = |i: usize| {
-        let rgb = noise(i as u64)?;
+        let rgb = noise(WIDTH, HEIGHT, i as u64)?;
         let quality = Encoding::Jpeg { quality: 90 };
         let bytes = Scratch::of_thread(|scratch| encode(&rgb, (WIDTH, HEIGHT), quality, scratch)).map_err(anyhow::Error::msg)?;
         Ok((format!("{i:06}"), bytes))
@@ -108,20 +114,20 @@ fn pictures() -> Result<Pictures> {
 }
 
 /// Noise on ever finer grids, ever fainter, and grain: like photographs in what they cost to decode and encode.
-fn noise(seed: u64) -> Result<Vec<u8>> {
-    let mut sum = vec![128.0; (WIDTH * HEIGHT * 3) as usize];
+fn noise(width: u32, height: u32, seed: u64) -> Result<Vec<u8>> {
+    let mut sum = vec![128.0; (width * height * 3) as usize];
     let mut resizer = Resizer::new();
     for octave in 0..8 {
         let strength = 100.0 * 0.62f32.powi(octave);
-        let (width, height) = ((4 << octave) + 1, (3 << octave) + 1);
+        let (columns, rows) = ((4 << octave) + 1, (3 << octave) + 1);
         let mut draw = Dice(seed << 8 | octave as u64);
         // Mostly light and shade, which all channels share, and some colour.
-        let grid = (0..width * height).flat_map(|_| {
+        let grid = (0..columns * rows).flat_map(|_| {
             let shade = draw.next();
             [0; 3].map(|_| (strength * (0.75 * shade + 0.35 * draw.next())).to_ne_bytes()).concat()
         });
-        let grid = Image::from_vec_u8(width, height, grid.collect(), PixelType::F32x3)?;
-        let mut whole = Image::new(WIDTH, HEIGHT, PixelType::F32x3);
+        let grid = Image::from_vec_u8(columns, rows, grid.collect(), PixelType::F32x3)?;
+        let mut whole = Image::new(width, height, PixelType::F32x3);
         resizer.resize(&grid, &mut whole, &ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)))?;
         sum.iter_mut().zip(floats(whole.buffer())).for_each(|(sum, value)| *sum += value);
     }
@@ -150,11 +156,11 @@ fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {
     bytes.as_chunks().0.iter().map(|four| f32::from_ne_bytes(*four))
 }
 
-fn write_tar(path: &Path, pictures: &Pictures) -> Result<()> {
+fn write_tar(path: &Path, kind: &str, pictures: &Pictures) -> Result<()> {
     let mut tar = tar::Builder::new(std::fs::File::create(path)?);
     for (key, bytes) in pictures {
         for (name, bytes) in
-            [(format!("{key}.jpg"), bytes.as_slice()), (format!("{key}.txt"), b"waves of noise in many colours".as_slice())]
+            [(format!("{key}.{kind}"), bytes.as_slice()), (format!("{key}.txt"), b"waves of noise in many colours".as_slice())]
         {
             let mut header = tar::Header::new_gnu();
             header.set_size(bytes.len() as u64);
