@@ -295,7 +295,8 @@ impl DataError {
     pub fn is_permanent(&self) -> bool {
         match self {
             DataError::Store(error) => error.is_permanent(),
-            DataError::Io { .. } | DataError::Latents(_) | DataError::Stopped { .. } | DataError::Crowded { .. } => false,
+            DataError::Io { .. } | DataError::Temporary { .. } => false,
+            DataError::Latents(_) | DataError::Stopped { .. } | DataError::Crowded { .. } => false,
             _ => true,
         }
     }

@@ -169,7 +169,8 @@ fn decode(content: &Content) -> Result<(Vec<RecordBatch>, Vec<Range<usize>>), Ar
     joined(heads, AROUND).into_iter().for_each(|part| content.read_ahead(part));
     let small = blocks.iter().flat_map(|(_, offset, head, length)| small_buffers(&buffer[*offset..offset + length], *head, *offset));
     joined(small.collect(), AROUND).into_iter().for_each(|part| content.read_ahead(part));
-    let (mut batches, mut heads) = (Vec::new(), vec![start..buffer.len()]);
+    let (mut batches, mut heads) = (Vec::new(), Vec::new());
+    heads.push(start..buffer.len());
     for (block, offset, head, length) in blocks {
         batches.extend(decoder.read_record_batch(block, &buffer.slice_with_length(offset, length))?);
         heads.push(offset..offset + head);

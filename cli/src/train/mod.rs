@@ -284,14 +284,12 @@ fn show(status: &StatusReport, meter: &mut Meter, begun: &mut bool) {
         *begun = true;
         meter.starts_at(status.step);
     }
-    if status.phase == "training" && !status.reason.is_empty() {
-        return meter.at(status.step, &status.reason);
-    }
     let loss = status.loss.map_or_else(String::new, |loss| format!("loss {loss:.4}  "));
     let draining = if status.phase == "draining" { "  leaving after a commit" } else { "" };
     let commit = if status.commits == 0 { String::new() } else { format!(", the last at step {}", status.last_commit_step) };
     let (rate, commits) = (status.samples_per_second, status.commits);
-    meter.at(status.step, &format!("{loss}{rate:.1} samples/s  {commits} commits{commit}{draining}"));
+    let waits = if status.phase == "training" && !status.reason.is_empty() { format!("  {}", status.reason) } else { String::new() };
+    meter.at(status.step, &format!("{loss}{rate:.1} samples/s  {commits} commits{commit}{draining}{waits}"));
 }
 
 /// SIGTERM and SIGINT.

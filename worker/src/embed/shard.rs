@@ -61,6 +61,8 @@ impl ShardEncoder {
             }
             tell.samples(group.len() as u64);
         }
+        // Another thread's captions may be encoded while this file is put together.
+        drop(encoder);
         Ok((spool.finish()?, counts))
     }
 

@@ -1,6 +1,7 @@
 //! This machine's cache of a data set that is not on it (`data.cache`), and what is told of it (KNOWN).
 
 use super::Encoding;
+use super::encoding::FAILED;
 use ella_dataset::{DataError, DataSet};
 use ella_proto::config::Data;
 use ella_store::{CacheCounts, DiskCache, Store};
@@ -42,7 +43,7 @@ fn default_folder() -> Option<PathBuf> {
 }
 
 /// What is told of captions that are encoded ahead.
-const ENCODED: [&str; 2] = ["embedded", "truncated"];
+const ENCODED: [&str; 4] = ["embedded", "truncated", "absent", FAILED];
 
 /// What reading a data set through its cache came to, and encoding its captions ahead; told bit by bit.
 #[derive(Debug, Default)]

@@ -2,13 +2,14 @@
 //!
 //! It encodes whole shards, as `ella embed` does and to the same bytes, in the order in which the steps come to them, and writes them through
 //! to their sidecars: the first epoch is the precompute. What is trained on is read back from there, so that it makes no difference who
-//! encoded a shard, and when: in this run or before, on this worker or another.
+//! encoded a shard, and when: in this run or before, on this worker or another. On a GPU it shares torch's stream with the step as yet.
 
 use super::{Captions, FeedError};
 use crate::embed::ShardEncoder;
 use crate::job::Tell;
 use ella_dataset::{DataSet, FeatureSet, Features, Reading};
 use std::collections::{BTreeMap, HashSet};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -18,6 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Threads that make shards' features: one encodes while the other writes.
 const THREADS: usize = 2;
+/// The count of shards that could not be made ahead.
+pub(super) const FAILED: &str = "failed_ahead";
 /// How often a wait for a shard that another thread makes looks whether it is over.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -33,6 +36,10 @@ pub struct Encoding {
     /// Shards that threads are at.
     busy: Mutex<HashSet<u32>>,
     freed: Condvar,
+    /// Shards that could not be made ahead: they are left to the steps that need them.
+    failed: Mutex<HashSet<u32>>,
+    /// Threads that write what they have encoded.
+    storing: AtomicUsize,
     tell: Tell,
     stop: CancellationToken,
 }
@@ -74,6 +81,8 @@ impl Encoding {
             runtime: runtime.clone(),
             busy: Mutex::default(),
             freed: Condvar::new(),
+            failed: Mutex::default(),
+            storing: AtomicUsize::new(0),
             tell: Tell::new(stop.clone()),
             stop,
         })
@@ -87,6 +96,11 @@ impl Encoding {
     /// Captions that were encoded so far, those of unfinished shards among them.
     pub fn encoded(&self) -> u64 {
         self.tell.done()
+    }
+
+    /// Whether what was encoded is being written, for which the store has deadlines.
+    pub(super) fn is_storing(&self) -> bool {
+        self.storing.load(Relaxed) > 0
     }
 
     /// What came of the captions of finished shards, by name (KNOWN).
@@ -144,22 +158,39 @@ impl Encoding {
             }
             let captions = self.runtime.block_on(self.captions.of_shard(&self.data, column, shard))?;
             let (file, counts) = self.encoder.embed(&captions, &self.tell)?;
-            self.runtime.block_on(features.write(shard, captions.len() as u64, file, counts.clone()))?;
+            self.storing.fetch_add(1, Relaxed);
+            let stored = self.runtime.block_on(features.write(shard, captions.len() as u64, file, counts.clone()));
+            self.storing.fetch_sub(1, Relaxed);
+            stored?;
             counts.iter().for_each(|(name, count)| self.tell.count(name, *count));
         }
         Ok(())
+    }
+
+    fn failed(&self) -> MutexGuard<'_, HashSet<u32>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the shards that the lanes come to next, soonest first, for the steps that it is told; until there are no more of them.
     fn work(&self, reading: &Reading, mut steps: watch::Receiver<u64>) {
         while steps.has_changed().is_ok() {
             let step = *steps.borrow_and_update();
-            let claim = reading.shards(step).into_iter().find_map(|shard| self.claim(shard));
-            let made = claim.map(|claim| self.make(&claim));
-            // What fails is left to the step that needs it, which tries again and tells.
-            if !matches!(made, Some(Ok(()))) && self.runtime.block_on(steps.changed()).is_err() {
-                return;
+            let planned = reading.shards(step).into_iter().filter(|shard| !self.failed().contains(shard));
+            match planned.filter_map(|shard| self.claim(shard)).next() {
+                Some(claim) => self.make_ahead(&claim),
+                None if self.runtime.block_on(steps.changed()).is_err() => return,
+                None => {}
             }
+        }
+    }
+
+    /// What fails is left to the step that needs it, which tries again.
+    fn make_ahead(&self, claim: &Claim<'_>) {
+        let Err(error) = self.make(claim) else { return };
+        if !self.stop.is_cancelled() {
+            tracing::warn!(shard = claim.shard, "features cannot be made ahead: {error}");
+            self.tell.count(FAILED, 1);
+            self.failed().insert(claim.shard);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The feed: the samples of a rank's lanes, step by step, ahead of the step that uses them (design.md §4 "Feed").
 //!
-//! One thread reads, decodes and encodes; it stays at most `AHEAD` steps ahead. Meanwhile files are opened, or fetched, for the windows that
+//! One thread reads and decodes, and encodes what is not encoded ahead ([`Encoding`]); it stays at most `AHEAD` steps ahead. Meanwhile files are opened, or fetched, for the windows that
 //! come next. Memory is bounded: `AHEAD` + 1 steps of assembled lanes, and `data.memory_bytes` of fetched files (mapped ones take none, local
 //! or in this machine's cache).
 
@@ -27,7 +27,8 @@ use ella_model::ModelError;
 use ella_store::digest::BadDigest;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 /// Steps that are ready or being made ahead of the one that is computed.
@@ -99,8 +100,14 @@ impl FeedError {
     /// Whether starting again would fail in the same way.
     pub fn is_permanent(&self) -> bool {
         match self {
-            Self::Data(DataError::Store(error)) => error.is_permanent(),
-            Self::Torch(_) | Self::Late { .. } | Self::Stalled { .. } | Self::Thread(_) | Self::Died => false,
+            Self::Data(error) => error.is_permanent(),
+            Self::Model(ModelError::Unavailable { passes, .. }) => !passes,
+            Self::Model(ModelError::Torch(_))
+            | Self::Torch(_)
+            | Self::Late { .. }
+            | Self::Stalled { .. }
+            | Self::Thread(_)
+            | Self::Died => false,
             _ => true,
         }
     }
@@ -151,6 +158,10 @@ pub struct Identity {
 #[derive(Debug)]
 pub struct Feed {
     ready: Receiver<Result<StepInput, FeedError>>,
+    /// Steps that have been sent.
+    sent: Arc<AtomicU64>,
+    /// Steps that have been received.
+    received: u64,
     order: Arc<BucketOrder>,
     identity: Identity,
     patience: Duration,
@@ -159,13 +170,15 @@ pub struct Feed {
     /// The next step's samples, if they have been received.
     next: Option<Result<StepInput, FeedError>>,
     encoding: Option<Arc<Encoding>>,
-    /// While the next step's samples are awaited: how many captions had been encoded when that last changed, and when it did.
+    /// How long the next step's samples have been awaited.
+    waited: Duration,
+    /// While they are: how many captions had been encoded when that last changed, and when it did.
     moved: Option<(u64, Instant)>,
 }
 
 impl Drop for Feed {
     fn drop(&mut self) {
-        self.encoding.iter().for_each(|encoding| encoding.stop());
+        self.stop_encoding();
     }
 }
 
@@ -185,11 +198,18 @@ impl Feed {
         let identity = sources.identity().clone();
         let encoding = sources.encoding().cloned();
         let reads = Reads::of(sources.data(), encoding.as_ref());
+        let sent = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&sent);
         std::thread::Builder::new().name("feed".into()).spawn(move || {
             set_up();
-            serve(sources, &lanes, steps, &send);
+            serve(sources, &lanes, steps, |input| {
+                let there = send.send(input).is_ok();
+                counted.fetch_add(1, Relaxed);
+                there
+            });
         })?;
-        Ok(Self { ready, order, identity, patience, flags, reads, next: None, encoding, moved: None })
+        let waited = Duration::ZERO;
+        Ok(Self { ready, sent, received: 0, order, identity, patience, flags, reads, next: None, encoding, waited, moved: None })
     }
 
     /// The next step's samples.
@@ -199,7 +219,7 @@ impl Feed {
             Some(there) => there?,
             None => self.receive(self.patience)?.ok_or(FeedError::Late { seconds: self.patience.as_secs() })??,
         };
-        input.waited = begin.elapsed();
+        input.waited = std::mem::take(&mut self.waited) + begin.elapsed();
         self.moved = None;
         Ok(input)
     }
@@ -209,12 +229,15 @@ impl Feed {
     /// # Errors
     /// [`FeedError::Stalled`] if for the config's `step_timeout` no caption has been encoded ahead either.
     pub fn await_next(&mut self, patience: Duration) -> Result<bool, FeedError> {
+        let begin = Instant::now();
         if self.next.is_none() {
             self.next = self.receive(patience)?;
         }
+        self.waited += begin.elapsed();
         let encoded = self.encoded();
-        let (before, since) = *self.moved.get_or_insert((encoded, Instant::now()));
-        if encoded != before {
+        let (before, since) = *self.moved.get_or_insert((encoded, begin));
+        // What the store takes has deadlines of its own.
+        if encoded != before || self.encoding.as_ref().is_some_and(|encoding| encoding.is_storing()) {
             self.moved = Some((encoded, Instant::now()));
         } else if self.next.is_none() && since.elapsed() > self.patience {
             return Err(FeedError::Stalled { seconds: self.patience.as_secs() });
@@ -222,17 +245,17 @@ impl Feed {
         Ok(self.next.is_some())
     }
 
-    /// Whether the next step's samples are there already.
-    pub fn has_next(&mut self) -> bool {
-        if self.next.is_none() {
-            self.next = self.ready.try_recv().ok();
-        }
-        self.next.is_some()
+    /// Whether the next step's samples are there already. They stay where they are.
+    pub fn has_next(&self) -> bool {
+        self.next.is_some() || self.sent.load(Relaxed) > self.received
     }
 
-    fn receive(&self, patience: Duration) -> Result<Option<Result<StepInput, FeedError>>, FeedError> {
+    fn receive(&mut self, patience: Duration) -> Result<Option<Result<StepInput, FeedError>>, FeedError> {
         match self.flags.receive(&self.ready, patience) {
-            Ok(input) => Ok(Some(input)),
+            Ok(input) => {
+                self.received += 1;
+                Ok(Some(input))
+            }
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(FeedError::Died),
         }
@@ -241,6 +264,11 @@ impl Feed {
     /// Captions encoded ahead so far.
     pub fn encoded(&self) -> u64 {
         self.encoding.as_ref().map_or(0, |encoding| encoding.encoded())
+    }
+
+    /// Has captions no longer encoded ahead.
+    pub fn stop_encoding(&self) {
+        self.encoding.iter().for_each(|encoding| encoding.stop());
     }
 
     /// Writes the manifests of sidecars that were made ahead and are whole now.
@@ -269,16 +297,16 @@ impl Feed {
     }
 }
 
-fn serve(mut sources: Sources, lanes: &Range<u32>, steps: Range<u64>, send: &SyncSender<Result<StepInput, FeedError>>) {
+/// Sends steps until one fails, or nobody listens any more because training has ended.
+fn serve(mut sources: Sources, lanes: &Range<u32>, steps: Range<u64>, mut send: impl FnMut(Result<StepInput, FeedError>) -> bool) {
     if let Err(error) = sources.start_ahead(lanes, steps.start) {
-        let _ = send.send(Err(error));
+        send(Err(error));
         return;
     }
     for step in steps {
         let input = sources.step(step, lanes);
         let failed = input.is_err();
-        // Nobody listens any more when training has ended.
-        if send.send(input).is_err() || failed {
+        if !send(input) || failed {
             return;
         }
     }
@@ -294,6 +322,7 @@ pub fn lanes_of(rank: u32, world: u32, lanes: u32) -> Range<u32> {
 pub(crate) mod tests {
     use super::*;
     use ella_dataset::order::OrderConfig;
+    use std::sync::mpsc::SyncSender;
 
     /// What a feed sends.
     pub(crate) type Sent = Result<StepInput, FeedError>;
@@ -303,8 +332,10 @@ pub(crate) mod tests {
         let order = BucketOrder::new(OrderConfig { seed: 0, lanes: 1, micro_batch: 1, window: 1 }, &[((), 1)]).unwrap();
         let (send, ready) = sync_channel(1);
         let identity = Identity { data: String::new(), models: String::new() };
-        let (order, flags, reads) = (Arc::new(order), Arc::default(), Reads::default());
-        (send, Feed { ready, order, identity, patience, flags, reads, next: None, encoding: None, moved: None })
+        let (order, flags, reads, sent, waited) = (Arc::new(order), Arc::default(), Reads::default(), Arc::default(), Duration::ZERO);
+        let feed =
+            Feed { ready, sent, received: 0, order, identity, patience, flags, reads, next: None, encoding: None, waited, moved: None };
+        (send, feed)
     }
 
     /// A step without a sample.

@@ -164,17 +164,20 @@ fn ready(trainer: &Trainer) -> Result<Ready, WorkError> {
 /// A rank that left before it applied a step has nothing to save.
 fn finish(mut trainer: Trainer, ending: Ending, resumed: u64, control: &Control) -> Result<Ending, WorkError> {
     let step = trainer.state.step;
-    if trainer.collective.rank() == 0
-        && let Err(error) = trainer.feed.finish_features()
-    {
-        tracing::warn!("features that were encoded ahead lack their manifest, which the next run writes: {error}");
-    }
+    // What is encoded from here on would only delay the commit.
+    trainer.feed.stop_encoding();
     trainer.committer.finish().map_err(TrainError::from)?;
     let outcome = match ending {
         Ending::Done => Outcome::Done,
         Ending::Preempted => Outcome::Preempted,
     };
     control.outbox().send(from_worker::Body::Finished(Finished { step, outcome: outcome.into() }));
+    if ending == Ending::Done
+        && trainer.collective.rank() == 0
+        && let Err(error) = trainer.feed.finish_features()
+    {
+        tracing::warn!("features that were encoded ahead lack their manifest, which the next run writes: {error}");
+    }
     // Others may still be saving their files: the coordinator gives them this long, and then ends the run itself.
     let patience = trainer.config.workers.start_timeout.duration() + FAREWELL;
     let mut committed = step == resumed;

@@ -142,13 +142,11 @@ impl Trainer {
     /// Trains until the last step, or until a rank is asked to leave.
     pub fn run(&mut self) -> Result<Ending, TrainError> {
         while self.state.step < self.config.train.steps {
-            let awaiting = Instant::now();
             if !self.supply()? {
                 self.commit()?;
                 return Ok(Ending::Preempted);
             }
-            let mut input = self.feed.next_step()?;
-            input.waited = awaiting.elapsed();
+            let input = self.feed.next_step()?;
             let stats = self.step(input)?;
             let step = self.state.step;
             let last = step == self.config.train.steps;
@@ -183,7 +181,9 @@ impl Trainer {
             return Ok(true);
         }
         let patience = self.config.workers.step_timeout.duration();
-        supply::all_are_supplied(&mut self.feed, self.collective.as_mut(), &self.flags, patience)
+        let committer = &mut self.committer;
+        let ask = || if committer.has_failed() { committer.finish() } else { Ok(()) };
+        supply::all_are_supplied(&mut self.feed, self.collective.as_mut(), &self.flags, patience, ask)
     }
 
     /// Applies one step and returns its sums over all ranks.

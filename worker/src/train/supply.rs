@@ -4,6 +4,7 @@
 //! any more: a rank is late only if its encoder stands still. Once encoders are ahead, each step tells so for the next, and nothing is asked.
 
 use super::TrainError;
+use crate::commit::CommitError;
 use crate::control::Flags;
 use crate::feed::Feed;
 use crate::reduce::Collective;
@@ -13,15 +14,17 @@ use std::time::Duration;
 const ASK: Duration = Duration::from_secs(1);
 
 /// Returns once all ranks have the next step's samples, or false if one is to leave before. In an exchange ranks wait for each other no
-/// longer than `step_timeout`, which is what the collective waits for one that is late.
+/// longer than `step_timeout`, which is what the collective waits for one that is late. `goes_on` is asked meanwhile whether there is reason to.
 pub(super) fn all_are_supplied(
     feed: &mut Feed,
     collective: &mut dyn Collective,
     flags: &Flags,
     step_timeout: Duration,
+    mut goes_on: impl FnMut() -> Result<(), CommitError>,
 ) -> Result<bool, TrainError> {
     let (world, patience) = (i64::from(collective.world()), ASK.min(step_timeout / 4));
     loop {
+        goes_on()?;
         let there = feed.await_next(patience)?;
         flags.encoding((!there).then(|| feed.encoded()));
         let mut all = [i64::from(there), i64::from(flags.drain.is_cancelled())];
@@ -41,23 +44,24 @@ mod tests {
     use crate::reduce::InProcess;
     use std::sync::mpsc::SyncSender;
 
-    const STEP_TIMEOUT: Duration = Duration::from_millis(400);
+    const STEP_TIMEOUT: Duration = Duration::from_secs(1);
     const LONG: Duration = Duration::from_secs(60);
 
     /// Two ranks that wait; what each is told after the others' samples have come, or it has been asked to leave, in this way.
-    fn waiting(then: impl FnOnce([SyncSender<Sent>; 2], &Flags) + Send) -> [Result<bool, TrainError>; 2] {
+    fn waiting(then: impl FnOnce(&[SyncSender<Sent>; 2], &Flags) + Send) -> [Result<bool, TrainError>; 2] {
         let (flags, (one, first), (two, second)) = (Flags::default(), fed_by_hand(LONG), fed_by_hand(LONG));
         std::thread::scope(|scope| {
             let ranks = InProcess::group(2).into_iter().zip([first, second]).map(|(mut ranks, mut feed)| {
                 let flags = &flags;
                 ranks.set_timeout(STEP_TIMEOUT);
                 scope.spawn(move || {
-                    let supplied = all_are_supplied(&mut feed, &mut ranks, flags, STEP_TIMEOUT);
+                    let supplied = all_are_supplied(&mut feed, &mut ranks, flags, STEP_TIMEOUT, || Ok(()));
                     supplied.inspect(|supplied| assert!(!supplied || feed.has_next()))
                 })
             });
             let ranks: Vec<_> = ranks.collect();
-            then([one, two], &flags);
+            let senders = [one, two];
+            then(&senders, &flags);
             let ends: Vec<_> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
             ends.try_into().unwrap()
         })
@@ -68,7 +72,7 @@ mod tests {
     fn a_rank_whose_encoder_is_behind_is_not_late() {
         let ends = waiting(|[one, two], _| {
             one.send(Ok(nothing())).unwrap();
-            std::thread::sleep(STEP_TIMEOUT * 3);
+            std::thread::sleep(STEP_TIMEOUT * 2);
             two.send(Ok(nothing())).unwrap();
         });
         assert!(ends.iter().all(|end| matches!(end, Ok(true))), "{ends:?}");
@@ -76,10 +80,9 @@ mod tests {
 
     #[test]
     fn who_is_to_leave_does_not_wait_for_samples_and_nobody_goes_on_without() {
-        let ends = waiting(|[one, _two], flags| {
+        let ends = waiting(|[one, _], flags| {
             one.send(Ok(nothing())).unwrap();
             flags.drain.cancel();
-            std::thread::sleep(STEP_TIMEOUT);
         });
         assert!(ends.iter().all(|end| matches!(end, Ok(false))), "{ends:?}");
     }
@@ -88,7 +91,20 @@ mod tests {
     fn an_encoder_that_stands_still_is_told_by_the_setting_to_raise() {
         let (_send, mut feed) = fed_by_hand(Duration::from_millis(20));
         let mut alone = InProcess::group(1).remove(0);
-        let error = all_are_supplied(&mut feed, &mut alone, &Flags::default(), STEP_TIMEOUT).unwrap_err().to_string();
+        let error = all_are_supplied(&mut feed, &mut alone, &Flags::default(), STEP_TIMEOUT, || Ok(())).unwrap_err().to_string();
         assert!(error.contains("workers.step_timeout") && error.contains("encoded"), "{error}");
+    }
+
+    #[test]
+    fn a_commit_that_fails_meanwhile_ends_the_wait() {
+        let (_send, mut feed) = fed_by_hand(LONG);
+        let mut alone = InProcess::group(1).remove(0);
+        let mut asked = 0;
+        let failed = || {
+            asked += 1;
+            if asked < 3 { Ok(()) } else { Err(CommitError::Died) }
+        };
+        let ended = all_are_supplied(&mut feed, &mut alone, &Flags::default(), STEP_TIMEOUT / 10, failed);
+        assert!(matches!(ended, Err(TrainError::Commit(CommitError::Died))), "{ended:?}");
     }
 }

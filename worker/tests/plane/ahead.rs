@@ -4,7 +4,7 @@ use crate::coordinator::Scripted;
 use crate::embed::{files, folder};
 use crate::feed::{collect, same};
 use crate::session::{Heard, run_folder};
-use crate::world::{EPOCH, LANES, RUNTIME, SCENES, bare_copy, config, embedded_by, fed, open, text};
+use crate::world::{EPOCH, LANES, RUNTIME, SCENES, bare_copy, config, embedded_by, fed, open, order, text};
 use ella_proto::config::RunConfig;
 use ella_proto::v1::to_worker::Body as Say;
 use ella_proto::v1::{self, Outcome};
@@ -15,6 +15,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// A data set of which nothing is embedded, and a run on it.
@@ -54,9 +55,31 @@ fn features_made_ahead_are_those_that_ella_embed_makes() {
             assert!(input.held_out.iter().zip(&expected.held_out).all(|(a, b)| same(a, b)), "{set}: held-out of step {step}");
         }
         let encoded: u64 = ranks.iter().chain([&alone]).map(Feed::encoded).sum();
-        assert!((1..=3 * SCENES).contains(&encoded), "{encoded}");
+        assert!(encoded >= SCENES, "{encoded}");
         alone.finish_features().unwrap();
         assert!(files(&folder(&ahead)) == files(&folder(&before)), "{set}");
+    }
+}
+
+/// Without a step that takes any: the shards of the next window have their features before one comes to them.
+#[test]
+fn shards_are_made_before_the_steps_come_to_them() {
+    let (_bare, config) = bare(&["data.window=1", "train.global_batch=4", "train.micro_batch=1"]);
+    let order = order(&config).0;
+    // The feed itself makes what its first steps need.
+    let lane = (0..LANES).find(|lane| order.next_window(0, *lane) > 3).unwrap();
+    let next = order.next_window(0, lane);
+    let shards = order.lane_shards(next..next + 1, lane);
+    let names: Vec<String> = shards.iter().map(|shard| open(&config).manifest().shards[*shard as usize].name.clone()).collect();
+    let _feed = fed(&config, lane..lane + 1, 0..EPOCH);
+    let begin = Instant::now();
+    let there = |name: &String| {
+        let record = name.rsplit('/').next().unwrap().replace(".arrow", ".json");
+        folder(&config).join(record).exists()
+    };
+    while !names.iter().all(there) {
+        assert!(begin.elapsed() < Duration::from_secs(30), "{names:?} were not made ahead");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -141,12 +164,12 @@ fn an_encoder_that_stands_still_fails_its_worker() {
 #[test]
 fn a_shard_that_cannot_be_read_is_told_by_its_name() {
     let (bare, config) = bare(&[]);
-    let victim = bare.path().join(&open(&config).manifest().shards[0].name);
-    let mut bytes = std::fs::read(&victim).unwrap();
+    let victim = open(&config).manifest().shards[0].name.clone();
+    let mut bytes = std::fs::read(bare.path().join(&victim)).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
-    std::fs::write(victim, bytes).unwrap();
+    std::fs::write(bare.path().join(&victim), bytes).unwrap();
     let mut feed = fed(&config, 0..LANES, 0..EPOCH);
     let error = (0..EPOCH).find_map(|_| feed.next_step().err()).unwrap();
-    assert!(matches!(error, FeedError::Data(_)) && error.is_permanent() && error.to_string().contains(".arrow"), "{error}");
+    assert!(matches!(error, FeedError::Data(_)) && error.is_permanent() && error.to_string().contains(&victim), "{error}");
 }

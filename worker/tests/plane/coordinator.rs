@@ -161,7 +161,9 @@ impl Worker {
 
     /// The next message that is no heartbeat.
     pub(crate) async fn next(&mut self) -> Said {
+        let until = tokio::time::Instant::now() + PATIENCE;
         loop {
+            assert!(tokio::time::Instant::now() < until, "nothing but heartbeats within {PATIENCE:?}");
             let message = soon("a message", self.heard.message()).await.unwrap().expect("the stream goes on");
             match message.body.unwrap() {
                 Said::Heartbeat(_) => {}
