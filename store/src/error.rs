@@ -202,6 +202,7 @@ impl StoreError {
     }
 }
 
+const NO_BUCKET: &str = "the bucket or container does not exist; create it first, or correct the URL";
 /// Where the clouds give credentials to their own machines.
 const METADATA_HOSTS: [&str; 3] = ["169.254.169.254", "169.254.170.2", "metadata.google.internal"];
 
@@ -222,9 +223,7 @@ impl Place<'_> {
             E::NotFound { .. } if matches!(operation, Operation::Get | Operation::Head | Operation::Delete) => {
                 StoreError::NotFound { url, key }
             }
-            E::NotFound { .. } => {
-                StoreError::BadUrl { url, reason: "the bucket or container does not exist; create it first, or correct the URL".into() }
-            }
+            E::NotFound { .. } => StoreError::BadUrl { url, reason: NO_BUCKET.into() },
             E::AlreadyExists { .. } => StoreError::AlreadyExists { url, key },
             E::PermissionDenied { .. } | E::Unauthenticated { .. } => StoreError::Permission { url, key, operation, source: error.into() },
             E::NotImplemented { .. } | E::NotSupported { .. } => {
@@ -242,6 +241,10 @@ impl Place<'_> {
         if text.contains("URL scheme is not allowed") {
             let reason = "the endpoint is http://, which is not encrypted; if that is meant, set AWS_ALLOW_HTTP=true (AZURE_…, GOOGLE_…)";
             return StoreError::BadUrl { url: self.url.into(), reason: reason.into() };
+        }
+        // A folder that is not there lists nothing.
+        if self.operation == Operation::List && text.contains("404 Not Found") {
+            return StoreError::BadUrl { url: self.url.into(), reason: NO_BUCKET.into() };
         }
         if !METADATA_HOSTS.iter().any(|host| text.contains(host)) {
             return self.sort(class, error.into());
@@ -382,6 +385,15 @@ mod tests {
         assert_eq!(error.kind(), "permission");
         assert!(error.to_string().contains("no credentials are set"), "{error}");
         assert!(sorted("GET http://169.254.169.254/ - Server returned non-2xx status code: 503: ").is_retryable());
+    }
+
+    #[test]
+    fn a_bucket_that_is_not_there_says_so_whatever_is_asked_of_it() {
+        let text = "Error performing GET http://s3/b?list-type=2 - Server returned non-2xx status code: 404 Not Found: <?xml version=";
+        let place = Place { url: "s3://b/run", key: "log/", operation: Operation::List };
+        let error = place.error(object_store::Error::Generic { store: "S3", source: text.into() });
+        assert_eq!((error.kind(), error.is_permanent()), ("bad url", true));
+        assert!(error.to_string().contains("does not exist"), "{error}");
     }
 
     #[test]
