@@ -98,3 +98,18 @@ fn audit_sees_damage(run: &Run) -> Result<()> {
     ella(&["audit", &folder])?;
     Ok(())
 }
+
+/// Commits by the clock are when they are, and the trained bytes do not know of them.
+#[test]
+fn commits_by_the_clock_change_no_byte() -> Result<()> {
+    let world = World::new(40)?;
+    let calm = world.run("calm", STEPS, "")?;
+    ella(&calm.train(&["workers.count=1"]))?;
+    let run = world.run("clock", STEPS, "[checkpoint]\nmax_lost_work = \"60ms\"\n")?;
+    ella(&run.train(&["workers.count=3"]))?;
+    let steps: Vec<u64> = run.commits()?.iter().map(|commit| commit.step).collect();
+    assert!(steps.len() > 2 && steps.last() == Some(&STEPS), "{steps:?}");
+    assert!(run.last_files()? == calm.last_files()?, "other bytes");
+    ella(&["audit", &run.output.display().to_string()])?;
+    Ok(())
+}

@@ -117,6 +117,8 @@ pub struct Flags {
     pub working: AtomicBool,
     /// The last applied step, for heartbeats.
     pub step: AtomicU64,
+    /// The step of the newest commit whose record stands.
+    pub committed: AtomicU64,
     /// Messages of progress that were dropped because nobody read them.
     pub dropped_progress: AtomicU64,
     term: AtomicU64,
@@ -403,7 +405,12 @@ async fn listen(
                         flags.drain.cancel();
                     }
                     Message::Abort(abort) => break ControlError::Aborted(abort.reason),
-                    body => drop(inbound.send(body)),
+                    body => {
+                        if let Message::Committed(commit) = &body {
+                            flags.committed.fetch_max(commit.step, Ordering::Relaxed);
+                        }
+                        drop(inbound.send(body));
+                    }
                 }
             }
             Some(Ok(_)) => tracing::warn!("an empty message from the coordinator"),

@@ -233,7 +233,7 @@ impl Fake {
             if self.rank == 0 {
                 self.progress(step).await;
             }
-            if step.is_multiple_of(config.checkpoint.every) || step == config.train.steps {
+            if config.checkpoint.steps().is_some_and(|every| step.is_multiple_of(every)) || step == config.train.steps {
                 self.commit(step, store, script).await;
                 if let Some(ended) = self.until_committed(step).await {
                     return ended;

@@ -14,8 +14,7 @@ pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError
     check.sizes()?;
     check.rates()?;
     check.captions()?;
-    check.padding()?;
-    check.supported()
+    check.padding()
 }
 
 struct Check<'a> {
@@ -39,7 +38,8 @@ impl Check<'_> {
             ("train.global_batch", train.global_batch as u64),
             ("train.micro_batch", train.micro_batch as u64),
             ("train.eval_samples", train.eval_samples as u64),
-            ("checkpoint.every", checkpoint.every),
+            ("checkpoint.every", checkpoint.every.unwrap_or(1)),
+            ("checkpoint.max_lost_work", checkpoint.max_lost_work.map_or(1, |work| work.0)),
             ("checkpoint.keep", checkpoint.keep as u64),
             ("workers.count", workers.count as u64),
             ("workers.lease", workers.lease.0),
@@ -110,14 +110,6 @@ impl Check<'_> {
         if text.padding == Padding::None && connector.kind == ConnectorKind::Mlp {
             let rule = "connector.kind = \"mlp\" makes a state of every position, and a U-Net attends to all of them; use \"fixed\"";
             return Err(self.wrong("text.padding", "\"none\"", rule.to_owned()));
-        }
-        Ok(())
-    }
-
-    fn supported(&self) -> Result<(), ConfigError> {
-        let refused = |key, found, instead| Err(ConfigError::Unsupported { origin: self.origin.to_owned(), key, found, instead });
-        if let Some(work) = self.config.checkpoint.max_lost_work {
-            return refused("checkpoint.max_lost_work", work.to_string(), "use checkpoint.every, in steps");
         }
         Ok(())
     }

@@ -31,7 +31,7 @@ pub(super) fn full() -> RunConfig {
         },
         connector: Connector { width: Some(1), ..Connector::default() },
         train: Train { snr_gamma: Some(1.0), ..Train::default() },
-        checkpoint: Checkpoint { max_lost_work: Some(Millis(1)), ..Checkpoint::default() },
+        checkpoint: Checkpoint { every: Some(1), max_lost_work: Some(Millis(1)), ..Checkpoint::default() },
         workers: Workers::default(),
     }
 }

@@ -54,18 +54,6 @@ pub enum ConfigError {
         /// The value.
         found: String,
     },
-    /// Something that ella does not do yet.
-    #[error("{origin}: `{key}` = {found} is not supported yet; {instead}")]
-    Unsupported {
-        /// The file, and whether keys of it were overridden.
-        origin: String,
-        /// The key, with its section.
-        key: &'static str,
-        /// The value.
-        found: String,
-        /// What to write in its place.
-        instead: &'static str,
-    },
 }
 
 /// A whole run's config (design.md §6).
@@ -437,9 +425,10 @@ pub struct Schedule {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Checkpoint {
-    /// Commit every so many steps (and at the last).
-    pub every: u64,
-    /// Commit so often that no more work than this is lost.
+    /// Commit every so many steps; left out: 100, unless `max_lost_work` says how often. The last step is committed in any case.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub every: Option<u64>,
+    /// Commit so often, by the measured time of a save, that no more work than this is lost.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_lost_work: Option<Millis>,
     /// How many of the newest commits stay.
@@ -448,7 +437,14 @@ pub struct Checkpoint {
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { every: 100, max_lost_work: None, keep: 3 }
+        Self { every: None, max_lost_work: None, keep: 3 }
+    }
+}
+
+impl Checkpoint {
+    /// Every how many steps to commit; none: by the clock only.
+    pub fn steps(&self) -> Option<u64> {
+        self.every.or_else(|| self.max_lost_work.is_none().then_some(100))
     }
 }
 
@@ -663,7 +659,8 @@ mod tests {
             ("[workers]\ncount = 9", "workers.count"),
             ("[workers]\nthreads = 100000", "workers.threads"),
             ("[checkpoint]\nkeep = 0", "checkpoint.keep"),
-            ("[checkpoint]\nmax_lost_work = \"60s\"", "checkpoint.max_lost_work"),
+            ("[checkpoint]\nmax_lost_work = \"0s\"", "checkpoint.max_lost_work"),
+            ("[checkpoint]\nevery = 0", "checkpoint.every"),
             ("[connector]\nkind = \"ada\"", "tsc-zero"),
             ("[[base.loras]]\nfile = \"x\"\nweight = inf", "base.loras"),
             ("[[base.loras]]\nfile = \"x\"\nwieght = 1.0", "wieght"),

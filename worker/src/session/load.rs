@@ -8,6 +8,7 @@ use crate::feed::{self, Captions, FeatureSource, Feed, FeedError, Parts, Sources
 use crate::models::Loaded;
 use crate::reduce::{Collective, CollectiveError, Listener, Membership, Nccl, Tcp};
 use crate::train::Trainer;
+use crate::train::cadence::Cadence;
 use crate::train::state::{StateError, TrainState, part_names};
 use ella_dataset::ledger::Tally;
 use ella_dataset::{CacheLimits, DataSet};
@@ -16,7 +17,7 @@ use ella_proto::v1::Assign;
 use ella_store::{Commit, Store};
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tch::Device;
 use tokio::runtime::Handle;
 
@@ -97,8 +98,9 @@ pub(super) fn assemble(
     let outbox = control.outbox();
     let committer = Committer::start(place, outbox.clone(), runtime.clone())
         .map_err(|source| WorkError::System { what: "a committing thread", source })?;
-    let saved = state.step;
-    Ok(Trainer { config: config.clone(), state, networks, feed, collective, committer, outbox, flags, saved, supplied: false })
+    let (saved, cadence) = (state.step, Cadence::new(&config.checkpoint, Instant::now()));
+    let config = config.clone();
+    Ok(Trainer { config, state, networks, feed, collective, committer, outbox, flags, cadence, saved, supplied: false })
 }
 
 /// The commit to resume from; none for a fresh start.

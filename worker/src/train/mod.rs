@@ -1,5 +1,6 @@
 //! Training: the loop, and one step of it. Everything that is trained lies in flat buffers: one collective, one update, one file each.
 
+pub mod cadence;
 pub mod lane;
 pub mod optimizer;
 pub mod state;
@@ -12,6 +13,7 @@ use crate::control::{Flags, Outbox};
 use crate::feed::{Feed, FeedError, StepInput};
 use crate::reduce::fixed::FixedError;
 use crate::reduce::{Collective, CollectiveError};
+use cadence::Cadence;
 use ella_dataset::ledger::LedgerError;
 use ella_model::ModelError;
 use ella_proto::config::{Features, RunConfig};
@@ -132,6 +134,8 @@ pub struct Trainer {
     pub outbox: Outbox,
     /// What the coordinator, or a signal, asks for.
     pub flags: Arc<Flags>,
+    /// When to commit.
+    pub cadence: Cadence,
     /// The step of the newest commit, saved or being saved.
     pub saved: u64,
     /// Whether all ranks are known to have the next step's samples.
@@ -141,6 +145,7 @@ pub struct Trainer {
 impl Trainer {
     /// Trains until the last step, or until a rank is asked to leave.
     pub fn run(&mut self) -> Result<Ending, TrainError> {
+        self.cadence.begin(Instant::now());
         while self.state.step < self.config.train.steps {
             if !self.supply()? {
                 self.commit()?;
@@ -151,7 +156,7 @@ impl Trainer {
             let step = self.state.step;
             let last = step == self.config.train.steps;
             let leaving = stats.leaving > 0 && !last;
-            if leaving || last || step.is_multiple_of(self.config.checkpoint.every) {
+            if leaving || last || stats.due > 0 || self.cadence.names(step) {
                 self.commit()?;
             }
             if leaving {
@@ -168,7 +173,9 @@ impl Trainer {
     fn commit(&mut self) -> Result<(), TrainError> {
         let step = self.state.step;
         if step > self.saved {
-            self.committer.save(self.state.snapshot()?, self.feed.position(step))?;
+            let snapshot = self.state.snapshot()?;
+            self.cadence.taken(step, Instant::now());
+            self.committer.save(snapshot, self.feed.position(step))?;
             self.saved = step;
         }
         Ok(())
@@ -193,6 +200,8 @@ impl Trainer {
         let number = self.state.step + 1;
         let (sum, mut mine) = self.lanes(&input, &mut times)?;
         mine.supplied = i64::from(self.feed.has_next());
+        let due = self.cadence.is_due(self.flags.committed.load(Ordering::Relaxed), Instant::now());
+        mine.due = i64::from(due && self.collective.rank() == 0);
 
         let reducing = Instant::now();
         let (mut grad, words) = sum.reduce(self.collective.as_mut(), mine.words())?;

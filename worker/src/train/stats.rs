@@ -6,7 +6,7 @@ use ella_dataset::ledger::{LedgerError, TALLY_WORDS, Tally};
 
 /// Losses travel as multiples of 2^-32.
 const LOSS_SCALE: f64 = 4_294_967_296.0;
-const FIXED: usize = 9;
+const FIXED: usize = 10;
 
 /// Length of the vector.
 pub const WORDS: usize = FIXED + TALLY_WORDS;
@@ -29,6 +29,8 @@ pub struct StepStats {
     pub truncated: i64,
     /// Ranks that took part: the world size, as a check.
     pub ranks: i64,
+    /// Ranks that ask for a commit after this step.
+    pub due: i64,
     /// Ranks that have the next step's samples already.
     pub supplied: i64,
     /// Keys used.
@@ -79,6 +81,7 @@ impl StepStats {
             self.truncated,
             self.ranks,
             self.supplied,
+            self.due,
         ]);
         words[FIXED..].copy_from_slice(&self.tally.words());
         words
@@ -89,8 +92,8 @@ impl StepStats {
         let mut tally = [0; TALLY_WORDS];
         tally.copy_from_slice(&words[FIXED..]);
         let tally = Tally::from_words(tally)?;
-        let [loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, supplied, ..] = *words;
-        Ok(Self { loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, supplied, tally })
+        let [loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, supplied, due, ..] = *words;
+        Ok(Self { loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, due, supplied, tally })
     }
 }
 
@@ -111,7 +114,7 @@ mod tests {
             let mut part = StepStats { ranks: 1, dropped: rank, ..StepStats::default() };
             for sample in 0..20 {
                 let key = KeyHash::of(&format!("{rank}/{sample}"));
-                part.supplied = rank % 2;
+                (part.supplied, part.due) = (rank % 2, rank % 3);
                 part.tally.add(key);
                 whole.tally.add(key);
             }
@@ -124,7 +127,8 @@ mod tests {
         }
         let sum = StepStats::from_words(&words).unwrap();
         assert_eq!(sum.tally, whole.tally);
-        assert_eq!((sum.ranks, sum.supplied, sum.dropped, sum.held_out_samples, sum.held_out_lost), (5, 2, 10, 10, 5));
+        assert_eq!((sum.ranks, sum.supplied, sum.due), (5, 2, 4));
+        assert_eq!((sum.dropped, sum.held_out_samples, sum.held_out_lost), (10, 10, 5));
         assert_eq!(sum.mean_loss(), 12.5 / 100.0);
         assert_eq!(sum.mean_held_out(), Some(0.25));
         assert_eq!(StepStats::default().mean_held_out(), None);

@@ -1,0 +1,134 @@
+//! When to commit: every so many steps, or by the clock, so that a kill loses no more work than a run allows (`checkpoint.max_lost_work`).
+//!
+//! What a kill loses began at the snapshot of the newest commit that is recorded. Between two records that grows to the interval between their
+//! snapshots and the time that the second one took to be saved; so the interval is what is allowed, less a save and a step.
+
+use ella_proto::config::Checkpoint;
+use std::time::{Duration, Instant};
+
+/// What a save is taken to last until one has been measured, as a part of the work that may be lost.
+const GUESS: u32 = 4;
+
+/// Decides when this rank asks for a commit. Rank 0's answer counts, for clocks differ.
+#[derive(Debug)]
+pub struct Cadence {
+    every: Option<u64>,
+    most: Option<Duration>,
+    /// How long a save takes: the longest of late.
+    save: Duration,
+    /// When the newest snapshot was taken, or training began.
+    snapshot: Instant,
+    /// The newest commit, while its record does not stand.
+    saving: Option<u64>,
+    /// When the last step was applied.
+    stepped: Instant,
+    warned: bool,
+}
+
+impl Cadence {
+    /// By what a config says, if training begins now.
+    pub fn new(checkpoint: &Checkpoint, now: Instant) -> Self {
+        let most = checkpoint.max_lost_work.map(|most| most.duration());
+        let save = most.unwrap_or_default() / GUESS;
+        Self { every: checkpoint.steps(), most, save, snapshot: now, saving: None, stepped: now, warned: false }
+    }
+
+    /// Training begins now: what came before is no work.
+    pub fn begin(&mut self, now: Instant) {
+        (self.snapshot, self.stepped) = (now, now);
+    }
+
+    /// Whether to commit the state after this step, which all ranks decide alike: it is one of those that the config names.
+    pub fn names(&self, step: u64) -> bool {
+        self.every.is_some_and(|every| step.is_multiple_of(every))
+    }
+
+    /// Whether to commit after the step that is applied now, by the clock. `recorded`: the step of the newest commit whose record stands.
+    pub fn is_due(&mut self, recorded: u64, now: Instant) -> bool {
+        let step = now.saturating_duration_since(std::mem::replace(&mut self.stepped, now));
+        let Some(most) = self.most else { return false };
+        if self.saving.is_some_and(|saving| recorded >= saving) {
+            self.saving = None;
+            self.save = (now - self.snapshot).max(self.save - self.save / 4);
+            self.warn(most);
+        }
+        self.saving.is_none() && now - self.snapshot + self.save + step >= most
+    }
+
+    /// A snapshot of this step was taken.
+    pub fn taken(&mut self, step: u64, now: Instant) {
+        (self.saving, self.snapshot) = (Some(step), now);
+    }
+
+    fn warn(&mut self, most: Duration) {
+        if self.save * 2 > most && !std::mem::replace(&mut self.warned, true) {
+            let save = self.save.as_secs_f64();
+            tracing::warn!(
+                "a commit takes {save:.1} s: as much as {:.1} s of work may be lost, more than checkpoint.max_lost_work",
+                2.0 * save
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ella_proto::config::Millis;
+
+    /// Trains for so many steps of `step` ms, every commit saved in `save` ms: the most work that a kill would have lost at any step, in ms, once a
+    /// save was measured; and how many commits there were.
+    fn lost(most: u64, step: u64, save: u64) -> (u64, usize) {
+        let begin = Instant::now();
+        let at = |ms: u64| begin + Duration::from_millis(ms);
+        let mut cadence = Cadence::new(&Checkpoint { max_lost_work: Some(Millis(most)), ..Checkpoint::default() }, begin);
+        // Snapshots: when taken, when recorded.
+        let mut commits: Vec<(u64, u64)> = Vec::new();
+        let mut worst = 0;
+        for number in 1..=2000 {
+            let now = number * step;
+            let recorded = commits.iter().filter(|(_, stands)| *stands <= now);
+            if recorded.clone().count() > 1 {
+                worst = worst.max(now - recorded.clone().map(|(taken, _)| *taken).max().unwrap());
+            }
+            let newest = recorded.map(|(taken, _)| taken / step).max().unwrap_or(0);
+            if cadence.is_due(newest, at(now)) {
+                commits.push((now, now + save));
+                cadence.taken(number, at(now));
+            }
+        }
+        (worst, commits.len())
+    }
+
+    #[test]
+    fn no_more_work_is_lost_than_may_be_and_no_commit_is_needless() {
+        for (most, step, save) in [(1000, 10, 100), (1000, 10, 490), (60_000, 500, 700), (60_000, 7, 20_000), (1000, 300, 1)] {
+            let (worst, commits) = lost(most, step, save);
+            assert!(worst <= most, "{most}, {step}, {save}: {worst}");
+            // An interval is at least what is left of a save, two steps, and what measuring by whole steps costs.
+            let interval = most.saturating_sub(save + 3 * step).max(step);
+            assert!((commits as u64) <= 2000 * step / interval + 2, "{most}, {step}, {save}: {commits} commits");
+        }
+    }
+
+    /// Where a save takes longer, commits follow each other, one at a time.
+    #[test]
+    fn saves_that_take_too_long_do_not_pile_up() {
+        let (worst, commits) = lost(1000, 10, 3000);
+        assert!(worst <= 2 * 3000 + 20 && commits <= 20_000 / 3000 + 1, "{worst}, {commits}");
+    }
+
+    #[test]
+    fn steps_are_named_by_the_config_and_the_clock_only_if_it_says_so() {
+        let now = Instant::now();
+        let of = |every, max_lost_work| Cadence::new(&Checkpoint { every, max_lost_work, ..Checkpoint::default() }, now);
+        let later = now + Duration::from_secs(3600);
+        for (mut cadence, named, due) in
+            [(of(None, None), 100, false), (of(Some(7), None), 7, false), (of(Some(7), Some(Millis(1000))), 7, true)]
+        {
+            assert_eq!((cadence.names(named), cadence.names(named + 1), cadence.is_due(0, later)), (true, false, due));
+        }
+        let mut clock = of(None, Some(Millis(1000)));
+        assert!(!clock.names(100) && clock.is_due(0, later));
+    }
+}
