@@ -5,6 +5,7 @@ use clap::{Parser, ValueEnum};
 use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
 use ella_proto::config::{Config, ConfigError, RunConfig};
 use ella_store::Store;
+use serde::Serialize;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -102,7 +103,7 @@ async fn run(args: &Args) -> anyhow::Result<u8> {
     };
     // Before anyone knows where to find this process, it must be ready to be told to stop.
     let stops = stops()?;
-    announce(coordinator.addresses(), args.address_file.as_deref())?;
+    announce(&Serving { addresses: coordinator.addresses(), fell_back: coordinator.fell_back() }, args.address_file.as_deref())?;
     let outcome = coordinator.run(stops).await?;
     Ok(outcome.exit_code())
 }
@@ -120,9 +121,19 @@ async fn open_run(config: &RunConfig, options: &Options) -> anyhow::Result<Optio
     }
 }
 
+/// What a coordinator says of itself.
+#[derive(Serialize)]
+struct Serving {
+    #[serde(flatten)]
+    addresses: Addresses,
+    /// Commits that turned out to be damaged, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fell_back: Option<String>,
+}
+
 /// One line on stdout, and the same in a file that is never seen half-written.
-fn announce(addresses: Addresses, file: Option<&Path>) -> anyhow::Result<()> {
-    let line = serde_json::to_string(&addresses)?;
+fn announce(serving: &Serving, file: Option<&Path>) -> anyhow::Result<()> {
+    let line = serde_json::to_string(serving)?;
     if let Some(path) = file {
         let partial = path.with_extension("partial");
         std::fs::write(&partial, &line)

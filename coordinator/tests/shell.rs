@@ -8,10 +8,10 @@ use bytes::{Buf, BufMut, Bytes};
 use common::*;
 use ella_coordinator::client::{self, ClientError};
 use ella_coordinator::core::{Failure, Outcome};
-use ella_coordinator::shell::{Coordinator, RunError};
+use ella_coordinator::shell::{Coordinator, Opened, RunError};
 use ella_coordinator::status::StatusReport;
 use ella_proto::v1::from_worker::Body as Say;
-use ella_store::{Limits, Operation, Store, faulty};
+use ella_store::{Body, Limits, Operation, RunLog, Store, faulty};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
@@ -164,17 +164,18 @@ async fn a_damaged_commit_or_log_is_told_with_the_file_and_nothing_is_deleted() 
     let file = "commits/000000000004.1/ema.safetensors";
     let (whole, folders, records) =
         (store.get(file).await.unwrap(), store.folders("commits").await.unwrap(), store.list("log").await.unwrap());
+    let earlier = "commits/000000000002.1/optimizer.safetensors";
+    let first = store.get(earlier).await.unwrap();
     store.put(file, whole.slice(..3)).await.unwrap();
+    store.delete(earlier).await.unwrap();
     let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
-    assert!(matches!(error, RunError::DamagedCommit { step: 4, .. }), "{error}");
-    assert!(error.to_string().contains(file) && error.to_string().contains("3 bytes are there"), "{error}");
+    assert!(matches!(error, RunError::DamagedCommits { step: 4, .. }), "{error}");
+    assert!(error.to_string().contains(file) && error.to_string().contains("found 3"), "{error}");
     assert_eq!(error.exit_code(), 4);
+    store.put(earlier, first).await.unwrap();
     store.delete("run.toml").await.unwrap();
     let error = Coordinator::open(&common::config(&["run.seed=9"]), store.clone(), &options()).await.unwrap_err();
     assert!(matches!(error, RunError::OtherDigest { step: 4, .. }) && error.exit_code() == 2, "{error}");
-    store.delete(file).await.unwrap();
-    let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
-    assert!(error.to_string().contains("it is missing"), "{error}");
     store.put(file, whole).await.unwrap();
     assert_eq!(store.list("log").await.unwrap(), records, "a refused start leaves no term behind");
 
@@ -182,6 +183,42 @@ async fn a_damaged_commit_or_log_is_told_with_the_file_and_nothing_is_deleted() 
     let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
     assert!(error.to_string().contains("log/000000000001.json") && error.exit_code() == 4, "{error}");
     assert_eq!(store.folders("commits").await.unwrap(), folders);
+}
+
+/// One byte of the newest commit is wrong: the run goes on from the one before, and says so to whoever looks.
+#[tokio::test]
+async fn a_damaged_commit_is_given_up_for_the_one_before() {
+    let store = Store::open("memory://").unwrap();
+    let config = config(&[]);
+    let served = Served::start(&config, &store).await;
+    let dies = Script { dies_after: Some(4), ..Script::default() };
+    train_two(&served, &config, &store, [Script::default(), dies]).await;
+    served.outcome().await;
+    let file = "commits/000000000004.1/ema.safetensors";
+    let mut bytes = store.get(file).await.unwrap().to_vec();
+    bytes[1] ^= 1;
+    store.put(file, bytes.into()).await.unwrap();
+
+    let Opened::Ready(opened) = Coordinator::open(&config, store.clone(), &options()).await.unwrap() else { panic!("it is not done") };
+    let told = opened.fell_back().unwrap();
+    assert!(told.contains("step 4") && told.contains(file) && told.contains("wrong bytes"), "{told}");
+    drop(opened);
+    let records = RunLog::read(&store).await.unwrap();
+    assert_eq!(records.last().unwrap().body, Body::Retire { commits: vec!["commits/000000000004.1".into()] });
+
+    // The next one finds nothing wrong, and trains from step 2 to the end.
+    let Opened::Ready(opened) = Coordinator::open(&config, store.clone(), &options()).await.unwrap() else { panic!("it is not done") };
+    assert_eq!(opened.fell_back(), None);
+    drop(opened);
+    let served = Served::start(&config, &store).await;
+    assert_eq!(train_two(&served, &config, &store, [Script::default(); 2]).await, [Ended::Finished, Ended::Finished]);
+    assert_eq!(served.outcome().await, Outcome::Done);
+    let commits = RunLog::read(&store).await.unwrap().into_iter().filter_map(|record| match record.body {
+        Body::Commit(commit) => Some(commit.folder),
+        _ => None,
+    });
+    let folders: Vec<String> = commits.collect();
+    assert!(folders.contains(&"commits/000000000004.4".to_owned()), "{folders:?}");
 }
 
 async fn get(address: std::net::SocketAddr, path: &str) -> (u16, String) {

@@ -32,7 +32,7 @@ mod store;
 mod write;
 
 pub use cache::{CacheCounts, DiskCache};
-pub use commit::{Problem, collect_leftovers, commit_folder, remove_leftovers, verify_commit};
+pub use commit::{Fault, Problem, collect_leftovers, commit_folder, remove_leftovers, verify_commit};
 pub use digest::{Digest, Hasher};
 pub use error::{Operation, StoreError};
 pub use limits::Limits;

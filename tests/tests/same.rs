@@ -99,6 +99,31 @@ fn audit_sees_damage(run: &Run) -> Result<()> {
     Ok(())
 }
 
+/// A resume reads every byte of its commit first. One that is damaged is given up, loudly, for the one before; the end is the same.
+#[test]
+fn a_damaged_commit_is_given_up_for_the_one_before() -> Result<()> {
+    let world = World::new(40)?;
+    let calm = world.run("calm", STEPS, "[checkpoint]\nevery = 4\n")?;
+    ella(&calm.train(&["workers.count=1"]))?;
+    let run = world.run("damaged", STEPS, "[checkpoint]\nevery = 4\n")?;
+    ella(&run.train(&["workers.count=2", "train.steps=14"]))?;
+    let commit = run.last_commit()?;
+    assert_eq!(commit.step, 14);
+    let file = run.output.join(&commit.folder).join("optimizer.safetensors");
+    let mut bytes = std::fs::read(&file)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, bytes)?;
+    let output = try_ella(&run.train(&["workers.count=2"]))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("WARNING") && said.contains("step 14 is damaged"), "{said}");
+    assert!(said.contains("optimizer.safetensors"), "{said}");
+    assert!(run.last_files()? == calm.last_files()?, "other bytes");
+    let audit = ella(&["audit", &run.output.display().to_string()])?;
+    assert!(audit.contains("damaged"), "{audit}");
+    Ok(())
+}
+
 /// Commits by the clock are when they are, and the trained bytes do not know of them.
 #[test]
 fn commits_by_the_clock_change_no_byte() -> Result<()> {

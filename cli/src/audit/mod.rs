@@ -93,7 +93,11 @@ impl Audit {
         let history = History::of(&records);
         verdict.records = records.len();
         verdict.terms = history.terms;
-        verdict.retired = history.state.retired.len();
+        verdict.retired = history.state.retired.len().saturating_sub(history.damaged);
+        if history.damaged > 0 {
+            let what = count(history.damaged, "commit");
+            verdict.notes.push(format!("{what} turned out to be damaged; the run went on from the one before"));
+        }
         verdict.problems.extend(proof::log_problems(&history, &run.config));
         check_files(&run.store, &history.state, &mut verdict).await;
         leftovers(&run.store, &history, &mut verdict).await?;

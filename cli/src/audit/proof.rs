@@ -9,34 +9,47 @@ use ella_store::{Body, Commit, Digest, Outcome, Record, RunState};
 
 use super::{Epoch, Verdict};
 
-/// Every commit that the log ever named, given up or not, in the log's order.
+/// Every commit that the log ever named, given up or not, in the log's order; but for those that were given up for what came before them, because
+/// they were damaged.
 #[derive(Debug)]
 pub(super) struct History {
     pub(super) state: RunState,
     pub(super) commits: Vec<Commit>,
     pub(super) terms: usize,
+    /// Commits that were damaged.
+    pub(super) damaged: usize,
 }
 
 impl History {
     pub(super) fn of(records: &[Record]) -> Self {
-        let commit = |record: &Record| match &record.body {
-            Body::Commit(commit) => Some(commit.clone()),
-            _ => None,
-        };
-        let terms = records.iter().filter(|record| matches!(record.body, Body::Term(_))).count();
-        Self { state: RunState::from_records(records), commits: records.iter().filter_map(commit).collect(), terms }
+        let (mut commits, mut terms, mut damaged) = (Vec::<Commit>::new(), 0, 0);
+        for record in records {
+            match &record.body {
+                Body::Commit(commit) => commits.push(commit.clone()),
+                // The keep rule gives up old ones only.
+                Body::Retire { commits: given_up } => {
+                    while commits.last().is_some_and(|newest| given_up.contains(&newest.folder)) {
+                        commits.pop();
+                        damaged += 1;
+                    }
+                }
+                Body::Term(_) => terms += 1,
+                Body::End { .. } => {}
+            }
+        }
+        Self { state: RunState::from_records(records), commits, terms, damaged }
     }
 }
 
 /// What is wrong with the records among themselves, and beside the config in the run's folder.
 pub(super) fn log_problems(history: &History, config: &RunConfig) -> Vec<String> {
-    let mut problems = Vec::new();
     let Some(last) = history.commits.last() else {
+        if history.damaged > 0 {
+            return vec!["every commit was given up, the newest too: the run can't be resumed".to_owned()];
+        }
         return vec!["the log names no commit, so there is nothing to prove; train to the first one".to_owned()];
     };
-    if history.state.commits.is_empty() {
-        problems.push("every commit was given up, the newest too: the run can't be resumed".to_owned());
-    }
+    let mut problems = Vec::new();
     if let Some(ended) = history.state.ended.as_ref().filter(|ended| ended.outcome == Outcome::Done && ended.step != last.step) {
         problems.push(format!("the log says that the run was done at step {}, but its last commit is of step {}", ended.step, last.step));
     }

@@ -74,7 +74,7 @@ struct Trained {
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Opened {
-    Serving { grpc: SocketAddr, http: SocketAddr },
+    Serving { grpc: SocketAddr, http: SocketAddr, fell_back: Option<String> },
     Done { step: u64 },
 }
 
@@ -123,7 +123,10 @@ impl Train {
             () = signals.next() => None,
         };
         let (grpc, http) = match opened {
-            Some(Opened::Serving { grpc, http }) => (format!("http://{grpc}"), http),
+            Some(Opened::Serving { grpc, http, fell_back }) => {
+                fell_back.iter().for_each(|told| note(format_args!("WARNING: {told}")));
+                (format!("http://{grpc}"), http)
+            }
             Some(Opened::Done { step }) => {
                 children.reap(LEAVING).await;
                 let trained = read(config, "done").await?;

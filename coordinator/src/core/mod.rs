@@ -93,6 +93,8 @@ pub enum Note {
     Committed { step: u64, folder: String, bytes: u64 },
     /// Commits were given up by the keep rule.
     Retired { folders: Vec<String> },
+    /// A commit is not what its record says: the run goes on from the one before.
+    Damaged { step: u64, folder: String, what: String },
     /// The run was asked to leave.
     Draining { reason: String },
     /// The outcome.

@@ -30,19 +30,15 @@ pub enum RunError {
         /// Which file, and what is wrong with it.
         reason: String,
     },
-    /// The newest commit is not whole.
-    #[error("{url}: the commit of step {step} is damaged: {file}: {found} (expected {expected} bytes); restore the file from a copy")]
-    DamagedCommit {
+    /// No commit is whole.
+    #[error("{url}: the commit of step {step} is damaged, and so are those before it: {what}; restore the file from a copy")]
+    DamagedCommits {
         /// The run.
         url: String,
-        /// The commit.
+        /// The newest commit.
         step: u64,
-        /// The part, relative to the run.
-        file: String,
-        /// Its recorded size.
-        expected: u64,
-        /// What is there.
-        found: String,
+        /// The parts that are damaged in it.
+        what: String,
     },
     /// The store can't be used.
     #[error(transparent)]
@@ -80,7 +76,7 @@ impl RunError {
         match self {
             Self::OtherConfig { .. } | Self::OtherDigest { .. } | Self::BadRunToml { .. } | Self::Bind { .. } => 2,
             Self::Store(StoreError::BadUrl { .. } | StoreError::Unsupported { .. }) => 2,
-            Self::DamagedCommit { .. } | Self::Log(LogError::Gap { .. } | LogError::Bad { .. }) => 4,
+            Self::DamagedCommits { .. } | Self::Log(LogError::Gap { .. } | LogError::Bad { .. }) => 4,
             Self::Store(_) | Self::Log(_) | Self::Server { .. } | Self::Task(_) | Self::NoOutcome => 1,
         }
     }

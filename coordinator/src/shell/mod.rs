@@ -16,7 +16,7 @@ mod start;
 pub use error::RunError;
 pub use local::LocalJob;
 
-use crate::core::{Core, CoreConfig, History, Outcome};
+use crate::core::{Core, CoreConfig, History, Note, Outcome};
 use crate::job::{JobCore, JobSettings};
 use crate::machine::{Event, Machine, Time};
 use driver::{Driver, Input};
@@ -24,6 +24,7 @@ use ella_proto::config::{JobConfig, RunConfig};
 use ella_proto::ids::Term;
 use ella_proto::v1::Welcome;
 use ella_store::{RunLog, RunState, Store};
+use start::Damaged;
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -83,6 +84,8 @@ pub struct Coordinator {
     machine: Box<dyn Machine>,
     /// Of a run.
     memory: Option<(RunLog, Store)>,
+    /// Commits that were given up as the run was opened.
+    damaged: Vec<Damaged>,
     grpc: TcpListener,
     http: TcpListener,
     addresses: Addresses,
@@ -96,12 +99,13 @@ impl Coordinator {
     /// If the run has another config, its store or log can't be used, its last commit is damaged, or an address is taken.
     pub async fn open(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
         let (grpc, http) = (bind(options.listen).await?, bind(options.http).await?);
-        let (log, state) = match start::open_run(config, &store).await? {
+        let (log, state, damaged) = match start::open_run(config, &store).await? {
             start::Run::Done { step } => return Ok(Opened::Done { step }),
-            start::Run::Claimed { log, state } => (log, state),
+            start::Run::Claimed { log, state, damaged } => (log, state, damaged),
         };
         let core = Core::new(core_config(config, store.url(), options), history(&log, *state), Time(0));
-        Self::with(Box::new(core), Some((log, store)), (grpc, http), options).map(|run| Opened::Ready(Box::new(run)))
+        let run = Self::with(Box::new(core), Some((log, store)), (grpc, http), options)?;
+        Ok(Opened::Ready(Box::new(Self { damaged, ..run })))
     }
 
     /// Opens a job. Its units' outputs are its only memory, so there is nothing to claim.
@@ -120,7 +124,14 @@ impl Coordinator {
         options: &Options,
     ) -> Result<Self, RunError> {
         let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
-        Ok(Self { machine, memory, grpc, http, addresses, linger: options.linger })
+        Ok(Self { machine, memory, damaged: Vec::new(), grpc, http, addresses, linger: options.linger })
+    }
+
+    /// What to tell people of commits that were given up because they are damaged, if any were.
+    pub fn fell_back(&self) -> Option<String> {
+        let told = |Damaged { step, what, .. }: &Damaged| format!("the commit of step {step} is damaged ({what})");
+        let all: Vec<String> = self.damaged.iter().map(told).collect();
+        (!all.is_empty()).then(|| format!("{}; training goes on from the commit before", all.join("; ")))
     }
 
     /// Where it listens.
@@ -141,6 +152,9 @@ impl Coordinator {
             let (journal, journal_task) = journal::journal(store.clone(), log.term());
             let (work, keeper_task) = keeper::keeper(log, store.clone(), inputs.clone());
             tasks.spawn(async move { keeper_task.await.map(|()| None) });
+            for Damaged { step, folder, what } in self.damaged {
+                journal.note(&Note::Damaged { step, folder, what });
+            }
             tasks.spawn(async move { journal_task.await.map(|()| None) });
             driver::Outlets { work, journal, store }
         });

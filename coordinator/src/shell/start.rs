@@ -2,7 +2,7 @@
 
 use super::{RunError, keeper};
 use ella_proto::config::RunConfig;
-use ella_store::{Body, Commit, Outcome, RunLog, RunState, Store, StoreError, Term, collect_leftovers, probe};
+use ella_store::{Body, Fault, Outcome, RunLog, RunState, Store, StoreError, Term, collect_leftovers, probe, verify_commit};
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -15,7 +15,16 @@ pub(super) enum Run {
     /// A complete run.
     Done { step: u64 },
     /// A run to begin or resume, in a term that is ours.
-    Claimed { log: RunLog, state: Box<RunState> },
+    Claimed { log: RunLog, state: Box<RunState>, damaged: Vec<Damaged> },
+}
+
+/// A commit that was given up because a part of it is not what its record says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Damaged {
+    pub(super) step: u64,
+    pub(super) folder: String,
+    /// Which parts, and how.
+    pub(super) what: String,
 }
 
 /// Opens the run. Nothing is written to it before its config and log have been found fit.
@@ -28,24 +37,33 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     if let (None, Some(commit)) = (&written, state.last_commit().filter(|commit| commit.config_digest.to_string() != config.digest())) {
         return Err(RunError::OtherDigest { url: store.url().to_owned(), step: commit.step });
     }
-    if let Some(commit) = state.last_commit() {
-        check_commit(store, commit).await?;
-    }
+    let mut damaged = damaged_commits(store, &state).await?;
     probe(store).await?;
     let (mut log, records) = RunLog::claim(store, term(config)?, &nonce(), unix_ms()).await?;
-    let state = Box::new(RunState::from_records(&records));
+    let before = state.last_commit().map(|commit| commit.step);
+    let mut state = Box::new(RunState::from_records(&records));
     tracing::info!(term = log.term(), commits = state.commits.len(), run = store.url(), "term claimed");
     let effective = config.to_toml();
     if written.as_deref() != Some(&effective) {
         store.put(RUN_TOML, effective.into()).await?;
     }
     collect(store, &state, log.term()).await;
-    let Some(commit) = state.last_commit() else { return Ok(Run::Claimed { log, state }) };
-    // Again, as another coordinator may have committed since.
-    check_commit(store, commit).await?;
+    if state.last_commit().map(|commit| commit.step) != before {
+        // Another coordinator has committed since.
+        damaged = damaged_commits(store, &state).await?;
+    }
+    if !damaged.is_empty() {
+        let body = Body::Retire { commits: damaged.iter().map(|damaged| damaged.folder.clone()).collect() };
+        log.append(body, unix_ms()).await?;
+        state.commits.retain(|commit| damaged.iter().all(|damaged| damaged.folder != commit.folder));
+    }
+    let Some(commit) = state.last_commit() else { return Ok(Run::Claimed { log, state, damaged }) };
+    for Damaged { step, folder, what } in &damaged {
+        tracing::error!(step, folder, "a damaged commit is given up ({what}); training goes on from step {} instead", commit.step);
+    }
     tracing::info!(step = commit.step, folder = commit.folder, "resuming from the last commit");
     if commit.step < config.train.steps {
-        return Ok(Run::Claimed { log, state });
+        return Ok(Run::Claimed { log, state, damaged });
     }
     // The last coordinator was cut off between the last commit and its own end.
     let step = commit.step;
@@ -85,19 +103,24 @@ async fn collect(store: &Store, state: &RunState, term: u64) {
     }
 }
 
-/// Sizes only: workers check every byte when they load.
-async fn check_commit(store: &Store, commit: &Commit) -> Result<(), RunError> {
-    for part in &commit.parts {
-        let file = format!("{}/{}", commit.folder, part.name);
-        let found = match store.head(&file).await? {
-            Some(meta) if meta.bytes == part.bytes => continue,
-            Some(meta) => format!("{} bytes are there", meta.bytes),
-            None => "it is missing".to_owned(),
-        };
-        let (url, step, expected) = (store.url().to_owned(), commit.step, part.bytes);
-        return Err(RunError::DamagedCommit { url, step, file, expected, found });
+/// The newest commits up to one of which every byte is as recorded: those before that one, newest first. A store that cannot be read is an
+/// error, and so is a run in which no commit is whole: nobody asked to begin anew.
+async fn damaged_commits(store: &Store, state: &RunState) -> Result<Vec<Damaged>, RunError> {
+    let mut damaged = Vec::new();
+    for commit in state.commits.iter().rev() {
+        let Err(mut problems) = verify_commit(store, commit).await else { return Ok(damaged) };
+        if let Some(at) = problems.iter().position(|problem| matches!(problem.fault, Fault::Unreadable(_)))
+            && let Fault::Unreadable(error) = problems.swap_remove(at).fault
+        {
+            return Err(error.into());
+        }
+        let what: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        damaged.push(Damaged { step: commit.step, folder: commit.folder.clone(), what: what.join("; ") });
     }
-    Ok(())
+    match damaged.into_iter().next() {
+        None => Ok(Vec::new()),
+        Some(Damaged { step, what, .. }) => Err(RunError::DamagedCommits { url: store.url().to_owned(), step, what }),
+    }
 }
 
 fn term(config: &RunConfig) -> Result<Term, RunError> {
