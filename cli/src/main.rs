@@ -20,6 +20,7 @@ mod status;
 mod train;
 mod ui;
 mod verify;
+mod why;
 
 use std::process::ExitCode;
 
@@ -60,6 +61,8 @@ enum Command {
     Status(status::Status),
     /// Prove from a run's folder that its commits are whole and that every sample was used exactly once
     Audit(audit::Audit),
+    /// Say where the time of a run's steps goes, and who waits for whom
+    Why(why::Why),
     /// Draw pictures from prompts
     Sample(Box<sample::Sample>),
     /// Take the newest commit's connector out of a run, in the official key layout
@@ -91,6 +94,7 @@ fn main() -> ExitCode {
         Command::Train(command) => command.run(out),
         Command::Status(command) => command.run(out),
         Command::Audit(command) => command.run(out),
+        Command::Why(command) => command.run(out),
         Command::Sample(command) => command.run(out),
         Command::Export(command) => command.run(out),
         Command::Forward(command) => command.run(out),

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use ella_proto::config::RunConfig;
 use ella_store::{LogError, Record, RunLog, RunState, Store, StoreError};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::ui::Fail;
 
@@ -50,19 +51,26 @@ impl RunFolder {
 
     /// The steps that were measured, in order. A step that was computed again after a resume is there once, as it was last.
     pub(crate) async fn metrics(&self) -> Result<Vec<Metric>, Fail> {
-        let mut steps = BTreeMap::new();
-        for file in self.store.list("metrics").await? {
-            let Some(term) = term_of(&file.key) else { continue };
+        let lines: Vec<(u64, Metric)> = self.lines("metrics").await?;
+        let steps: BTreeMap<u64, Metric> = lines.into_iter().map(|(term, metric)| (metric.step, Metric { term, ..metric })).collect();
+        Ok(steps.into_values().collect())
+    }
+
+    /// The lines of the files in one of the run's folders, in order, each with the term that wrote it.
+    pub(crate) async fn lines<T: DeserializeOwned>(&self, folder: &str) -> Result<Vec<(u64, T)>, Fail> {
+        let mut lines = Vec::new();
+        for file in self.store.list(folder).await? {
+            let Some(term) = file.key.strip_prefix(folder).and_then(term_of) else { continue };
             let text = self.store.get(&file.key).await?;
             for (number, line) in text.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
-                let metric: Metric = serde_json::from_slice(line).map_err(|error| {
+                let line = serde_json::from_slice(line).map_err(|error| {
                     let place = format!("{}/{}: line {}", self.store.url(), file.key, number + 1);
                     Fail::failed(format_args!("{place}: {error}; the file was changed or written by another version of ella"))
                 })?;
-                steps.insert(metric.step, Metric { term, ..metric });
+                lines.push((term, line));
             }
         }
-        Ok(steps.into_values().collect())
+        Ok(lines)
     }
 }
 
@@ -72,9 +80,9 @@ pub(crate) fn samples(state: &RunState, metrics: &[Metric]) -> u64 {
     counted + metrics.iter().filter(|metric| metric.step > step).map(|metric| metric.samples).sum::<u64>()
 }
 
-/// The term in a name like `metrics/000003-000001.jsonl`. Names of later terms sort later.
-fn term_of(key: &str) -> Option<u64> {
-    key.strip_prefix("metrics/")?.strip_suffix(".jsonl")?.split_once('-')?.0.parse().ok()
+/// The term in a name like `/000003-000001.jsonl`. Names of later terms sort later.
+fn term_of(name: &str) -> Option<u64> {
+    name.strip_prefix('/')?.strip_suffix(".jsonl")?.split_once('-')?.0.parse().ok()
 }
 
 /// One step, as the coordinator kept it.

@@ -1,7 +1,7 @@
 //! What the shell knows of a state machine: events and the time go in, effects come out, to be carried out in their order. The run's
 //! ([`crate::core`]) and the job's ([`crate::job`]) are such machines; this is what they share. No I/O, clock or randomness here either.
 
-use crate::core::{Note, Outcome};
+use crate::core::{Note, Outcome, RankTiming};
 use ella_proto::ids::Term;
 use ella_proto::v1::{self, FromWorker, RunStatus, ToWorker};
 use ella_store::Body;
@@ -99,6 +99,8 @@ pub enum Effect {
     DeleteFolders(Vec<String>),
     /// Keep a step's measurements.
     Metric(v1::Progress),
+    /// Keep where a rank's time went.
+    Timing(RankTiming),
     /// Keep what happened, for people.
     Note(Note),
     /// The run's outcome is decided; come back no more than to say so.

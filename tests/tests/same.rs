@@ -135,6 +135,13 @@ fn commits_by_the_clock_change_no_byte() -> Result<()> {
     let steps: Vec<u64> = run.commits()?.iter().map(|commit| commit.step).collect();
     assert!(steps.len() > 2 && steps.last() == Some(&STEPS), "{steps:?}");
     assert!(run.last_files()? == calm.last_files()?, "other bytes");
-    ella(&["audit", &run.output.display().to_string()])?;
+    let folder = run.output.display().to_string();
+    ella(&["audit", &folder])?;
+    let why: serde_json::Value = serde_json::from_str(&ella(&["why", &folder, "--json"])?)?;
+    let ranks = why["ranks"].as_array().cloned().unwrap_or_default();
+    let steps: Vec<_> = ranks.iter().map(|rank| (rank["rank"].as_u64(), rank["steps"].as_u64())).collect();
+    assert_eq!(steps, [0, 1, 2].map(|rank| (Some(rank), Some(STEPS))), "{why}");
+    assert!(ranks.iter().all(|rank| rank["parts"]["commit"].as_f64() > Some(0.0)), "{why}");
+    assert!(why["verdict"].as_str().is_some_and(|verdict| verdict.contains("of a step") || verdict.contains("of each step")), "{why}");
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Who takes part: attaching, refusing, liveness, and the forming of a generation.
 
-use super::{Closed, ConnId, Core, CoreConfig, Failure, Field, Loss, Note, Phase, Than, Time, Wait, Who};
+use super::{Closed, ConnId, Core, CoreConfig, Failure, Field, Loss, Note, Phase, RankTiming, Than, Time, Wait, Who};
 use ella_proto::ids::{Generation, Rank, Step};
 use ella_proto::v1::{self, to_worker};
 use std::collections::BTreeMap;
@@ -149,6 +149,8 @@ pub(super) struct Member {
     pub(super) parts: Option<v1::StepParts>,
     /// Captions that it has encoded, while its next step waits for more.
     pub(super) encoding: Option<u64>,
+    /// Where its time went since that was last kept.
+    pub(super) timing: RankTiming,
     ready: Option<v1::Ready>,
     finished: Option<v1::Finished>,
     failed: bool,
@@ -179,6 +181,10 @@ impl Members {
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&ConnId, &Member)> {
         self.0.iter()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Member> {
+        self.0.values_mut()
     }
 
     pub(super) fn contains(&self, conn: ConnId) -> bool {
@@ -361,6 +367,7 @@ impl Core {
             step: 0,
             parts: None,
             encoding: None,
+            timing: RankTiming::default(),
             ready: None,
             finished: None,
             failed: false,

@@ -24,12 +24,14 @@ mod progress;
 mod status;
 #[cfg(test)]
 mod tests;
+mod timing;
 
 pub use commit::PARTS;
 pub use failure::{Failure, Field, Loss, Than, Who};
 pub use membership::Refusal;
 pub(crate) use membership::{check_identity, device, shown};
 pub use phase::{Outcome, Phase, Wait};
+pub use timing::RankTiming;
 
 use crate::job::JobNote;
 use crate::machine::{Clock, Closed, ConnId, Counts, Effect, Event, Machine, Time};

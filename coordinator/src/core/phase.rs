@@ -353,6 +353,7 @@ impl Core {
     }
 
     fn over(&mut self, outcome: Outcome, record: bool) {
+        self.keep_all_timing();
         let reason = outcome.reason();
         let aborts = !matches!(self.phase, Phase::Ending { .. }) || matches!(outcome, Outcome::Failed(_));
         if aborts {

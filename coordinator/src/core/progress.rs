@@ -105,7 +105,10 @@ impl Core {
         member.step = member.step.max(progress.step);
         member.parts = progress.parts.or(member.parts);
         member.encoding = None;
-        if member.rank != Some(Rank(0)) {
+        member.timing.add(&progress);
+        let rank = member.rank;
+        self.keep_timing(conn);
+        if rank != Some(Rank(0)) {
             return;
         }
         if progress.step <= self.progress.step {

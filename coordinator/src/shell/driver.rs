@@ -118,6 +118,11 @@ impl Driver {
                     outlets.journal.metric(&progress);
                 }
             }
+            Effect::Timing(timing) => {
+                if let Some(outlets) = &self.outlets {
+                    outlets.journal.timing(&timing);
+                }
+            }
             Effect::Note(note) => self.note(&note),
             Effect::Finish(outcome) => self.over = Some((outcome, Instant::now() + self.linger + CLOSING)),
         }

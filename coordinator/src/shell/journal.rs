@@ -1,9 +1,10 @@
-//! What happened, kept in the run folder in batches: `metrics/TERM-NNNNNN.jsonl` (a line a step) and `events/TERM-NNNNNN.jsonl`.
+//! What happened, kept in the run folder in batches: `metrics/TERM-NNNNNN.jsonl` (a line a step), `timing/TERM-NNNNNN.jsonl` (a line for some
+//! steps of a rank) and `events/TERM-NNNNNN.jsonl`.
 //! Nothing depends on it, so its failures are counted and told, and never end a run.
 
 use super::RunError;
 use super::start::unix_ms;
-use crate::core::Note;
+use crate::core::{Note, RankTiming};
 use crate::job::JobNote;
 use crate::status::PartsReport;
 use ella_proto::v1;
@@ -25,6 +26,7 @@ const QUEUE: usize = 4_096;
 #[derive(Debug)]
 enum Line {
     Metric(String),
+    Timing(String),
     Event(String),
     /// Write now: what led to a commit must not be lost by a death after it.
     Flush,
@@ -62,6 +64,21 @@ struct Metric<'a> {
     read: &'a std::collections::HashMap<String, u64>,
 }
 
+/// Some steps of a rank, as `timing/` keeps them.
+#[derive(Serialize)]
+struct Timing<'a> {
+    at_unix_ms: u64,
+    rank: u32,
+    generation: u64,
+    worker: &'a str,
+    host: &'a str,
+    /// The last of the steps.
+    step: u64,
+    steps: u64,
+    seconds: f64,
+    parts: PartsReport,
+}
+
 #[derive(Serialize)]
 struct Stamped<'a> {
     at_unix_ms: u64,
@@ -86,6 +103,23 @@ impl Journal {
             read: &progress.read,
         };
         self.send(serde_json::to_string(&line).map(Line::Metric));
+    }
+
+    /// Keeps where a rank's time went.
+    pub(super) fn timing(&self, timing: &RankTiming) {
+        let RankTiming { rank, generation, worker_id, host, step, steps, seconds, parts } = timing;
+        let line = Timing {
+            at_unix_ms: unix_ms(),
+            rank: *rank,
+            generation: *generation,
+            worker: worker_id,
+            host,
+            step: *step,
+            steps: *steps,
+            seconds: *seconds,
+            parts: (*parts).into(),
+        };
+        self.send(serde_json::to_string(&line).map(Line::Timing));
     }
 
     /// Keeps what happened, and logs it.
@@ -125,7 +159,8 @@ pub(super) fn log(note: &Note) {
 pub(super) fn journal(store: Store, term: u64) -> (Journal, impl Future<Output = Result<(), RunError>>) {
     let (lines, inbox) = mpsc::channel(QUEUE);
     let counts = Arc::new(JournalCounts::default());
-    let files = ["metrics", "events"].map(|folder| File { folder, term, next: 1, lines: Vec::new(), counts: Arc::clone(&counts) });
+    let files =
+        ["metrics", "timing", "events"].map(|folder| File { folder, term, next: 1, lines: Vec::new(), counts: Arc::clone(&counts) });
     (Journal { lines, counts }, write(store, files, inbox))
 }
 
@@ -137,13 +172,14 @@ struct File {
     counts: Arc<JournalCounts>,
 }
 
-async fn write(store: Store, [mut metrics, mut events]: [File; 2], mut inbox: mpsc::Receiver<Line>) -> Result<(), RunError> {
+async fn write(store: Store, [mut metrics, mut timing, mut events]: [File; 3], mut inbox: mpsc::Receiver<Line>) -> Result<(), RunError> {
     let mut open = true;
     while open {
         let until = Instant::now() + GATHER;
-        while metrics.lines.len().max(events.lines.len()) < BATCH {
+        while metrics.lines.len().max(timing.lines.len()).max(events.lines.len()) < BATCH {
             match timeout_at(until, inbox.recv()).await {
                 Ok(Some(Line::Metric(line))) => metrics.lines.push(line),
+                Ok(Some(Line::Timing(line))) => timing.lines.push(line),
                 Ok(Some(Line::Event(line))) => events.lines.push(line),
                 Ok(Some(Line::Flush)) | Err(_) => break,
                 Ok(None) => {
@@ -153,6 +189,7 @@ async fn write(store: Store, [mut metrics, mut events]: [File; 2], mut inbox: mp
             }
         }
         metrics.flush(&store, open).await;
+        timing.flush(&store, open).await;
         events.flush(&store, open).await;
     }
     Ok(())

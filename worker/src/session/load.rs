@@ -100,7 +100,20 @@ pub(super) fn assemble(
         .map_err(|source| WorkError::System { what: "a committing thread", source })?;
     let (saved, cadence) = (state.step, Cadence::new(&config.checkpoint, Instant::now()));
     let config = config.clone();
-    Ok(Trainer { config, state, networks, feed, collective, committer, outbox, flags, cadence, saved, supplied: false })
+    Ok(Trainer {
+        config,
+        state,
+        networks,
+        feed,
+        collective,
+        committer,
+        outbox,
+        flags,
+        cadence,
+        committing: Duration::ZERO,
+        saved,
+        supplied: false,
+    })
 }
 
 /// The commit to resume from; none for a fresh start.

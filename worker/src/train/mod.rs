@@ -136,6 +136,8 @@ pub struct Trainer {
     pub flags: Arc<Flags>,
     /// When to commit.
     pub cadence: Cadence,
+    /// How long the last commit held up training: told with the step after it.
+    pub committing: Duration,
     /// The step of the newest commit, saved or being saved.
     pub saved: u64,
     /// Whether all ranks are known to have the next step's samples.
@@ -173,10 +175,12 @@ impl Trainer {
     fn commit(&mut self) -> Result<(), TrainError> {
         let step = self.state.step;
         if step > self.saved {
+            let begin = Instant::now();
             let snapshot = self.state.snapshot()?;
             self.cadence.taken(step, Instant::now());
             self.committer.save(snapshot, self.feed.position(step))?;
             self.saved = step;
+            self.committing += begin.elapsed();
         }
         Ok(())
     }
@@ -196,7 +200,8 @@ impl Trainer {
     /// Applies one step and returns its sums over all ranks.
     fn step(&mut self, input: StepInput) -> Result<StepStats, TrainError> {
         let begin = Instant::now();
-        let mut times = Times { data: input.waited, encode: input.encode, ..Times::default() };
+        let commit = std::mem::take(&mut self.committing);
+        let mut times = Times { data: input.waited, encode: input.encode, commit, ..Times::default() };
         let number = self.state.step + 1;
         let (sum, mut mine) = self.lanes(&input, &mut times)?;
         mine.supplied = i64::from(self.feed.has_next());
@@ -220,7 +225,7 @@ impl Trainer {
         self.state.ledger.add_tally(input.epoch, &all.tally);
         self.flags.step.store(number, Ordering::Relaxed);
         times.update = updating.elapsed();
-        self.report(&all, norm, begin.elapsed() + input.waited, &times);
+        self.report(&all, norm, begin.elapsed() + input.waited + commit, &times);
         Ok(all)
     }
 
@@ -299,6 +304,7 @@ struct Times {
     backward: Duration,
     reduce: Duration,
     update: Duration,
+    commit: Duration,
 }
 
 impl Times {
@@ -310,7 +316,7 @@ impl Times {
             backward: self.backward.as_secs_f64(),
             reduce: self.reduce.as_secs_f64(),
             update: self.update.as_secs_f64(),
-            commit: 0.0,
+            commit: self.commit.as_secs_f64(),
         }
     }
 }

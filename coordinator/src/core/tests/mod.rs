@@ -153,20 +153,31 @@ impl Run {
 
     /// Two workers, both in, neither ready.
     pub(super) fn assigned(commits: Vec<Commit>) -> Self {
-        let mut run = Self::new(config(2), commits);
-        run.hello(1);
-        run.hello(2);
-        run
+        Self::new(config(2), commits).both_in()
+    }
+
+    fn both_in(mut self) -> Self {
+        self.hello(1);
+        self.hello(2);
+        self
     }
 
     /// Two workers that train.
     pub(super) fn training(commits: Vec<Commit>) -> Self {
         let from = commits.last().map_or(0, |commit| commit.step);
-        let mut run = Self::assigned(commits);
-        run.say(1, from_worker::Body::Ready(ready(from)));
-        run.say(2, from_worker::Body::Ready(ready(from)));
-        assert_eq!(run.core.phase(), &Phase::Training);
-        run
+        Self::assigned(commits).both_ready(from)
+    }
+
+    /// Two workers that train for so many steps.
+    pub(super) fn training_for(steps: u64) -> Self {
+        Self::new(CoreConfig { steps, ..config(2) }, vec![]).both_in().both_ready(0)
+    }
+
+    fn both_ready(mut self, from: u64) -> Self {
+        self.say(1, from_worker::Body::Ready(ready(from)));
+        self.say(2, from_worker::Body::Ready(ready(from)));
+        assert_eq!(self.core.phase(), &Phase::Training);
+        self
     }
 
     pub(super) fn event(&mut self, event: Event) -> Vec<Effect> {
@@ -313,7 +324,7 @@ impl Oracle {
                 assert!(!self.finished, "P-1: a second outcome");
                 self.finished = true;
             }
-            Effect::Close(_) | Effect::Metric(_) | Effect::Note(_) => {}
+            Effect::Close(_) | Effect::Metric(_) | Effect::Timing(_) | Effect::Note(_) => {}
         }
     }
 }

@@ -36,6 +36,27 @@ fn other_ranks_send_their_timing_only() {
     assert_eq!((status.step, status.workers[1].step, status.workers[1].parts), (0, 1, Some(parts)));
 }
 
+/// A rank's steps are summed, kept some at a time, and at the end what is left; the same step told twice counts once.
+#[test]
+fn where_each_ranks_time_goes_is_kept() {
+    let mut run = Run::training_for(1000);
+    let parts = v1::StepParts { data: 0.25, reduce: 0.5, ..v1::StepParts::default() };
+    let told = |step| from_worker::Body::Progress(v1::Progress { parts: Some(parts), step_seconds: 2.0, ..progress(step, 4) });
+    let timings = |effects: Vec<Effect>| -> Vec<RankTiming> {
+        effects.into_iter().filter_map(|effect| if let Effect::Timing(timing) = effect { Some(timing) } else { None }).collect()
+    };
+    let mut kept = Vec::new();
+    for step in 1..=70 {
+        for n in [1, 2, 2] {
+            kept.extend(timings(run.say(n, told(step))));
+        }
+    }
+    let seen: Vec<_> = kept.iter().map(|t| (t.rank, t.step, t.steps, t.seconds, t.parts.data, t.parts.reduce)).collect();
+    assert_eq!(seen, [(0, 64, 64, 128.0, 16.0, 32.0), (1, 64, 64, 128.0, 16.0, 32.0)]);
+    let left = timings(run.event(Event::Leave("now".into())));
+    assert_eq!(left.iter().map(|t| (t.rank, t.step, t.steps)).collect::<Vec<_>>(), [(0, 70, 6), (1, 70, 6)]);
+}
+
 #[test]
 fn a_heartbeat_says_how_far_a_worker_is() {
     let mut run = Run::training(vec![]);

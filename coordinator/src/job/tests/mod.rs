@@ -187,7 +187,7 @@ impl Oracle {
                 assert!(*outcome != Outcome::Done || core.units.all_done(), "J-4");
             }
             Effect::Close(_) | Effect::Note(_) => {}
-            Effect::Append(_) | Effect::DeleteFolders(_) | Effect::Metric(_) => panic!("a job has no log: {effect:?}"),
+            Effect::Append(_) | Effect::DeleteFolders(_) | Effect::Metric(_) | Effect::Timing(_) => panic!("a job has no log: {effect:?}"),
         }
     }
 
