@@ -27,6 +27,8 @@ const BACKLOG: usize = 4096;
 const PROBES: u32 = 4;
 /// How often a wait for another thread looks whether the run has ended.
 const LOOK: Duration = Duration::from_millis(100);
+/// The first and the longest pause between two tries to reach a coordinator.
+pub(crate) const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// How long a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -261,6 +263,27 @@ pub(crate) struct Link {
 }
 
 impl Link {
+    /// The same, again and again for `patience` while nobody answers: a worker may be there before its coordinator.
+    pub(crate) async fn open_patiently(url: &str, hello: &Hello, patience: Duration) -> Result<Self, ControlError> {
+        // What is no URL never will be one.
+        endpoint(url)?;
+        let (until, mut pause) = (Instant::now() + patience, PAUSES.0);
+        loop {
+            let error = match Self::open(url, hello.clone()).await {
+                Err(error @ (ControlError::Unreachable { .. } | ControlError::Late { .. } | ControlError::Unwelcomed(_))) => error,
+                other => return other,
+            };
+            if Instant::now() + pause >= until {
+                return Err(error);
+            }
+            if pause == PAUSES.0 {
+                tracing::warn!("{error}; trying again for {} s", patience.as_secs());
+            }
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(PAUSES.1);
+        }
+    }
+
     /// Connects, says hello, and waits for the welcome.
     pub(crate) async fn open(url: &str, hello: Hello) -> Result<Self, ControlError> {
         let mut client = connect(url).await?;
@@ -362,10 +385,13 @@ impl Control {
     }
 }
 
-async fn connect(url: &str) -> Result<CoordinatorClient<Channel>, ControlError> {
+fn endpoint(url: &str) -> Result<Endpoint, ControlError> {
     let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|e| unreachable(url, &ella_proto::with_causes(&e)))?;
-    let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
-    let channel = deadline("connection", CONNECT_TIMEOUT, endpoint.connect()).await?;
+    Ok(endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true))
+}
+
+async fn connect(url: &str) -> Result<CoordinatorClient<Channel>, ControlError> {
+    let channel = deadline("connection", CONNECT_TIMEOUT, endpoint(url)?.connect()).await?;
     Ok(CoordinatorClient::new(channel.map_err(|e| unreachable(url, &ella_proto::with_causes(&e)))?))
 }
 

@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The exit code of what can be resumed.
@@ -38,6 +39,9 @@ struct Arguments {
     /// Units of a job that are done at once
     #[arg(long, default_value_t = 1, env = "ELLA_SLOTS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_SLOTS)))]
     slots: u32,
+    /// Seconds to try again while no coordinator answers: it may start after its workers
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", env = "ELLA_CONNECT_TIMEOUT")]
+    connect_timeout: u64,
     /// How log lines look
     #[arg(long, default_value = "text", env = "ELLA_LOG_FORMAT", value_parser = ["text", "json"])]
     log_format: String,
@@ -64,8 +68,9 @@ fn main() -> ExitCode {
     };
     let flags = Arc::new(Flags::default());
     runtime.spawn(watch_signals(flags.clone()));
-    let Arguments { coordinator, listen, advertise, device, slots, .. } = arguments;
-    let ending = work(&Options { coordinator, listen, advertise, device, slots }, flags, runtime.handle());
+    let Arguments { coordinator, listen, advertise, device, slots, connect_timeout, .. } = arguments;
+    let patience = Duration::from_secs(connect_timeout);
+    let ending = work(&Options { coordinator, listen, advertise, device, slots, patience }, flags, runtime.handle());
     // What a store still does for a worker that has failed is not waited for.
     runtime.shutdown_background();
     leave(match ending {

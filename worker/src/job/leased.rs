@@ -2,7 +2,7 @@
 
 use super::hand::{Hand, say};
 use super::{Job, JobEnd, JobError};
-use crate::control::{self, ControlError, Link};
+use crate::control::{self, ControlError, Link, PAUSES};
 use crate::train::Ending;
 use ella_proto::config::JobConfig;
 use ella_proto::v1::{
@@ -14,8 +14,6 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-/// The first and the longest pause between two tries to reach a coordinator that is gone.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// How long a worker that leaves waits for the coordinator to end its stream: by then its last message has been read.
 const FAREWELL: Duration = Duration::from_secs(5);
 

@@ -39,6 +39,8 @@ pub struct Options {
     pub device: Choice,
     /// Units of a job that are done at once.
     pub slots: u32,
+    /// How long to try again while no coordinator answers.
+    pub patience: Duration,
 }
 
 /// Works for a coordinator until its run or job is over. Call it from a thread of its own, outside the runtime. Cancel `flags.drain` to
@@ -47,7 +49,7 @@ pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<En
     let device = device::set_up(options.device, 1)?;
     let listener = Listener::bind(options.listen)?;
     let hello = hello(options, device, &listener)?;
-    let link = match runtime.block_on(Link::open(&options.coordinator, hello)) {
+    let link = match runtime.block_on(Link::open_patiently(&options.coordinator, &hello, options.patience)) {
         Ok(link) => link,
         Err(error) => return Ok(error.ending()?),
     };

@@ -12,6 +12,7 @@ use ella_worker::session::{Options, WorkError, work};
 use ella_worker::train::Ending;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -66,7 +67,12 @@ pub(crate) struct Scripted {
 
 impl Scripted {
     pub(crate) async fn start() -> Self {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::at(([127, 0, 0, 1], 0).into()).await
+    }
+
+    /// One that listens there.
+    pub(crate) async fn at(address: SocketAddr) -> Self {
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (send, streams) = mpsc::unbounded_channel();
         let answers = Arc::new(AtomicBool::new(true));
@@ -87,7 +93,8 @@ impl Scripted {
     /// Starts a worker as a thread and takes its Hello.
     pub(crate) async fn worker(&mut self) -> Worker {
         let listen = ([127, 0, 0, 1], 0).into();
-        let options = Options { coordinator: self.url.clone(), listen, advertise: None, device: Device::Cpu, slots: 1 };
+        let (coordinator, patience) = (self.url.clone(), Duration::ZERO);
+        let options = Options { coordinator, listen, advertise: None, device: Device::Cpu, slots: 1, patience };
         let flags = Arc::new(Flags::default());
         let (done, ending) = oneshot::channel();
         let its = flags.clone();
@@ -95,7 +102,7 @@ impl Scripted {
         self.taken(ending, flags).await
     }
 
-    async fn taken(&mut self, ending: oneshot::Receiver<Result<Ending, WorkError>>, flags: Arc<Flags>) -> Worker {
+    pub(crate) async fn taken(&mut self, ending: oneshot::Receiver<Result<Ending, WorkError>>, flags: Arc<Flags>) -> Worker {
         let (heard, say) = soon("a worker", self.streams.recv()).await.unwrap();
         let mut worker = Worker { heard, say: Some(say), ending, flags, generation: 0, address: String::new() };
         let Said::Hello(hello) = worker.next().await else { panic!("the first message is no Hello") };

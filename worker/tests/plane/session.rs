@@ -11,9 +11,11 @@ use ella_store::{Commit, LedgerEpoch, Part, Store, commit_folder, verify_commit}
 use ella_worker::control::ControlError;
 use ella_worker::feed::lanes_of;
 use ella_worker::reduce::CollectiveError;
-use ella_worker::session::WorkError;
+use ella_worker::session::{Options, WorkError, work};
 use ella_worker::train::{Ending, TrainError};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tch::{Device, Kind};
 use tempfile::TempDir;
 
@@ -308,6 +310,38 @@ fn a_drain_at_the_last_step_is_a_run_that_is_done() {
         let (_, finished) = Heard::of(&mut worker).await;
         assert_eq!((finished.step, finished.outcome()), (1, Outcome::Done));
         assert_eq!(worker.committed(1).await.unwrap(), Ending::Done);
+    });
+}
+
+/// Where a cluster starts both at once, workers may be there first.
+#[test]
+fn a_worker_that_comes_before_its_coordinator_tries_again() {
+    RUNTIME.block_on(async {
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let options = |url: String, patience| Options {
+            coordinator: url,
+            listen: ([127, 0, 0, 1], 0).into(),
+            advertise: None,
+            device: ella_proto::config::Device::Cpu,
+            slots: 1,
+            patience,
+        };
+        let start = |options: Options| {
+            let (done, ending) = tokio::sync::oneshot::channel();
+            std::thread::spawn(move || drop(done.send(work(&options, Arc::default(), RUNTIME.handle()))));
+            ending
+        };
+        let early = start(options(format!("http://{address}"), Duration::from_secs(30)));
+        // One that does not wait, and one that was told no URL, end at once, whoever comes.
+        for (url, patience) in [(format!("http://{address}"), Duration::ZERO), ("http://no host".to_owned(), Duration::from_secs(30))] {
+            let error = soon("an end", start(options(url, patience))).await.unwrap().unwrap_err();
+            assert!(matches!(error, WorkError::Control(ControlError::Unreachable { .. })), "{error}");
+        }
+        let mut coordinator = Scripted::at(address).await;
+        let worker = coordinator.taken(early, Arc::default()).await;
+        let (reason, outcome) = (RefusedReason::RunOver.into(), Outcome::Done.into());
+        worker.say(Say::Refused(v1::Refused { reason, detail: "the run is over".into(), outcome }));
+        assert_eq!(worker.ended().await.unwrap(), Ending::Done);
     });
 }
 
