@@ -32,26 +32,40 @@ fn resume_refused(name: &str, damage: impl FnOnce(&Path) -> Result<()>, words: &
     Ok((run, set))
 }
 
-#[test]
-fn a_damaged_part_of_the_last_commit_is_named_and_resumed_from_once_it_is_back() -> Result<()> {
-    let part = |run: &Path| run.join(LAST).join("optimizer.safetensors");
-    let words = [LAST, "optimizer.safetensors", "corrupt", "blake3"];
-    let (run, set) = resume_refused("flipped", |run| flip(&part(run)), &words)?;
-    assert_eq!(try_ella(&["audit", &run.output.display().to_string()])?.status.code(), Some(1));
-    std::fs::copy(shared()?.run.output.join(LAST).join("optimizer.safetensors"), part(&run.output))?;
-    ella(&run.train(&set.iter().map(String::as_str).collect::<Vec<_>>()))?;
-    assert_eq!(run.last_commit()?.step, 8);
-    ella(&["audit", &run.output.display().to_string()])?;
+/// Resumes a copy of the run with one thing done to its last commit: it goes on from the one before, and says why in these words.
+#[track_caller]
+fn falls_back(name: &str, damage: impl FnOnce(&Path) -> Result<()>, words: &[&str]) -> Result<()> {
+    let (run, set) = copied(name)?;
+    damage(&run.output.join(LAST))?;
+    let output = try_ella(&run.train(&set.iter().map(String::as_str).collect::<Vec<_>>()))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let warning = said.lines().find(|line| line.contains("WARNING")).unwrap_or_default();
+    assert!(output.status.success() && words.iter().chain(&["step 6", LAST]).all(|word| warning.contains(word)), "{name}: {said}");
+    let steps: Vec<u64> = run.commits()?.iter().map(|commit| commit.step).collect();
+    assert_eq!(steps, [2, 4, 6, 6, 8], "{name}: step 6 is trained again");
+    let audit = ella(&["audit", &run.output.display().to_string()])?;
+    assert!(audit.contains("1 commit turned out to be damaged"), "{audit}");
     Ok(())
 }
 
 #[test]
-fn a_cut_or_lost_part_of_the_last_commit_is_named() -> Result<()> {
-    let part = |run: &Path| run.join(LAST).join("ema.safetensors");
-    resume_refused("cut", |run| cut(&part(run)), &["step 6", LAST, "ema.safetensors", "damaged", "expected"])?;
-    resume_refused("lost", |run| Ok(std::fs::remove_file(part(run))?), &["step 6", LAST, "ema.safetensors", "missing"])?;
-    let all = |run: &Path| Ok(std::fs::remove_dir_all(run.join(LAST))?);
-    resume_refused("folder", all, &["step 6", LAST, "connector.safetensors", "missing"])?;
+fn a_damaged_part_of_the_last_commit_is_named_and_the_run_goes_on_from_the_one_before() -> Result<()> {
+    let part = |commit: &Path| commit.join("optimizer.safetensors");
+    falls_back("flipped", |commit| flip(&part(commit)), &["optimizer.safetensors", "wrong bytes", "blake3"])?;
+    falls_back("cut", |commit| cut(&part(commit)), &["optimizer.safetensors", "wrong size", "expected"])?;
+    falls_back("lost", |commit| Ok(std::fs::remove_file(part(commit))?), &["optimizer.safetensors", "missing"])?;
+    falls_back("folder", |commit| Ok(std::fs::remove_dir_all(commit)?), &["connector.safetensors", "missing"])
+}
+
+#[test]
+fn where_no_commit_is_whole_nothing_is_trained_until_one_is_back() -> Result<()> {
+    let part = |run: &Path, step: u64| run.join(format!("commits/{step:012}.1/ema.safetensors"));
+    let all = |run: &Path| [2, 4, 6].into_iter().try_for_each(|step| flip(&part(run, step)));
+    let (run, set) = resume_refused("all", all, &["step 6", LAST, "ema.safetensors", "wrong bytes", "copy"])?;
+    assert_eq!(try_ella(&["audit", &run.output.display().to_string()])?.status.code(), Some(1));
+    std::fs::copy(part(&shared()?.run.output, 6), part(&run.output, 6))?;
+    ella(&run.train(&set.iter().map(String::as_str).collect::<Vec<_>>()))?;
+    assert_eq!(run.last_commit()?.step, 8);
     Ok(())
 }
 
