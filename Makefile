@@ -35,6 +35,7 @@ chaos: build
 # Programs that print ratios; nothing here is a test.
 bench: build
 	$(CARGO) run --release --locked -p ella-tests --bin bench
+	$(CARGO) run --release --locked -p ella-worker --example bench_commit
 
 # The feed beside MosaicML Streaming and litdata, which PEERS_PYTHON must name a Python with; else alone. BENCH_FOLDER: on the disk to measure,
 # with 8 GiB free.

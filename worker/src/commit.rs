@@ -55,8 +55,9 @@ const UNDER_WAY: usize = 2;
 #[derive(Debug)]
 pub struct Committer {
     jobs: Option<Sender<(Snapshot, Position)>>,
-    /// One word for each commit that is saved; closed when the thread has ended.
-    saved: Receiver<()>,
+    /// The snapshot of each commit that is saved, whose memory may be used again; closed when the thread has ended.
+    saved: Receiver<Snapshot>,
+    kept: Vec<Snapshot>,
     under_way: usize,
     thread: Option<JoinHandle<Result<(), CommitError>>>,
     flags: Arc<Flags>,
@@ -74,20 +75,18 @@ impl Committer {
                 let step = snapshot.step;
                 save(&snapshot, position, &place, &outbox, &runtime).map_err(|source| CommitError::Store { step, source })?;
                 // Nobody waits any more when the run has ended.
-                let _ = tell.send(());
+                let _ = tell.send(snapshot);
             }
             Ok(())
         };
         let thread = std::thread::Builder::new().name("commit".into()).spawn(serve)?;
-        Ok(Self { jobs: Some(jobs), saved, under_way: 0, thread: Some(thread), flags, patience })
+        Ok(Self { jobs: Some(jobs), saved, kept: Vec::new(), under_way: 0, thread: Some(thread), flags, patience })
     }
 
     /// Hands a snapshot over. `position` is where the data goes on after it. Waits only if two commits are still under way, and not
     /// beyond the end of the run.
     pub fn save(&mut self, snapshot: Snapshot, position: Position) -> Result<(), CommitError> {
-        while self.saved.try_recv().is_ok() {
-            self.under_way -= 1;
-        }
+        self.take_back();
         if self.under_way == UNDER_WAY && self.one_more()? {
             self.under_way -= 1;
         }
@@ -97,6 +96,19 @@ impl Committer {
         }
         self.under_way += 1;
         Ok(())
+    }
+
+    /// A snapshot that is saved, if there is one: its memory is free.
+    pub fn kept(&mut self) -> Option<Snapshot> {
+        self.take_back();
+        self.kept.pop()
+    }
+
+    fn take_back(&mut self) {
+        while let Ok(snapshot) = self.saved.try_recv() {
+            self.under_way -= 1;
+            self.kept.push(snapshot);
+        }
     }
 
     /// Whether the thread has given up: its error is [`Self::finish`]'s.
@@ -116,9 +128,12 @@ impl Committer {
     }
 
     /// Waits until one more commit is saved; false once the thread has ended.
-    fn one_more(&self) -> Result<bool, CommitError> {
+    fn one_more(&mut self) -> Result<bool, CommitError> {
         match self.flags.receive(&self.saved, self.patience) {
-            Ok(()) => Ok(true),
+            Ok(snapshot) => {
+                self.kept.push(snapshot);
+                Ok(true)
+            }
             Err(RecvTimeoutError::Disconnected) => Ok(false),
             Err(RecvTimeoutError::Timeout) => Err(CommitError::Late { seconds: self.patience.as_secs() }),
         }
@@ -169,7 +184,7 @@ mod tests {
         let layout = Arc::new(Layout::new(vec![("a".into(), vec![3])]));
         let mut state = TrainState::fresh(layout, tch::Tensor::from_slice(&[1f32, 2.0, 3.0])).unwrap();
         state.step = step;
-        state.snapshot().unwrap()
+        state.snapshot(None).unwrap()
     }
 
     struct Bench {
@@ -205,6 +220,7 @@ mod tests {
             (1..=3).for_each(|step| committer.save(snapshot(step), START).unwrap());
             committer.finish().unwrap();
             committer.finish().unwrap();
+            assert!(committer.kept().is_some_and(|snapshot| snapshot.step == 3), "its memory may be used again");
             let mut digests = Vec::new();
             while let Ok(message) = queue.try_recv() {
                 match message.body.unwrap() {

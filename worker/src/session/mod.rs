@@ -148,7 +148,7 @@ fn check_device(config: &RunConfig, device: Device) -> Result<(), WorkError> {
 }
 
 fn ready(trainer: &Trainer) -> Result<Ready, WorkError> {
-    let snapshot = trainer.state.snapshot()?;
+    let snapshot = trainer.state.snapshot(None)?;
     let digests: Vec<_> = (0..part_names().len()).map(|part| snapshot.digest(part)).collect();
     Ok(Ready {
         step: trainer.state.step,

@@ -176,7 +176,7 @@ impl Trainer {
         let step = self.state.step;
         if step > self.saved {
             let begin = Instant::now();
-            let snapshot = self.state.snapshot()?;
+            let snapshot = self.state.snapshot(self.committer.kept())?;
             self.cadence.taken(step, Instant::now());
             self.committer.save(snapshot, self.feed.position(step))?;
             self.saved = step;

@@ -160,18 +160,34 @@ impl TrainState {
     }
 
     /// A copy in host memory, from which files and digests are made while training goes on.
-    pub fn snapshot(&self) -> Result<Snapshot, tch::TchError> {
-        let copy = |t: &Tensor| t.f_detach()?.f_to_device_(Device::Cpu, Kind::Float, false, true);
+    ///
+    /// It is made in the memory of `kept`, an older one that nobody needs any more: new memory costs more than the copy, for the system clears
+    /// each page of it first.
+    pub fn snapshot(&self, kept: Option<Snapshot>) -> Result<Snapshot, tch::TchError> {
         let b = &self.buffers;
+        let kept = kept.map(|kept| [kept.params, kept.ema, kept.exp_avg, kept.exp_avg_sq].map(Some)).unwrap_or_default();
+        let [params, ema, exp_avg, exp_avg_sq] = kept;
         Ok(Snapshot {
             step: self.step,
             layout: self.layout.clone(),
-            params: copy(&b.params)?,
-            ema: copy(&b.ema)?,
-            exp_avg: copy(&b.exp_avg)?,
-            exp_avg_sq: copy(&b.exp_avg_sq)?,
+            params: copy_into(params, &b.params)?,
+            ema: copy_into(ema, &b.ema)?,
+            exp_avg: copy_into(exp_avg, &b.exp_avg)?,
+            exp_avg_sq: copy_into(exp_avg_sq, &b.exp_avg_sq)?,
             ledger: self.ledger.clone(),
         })
+    }
+}
+
+/// A copy in host memory, in that of `kept` if it has the same shape.
+fn copy_into(kept: Option<Tensor>, tensor: &Tensor) -> Result<Tensor, tch::TchError> {
+    let tensor = tensor.f_detach()?;
+    match kept.filter(|kept| kept.size() == tensor.size()) {
+        Some(mut kept) => {
+            kept.f_copy_(&tensor)?;
+            Ok(kept)
+        }
+        None => tensor.f_to_device_(Device::Cpu, Kind::Float, false, true),
     }
 }
 
@@ -294,10 +310,13 @@ mod tests {
     #[test]
     fn a_state_reads_back_from_its_files_bit_for_bit() {
         let one = state(1);
-        let written = one.snapshot().unwrap();
+        let written = one.snapshot(None).unwrap();
         let mut other = state(2);
         other.restore(&files(&written)).unwrap();
-        let again = other.snapshot().unwrap();
+        let again = other.snapshot(None).unwrap();
+        // In the memory of another one, whose numbers are gone then.
+        let kept = one.snapshot(Some(state(3).snapshot(None).unwrap())).unwrap();
+        assert_eq!(files(&kept), files(&written));
         for part in 0..3 {
             assert_eq!(written.file(part), again.file(part));
             let (bytes, hash) = written.digest(part);
@@ -320,7 +339,7 @@ mod tests {
 
     #[test]
     fn files_of_another_layout_are_refused_by_name() {
-        let files = files(&state(1).snapshot().unwrap());
+        let files = files(&state(1).snapshot(None).unwrap());
         let mut other = TrainState::fresh(
             Arc::new(Layout::new(vec![("a.weight".into(), vec![4, 3]), ("b".into(), vec![5])])),
             Tensor::zeros([17], (Kind::Float, Device::Cpu)),
