@@ -311,3 +311,27 @@ fn what_the_hub_refuses_is_said_with_what_to_do() {
     hub.ella(here, &nobody, &embed("org/text", "8")).fails(1, &words);
     hub.ella(here, &[("HF_ENDPOINT", "nonsense")], &embed("org/text", "8")).fails(1, &["HF_ENDPOINT"]);
 }
+
+/// `ella train` downloads before it starts a process that trains.
+#[test]
+fn a_run_names_its_models_by_hub_ids() {
+    if !Path::new(env!("CARGO_BIN_EXE_ella")).with_file_name("ella-worker").is_file() {
+        println!("skipped: ella-worker is not built");
+        return;
+    }
+    let (dir, hub) = hub();
+    let here = dir.path();
+    let run = |base: &str| {
+        let config = format!(
+            "[run]\noutput = \"run\"\n[base]\nmodel = \"{base}\"\n[text]\nmodel = \"org/text\"\nmax_tokens = 24\nfeatures = \"inline\"\n\
+             [data]\npath = \"data\"\n[connector]\nlayers = 1\nlatents = 4\n[train]\nsteps = 1\nglobal_batch = 4\nmicro_batch = 4\n\
+             eval_every = 0\n[workers]\ndevice = \"cpu\"\n"
+        );
+        fs::write(here.join("run.toml"), config).unwrap();
+        hub.ella(here, &[], &["train", "run.toml", "--json"])
+    };
+    run("org/nowhere").fails(4, &["base.model", "org/nowhere", "has no model"]);
+    assert!(!here.join("run").exists());
+    assert_eq!(run("org/base").ok().json()["outcome"], "done");
+    assert!(here.join("hf/hub/models--org--base/snapshots").join(COMMIT).join("unet").is_dir());
+}

@@ -65,10 +65,11 @@ pub fn fetch(id: &HubId) -> Result<PathBuf, HubError> {
     if settings.offline {
         return cache.find(id);
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| HubError::Client(error.to_string()))?;
-    // On a thread of its own: callers may be in a runtime, which would not let another begin.
-    let work = || runtime.block_on(download(id, &settings, &cache));
+    // On a thread of its own: callers may be in a runtime, which would let no other begin, nor end.
+    let work = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.map_err(|error| HubError::Client(error.to_string()))?.block_on(download(id, &settings, &cache))
+    };
     std::thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
