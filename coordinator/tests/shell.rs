@@ -10,6 +10,7 @@ use ella_coordinator::client::{self, ClientError};
 use ella_coordinator::core::{Failure, Outcome};
 use ella_coordinator::shell::{Coordinator, Opened, RunError};
 use ella_coordinator::status::StatusReport;
+use ella_proto::config::RunConfig;
 use ella_proto::v1::from_worker::Body as Say;
 use ella_store::{Body, Limits, Operation, RunLog, Store, faulty};
 use std::time::Duration;
@@ -153,14 +154,19 @@ async fn a_run_of_another_config_is_refused_naming_the_keys() {
     assert!(matches!(error, RunError::BadRunToml { .. }) && error.exit_code() == 2, "{error}");
 }
 
-#[tokio::test]
-async fn a_damaged_commit_or_log_is_told_with_the_file_and_nothing_is_deleted() {
-    let store = Store::open("memory://").unwrap();
-    let config = config(&[]);
+/// A run of which a worker died when the commits of step 2 and 4 stood.
+async fn cut_off_after_step_4() -> (RunConfig, Store) {
+    let (config, store) = (config(&[]), Store::open("memory://").unwrap());
     let served = Served::start(&config, &store).await;
     let dies = Script { dies_after: Some(4), ..Script::default() };
     train_two(&served, &config, &store, [Script::default(), dies]).await;
     served.outcome().await;
+    (config, store)
+}
+
+#[tokio::test]
+async fn a_damaged_commit_or_log_is_told_with_the_file_and_nothing_is_deleted() {
+    let (config, store) = cut_off_after_step_4().await;
     let file = "commits/000000000004.1/ema.safetensors";
     let (whole, folders, records) =
         (store.get(file).await.unwrap(), store.folders("commits").await.unwrap(), store.list("log").await.unwrap());
@@ -188,12 +194,7 @@ async fn a_damaged_commit_or_log_is_told_with_the_file_and_nothing_is_deleted() 
 /// One byte of the newest commit is wrong: the run goes on from the one before, and says so to whoever looks.
 #[tokio::test]
 async fn a_damaged_commit_is_given_up_for_the_one_before() {
-    let store = Store::open("memory://").unwrap();
-    let config = config(&[]);
-    let served = Served::start(&config, &store).await;
-    let dies = Script { dies_after: Some(4), ..Script::default() };
-    train_two(&served, &config, &store, [Script::default(), dies]).await;
-    served.outcome().await;
+    let (config, store) = cut_off_after_step_4().await;
     let file = "commits/000000000004.1/ema.safetensors";
     let mut bytes = store.get(file).await.unwrap().to_vec();
     bytes[1] ^= 1;
