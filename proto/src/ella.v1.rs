@@ -7,7 +7,7 @@ pub struct FromWorker {
     pub generation: u64,
     #[prost(
         oneof = "from_worker::Body",
-        tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"
+        tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
     )]
     pub body: ::core::option::Option<from_worker::Body>,
 }
@@ -39,6 +39,10 @@ pub mod from_worker {
         LeaseDone(super::LeaseDone),
         #[prost(message, tag = "14")]
         LeaseThen(super::LeaseThen),
+        #[prost(message, tag = "15")]
+        Idle(super::Idle),
+        #[prost(message, tag = "16")]
+        Leaving(super::Leaving),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -47,7 +51,7 @@ pub struct ToWorker {
     pub term: u64,
     #[prost(uint64, tag = "2")]
     pub generation: u64,
-    #[prost(oneof = "to_worker::Body", tags = "3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "to_worker::Body", tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     pub body: ::core::option::Option<to_worker::Body>,
 }
 /// Nested message and enum types in `ToWorker`.
@@ -72,6 +76,12 @@ pub mod to_worker {
         LeaseGrant(super::LeaseGrant),
         #[prost(message, tag = "11")]
         JobOver(super::JobOver),
+        #[prost(message, tag = "12")]
+        Regroup(super::Regroup),
+        #[prost(message, tag = "13")]
+        Adopted(super::Adopted),
+        #[prost(message, tag = "14")]
+        Release(super::Release),
     }
 }
 /// Who a worker is. `worker_id` is new in every process; `peer_address` is where its collective listens (host:port).
@@ -95,6 +105,27 @@ pub struct Hello {
     /// The config digest that the worker insists on; empty: it takes the coordinator's.
     #[prost(string, tag = "8")]
     pub config_digest: ::prost::alloc::string::String,
+    /// Of a worker that attaches again: the generation that it is in, if that goes on.
+    #[prost(message, optional, tag = "9")]
+    pub place: ::core::option::Option<Place>,
+}
+/// A place in a generation that outlives the worker's stream, and mostly its coordinator too (LIVE).
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Place {
+    #[prost(uint64, tag = "1")]
+    pub term: u64,
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    #[prost(uint32, tag = "3")]
+    pub rank: u32,
+    #[prost(uint32, tag = "4")]
+    pub world: u32,
+    /// Applied steps.
+    #[prost(uint64, tag = "5")]
+    pub step: u64,
+    /// What it reported when it was ready.
+    #[prost(message, optional, tag = "6")]
+    pub ready: ::core::option::Option<Ready>,
 }
 /// The run as the coordinator has it. Times in milliseconds.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -127,8 +158,21 @@ pub struct Refused {
     #[prost(enumeration = "Outcome", tag = "3")]
     pub outcome: i32,
 }
-/// A place in a generation. `peers` are the collective addresses in rank order; `commit_json` is the commit record to restore from
-/// (empty: a fresh start); `session` is the same 16 bytes for all of a generation.
+/// A worker holds its models and is in no generation: it has just loaded them, or its generation has ended.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Idle {
+    /// Steps applied to the state that it holds; absent: it holds none yet.
+    #[prost(uint64, optional, tag = "1")]
+    pub step: ::core::option::Option<u64>,
+    /// Why its generation ended, if that was not at a boundary that the coordinator asked for: a collective's error, in words.
+    #[prost(string, tag = "2")]
+    pub broken: ::prost::alloc::string::String,
+}
+/// The worker has been asked to leave (SIGTERM). It stays until it is released, or the run is drained.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Leaving {}
+/// A place in a generation. `peers` are the collective addresses in rank order; `commit_json` is the newest commit's record (empty: there
+/// is none); `session` is the same 16 bytes for all of a generation.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Assign {
     #[prost(uint32, tag = "1")]
@@ -139,12 +183,39 @@ pub struct Assign {
     pub commit_json: ::prost::alloc::vec::Vec<u8>,
     #[prost(bytes = "vec", tag = "4")]
     pub session: ::prost::alloc::vec::Vec<u8>,
+    /// Absent: nobody holds a state, and all restore the commit, or begin anew. Else the rank that holds the newest one.
+    #[prost(uint32, optional, tag = "5")]
+    pub source: ::core::option::Option<u32>,
+    /// Steps applied to that state.
+    #[prost(uint64, tag = "6")]
+    pub step: u64,
+    /// Whether a rank lacks it: then all take part in copying it from the source.
+    #[prost(bool, tag = "7")]
+    pub copy: bool,
 }
-/// Everything is loaded and restored. All ranks must report the same.
+/// The generation has ended: say Idle. At once, or after the next step, which is then the last one of all ranks.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Regroup {
+    #[prost(bool, tag = "1")]
+    pub at_boundary: bool,
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// A coordinator of a new term has found all ranks of the generation: it goes on, and commits are of the new term from here on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Adopted {}
+/// Leave now, resumable: the others go on without this worker, or there is nothing to commit.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Release {
+    #[prost(string, tag = "1")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// The state is there and the ring is closed. All ranks must report the same.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Ready {
     #[prost(uint64, tag = "1")]
     pub step: u64,
+    /// Empty where the state is a survivor's, or a copy of it: only what was restored or begun anew is digested here.
     #[prost(string, tag = "2")]
     pub state_digest: ::prost::alloc::string::String,
     #[prost(string, tag = "3")]
@@ -163,6 +234,8 @@ pub struct Heartbeat {
     /// Captions that this worker has encoded, while its next step waits for more of them (text.features = "ahead").
     #[prost(uint64, optional, tag = "2")]
     pub encoding: ::core::option::Option<u64>,
+    #[prost(enumeration = "Activity", tag = "3")]
+    pub activity: i32,
 }
 /// One applied step, from rank 0; other ranks send theirs with `parts` only, for timing.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -256,7 +329,7 @@ pub struct Committed {
     #[prost(uint64, tag = "1")]
     pub step: u64,
 }
-/// Commit at the next step boundary and leave.
+/// The run is to leave: commit at the next step boundary, all ranks at the same one, and say Finished.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Drain {
     #[prost(string, tag = "1")]
@@ -497,6 +570,15 @@ pub struct StopRequest {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StopReply {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DrainRequest {
+    #[prost(string, tag = "1")]
+    pub worker_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DrainReply {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum RefusedReason {
@@ -543,6 +625,41 @@ impl RefusedReason {
             "REFUSED_REASON_MALFORMED" => Some(Self::Malformed),
             "REFUSED_REASON_RUN_OVER" => Some(Self::RunOver),
             "REFUSED_REASON_SUPERSEDED" => Some(Self::Superseded),
+            _ => None,
+        }
+    }
+}
+/// What a rank is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Activity {
+    Unspecified = 0,
+    /// It waits for samples.
+    Data = 1,
+    Compute = 2,
+    /// It waits for the other ranks, or sums with them.
+    Reduce = 3,
+}
+impl Activity {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "ACTIVITY_UNSPECIFIED",
+            Self::Data => "ACTIVITY_DATA",
+            Self::Compute => "ACTIVITY_COMPUTE",
+            Self::Reduce => "ACTIVITY_REDUCE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ACTIVITY_UNSPECIFIED" => Some(Self::Unspecified),
+            "ACTIVITY_DATA" => Some(Self::Data),
+            "ACTIVITY_COMPUTE" => Some(Self::Compute),
+            "ACTIVITY_REDUCE" => Some(Self::Reduce),
             _ => None,
         }
     }
@@ -778,6 +895,27 @@ pub mod coordinator_client {
             req.extensions_mut().insert(GrpcMethod::new("ella.v1.Coordinator", "Stop"));
             self.inner.unary(req, path, codec).await
         }
+        /// Asks one worker of a run to leave at the next step boundary; the others go on.
+        pub async fn drain(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DrainRequest>,
+        ) -> std::result::Result<tonic::Response<super::DrainReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ella.v1.Coordinator/Drain",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("ella.v1.Coordinator", "Drain"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -814,6 +952,11 @@ pub mod coordinator_server {
             &self,
             request: tonic::Request<super::StopRequest>,
         ) -> std::result::Result<tonic::Response<super::StopReply>, tonic::Status>;
+        /// Asks one worker of a run to leave at the next step boundary; the others go on.
+        async fn drain(
+            &self,
+            request: tonic::Request<super::DrainRequest>,
+        ) -> std::result::Result<tonic::Response<super::DrainReply>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct CoordinatorServer<T> {
@@ -1010,6 +1153,49 @@ pub mod coordinator_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = StopSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ella.v1.Coordinator/Drain" => {
+                    #[allow(non_camel_case_types)]
+                    struct DrainSvc<T: Coordinator>(pub Arc<T>);
+                    impl<T: Coordinator> tonic::server::UnaryService<super::DrainRequest>
+                    for DrainSvc<T> {
+                        type Response = super::DrainReply;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DrainRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Coordinator>::drain(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DrainSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -10,16 +10,18 @@ use crate::record::{Commit, Part};
 use crate::state::RunState;
 use crate::store::Store;
 
-/// The folder of the commit of `step` in `term`, relative to the run: `commits/000000012000.7`.
-pub fn commit_folder(step: u64, term: u64) -> String {
-    format!("commits/{step:012}.{term}")
+/// The folder of the commit of `step` in `term`, relative to the run: `commits/000000012000.7`; of a generation beyond the term's first
+/// `commits/000000012000.7-2`, so that what a worker of an earlier one saves too late cannot touch it.
+pub fn commit_folder(step: u64, term: u64, generation: u64) -> String {
+    if generation <= 1 { format!("commits/{step:012}.{term}") } else { format!("commits/{step:012}.{term}-{generation}") }
 }
 
 /// The step and term of a commit's folder; `None` for any other text.
 pub fn parse_folder(folder: &str) -> Option<(u64, u64)> {
-    let (step, term) = folder.strip_prefix("commits/")?.split_once('.')?;
+    let (step, rest) = folder.strip_prefix("commits/")?.split_once('.')?;
+    let (term, generation) = rest.split_once('-').unwrap_or((rest, "1"));
     let (step, term) = (step.parse().ok()?, term.parse().ok()?);
-    (commit_folder(step, term) == folder).then_some((step, term))
+    (commit_folder(step, term, generation.parse().ok()?) == folder).then_some((step, term))
 }
 
 /// What is wrong with one part of a commit.

@@ -210,7 +210,7 @@ fn check_commit(commit: &Commit, term: u64) -> Result<(), String> {
             return Err(format!(
                 "folder {:?} (expected {:?} or one of an earlier term)",
                 commit.folder,
-                commit::commit_folder(commit.step, term)
+                commit::commit_folder(commit.step, term, commit.generation)
             ));
         }
     }

@@ -27,7 +27,7 @@ fn commit(step: u64, term: u64) -> Commit {
         step,
         generation: 3,
         world: 2,
-        folder: commit_folder(step, term),
+        folder: commit_folder(step, term, 1),
         parts: vec![part("connector.safetensors", b"weights"), part("optimizer.safetensors", b"")],
         config_digest: Digest::of(b"config"),
         data_digest: Digest::of(b"data"),
@@ -60,7 +60,7 @@ async fn what_is_appended_is_read_again() {
     let bodies = [
         Body::Commit(commit(10, 1)),
         Body::Commit(commit(20, 1)),
-        Body::Retire { commits: vec![commit_folder(10, 1)] },
+        Body::Retire { commits: vec![commit_folder(10, 1, 1)] },
         end(Outcome::Preempted),
     ];
     for (index, body) in bodies.iter().enumerate() {
@@ -81,12 +81,12 @@ async fn the_state_is_what_the_records_say() {
     for step in [10, 20, 30] {
         log.append(Body::Commit(commit(step, 1)), 2).await.unwrap();
     }
-    log.append(Body::Retire { commits: vec![commit_folder(10, 1)] }, 3).await.unwrap();
+    log.append(Body::Retire { commits: vec![commit_folder(10, 1, 1)] }, 3).await.unwrap();
     let state = RunState::from_records(&RunLog::read(&store).await.unwrap());
     assert_eq!(state.commits.iter().map(|commit| commit.step).collect::<Vec<_>>(), [20, 30]);
     assert_eq!(state.last_commit().unwrap().step, 30);
     assert_eq!((state.term, state.is_over(), state.is_done()), (1, false, false));
-    assert_eq!(state.retired, BTreeSet::from([commit_folder(10, 1)]));
+    assert_eq!(state.retired, BTreeSet::from([commit_folder(10, 1, 1)]));
     log.append(end(Outcome::Done), 4).await.unwrap();
     let (_, records) = claim(&store, "b").await;
     let state = RunState::from_records(&records);
@@ -117,8 +117,8 @@ async fn a_body_that_could_not_be_read_again_is_not_written() {
     let (mut log, _) = claim(&store, "a").await;
     type Spoil = fn(&mut Commit);
     let bad: [(&str, Spoil); 8] = [
-        ("expected \"commits/000000000010.1\"", |c| c.folder = commit_folder(11, 1)),
-        ("expected \"commits/000000000010.1\"", |c| c.folder = commit_folder(10, 2)),
+        ("expected \"commits/000000000010.1\"", |c| c.folder = commit_folder(11, 1, 1)),
+        ("expected \"commits/000000000010.1\"", |c| c.folder = commit_folder(10, 2, 1)),
         ("expected \"commits/000000000010.1\"", |c| c.folder = "commits/../../x".into()),
         ("no parts", |c| c.parts.clear()),
         ("named twice", |c| c.parts = vec![part("x", b""), part("x", b"")]),
@@ -257,17 +257,17 @@ async fn leftovers_are_retired_folders_and_unrecorded_ones_of_earlier_terms() {
         for step in [10, 20] {
             log.append(Body::Commit(commit(step, 1)), 2).await.unwrap();
         }
-        log.append(Body::Retire { commits: vec![commit_folder(10, 1)] }, 3).await.unwrap();
-        for folder in [commit_folder(10, 1), commit_folder(20, 1), commit_folder(30, 1), commit_folder(30, 2), "commits/mine".into()] {
+        log.append(Body::Retire { commits: vec![commit_folder(10, 1, 1)] }, 3).await.unwrap();
+        for folder in [commit_folder(10, 1, 1), commit_folder(20, 1, 1), commit_folder(30, 1, 1), commit_folder(30, 2, 1), "commits/mine".into()] {
             store.put(&format!("{folder}/x/y"), Bytes::new()).await.unwrap();
         }
         let (_, records) = claim(&store, "b").await;
         let state = RunState::from_records(&records);
         let leftovers = collect_leftovers(&store, &state, 2).await.unwrap();
-        assert_eq!(leftovers, [commit_folder(10, 1), commit_folder(30, 1)]);
+        assert_eq!(leftovers, [commit_folder(10, 1, 1), commit_folder(30, 1, 1)]);
         remove_leftovers(&store, &leftovers).await.unwrap();
         assert_eq!(collect_leftovers(&store, &state, 2).await.unwrap(), [""; 0]);
-        assert_eq!(store.folders("commits").await.unwrap(), [commit_folder(20, 1), commit_folder(30, 2), "commits/mine".into()]);
+        assert_eq!(store.folders("commits").await.unwrap(), [commit_folder(20, 1, 1), commit_folder(30, 2, 1), "commits/mine".into()]);
     }
 }
 

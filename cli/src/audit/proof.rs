@@ -228,7 +228,7 @@ mod tests {
             step,
             generation: 1,
             world: 1,
-            folder: ella_store::commit_folder(step, 1),
+            folder: ella_store::commit_folder(step, 1, 1),
             parts: vec![Part { name: "connector.safetensors".into(), bytes: 1, blake3: Digest::of(b"x") }],
             config_digest: config().digest().parse().unwrap(),
             data_digest: Digest::of(b"data"),

@@ -131,7 +131,7 @@ mod tests {
                 step,
                 generation: 1,
                 world: 2,
-                folder: ella_store::commit_folder(step, 1),
+                folder: ella_store::commit_folder(step, 1, 1),
                 parts: Vec::new(),
                 config_digest: Digest::of(b""),
                 data_digest: Digest::of(b""),

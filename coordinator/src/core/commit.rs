@@ -180,7 +180,7 @@ impl Core {
             step: step.0,
             generation: self.generation.0,
             world: u32::try_from(self.members.len()).ok()?,
-            folder: commit_folder(step.0, self.term.0),
+            folder: commit_folder(step.0, self.term.0, self.generation.0),
             parts: pending.parts.values().cloned().collect(),
             config_digest: self.config.welcome.config_digest.parse().ok()?,
             data_digest: agreed.data_digest.parse().ok()?,

@@ -214,7 +214,7 @@ impl Fake {
         self.say(Say::State(v1::StateDigest { step, digest: state.to_string(), ledger, epoch: 0, step_in_epoch: step })).await;
         for (index, name) in PARTS.iter().enumerate().filter(|(index, _)| *index as u32 % self.world == self.rank) {
             let bytes = Bytes::from(format!("{name} {step}"));
-            store.put(&format!("{}/{name}", commit_folder(step, self.term)), bytes.clone()).await.unwrap();
+            store.put(&format!("{}/{name}", commit_folder(step, self.term, 1)), bytes.clone()).await.unwrap();
             if script.withholds_parts_of == Some(step) && index == 0 {
                 continue;
             }

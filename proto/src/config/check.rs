@@ -42,6 +42,7 @@ impl Check<'_> {
             ("checkpoint.max_lost_work", checkpoint.max_lost_work.map_or(1, |work| work.0)),
             ("checkpoint.keep", checkpoint.keep as u64),
             ("workers.count", workers.count as u64),
+            ("workers.min", workers.min as u64),
             ("workers.lease", workers.lease.0),
             ("workers.orphan_timeout", workers.orphan_timeout.0),
             ("workers.step_timeout", workers.step_timeout.0),
@@ -65,6 +66,14 @@ impl Check<'_> {
             let rule =
                 format!("there are only {} lanes (train.global_batch / train.micro_batch), and each worker needs one", train.lanes());
             return Err(self.wrong("workers.count", count, rule));
+        }
+        let workers = &self.config.workers;
+        if workers.min > count {
+            let rule = format!("it must be at most workers.count = {count}, with which a run begins");
+            return Err(self.wrong("workers.min", workers.min, rule));
+        }
+        if let Some(max) = workers.max.filter(|max| *max < count) {
+            return Err(self.wrong("workers.max", max, format!("it must be at least workers.count = {count}")));
         }
         Ok(())
     }

@@ -461,20 +461,39 @@ pub enum Device {
     Cuda,
 }
 
+/// What becomes of a rank that others wait for much longer than for any before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Straggler {
+    /// It is named; past `workers.step_timeout` it is let go.
+    #[default]
+    Warn,
+    /// It is let go at once.
+    Evict,
+}
+
 /// `[workers]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Workers {
-    /// How many.
+    /// How many a run begins with; `ella train` starts so many.
     pub count: usize,
+    /// Training goes on while there are at least so many.
+    pub min: usize,
+    /// More than so many are spares, as are more than there are lanes; absent: only those.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max: Option<usize>,
+    /// How long workers that come while training goes on wait for others to join with them.
+    pub join_window: Millis,
+    /// What becomes of a rank that others wait for much longer than for any before.
+    pub straggler: Straggler,
     /// Where they compute.
     pub device: Device,
     /// Intra-op threads of each: part of SAME, as it changes the order of sums inside a kernel.
     pub threads: usize,
     /// A worker not heard of for this long is lost.
     pub lease: Millis,
-    /// A worker whose coordinator answers nothing for this long (it is stopped, or cut off) stops itself. One whose stream ends stops at
-    /// once: membership is fixed once training has begun.
+    /// A worker that has been without a coordinator for this long (it is gone, stopped, or cut off) stops itself.
     pub orphan_timeout: Millis,
     /// A collective that waits for this long has failed.
     pub step_timeout: Millis,
@@ -486,6 +505,10 @@ impl Default for Workers {
     fn default() -> Self {
         Self {
             count: 1,
+            min: 1,
+            max: None,
+            join_window: Millis(2_000),
+            straggler: Straggler::Warn,
             device: Device::Auto,
             threads: 1,
             lease: Millis(10_000),
@@ -534,7 +557,7 @@ impl RunConfig {
         for path in ["data.memory_bytes", "data.cache", "data.cache_bytes"] {
             keys::remove(&mut value, path);
         }
-        for path in ["checkpoint", "train.eval_every", "train.eval_samples", "workers.count"] {
+        for path in ["checkpoint", "train.eval_every", "train.eval_samples", "workers.count", "workers.min", "workers.max", "workers.join_window", "workers.straggler"] {
             keys::remove(&mut value, path);
         }
         for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {
@@ -657,6 +680,9 @@ mod tests {
             ("[train.optimizer]\nbetas = [0.9, 1.0]", "train.optimizer.betas"),
             ("[train.optimizer]\neps = 0.0", "train.optimizer.eps"),
             ("[workers]\ncount = 9", "workers.count"),
+            ("[workers]\nmin = 0", "workers.min"),
+            ("[workers]\ncount = 2\nmin = 3", "workers.min"),
+            ("[workers]\ncount = 2\nmax = 1", "workers.max"),
             ("[workers]\nthreads = 100000", "workers.threads"),
             ("[checkpoint]\nkeep = 0", "checkpoint.keep"),
             ("[checkpoint]\nmax_lost_work = \"0s\"", "checkpoint.max_lost_work"),
@@ -719,7 +745,7 @@ mod tests {
         for free in ["data.cache=/tmp/x", "data.cache_bytes=0", "data.memory_bytes=9"] {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
         }
-        for free in ["workers.count=2", "run.output=x", "checkpoint.every=7", "checkpoint.keep=1", "train.steps=5", "workers.lease=1s"] {
+        for free in ["workers.count=2", "run.output=x", "checkpoint.every=7", "checkpoint.keep=1", "train.steps=5", "workers.lease=1s", "workers.max=2", "workers.straggler=evict", "workers.join_window=0s"] {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
         }
         let ahead = parse("", &["text.features=ahead"]).unwrap();

@@ -62,7 +62,7 @@ impl Heard {
             step,
             generation: 1,
             world: 1,
-            folder: commit_folder(step, TERM),
+            folder: commit_folder(step, TERM, 1),
             parts: parts.map(|p| Part { name: p.name.clone(), bytes: p.bytes, blake3: p.blake3.parse().unwrap() }).collect(),
             config_digest: config.digest().parse().unwrap(),
             data_digest: ready.data_digest.parse().unwrap(),

@@ -8,7 +8,7 @@ fn committed(run: &Run, n: u64, step: u64) -> Effect {
 }
 
 fn committed_note(step: u64) -> Effect {
-    Effect::Note(Note::Committed { step, folder: ella_store::commit_folder(step, TERM), bytes: 15 })
+    Effect::Note(Note::Committed { step, folder: ella_store::commit_folder(step, TERM, 1), bytes: 15 })
 }
 
 #[test]
@@ -63,10 +63,10 @@ fn a_part_saved_twice_must_be_the_same() {
 #[test]
 fn old_commits_are_given_up_in_the_log_before_they_are_deleted() {
     let mut run = Run::training(vec![commit_at(1, 1), commit_at(2, 2)]);
-    let retire = Body::Retire { commits: vec![ella_store::commit_folder(1, 1)] };
+    let retire = Body::Retire { commits: vec![ella_store::commit_folder(1, 1, 1)] };
     let effects = run.commit(4);
     assert_eq!(effects.last(), Some(&Effect::Append(retire.clone())));
-    let folders = vec![ella_store::commit_folder(1, 1)];
+    let folders = vec![ella_store::commit_folder(1, 1, 1)];
     let effects = run.event(Event::Appended(retire));
     assert_eq!(effects, vec![Effect::DeleteFolders(folders.clone()), Effect::Note(Note::Retired { folders })]);
 }
@@ -74,7 +74,7 @@ fn old_commits_are_given_up_in_the_log_before_they_are_deleted() {
 #[test]
 fn a_keep_rule_that_was_lowered_gives_up_all_that_is_too_much() {
     let mut run = Run::training(vec![commit_at(1, 1), commit_at(2, 1), commit_at(3, 1)]);
-    let retire = Body::Retire { commits: vec![ella_store::commit_folder(1, 1), ella_store::commit_folder(2, 1)] };
+    let retire = Body::Retire { commits: vec![ella_store::commit_folder(1, 1, 1), ella_store::commit_folder(2, 1, 1)] };
     assert_eq!(run.commit(4).last(), Some(&Effect::Append(retire)));
 }
 

@@ -92,7 +92,7 @@ pub(super) fn commit_at(step: u64, term: u64) -> Commit {
         step,
         generation: 1,
         world: 2,
-        folder: ella_store::commit_folder(step, term),
+        folder: ella_store::commit_folder(step, term, 1),
         parts: PARTS.map(part).to_vec(),
         config_digest: digest("config"),
         data_digest: digest("data"),
