@@ -1,7 +1,7 @@
 //! COMMIT, the worker's part: a snapshot's digests go to the coordinator, and this rank's share of its files to the store, in the
 //! background. The coordinator writes the record.
 
-use crate::control::{Flags, Outbox};
+use crate::control::{Era, Flags, Outbox};
 use crate::train::state::{Snapshot, part_names};
 use ella_dataset::order::Position;
 use ella_proto::v1::{LedgerEpoch, PartSaved, StateDigest, from_worker};
@@ -31,31 +31,36 @@ pub enum CommitError {
     /// The committing thread is gone.
     #[error("the committing thread has died")]
     Died,
+    /// Its generation ended first: it will not be recorded.
+    #[error("the generation ended before its commit was saved")]
+    Interrupted,
 }
 
-/// Whose files go where.
-#[derive(Clone, Debug)]
-pub struct Place {
-    /// The run folder.
-    pub store: Store,
+/// The rank for which a commit is made, in its generation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seat {
     /// This rank.
     pub rank: u32,
     /// All ranks.
     pub world: u32,
-    /// The coordinator's term: part of the folder's name.
-    pub term: u64,
-    /// How long one commit may take. The coordinator does not wait longer.
-    pub patience: Duration,
+    /// The term under which the commit is made, and the generation.
+    pub era: Era,
 }
 
 /// Commits that may be under way while training goes on: one being saved, and one waiting.
 const UNDER_WAY: usize = 2;
 
+struct Job {
+    snapshot: Snapshot,
+    position: Position,
+    seat: Seat,
+}
+
 /// Saves snapshots, one after the other, while training goes on.
 #[derive(Debug)]
 pub struct Committer {
-    jobs: Option<Sender<(Snapshot, Position)>>,
-    /// The snapshot of each commit that is saved, whose memory may be used again; closed when the thread has ended.
+    jobs: Option<Sender<Job>>,
+    /// The snapshot of each commit that is saved, or came to nothing, whose memory may be used again; closed when the thread has ended.
     saved: Receiver<Snapshot>,
     kept: Vec<Snapshot>,
     under_way: usize,
@@ -65,17 +70,20 @@ pub struct Committer {
 }
 
 impl Committer {
-    /// Starts the committing thread.
-    pub fn start(place: Place, outbox: Outbox, runtime: tokio::runtime::Handle) -> std::io::Result<Self> {
-        let (jobs, queue) = channel::<(Snapshot, Position)>();
+    /// Starts the committing thread, into the run folder `store`. One commit may take `patience`: the coordinator does not wait longer.
+    pub fn start(store: Store, patience: Duration, outbox: Outbox, runtime: tokio::runtime::Handle) -> std::io::Result<Self> {
+        let (jobs, queue) = channel::<Job>();
         let (tell, saved) = channel();
-        let (flags, patience) = (outbox.flags().clone(), place.patience);
+        let flags = outbox.flags().clone();
         let serve = move || {
-            for (snapshot, position) in queue {
-                let step = snapshot.step;
-                save(&snapshot, position, &place, &outbox, &runtime).map_err(|source| CommitError::Store { step, source })?;
+            for job in queue {
+                let step = job.snapshot.step;
+                // Of a generation that is over nobody would record it.
+                if outbox.flags().era() == job.seat.era {
+                    save(&job, &store, &outbox, &runtime).map_err(|source| CommitError::Store { step, source })?;
+                }
                 // Nobody waits any more when the run has ended.
-                let _ = tell.send(snapshot);
+                let _ = tell.send(job.snapshot);
             }
             Ok(())
         };
@@ -84,15 +92,15 @@ impl Committer {
     }
 
     /// Hands a snapshot over. `position` is where the data goes on after it. Waits only if two commits are still under way, and not
-    /// beyond the end of the run.
-    pub fn save(&mut self, snapshot: Snapshot, position: Position) -> Result<(), CommitError> {
+    /// beyond the end of the generation.
+    pub fn save(&mut self, snapshot: Snapshot, position: Position, seat: Seat) -> Result<(), CommitError> {
         self.take_back();
-        if self.under_way == UNDER_WAY && self.one_more()? {
-            self.under_way -= 1;
+        if self.under_way == UNDER_WAY {
+            self.one_more()?;
         }
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send((snapshot, position)).is_ok());
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(Job { snapshot, position, seat }).is_ok());
         if !sent {
-            return Err(self.finish().err().unwrap_or(CommitError::Died));
+            return Err(self.failure());
         }
         self.under_way += 1;
         Ok(())
@@ -111,58 +119,62 @@ impl Committer {
         }
     }
 
-    /// Whether the thread has given up: its error is [`Self::finish`]'s.
-    pub fn has_failed(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    /// An error if the thread has given up.
+    pub fn check(&mut self) -> Result<(), CommitError> {
+        if self.thread.as_ref().is_none_or(JoinHandle::is_finished) { Err(self.failure()) } else { Ok(()) }
     }
 
-    /// Waits for what is under way, but not beyond the end of the run.
-    pub fn finish(&mut self) -> Result<(), CommitError> {
-        self.jobs = None;
-        while self.one_more()? {}
-        match self.thread.take().map(JoinHandle::join) {
-            None => Ok(()),
-            Some(Ok(result)) => result,
-            Some(Err(_)) => Err(CommitError::Died),
+    /// Waits for what is under way, but not beyond the end of the generation.
+    pub fn settle(&mut self) -> Result<(), CommitError> {
+        while self.under_way > 0 {
+            self.one_more()?;
+        }
+        self.check()
+    }
+
+    /// Waits until one more commit is saved.
+    fn one_more(&mut self) -> Result<(), CommitError> {
+        match self.flags.receive(&self.saved, self.patience) {
+            Ok(snapshot) => {
+                self.under_way -= 1;
+                self.kept.push(snapshot);
+                Ok(())
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(self.failure()),
+            Err(RecvTimeoutError::Timeout) if self.flags.interrupted() => Err(CommitError::Interrupted),
+            Err(RecvTimeoutError::Timeout) => Err(CommitError::Late { seconds: self.patience.as_secs() }),
         }
     }
 
-    /// Waits until one more commit is saved; false once the thread has ended.
-    fn one_more(&mut self) -> Result<bool, CommitError> {
-        match self.flags.receive(&self.saved, self.patience) {
-            Ok(snapshot) => {
-                self.kept.push(snapshot);
-                Ok(true)
-            }
-            Err(RecvTimeoutError::Disconnected) => Ok(false),
-            Err(RecvTimeoutError::Timeout) => Err(CommitError::Late { seconds: self.patience.as_secs() }),
+    /// Why the thread has ended.
+    fn failure(&mut self) -> CommitError {
+        self.jobs = None;
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(Err(error))) => error,
+            _ => CommitError::Died,
         }
     }
 }
 
-fn save(
-    snapshot: &Snapshot,
-    position: Position,
-    place: &Place,
-    outbox: &Outbox,
-    runtime: &tokio::runtime::Handle,
-) -> Result<(), StoreError> {
+fn save(job: &Job, store: &Store, outbox: &Outbox, runtime: &tokio::runtime::Handle) -> Result<(), StoreError> {
+    let Job { snapshot, position, seat: Seat { rank, world, era } } = job;
     let names = part_names();
     let digests: Vec<_> = (0..names.len()).map(|part| snapshot.digest(part)).collect();
     let ledger = snapshot.ledger.epochs();
-    outbox.send(from_worker::Body::State(StateDigest {
+    let state = StateDigest {
         step: snapshot.step,
         digest: snapshot.state_digest(&digests),
         ledger: ledger.map(|(epoch, t)| LedgerEpoch { epoch, samples: t.samples, hash: format!("{:032x}", t.hash) }).collect(),
         epoch: position.epoch,
         step_in_epoch: position.step_in_epoch,
-    }));
-    let folder = place.store.child(&commit_folder(snapshot.step, place.term));
-    for (part, name) in names.iter().enumerate().filter(|(part, _)| *part as u32 % place.world == place.rank) {
+    };
+    outbox.send(*era, from_worker::Body::State(state));
+    let folder = store.child(&commit_folder(snapshot.step, era.term, era.generation));
+    for (part, name) in names.iter().enumerate().filter(|(part, _)| *part as u32 % world == *rank) {
         runtime.block_on(folder.upload(name, snapshot.file(part)))?;
         let (bytes, hash) = digests[part];
         let blake3 = hash.to_hex().to_string();
-        outbox.send(from_worker::Body::Part(PartSaved { step: snapshot.step, name: (*name).to_owned(), bytes, blake3 }));
+        outbox.send(*era, from_worker::Body::Part(PartSaved { step: snapshot.step, name: (*name).to_owned(), bytes, blake3 }));
     }
     Ok(())
 }
@@ -170,7 +182,7 @@ fn save(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::{ControlError, unread};
+    use crate::control::unread;
     use crate::train::state::{Layout, TrainState};
     use ella_proto::v1::FromWorker;
     use ella_store::Operation;
@@ -201,14 +213,16 @@ mod tests {
             Self { runtime, store, faults }
         }
 
-        fn start(&self, rank: u32, world: u32, patience_ms: u64) -> (Committer, Arc<Flags>, mpsc::Receiver<FromWorker>) {
-            let patience = Duration::from_millis(patience_ms);
-            let place = Place { store: self.store.clone(), rank, world, term: 4, patience };
+        fn start(&self, patience_ms: u64) -> (Committer, Arc<Flags>, mpsc::Receiver<FromWorker>) {
             let (outbox, queue) = unread();
             let flags = outbox.flags().clone();
-            (Committer::start(place, outbox, self.runtime.handle().clone()).unwrap(), flags, queue)
+            let patience = Duration::from_millis(patience_ms);
+            (Committer::start(self.store.clone(), patience, outbox, self.runtime.handle().clone()).unwrap(), flags, queue)
         }
     }
+
+    const ERA: Era = Era { term: 4, generation: 1 };
+    const ALONE: Seat = Seat { rank: 0, world: 1, era: ERA };
 
     #[test]
     fn each_rank_saves_its_share_and_all_tell_the_same_state() {
@@ -216,16 +230,16 @@ mod tests {
         let mut states = Vec::new();
         let mut names = Vec::new();
         for rank in 0..2 {
-            let (mut committer, _, mut queue) = bench.start(rank, 2, 60_000);
-            (1..=3).for_each(|step| committer.save(snapshot(step), START).unwrap());
-            committer.finish().unwrap();
-            committer.finish().unwrap();
+            let (mut committer, _, mut queue) = bench.start(60_000);
+            (1..=3).for_each(|step| committer.save(snapshot(step), START, Seat { rank, world: 2, era: ERA }).unwrap());
+            committer.settle().unwrap();
+            committer.settle().unwrap();
             assert!(committer.kept().is_some_and(|snapshot| snapshot.step == 3), "its memory may be used again");
             let mut digests = Vec::new();
             while let Ok(message) = queue.try_recv() {
                 match message.body.unwrap() {
                     from_worker::Body::State(state) => digests.push(state),
-                    from_worker::Body::Part(part) => names.push(format!("{}/{}", commit_folder(part.step, 4), part.name)),
+                    from_worker::Body::Part(part) => names.push(format!("{}/{}", commit_folder(part.step, 4, 1), part.name)),
                     other => panic!("{other:?}"),
                 }
             }
@@ -243,34 +257,54 @@ mod tests {
     fn a_store_that_hangs_is_not_waited_for_for_ever() {
         let bench = Bench::new();
         bench.faults.push(Operation::Put, "", Failure::Hang, 1);
-        let (mut committer, _, _queue) = bench.start(0, 1, 20);
+        let (mut committer, _, _queue) = bench.start(20);
         let begin = Instant::now();
-        committer.save(snapshot(1), START).unwrap();
-        committer.save(snapshot(2), START).unwrap();
-        let error = committer.save(snapshot(3), START).unwrap_err();
+        committer.save(snapshot(1), START, ALONE).unwrap();
+        committer.save(snapshot(2), START, ALONE).unwrap();
+        let error = committer.save(snapshot(3), START, ALONE).unwrap_err();
         assert!(matches!(error, CommitError::Late { .. }) && begin.elapsed() >= Duration::from_millis(20), "{error}");
         assert!(error.to_string().contains("workers.start_timeout"));
     }
 
     #[test]
-    fn the_end_of_the_run_frees_who_waits_for_a_commit() {
+    fn the_end_of_the_generation_frees_who_waits_for_a_commit() {
         let bench = Bench::new();
         bench.faults.push(Operation::Put, "", Failure::Hang, 1);
-        let (mut committer, flags, _queue) = bench.start(0, 1, 600_000);
-        committer.save(snapshot(1), START).unwrap();
-        flags.stop(ControlError::Aborted("another worker was lost".into()));
+        let (mut committer, flags, _queue) = bench.start(600_000);
+        committer.save(snapshot(1), START, ALONE).unwrap();
+        flags.end(ERA, false);
         let begin = Instant::now();
-        assert!(committer.finish().is_err() && begin.elapsed() < Duration::from_secs(60));
+        assert!(matches!(committer.settle(), Err(CommitError::Interrupted)) && begin.elapsed() < Duration::from_secs(60));
+    }
+
+    /// It would be recorded by nobody, and the next generation's commits wait behind it.
+    #[test]
+    fn a_commit_of_a_generation_that_is_over_is_not_begun() {
+        let bench = Bench::new();
+        let (mut committer, flags, mut queue) = bench.start(60_000);
+        let next = Era { term: 4, generation: 2 };
+        flags.enter(next);
+        committer.save(snapshot(1), START, ALONE).unwrap();
+        committer.save(snapshot(2), START, Seat { era: next, ..ALONE }).unwrap();
+        committer.settle().unwrap();
+        let told = std::iter::from_fn(|| queue.try_recv().ok()).map(|message| (message.generation, message.body.unwrap()));
+        let steps = told.map(|(generation, body)| match body {
+            from_worker::Body::State(state) => (generation, state.step),
+            from_worker::Body::Part(part) => (generation, part.step),
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(steps.collect::<Vec<_>>(), [(2, 2); 4]);
+        assert_eq!(bench.runtime.block_on(bench.store.folders("commits")).unwrap(), [commit_folder(2, 4, 2)]);
     }
 
     #[test]
     fn what_the_store_refuses_is_told_with_the_step_and_ends_all_later_commits() {
         let bench = Bench::new();
         bench.faults.push(Operation::Put, "ema", Failure::Denied, 1);
-        let (mut committer, _, _queue) = bench.start(0, 1, 60_000);
-        committer.save(snapshot(7), START).unwrap();
-        let error = committer.finish().unwrap_err();
+        let (mut committer, _, _queue) = bench.start(60_000);
+        committer.save(snapshot(7), START, ALONE).unwrap();
+        let error = committer.settle().unwrap_err();
         assert!(matches!(error, CommitError::Store { step: 7, .. }) && error.to_string().contains("ema.safetensors"), "{error}");
-        assert!(committer.has_failed() && committer.save(snapshot(8), START).is_err());
+        assert!(committer.check().is_err() && committer.save(snapshot(8), START, ALONE).is_err());
     }
 }

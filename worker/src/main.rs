@@ -83,8 +83,8 @@ fn main() -> ExitCode {
     })
 }
 
-/// SIGTERM and SIGINT ask for a commit at the next step boundary, or give back a job's units. A second one, or one before the first step,
-/// when there is nothing to commit, leaves at once: resumable.
+/// SIGTERM and SIGINT have this worker leave at the next step boundary, or give back a job's units. A second one, or one before the first step,
+/// when there is nothing to lose, leaves at once: resumable.
 async fn watch_signals(flags: Arc<Flags>) {
     let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
         tracing::error!("signals cannot be watched: SIGTERM will end this worker without a commit");
@@ -92,11 +92,11 @@ async fn watch_signals(flags: Arc<Flags>) {
     };
     loop {
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
-        if flags.drain.is_cancelled() || !flags.working.load(Ordering::Relaxed) {
+        if flags.parting.is_cancelled() || !flags.working.load(Ordering::Relaxed) {
             leave(PREEMPTED);
         }
-        flags.drain.cancel();
-        tracing::info!("signal: commit at the next step boundary, or give back what is in hand, then leave");
+        flags.parting.cancel();
+        tracing::info!("signal: leave at the next step boundary, with a commit unless others go on, or give back what is in hand");
     }
 }
 

@@ -93,7 +93,7 @@ impl Sources {
         Ok(Self { parts, order, identity, staging, ahead: None, encoding: None, held_out: None })
     }
 
-    /// Begins to read ahead of a step.
+    /// Begins to read ahead of a step, for these lanes and no others any more.
     pub(super) fn start_ahead(&mut self, lanes: &Range<u32>, step: u64) -> Result<(), FeedError> {
         let reading = Reading {
             data: Arc::clone(&self.parts.data),
@@ -102,10 +102,15 @@ impl Sources {
             lanes: lanes.clone(),
         };
         self.warn_of_crowding(lanes);
-        if let Some(encoding) = self.parts.features.encoding() {
-            self.encoding = Some(EncodingAhead::start(encoding, &reading, step).map_err(FeedError::Thread)?);
+        match (self.parts.features.encoding(), &self.encoding) {
+            (Some(_), Some(ahead)) => ahead.turn_to(reading.clone(), step),
+            (Some(encoding), None) => {
+                self.encoding = Some(EncodingAhead::start(encoding, reading.clone(), step).map_err(FeedError::Thread)?);
+            }
+            (None, _) => {}
         }
         self.ahead = Some(Ahead::start(&self.parts.runtime, reading, step));
+        self.held_out = None;
         Ok(())
     }
 

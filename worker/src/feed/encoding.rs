@@ -172,13 +172,13 @@ impl Encoding {
     }
 
     /// Makes the shards that the lanes come to next, soonest first, for the steps that it is told; until there are no more of them.
-    fn work(&self, reading: &Reading, mut steps: watch::Receiver<u64>) {
-        while steps.has_changed().is_ok() {
-            let step = *steps.borrow_and_update();
+    fn work(&self, mut plans: watch::Receiver<Plan>) {
+        while plans.has_changed().is_ok() {
+            let Plan { reading, step } = plans.borrow_and_update().clone();
             let planned = reading.shards(step).into_iter().filter(|shard| !self.failed().contains(shard));
             match planned.filter_map(|shard| self.claim(shard)).next() {
                 Some(claim) => self.make_ahead(&claim),
-                None if self.runtime.block_on(steps.changed()).is_err() => return,
+                None if self.runtime.block_on(plans.changed()).is_err() => return,
                 None => {}
             }
         }
@@ -195,21 +195,28 @@ impl Encoding {
     }
 }
 
+/// What is read, and from which step on.
+#[derive(Clone, Debug)]
+struct Plan {
+    reading: Reading,
+    step: u64,
+}
+
 /// Threads that encode ahead of a feed, until this is dropped.
 #[derive(Debug)]
 pub(super) struct EncodingAhead {
     encoding: Arc<Encoding>,
-    step: Option<watch::Sender<u64>>,
+    plan: Option<watch::Sender<Plan>>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl EncodingAhead {
-    pub(super) fn start(encoding: &Arc<Encoding>, reading: &Reading, step: u64) -> std::io::Result<Self> {
-        let (step, steps) = watch::channel(step);
-        let mut ahead = Self { encoding: Arc::clone(encoding), step: Some(step), threads: Vec::new() };
+    pub(super) fn start(encoding: &Arc<Encoding>, reading: Reading, step: u64) -> std::io::Result<Self> {
+        let (plan, plans) = watch::channel(Plan { reading, step });
+        let mut ahead = Self { encoding: Arc::clone(encoding), plan: Some(plan), threads: Vec::new() };
         for _ in 0..THREADS {
-            let (encoding, reading, steps) = (Arc::clone(encoding), reading.clone(), steps.clone());
-            let work = move || encoding.work(&reading, steps);
+            let (encoding, plans) = (Arc::clone(encoding), plans.clone());
+            let work = move || encoding.work(plans);
             ahead.threads.push(std::thread::Builder::new().name("encode".into()).spawn(work)?);
         }
         Ok(ahead)
@@ -217,8 +224,15 @@ impl EncodingAhead {
 
     /// Tells which step is being read.
     pub(super) fn at(&self, step: u64) {
-        if let Some(steps) = &self.step {
-            steps.send_replace(step);
+        if let Some(plan) = &self.plan {
+            plan.send_modify(|plan| plan.step = step);
+        }
+    }
+
+    /// Other lanes are read from here on.
+    pub(super) fn turn_to(&self, reading: Reading, step: u64) {
+        if let Some(plan) = &self.plan {
+            plan.send_replace(Plan { reading, step });
         }
     }
 }
@@ -226,7 +240,7 @@ impl EncodingAhead {
 impl Drop for EncodingAhead {
     fn drop(&mut self) {
         self.encoding.stop();
-        self.step = None;
+        self.plan = None;
         for thread in self.threads.drain(..) {
             // A thread that has panicked left its shard to the step that needs it.
             let _ = thread.join();

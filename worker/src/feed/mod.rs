@@ -26,9 +26,8 @@ use ella_dataset::order::{BucketOrder, OrderError, Position};
 use ella_model::ModelError;
 use ella_store::digest::BadDigest;
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Steps that are ready or being made ahead of the one that is computed.
@@ -154,13 +153,31 @@ pub struct Identity {
     pub models: String,
 }
 
+/// Which lanes are read, from which step on.
+#[derive(Clone, Debug)]
+struct Deal {
+    number: u64,
+    lanes: Range<u32>,
+    first: u64,
+}
+
+/// A step's samples, and the deal for which they were made.
+#[derive(Debug)]
+pub(crate) struct Made {
+    deal: u64,
+    input: Result<StepInput, FeedError>,
+}
+
 /// A running feed.
 #[derive(Debug)]
 pub struct Feed {
-    ready: Receiver<Result<StepInput, FeedError>>,
-    /// Steps that have been sent.
-    sent: Arc<AtomicU64>,
-    /// Steps that have been received.
+    ready: Receiver<Made>,
+    deals: Sender<Deal>,
+    /// The newest deal.
+    deal: u64,
+    /// Steps of a deal that have been sent.
+    sent: Arc<Mutex<(u64, u64)>>,
+    /// Steps of the newest deal that have been received.
     received: u64,
     order: Arc<BucketOrder>,
     identity: Identity,
@@ -183,33 +200,58 @@ impl Drop for Feed {
 }
 
 impl Feed {
-    /// Starts feeding the steps `steps` to the lanes `lanes`. `set_up` runs first in the feeding thread. A step waits for its samples
-    /// for the config's `step_timeout` (other ranks would not wait longer for this one), and not beyond the end of the run.
-    pub fn start(
-        sources: Sources,
-        lanes: Range<u32>,
-        steps: Range<u64>,
-        set_up: impl FnOnce() + Send + 'static,
-        flags: Arc<Flags>,
-    ) -> std::io::Result<Self> {
+    /// Starts a feed of the steps before `steps`. `set_up` runs first in the feeding thread. A step waits for its samples
+    /// for the config's `step_timeout` (other ranks would not wait longer for this one), and not beyond the end of the generation.
+    pub fn start(sources: Sources, steps: u64, set_up: impl FnOnce() + Send + 'static, flags: Arc<Flags>) -> std::io::Result<Self> {
         let (send, ready) = sync_channel(AHEAD.saturating_sub(1));
+        let (deals, dealt) = channel();
         let patience = sources.patience();
         let order = sources.order();
         let identity = sources.identity().clone();
         let encoding = sources.encoding().cloned();
         let reads = Reads::of(sources.data(), encoding.as_ref());
-        let sent = Arc::new(AtomicU64::new(0));
+        let sent = Arc::new(Mutex::new((0, 0)));
         let counted = Arc::clone(&sent);
         std::thread::Builder::new().name("feed".into()).spawn(move || {
             set_up();
-            serve(sources, &lanes, steps, |input| {
-                let there = send.send(input).is_ok();
-                counted.fetch_add(1, Relaxed);
+            serve(sources, steps, &dealt, |made| {
+                let deal = made.deal;
+                let there = send.send(made).is_ok();
+                let mut sent = lock(&counted);
+                if sent.0 == deal {
+                    sent.1 += 1;
+                }
                 there
             });
         })?;
         let waited = Duration::ZERO;
-        Ok(Self { ready, sent, received: 0, order, identity, patience, flags, reads, next: None, encoding, waited, moved: None })
+        Ok(Self {
+            ready,
+            deals,
+            deal: 0,
+            sent,
+            received: 0,
+            order,
+            identity,
+            patience,
+            flags,
+            reads,
+            next: None,
+            encoding,
+            waited,
+            moved: None,
+        })
+    }
+
+    /// From here on feeds these lanes, beginning with the step after `first` applied ones. What was made ahead for others is dropped.
+    pub fn deal(&mut self, lanes: Range<u32>, first: u64) {
+        self.deal += 1;
+        *lock(&self.sent) = (self.deal, 0);
+        (self.received, self.next, self.waited, self.moved) = (0, None, Duration::ZERO, None);
+        // A thread that has died is found by whoever waits for it.
+        drop(self.deals.send(Deal { number: self.deal, lanes, first }));
+        // It may wait for room.
+        while self.ready.try_recv().is_ok() {}
     }
 
     /// The next step's samples.
@@ -247,17 +289,21 @@ impl Feed {
 
     /// Whether the next step's samples are there already. They stay where they are.
     pub fn has_next(&self) -> bool {
-        self.next.is_some() || self.sent.load(Relaxed) > self.received
+        self.next.is_some() || *lock(&self.sent) > (self.deal, self.received)
     }
 
     fn receive(&mut self, patience: Duration) -> Result<Option<Result<StepInput, FeedError>>, FeedError> {
-        match self.flags.receive(&self.ready, patience) {
-            Ok(input) => {
-                self.received += 1;
-                Ok(Some(input))
+        let until = Instant::now() + patience;
+        loop {
+            match self.flags.receive(&self.ready, until.saturating_duration_since(Instant::now())) {
+                Ok(Made { deal, input }) if deal == self.deal => {
+                    self.received += 1;
+                    return Ok(Some(input));
+                }
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => return Ok(None),
+                Err(RecvTimeoutError::Disconnected) => return Err(FeedError::Died),
             }
-            Err(RecvTimeoutError::Timeout) => Ok(None),
-            Err(RecvTimeoutError::Disconnected) => Err(FeedError::Died),
         }
     }
 
@@ -297,19 +343,33 @@ impl Feed {
     }
 }
 
-/// Sends steps until one fails, or nobody listens any more because training has ended.
-fn serve(mut sources: Sources, lanes: &Range<u32>, steps: Range<u64>, mut send: impl FnMut(Result<StepInput, FeedError>) -> bool) {
-    if let Err(error) = sources.start_ahead(lanes, steps.start) {
-        send(Err(error));
-        return;
-    }
-    for step in steps {
-        let input = sources.step(step, lanes);
-        let failed = input.is_err();
-        if !send(input) || failed {
-            return;
+/// Sends the steps of one deal after the other, each until a step fails, until nobody listens any more.
+fn serve(mut sources: Sources, steps: u64, deals: &Receiver<Deal>, mut send: impl FnMut(Made) -> bool) {
+    let mut next = deals.recv().ok();
+    while let Some(mut deal) = next.take() {
+        // Only the newest is of interest.
+        while let Ok(newer) = deals.try_recv() {
+            deal = newer;
         }
+        let number = deal.number;
+        let mut failed = sources.start_ahead(&deal.lanes, deal.first).err();
+        for step in deal.first..steps {
+            let input = failed.take().map_or_else(|| sources.step(step, &deal.lanes), Err);
+            let is_last = input.is_err();
+            if !send(Made { deal: number, input }) {
+                return;
+            }
+            next = deals.try_recv().ok();
+            if is_last || next.is_some() {
+                break;
+            }
+        }
+        next = next.or_else(|| deals.recv().ok());
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// The contiguous lanes that `rank` of `world` owns; sizes differ by at most one.
@@ -325,16 +385,19 @@ pub(crate) mod tests {
     use std::sync::mpsc::SyncSender;
 
     /// What a feed sends.
-    pub(crate) type Sent = Result<StepInput, FeedError>;
+    pub(crate) fn made(input: Result<StepInput, FeedError>) -> Made {
+        Made { deal: 0, input }
+    }
 
     /// A feed of what a test sends, which is waited for so long.
-    pub(crate) fn fed_by_hand(patience: Duration) -> (SyncSender<Sent>, Feed) {
+    pub(crate) fn fed_by_hand(patience: Duration) -> (SyncSender<Made>, Feed) {
         let order = BucketOrder::new(OrderConfig { seed: 0, lanes: 1, micro_batch: 1, window: 1 }, &[((), 1)]).unwrap();
         let (send, ready) = sync_channel(1);
         let identity = Identity { data: String::new(), models: String::new() };
         let (order, flags, reads, sent, waited) = (Arc::new(order), Arc::default(), Reads::default(), Arc::default(), Duration::ZERO);
-        let feed =
-            Feed { ready, sent, received: 0, order, identity, patience, flags, reads, next: None, encoding: None, waited, moved: None };
+        let (deals, deal, received) = (channel().0, 0, 0);
+        let (next, encoding, moved) = (None, None, None);
+        let feed = Feed { ready, deals, deal, sent, received, order, identity, patience, flags, reads, next, encoding, waited, moved };
         (send, feed)
     }
 
@@ -350,7 +413,7 @@ pub(crate) mod tests {
         let (send, mut feed) = fed_by_hand(Duration::from_millis(5));
         let late = feed.next_step().unwrap_err();
         assert!(matches!(late, FeedError::Late { .. }) && !late.is_permanent() && late.to_string().contains("workers.step_timeout"));
-        send.send(Err(FeedError::Died)).unwrap();
+        send.send(made(Err(FeedError::Died))).unwrap();
         assert!(matches!(feed.next_step(), Err(FeedError::Died)));
         drop(send);
         assert!(matches!(feed.next_step(), Err(FeedError::Died)));

@@ -86,9 +86,9 @@ impl Leased {
             match serve(link, hand, &self.stop).await {
                 Served::Over(over) => return ending(over),
                 Served::Stopped => return Ok(Ending::Preempted),
-                Served::Silent(error) => {
-                    let seconds = link.welcome.orphan_ms / 1000;
-                    return Err(JobEnd::Orphaned { url: self.url.clone(), seconds, why: error.to_string() });
+                Served::Silent(orphan) => {
+                    let why = "its stream stands, but it answers nothing".to_owned();
+                    return Err(JobEnd::Orphaned { url: self.url.clone(), seconds: orphan.as_secs(), why });
                 }
                 Served::Lost(why) => {
                     tracing::warn!("the coordinator is gone ({why}); what is in hand goes on, and the next one is looked for");
@@ -160,14 +160,15 @@ pub(super) enum Served {
     /// The stream broke.
     Lost(String),
     /// The stream stands, but nobody answers.
-    Silent(ControlError),
+    Silent(Duration),
 }
 
 /// Does what one coordinator grants.
 pub(super) async fn serve(link: &mut Link, hand: &mut Hand, stop: &CancellationToken) -> Served {
     let _beats = link.beating();
-    let orphaned = link.orphaned();
-    tokio::pin!(orphaned);
+    let orphan = Duration::from_millis(link.welcome.orphan_ms);
+    let silent = link.silent(orphan);
+    tokio::pin!(silent);
     let mut ticks = interval(Duration::from_millis(link.welcome.heartbeat_ms.max(1)));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut heard = say(link, from_worker::Body::LeaseRequest(LeaseRequest { slots: hand.slots }));
@@ -186,7 +187,7 @@ pub(super) async fn serve(link: &mut Link, hand: &mut Hand, stop: &CancellationT
                     return Served::Over(over);
                 },
             },
-            why = &mut orphaned => return Served::Silent(why),
+            () = &mut silent => return Served::Silent(orphan),
             _ = ticks.tick() => heard = hand.renew(link),
         }
     }

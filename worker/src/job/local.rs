@@ -48,8 +48,8 @@ pub async fn run_local(
     match served {
         Served::Over(over) => ending(over),
         Served::Stopped => Ok(Ending::Preempted),
-        Served::Lost(why) => Err(ControlError::Lost(why).into()),
-        Served::Silent(error) => Err(error.into()),
+        Served::Lost(why) => Err(ControlError::Orphaned { seconds: 0, why }.into()),
+        Served::Silent(orphan) => Err(ControlError::Orphaned { seconds: orphan.as_secs(), why: "it answers nothing".to_owned() }.into()),
     }
 }
 

@@ -134,6 +134,13 @@ pub enum CollectiveError {
     Torch(#[from] tch::TchError),
 }
 
+impl CollectiveError {
+    /// Whether it comes from others, or from the end of the generation: this rank is as well as ever.
+    pub fn is_of_peers(&self) -> bool {
+        !matches!(self, Self::SharedGpu { .. } | Self::Tensor { .. } | Self::Torch(_) | Self::Bind { .. })
+    }
+}
+
 /// One operation, as the ranks compare it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Op {

@@ -69,6 +69,9 @@ pub enum WorkError {
     /// Something the coordinator should not have sent.
     #[error("the coordinator sent {0}, which makes no sense here")]
     Protocol(&'static str),
+    /// A run is to begin anew, which this worker's state cannot: it belonged to one that nobody else remembers.
+    #[error("this worker's state is of a run that was lost before its first commit; start it again")]
+    Spent,
     /// libtorch's own error.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
@@ -95,7 +98,17 @@ impl WorkError {
             Self::Control(error) => (FailureKind::Internal, error.is_permanent()),
             Self::Job(error) => (FailureKind::Internal, error.is_permanent()),
             Self::Device(_) | Self::OtherDevice { .. } => (FailureKind::Internal, true),
-            Self::Peer { .. } | Self::Protocol(_) | Self::Torch(_) | Self::System { .. } => (FailureKind::Internal, false),
+            Self::Peer { .. } | Self::Protocol(_) | Self::Spent | Self::Torch(_) | Self::System { .. } => (FailureKind::Internal, false),
+        }
+    }
+
+    /// Whether it only ends the generation: this worker is as fit for the next one as ever.
+    pub(super) fn spares_the_rank(&self) -> bool {
+        match self {
+            Self::Train(error) => error.spares_the_rank(),
+            Self::Collective(error) => error.is_of_peers(),
+            Self::Peer { .. } => true,
+            _ => false,
         }
     }
 

@@ -1,16 +1,17 @@
-//! From an assignment to a rank that is ready to train: its peers, models, data, and the commit to resume from.
+//! What makes a rank: its models, data and threads, once; and for each generation its peers, and the state to go on from.
 
 use super::WorkError;
-use crate::commit::{Committer, Place};
-use crate::control::Control;
+use crate::commit::{Committer, Seat};
+use crate::control::{Flags, Outbox};
 use crate::device;
-use crate::feed::{self, Captions, FeatureSource, Feed, FeedError, Parts, Sources, lanes_of};
+use crate::feed::{self, Captions, FeatureSource, Feed, FeedError, Parts, Sources};
+use crate::leave;
 use crate::models::Loaded;
-use crate::reduce::{Collective, CollectiveError, Listener, Membership, Nccl, Tcp};
+use crate::reduce::{AbortHandle, Collective, CollectiveError, Listener, Membership, Nccl, Solo, Tcp};
 use crate::train::Trainer;
 use crate::train::cadence::Cadence;
 use crate::train::state::{StateError, TrainState, part_names};
-use ella_dataset::ledger::Tally;
+use ella_dataset::ledger::{Ledger, Tally};
 use ella_dataset::{CacheLimits, DataSet};
 use ella_proto::config::RunConfig;
 use ella_proto::v1::Assign;
@@ -21,28 +22,45 @@ use std::time::{Duration, Instant};
 use tch::Device;
 use tokio::runtime::Handle;
 
-/// Joins the other ranks of the generation. From here on, the end of the run frees a rank that waits for others.
+/// Joins the other ranks of the generation. From here on, the end of the generation frees a rank that waits for others.
 pub(super) fn connect(
-    listener: Listener,
-    assign: &Assign,
-    control: &Control,
+    listener: &Listener,
+    (assign, generation): (&Assign, u64),
+    flags: &Flags,
     config: &RunConfig,
     device: Device,
 ) -> Result<Box<dyn Collective>, WorkError> {
     let session = assign.session.as_slice().try_into().map_err(|_| WorkError::Protocol("a session that is not 16 bytes"))?;
-    let abort = listener.abort_handle();
-    control.flags.on_stop(Box::new(move || drop(abort.abort())));
+    let listener = listener.again()?;
+    free_at_the_end(flags, listener.abort_handle());
     let peers = resolve(&assign.peers)?;
-    let membership = Membership { rank: assign.rank, peers: &peers, session, generation: control.flags.generation() };
-    // Others may still be loading.
+    let membership = Membership { rank: assign.rank, peers: &peers, session, generation };
+    // Others may still be restoring.
     let patience = config.workers.start_timeout.duration();
     let ring: Box<dyn Collective> = Box::new(Tcp::connect(listener, &membership, patience)?);
     let mut collective = if device.is_cuda() { over_nccl(ring, patience)? } else { ring };
     collective.set_timeout(config.workers.step_timeout.duration());
     // The handle may be another engine's now.
-    let abort = collective.abort_handle();
-    control.flags.on_stop(Box::new(move || drop(abort.abort())));
+    free_at_the_end(flags, collective.abort_handle());
     Ok(collective)
+}
+
+/// Aborts what a rank does with others when its generation ends: on a thread of its own, for NCCL's abort may hang. Then only the end of the
+/// process frees the GPU.
+fn free_at_the_end(flags: &Flags, abort: AbortHandle) {
+    flags.on_end(Box::new(move || {
+        let abort = abort.clone();
+        let freed = std::thread::Builder::new().name("abort".into()).spawn(move || {
+            if let Err(error) = abort.abort() {
+                tracing::error!("{error}; only the end of this process frees its device");
+                leave(1);
+            }
+        });
+        if let Err(error) = freed {
+            tracing::error!("the generation cannot be ended: {error}");
+            leave(1);
+        }
+    }));
 }
 
 /// The same ranks over NCCL, for tensors in GPU memory.
@@ -61,13 +79,13 @@ fn resolve(peers: &[String]) -> Result<Vec<SocketAddr>, WorkError> {
     peers.iter().map(resolved).collect()
 }
 
-/// Everything that a rank trains with, the feed and the committing thread running.
+/// Everything that a rank trains with, but for its place in a generation; the feed's and the committing thread running.
 pub(super) fn assemble(
     config: &Arc<RunConfig>,
     loaded: Loaded,
     device: Device,
-    (control, runtime): (&Control, &Handle),
-    (collective, place): (Box<dyn Collective>, Place),
+    (outbox, runtime): (&Outbox, &Handle),
+    run: Store,
 ) -> Result<Trainer, WorkError> {
     let Loaded { networks, state, vae, text, vae_weights, digest } = loaded;
     let limits = CacheLimits { bytes: config.data.memory_bytes, ..CacheLimits::default() };
@@ -77,7 +95,6 @@ pub(super) fn assemble(
     let data = Arc::new(data);
     let captions = Arc::new(runtime.block_on(Captions::open(&data, &config.data.captions))?);
     let features = FeatureSource::open(config, (&data, &captions), (&text, device), runtime)?;
-    let lanes = lanes_of(place.rank, place.world, config.train.lanes() as u32);
     let sources = Sources::new(Parts {
         config: config.clone(),
         data,
@@ -91,28 +108,26 @@ pub(super) fn assemble(
         models_digest: digest.to_string(),
     })?;
     let threads = config.workers.threads;
-    let steps = state.step..config.train.steps;
-    let flags = control.flags.clone();
-    let feed = Feed::start(sources, lanes, steps, move || device::set_threads(threads), flags.clone())
+    let flags = outbox.flags().clone();
+    let feed = Feed::start(sources, config.train.steps, move || device::set_threads(threads), flags.clone())
         .map_err(|source| WorkError::System { what: "a feeding thread", source })?;
-    let outbox = control.outbox();
-    let committer = Committer::start(place, outbox.clone(), runtime.clone())
+    let patience = config.workers.start_timeout.duration();
+    let committer = Committer::start(run, patience, outbox.clone(), runtime.clone())
         .map_err(|source| WorkError::System { what: "a committing thread", source })?;
-    let (saved, cadence) = (state.step, Cadence::new(&config.checkpoint, Instant::now()));
-    let config = config.clone();
     Ok(Trainer {
-        config,
+        config: config.clone(),
+        saved: state.step,
         state,
         networks,
         feed,
-        collective,
+        collective: Box::new(Solo::default()),
         committer,
-        outbox,
+        outbox: outbox.clone(),
         flags,
-        cadence,
+        cadence: Cadence::new(&config.checkpoint, Instant::now()),
         committing: Duration::ZERO,
-        saved,
         supplied: false,
+        seat: Seat::default(),
     })
 }
 
@@ -135,6 +150,7 @@ pub(super) fn restore(state: &mut TrainState, commit: &Commit, store: &Store, ru
     }
     state.restore(&files).map_err(|source| WorkError::Restore { folder: commit.folder.clone(), source })?;
     state.step = commit.step;
+    state.ledger = Ledger::default();
     for epoch in &commit.ledger {
         let bad = |_| WorkError::Protocol("a ledger hash that is not 32 hex digits");
         let hash = u128::from_str_radix(&epoch.hash, 16).map_err(bad)?;

@@ -1,21 +1,22 @@
-//! A worker's life: attach, be assigned, load, train, finish; or, if it finds itself in a job, do units until that is over.
+//! A worker's life: attach, load, and train in one generation after the other; or, if it finds itself in a job, do units until that is over.
 
 mod error;
 mod load;
 
 pub use error::WorkError;
 
-use crate::commit::Place;
-use crate::control::{self, Control, Flags, Link, Message};
+use crate::commit::{CommitError, Seat};
+use crate::control::{self, Control, Era, Flags, Link, Message, Said};
 use crate::device;
+use crate::feed::lanes_of;
 use crate::job;
 use crate::models;
-use crate::reduce::Listener;
+use crate::reduce::{Listener, Solo};
 use crate::train::state::part_names;
-use crate::train::{Ending, TrainError, Trainer};
+use crate::train::{Ending, Halt, TrainError, Trainer};
 use ella_proto::config::{Config, Device as Choice, RunConfig};
-use ella_proto::v1::{Failed, Finished, Hello, Outcome, Ready, Welcome, from_worker};
-use ella_store::Store;
+use ella_proto::v1::{Activity, Assign, Failed, Finished, Hello, Outcome, Place, Ready, Welcome, from_worker};
+use ella_store::{Commit, Store};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -25,6 +26,8 @@ use tokio::runtime::Handle;
 
 /// How long a worker that has failed waits for the coordinator to end its stream: by then its message has been read.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// How often a wait for the coordinator's word looks whether it has ended otherwise.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What a worker is started with.
 #[derive(Clone, Debug)]
@@ -43,8 +46,8 @@ pub struct Options {
     pub patience: Duration,
 }
 
-/// Works for a coordinator until its run or job is over. Call it from a thread of its own, outside the runtime. Cancel `flags.drain` to
-/// have a run commit and leave, or to leave a job.
+/// Works for a coordinator, and for those that follow it, until the run or job is over. Call it from a thread of its own, outside the
+/// runtime. Cancel `flags.parting` to have this worker leave.
 pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<Ending, WorkError> {
     let device = device::set_up(options.device, 1)?;
     let listener = Listener::bind(options.listen)?;
@@ -57,24 +60,24 @@ pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<En
     if let Ok(Config::Job(config)) = Config::parse(&link.welcome.config_toml, "the coordinator's config", &[]) {
         flags.working.store(true, Ordering::Relaxed);
         let choice = options.device;
-        let leased = job::Leased { url: options.coordinator.clone(), slots: options.slots, stop: flags.drain.clone() };
+        let leased = job::Leased { url: options.coordinator.clone(), slots: options.slots, stop: flags.parting.clone() };
         return Ok(runtime.block_on(leased.work(link, move || job::kinds::make(&config, choice)))?);
     }
     let (control, welcome) = {
         let _within = runtime.enter();
-        Control::over(link, flags)
+        Control::over(link, (options.coordinator.clone(), hello), flags)
     };
-    let result = attached(options, runtime, &control, &welcome, listener);
-    let unread = control.flags.dropped_progress.load(Ordering::Relaxed);
+    let result = Rank::load(options, runtime, (&control, &welcome), listener).and_then(Rank::obey);
+    let unread = control.flags().dropped_progress.load(Ordering::Relaxed);
     if unread > 0 {
         tracing::warn!(unread, "messages of progress were dropped while the coordinator did not read");
     }
-    match (result, control.flags.stopped()) {
+    match (result, control.flags().stopped()) {
         (Ok(ending), _) => Ok(ending),
         // What the end of the run did to this rank is not its reason.
         (Err(error), Some(why)) => {
             tracing::info!("interrupted: {error}");
-            Err(why.into())
+            Ok(why.ending()?)
         }
         (Err(error), None) => {
             confess(&control, &error);
@@ -86,9 +89,9 @@ pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<En
 /// Tells the coordinator why this worker leaves, and waits until it has heard: it answers by ending the stream.
 fn confess(control: &Control, error: &WorkError) {
     let (kind, permanent) = error.failure();
-    control.outbox().send(from_worker::Body::Failed(Failed { kind: kind.into(), message: error.to_string(), permanent }));
+    control.outbox().failed(Failed { kind: kind.into(), message: error.to_string(), permanent });
     let until = Instant::now() + FAREWELL;
-    while control.next("end of the run", until.saturating_duration_since(Instant::now())).is_ok() {}
+    while control.next(until.saturating_duration_since(Instant::now())).is_ok_and(|said| said.is_some()) {}
 }
 
 fn hello(options: &Options, device: Device, listener: &Listener) -> Result<Hello, WorkError> {
@@ -106,34 +109,188 @@ fn hello(options: &Options, device: Device, listener: &Listener) -> Result<Hello
     })
 }
 
-fn attached(options: &Options, runtime: &Handle, control: &Control, welcome: &Welcome, listener: Listener) -> Result<Ending, WorkError> {
-    let config = Arc::new(RunConfig::parse(&welcome.config_toml, "run.toml", &[])?);
-    let device = device::set_up(options.device, config.workers.threads)?;
-    check_device(&config, device)?;
-    let patience = config.workers.start_timeout.duration();
-    let assign = match control.next("assignment", patience)? {
-        Message::Assign(assign) => assign,
-        _ => return Err(WorkError::Protocol("something else than an assignment")),
-    };
-    let store = Store::open(&welcome.run_url)?;
-    let mut loaded = models::load(&config, device)?;
-    if let Some(commit) = load::parse_commit(&assign)? {
-        load::restore(&mut loaded.state, &commit, &store, runtime)?;
-    }
-    let world = assign.peers.len() as u32;
-    let collective = load::connect(listener, &assign, control, &config, device)?;
-    let place = Place { store, rank: assign.rank, world, term: control.flags.term(), patience };
-    let resumed = loaded.state.step;
-    let mut trainer = load::assemble(&config, loaded, device, (control, runtime), (collective, place))?;
+/// A worker that holds its models, and a state once it has been given one.
+struct Rank<'a> {
+    trainer: Trainer,
+    /// Whether the trainer's state is whole: it was begun anew, restored or copied.
+    holds_state: bool,
+    /// Whether its state was ever changed: it is of no use for a fresh start then.
+    touched: bool,
+    listener: Listener,
+    device: Device,
+    control: &'a Control,
+    runtime: &'a Handle,
+    run: Store,
+    /// It has said farewell, to be taken back if the generation ends before the run does.
+    farewell: Option<Ending>,
+}
 
-    control.outbox().send(from_worker::Body::Ready(ready(&trainer)?));
-    match control.next("start", patience)? {
-        Message::Start(_) => {}
-        _ => return Err(WorkError::Protocol("something else than a start")),
+impl<'a> Rank<'a> {
+    /// Loads all that the run's config names.
+    fn load(
+        options: &Options,
+        runtime: &'a Handle,
+        (control, welcome): (&'a Control, &Welcome),
+        listener: Listener,
+    ) -> Result<Self, WorkError> {
+        let config = Arc::new(RunConfig::parse(&welcome.config_toml, "run.toml", &[])?);
+        let device = device::set_up(options.device, config.workers.threads)?;
+        check_device(&config, device)?;
+        let run = Store::open(&welcome.run_url)?;
+        let loaded = models::load(&config, device)?;
+        let trainer = load::assemble(&config, loaded, device, (control.outbox(), runtime), run.clone())?;
+        Ok(Self { trainer, holds_state: false, touched: false, listener, device, control, runtime, run, farewell: None })
     }
-    control.flags.working.store(true, Ordering::Relaxed);
-    let ending = trainer.run()?;
-    finish(trainer, ending, resumed, control)
+
+    /// Trains in one generation after the other, as the coordinator has it.
+    fn obey(mut self) -> Result<Ending, WorkError> {
+        self.idle(String::new());
+        loop {
+            let Some(Said { era, body }) = self.control.next(LOOK)? else { continue };
+            match body {
+                Message::Assign(assign) => self.generation(era, &assign)?,
+                Message::Regroup(_) if self.farewell.take().is_some() => self.idle(String::new()),
+                // The flags have taken what concerns a generation.
+                _ => {}
+            }
+        }
+    }
+
+    /// Waits for a place.
+    fn idle(&self, broken: String) {
+        self.trainer.flags.at(Activity::Unspecified);
+        let step = self.holds_state.then_some(self.trainer.state.step);
+        self.control.outbox().idle(step, broken);
+    }
+
+    /// A generation, from its first word to its end. What ends it is told, and only an error of this rank's own is one.
+    fn generation(&mut self, era: Era, assign: &Assign) -> Result<(), WorkError> {
+        self.trainer.flags.enter(era);
+        self.farewell = None;
+        let result = self.take_place(era, assign);
+        // Its connections tell the neighbours, whatever became of it.
+        self.trainer.collective = Box::new(Solo::default());
+        match result {
+            Ok(Some(Halt::Done)) => self.finish(era, Ending::Done),
+            Ok(Some(Halt::Drained)) => self.finish(era, Ending::Preempted),
+            Ok(Some(Halt::Boundary) | None) => {
+                self.idle(String::new());
+                Ok(())
+            }
+            Err(error) if error.spares_the_rank() => {
+                let interrupted = self.trainer.flags.interrupted();
+                tracing::info!(interrupted, "the generation is over: {error}");
+                self.idle(error.to_string());
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Closes the ring, comes by the state to go on from, and trains once all are ready. None if the generation ends before.
+    fn take_place(&mut self, era: Era, assign: &Assign) -> Result<Option<Halt>, WorkError> {
+        let config = self.trainer.config.clone();
+        let commit = load::parse_commit(assign)?;
+        let recorded = commit.as_ref().map_or(0, |commit| commit.step);
+        let world = assign.peers.len() as u32;
+        self.trainer.seat = Seat { rank: assign.rank, world, era };
+        self.trainer.flags.committed.store(recorded, Ordering::Relaxed);
+        if assign.source.is_none() {
+            self.restore(commit.as_ref())?;
+        }
+        // Samples are read while the ring is closed.
+        self.trainer.feed.deal(lanes_of(assign.rank, world, config.train.lanes() as u32), assign.source.map_or(recorded, |_| assign.step));
+        let flags = self.trainer.flags.clone();
+        self.trainer.collective = load::connect(&self.listener, (assign, era.generation), &flags, &config, self.device)?;
+        if let Some(source) = assign.source.filter(|_| assign.copy) {
+            self.copy(source, assign.step)?;
+        }
+        let trainer = &mut self.trainer;
+        flags.step.store(trainer.state.step, Ordering::Relaxed);
+        trainer.saved = recorded;
+        trainer.cadence.go_on(recorded, Instant::now());
+        let ready = ready(trainer, assign.source.is_none())?;
+        let outbox = self.control.outbox();
+        outbox.placed(Place { rank: assign.rank, world, ready: Some(ready.clone()), ..Place::default() });
+        outbox.send(era, from_worker::Body::Ready(ready));
+        if !self.started(config.workers.start_timeout.duration())? {
+            return Ok(None);
+        }
+        flags.working.store(true, Ordering::Relaxed);
+        if !self.touched {
+            self.trainer.cadence.begin(Instant::now());
+            self.touched = true;
+        }
+        Ok(Some(self.trainer.run()?))
+    }
+
+    /// The state of the newest commit, or of a run that begins.
+    fn restore(&mut self, commit: Option<&Commit>) -> Result<(), WorkError> {
+        let state = &mut self.trainer.state;
+        match commit {
+            Some(commit) if self.holds_state && state.step == commit.step => {}
+            Some(commit) => {
+                (self.holds_state, self.touched) = (false, true);
+                load::restore(state, commit, &self.run, self.runtime)?;
+            }
+            None if self.touched && state.step > 0 || self.touched && !self.holds_state => return Err(WorkError::Spent),
+            None => {}
+        }
+        self.holds_state = true;
+        Ok(())
+    }
+
+    /// The state of the rank that is ahead.
+    fn copy(&mut self, source: u32, step: u64) -> Result<(), WorkError> {
+        let had = self.holds_state && self.trainer.state.step == step;
+        self.touched = true;
+        self.holds_state = had;
+        self.trainer.state.copy_from(self.trainer.collective.as_mut(), source)?;
+        self.holds_state = true;
+        if self.trainer.state.step == step { Ok(()) } else { Err(WorkError::Protocol("a source that holds another step than it says")) }
+    }
+
+    /// Waits until all ranks are ready; false if the generation ends first.
+    fn started(&self, patience: Duration) -> Result<bool, WorkError> {
+        let until = Instant::now() + patience;
+        while !self.trainer.flags.interrupted() && Instant::now() < until {
+            match self.control.next(LOOK)?.map(|said| said.body) {
+                Some(Message::Start(_)) => return Ok(true),
+                Some(Message::Assign(_)) => return Err(WorkError::Protocol("a place for who has one")),
+                _ => {}
+            }
+        }
+        Ok(false)
+    }
+
+    /// Says farewell, once this rank's part of the last commit is saved. It stays until the coordinator ends its stream, which that does when it
+    /// has read all farewells and the commit's record stands; or until the generation ends before that.
+    fn finish(&mut self, era: Era, ending: Ending) -> Result<(), WorkError> {
+        let trainer = &mut self.trainer;
+        // What is encoded from here on would only delay the commit.
+        trainer.feed.stop_encoding();
+        match trainer.committer.settle() {
+            Ok(()) => {}
+            Err(CommitError::Interrupted) => {
+                self.idle(CommitError::Interrupted.to_string());
+                return Ok(());
+            }
+            Err(error) => return Err(TrainError::from(error).into()),
+        }
+        let outcome = match ending {
+            Ending::Done => Outcome::Done,
+            Ending::Preempted => Outcome::Preempted,
+        };
+        self.farewell = Some(ending);
+        self.control.outbox().finished(era, Finished { step: trainer.state.step, outcome: outcome.into() });
+        if ending == Ending::Done
+            && trainer.seat.rank == 0
+            && let Err(error) = trainer.feed.finish_features()
+        {
+            tracing::warn!("features that were encoded ahead lack their manifest, which the next run writes: {error}");
+        }
+        Ok(())
+    }
 }
 
 /// The device that the run asks for is the one that this worker has told the coordinator of (SAME).
@@ -147,49 +304,18 @@ fn check_device(config: &RunConfig, device: Device) -> Result<(), WorkError> {
     if wanted == found { Ok(()) } else { Err(WorkError::OtherDevice { wanted, found }) }
 }
 
-fn ready(trainer: &Trainer) -> Result<Ready, WorkError> {
-    let snapshot = trainer.state.snapshot(None)?;
-    let digests: Vec<_> = (0..part_names().len()).map(|part| snapshot.digest(part)).collect();
+fn ready(trainer: &Trainer, with_digest: bool) -> Result<Ready, WorkError> {
+    let mut state_digest = String::new();
+    if with_digest {
+        let snapshot = trainer.state.snapshot(None)?;
+        let digests: Vec<_> = (0..part_names().len()).map(|part| snapshot.digest(part)).collect();
+        state_digest = snapshot.state_digest(&digests);
+    }
     Ok(Ready {
         step: trainer.state.step,
-        state_digest: snapshot.state_digest(&digests),
+        state_digest,
         data_digest: trainer.feed.identity().data.clone(),
         models_digest: trainer.feed.identity().models.clone(),
         samples_per_epoch: trainer.feed.samples_per_epoch(),
     })
-}
-
-/// Waits until the last commit's record stands, so that nobody leaves before the work is safe, and then for the end of the stream: a
-/// coordinator ends it once it has read all farewells. To a worker that left before, its own could still be on the way, and the
-/// coordinator would take it for lost.
-///
-/// A rank that left before it applied a step has nothing to save.
-fn finish(mut trainer: Trainer, ending: Ending, resumed: u64, control: &Control) -> Result<Ending, WorkError> {
-    let step = trainer.state.step;
-    // What is encoded from here on would only delay the commit.
-    trainer.feed.stop_encoding();
-    trainer.committer.finish().map_err(TrainError::from)?;
-    let outcome = match ending {
-        Ending::Done => Outcome::Done,
-        Ending::Preempted => Outcome::Preempted,
-    };
-    control.outbox().send(from_worker::Body::Finished(Finished { step, outcome: outcome.into() }));
-    if ending == Ending::Done
-        && trainer.collective.rank() == 0
-        && let Err(error) = trainer.feed.finish_features()
-    {
-        tracing::warn!("features that were encoded ahead lack their manifest, which the next run writes: {error}");
-    }
-    // Others may still be saving their files: the coordinator gives them this long, and then ends the run itself.
-    let patience = trainer.config.workers.start_timeout.duration() + FAREWELL;
-    let mut committed = step == resumed;
-    loop {
-        match control.next("end of the run", patience) {
-            Ok(Message::Committed(commit)) => committed |= commit.step >= step,
-            Ok(_) => {}
-            // Whatever became of the coordinator, the work is safe.
-            Err(_) if committed => return Ok(ending),
-            Err(error) => return Err(error.into()),
-        }
-    }
 }

@@ -18,6 +18,8 @@ pub struct Cadence {
     save: Duration,
     /// When the newest snapshot was taken, or training began.
     snapshot: Instant,
+    /// The same of the newest commit that is recorded: until then work is lost by a kill of everything.
+    recorded: Instant,
     /// The newest commit, while its record does not stand.
     saving: Option<u64>,
     /// When the last step was applied.
@@ -30,12 +32,21 @@ impl Cadence {
     pub fn new(checkpoint: &Checkpoint, now: Instant) -> Self {
         let most = checkpoint.max_lost_work.map(|most| most.duration());
         let save = most.unwrap_or_default() / GUESS;
-        Self { every: checkpoint.steps(), most, save, snapshot: now, saving: None, stepped: now, warned: false }
+        Self { every: checkpoint.steps(), most, save, snapshot: now, recorded: now, saving: None, stepped: now, warned: false }
     }
 
     /// Training begins now: what came before is no work.
     pub fn begin(&mut self, now: Instant) {
-        (self.snapshot, self.stepped) = (now, now);
+        (self.snapshot, self.recorded, self.stepped) = (now, now, now);
+    }
+
+    /// Training goes on in another generation. A commit that the last one has not brought to its record never will be.
+    pub fn go_on(&mut self, recorded: u64, now: Instant) {
+        self.note(recorded, now);
+        if self.saving.take().is_some() {
+            self.snapshot = self.recorded;
+        }
+        self.stepped = now;
     }
 
     /// Whether to commit the state after this step, which all ranks decide alike: it is one of those that the config names.
@@ -43,16 +54,27 @@ impl Cadence {
         self.every.is_some_and(|every| step.is_multiple_of(every))
     }
 
-    /// Whether to commit after the step that is applied now, by the clock. `recorded`: the step of the newest commit whose record stands.
-    pub fn is_due(&mut self, recorded: u64, now: Instant) -> bool {
+    /// Whether to commit after the step that is applied now, as `applied` were before: by the clock, or because a named step's commit has come
+    /// to nothing. `recorded`: the step of the newest commit whose record stands.
+    pub fn is_due(&mut self, applied: u64, recorded: u64, now: Instant) -> bool {
         let step = now.saturating_duration_since(std::mem::replace(&mut self.stepped, now));
-        let Some(most) = self.most else { return false };
-        if self.saving.is_some_and(|saving| recorded >= saving) {
-            self.saving = None;
-            self.save = (now - self.snapshot).max(self.save - self.save / 4);
+        self.note(recorded, now);
+        let missed = self.every.is_some_and(|every| applied / every > recorded / every);
+        let late = self.most.is_some_and(|most| now - self.snapshot + self.save + step >= most);
+        self.saving.is_none() && (missed || late)
+    }
+
+    /// Takes note of a record that stands.
+    fn note(&mut self, recorded: u64, now: Instant) {
+        if self.saving.is_none_or(|saving| recorded < saving) {
+            return;
+        }
+        self.saving = None;
+        self.recorded = self.snapshot;
+        self.save = (now - self.snapshot).max(self.save - self.save / 4);
+        if let Some(most) = self.most {
             self.warn(most);
         }
-        self.saving.is_none() && now - self.snapshot + self.save + step >= most
     }
 
     /// A snapshot of this step was taken.
@@ -92,7 +114,7 @@ mod tests {
                 worst = worst.max(now - recorded.clone().map(|(taken, _)| *taken).max().unwrap());
             }
             let newest = recorded.map(|(taken, _)| taken / step).max().unwrap_or(0);
-            if cadence.is_due(newest, at(now)) {
+            if cadence.is_due(number - 1, newest, at(now)) {
                 commits.push((now, now + save));
                 cadence.taken(number, at(now));
             }
@@ -126,9 +148,32 @@ mod tests {
         for (mut cadence, named, due) in
             [(of(None, None), 100, false), (of(Some(7), None), 7, false), (of(Some(7), Some(Millis(1000))), 7, true)]
         {
-            assert_eq!((cadence.names(named), cadence.names(named + 1), cadence.is_due(0, later)), (true, false, due));
+            assert_eq!((cadence.names(named), cadence.names(named + 1), cadence.is_due(0, 0, later)), (true, false, due));
         }
         let mut clock = of(None, Some(Millis(1000)));
-        assert!(!clock.names(100) && clock.is_due(0, later));
+        assert!(!clock.names(100) && clock.is_due(0, 0, later));
+    }
+
+    /// A commit that its generation did not live to see recorded is made up for, by steps and by the clock.
+    #[test]
+    fn a_commit_that_came_to_nothing_is_made_up_for() {
+        let begin = Instant::now();
+        let at = |ms: u64| begin + Duration::from_millis(ms);
+        let mut steps = Cadence::new(&Checkpoint { every: Some(10), ..Checkpoint::default() }, begin);
+        assert!(!steps.is_due(9, 0, at(90)) && steps.names(10));
+        steps.taken(10, at(100));
+        assert!(!steps.is_due(10, 0, at(110)), "it is being saved");
+        steps.go_on(0, at(120));
+        assert!(steps.is_due(10, 0, at(130)));
+        steps.taken(11, at(130));
+        assert!(!steps.is_due(11, 11, at(140)), "it stands");
+
+        let mut clock = Cadence::new(&Checkpoint { max_lost_work: Some(Millis(1000)), ..Checkpoint::default() }, begin);
+        clock.begin(begin);
+        clock.taken(5, at(100));
+        assert!(!clock.is_due(6, 5, at(200)));
+        clock.taken(9, at(800));
+        clock.go_on(5, at(850));
+        assert!(clock.is_due(9, 5, at(900)), "work since 100 ms may be lost, not since 800");
     }
 }

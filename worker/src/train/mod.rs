@@ -8,7 +8,7 @@ pub mod stats;
 mod sum;
 mod supply;
 
-use crate::commit::{CommitError, Committer};
+use crate::commit::{CommitError, Committer, Seat};
 use crate::control::{Flags, Outbox};
 use crate::feed::{Feed, FeedError, StepInput};
 use crate::reduce::fixed::FixedError;
@@ -17,7 +17,7 @@ use cadence::Cadence;
 use ella_dataset::ledger::LedgerError;
 use ella_model::ModelError;
 use ella_proto::config::{Features, RunConfig};
-use ella_proto::v1::{FailureKind, Progress, StepParts};
+use ella_proto::v1::{Activity, FailureKind, Progress, StepParts};
 use lane::Networks;
 use state::TrainState;
 use stats::StepStats;
@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use sum::Sum;
+use supply::Supply;
 
 /// Why training stopped short.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +88,9 @@ pub enum TrainError {
     /// A commit could not be saved.
     #[error(transparent)]
     Commit(#[from] CommitError),
+    /// The coordinator has ended the generation.
+    #[error("the generation was ended")]
+    Interrupted,
 }
 
 impl TrainError {
@@ -101,9 +105,29 @@ impl TrainError {
             Self::Gradient { .. } | Self::NotFinite { .. } | Self::Ledger { .. } | Self::Dealt { .. } => (FailureKind::Numeric, true),
             Self::Commit(CommitError::Store { source, .. }) => (FailureKind::Store, source.is_permanent()),
             Self::Commit(CommitError::Late { .. }) => (FailureKind::Store, false),
-            Self::Commit(CommitError::Died) => (FailureKind::Internal, false),
+            Self::Commit(CommitError::Died | CommitError::Interrupted) | Self::Interrupted => (FailureKind::Internal, false),
         }
     }
+
+    /// Whether it only ends the generation: this rank and its state are as well as ever.
+    pub fn spares_the_rank(&self) -> bool {
+        match self {
+            Self::Collective(error) => error.is_of_peers(),
+            Self::Interrupted | Self::Commit(CommitError::Interrupted) => true,
+            _ => false,
+        }
+    }
+}
+
+/// How a generation ended that nothing broke.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Halt {
+    /// All steps are applied, and the last one's commit is under way.
+    Done,
+    /// The run leaves; what was done is in a commit that is under way.
+    Drained,
+    /// All ranks stopped after the same step, as they were asked to, or because there is no coordinator to record the last step's commit.
+    Boundary,
 }
 
 /// How training ended.
@@ -142,33 +166,59 @@ pub struct Trainer {
     pub saved: u64,
     /// Whether all ranks are known to have the next step's samples.
     pub supplied: bool,
+    /// This rank's place in its generation.
+    pub seat: Seat,
 }
 
 impl Trainer {
-    /// Trains until the last step, or until a rank is asked to leave.
-    pub fn run(&mut self) -> Result<Ending, TrainError> {
-        self.cadence.begin(Instant::now());
-        while self.state.step < self.config.train.steps {
-            if !self.supply()? {
-                self.commit()?;
-                return Ok(Ending::Preempted);
+    /// Trains in one generation: until the last step, or until it ends. Nothing is lost of the state, whatever ends it.
+    pub fn run(&mut self) -> Result<Halt, TrainError> {
+        self.supplied = false;
+        let last = self.config.train.steps;
+        if self.state.step >= last {
+            // Its commit did not live to see its record.
+            self.commit()?;
+            return Ok(Halt::Done);
+        }
+        while self.state.step < last {
+            match self.supply()? {
+                Supply::All => {}
+                Supply::Boundary => return Ok(Halt::Boundary),
+                Supply::Leave => {
+                    self.seat.era = self.flags.era();
+                    self.commit()?;
+                    return Ok(Halt::Drained);
+                }
             }
-            let input = self.feed.next_step()?;
+            self.flags.at(Activity::Data);
+            let input = self.feed.next_step();
+            self.flags.at(Activity::Compute);
+            let Some(input) = self.unless_interrupted(input)? else { return Err(TrainError::Interrupted) };
             let stats = self.step(input)?;
             let step = self.state.step;
-            let last = step == self.config.train.steps;
-            let leaving = stats.leaving > 0 && !last;
-            if leaving || last || stats.due > 0 || self.cadence.names(step) {
+            // Ranks without one coordinator, which all of them then know, go on until they have one.
+            let attended = stats.agree_on(Some(self.seat.era.term).filter(|term| *term > 0));
+            let leaving = stats.leaving > 0 && step < last;
+            if attended && (leaving || step == last || stats.due > 0 || self.cadence.names(step)) {
                 self.commit()?;
             }
-            if leaving {
-                return Ok(Ending::Preempted);
-            }
-            if self.committer.has_failed() {
-                self.committer.finish()?;
+            self.committer.check()?;
+            match () {
+                () if step == last => return Ok(if attended { Halt::Done } else { Halt::Boundary }),
+                () if leaving && attended => return Ok(Halt::Drained),
+                () if stats.boundary > 0 => return Ok(Halt::Boundary),
+                () => {}
             }
         }
-        Ok(Ending::Done)
+        Ok(Halt::Done)
+    }
+
+    /// None for what the end of the generation made of a wait.
+    fn unless_interrupted<T>(&self, result: Result<T, FeedError>) -> Result<Option<T>, TrainError> {
+        match result {
+            Err(FeedError::Late { .. } | FeedError::Stalled { .. }) if self.flags.interrupted() => Ok(None),
+            other => Ok(other.map(Some)?),
+        }
     }
 
     /// Hands what is not in a commit yet to one.
@@ -178,23 +228,23 @@ impl Trainer {
             let begin = Instant::now();
             let snapshot = self.state.snapshot(self.committer.kept())?;
             self.cadence.taken(step, Instant::now());
-            self.committer.save(snapshot, self.feed.position(step))?;
+            self.committer.save(snapshot, self.feed.position(step), self.seat)?;
             self.saved = step;
             self.committing += begin.elapsed();
         }
         Ok(())
     }
 
-    /// Returns once all ranks have the next step's samples, or false if one is to leave before. Where captions are not encoded ahead, none of
+    /// Returns once all ranks have the next step's samples, or none is to wait for them. Where captions are not encoded ahead, none of
     /// them waits for long.
-    fn supply(&mut self) -> Result<bool, TrainError> {
+    fn supply(&mut self) -> Result<Supply, TrainError> {
         if self.config.text.features != Features::Ahead || self.supplied {
-            return Ok(true);
+            return Ok(Supply::All);
         }
         let patience = self.config.workers.step_timeout.duration();
-        let committer = &mut self.committer;
-        let ask = || if committer.has_failed() { committer.finish() } else { Ok(()) };
-        supply::all_are_supplied(&mut self.feed, self.collective.as_mut(), &self.flags, patience, ask)
+        let (committer, flags) = (&mut self.committer, &self.flags);
+        let goes_on = || if flags.interrupted() { Err(TrainError::Interrupted) } else { Ok(committer.check()?) };
+        supply::all_are_supplied(&mut self.feed, self.collective.as_mut(), flags, patience, goes_on)
     }
 
     /// Applies one step and returns its sums over all ranks.
@@ -205,11 +255,13 @@ impl Trainer {
         let number = self.state.step + 1;
         let (sum, mut mine) = self.lanes(&input, &mut times)?;
         mine.supplied = i64::from(self.feed.has_next());
-        let due = self.cadence.is_due(self.flags.committed.load(Ordering::Relaxed), Instant::now());
+        let due = self.cadence.is_due(self.state.step, self.flags.committed.load(Ordering::Relaxed), Instant::now());
         mine.due = i64::from(due && self.collective.rank() == 0);
 
         let reducing = Instant::now();
+        self.flags.at(Activity::Reduce);
         let (mut grad, words) = sum.reduce(self.collective.as_mut(), mine.words())?;
+        self.flags.at(Activity::Compute);
         times.reduce = reducing.elapsed();
         let all = StepStats::from_words(&words).map_err(|source| TrainError::Ledger { step: number, source })?;
         self.check_dealt(&all, input.step_samples)?;
@@ -230,9 +282,14 @@ impl Trainer {
     }
 
     /// The gradients of this rank's lanes, summed, and what it has to tell of them.
-    fn lanes(&self, input: &StepInput, times: &mut Times) -> Result<(Sum, StepStats), TrainError> {
+    fn lanes(&mut self, input: &StepInput, times: &mut Times) -> Result<(Sum, StepStats), TrainError> {
         let step = self.state.step + 1;
-        let mut mine = StepStats::of_one_rank(self.flags.drain.is_cancelled());
+        // Whoever coordinates now, if all ranks are found to have the same, records what is committed after this step.
+        let authority = self.flags.authority();
+        self.seat.era.term = authority.unwrap_or(0);
+        let mut mine = StepStats::of_one_rank(authority);
+        mine.leaving = i64::from(self.flags.drain.is_cancelled());
+        mine.boundary = i64::from(self.flags.at_boundary());
         for batch in &input.held_out {
             mine.add_held_out(self.networks.evaluate(batch)?, batch.len());
         }
@@ -242,6 +299,9 @@ impl Trainer {
             mine.dropped += lane.dropped;
             mine.truncated += lane.truncated;
             let Some(batch) = &lane.batch else { continue };
+            if self.flags.interrupted() {
+                return Err(TrainError::Interrupted);
+            }
             let gradient = self.networks.gradient(batch, input.step_samples)?;
             if !gradient.loss_sum.is_finite() {
                 return Err(TrainError::NotFinite { step, what: "loss", value: gradient.loss_sum });

@@ -2,6 +2,7 @@
 //! is the flat buffer itself.
 
 use super::optimizer::Buffers;
+use crate::reduce::{Collective, CollectiveError};
 use ella_dataset::ledger::Ledger;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
@@ -157,6 +158,34 @@ impl TrainState {
         fill(&mut b.ema, &self.layout, "", EMA_FILE, &files[1])?;
         fill(&mut b.exp_avg, &self.layout, "exp_avg.", OPTIMIZER_FILE, &files[2])?;
         fill(&mut b.exp_avg_sq, &self.layout, "exp_avg_sq.", OPTIMIZER_FILE, &files[2])
+    }
+
+    /// Replaces the state by that of rank `root`, which holds one; every rank takes part. If it fails the state is torn, but for ranks that held the
+    /// same one before.
+    ///
+    /// # Errors
+    /// See [`CollectiveError`].
+    pub fn copy_from(&mut self, collective: &mut dyn Collective, root: u32) -> Result<(), CollectiveError> {
+        let _no_grad = tch::no_grad_guard();
+        let mut words = [0; 2];
+        let mut ledger = serde_json::to_vec(&self.ledger).unwrap_or_default();
+        if collective.rank() == root {
+            words = [self.step, ledger.len() as u64];
+        }
+        collective.broadcast(root, bytemuck::bytes_of_mut(&mut words))?;
+        ledger.resize(words[1] as usize, 0);
+        collective.broadcast(root, &mut ledger)?;
+        let b = &mut self.buffers;
+        for buffer in [&mut b.params, &mut b.exp_avg, &mut b.exp_avg_sq, &mut b.ema] {
+            collective.broadcast_tensor(root, buffer)?;
+        }
+        self.step = words[0];
+        if collective.rank() != root {
+            let garbled =
+                |error: serde_json::Error| CollectiveError::Io { what: "the ledger of the rank to copy from", source: error.into() };
+            self.ledger = serde_json::from_slice(&ledger).map_err(garbled)?;
+        }
+        Ok(())
     }
 
     /// A copy in host memory, from which files and digests are made while training goes on.
@@ -327,6 +356,30 @@ mod tests {
         let read = SafeTensors::deserialize(&file).unwrap();
         assert_eq!(read.tensor("a.weight").unwrap().shape(), [3, 4]);
         assert_eq!(read.names().len(), 2);
+    }
+
+    #[test]
+    fn a_state_is_copied_from_the_rank_that_has_it_bit_for_bit() {
+        let mut source = state(1);
+        source.ledger.add_tally(0, &ella_dataset::ledger::Tally { samples: 7, hash: 1 << 100 });
+        let expected = files(&source.snapshot(None).unwrap());
+        let ranks = crate::reduce::InProcess::group(3).into_iter().zip([state(2), source, state(3)]);
+        let copies: Vec<TrainState> = std::thread::scope(|scope| {
+            let copying: Vec<_> = ranks
+                .map(|(mut ranks, mut state)| {
+                    scope.spawn(move || {
+                        state.step += u64::from(ranks.rank() != 1);
+                        state.copy_from(&mut ranks, 1).unwrap();
+                        state
+                    })
+                })
+                .collect();
+            copying.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for copy in copies {
+            assert_eq!((copy.step, files(&copy.snapshot(None).unwrap())), (9, expected.clone()));
+            assert_eq!(copy.ledger.epochs().map(|(epoch, tally)| (epoch, tally.samples)).collect::<Vec<_>>(), [(0, 7)]);
+        }
     }
 
     #[test]

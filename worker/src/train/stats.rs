@@ -6,7 +6,7 @@ use ella_dataset::ledger::{LedgerError, TALLY_WORDS, Tally};
 
 /// Losses travel as multiples of 2^-32.
 const LOSS_SCALE: f64 = 4_294_967_296.0;
-const FIXED: usize = 10;
+const FIXED: usize = 12;
 
 /// Length of the vector.
 pub const WORDS: usize = FIXED + TALLY_WORDS;
@@ -21,8 +21,12 @@ pub struct StepStats {
     pub held_out_samples: i64,
     /// Held-out samples whose batch has a loss that is not finite; they are not in the mean.
     pub held_out_lost: i64,
-    /// Ranks that ask to commit and leave after this step.
+    /// Ranks that were told that the run leaves: it commits after this step.
     pub leaving: i64,
+    /// Ranks that were told that this step is their generation's last.
+    pub boundary: i64,
+    /// What each rank's coordinator is known by: equal for all, or no commit could be recorded.
+    authority: i64,
     /// Captions replaced by the empty one.
     pub dropped: i64,
     /// Captions cut at `text.max_tokens` (counted where they are encoded in the step).
@@ -38,9 +42,14 @@ pub struct StepStats {
 }
 
 impl StepStats {
-    /// One rank's sums, before anything is added.
-    pub fn of_one_rank(leaving: bool) -> Self {
-        Self { ranks: 1, leaving: i64::from(leaving), ..Self::default() }
+    /// One rank's sums, before anything is added. `term`: its coordinator's, if one knows its generation.
+    pub fn of_one_rank(term: Option<u64>) -> Self {
+        Self { ranks: 1, authority: authority(term), ..Self::default() }
+    }
+
+    /// Of all ranks: whether they have one coordinator, that of `term`.
+    pub fn agree_on(&self, term: Option<u64>) -> bool {
+        term.is_some() && self.authority == authority(term).wrapping_mul(self.ranks)
     }
 
     /// Adds a sum of sample losses.
@@ -82,6 +91,8 @@ impl StepStats {
             self.ranks,
             self.supplied,
             self.due,
+            self.boundary,
+            self.authority,
         ]);
         words[FIXED..].copy_from_slice(&self.tally.words());
         words
@@ -92,9 +103,30 @@ impl StepStats {
         let mut tally = [0; TALLY_WORDS];
         tally.copy_from_slice(&words[FIXED..]);
         let tally = Tally::from_words(tally)?;
-        let [loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, supplied, due, ..] = *words;
-        Ok(Self { loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, ranks, due, supplied, tally })
+        let [loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, rest @ ..] = *words;
+        let [ranks, supplied, due, boundary, authority, ..] = rest;
+        Ok(Self {
+            loss,
+            held_out_loss,
+            held_out_samples,
+            held_out_lost,
+            leaving,
+            boundary,
+            authority,
+            dropped,
+            truncated,
+            ranks,
+            due,
+            supplied,
+            tally,
+        })
     }
+}
+
+/// A number for a term, such that sums of several tell whether they are all the same. 0 for none.
+pub(super) fn authority(term: Option<u64>) -> i64 {
+    let hash = |term: u64| blake3::hash(&term.to_le_bytes());
+    term.map_or(0, |term| i64::from_le_bytes(*hash(term).as_bytes().first_chunk().unwrap_or(&[0; 8])))
 }
 
 fn fixed(value: f64) -> i64 {
@@ -132,5 +164,21 @@ mod tests {
         assert_eq!(sum.mean_loss(), 12.5 / 100.0);
         assert_eq!(sum.mean_held_out(), Some(0.25));
         assert_eq!(StepStats::default().mean_held_out(), None);
+    }
+
+    #[test]
+    fn ranks_agree_on_a_coordinator_only_if_all_have_the_same() {
+        let agree = |terms: &[Option<u64>], mine: Option<u64>| {
+            let mut words = [0i64; WORDS];
+            for term in terms {
+                words.iter_mut().zip(StepStats::of_one_rank(*term).words()).for_each(|(sum, word)| *sum = sum.wrapping_add(word));
+            }
+            StepStats::from_words(&words).unwrap().agree_on(mine)
+        };
+        assert!(agree(&[Some(7); 3], Some(7)) && agree(&[Some(1)], Some(1)));
+        assert!(!agree(&[None, None], None) && !agree(&[Some(7), None], Some(7)) && !agree(&[Some(7), None], None));
+        for mine in [7, 8, 9] {
+            assert!(!agree(&[Some(7), Some(8), Some(9)], Some(mine)), "{mine}");
+        }
     }
 }

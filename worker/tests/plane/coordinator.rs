@@ -52,6 +52,10 @@ impl Coordinator for Service {
         Ok(Response::new(RunStatus::default()))
     }
 
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainReply>, Status> {
+        Ok(Response::new(v1::DrainReply {}))
+    }
+
     async fn stop(&self, _: Request<StopRequest>) -> Result<Response<StopReply>, Status> {
         Ok(Response::new(StopReply {}))
     }
@@ -102,12 +106,27 @@ impl Scripted {
         self.taken(ending, flags).await
     }
 
+    /// Takes the next stream, of a worker that has lost its last one.
+    pub(crate) async fn again(&mut self, worker: Worker) -> Worker {
+        self.taken(worker.ending, worker.flags).await
+    }
+
     pub(crate) async fn taken(&mut self, ending: oneshot::Receiver<Result<Ending, WorkError>>, flags: Arc<Flags>) -> Worker {
         let (heard, say) = soon("a worker", self.streams.recv()).await.unwrap();
-        let mut worker = Worker { heard, say: Some(say), ending, flags, generation: 0, address: String::new() };
+        let mut worker = Worker {
+            heard,
+            say: Some(say),
+            ending,
+            flags,
+            term: TERM,
+            generation: 0,
+            address: String::new(),
+            idles: Vec::new(),
+            place: None,
+        };
         let Said::Hello(hello) = worker.next().await else { panic!("the first message is no Hello") };
         assert_eq!((hello.device_kind.as_str(), hello.version.as_str()), ("cpu", env!("CARGO_PKG_VERSION")));
-        worker.address = hello.peer_address;
+        (worker.address, worker.place) = (hello.peer_address, hello.place);
         worker
     }
 
@@ -141,13 +160,19 @@ pub(crate) struct Worker {
     say: Option<mpsc::UnboundedSender<Result<ToWorker, Status>>>,
     ending: oneshot::Receiver<Result<Ending, WorkError>>,
     pub(crate) flags: Arc<Flags>,
-    generation: u64,
+    /// The term and generation that are spoken of.
+    pub(crate) term: u64,
+    pub(crate) generation: u64,
     pub(crate) address: String,
+    /// When it said that it waits for a place.
+    idles: Vec<v1::Idle>,
+    /// Of its Hello: where it was when it lost another coordinator.
+    pub(crate) place: Option<v1::Place>,
 }
 
 impl Worker {
     pub(crate) fn say(&self, body: Say) {
-        self.say_as(TERM, self.generation, body);
+        self.say_as(self.term, self.generation, body);
     }
 
     pub(crate) fn say_as(&self, term: u64, generation: u64, body: Say) {
@@ -163,7 +188,20 @@ impl Worker {
     pub(crate) fn assign(&mut self, rank: u32, peers: Vec<String>, commit: Option<&Commit>) {
         self.generation = 1;
         let commit_json = commit.map(|commit| serde_json::to_vec(commit).unwrap()).unwrap_or_default();
-        self.say(Say::Assign(v1::Assign { rank, peers, commit_json, session: vec![9; 16] }));
+        self.say(Say::Assign(v1::Assign { rank, peers, commit_json, session: vec![9; 16], ..v1::Assign::default() }));
+    }
+
+    /// Waits until it says that it waits for a place.
+    pub(crate) async fn idle(&mut self) -> v1::Idle {
+        let until = tokio::time::Instant::now() + PATIENCE;
+        while self.idles.is_empty() {
+            assert!(tokio::time::Instant::now() < until, "not idle within {PATIENCE:?}");
+            let message = soon("a message", self.heard.message()).await.unwrap().expect("the stream goes on");
+            if let Some(Said::Idle(idle)) = message.body {
+                self.idles.push(idle);
+            }
+        }
+        self.idles.remove(0)
     }
 
     /// The next message that is no heartbeat.
@@ -174,13 +212,34 @@ impl Worker {
             let message = soon("a message", self.heard.message()).await.unwrap().expect("the stream goes on");
             match message.body.unwrap() {
                 Said::Heartbeat(_) => {}
-                Said::Hello(hello) => return Said::Hello(hello),
+                Said::Idle(idle) => self.idles.push(idle),
+                body @ (Said::Hello(_) | Said::Leaving(_)) => return body,
                 body => {
-                    assert_eq!((message.term, message.generation), (TERM, self.generation), "{body:?}");
+                    assert_eq!((message.term, message.generation), (self.term, self.generation), "{body:?}");
                     return body;
                 }
             }
         }
+    }
+
+    /// Gives it a place in the next generation, alone or among peers, with the state of rank 0 after so many steps, which is copied or not; and
+    /// has it begin.
+    pub(crate) async fn assign_from(&mut self, rank: u32, peers: Vec<String>, (step, copy): (u64, bool)) {
+        self.next_place(rank, peers, (step, copy));
+        let ready = self.ready().await;
+        assert_eq!((ready.step, ready.state_digest.as_str()), (step, ""));
+        self.say(Say::Start(v1::Start {}));
+    }
+
+    pub(crate) fn next_place(&mut self, rank: u32, peers: Vec<String>, (step, copy): (u64, bool)) {
+        self.generation += 1;
+        let session = vec![self.generation as u8; 16];
+        self.say(Say::Assign(v1::Assign { rank, peers, session, source: Some(0), step, copy, ..v1::Assign::default() }));
+    }
+
+    /// Reads until it says that it was told to leave.
+    pub(crate) async fn leaving(&mut self) {
+        while !matches!(self.next().await, Said::Leaving(_)) {}
     }
 
     pub(crate) async fn ready(&mut self) -> v1::Ready {

@@ -50,7 +50,6 @@ fn every_lane_gets_the_samples_of_the_order_and_an_epoch_each_sample_once() {
     }
     assert_eq!(epochs[&0], epochs[&1]);
     assert_eq!(epochs[&0].samples, SCENES);
-    assert!(matches!(feed.next_step(), Err(FeedError::Died)), "after its last step a feed is over");
 }
 
 /// SAME begins here: a lane's tensors are the same bits whoever computes it, and wherever a resume begins.
@@ -74,6 +73,33 @@ fn a_lanes_input_does_not_depend_on_how_lanes_are_dealt_nor_on_where_a_run_resum
         }
         assert_eq!(held_out, 10, "five samples each before steps 4 and 7, whatever the world");
     }
+}
+
+/// Whoever had other lanes before, and made their samples ahead, has the new ones' next, and nothing of the old.
+#[test]
+fn lanes_that_are_dealt_anew_are_fed_from_the_step_that_is_asked_for() {
+    let config = config(&["train.eval_every=3", "train.eval_samples=5"]);
+    let whole = collect(&config, 0..LANES, 0..EPOCH);
+    let mut feed = fed(&config, 0..1, 0..EPOCH);
+    let mut taken = 0;
+    for (lanes, first, take) in [(0..2, 0, 2), (1..LANES, 2, 0), (0..LANES, 2, 1), (2..3, 2, 3), (3..LANES, 5, 1)] {
+        feed.deal(lanes.clone(), first);
+        for (step, expected) in (first..).zip(&whole[first as usize..]).take(take) {
+            let input = feed.next_step().unwrap();
+            assert_eq!(input.lanes.iter().map(|lane| lane.lane).collect::<Vec<_>>(), lanes.clone().collect::<Vec<_>>());
+            for lane in &input.lanes {
+                let other = &expected.lanes[lane.lane as usize];
+                assert_eq!(lane.tally, other.tally, "step {step}, lane {}", lane.lane);
+                assert!(lane.batch.iter().zip(&other.batch).all(|(a, b)| same(a, b)), "step {step}, lane {}", lane.lane);
+            }
+            assert!(
+                input.held_out.len() <= expected.held_out.len()
+                    && (lanes.len() < LANES as usize || input.held_out.len() == expected.held_out.len())
+            );
+            taken += 1;
+        }
+    }
+    assert_eq!(taken, 7);
 }
 
 pub(crate) fn collect(config: &ella_proto::config::RunConfig, lanes: std::ops::Range<u32>, steps: std::ops::Range<u64>) -> Vec<StepInput> {

@@ -8,6 +8,7 @@ mod coordinator;
 mod embed;
 mod families;
 mod feed;
+mod generations;
 mod gradient;
 mod session;
 mod world;

@@ -10,9 +10,8 @@ use ella_proto::v1::{self, FailureKind, Outcome, RefusedReason};
 use ella_store::{Commit, LedgerEpoch, Part, Store, commit_folder, verify_commit};
 use ella_worker::control::ControlError;
 use ella_worker::feed::lanes_of;
-use ella_worker::reduce::CollectiveError;
 use ella_worker::session::{Options, WorkError, work};
-use ella_worker::train::{Ending, TrainError};
+use ella_worker::train::Ending;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -224,16 +223,6 @@ fn an_abort_ends_it_with_the_coordinators_reason() {
     });
 }
 
-#[test]
-fn a_stream_that_ends_ends_the_worker_at_once() {
-    RUNTIME.block_on(async {
-        let (_folder, _coordinator, mut worker) = in_the_middle(&[]).await;
-        worker.hang_up();
-        let error = worker.ended().await.unwrap_err();
-        assert!(matches!(error, WorkError::Control(ControlError::Lost(_))), "{error}");
-    });
-}
-
 /// LIVE: training goes on under a coordinator that says nothing, until `workers.orphan_timeout`.
 #[test]
 fn a_coordinator_that_answers_nothing_is_given_up_after_the_orphan_timeout() {
@@ -244,7 +233,7 @@ fn a_coordinator_that_answers_nothing_is_given_up_after_the_orphan_timeout() {
         let from = worker.progress(3).await.step;
         assert!(worker.progress(from + 2).await.step > from, "training goes on meanwhile");
         let error = worker.ended().await.unwrap_err();
-        assert!(matches!(error, WorkError::Control(ControlError::Silent { .. })), "{error}");
+        assert!(matches!(error, WorkError::Control(ControlError::Orphaned { .. })), "{error}");
         assert!(error.to_string().contains("workers.orphan_timeout") && begin.elapsed() >= std::time::Duration::from_millis(1500));
     });
 }
@@ -257,10 +246,10 @@ fn a_drain_commits_at_the_next_step_and_leaves_resumable() {
             let (_folder, _coordinator, mut worker) = in_the_middle(&[]).await;
             assert!(worker.flags.working.load(Ordering::Relaxed));
             if by_signal {
-                worker.flags.drain.cancel();
-            } else {
-                worker.say(Say::Drain(v1::Drain { reason: "a spot machine goes".into() }));
+                worker.flags.parting.cancel();
+                worker.leaving().await;
             }
+            worker.say(Say::Drain(v1::Drain { reason: "a spot machine goes".into() }));
             let (heard, finished) = Heard::of(&mut worker).await;
             assert_eq!((finished.outcome(), heard.states.len(), heard.parts.len()), (Outcome::Preempted, 1, 3));
             assert_eq!((heard.states[0].step, heard.progress.last().unwrap().step), (finished.step, finished.step));
@@ -286,12 +275,22 @@ fn a_worker_stays_until_its_farewell_has_been_read() {
         worker.hang_up();
         assert_eq!(worker.ended().await.unwrap(), Ending::Done);
 
-        // A stream that ends before the commit is recorded is a coordinator that is gone.
+        // A stream that ends before the commit is recorded is a coordinator that is gone: the next one must see to the commit.
         let (_folder, url) = run_folder();
-        let (mut worker, _) = Scripted::start().await.training(&config, &url, None).await;
+        let mut coordinator = Scripted::start().await;
+        let (mut worker, _) = coordinator.training(&config, &url, None).await;
         Heard::of(&mut worker).await;
         worker.hang_up();
-        assert!(matches!(worker.ended().await, Err(WorkError::Control(ControlError::Lost(_)))));
+        let mut worker = coordinator.again(worker).await;
+        assert_eq!(worker.place, None);
+        worker.term = TERM + 1;
+        worker.say(welcome(&config, &url));
+        assert_eq!(worker.idle().await, v1::Idle { step: Some(1), broken: String::new() });
+        let peers = vec![worker.address.clone()];
+        worker.assign_from(0, peers, (1, false)).await;
+        let (heard, finished) = Heard::of(&mut worker).await;
+        assert_eq!((finished.step, heard.states.len(), heard.parts.len(), heard.progress.len()), (1, 1, 3, 0));
+        assert_eq!(worker.committed(1).await.unwrap(), Ending::Done);
     });
 }
 
@@ -456,12 +455,8 @@ fn a_feed_that_fails_on_one_rank_ends_the_other_too() {
         assert!(failed.message.contains(".arrow"), "{}", failed.message);
         zero.say(Say::Abort(v1::Abort { reason: failed.message.clone() }));
         one.hang_up();
-        // Whichever it hears of first: the word, or that its neighbour has left.
-        match zero.ended().await.unwrap_err() {
-            WorkError::Control(ControlError::Aborted(reason)) => assert_eq!(reason, failed.message),
-            WorkError::Train(TrainError::Collective(CollectiveError::PeerLost { rank, .. })) => assert_eq!(rank, 1),
-            other => panic!("{other}"),
-        }
+        let ended = zero.ended().await.unwrap_err();
+        assert!(matches!(&ended, WorkError::Control(ControlError::Aborted(reason)) if *reason == failed.message), "{ended}");
         assert_eq!(one.ended().await.unwrap_err().to_string(), failed.message);
     });
 }
@@ -548,6 +543,8 @@ fn the_process_ends_with_the_code_that_says_what_to_do_next() {
         worker.say(Say::Start(v1::Start {}));
         worker.progress(2).await;
         terminate(&child);
+        worker.leaving().await;
+        worker.say(Say::Drain(v1::Drain { reason: "nobody else is there".into() }));
         let (_, finished) = Heard::of(&mut worker).await;
         assert_eq!(finished.outcome(), Outcome::Preempted);
         worker.say(Say::Committed(v1::Committed { step: finished.step }));

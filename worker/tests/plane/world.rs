@@ -196,7 +196,10 @@ pub(crate) fn parts(config: &RunConfig) -> Parts {
 
 /// A running feed of some lanes and steps.
 pub(crate) fn fed(config: &RunConfig, lanes: Range<u32>, steps: Range<u64>) -> feed::Feed {
-    feed::Feed::start(Sources::new(parts(config)).unwrap(), lanes, steps, || ella_worker::device::set_threads(1), Arc::default()).unwrap()
+    let sources = Sources::new(parts(config)).unwrap();
+    let mut feed = feed::Feed::start(sources, steps.end, || ella_worker::device::set_threads(1), Arc::default()).unwrap();
+    feed.deal(lanes, steps.start);
+    feed
 }
 
 /// The run's order, and the key of every sample in manifest order.

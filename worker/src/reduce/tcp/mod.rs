@@ -55,6 +55,15 @@ impl Listener {
         self.address
     }
 
+    /// The same listener for one more generation, with an abort of its own.
+    ///
+    /// # Errors
+    /// [`CollectiveError::Io`].
+    pub fn again(&self) -> Result<Self> {
+        let io = |source| CollectiveError::Io { what: "listener's copy", source };
+        Ok(Self { socket: self.socket.try_clone().map_err(io)?, address: self.address, wake: Wake::new().map_err(io)? })
+    }
+
     /// Ends [`Tcp::connect`] on this listener, and whatever the resulting engine does: it is the same handle.
     pub fn abort_handle(&self) -> AbortHandle {
         self.wake.handle()

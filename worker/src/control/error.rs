@@ -1,0 +1,83 @@
+//! Why the control plane is of no use any more.
+
+use crate::train::Ending;
+use ella_proto::v1::{Outcome, RefusedReason};
+
+/// Why the control plane is of no use any more.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ControlError {
+    /// No connection.
+    #[error("{url}: no coordinator answers ({message}); check the address and that ella-coordinator runs")]
+    Unreachable {
+        /// Where.
+        url: String,
+        /// The transport's words.
+        message: String,
+    },
+    /// The coordinator does not want this worker.
+    #[error("the coordinator refused this worker: {detail}")]
+    Refused {
+        /// In short.
+        reason: RefusedReason,
+        /// In words.
+        detail: String,
+    },
+    /// The run or job had ended before this worker came.
+    #[error("{detail}")]
+    Over {
+        /// How.
+        outcome: Outcome,
+        /// In words.
+        detail: String,
+    },
+    /// The stream ended before the coordinator had taken this worker in.
+    #[error("the coordinator is gone ({0}) before it took this worker in; start the worker again")]
+    Unwelcomed(String),
+    /// The stream ended, or nobody answered on it any more, and no coordinator has taken this worker in since.
+    #[error("without a coordinator for {seconds} s (workers.orphan_timeout): {why}; start the run again to resume from its last commit")]
+    Orphaned {
+        /// For how long.
+        seconds: u64,
+        /// What became of the last one, and of the tries to reach the next.
+        why: String,
+    },
+    /// The coordinator does not need this worker any more.
+    #[error("the coordinator let this worker go: {0}")]
+    Released(String),
+    /// The coordinator ended the run.
+    #[error("the coordinator ended the run: {0}")]
+    Aborted(String),
+    /// An expected message did not come.
+    #[error("no {what} from the coordinator within {seconds} s")]
+    Late {
+        /// Which message.
+        what: &'static str,
+        /// The deadline.
+        seconds: u64,
+    },
+}
+
+impl ControlError {
+    /// Whether starting again would fail in the same way.
+    pub fn is_permanent(&self) -> bool {
+        use RefusedReason as R;
+        let Self::Refused { reason, .. } = self else { return false };
+        matches!(reason, R::Version | R::Config | R::DeviceKind | R::Malformed)
+    }
+
+    /// For a worker that is of no use any more: how that ends it, unless it is an error.
+    pub(crate) fn ending(self) -> Result<Ending, Self> {
+        match self {
+            Self::Over { outcome: Outcome::Done, detail } => {
+                tracing::info!("nothing is left to do: {detail}");
+                Ok(Ending::Done)
+            }
+            Self::Over { outcome: Outcome::Preempted, .. } => Ok(Ending::Preempted),
+            Self::Released(reason) => {
+                tracing::info!("let go: {reason}");
+                Ok(Ending::Preempted)
+            }
+            error => Err(error),
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! One stream to one coordinator: opened, welcomed, watched.
+
+use super::ControlError;
+use super::Message;
+use ella_proto::v1::coordinator_client::CoordinatorClient;
+use ella_proto::v1::{FromWorker, Heartbeat, Hello, Refused, RefusedReason, StatusRequest, ToWorker, Welcome, from_worker};
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use std::time::{Duration, Instant};
+use tokio::time::{MissedTickBehavior, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::transport::{Channel, Endpoint};
+
+/// Messages that may wait for a coordinator that does not read. What may be lost (progress, heartbeats) takes at most half of it; the
+/// other half is for commits, of which each has four messages at most.
+pub(super) const BACKLOG: usize = 4096;
+/// Questions in a row that a coordinator may leave unanswered. More than one, so that a stop of this process counts as one at most.
+const PROBES: u32 = 4;
+/// The first and the longest pause between two tries to reach a coordinator.
+pub(crate) const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// How long a connection may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A stream to a coordinator that has welcomed this worker.
+pub(crate) struct Link {
+    /// None if the coordinator is in this process.
+    client: Option<CoordinatorClient<Channel>>,
+    pub(crate) out: tokio::sync::mpsc::Sender<FromWorker>,
+    pub(crate) incoming: BoxStream<'static, Result<ToWorker, tonic::Status>>,
+    /// The coordinator's.
+    pub(crate) term: u64,
+    /// The generation that it is at.
+    pub(crate) generation: u64,
+    pub(crate) welcome: Welcome,
+}
+
+impl Link {
+    /// The same, again and again for `patience` while nobody answers: a worker may be there before its coordinator.
+    pub(crate) async fn open_patiently(url: &str, hello: &Hello, patience: Duration) -> Result<Self, ControlError> {
+        // What is no URL never will be one.
+        endpoint(url)?;
+        let (until, mut pause) = (Instant::now() + patience, PAUSES.0);
+        loop {
+            let error = match Self::open(url, hello.clone()).await {
+                Err(error @ (ControlError::Unreachable { .. } | ControlError::Late { .. } | ControlError::Unwelcomed(_))) => error,
+                other => return other,
+            };
+            if Instant::now() + pause >= until {
+                return Err(error);
+            }
+            if pause == PAUSES.0 {
+                tracing::warn!("{error}; trying again for {} s", patience.as_secs());
+            }
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(PAUSES.1);
+        }
+    }
+
+    /// Connects, says hello, and waits for the welcome.
+    pub(crate) async fn open(url: &str, hello: Hello) -> Result<Self, ControlError> {
+        let mut client = connect(url).await?;
+        let (out, outgoing) = tokio::sync::mpsc::channel(BACKLOG);
+        // The stream opens with its first message.
+        let first = FromWorker { term: 0, generation: 0, body: Some(from_worker::Body::Hello(hello)) };
+        let outgoing = tokio_stream::once(first).chain(ReceiverStream::new(outgoing));
+        let answer = deadline("answer", CONNECT_TIMEOUT, client.attach(outgoing)).await?;
+        let incoming = answer.map_err(|e| unreachable(url, e.message()))?.into_inner().boxed();
+        Self::welcomed(Some(client), out, incoming).await
+    }
+
+    /// The same for a coordinator in this process.
+    pub(crate) async fn within(
+        out: tokio::sync::mpsc::Sender<FromWorker>,
+        incoming: tokio::sync::mpsc::Receiver<ToWorker>,
+        hello: Hello,
+    ) -> Result<Self, ControlError> {
+        // A closed queue shows as the end of what comes in.
+        let _ = out.send(FromWorker { term: 0, generation: 0, body: Some(from_worker::Body::Hello(hello)) }).await;
+        Self::welcomed(None, out, ReceiverStream::new(incoming).map(Ok).boxed()).await
+    }
+
+    /// Takes the first message for what it must be.
+    async fn welcomed(
+        client: Option<CoordinatorClient<Channel>>,
+        out: tokio::sync::mpsc::Sender<FromWorker>,
+        mut incoming: BoxStream<'static, Result<ToWorker, tonic::Status>>,
+    ) -> Result<Self, ControlError> {
+        let first = deadline("welcome", CONNECT_TIMEOUT, incoming.next()).await?.transpose();
+        let first = first.map_err(|e| ControlError::Unwelcomed(e.message().to_owned()))?;
+        match first.and_then(|m| Some((m.term, m.generation, m.body?))) {
+            Some((term, generation, Message::Welcome(welcome))) => Ok(Self { client, out, incoming, term, generation, welcome }),
+            Some((_, _, Message::Refused(refused))) => Err(refusal(refused)),
+            _ => Err(ControlError::Unwelcomed("its first message was no welcome".to_owned())),
+        }
+    }
+
+    /// Returns when the coordinator has answered nothing for `patience`; never, if it is in this process.
+    pub(crate) fn silent(&self, patience: Duration) -> impl Future<Output = ()> + Send + 'static {
+        let client = self.client.clone();
+        async move {
+            match client {
+                Some(client) => silent(client, patience).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Sends signs of life until it is dropped.
+    pub(crate) fn beating(&self) -> AbortOnDropHandle<()> {
+        let (out, term) = (self.out.clone(), self.term);
+        let every = Duration::from_millis(self.welcome.heartbeat_ms.max(1));
+        AbortOnDropHandle::new(tokio::spawn(ticking(every, move || {
+            let body = Some(from_worker::Body::Heartbeat(Heartbeat::default()));
+            // What is behind already needs no signs of life.
+            out.capacity() > BACKLOG / 2 && out.try_send(FromWorker { term, generation: 0, body }).is_ok() || !out.is_closed()
+        })))
+    }
+}
+
+/// Does something again and again, as long as it says so.
+pub(super) async fn ticking(every: Duration, mut act: impl FnMut() -> bool) {
+    let mut ticks = tokio::time::interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if !act() {
+            return;
+        }
+    }
+}
+
+/// Who this process is, but for what it computes on. The id is new in every call.
+pub(crate) fn identity() -> std::io::Result<Hello> {
+    let mut id = [0u8; 16];
+    std::fs::File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, &mut id))?;
+    Ok(Hello {
+        worker_id: id.iter().map(|b| format!("{b:02x}")).collect(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        host: std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
+        pid: std::process::id(),
+        ..Hello::default()
+    })
+}
+
+fn endpoint(url: &str) -> Result<Endpoint, ControlError> {
+    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|e| unreachable(url, &ella_proto::with_causes(&e)))?;
+    Ok(endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true))
+}
+
+async fn connect(url: &str) -> Result<CoordinatorClient<Channel>, ControlError> {
+    let channel = deadline("connection", CONNECT_TIMEOUT, endpoint(url)?.connect()).await?;
+    Ok(CoordinatorClient::new(channel.map_err(|e| unreachable(url, &ella_proto::with_causes(&e)))?))
+}
+
+fn unreachable(url: &str, message: &str) -> ControlError {
+    ControlError::Unreachable { url: url.to_owned(), message: message.to_owned() }
+}
+
+async fn deadline<T>(what: &'static str, patience: Duration, wait: impl Future<Output = T>) -> Result<T, ControlError> {
+    timeout(patience, wait).await.map_err(|_| ControlError::Late { what, seconds: patience.as_secs() })
+}
+
+/// Asks again and again whether the coordinator still answers, and returns when it has not for `patience`. Whatever it answers, it is
+/// there; that it is not will be seen on the stream too, unless it is stopped or cut off.
+async fn silent(mut client: CoordinatorClient<Channel>, patience: Duration) {
+    let each = patience / PROBES;
+    let mut unanswered = 0;
+    while unanswered < PROBES {
+        match timeout(each, client.status(StatusRequest {})).await {
+            Ok(_) => {
+                unanswered = 0;
+                tokio::time::sleep(each).await;
+            }
+            Err(_) => unanswered += 1,
+        }
+    }
+}
+
+fn refusal(refused: Refused) -> ControlError {
+    let (reason, outcome) = (refused.reason(), refused.outcome());
+    let detail = if refused.detail.is_empty() { reason.as_str_name().to_owned() } else { refused.detail };
+    match reason {
+        RefusedReason::RunOver => ControlError::Over { outcome, detail },
+        reason => ControlError::Refused { reason, detail },
+    }
+}

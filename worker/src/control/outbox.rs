@@ -1,0 +1,275 @@
+//! What this worker says to its coordinator, from any thread, whether there is one or not.
+
+use super::flags::{Era, Flags};
+use super::link::BACKLOG;
+use ella_proto::v1::{Finished, FromWorker, Idle, Place, Progress, from_worker};
+use from_worker::Body;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::mpsc::Sender;
+
+/// What this worker does in the run, as a coordinator must know it: the next one is told again.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) enum Doing {
+    /// It loads its models.
+    #[default]
+    Loading,
+    /// It waits for a place, with a state of this many applied steps, or none.
+    Idle(Option<u64>),
+    /// It is in a generation.
+    Placed(Place),
+    /// It has said farewell.
+    Finished(Finished),
+    /// It has failed, and only waits until that has been heard.
+    Failed,
+}
+
+/// The way to the coordinator, if there is one.
+#[derive(Debug, Default)]
+struct Wire {
+    out: Option<Sender<FromWorker>>,
+    /// Of the coordinator at its other end.
+    term: u64,
+    /// The newest that it has spoken of.
+    generation: u64,
+    doing: Doing,
+    /// The newest generation that it has given this worker a place in.
+    assigned: Era,
+}
+
+/// Sends to the coordinator from any thread. Never waits (LIVE).
+#[derive(Clone, Debug)]
+pub struct Outbox {
+    wire: Arc<Mutex<Wire>>,
+    flags: Arc<Flags>,
+}
+
+impl Outbox {
+    /// One that has no coordinator yet.
+    pub(crate) fn new(flags: Arc<Flags>) -> Self {
+        Self { wire: Arc::default(), flags }
+    }
+
+    fn wire(&self) -> MutexGuard<'_, Wire> {
+        self.wire.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The flags of this worker.
+    pub fn flags(&self) -> &Arc<Flags> {
+        &self.flags
+    }
+
+    /// Sends a message of the generation `era` that must arrive, if its coordinator is there; another one would have no use for it.
+    pub fn send(&self, era: Era, body: Body) {
+        let wire = self.wire();
+        if wire.term == era.term {
+            self.put(&wire, era.generation, body);
+        }
+    }
+
+    /// Sends progress, unless nobody reads it.
+    pub fn progress(&self, progress: Progress) {
+        let era = self.flags.era();
+        let wire = self.wire();
+        if let Doing::Placed(place) = &wire.doing
+            && wire.out.is_some()
+            && !offer(&wire, era.generation.max(place.generation), Body::Progress(progress))
+            && self.flags.dropped_progress.fetch_add(1, Ordering::Relaxed) == 0
+        {
+            tracing::warn!("the coordinator reads nothing: progress is dropped until it does");
+        }
+    }
+
+    /// Sends what speaks of no generation and may be lost, while much room is left.
+    pub(super) fn offer(&self, body: Body) {
+        let wire = self.wire();
+        offer(&wire, wire.generation, body);
+    }
+
+    /// Sends what speaks of this worker, if there is a coordinator.
+    pub(super) fn say(&self, body: Body) {
+        let wire = self.wire();
+        self.put(&wire, wire.generation, body);
+    }
+
+    /// A coordinator that leaves so many messages unread is given up.
+    fn put(&self, wire: &Wire, generation: u64, body: Body) {
+        let message = FromWorker { term: wire.term, generation, body: Some(body) };
+        let Some(out) = &wire.out else { return };
+        // A closed queue means that the stream has ended, which whoever serves it finds.
+        if let Err(tokio::sync::mpsc::error::TrySendError::Full(_)) = out.try_send(message) {
+            self.flags
+                .stop(super::ControlError::Orphaned { seconds: 0, why: format!("it reads nothing, and {BACKLOG} messages wait for it") });
+        }
+    }
+
+    /// Its generation is over, or its models are loaded: says so, now or to the next coordinator. Nothing if a new place has been given already.
+    pub fn idle(&self, step: Option<u64>, broken: String) {
+        let era = self.flags.era();
+        let mut wire = self.wire();
+        wire.doing = Doing::Idle(step);
+        if wire.assigned <= era {
+            let generation = if era.term == wire.term { era.generation } else { wire.generation };
+            self.put(&wire, generation, Body::Idle(Idle { step, broken }));
+        }
+    }
+
+    /// It is in a generation from here on.
+    pub fn placed(&self, place: Place) {
+        self.wire().doing = Doing::Placed(place);
+    }
+
+    /// It has applied the run's last step, or the one at which the run leaves.
+    pub fn finished(&self, era: Era, finished: Finished) {
+        self.wire().doing = Doing::Finished(finished);
+        self.send(era, Body::Finished(finished));
+    }
+
+    /// It cannot go on.
+    pub fn failed(&self, failed: ella_proto::v1::Failed) {
+        self.wire().doing = Doing::Failed;
+        self.say(Body::Failed(failed));
+    }
+
+    /// What this worker does now.
+    pub(super) fn doing(&self) -> Doing {
+        let mut doing = self.wire().doing.clone();
+        if let Doing::Placed(place) = &mut doing {
+            let era = self.flags.era();
+            (place.term, place.generation) = (era.term, era.generation);
+            place.step = self.flags.step.load(Ordering::Relaxed);
+        }
+        doing
+    }
+
+    /// A coordinator has taken this worker in. What it did not hear of with the greeting, it is told now.
+    pub(super) fn attach(&self, out: Sender<FromWorker>, era: Era) {
+        let mut wire = self.wire();
+        (wire.out, wire.term, wire.generation) = (Some(out), era.term, era.generation);
+        if let Doing::Idle(step) = wire.doing {
+            self.put(&wire, wire.generation, Body::Idle(Idle { step, broken: String::new() }));
+        }
+        if let Doing::Finished(finished) = wire.doing {
+            wire.doing = Doing::Idle(Some(finished.step));
+            self.put(&wire, wire.generation, Body::Idle(Idle { step: Some(finished.step), broken: String::new() }));
+        }
+    }
+
+    /// The coordinator is gone.
+    pub(super) fn detach(&self) {
+        let mut wire = self.wire();
+        (wire.out, wire.term) = (None, 0);
+    }
+
+    /// The coordinator has spoken of this generation, and given this worker a place in it if `assigned`. False if it has spoken of a later one.
+    pub(super) fn heard(&self, era: Era, assigned: bool) -> bool {
+        let mut wire = self.wire();
+        if era.term != wire.term || era.generation < wire.generation {
+            return false;
+        }
+        wire.generation = era.generation;
+        if assigned {
+            wire.assigned = era;
+        }
+        true
+    }
+}
+
+fn offer(wire: &Wire, generation: u64, body: Body) -> bool {
+    let message = FromWorker { term: wire.term, generation, body: Some(body) };
+    wire.out.as_ref().is_some_and(|out| out.capacity() > BACKLOG / 2 && out.try_send(message).is_ok())
+}
+
+#[cfg(test)]
+pub(crate) fn unread() -> (Outbox, tokio::sync::mpsc::Receiver<FromWorker>) {
+    let (out, queue) = tokio::sync::mpsc::channel(BACKLOG);
+    let outbox = Outbox::new(Arc::default());
+    outbox.attach(out, Era { term: 4, generation: 1 });
+    outbox.flags.enter(Era { term: 4, generation: 1 });
+    outbox.placed(Place { term: 4, generation: 1, ..Place::default() });
+    (outbox, queue)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::ControlError;
+    use std::sync::atomic::AtomicBool;
+
+    const ERA: Era = Era { term: 4, generation: 1 };
+
+    /// LIVE: nothing waits for a coordinator that does not read. Progress is dropped and counted; what must arrive has room, and the run
+    /// ends when that is used up.
+    #[test]
+    fn nothing_waits_for_a_coordinator_that_does_not_read() {
+        let (outbox, queue) = unread();
+        for step in 0..BACKLOG as u64 {
+            outbox.progress(Progress { step, ..Progress::default() });
+        }
+        assert_eq!((queue.len(), outbox.flags.dropped_progress.load(Ordering::Relaxed)), (BACKLOG / 2, BACKLOG as u64 / 2));
+        let called = Arc::new(AtomicBool::new(false));
+        let flag = called.clone();
+        outbox.flags.on_end(Box::new(move || flag.store(true, Ordering::Relaxed)));
+        for _ in 0..BACKLOG / 2 {
+            outbox.send(ERA, Body::Finished(Finished::default()));
+        }
+        assert!(outbox.flags.stopped().is_none() && queue.len() == BACKLOG);
+        outbox.send(ERA, Body::Finished(Finished::default()));
+        assert!(matches!(outbox.flags.stopped(), Some(ControlError::Orphaned { why, .. }) if why.contains("4096")));
+        assert!(called.load(Ordering::Relaxed), "a rank that waits for others is freed");
+    }
+
+    fn said(queue: &mut tokio::sync::mpsc::Receiver<FromWorker>) -> Vec<(u64, u64, Body)> {
+        std::iter::from_fn(|| queue.try_recv().ok()).map(|m| (m.term, m.generation, m.body.unwrap())).collect()
+    }
+
+    fn idle(step: Option<u64>, broken: &str) -> Body {
+        Body::Idle(Idle { step, broken: broken.into() })
+    }
+
+    /// However the end of a generation and the change of coordinators fall together, each coordinator hears of it once, and of nothing else.
+    #[test]
+    fn a_generations_end_is_told_once_to_whoever_is_there() {
+        let (outbox, mut first) = unread();
+        outbox.idle(Some(7), "a peer is lost".into());
+        assert_eq!(said(&mut first), [(4, 1, idle(Some(7), "a peer is lost"))]);
+
+        // While nobody is there, the next one is told.
+        let (outbox, mut first) = unread();
+        outbox.detach();
+        outbox.send(ERA, Body::Finished(Finished::default()));
+        outbox.idle(Some(7), "a peer is lost".into());
+        assert_eq!(outbox.doing(), Doing::Idle(Some(7)), "so the greeting has no place");
+        let (out, mut second) = tokio::sync::mpsc::channel(9);
+        outbox.attach(out, Era { term: 5, generation: 0 });
+        assert_eq!((said(&mut first), said(&mut second)), (vec![], vec![(5, 0, idle(Some(7), ""))]));
+
+        // It ends while the greeting is under way.
+        let (outbox, _first) = unread();
+        outbox.flags.step.store(9, Ordering::Relaxed);
+        assert!(matches!(outbox.doing(), Doing::Placed(Place { term: 4, generation: 1, step: 9, .. })));
+        let (out, mut second) = tokio::sync::mpsc::channel(9);
+        outbox.detach();
+        outbox.attach(out, Era { term: 5, generation: 1 });
+        outbox.send(ERA, Body::Finished(Finished::default()));
+        outbox.idle(Some(9), "timeout".into());
+        assert_eq!(said(&mut second), [(5, 1, idle(Some(9), "timeout"))]);
+
+        // A farewell that the last coordinator has not acted upon is none to the next.
+        let (outbox, _first) = unread();
+        outbox.finished(ERA, Finished { step: 10, outcome: 0 });
+        outbox.detach();
+        let (out, mut second) = tokio::sync::mpsc::channel(9);
+        outbox.attach(out, Era { term: 5, generation: 0 });
+        assert_eq!(said(&mut second), [(5, 0, idle(Some(10), ""))]);
+    }
+
+    #[test]
+    fn a_place_that_was_given_already_is_not_answered_by_idle() {
+        let (outbox, mut queue) = unread();
+        assert!(outbox.heard(Era { term: 4, generation: 2 }, true));
+        assert!(!outbox.heard(Era { term: 4, generation: 1 }, false) && !outbox.heard(Era { term: 3, generation: 9 }, false));
+        outbox.idle(Some(7), String::new());
+        assert_eq!(said(&mut queue), []);
+    }
+}
