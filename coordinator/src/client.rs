@@ -1,7 +1,7 @@
 //! Talking to a coordinator that runs.
 
 use ella_proto::v1::coordinator_client::CoordinatorClient;
-use ella_proto::v1::{RunStatus, StatusRequest, StopRequest};
+use ella_proto::v1::{DrainRequest, RunStatus, StatusRequest, StopRequest};
 use std::time::Duration;
 use tonic::Request;
 use tonic::transport::{Channel, Endpoint};
@@ -55,6 +55,16 @@ pub async fn status(url: &str) -> Result<RunStatus, ClientError> {
 /// If no coordinator answers within a few seconds.
 pub async fn stop(url: &str, reason: &str) -> Result<(), ClientError> {
     let answer = connect(url).await?.stop(timed(StopRequest { reason: reason.to_owned() })).await;
+    answer.map(|_| ()).map_err(|status| failed(url, status))
+}
+
+/// Asks one worker of a run to leave; the others go on. Returns once the coordinator has the request, not when the worker is gone.
+///
+/// # Errors
+/// If no coordinator answers within a few seconds, or it knows no such worker.
+pub async fn drain(url: &str, worker: &str, reason: &str) -> Result<(), ClientError> {
+    let request = DrainRequest { worker_id: worker.to_owned(), reason: reason.to_owned() };
+    let answer = connect(url).await?.drain(timed(request)).await;
     answer.map(|_| ()).map_err(|status| failed(url, status))
 }
 

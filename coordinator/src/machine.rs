@@ -80,6 +80,13 @@ pub enum Event {
     AppendFailed(String),
     /// Someone asks the run to commit and leave. Asked again while it drains: to leave at once.
     Stop(String),
+    /// Someone asks one worker of a run to leave; the others go on.
+    Drain {
+        /// Which.
+        worker: String,
+        /// Why.
+        reason: String,
+    },
     /// Leave at once.
     Leave(String),
     /// Time has passed.

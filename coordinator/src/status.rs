@@ -13,7 +13,8 @@ pub struct StatusReport {
     pub term: u64,
     /// The membership; 0 before the first.
     pub generation: u64,
-    /// `waiting`, `starting`, `training`, `draining`, `done`, `preempted` or `failed`; of a job `waiting`, `working`, or how it ended.
+    /// `waiting`, `starting`, `training`, `regrouping`, `draining`, `done`, `preempted` or `failed`; of a job `waiting`, `working`, or how it
+    /// ended.
     pub phase: String,
     /// Why it waits, or why it failed; empty otherwise.
     pub reason: String,
@@ -123,8 +124,14 @@ pub struct FailedUnitReport {
 pub struct WorkerReport {
     /// Its process's id in the run.
     pub worker_id: String,
-    /// Its place.
-    pub rank: u32,
+    /// `loading`, `spare`, `rank` or `returning` (see `WorkerStatus` in the wire contract).
+    #[serde(default)]
+    pub state: String,
+    /// Its place; null if it has none.
+    pub rank: Option<u32>,
+    /// Whether it was asked to leave.
+    #[serde(default)]
+    pub leaving: bool,
     /// Its machine.
     pub host: String,
     /// Its process there.
@@ -161,8 +168,9 @@ impl From<v1::StepParts> for PartsReport {
 
 impl From<v1::WorkerStatus> for WorkerReport {
     fn from(worker: v1::WorkerStatus) -> Self {
-        let v1::WorkerStatus { worker_id, rank, host, pid, device, step, parts, silent_ms } = worker;
-        Self { worker_id, rank, host, pid, device, step, silent_ms, parts: parts.map(Into::into) }
+        let v1::WorkerStatus { worker_id, rank, host, pid, device, step, parts, silent_ms, state, leaving } = worker;
+        let rank = (state == "rank").then_some(rank);
+        Self { worker_id, state, rank, leaving, host, pid, device, step, silent_ms, parts: parts.map(Into::into) }
     }
 }
 

@@ -435,7 +435,8 @@ pub struct RunStatus {
     pub term: u64,
     #[prost(uint64, tag = "3")]
     pub generation: u64,
-    /// "waiting", "starting", "training", "draining", "done", "preempted" or "failed"; of a job "waiting", "working", or how it ended.
+    /// "waiting", "starting", "training", "regrouping", "draining", "done", "preempted" or "failed"; of a job "waiting", "working", or how it
+    /// ended.
     #[prost(string, tag = "4")]
     pub phase: ::prost::alloc::string::String,
     /// Why it waits, or why it failed; empty otherwise.
@@ -548,6 +549,7 @@ pub struct FailedUnit {
 pub struct WorkerStatus {
     #[prost(string, tag = "1")]
     pub worker_id: ::prost::alloc::string::String,
+    /// Where `state` is "rank".
     #[prost(uint32, tag = "2")]
     pub rank: u32,
     #[prost(string, tag = "3")]
@@ -562,6 +564,13 @@ pub struct WorkerStatus {
     pub parts: ::core::option::Option<StepParts>,
     #[prost(uint64, tag = "8")]
     pub silent_ms: u64,
+    /// "loading" (its models), "spare" (it waits for a place), "rank" (it has a place), or "returning" (it is in a generation of before, of
+    /// which it is to be seen whether it goes on).
+    #[prost(string, tag = "9")]
+    pub state: ::prost::alloc::string::String,
+    /// It was asked to leave, and stays until others can go on without it.
+    #[prost(bool, tag = "10")]
+    pub leaving: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StopRequest {

@@ -1,7 +1,8 @@
 //! Commits: gathering what a record binds, writing it, and giving up old ones (COMMIT).
 
-use super::{ConnId, Core, Effect, Failure, Field, Note, Phase, Time};
-use ella_proto::ids::{Rank, Step};
+use super::members::{Held, Member};
+use super::{ConnId, Core, Effect, Failure, Field, Note, Outcome, Phase, Time};
+use ella_proto::ids::{Generation, Rank, Step};
 use ella_proto::v1::{self, to_worker};
 use ella_store::{Body, Commit, Digest, LedgerEpoch, Part, commit_folder};
 use std::collections::BTreeMap;
@@ -13,6 +14,8 @@ pub const PARTS: [&str; 3] = ["connector.safetensors", "ema.safetensors", "optim
 #[derive(Debug)]
 struct Pending {
     since: Time,
+    /// Whose ranks report it.
+    generation: Generation,
     digests: BTreeMap<Rank, v1::StateDigest>,
     parts: BTreeMap<&'static str, Part>,
     /// The record is on its way to the log.
@@ -52,24 +55,38 @@ impl Commits {
         !self.pending.is_empty()
     }
 
+    /// The step of the commit whose record is on its way to the log, if one is.
+    pub(super) fn appending(&self) -> Option<Step> {
+        self.pending.iter().find(|(_, pending)| pending.appending).map(|(step, _)| *step)
+    }
+
+    /// Forgets what the ranks of a generation that is over have reported. A record on its way to the log gets there all the same.
+    pub(super) fn drop_unrecorded(&mut self) {
+        self.pending.retain(|_, pending| pending.appending);
+    }
+
+    fn of(&self, generation: Generation) -> impl Iterator<Item = (&Step, &Pending)> {
+        self.pending.iter().filter(move |(_, pending)| pending.generation == generation)
+    }
+
     /// Whether a rank still has something to report for a commit under way.
-    pub(super) fn lacks_reports(&self, ranks: usize) -> bool {
-        self.pending.values().any(|pending| !pending.is_complete(ranks))
+    pub(super) fn lacks_reports(&self, generation: Generation, ranks: usize) -> bool {
+        self.of(generation).any(|(_, pending)| !pending.is_complete(ranks))
     }
 
-    pub(super) fn oldest_pending(&self) -> Option<Time> {
-        self.pending.values().map(|pending| pending.since).min()
+    pub(super) fn oldest_pending(&self, generation: Generation) -> Option<Time> {
+        self.of(generation).map(|(_, pending)| pending.since).min()
     }
 
-    pub(super) fn overdue(&self, now: Time, timeout: u64, ranks: usize) -> Option<Failure> {
-        let (step, pending) = self.pending.iter().find(|(_, pending)| now.since(pending.since) >= timeout)?;
+    pub(super) fn overdue(&self, now: Time, timeout: u64, generation: Generation, ranks: usize) -> Option<Failure> {
+        let (step, pending) = self.of(generation).find(|(_, pending)| now.since(pending.since) >= timeout)?;
         let names: Vec<&str> = pending.parts.keys().copied().collect();
         let parts = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
         Some(Failure::CommitOverdue { step: *step, digests: pending.digests.len(), ranks, parts, waited_ms: timeout })
     }
 
-    fn pending(&mut self, step: Step, now: Time) -> &mut Pending {
-        let new = || Pending { since: now, digests: BTreeMap::new(), parts: BTreeMap::new(), appending: false };
+    fn pending(&mut self, step: Step, now: Time, generation: Generation) -> &mut Pending {
+        let new = || Pending { since: now, generation, digests: BTreeMap::new(), parts: BTreeMap::new(), appending: false };
         self.pending.entry(step).or_insert_with(new)
     }
 
@@ -99,8 +116,8 @@ impl Core {
         if let Some(failure) = self.malformed(conn, &[(Field::State, &digest.digest)]).or_else(|| self.malformed_ledger(conn, &digest)) {
             return self.fail(failure);
         }
-        let pending = self.commits.pending(Step(digest.step), now);
-        if pending.digests.contains_key(&rank) {
+        let pending = self.commits.pending(Step(digest.step), now, self.generation);
+        if pending.appending || pending.digests.contains_key(&rank) {
             return self.counts.add("refused_duplicate_digest", 1);
         }
         pending.digests.insert(rank, digest);
@@ -116,22 +133,24 @@ impl Core {
 
     /// A file of a commit is in the store.
     pub(super) fn part(&mut self, now: Time, conn: ConnId, saved: v1::PartSaved) {
+        if self.members.rank(conn).is_none() || !self.takes_commit(saved.step) {
+            return;
+        }
         let (Some(name), Some(who)) = (PARTS.iter().find(|name| **name == saved.name), self.members.who(conn)) else {
             return self.counts.add("refused_unknown_part", 1);
         };
-        if !self.takes_commit(saved.step) {
-            return;
-        }
         let Ok(blake3) = saved.blake3.parse::<Digest>() else {
             let failure = self.malformed(conn, &[(Field::State, &saved.blake3)]);
             return failure.into_iter().for_each(|failure| self.fail(failure));
         };
         let step = Step(saved.step);
         let part = Part { name: saved.name, bytes: saved.bytes, blake3 };
-        let parts = &mut self.commits.pending(step, now).parts;
-        match parts.get(name) {
+        let pending = self.commits.pending(step, now, self.generation);
+        match pending.parts.get(name) {
+            // Of a generation before, whose ranks had all reported.
+            _ if pending.appending => self.counts.add("parts_saved_again", 1),
             None => {
-                parts.insert(name, part);
+                pending.parts.insert(name, part);
                 self.advance_commits();
             }
             Some(first) if *first == part => self.counts.add("parts_saved_again", 1),
@@ -144,9 +163,11 @@ impl Core {
 
     /// Judges states as soon as all ranks have reported, and writes the record once the parts are in, in the order of the steps.
     fn advance_commits(&mut self) {
-        let ranks = self.members.len();
-        let judged = self.commits.pending.iter().filter(|(_, pending)| pending.digests.len() == ranks);
-        if let Some(failure) = judged.into_iter().find_map(|(step, pending)| self.judge_states(*step, pending)) {
+        let ranks = self.world();
+        let mut judged = self.commits.of(self.generation).filter(|(_, pending)| pending.digests.len() == ranks);
+        let failure = judged.find_map(|(step, pending)| self.judge_states(*step, pending));
+        drop(judged);
+        if let Some(failure) = failure {
             return self.fail(failure);
         }
         let Some((&step, pending)) = self.commits.pending.first_key_value() else { return };
@@ -179,7 +200,7 @@ impl Core {
         Some(Commit {
             step: step.0,
             generation: self.generation.0,
-            world: u32::try_from(self.members.len()).ok()?,
+            world: u32::try_from(self.world()).ok()?,
             folder: commit_folder(step.0, self.term.0, self.generation.0),
             parts: pending.parts.values().cloned().collect(),
             config_digest: self.config.welcome.config_digest.parse().ok()?,
@@ -216,15 +237,21 @@ impl Core {
         if self.phase.is_over() {
             return;
         }
-        self.send_all(&to_worker::Body::Committed(v1::Committed { step }));
+        let trains = |member: &Member| matches!(member.held, Held::Busy(Some(_)) | Held::Idle(Some(_)));
+        let conns = self.members.which(trains);
+        self.send_to(&conns, &to_worker::Body::Committed(v1::Committed { step }));
         let surplus = self.commits.surplus(self.config.keep);
         if !surplus.is_empty() {
             self.commits.live.drain(..surplus.len());
             self.effects.push(Effect::Append(Body::Retire { commits: surplus }));
         }
         self.advance_commits();
-        if matches!(self.phase, Phase::Closing { .. }) {
-            self.try_end(now);
+        match self.phase {
+            Phase::Closing { .. } => self.try_end(now),
+            // The record was on its way when its generation ended: nothing is left to train.
+            Phase::Starting { .. } if step >= self.config.steps => self.end(now, Outcome::Done),
+            Phase::Regrouping { .. } if step >= self.config.steps => self.end(now, Outcome::Done),
+            _ => self.settle(now),
         }
     }
 }

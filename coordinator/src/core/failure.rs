@@ -1,6 +1,7 @@
 //! Why a run failed: typed, and put into words at the edge only.
 
 use super::Outcome;
+use super::wait::activity_text;
 use crate::job::JobFailure;
 use crate::machine::Closed;
 use ella_proto::ids::{Rank, Step, Term};
@@ -38,7 +39,7 @@ impl fmt::Display for Who {
 }
 
 /// How a worker was lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Loss {
     /// Its stream ended: the process or the network died.
     StreamClosed,
@@ -51,6 +52,48 @@ pub enum Loss {
     Unreadable,
     /// It did not read what it was sent.
     Stuck,
+    /// It attached again, and had left its generation.
+    Replaced,
+    /// It was not ready in time.
+    NotReady {
+        /// Milliseconds.
+        waited_ms: u64,
+    },
+    /// It did not leave its generation in time.
+    NotIdle {
+        /// Milliseconds.
+        waited_ms: u64,
+    },
+    /// The others waited for it far longer than for any step before.
+    Straggler {
+        /// What it was at.
+        activity: v1::Activity,
+        /// Milliseconds.
+        waited_ms: u64,
+    },
+    /// It said that it could not go on.
+    Failed {
+        /// Of what kind.
+        kind: v1::FailureKind,
+        /// In its words.
+        message: String,
+    },
+    /// It came later, and reads other data or models than the run was trained on.
+    Differs {
+        /// What.
+        field: Field,
+        /// As the run has it.
+        expected: String,
+        /// As it has it.
+        found: String,
+    },
+}
+
+impl Loss {
+    /// Whether a worker that had no place is lost, and has not merely gone.
+    pub(super) fn is_own_fault(&self) -> bool {
+        matches!(self, Self::Failed { .. } | Self::NotIdle { .. })
+    }
 }
 
 impl From<Closed> for Loss {
@@ -70,6 +113,16 @@ impl fmt::Display for Loss {
             Self::Silent { silent_ms } => write!(f, "nothing was heard from it for {silent_ms} ms (its lease)"),
             Self::Unreadable => f.write_str("it sent what is no message of this protocol"),
             Self::Stuck => f.write_str("it stopped reading what it was sent"),
+            Self::Replaced => f.write_str("it attached again, and had left its generation"),
+            Self::NotReady { waited_ms } => write!(f, "it was not ready within {waited_ms} ms (workers.start_timeout)"),
+            Self::NotIdle { waited_ms } => write!(f, "it did not stop within {waited_ms} ms of being told to (workers.step_timeout)"),
+            Self::Straggler { activity, waited_ms } => {
+                write!(f, "the others waited for it for {waited_ms} ms, and it {}", activity_text(*activity))
+            }
+            Self::Failed { kind, message } => write!(f, "it failed ({}): {message}", kind_text(*kind)),
+            Self::Differs { field, expected, found } => {
+                write!(f, "its {field} is {found}, and the run's is {expected}; start it with the data and models of this run")
+            }
         }
     }
 }
@@ -119,6 +172,8 @@ pub enum Than {
     Commit(Step),
     /// A run that begins anew.
     FreshStart,
+    /// The state that a rank holds, of which the others are to have a copy.
+    Survivor,
 }
 
 /// Why a run failed.
@@ -144,13 +199,31 @@ pub enum Failure {
         /// Milliseconds.
         waited_ms: u64,
     },
-    /// A worker is gone.
-    #[error("{who} was lost: {how}; start the run again to resume from its last commit")]
-    Lost {
-        /// Which.
-        who: Who,
-        /// How it was noticed.
-        how: Loss,
+    /// Too few workers are left.
+    #[error(
+        "only {have} of the {need} workers that training needs (workers.min) are left, and no others came within {waited_ms} ms \
+         (workers.start_timeout){}; start the run again to resume from its last commit",
+        last.as_ref().map_or_else(String::new, |(who, how)| format!("; the last to be lost was {who}: {how}"))
+    )]
+    TooFewLeft {
+        /// That are left.
+        have: usize,
+        /// That are needed.
+        need: usize,
+        /// Milliseconds.
+        waited_ms: u64,
+        /// Who was lost last, and how.
+        last: Option<(Who, Loss)>,
+    },
+    /// Generation after generation makes no step.
+    #[error("training makes no progress: {generations} generations in a row ended at step {step}, where they began; the last one: {why}")]
+    NoProgress {
+        /// How many.
+        generations: u32,
+        /// The step.
+        step: Step,
+        /// Why the last one ended.
+        why: String,
     },
     /// A worker reported that it can't go on.
     #[error("{who} failed ({}): {message}", kind_text(*kind))]
@@ -265,10 +338,10 @@ impl Failure {
         match self {
             Self::Worker { permanent, .. } => *permanent,
             Self::Job(failure) => failure.permanent(),
-            Self::Differs { .. } | Self::Malformed { .. } | Self::PartDiffers { .. } => true,
+            Self::Differs { .. } | Self::Malformed { .. } | Self::PartDiffers { .. } | Self::NoProgress { .. } => true,
             Self::TooFew { .. }
+            | Self::TooFewLeft { .. }
             | Self::NotReady { .. }
-            | Self::Lost { .. }
             | Self::CommitOverdue { .. }
             | Self::NoLastCommit { .. }
             | Self::DrainOverdue { .. }
@@ -304,6 +377,7 @@ fn than_text(than: Than) -> String {
         Than::Others => "like the other ranks".into(),
         Than::Commit(step) => format!("as in the commit of step {step}"),
         Than::FreshStart => "of a fresh start".into(),
+        Than::Survivor => "like the rank that holds the newest state".into(),
     }
 }
 

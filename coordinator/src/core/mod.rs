@@ -2,45 +2,68 @@
 //!
 //! It is a [`Machine`]: events and the time go in, effects come out. The shell owns sockets, store and clock, and nothing here knows of them.
 //!
+//! A run goes through generations: each is a membership, formed of workers that wait for a place, and ended when its members change. The
+//! state stays with the workers; the newest is copied to those that lack it, and a commit is read only where nobody has one.
+//!
 //! Invariants (checked after every event by the tests' `Oracle`):
-//! - **M-1** no two members share a worker id or a device; all have one device kind; there are never more than the run needs.
-//! - **M-2** once a generation is formed, its members hold the ranks 0, 1, … once each.
-//! - **C-1** a commit record is appended only if every rank reported the same state at its step and every part is in the store (COMMIT).
+//! - **M-1** no two members share a worker id or a device; all have one device kind.
+//! - **M-2** while a generation runs, those that have a place in it hold the ranks 0, 1, … once each.
+//! - **G-1** a place is assigned only while nobody who is here has one: all have left the generation before.
+//! - **G-2** the numbers of generations rise, also above those of a generation that outlived the coordinator before.
+//! - **G-3** the state that a generation begins from is never older than the last commit, and all its ranks are told of the same source,
+//!   step, session and peers.
+//! - **G-4** training begins only after all ranks of the generation were ready.
+//! - **C-1** a commit record is appended only if every rank of its generation reported the same state at its step and every part is in the
+//!   store (COMMIT).
 //! - **C-2** the steps of appended commits rise.
 //! - **C-3** `Committed` is sent only after the record stands in the log (persist before reply).
 //! - **C-4** a folder is deleted only after the log gave it up, and never the newest commit's.
 //! - **C-5** once the commit of the last step stands, no worker that goes fails the run: nothing is left to do.
 //! - **P-1** after the outcome nothing is sent but refusals, and nothing is appended; the outcome is announced once.
-//! - **P-2** until the outcome there is always a next deadline (LIVE).
+//! - **P-2** until the outcome there is always a next deadline, and none that has passed (LIVE).
 //! - **P-3** time in which this process did not run is nobody's silence: a coordinator that was stopped and goes on finds its workers
 //!   as it left them (LIVE).
 //! - **T-1** what another term or generation says changes nothing but a counter (TERM, KNOWN).
 
+mod adoption;
+mod attach;
 mod commit;
+mod ending;
 mod failure;
-mod membership;
+mod generation;
+mod leaving;
+mod loss;
+mod members;
 mod phase;
 mod progress;
+mod ready;
+mod refusal;
 mod status;
+mod straggler;
 #[cfg(test)]
 mod tests;
 mod timing;
+mod wait;
 
 pub use commit::PARTS;
 pub use failure::{Failure, Field, Loss, Than, Who};
-pub use membership::Refusal;
-pub(crate) use membership::{check_identity, device, shown};
-pub use phase::{Outcome, Phase, Wait};
+pub use phase::{Outcome, Phase};
+pub use refusal::Refusal;
+pub(crate) use refusal::{check_identity, device, shown};
 pub use timing::RankTiming;
+pub use wait::Wait;
 
 use crate::job::JobNote;
 use crate::machine::{Clock, Closed, ConnId, Counts, Effect, Event, Machine, Time};
+use adoption::Returning;
 use commit::Commits;
 use ella_proto::ids::{Generation, Step, Term};
 use ella_proto::v1::{self, FromWorker, RunStatus, ToWorker, from_worker, to_worker};
 use ella_store::Commit;
-use membership::Members;
+use generation::Lineup;
+use members::Members;
 use progress::Progress;
+use straggler::Pace;
 
 /// What the core must know of the run. Times are in milliseconds.
 #[derive(Clone, Debug)]
@@ -49,20 +72,26 @@ pub struct CoreConfig {
     pub welcome: v1::Welcome,
     /// Workers must have this version.
     pub version: String,
-    /// How many workers the run needs.
+    /// How many workers the run begins with.
     pub workers: usize,
+    /// With how many it goes on.
+    pub min: usize,
+    /// With how many it trains at most; more are spares.
+    pub max: usize,
+    /// How long a worker that comes while training goes on waits for others to join with it.
+    pub join_window: u64,
+    /// Whether ranks that others wait for are let go at once.
+    pub straggler_evict: bool,
     /// Steps in all.
     pub steps: u64,
     /// How many commits stay.
     pub keep: usize,
-    /// How long to wait for the workers to come, and again for them to load.
+    /// How long to wait for the workers to come, again for them to load, and again for them to get ready.
     pub start_timeout: u64,
     /// How long a commit, or the end of the run, may take once its first part is known.
     pub commit_timeout: u64,
     /// How long a drain may take.
     pub drain_timeout: u64,
-    /// How long to wait for a better reason after a collective failed: the peer that caused it is found a moment later.
-    pub blame_window: u64,
     /// Random bytes of this incarnation, from which each generation's session is made.
     pub session: [u8; 16],
 }
@@ -85,10 +114,18 @@ pub enum Note {
     Attached { worker: String, device: String, have: usize, need: usize },
     /// A worker was turned away.
     Refused { worker: String, why: String },
-    /// A worker left before training began; its place is free again.
+    /// A worker left that had no place, or was asked to leave.
     Left { worker: String, why: String },
-    /// The membership is complete.
+    /// A worker was lost; the others go on, if they are enough.
+    Lost { worker: String, rank: Option<u32>, why: String },
+    /// A generation is formed, by rank.
     Generation { generation: u64, workers: Vec<String>, from_step: u64 },
+    /// A generation that outlived its coordinator goes on, by rank.
+    Adopted { generation: u64, workers: Vec<String>, step: u64 },
+    /// A generation is over, or is to be after its next step.
+    Regroup { generation: u64, reason: String, at_boundary: bool },
+    /// The others wait for a rank far longer than for any step before.
+    Straggler { worker: String, rank: u32, activity: &'static str, waited_ms: u64 },
     /// All ranks are loaded and agree; training begins.
     Started { generation: u64, step: u64 },
     /// A commit stands in the log.
@@ -117,12 +154,32 @@ pub struct Core {
     members: Members,
     commits: Commits,
     progress: Progress,
-    /// What all ranks reported when they were ready.
+    pace: Pace,
+    /// The newest generation that this incarnation formed or adopted.
+    lineup: Option<Lineup>,
+    /// Whether a generation that outlived the coordinator before may still go on.
+    adopts: bool,
+    /// The one of which ranks have come back, while others are awaited.
+    returning: Option<Returning>,
+    /// When those that wait for a place are taken in.
+    join_at: Option<Time>,
+    /// The whole run is to leave. It survives generations.
+    drain: Option<Drain>,
+    /// Generations in a row that made no step.
+    fruitless: u32,
+    last_loss: Option<(Who, Loss)>,
+    /// What all ranks reported when they were ready last.
     agreed: Option<v1::Ready>,
-    /// A collective failed; if no better reason is found by then, this is why the run failed.
-    suspicion: Option<(Time, Failure)>,
     counts: Counts,
     effects: Vec<Effect>,
+}
+
+/// That the whole run is to commit and leave.
+#[derive(Clone, Debug)]
+struct Drain {
+    reason: String,
+    /// It fails then.
+    until: Time,
 }
 
 impl Machine for Core {
@@ -136,6 +193,7 @@ impl Machine for Core {
             Event::Superseded(by) => self.fail(Failure::Superseded { by }),
             Event::AppendFailed(error) => self.fail(Failure::Append { error }),
             Event::Stop(reason) => self.stop(now, reason),
+            Event::Drain { worker, reason } => self.drain_worker(now, &worker, reason),
             Event::Leave(reason) => self.leave(reason),
             Event::Tick => {}
         }
@@ -159,13 +217,20 @@ impl Core {
         Self {
             term: history.term,
             generation: Generation(0),
-            phase: Phase::Waiting { until: now.after(config.start_timeout) },
+            phase: Phase::Waiting { until: now.after(config.start_timeout), here: false },
             clock: Clock::new(now),
             members: Members::default(),
             progress: Progress::from_commit(last),
             commits: Commits::new(history.commits),
+            pace: Pace::default(),
+            lineup: None,
+            adopts: true,
+            returning: None,
+            join_at: None,
+            drain: None,
+            fruitless: 0,
+            last_loss: None,
             agreed: None,
-            suspicion: None,
             counts: Counts::default(),
             effects: Vec::new(),
             config,
@@ -176,11 +241,13 @@ impl Core {
         if self.phase.is_over() {
             return None;
         }
-        let suspicion = self.suspicion.as_ref().map(|(until, _)| *until);
-        let others = [self.phase.deadline(), suspicion];
         let silent = self.members.oldest_heard().map(|heard| heard.after(self.config.welcome.lease_ms));
-        let commit = self.commits.oldest_pending().map(|since| since.after(self.config.commit_timeout));
-        others.into_iter().chain([silent, commit]).flatten().min()
+        let returning = self.returning.as_ref().map(|returning| returning.until);
+        let drain = self.drain.as_ref().map(|drain| drain.until).filter(|_| !self.phase.is_ending());
+        let commit = self.commits.oldest_pending(self.generation).map(|since| since.after(self.config.commit_timeout));
+        let commit = commit.filter(|_| self.phase.has_begun());
+        let pace = self.pace.alarm.filter(|_| self.phase == Phase::Training);
+        [self.phase.deadline(), silent, returning, drain, commit, pace, self.join_deadline()].into_iter().flatten().min()
     }
 
     fn message(&mut self, now: Time, conn: ConnId, message: FromWorker) {
@@ -198,12 +265,17 @@ impl Core {
         if message.term != self.term.0 {
             return self.counts.add("refused_other_term", 1);
         }
-        if message.generation != self.generation.0 && is_of_generation(&body) {
+        let of_generation = message.generation == self.generation.0;
+        // A worker without a place says that it is idle whatever it was in before.
+        let judged = is_of_generation(&body) || (matches!(body, B::Idle(_)) && self.members.rank(conn).is_some());
+        if judged && !of_generation {
             return self.counts.add("refused_other_generation", 1);
         }
         match body {
             B::Hello(_) => {}
-            B::Heartbeat(beat) => self.beat(conn, beat),
+            B::Heartbeat(beat) => self.beat(now, conn, beat, of_generation),
+            B::Idle(idle) => self.idle(now, conn, idle),
+            B::Leaving(_) => self.leaving(now, conn, "it was told to leave".to_owned()),
             B::Ready(ready) => self.ready(now, conn, ready),
             B::Progress(progress) => self.measured(now, conn, progress),
             B::State(digest) => self.state(now, conn, digest),
@@ -219,20 +291,16 @@ impl Core {
         if self.phase.is_over() {
             return;
         }
-        for conn in self.members.silent(now, self.config.welcome.lease_ms) {
-            self.counts.add("leases_missed", 1);
-            let silent_ms = self.config.welcome.lease_ms;
-            self.lost(now, conn, Loss::Silent { silent_ms });
-        }
-        if self.suspicion.as_ref().is_some_and(|(until, _)| *until <= now)
-            && let Some((_, failure)) = self.suspicion.take()
-        {
-            self.fail(failure);
-        }
-        if let Some(pending) = self.commits.overdue(now, self.config.commit_timeout, self.members.len()) {
-            self.fail(pending);
+        self.silent(now);
+        self.adoption_expired(now);
+        self.watch_pace(now);
+        let (generation, world) = (self.generation, self.world());
+        if let Some(overdue) = self.commits.overdue(now, self.config.commit_timeout, generation, world).filter(|_| self.phase.has_begun()) {
+            self.commit_overdue(now, overdue);
         }
         self.phase_expired(now);
+        self.part_with(now);
+        self.take_in(now);
     }
 
     fn send(&mut self, conn: ConnId, body: to_worker::Body) {
@@ -240,10 +308,17 @@ impl Core {
         self.effects.push(Effect::Send(conn, message));
     }
 
-    fn send_all(&mut self, body: &to_worker::Body) {
-        for conn in self.members.open() {
-            self.send(conn, body.clone());
+    fn send_to(&mut self, conns: &[ConnId], body: &to_worker::Body) {
+        for conn in conns {
+            self.send(*conn, body.clone());
         }
+    }
+
+    /// To the ranks of the newest generation, in their order.
+    fn send_placed(&mut self, body: &to_worker::Body) {
+        let placed = self.members.placed().into_iter().filter(|(_, _, member)| member.open);
+        let conns: Vec<ConnId> = placed.map(|(_, conn, _)| conn).collect();
+        self.send_to(&conns, body);
     }
 
     fn note(&mut self, note: Note) {
@@ -260,7 +335,7 @@ fn is_of_generation(body: &from_worker::Body) -> bool {
     use from_worker::Body as B;
     match body {
         B::Ready(_) | B::Progress(_) | B::State(_) | B::Part(_) | B::Finished(_) => true,
-        B::Failed(failed) => failed.kind() == v1::FailureKind::Collective,
-        B::Hello(_) | B::Heartbeat(_) | B::LeaseRequest(_) | B::LeaseRenew(_) | B::LeaseThen(_) | B::LeaseDone(_) => false,
+        B::Hello(_) | B::Heartbeat(_) | B::Failed(_) | B::Idle(_) | B::Leaving(_) => false,
+        B::LeaseRequest(_) | B::LeaseRenew(_) | B::LeaseThen(_) | B::LeaseDone(_) => false,
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{ConnId, Core, Effect, Time};
 use crate::machine::Counts;
-use ella_proto::ids::Rank;
+use ella_proto::ids::{Rank, Step};
 use ella_proto::v1;
 use ella_store::Commit;
 use std::collections::VecDeque;
@@ -18,6 +18,8 @@ pub(super) struct Progress {
     epoch: u64,
     loss: f64,
     recent: VecDeque<(Time, u64)>,
+    /// Samples of the newest step.
+    per_step: u64,
     /// What the other ranks have read since rank 0's last message, for its next one: so metrics have all of it.
     read: Counts,
 }
@@ -62,12 +64,25 @@ impl Progress {
         let steps = progress.step - self.step;
         self.step = progress.step;
         self.samples = self.samples.saturating_add(progress.samples.saturating_mul(steps));
+        self.per_step = progress.samples;
         self.loss = progress.loss;
         self.epoch = self.samples.checked_div(samples_per_epoch).unwrap_or(self.epoch);
         self.recent.push_back((now, self.samples));
         if self.recent.len() > WINDOW {
             self.recent.pop_front();
         }
+    }
+
+    /// Another generation begins from this step: exactly as a commit has it, or as many samples away as the steps between had.
+    pub(super) fn restart(&mut self, from: Step, last: Option<&Commit>) {
+        self.recent.clear();
+        if let Some(commit) = last.filter(|commit| commit.step == from.0) {
+            (self.step, self.epoch) = (0, 0);
+            return self.correct(commit);
+        }
+        let between = self.per_step.saturating_mul(self.step.abs_diff(from.0));
+        self.samples = if from.0 < self.step { self.samples.saturating_sub(between) } else { self.samples.saturating_add(between) };
+        self.step = from.0;
     }
 
     /// A commit knows the exact numbers as of its step.
@@ -81,17 +96,18 @@ impl Progress {
 
 impl Core {
     /// A sign of life, with how far the worker is.
-    pub(super) fn beat(&mut self, conn: ConnId, beat: v1::Heartbeat) {
+    pub(super) fn beat(&mut self, now: Time, conn: ConnId, beat: v1::Heartbeat, of_generation: bool) {
         let steps = self.config.steps;
-        if let Some(member) = self.members.get_mut(conn) {
+        if let Some(member) = self.members.get_mut(conn).filter(|_| of_generation) {
             member.step = member.step.max(beat.step.min(steps));
             member.encoding = beat.encoding;
+            member.activity = Some((now, beat.activity()));
         }
     }
 
     /// A rank has applied a step. Rank 0 speaks for all; of the others only the timing is of interest.
     pub(super) fn measured(&mut self, now: Time, conn: ConnId, mut progress: v1::Progress) {
-        if !self.phase.has_begun() || progress.step > self.config.steps {
+        if !self.phase.has_begun() || progress.step > self.config.steps || self.members.rank(conn).is_none() {
             return self.counts.add("refused_out_of_turn", 1);
         }
         for (reason, n) in &progress.skipped {
@@ -106,8 +122,9 @@ impl Core {
         member.parts = progress.parts.or(member.parts);
         member.encoding = None;
         member.timing.add(&progress);
-        let rank = member.rank;
-        self.keep_timing(conn);
+        let rank = member.rank();
+        self.keep_timing(conn, false);
+        self.keep_pace(now, progress.step);
         if rank != Some(Rank(0)) {
             return;
         }

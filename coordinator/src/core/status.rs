@@ -1,5 +1,6 @@
 //! The state as clients see it.
 
+use super::members::{Held, Member};
 use super::{Core, Phase, Time};
 use ella_proto::v1::{RunStatus, WorkerStatus};
 
@@ -33,16 +34,28 @@ impl Core {
     }
 
     fn worker_status(&self, now: Time) -> Vec<WorkerStatus> {
-        let worker = |member: &super::membership::Member| WorkerStatus {
+        let worker = |member: &Member| WorkerStatus {
             worker_id: member.hello.worker_id.clone(),
-            rank: member.rank.unwrap_or_default().0,
+            rank: member.rank().unwrap_or_default().0,
             host: member.hello.host.clone(),
             pid: member.hello.pid,
-            device: super::membership::device(&member.hello),
+            device: super::device(&member.hello),
             step: member.step,
             parts: member.parts,
             silent_ms: now.since(member.heard),
+            state: state(member).to_owned(),
+            leaving: member.parting.is_some(),
         };
         self.members.iter().map(|(_, member)| worker(member)).collect()
+    }
+}
+
+/// The word of `WorkerStatus.state`.
+fn state(member: &Member) -> &'static str {
+    match member.held {
+        Held::Loading => "loading",
+        Held::Idle(_) => "spare",
+        Held::Busy(Some(_)) => "rank",
+        Held::Busy(None) => "returning",
     }
 }

@@ -1,6 +1,6 @@
 //! Where the time of each rank's steps goes, summed over some steps at a time.
 
-use super::membership::Member;
+use super::members::Member;
 use super::{Core, Effect};
 use ella_proto::v1;
 
@@ -56,15 +56,15 @@ impl RankTiming {
         }
         let taken = std::mem::replace(&mut member.timing, Self { step, ..Self::default() });
         let (worker_id, host) = (member.hello.worker_id.clone(), member.hello.host.clone());
-        Some(Self { rank: member.rank?.0, generation, worker_id, host, ..taken })
+        Some(Self { rank: member.rank()?.0, generation, worker_id, host, ..taken })
     }
 }
 
 impl Core {
-    /// Keeps what has been summed of a member that has told of enough steps.
-    pub(super) fn keep_timing(&mut self, conn: super::ConnId) {
+    /// Keeps what has been summed of a member that has told of enough steps, or `all` of it.
+    pub(super) fn keep_timing(&mut self, conn: super::ConnId, all: bool) {
         let generation = self.generation.0;
-        let taken = self.members.get_mut(conn).and_then(|member| RankTiming::taken(member, generation, false));
+        let taken = self.members.get_mut(conn).and_then(|member| RankTiming::taken(member, generation, all));
         self.effects.extend(taken.map(Effect::Timing));
     }
 

@@ -100,6 +100,8 @@ impl Machine for JobCore {
             Event::Message(conn, message) => self.message(now, conn, message),
             Event::Closed(conn, how) => self.closed(now, conn, how),
             Event::Stop(reason) | Event::Leave(reason) => self.end(Outcome::Preempted { reason }),
+            // A job's workers come and go as they like: none needs to be asked.
+            Event::Drain { .. } => self.counts.add("refused_of_a_run", 1),
             // The log's events: a job has none.
             Event::Tick | Event::Appended(_) | Event::Superseded(_) | Event::AppendFailed(_) => {}
         }
@@ -171,7 +173,7 @@ impl JobCore {
             B::Finished(_) => self.left(now, conn),
             B::Failed(failed) => self.worker_failed(now, conn, failed),
             B::Hello(_) | B::Heartbeat(_) => {}
-            B::Ready(_) | B::Progress(_) | B::State(_) | B::Part(_) => self.counts.add("refused_of_a_run", 1),
+            B::Ready(_) | B::Progress(_) | B::State(_) | B::Part(_) | B::Idle(_) | B::Leaving(_) => self.counts.add("refused_of_a_run", 1),
         }
     }
 

@@ -5,7 +5,7 @@ use super::driver::{Input, Stream};
 use crate::core::Outcome;
 use crate::machine::{Closed, ConnId, Event};
 use ella_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
-use ella_proto::v1::{FromWorker, RunStatus, StatusRequest, StopReply, StopRequest, ToWorker};
+use ella_proto::v1::{DrainReply, DrainRequest, FromWorker, RunStatus, StatusRequest, StopReply, StopRequest, ToWorker};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -68,6 +68,18 @@ pub(super) async fn ask_status(inputs: &mpsc::Sender<Input>) -> Option<RunStatus
     tokio::time::timeout(ANSWER, asked).await.ok().flatten()
 }
 
+impl Service {
+    /// Tells the driver what a client asks for.
+    async fn tell(&self, event: Event) -> Result<(), Status> {
+        self.inputs.send_timeout(Input::Event(event), ANSWER).await.map_err(|_| no_answer())
+    }
+}
+
+/// A client's reason, or this one if it gives none.
+fn reason_or(reason: String, default: &str) -> String {
+    if reason.is_empty() { default.to_owned() } else { reason.chars().take(256).collect() }
+}
+
 fn no_answer() -> Status {
     Status::unavailable("the coordinator is leaving")
 }
@@ -91,10 +103,20 @@ impl Coordinator for Service {
     }
 
     async fn stop(&self, request: Request<StopRequest>) -> Result<Response<StopReply>, Status> {
-        let reason = request.into_inner().reason;
-        let reason = if reason.is_empty() { "asked to stop".to_owned() } else { reason.chars().take(256).collect() };
-        let sent = self.inputs.send_timeout(Input::Event(Event::Stop(reason)), ANSWER).await;
-        sent.map(|()| Response::new(StopReply {})).map_err(|_| no_answer())
+        let reason = reason_or(request.into_inner().reason, "asked to stop");
+        self.tell(Event::Stop(reason)).await.map(|()| Response::new(StopReply {}))
+    }
+
+    async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<DrainReply>, Status> {
+        let DrainRequest { worker_id, reason } = request.into_inner();
+        let status = ask_status(&self.inputs).await.ok_or_else(no_answer)?;
+        if !status.workers.iter().any(|worker| worker.worker_id == worker_id) {
+            return Err(Status::not_found(format!(
+                "no worker of this run has the id {worker_id:?}; see those that are here with ella status"
+            )));
+        }
+        let reason = reason_or(reason, "asked to leave");
+        self.tell(Event::Drain { worker: worker_id, reason }).await.map(|()| Response::new(DrainReply {}))
     }
 }
 

@@ -20,7 +20,7 @@ use crate::core::{Core, CoreConfig, History, Note, Outcome};
 use crate::job::{JobCore, JobSettings};
 use crate::machine::{Event, Machine, Time};
 use driver::{Driver, Input};
-use ella_proto::config::{JobConfig, RunConfig};
+use ella_proto::config::{JobConfig, RunConfig, Straggler};
 use ella_proto::ids::Term;
 use ella_proto::v1::Welcome;
 use ella_store::{RunLog, RunState, Store};
@@ -227,12 +227,15 @@ fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> CoreConf
         },
         version: env!("CARGO_PKG_VERSION").to_owned(),
         workers: workers.count,
+        min: workers.min,
+        max: workers.max.unwrap_or(config.train.lanes()).min(config.train.lanes()),
+        join_window: workers.join_window.0,
+        straggler_evict: workers.straggler == Straggler::Evict,
         steps: config.train.steps,
         keep: config.checkpoint.keep,
         start_timeout: workers.start_timeout.0,
         commit_timeout: workers.start_timeout.0,
         drain_timeout: u64::try_from(options.drain_timeout.as_millis()).unwrap_or(u64::MAX),
-        blame_window: workers.lease.0.min(2_000),
         session: start::random_bytes(),
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// Phases, as `ella_phase` names them.
-const PHASES: [&str; 8] = ["waiting", "starting", "training", "working", "draining", "done", "preempted", "failed"];
+const PHASES: [&str; 9] = ["waiting", "starting", "training", "regrouping", "working", "draining", "done", "preempted", "failed"];
 
 /// Text in Prometheus' format, version 0.0.4.
 #[derive(Default)]
@@ -48,8 +48,10 @@ fn run_metrics(metrics: &mut Metrics, report: &StatusReport) {
     metrics.gauge("samples_per_second", "Throughput over the last steps.", report.samples_per_second);
     metrics.gauge("last_commit_step", "Step of the newest commit.", report.last_commit_step as f64);
     metrics.add("commits_total", "counter", "Commits written by this coordinator.", &[(String::new(), report.commits as f64)]);
-    metrics.gauge("workers", "Workers that take part.", report.workers.len() as f64);
-    let silent: Vec<_> = report.workers.iter().map(|w| (label("rank", &w.rank.to_string()), w.silent_ms as f64 / 1000.0)).collect();
+    let ranks: Vec<_> = report.workers.iter().filter_map(|worker| Some((worker.rank?, worker))).collect();
+    metrics.gauge("workers", "Workers that take part.", ranks.len() as f64);
+    metrics.gauge("workers_without_place", "Workers that load, or wait for a place.", (report.workers.len() - ranks.len()) as f64);
+    let silent: Vec<_> = ranks.iter().map(|(rank, w)| (label("rank", &rank.to_string()), w.silent_ms as f64 / 1000.0)).collect();
     metrics.add("worker_silent_seconds", "gauge", "Time since a worker was last heard of.", &silent);
 }
 
@@ -163,7 +165,11 @@ fn job_worker_row(worker: &JobWorkerReport) -> String {
 }
 
 fn worker_row(worker: &WorkerReport) -> String {
-    let WorkerReport { worker_id, rank, host, pid, device, step, silent_ms, .. } = worker;
+    let WorkerReport { worker_id, state, rank, leaving, host, pid, device, step, silent_ms, .. } = worker;
+    let mut rank = rank.map_or_else(|| escape(state), |rank| rank.to_string());
+    if *leaving {
+        rank += ", leaving";
+    }
     format!(
         "<tr><td>{rank}</td><td>{}</td><td>{}</td><td>{pid}</td><td>{}</td><td>{step}</td><td>{silent_ms} ms</td></tr>\n",
         escape(worker_id),

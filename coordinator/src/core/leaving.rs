@@ -1,0 +1,94 @@
+//! Workers that were asked to leave (SIGTERM, `drain`): they go as soon as others go on without them, or the whole run leaves.
+
+use super::members::{Held, Member};
+use super::{ConnId, Core, Effect, Note, Phase, Time};
+use ella_proto::v1::{self, to_worker};
+
+impl Core {
+    /// A client asks one worker to leave.
+    pub(super) fn drain_worker(&mut self, now: Time, worker_id: &str, reason: String) {
+        match self.members.conn_of(worker_id) {
+            Some(conn) if !self.phase.is_over() => self.leaving(now, conn, reason),
+            _ => self.counts.add("refused_unknown_worker", 1),
+        }
+    }
+
+    /// A worker is to leave, by its own word or a client's.
+    pub(super) fn leaving(&mut self, now: Time, conn: ConnId, reason: String) {
+        if let Some(member) = self.members.get_mut(conn).filter(|member| member.open) {
+            member.parting.get_or_insert(reason);
+        }
+        self.settle(now);
+    }
+
+    /// While a generation runs: who is in it leaves at the next boundary if enough others go on, else the whole run leaves. Who is not in
+    /// it leaves at once.
+    pub(super) fn part_with(&mut self, now: Time) {
+        if !matches!(self.phase, Phase::Starting { .. } | Phase::Training) {
+            return;
+        }
+        for conn in self.members.which(|member| member.parting.is_some() && !member.is_busy()) {
+            self.release(conn);
+        }
+        let parting = |member: &Member| member.parting.is_some() && member.rank().is_some();
+        if self.phase != Phase::Training || !self.members.any(parting) {
+            return;
+        }
+        let goes_on = |member: &Member| member.parting.is_none() && member.rank().is_some();
+        let others = self.members.which(|member| goes_on(member) || (member.is_idle() && member.parting.is_none()));
+        let first = self.members.which(parting).first().and_then(|conn| self.members.get(*conn));
+        let reason = first.map_or_else(String::new, told_to_leave);
+        if self.members.any(goes_on) && others.len() >= self.least() {
+            self.ask_boundary(reason);
+        } else {
+            self.begin_drain(now, reason);
+        }
+    }
+
+    /// While no generation runs: those that were asked to leave go, unless what they hold is nowhere else.
+    pub(super) fn release_parting(&mut self, now: Time) {
+        let last = self.last_commit();
+        let parting = self.members.which(|member| member.parting.is_some());
+        let holds = |member: &Member| member.state(last).is_some_and(|step| step > last);
+        let only_holder = self.members.which(holds).into_iter().all(|conn| parting.contains(&conn));
+        let holder = parting.iter().filter_map(|conn| self.members.get(*conn)).find(|member| holds(member));
+        if let (Some(holder), true, None) = (holder, only_holder, &self.drain) {
+            let reason = told_to_leave(holder);
+            self.begin_drain(now, reason);
+        }
+        if self.drain.is_none() {
+            parting.into_iter().for_each(|conn| self.release(conn));
+        }
+    }
+
+    /// Lets a worker go in good order.
+    fn release(&mut self, conn: ConnId) {
+        let Some(member) = self.members.remove(conn) else { return };
+        let reason = member.parting.unwrap_or_default();
+        self.send(conn, to_worker::Body::Release(v1::Release { reason: reason.clone() }));
+        self.effects.push(Effect::Close(conn));
+        self.counts.add("workers_released", 1);
+        self.note(Note::Left { worker: member.hello.worker_id, why: reason });
+    }
+
+    /// There is nothing to commit: everyone leaves, and the run can be resumed.
+    pub(super) fn leave_resumable(&mut self, now: Time) {
+        let reason = self.drain.as_ref().map_or_else(String::new, |drain| drain.reason.clone());
+        for conn in self.members.close_all() {
+            self.send(conn, to_worker::Body::Release(v1::Release { reason: reason.clone() }));
+            self.effects.push(Effect::Close(conn));
+        }
+        self.end(now, super::Outcome::Preempted { reason });
+    }
+
+    /// Whether a stop has anything to commit, if it finds the run with its ranks not yet training.
+    pub(super) fn has_nothing_to_commit(&self) -> bool {
+        let from = self.lineup.as_ref().filter(|lineup| lineup.source.is_some()).map(|lineup| lineup.from);
+        let starts = matches!(self.phase, Phase::Starting { .. });
+        starts && from.is_none_or(|from| from <= self.last_commit()) && !self.members.any(|member| matches!(member.held, Held::Busy(None)))
+    }
+}
+
+fn told_to_leave(member: &Member) -> String {
+    format!("{} was told to leave", member.who())
+}

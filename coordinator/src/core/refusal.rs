@@ -1,0 +1,174 @@
+//! Why a worker is turned away, and the form that its Hello must have.
+
+use super::Who;
+use ella_proto::v1;
+
+/// Longest text taken from a worker's Hello.
+const MOST_TEXT: usize = 256;
+/// More generations than any run has.
+const MOST_GENERATIONS: u64 = 1 << 53;
+
+/// Why a worker is turned away.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Worker and coordinator are of different builds.
+    #[error("this worker has version {theirs}, the coordinator {ours}; start workers of the same version")]
+    Version {
+        /// The coordinator's.
+        ours: String,
+        /// The worker's.
+        theirs: String,
+    },
+    /// The worker insists on another config.
+    #[error("this worker was started for config {theirs}, but the coordinator has {ours}; start it with that config, or with none")]
+    Config {
+        /// The coordinator's digest.
+        ours: String,
+        /// The worker's.
+        theirs: String,
+    },
+    /// Two processes on one device would deadlock in their first collective.
+    #[error("device {uuid} is already used by {holder}; give each worker a device of its own")]
+    DuplicateDevice {
+        /// The device.
+        uuid: String,
+        /// Who has it.
+        holder: Box<Who>,
+    },
+    /// SAME holds for equal device kinds only.
+    #[error("this worker computes on {theirs}, those before it on {ours}; all workers of a run must have one device kind")]
+    DeviceKind {
+        /// That of the first worker.
+        ours: String,
+        /// That of this one.
+        theirs: String,
+    },
+    /// Its id is taken.
+    #[error("the worker id is already used by {holder}; each process must make its own")]
+    DuplicateWorker {
+        /// Who has it.
+        holder: Box<Who>,
+    },
+    /// It breaks a rule of the protocol.
+    #[error("{rule}")]
+    Malformed {
+        /// Which.
+        rule: &'static str,
+    },
+    /// There is nothing left to do.
+    #[error("the run is over ({})", word(*outcome))]
+    RunOver {
+        /// How it ended.
+        outcome: v1::Outcome,
+    },
+    /// The job ended.
+    #[error("the job is over ({})", word(*outcome))]
+    JobOver {
+        /// How it ended.
+        outcome: v1::Outcome,
+    },
+    /// Another coordinator has the run (TERM).
+    #[error("this coordinator has been superseded; attach to the new one")]
+    Superseded,
+}
+
+fn word(outcome: v1::Outcome) -> &'static str {
+    match outcome {
+        v1::Outcome::Done => "done",
+        v1::Outcome::Preempted => "preempted",
+        v1::Outcome::Failed | v1::Outcome::Unspecified => "failed",
+    }
+}
+
+impl Refusal {
+    /// As the wire says it.
+    pub fn reason(&self) -> v1::RefusedReason {
+        use v1::RefusedReason as R;
+        match self {
+            Self::Version { .. } => R::Version,
+            Self::Config { .. } => R::Config,
+            Self::DuplicateDevice { .. } => R::DuplicateDevice,
+            Self::DeviceKind { .. } => R::DeviceKind,
+            Self::DuplicateWorker { .. } => R::DuplicateWorker,
+            Self::Malformed { .. } => R::Malformed,
+            Self::RunOver { .. } | Self::JobOver { .. } => R::RunOver,
+            Self::Superseded => R::Superseded,
+        }
+    }
+
+    /// As the wire says it, in words too.
+    pub(crate) fn on_the_wire(&self) -> v1::Refused {
+        let outcome = match self {
+            Self::RunOver { outcome } | Self::JobOver { outcome } => *outcome,
+            _ => v1::Outcome::Unspecified,
+        };
+        v1::Refused { reason: self.reason().into(), detail: self.to_string(), outcome: outcome.into() }
+    }
+
+    /// Refuses a worker of another version than `ours`, or one that insists on another config than that of `digest`.
+    pub(crate) fn of_another_build(hello: &v1::Hello, ours: &str, digest: &str) -> Result<(), Self> {
+        if hello.version != ours {
+            return Err(Self::Version { ours: ours.to_owned(), theirs: hello.version.clone() });
+        }
+        if !hello.config_digest.is_empty() && hello.config_digest != digest {
+            return Err(Self::Config { ours: digest.to_owned(), theirs: hello.config_digest.clone() });
+        }
+        Ok(())
+    }
+
+    /// The counter's name (KNOWN).
+    pub(crate) fn counter(&self) -> &'static str {
+        match self {
+            Self::Version { .. } => "refused_version",
+            Self::Config { .. } => "refused_config",
+            Self::DuplicateDevice { .. } => "refused_duplicate_device",
+            Self::DeviceKind { .. } => "refused_device_kind",
+            Self::DuplicateWorker { .. } => "refused_duplicate_worker",
+            Self::Malformed { .. } => "refused_malformed",
+            Self::RunOver { .. } | Self::JobOver { .. } => "refused_run_over",
+            Self::Superseded => "refused_superseded",
+        }
+    }
+}
+
+/// What a worker computes on, for people.
+pub(crate) fn device(hello: &v1::Hello) -> String {
+    let v1::Hello { device_kind, device_uuid, .. } = hello;
+    if device_uuid.is_empty() { device_kind.clone() } else { format!("{device_kind} {device_uuid}") }
+}
+
+/// The form of what says who a worker is.
+pub(crate) fn check_identity(hello: &v1::Hello) -> Result<(), Refusal> {
+    let v1::Hello { worker_id, version, host, device_kind, device_uuid, peer_address, config_digest, .. } = hello;
+    let texts = [worker_id, version, host, device_kind, device_uuid, peer_address, config_digest];
+    obeyed(&[
+        (texts.iter().all(|text| text.len() <= MOST_TEXT), "no text in Hello may be longer than 256 bytes"),
+        (!worker_id.is_empty(), "Hello.worker_id must not be empty"),
+    ])
+}
+
+/// What may be shown of a text of unknown length.
+pub(crate) fn shown(text: &str) -> String {
+    text.chars().take(MOST_TEXT).collect()
+}
+
+pub(super) fn check_form(hello: &v1::Hello) -> Result<(), Refusal> {
+    check_identity(hello)?;
+    let v1::Hello { device_kind, device_uuid, peer_address, place, .. } = hello;
+    let port = peer_address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
+    obeyed(&[
+        (matches!(device_kind.as_str(), "cpu" | "cuda"), "Hello.device_kind must be \"cpu\" or \"cuda\""),
+        (device_kind != "cuda" || !device_uuid.is_empty(), "Hello.device_uuid must name the GPU"),
+        (port.is_some_and(|port| port != 0), "Hello.peer_address must be host:port"),
+        (place.as_ref().is_none_or(|place| place.rank < place.world), "Hello.place.rank must be below its world"),
+        (place.as_ref().is_none_or(|place| place.generation < MOST_GENERATIONS), "Hello.place.generation must be below 2^53"),
+    ])
+}
+
+/// Refuses by the first rule that does not hold.
+fn obeyed(rules: &[(bool, &'static str)]) -> Result<(), Refusal> {
+    match rules.iter().find(|(holds, _)| !holds) {
+        Some((_, rule)) => Err(Refusal::Malformed { rule }),
+        None => Ok(()),
+    }
+}
