@@ -160,8 +160,9 @@ fn live(status: &StatusReport) -> String {
     );
     for worker in &status.workers {
         let silent = worker.silent_ms as f64 / 1000.0;
-        let (rank, host, pid, device) = (worker.rank, &worker.host, worker.pid, &worker.device);
-        text += &format!("worker   rank {rank}, {host} pid {pid}, {device}, step {}, heard {silent:.1} s ago\n", worker.step);
+        let (host, pid, device) = (&worker.host, worker.pid, &worker.device);
+        let place = worker.rank.map_or_else(|| worker.state.clone(), |rank| format!("rank {rank}"));
+        text += &format!("worker   {place}, {host} pid {pid}, {device}, step {}, heard {silent:.1} s ago\n", worker.step);
     }
     text + &counts("count", &status.counts)
 }
