@@ -87,7 +87,7 @@ impl Core {
     /// holds now is said again.
     fn reattach(&mut self, now: Time, conn: ConnId, before: ConnId, hello: v1::Hello) {
         let Some(member) = self.members.remove(before) else { return };
-        self.effects.push(Effect::Close(before));
+        self.close_stream(before);
         self.members.insert(conn, Member { hello, heard: now, ..member });
         self.counts.add("workers_reattached", 1);
         self.send(conn, to_worker::Body::Welcome(self.config.welcome.clone()));
