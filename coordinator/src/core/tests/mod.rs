@@ -10,7 +10,7 @@ mod leave;
 mod loss;
 mod oracle;
 mod progress;
-// mod random;
+mod random;
 mod ready;
 mod regroup;
 mod straggle;

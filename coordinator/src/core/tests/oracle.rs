@@ -88,7 +88,7 @@ impl Oracle {
                 self.states.insert(worker, *step);
             }
             Some(B::Ready(_)) if of_generation => drop(self.ready.insert(worker)),
-            Some(B::State(digest)) => {
+            Some(B::State(digest)) if self.busy.contains(&worker) => {
                 self.digests.entry(key(digest.step)).or_default().entry(worker).or_insert_with(|| digest.clone());
             }
             Some(B::Part(part)) => drop(self.parts.entry(key(part.step)).or_default().insert(part.name.clone())),
@@ -210,7 +210,7 @@ fn lost_a_worker(outcome: &Outcome) -> bool {
 }
 
 fn check_members(core: &Core) {
-    let members: Vec<_> = core.members.iter().map(|(_, member)| member).collect();
+    let members: Vec<_> = core.members.iter().map(|(_, member)| member).filter(|member| member.open).collect();
     let ids: BTreeSet<_> = members.iter().map(|member| &member.hello.worker_id).collect();
     let kinds: BTreeSet<_> = members.iter().map(|member| &member.hello.device_kind).collect();
     let gpus: Vec<_> = members.iter().map(|member| &member.hello.device_uuid).filter(|uuid| !uuid.is_empty()).collect();
