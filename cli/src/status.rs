@@ -167,7 +167,9 @@ fn live(status: &StatusReport) -> String {
     for worker in &status.workers {
         let silent = worker.silent_ms as f64 / 1000.0;
         let (rank, host, pid, device) = (worker.rank, &worker.host, worker.pid, &worker.device);
-        text += &format!("worker   rank {rank}, {host} pid {pid}, {device}, step {}, heard {silent:.1} s ago\n", worker.step);
+        // Enough of it for `ella drain`.
+        let id: String = worker.worker_id.chars().take(8).collect();
+        text += &format!("worker   {id}, rank {rank}, {host} pid {pid}, {device}, step {}, heard {silent:.1} s ago\n", worker.step);
     }
     text + &counts("count", &status.counts)
 }

@@ -2,8 +2,8 @@
 //!
 //! `ELLA_CHAOS_SEED` draws other moments; every failure names its seed.
 
-use anyhow::{Context as _, Result, ensure};
-use ella_tests::{Dice, Files, PATIENCE, Run, World, children_of, ella, signal, spawn, try_ella, wait, wait_until};
+use anyhow::{Context as _, Result, bail, ensure};
+use ella_tests::{Dice, Files, PATIENCE, Run, World, children_of, ella, kill_group, signal, spawn, try_ella, wait, wait_until};
 use serde_json::Value;
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -50,24 +50,31 @@ impl Trained {
     }
 }
 
+/// Where the run's coordinator listens, once there is one.
+fn address(run: &Run) -> Option<String> {
+    std::fs::read_to_string(run.output.join("logs/coordinator.address")).ok()
+}
+
 /// The run's step and workers, if a coordinator answers.
 fn status(run: &Run) -> Option<(u64, Vec<Value>)> {
-    let url = std::fs::read_to_string(run.output.join("logs/coordinator.address")).ok()?;
-    let output = try_ella(&["status", &url, "--json"]).ok().filter(|output| output.status.success())?;
+    let output = try_ella(&["status", &address(run)?, "--json"]).ok().filter(|output| output.status.success())?;
     let status: Value = serde_json::from_slice(&output.stdout).ok()?;
     Some((status["step"].as_u64()?, status["workers"].as_array()?.clone()))
 }
 
-/// Kills one process after the other, each time when the run is further than before: mostly workers, and each third time the coordinator. Gives how often which
-/// was killed.
+/// Kills one process after the other, each when the run is further than before: a worker, or every third time or so the coordinator. Gives
+/// how many of each were killed.
 fn harass(trained: &mut Trained, dice: &mut Dice) -> Result<(usize, usize)> {
     let (mut workers, mut coordinators, mut reached) = (0, 0, 1);
     let begin = Instant::now();
     while trained.command.try_wait()?.is_none() {
-        ensure!(begin.elapsed() < PATIENCE, "no end after step {reached}");
+        if begin.elapsed() > PATIENCE {
+            kill_group(trained.command.id());
+            bail!("no end after step {reached}");
+        }
         let Some((step, _)) = status(&trained.run).filter(|(step, _)| *step > reached) else { continue };
         reached = step;
-        std::thread::sleep(Duration::from_millis(dice.below(200)));
+        std::thread::sleep(Duration::from_millis(dice.below(500)));
         let (program, killed) = if dice.below(3) == 0 { ("ella-coordinator", &mut coordinators) } else { ("ella-worker", &mut workers) };
         let processes = children_of(trained.command.id(), program);
         if let Some(victim) = processes.get(dice.below(processes.len() as u64) as usize) {
@@ -115,5 +122,21 @@ fn one_worker_leaves_and_the_others_go_on() -> Result<()> {
     ensure!(left, "worker {pid} is still there");
     let said = trained.ends_like(&calm)?;
     ensure!(!said.contains("started again"), "a worker that left was started again:\n{said}");
+    Ok(())
+}
+
+#[test]
+fn workers_join_a_run_that_goes_on() -> Result<()> {
+    let world = World::new(103)?;
+    let calm = calm(&world)?;
+    let trained = Trained::begin(&world, "joined")?;
+    let run = trained.run.clone();
+    let url = address(&run).context("no address")?;
+    let joined = spawn(&[run.train(&["workers.count=2"]), vec!["--coordinator".to_owned(), url]].concat())?;
+    trained.ends_like(&calm)?;
+    let output = wait(joined)?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let status: Value = serde_json::from_str(&ella(&["status", &run.output.display().to_string(), "--json"])?)?;
+    ensure!(status["membership"]["joined"] == 2 && status["membership"]["lost"] == 0, "{status}");
     Ok(())
 }
