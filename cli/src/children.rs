@@ -25,6 +25,10 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub(crate) struct Member {
     pub(crate) name: String,
     pub(crate) ended: Option<ExitStatus>,
+    program: PathBuf,
+    /// What it is started with again.
+    arguments: Vec<String>,
+    logs: Logs,
     child: Child,
     lines: Arc<Mutex<VecDeque<String>>>,
     listener: Option<JoinHandle<()>>,
@@ -58,25 +62,24 @@ pub(crate) fn binary(name: &str) -> Result<PathBuf, Fail> {
 impl Children {
     /// Starts a process; its stdout is given back.
     pub(crate) fn start(&mut self, name: &str, program: &Path, arguments: &[String], logs: &Logs) -> Result<Option<ChildStdout>, Fail> {
-        let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        // A group of its own: a terminal's ctrl-C comes to this process only, which passes it on once.
-        command.process_group(0);
-        let parent = std::process::id();
-        // SAFETY: between fork and exec only async-signal-safe calls are made: prctl, getppid and the construction of an error
-        // from a number, which does not allocate.
-        unsafe { command.pre_exec(move || die_with_parent(parent)) };
-        let failed = |error| Fail::failed(format_args!("{}: cannot be started ({error})", program.display()));
-        let mut child = command.spawn().map_err(failed)?;
-        let lines = Arc::new(Mutex::new(VecDeque::new()));
-        let listener = child.stderr.take().map(|stderr| {
-            let file = logs.folder.as_ref().and_then(|folder| open_log(folder, name));
-            let shown = logs.verbose.then(|| name.to_owned());
-            tokio::spawn(listen(stderr, Arc::clone(&lines), file, shown))
-        });
-        let stdout = child.stdout.take();
-        self.members.push(Member { name: name.to_owned(), ended: None, child, lines, listener });
+        let (member, stdout) = Member::start(name, program, arguments, logs)?;
+        self.members.push(member);
         Ok(stdout)
+    }
+
+    /// Starts one that has ended again, in its place. Says how it had ended.
+    pub(crate) async fn start_again(&mut self, at: usize) -> Result<(String, Option<ChildStdout>), Fail> {
+        self.members[at].hear_out().await;
+        let ended @ Member { name, program, arguments, logs, .. } = &self.members[at];
+        let how = ended.how();
+        let (member, stdout) = Member::start(name, program, arguments, logs)?;
+        self.members[at] = member;
+        Ok((how, stdout))
+    }
+
+    /// What one of them is started with, should it be started again.
+    pub(crate) fn arm(&mut self, at: usize, arguments: Vec<String>) {
+        self.members[at].arguments = arguments;
     }
 
     pub(crate) fn members(&self) -> &[Member] {
@@ -113,10 +116,7 @@ impl Children {
             }
         }
         for member in &mut self.members {
-            if let Some(listener) = member.listener.take() {
-                // A grandchild may hold the pipe open; its words are not waited for.
-                let _ = timeout(LAST_WORDS, listener).await;
-            }
+            member.hear_out().await;
         }
     }
 
@@ -134,6 +134,28 @@ impl Children {
 }
 
 impl Member {
+    fn start(name: &str, program: &Path, arguments: &[String], logs: &Logs) -> Result<(Self, Option<ChildStdout>), Fail> {
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        // A group of its own: a terminal's ctrl-C comes to this process only, which passes it on once.
+        command.process_group(0);
+        let parent = std::process::id();
+        // SAFETY: between fork and exec only async-signal-safe calls are made: prctl, getppid and the construction of an error
+        // from a number, which does not allocate.
+        unsafe { command.pre_exec(move || die_with_parent(parent)) };
+        let failed = |error| Fail::failed(format_args!("{}: cannot be started ({error})", program.display()));
+        let mut child = command.spawn().map_err(failed)?;
+        let lines = Arc::new(Mutex::new(VecDeque::new()));
+        let listener = child.stderr.take().map(|stderr| {
+            let file = logs.folder.as_ref().and_then(|folder| open_log(folder, name));
+            let shown = logs.verbose.then(|| name.to_owned());
+            tokio::spawn(listen(stderr, Arc::clone(&lines), file, shown))
+        });
+        let stdout = child.stdout.take();
+        let (name, program, arguments, logs) = (name.to_owned(), program.to_owned(), arguments.to_vec(), logs.clone());
+        Ok((Self { name, ended: None, program, arguments, logs, child, lines, listener }, stdout))
+    }
+
     /// Its last lines.
     pub(crate) fn last_lines(&self) -> Vec<String> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
@@ -147,6 +169,23 @@ impl Member {
             (!message.starts_with('{')).then(|| message.to_owned())
         };
         self.last_lines().iter().rev().find_map(said)
+    }
+
+    /// Its name and how it ended, in words.
+    pub(crate) fn how(&self) -> String {
+        let how = self.ended.map_or_else(String::new, ending);
+        match self.last_error().filter(|_| self.ended.is_some_and(|status| status.code().is_some())) {
+            Some(why) => format!("{}: {how} ({why})", self.name),
+            None => format!("{}: {how}", self.name),
+        }
+    }
+
+    /// Waits for what it said last.
+    async fn hear_out(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            // A grandchild may hold the pipe open; its words are not waited for.
+            let _ = timeout(LAST_WORDS, listener).await;
+        }
     }
 
     async fn wait(&mut self) -> ExitStatus {
@@ -236,6 +275,22 @@ mod tests {
         assert_eq!(member.ended.unwrap().code(), Some(4));
         assert_eq!(member.last_error().unwrap(), "the disk: is full");
         assert_eq!(std::fs::read_to_string(dir.path().join("logs/one.log")).unwrap().lines().count(), 3);
+    }
+
+    #[tokio::test]
+    async fn one_that_was_killed_is_started_again_and_its_log_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut children = Children::default();
+        let once = shell("echo begun >&2; kill -9 $$");
+        children.start("one", Path::new("/bin/sh"), &once, &logs(Some(dir.path().into()))).unwrap();
+        assert_eq!(children.next_end().await, 0);
+        children.arm(0, shell("echo begun again >&2; exit 3").to_vec());
+        assert_eq!(children.start_again(0).await.unwrap().0, "one: ended by signal 9");
+        assert!(!children.all_ended());
+        children.reap(Duration::from_secs(5)).await;
+        assert_eq!((children.members().len(), children.members()[0].ended.unwrap().code()), (1, Some(3)));
+        let log = std::fs::read_to_string(dir.path().join("one.log")).unwrap();
+        assert_eq!(log, "begun\nbegun again\n");
     }
 
     #[tokio::test]

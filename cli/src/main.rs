@@ -3,6 +3,7 @@
 mod audit;
 mod caption;
 mod children;
+mod drain;
 mod embed;
 mod export;
 mod forward;
@@ -59,6 +60,8 @@ enum Command {
     Train(train::Train),
     /// Say what a run is doing, or what became of it
     Status(status::Status),
+    /// Ask one worker of a run to leave; the others go on
+    Drain(drain::Drain),
     /// Prove from a run's folder that its commits are whole and that every sample was used exactly once
     Audit(audit::Audit),
     /// Say where the time of a run's steps goes, and who waits for whom
@@ -93,6 +96,7 @@ fn main() -> ExitCode {
         Command::Plan(command) => command.run(out),
         Command::Train(command) => command.run(out),
         Command::Status(command) => command.run(out),
+        Command::Drain(command) => command.run(out),
         Command::Audit(command) => command.run(out),
         Command::Why(command) => command.run(out),
         Command::Sample(command) => command.run(out),

@@ -1,16 +1,20 @@
 //! Reading a run's folder: its config, its log, its metrics. For the commands that look at runs; none of them changes one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use ella_proto::config::RunConfig;
 use ella_store::{LogError, Record, RunLog, RunState, Store, StoreError};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::ui::Fail;
+use crate::ui::{Fail, count};
 
 /// The effective config's name in a run folder.
 pub(crate) const RUN_TOML: &str = "run.toml";
+/// Where `ella train` writes its coordinator's address, in a run folder of this machine, for as long as it runs.
+pub(crate) const ADDRESS: &str = "logs/coordinator.address";
 
 /// A run folder, which is surely one.
 #[derive(Debug)]
@@ -56,6 +60,18 @@ impl RunFolder {
         Ok(steps.into_values().collect())
     }
 
+    /// What happened, each with the term that wrote it. Events are for people: a line that can't be read is passed over.
+    pub(crate) async fn events(&self) -> Result<Vec<(u64, Value)>, Fail> {
+        let mut events = Vec::new();
+        for file in self.store.list("events").await? {
+            let Some(term) = file.key.strip_prefix("events").and_then(term_of) else { continue };
+            let text = self.store.get(&file.key).await?;
+            let lines = text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+            events.extend(lines.map(|event| (term, event)));
+        }
+        Ok(events)
+    }
+
     /// The lines of the files in one of the run's folders, in order, each with the term that wrote it.
     pub(crate) async fn lines<T: DeserializeOwned>(&self, folder: &str) -> Result<Vec<(u64, T)>, Fail> {
         let mut lines = Vec::new();
@@ -78,6 +94,54 @@ impl RunFolder {
 pub(crate) fn samples(state: &RunState, metrics: &[Metric]) -> u64 {
     let (step, counted) = state.last_commit().map_or((0, 0), |c| (c.step, c.ledger.iter().map(|epoch| epoch.samples).sum()));
     counted + metrics.iter().filter(|metric| metric.step > step).map(|metric| metric.samples).sum::<u64>()
+}
+
+/// How often the membership changed, and for whom.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Membership {
+    pub(crate) generations: usize,
+    /// Workers that were lost.
+    pub(crate) lost: usize,
+    /// Workers that came while the run went on.
+    pub(crate) joined: usize,
+    /// Steps that waited much longer than usual for a rank.
+    pub(crate) stragglers: usize,
+}
+
+impl Membership {
+    /// By the run's events.
+    pub(crate) fn of(events: &[(u64, Value)]) -> Self {
+        let mut sums = Self::default();
+        let mut before: Option<(u64, BTreeSet<&str>)> = None;
+        for (term, event) in events {
+            match event["event"].as_str() {
+                Some("lost") => sums.lost += 1,
+                Some("straggler") => sums.stragglers += 1,
+                // An adopted generation goes on: it is none of its own.
+                Some(name @ ("generation" | "adopted")) => {
+                    sums.generations += usize::from(name == "generation");
+                    let workers = event["workers"].as_array().map(|workers| workers.iter().filter_map(Value::as_str).collect());
+                    // Those that a coordinator begins with have not joined.
+                    if let (Some((of, before)), Some(workers)) = (&before, &workers)
+                        && of == term
+                    {
+                        sums.joined += BTreeSet::difference(workers, before).count();
+                    }
+                    before = workers.map(|workers| (*term, workers));
+                }
+                _ => {}
+            }
+        }
+        sums
+    }
+}
+
+impl fmt::Display for Membership {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { generations, lost, joined, stragglers } = *self;
+        write!(f, "{}, {} lost, {joined} joined", count(generations, "generation"), count(lost, "worker"))?;
+        if stragglers > 0 { write!(f, ", {} waited for", count(stragglers, "straggler")) } else { Ok(()) }
+    }
 }
 
 /// The term in a name like `/000003-000001.jsonl`. Names of later terms sort later.
@@ -134,6 +198,24 @@ mod tests {
         });
         let seen: Vec<_> = metrics.iter().map(|m| (m.term, m.step, m.loss.unwrap())).collect();
         assert_eq!(seen, [(1, 1, 5.0), (1, 2, 4.0), (2, 3, 2.0), (2, 4, 1.0)]);
+    }
+
+    #[test]
+    fn workers_join_a_run_that_goes_on() {
+        let event = |term: u64, text: &str| (term, serde_json::from_str::<Value>(text).unwrap());
+        let events = [
+            event(1, r#"{"event":"generation","generation":1,"workers":["a","b"],"from_step":0}"#),
+            event(1, r#"{"event":"lost","worker":"b","rank":1,"why":"gone"}"#),
+            event(1, r#"{"event":"generation","generation":2,"workers":["a"],"from_step":7}"#),
+            event(1, r#"{"event":"generation","generation":3,"workers":["a","c"],"from_step":9}"#),
+            event(2, r#"{"event":"adopted","generation":3,"workers":["a","c"],"step":12}"#),
+            event(2, r#"{"event":"straggler","worker":"c","rank":1,"activity":"compute","waited_ms":900}"#),
+            event(2, r#"{"event":"generation","generation":4,"workers":["a","c","d"],"from_step":14}"#),
+            event(3, r#"{"event":"generation","generation":1,"workers":["e","f"],"from_step":20}"#),
+        ];
+        let sums = Membership::of(&events);
+        assert_eq!(sums, Membership { generations: 5, lost: 1, joined: 2, stragglers: 1 });
+        assert_eq!(sums.to_string(), "5 generations, 1 worker lost, 2 joined, 1 straggler waited for");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::run::{Metric, RUN_TOML, RunFolder, samples};
+use crate::run::{Membership, Metric, RUN_TOML, RunFolder, samples};
 use crate::ui::{DONE, Fail, Out, bytes, span};
 
 #[derive(Debug, Args)]
@@ -48,19 +48,24 @@ struct FolderStatus {
     step: u64,
     samples: u64,
     loss: Option<f64>,
+    membership: Membership,
+}
+
+/// The coordinator's URL, where what was given is its address and no folder.
+pub(crate) fn coordinator_of(what: Option<&str>, coordinator: Option<&str>) -> Option<String> {
+    let is_url = |what: &&str| what.starts_with("http://") || what.starts_with("https://");
+    match coordinator {
+        Some(url) if url.contains("://") => Some(url.to_owned()),
+        Some(address) => Some(format!("http://{address}")),
+        None => what.filter(is_url).map(str::to_owned),
+    }
 }
 
 impl Status {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let runtime = crate::runtime()?;
         let folder_or_url = self.what.as_deref().unwrap_or_default();
-        let is_url = folder_or_url.starts_with("http://") || folder_or_url.starts_with("https://");
-        let coordinator = match &self.coordinator {
-            Some(url) if url.contains("://") => Some(url.clone()),
-            Some(address) => Some(format!("http://{address}")),
-            None => is_url.then(|| folder_or_url.to_owned()),
-        };
-        if let Some(url) = coordinator {
+        if let Some(url) = coordinator_of(self.what.as_deref(), self.coordinator.as_deref()) {
             let status = StatusReport::from(runtime.block_on(client::status(&url))?);
             out.result(&status, || match &status.job {
                 Some(job) => live_job(&status, job),
@@ -92,12 +97,13 @@ async fn read(url: &str) -> Result<FolderStatus, Fail> {
     let state = run.state().await?;
     let metrics = run.metrics().await?;
     let samples = samples(&state, &metrics);
+    let membership = Membership::of(&run.events().await?);
     let Metric { step, loss, .. } = metrics.last().cloned().unwrap_or_default();
     let (outcome, reason) = outcome(&state);
     let last_commit_step = state.last_commit().map_or(0, |commit| commit.step);
     let (steps, commits) = (run.config.train.steps, state.commits.len());
     let run_url = run.store.url().to_owned();
-    Ok(FolderStatus { run_url, term: state.term, outcome, reason, last_commit_step, commits, steps, step, samples, loss })
+    Ok(FolderStatus { run_url, term: state.term, outcome, reason, last_commit_step, commits, steps, step, samples, loss, membership })
 }
 
 /// How the newest coordinator ended, and why.
@@ -139,12 +145,12 @@ fn data(status: &DataStatus) -> String {
 }
 
 fn folder(status: &FolderStatus) -> String {
-    let FolderStatus { run_url, term, outcome, reason, last_commit_step, commits, steps, step, samples, loss } = status;
+    let FolderStatus { run_url, term, outcome, reason, last_commit_step, commits, steps, step, samples, loss, membership } = status;
     let reason = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
     let loss = loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
     format!(
         "run      {run_url}\noutcome  {outcome}{reason}\nterm     {term}\nstep     {step} of {steps}, {samples} samples{loss}\n\
-         commits  {commits} kept, the newest of step {last_commit_step}"
+         commits  {commits} kept, the newest of step {last_commit_step}\nworkers  {membership}"
     )
 }
 
@@ -162,7 +168,9 @@ fn live(status: &StatusReport) -> String {
         let silent = worker.silent_ms as f64 / 1000.0;
         let (host, pid, device) = (&worker.host, worker.pid, &worker.device);
         let place = worker.rank.map_or_else(|| worker.state.clone(), |rank| format!("rank {rank}"));
-        text += &format!("worker   {place}, {host} pid {pid}, {device}, step {}, heard {silent:.1} s ago\n", worker.step);
+        // Enough of it for `ella drain`.
+        let id: String = worker.worker_id.chars().take(8).collect();
+        text += &format!("worker   {id}, {place}, {host} pid {pid}, {device}, step {}, heard {silent:.1} s ago\n", worker.step);
     }
     text + &counts("count", &status.counts)
 }

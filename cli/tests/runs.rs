@@ -68,7 +68,10 @@ fn a_run_is_trained_told_audited_exported_and_reported() {
 
     let status = ella(here, &["status", "run", "--json"]).ok().json();
     assert_eq!((&status["outcome"], &status["last_commit_step"], &status["term"]), (&json!("done"), &json!(7), &json!(1)));
-    assert!(ella(here, &["status", "run"]).ok().stdout.contains("step     7 of 7"));
+    assert_eq!(status["membership"], json!({ "generations": 1, "lost": 0, "joined": 0, "stragglers": 0 }));
+    let text = ella(here, &["status", "run"]).ok().stdout;
+    assert!(text.contains("step     7 of 7") && text.contains("workers  1 generation, 0 workers lost, 0 joined"), "{text}");
+    ella(here, &["drain", "0", "run", "--json"]).fails(1, &["no `ella train`", "http://HOST:PORT"]);
 
     let audit = ella(here, &["audit", "run", "--json"]).ok().json();
     assert_eq!((&audit["ok"], &audit["problems"]), (&json!(true), &json!([])));
@@ -177,6 +180,8 @@ fn what_is_no_run_or_config_is_refused_in_one_line() {
         ella(here, command).fails(1, &["x/run.toml", "no run folder"]);
     }
     ella(here, &["status", "http://127.0.0.1:1", "--json"]).fails(1, &["127.0.0.1:1", "no coordinator"]);
+    ella(here, &["drain", "0", "http://127.0.0.1:1", "--json"]).fails(1, &["127.0.0.1:1", "no coordinator"]);
+    ella(here, &["drain", "0", "--json"]).fails(2, &["RUN|URL"]);
     ella(here, &["train", "gone.toml", "--json"]).fails(2, &["gone.toml", "cannot be read"]);
     std::fs::write(here.join("run.toml"), CONFIG).unwrap();
     ella(here, &["train", "run.toml", "--set", "train.step=3", "--json"]).fails(2, &["train.step", "train.steps"]);

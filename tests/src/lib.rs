@@ -192,6 +192,21 @@ pub fn signal_group(leader: u32, signal: i32) {
     unsafe { libc::kill(-(leader as i32), signal) };
 }
 
+/// Processes of a program whose parent is this one.
+pub fn children_of(parent: u32, program: &str) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    // The kernel keeps 15 letters of a name.
+    let name = format!("({})", &program[..program.len().min(15)]);
+    let is_child = |id: &u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+        // After the name in brackets: state, then the parent.
+        let after = stat.rsplit_once(") ").map_or("", |(_, after)| after);
+        after.split(' ').nth(1) == Some(&parent.to_string()) && stat.contains(&name)
+    };
+    ids.filter(is_child).collect()
+}
+
 /// Polls until `holds` says so, or fails with `what`.
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) -> Result<()> {
     let begin = Instant::now();

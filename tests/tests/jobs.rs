@@ -1,7 +1,7 @@
 //! Leased work by real processes that are killed: the bytes are those of a calm run, no unit's output is there twice, nothing is left over.
 
 use anyhow::{Context as _, Result, ensure};
-use ella_tests::{Dice, Files, World, ella, exists, signal, spawn, try_ella, wait};
+use ella_tests::{Dice, Files, World, children_of, ella, exists, signal, spawn, try_ella, wait};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Child;
@@ -25,26 +25,13 @@ fn tree(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     Ok(found)
 }
 
-/// Worker processes whose parent is this one.
-fn workers_of(parent: u32) -> Vec<u32> {
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let is_worker = |id: &u32| {
-        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
-        // After the name in brackets: state, then the parent.
-        let after = stat.rsplit_once(") ").map_or("", |(_, after)| after);
-        after.split(' ').nth(1) == Some(&parent.to_string()) && stat.contains("(ella-worker)")
-    };
-    ids.filter(is_worker).collect()
-}
-
 /// Kills a command's workers at random until so many are dead or it has ended.
 fn harass(child: &mut Child, kills: usize, dice: &mut Dice) -> Result<usize> {
     let begin = Instant::now();
     let mut killed = 0;
     while killed < kills && child.try_wait()?.is_none() && begin.elapsed() < Duration::from_secs(120) {
         std::thread::sleep(Duration::from_millis(20 + dice.below(120)));
-        let workers = workers_of(child.id());
+        let workers = children_of(child.id(), "ella-worker");
         if let Some(victim) = workers.get(dice.below(workers.len() as u64) as usize) {
             signal(*victim, libc::SIGKILL);
             killed += 1;

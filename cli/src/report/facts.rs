@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 
 use ella_proto::config::RunConfig;
-use ella_store::{Body, Outcome, Record, RunState, Store};
+use ella_store::{Body, Outcome, Record, RunState};
+use serde_json::Value;
 
 use super::numbers::{self, Numbers};
 use crate::audit::Verdict;
-use crate::run::{Metric, RunFolder, samples};
+use crate::run::{Membership, Metric, RunFolder, samples};
 use crate::ui::Fail;
 
 /// One coordinator's time: from its start or a resume to its end.
@@ -43,6 +44,7 @@ pub(super) struct Facts {
     pub(super) samples_used: u64,
     /// What the workers computed on.
     pub(super) devices: BTreeSet<String>,
+    pub(super) membership: Membership,
     pub(super) audit: Option<Verdict>,
     /// Base64 of a PNG.
     pub(super) samples: Option<String>,
@@ -57,6 +59,7 @@ impl Facts {
             return Err(Fail::failed(format_args!("{}/metrics: nothing was measured yet; train the run first", run.store.url())));
         }
         let state = RunState::from_records(&records);
+        let events = run.events().await?;
         let commits = records.iter().filter_map(|record| if let Body::Commit(commit) = &record.body { Some(commit.step) } else { None });
         Ok(Self {
             title: String::new(),
@@ -66,7 +69,8 @@ impl Facts {
             terms: terms(&records),
             commits: commits.collect(),
             kept: state.commits.len(),
-            devices: devices(&run.store).await?,
+            devices: devices(&events),
+            membership: Membership::of(&events),
             config: run.config,
             audit: None,
             samples: None,
@@ -106,15 +110,10 @@ fn terms(records: &[Record]) -> Vec<TermFact> {
     terms
 }
 
-/// The devices that workers said they have, from the run's events. Events are for people: a line that can't be read is passed over.
-async fn devices(store: &Store) -> Result<BTreeSet<String>, Fail> {
-    let mut devices = BTreeSet::new();
-    for file in store.list("events").await? {
-        let text = store.get(&file.key).await?;
-        let lines = text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
-        devices.extend(lines.filter(|event| event["event"] == "attached").filter_map(|event| Some(event["device"].as_str()?.to_owned())));
-    }
-    Ok(devices)
+/// The devices that workers said they have.
+fn devices(events: &[(u64, Value)]) -> BTreeSet<String> {
+    let attached = events.iter().map(|(_, event)| event).filter(|event| event["event"] == "attached");
+    attached.filter_map(|event| Some(event["device"].as_str()?.to_owned())).collect()
 }
 
 #[cfg(test)]

@@ -217,10 +217,11 @@ fn history(facts: &Facts) -> String {
     let devices: Vec<String> = facts.devices.iter().map(escape).collect();
     let devices = if devices.is_empty() { String::new() } else { format!(" Workers computed on {}.", devices.join(", ")) };
     format!(
-        "<h2>Terms and commits</h2>\n<p>{}, of which {} are kept.{devices}</p>\n<div class=\"scroll\"><table><tr><th class=\"n\">term</th>\
+        "<h2>Terms and commits</h2>\n<p>{}, of which {} are kept. {}.{devices}</p>\n<div class=\"scroll\"><table><tr><th class=\"n\">term</th>\
          <th>began (UTC)</th><th class=\"n\">from step</th><th class=\"n\">last commit</th><th class=\"n\">workers</th><th>end</th><th>host, version</th></tr>\n{rows}</table></div>\n",
         count(facts.commits.len(), "commit"),
-        facts.kept
+        facts.kept,
+        facts.membership
     )
 }
 
@@ -296,7 +297,7 @@ mod tests {
     use ella_proto::config::RunConfig;
 
     use super::*;
-    use crate::run::Metric;
+    use crate::run::{Membership, Metric};
 
     #[test]
     fn dates_are_civil() {
@@ -333,6 +334,7 @@ mod tests {
             kept: 2,
             samples_used: 80,
             devices: BTreeSet::from(["cpu".to_owned()]),
+            membership: Membership { generations: 3, lost: 1, joined: 1, stragglers: 0 },
             audit: Some(Verdict { step: 20, epochs: vec![epoch], problems: vec!["a byte was <flipped>".into()], ..Verdict::default() }),
             samples: Some("QUJD".into()),
         };
@@ -344,7 +346,7 @@ mod tests {
             "base64,QUJD",
             "differ",
             "20 of 1000",
-            "Workers computed on cpu",
+            "3 generations, 1 worker lost, 1 joined. Workers computed on cpu",
         ] {
             assert!(page.contains(expected), "{expected}");
         }

@@ -1,11 +1,13 @@
 //! `ella train`: a coordinator and its workers as processes of this machine, watched until the run is over.
 //!
-//! Nothing is trained here and nothing is kept here: when all of it is killed, the same command goes on from the last commit.
+//! Nothing is trained here and nothing is kept here: when all of it is killed, the same command goes on from the last commit. When one
+//! process is killed, it is started again ([`places`] says when), and the others go on meanwhile ([`watch`]).
+
+mod places;
+mod watch;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use crate::children::{Children, Logs, Member, binary, ending};
 use clap::Args;
@@ -16,27 +18,13 @@ use ella_proto::config::{Device, RunConfig};
 use ella_store::Store;
 use ella_worker::hub::HubId;
 use ella_worker::models;
-use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::ChildStdout;
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use places::Places;
+use serde::Serialize;
+use watch::{LEAVING, Opened, Signals, Watch, first_line};
 
-use crate::run::RunFolder;
+use crate::run::{ADDRESS, RunFolder};
 use crate::status::outcome;
 use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, Out, PREEMPTED, note, one_line};
-
-/// How long a coordinator may take to open the run.
-const OPENING: Duration = Duration::from_secs(300);
-/// How often the coordinator is asked for the status.
-const POLL: Duration = Duration::from_millis(250);
-/// How long the others may take to leave once one process has ended against expectation: the coordinator looks for whom to blame.
-const AFTERMATH: Duration = Duration::from_secs(45);
-/// The same where not all workers had come: the run can't begin without the one that ended, and nobody else knows why it did.
-const NOT_BEGUN: Duration = Duration::from_secs(5);
-/// How long workers may take to leave once their coordinator has.
-const LEAVING: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub(crate) struct Train {
@@ -49,6 +37,9 @@ pub(crate) struct Train {
     /// Only start workers, for the coordinator that runs at this address
     #[arg(long, value_name = "URL")]
     coordinator: Option<String>,
+    /// Start no process again that was killed: something else does it, or nothing
+    #[arg(long)]
+    no_restart: bool,
     /// Show what the processes log
     #[arg(short, long)]
     verbose: bool,
@@ -65,17 +56,11 @@ struct Trained {
     /// Commits that the run keeps.
     commits: usize,
     last_commit_step: u64,
+    /// Processes that this command started again.
+    restarts: u32,
     /// What reading the data set through caches came to over the whole run, by name (KNOWN).
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     read: BTreeMap<String, u64>,
-}
-
-/// The coordinator's one line on stdout.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Opened {
-    Serving { grpc: SocketAddr, http: SocketAddr, fell_back: Option<String> },
-    Done { step: u64 },
 }
 
 /// Downloads models that are named by hub ids, here where progress is seen and no worker's deadline runs. Paths are the workers' matter.
@@ -122,23 +107,32 @@ impl Train {
             opened = first_line(stdout) => opened,
             () = signals.next() => None,
         };
+        let same = same_config(config).ok();
         let (grpc, http) = match opened {
             Some(Opened::Serving { grpc, http, fell_back }) => {
                 fell_back.iter().for_each(|told| note(format_args!("WARNING: {told}")));
+                // Whoever comes in its place is found where it was, and does what it did.
+                let mut again = same.as_ref().map_or(arguments, |same| vec![same.path().display().to_string()]);
+                again.extend(["--listen".to_owned(), grpc.to_string(), "--http".to_owned(), http.to_string()]);
+                children.arm(0, again);
                 (format!("http://{grpc}"), http)
             }
             Some(Opened::Done { step }) => {
                 children.reap(LEAVING).await;
-                let trained = read(config, "done").await?;
+                let trained = read(config, "done", 0).await?;
                 out.result(&trained, || format!("{}: the run is done already, at step {step}; raise train.steps to go on", trained.run));
                 return Ok(DONE);
             }
             None => return Err(self.refused(children).await),
         };
         note(format_args!("run {}: coordinator at {grpc}, status page at http://{http}", store.url()));
+        // For commands that are given the folder. That it can't be written is no reason not to train.
+        let address = store.local_path().map(|run| run.join(ADDRESS));
+        let _ = address.as_ref().map(|file| std::fs::write(file, &grpc));
         start_workers(&mut children, config, &worker, (&grpc, &logs))?;
-        let last = self.watch(config, &mut children, (&grpc, true), &mut signals).await;
-        self.conclude(config, &children, last, out).await
+        let watched = self.watch(config, &mut children, (&grpc, true), &mut signals).await;
+        let _ = address.as_ref().map(std::fs::remove_file);
+        self.conclude(config, &children, watched, out).await
     }
 
     /// Workers for a coordinator that runs elsewhere.
@@ -150,81 +144,47 @@ impl Train {
         let mut signals = Signals::new()?;
         let mut children = Children::default();
         start_workers(&mut children, config, &worker, (&grpc, &Logs { folder: None, verbose: self.verbose }))?;
-        let last = self.watch(config, &mut children, (&grpc, false), &mut signals).await;
+        let (last, restarts) = self.watch(config, &mut children, (&grpc, false), &mut signals).await;
         let code = children.members().iter().map(exit_code).max().unwrap_or(FAILED);
         if code == DONE || code == PREEMPTED {
             let name = if code == DONE { "done" } else { "preempted" };
             let step = last.as_ref().map_or(0, |status| status.step);
-            let done = serde_json::json!({ "outcome": name, "coordinator": grpc, "step": step, "workers": children.members().len() });
+            let workers = children.members().len();
+            let done = serde_json::json!({ "outcome": name, "coordinator": grpc, "step": step, "workers": workers, "restarts": restarts });
             out.result(&done, || format!("{name} at step {step}: the workers for {grpc} have left"));
             return Ok(code);
         }
         Err(failure(&children, last.as_ref(), None, code))
     }
 
-    /// Shows progress and passes signals on until every process has ended.
+    /// Watches the processes until the run is over here.
     async fn watch(
         &self,
         config: &RunConfig,
         children: &mut Children,
         (grpc, owned): (&str, bool),
         signals: &mut Signals,
-    ) -> Option<StatusReport> {
-        let (send, mut status) = watch::channel(None);
-        let poll = tokio::spawn(poll(grpc.to_owned(), send));
-        let mut meter = if self.verbose { Meter::lines("train", config.train.steps) } else { Meter::new("train", config.train.steps) };
-        let mut begun = false;
-        let mut asked = 0;
-        let mut polled = true;
-        let mut deadline: Option<Instant> = None;
-        while !children.all_ended() {
-            tokio::select! {
-                changed = status.changed(), if polled => {
-                    polled = changed.is_ok();
-                    if let Some(report) = status.borrow_and_update().as_ref() {
-                        show(report, &mut meter, &mut begun);
-                    }
-                }
-                at = children.next_end() => {
-                    // A worker that has left in good order is not waited on; any other end is the beginning of the run's.
-                    let early = children.members()[at].ended.is_some_and(|status| !matches!(status.code(), Some(0 | 3)));
-                    let waiting = status.borrow().as_ref().is_none_or(|status| status.phase == "waiting");
-                    let patience = match (owned && at == 0, early) {
-                        (true, _) => Some(LEAVING),
-                        (false, true) => Some(if waiting { NOT_BEGUN } else { AFTERMATH }),
-                        (false, false) => None,
-                    };
-                    deadline = patience.map(|patience| Instant::now() + patience).into_iter().chain(deadline).min();
-                }
-                () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                    deadline = None;
-                    children.signal(libc::SIGKILL);
-                }
-                () = signals.next() => {
-                    asked += 1;
-                    match (asked, owned) {
-                        (1, true) => children.signal_one(0, libc::SIGTERM),
-                        (1, false) => children.signal(libc::SIGTERM),
-                        _ => children.signal(libc::SIGKILL),
-                    }
-                    note(if asked == 1 { "leaving after a commit; once more to leave at once" } else { "leaving at once" });
-                }
-            }
-        }
-        poll.abort();
-        children.reap(LEAVING).await;
-        status.borrow().clone()
+    ) -> (Option<StatusReport>, u32) {
+        let meter = if self.verbose { Meter::lines("train", config.train.steps) } else { Meter::new("train", config.train.steps) };
+        let places = Places::new(children.members().len(), owned, self.no_restart);
+        Watch::new(children, places, meter).run(grpc, signals).await
     }
 
     /// Turns what is left into the result: the coordinator's exit code counts, and its reason is in the run's log.
-    async fn conclude(&self, config: &RunConfig, children: &Children, last: Option<StatusReport>, out: Out) -> Result<u8, Fail> {
+    async fn conclude(
+        &self,
+        config: &RunConfig,
+        children: &Children,
+        (last, restarts): (Option<StatusReport>, u32),
+        out: Out,
+    ) -> Result<u8, Fail> {
         let code = children.members().first().map_or(FAILED, exit_code);
         let name = match code {
             DONE => "done",
             PREEMPTED => "preempted",
             _ => return Err(failure(children, last.as_ref(), recorded(config).await, code)),
         };
-        let trained = read(config, name).await?;
+        let trained = read(config, name, restarts).await?;
         out.result(&trained, || human(&trained));
         Ok(code)
     }
@@ -244,6 +204,13 @@ impl Train {
     }
 }
 
+/// A file of the config as it is now, for a coordinator that is started again: the run's own may be edited meanwhile.
+fn same_config(config: &RunConfig) -> std::io::Result<tempfile::NamedTempFile> {
+    let file = tempfile::Builder::new().prefix("ella-run-").suffix(".toml").tempfile()?;
+    std::fs::write(file.path(), config.to_toml())?;
+    Ok(file)
+}
+
 fn start_workers(children: &mut Children, config: &RunConfig, worker: &std::path::Path, (grpc, logs): (&str, &Logs)) -> Result<(), Fail> {
     let device = match config.workers.device {
         Device::Auto => "auto",
@@ -255,61 +222,6 @@ fn start_workers(children: &mut Children, config: &RunConfig, worker: &std::path
         children.start(&format!("worker-{number}"), worker, &arguments, logs)?;
     }
     Ok(())
-}
-
-/// What the coordinator says first; none if it ends, says something else, or takes too long.
-async fn first_line(stdout: Option<ChildStdout>) -> Option<Opened> {
-    let mut line = String::new();
-    let mut reader = BufReader::new(stdout?);
-    timeout(OPENING, reader.read_line(&mut line)).await.ok()?.ok()?;
-    serde_json::from_str(&line).ok()
-}
-
-/// Asks for the status again and again. What is not answered is not shown; the processes' ends decide.
-async fn poll(grpc: String, to: watch::Sender<Option<StatusReport>>) {
-    let mut ticks = tokio::time::interval(POLL);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        if let Ok(status) = client::status(&grpc).await
-            && to.send(Some(status.into())).is_err()
-        {
-            return;
-        }
-    }
-}
-
-fn show(status: &StatusReport, meter: &mut Meter, begun: &mut bool) {
-    if status.phase == "waiting" || status.phase == "starting" {
-        return meter.at(status.step, &format!("{} {}", status.phase, status.reason));
-    }
-    if !*begun {
-        *begun = true;
-        meter.starts_at(status.step);
-    }
-    let loss = status.loss.map_or_else(String::new, |loss| format!("loss {loss:.4}  "));
-    let draining = if status.phase == "draining" { "  leaving after a commit" } else { "" };
-    let commit = if status.commits == 0 { String::new() } else { format!(", the last at step {}", status.last_commit_step) };
-    let (rate, commits) = (status.samples_per_second, status.commits);
-    let waits = if status.phase == "training" && !status.reason.is_empty() { format!("  {}", status.reason) } else { String::new() };
-    meter.at(status.step, &format!("{loss}{rate:.1} samples/s  {commits} commits{commit}{draining}{waits}"));
-}
-
-/// SIGTERM and SIGINT.
-struct Signals {
-    term: Signal,
-    int: Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self, Fail> {
-        let caught = |kind| signal(kind).map_err(|error| Fail::failed(format_args!("signals cannot be caught ({error})")));
-        Ok(Self { term: caught(SignalKind::terminate())?, int: caught(SignalKind::interrupt())? })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! { _ = self.term.recv() => {}, _ = self.int.recv() => {} }
-    }
 }
 
 /// A process's exit code as ours: one that was killed has failed.
@@ -341,7 +253,7 @@ fn failure(children: &Children, last: Option<&StatusReport>, recorded: Option<St
 }
 
 /// What the run's folder says once the run has ended.
-async fn read(config: &RunConfig, outcome: &'static str) -> Result<Trained, Fail> {
+async fn read(config: &RunConfig, outcome: &'static str, restarts: u32) -> Result<Trained, Fail> {
     let run = RunFolder::open(&config.run.output).await?;
     let state = run.state().await?;
     // The run is what its commits are, whatever became of its metrics.
@@ -363,17 +275,19 @@ async fn read(config: &RunConfig, outcome: &'static str) -> Result<Trained, Fail
         loss: last.loss,
         commits: state.commits.len(),
         last_commit_step,
+        restarts,
         read,
     })
 }
 
 fn human(trained: &Trained) -> String {
-    let Trained { outcome, run, step, steps, loss, commits, last_commit_step, read } = trained;
+    let Trained { outcome, run, step, steps, loss, commits, last_commit_step, restarts, read } = trained;
     let loss = loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
     let next = if *outcome == "done" { "" } else { "; the same command resumes it" };
     let read: Vec<String> = read.iter().map(|(name, count)| format!("{name} {count}")).collect();
     let read = if read.is_empty() { String::new() } else { format!("\nread     {}", read.join(", ")) };
+    let again = if *restarts == 0 { String::new() } else { format!("\nrestarts {restarts}") };
     format!(
-        "{outcome} at step {step} of {steps}{loss}{next}\ncommits  {commits} kept, the newest of step {last_commit_step}{read}\nrun      {run}"
+        "{outcome} at step {step} of {steps}{loss}{next}\ncommits  {commits} kept, the newest of step {last_commit_step}{again}{read}\nrun      {run}"
     )
 }

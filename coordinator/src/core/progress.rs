@@ -1,6 +1,6 @@
 //! How far training is and how fast. Nothing waits for these messages and none is answered (LIVE).
 
-use super::{ConnId, Core, Effect, Time};
+use super::{ConnId, Core, Effect, Phase, Time};
 use crate::machine::Counts;
 use ella_proto::ids::{Rank, Step};
 use ella_proto::v1;
@@ -107,7 +107,9 @@ impl Core {
 
     /// A rank has applied a step. Rank 0 speaks for all; of the others only the timing is of interest.
     pub(super) fn measured(&mut self, now: Time, conn: ConnId, mut progress: v1::Progress) {
-        if !self.phase.has_begun() || progress.step > self.config.steps || self.members.rank(conn).is_none() {
+        // What a rank tells of the last step of a generation may come when others have said that it is over.
+        let in_generation = self.phase.has_begun() || matches!(self.phase, Phase::Regrouping { .. });
+        if !in_generation || progress.step > self.config.steps || self.members.rank(conn).is_none() {
             return self.counts.add("refused_out_of_turn", 1);
         }
         for (reason, n) in &progress.skipped {
