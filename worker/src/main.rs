@@ -4,6 +4,7 @@
 use clap::Parser;
 use ella_proto::config::Device;
 use ella_worker::control::Flags;
+use ella_worker::device;
 use ella_worker::job::MOST_SLOTS;
 use ella_worker::leave;
 use ella_worker::session::{Options, work};
@@ -57,6 +58,8 @@ fn device(text: &str) -> Result<Device, String> {
 }
 
 fn main() -> ExitCode {
+    // SAFETY: no thread has been started yet.
+    unsafe { device::use_large_pages() };
     let arguments = Arguments::parse();
     start_log(&arguments.log_format);
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {

@@ -94,7 +94,8 @@ impl Status {
             ensure!(begin.elapsed() < PATIENCE, "{workers} workers did not train within {} s", PATIENCE.as_secs());
             std::thread::sleep(Duration::from_millis(50));
             let Ok(status) = self.get() else { continue };
-            let ranks: Vec<&Value> = status["workers"].as_array().into_iter().flatten().filter(|worker| !worker["rank"].is_null()).collect();
+            let ranks: Vec<&Value> =
+                status["workers"].as_array().into_iter().flatten().filter(|worker| !worker["rank"].is_null()).collect();
             if status["phase"] != "training" || ranks.len() != workers {
                 first = None;
                 continue;
@@ -180,7 +181,8 @@ fn report(run: &Path, kills: &[u64]) -> Result<()> {
     let first_of = |from: u64| steps.iter().find(|step| step.number == from + 1);
     let mut deaths: Vec<u64> = Vec::new();
     for kill in kills {
-        let (_, _, from) = generations.iter().find(|(at, world, _)| at >= kill && *world == WORKERS - 1).context("no generation after a kill")?;
+        let (_, _, from) =
+            generations.iter().find(|(at, world, _)| at >= kill && *world == WORKERS - 1).context("no generation after a kill")?;
         let first = first_of(*from).context("no step after a kill")?;
         deaths.push((first.at - kill).saturating_sub(first.took));
     }
@@ -190,15 +192,47 @@ fn report(run: &Path, kills: &[u64]) -> Result<()> {
             joins.push((first.at - last.at).saturating_sub(first.took));
         }
     }
+    if std::env::var_os("ELLA_VERBOSE").is_some() {
+        breakdown(&events, &steps, kills)?;
+        for metric in metrics.iter().rev().take(3) {
+            println!("step {}: {}", metric["step"], metric["parts"]);
+        }
+    }
     deaths.sort_unstable();
     joins.sort_unstable();
     let median = |times: &[u64]| times.get(times.len() / 2).copied().unwrap_or_default();
     let mut took: Vec<u64> = steps.iter().map(|step| step.took).collect();
     took.sort_unstable();
     println!("a step of {WORKERS} workers at 66.8 million parameters: median {} ms", median(&took));
-    println!("deaths: {} of {} kills; from SIGKILL to the next applied step, less that step: median {} ms, worst {} ms", deaths.len(), kills.len(), median(&deaths), deaths.last().unwrap_or(&0));
-    println!("joins: {}; the others' pause, less the step: median {} ms, worst {} ms", joins.len(), median(&joins), joins.last().unwrap_or(&0));
+    println!(
+        "deaths: {} of {} kills; from SIGKILL to the next applied step, less that step: median {} ms, worst {} ms",
+        deaths.len(),
+        kills.len(),
+        median(&deaths),
+        deaths.last().unwrap_or(&0)
+    );
+    println!(
+        "joins: {}; the others' pause, less the step: median {} ms, worst {} ms",
+        joins.len(),
+        median(&joins),
+        joins.last().unwrap_or(&0)
+    );
     println!("steps applied {}, of which more than once {}; the global batch unchanged in all", steps.len(), steps.len() - numbers.len());
+    Ok(())
+}
+
+/// When after each kill it was noticed, the generation was formed and all ranks were ready, and the first step was applied; in ms.
+fn breakdown(events: &[Value], steps: &[Step], kills: &[u64]) -> Result<()> {
+    for kill in kills {
+        let mut line = String::new();
+        for name in ["lost", "generation", "started"] {
+            let event = events.iter().find(|event| event["event"] == name && event["at_unix_ms"].as_u64().is_some_and(|at| at >= *kill));
+            let at = event.and_then(|event| event["at_unix_ms"].as_u64()).context("no event after a kill")?;
+            line += &format!("{name} {}  ", at - kill);
+        }
+        let first = steps.iter().find(|step| step.at > *kill).context("no step after a kill")?;
+        println!("{line}step {} at {}, which took {}", first.number, first.at - kill, first.took);
+    }
     Ok(())
 }
 

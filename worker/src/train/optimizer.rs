@@ -1,7 +1,7 @@
 //! AdamW with warm-up, clipping and an exponential moving average, on flat buffers.
 
 use ella_proto::config::{ScheduleKind, Train};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The learning rate of the update that makes step `step` (the first is 1): linear warm-up, then constant or half a cosine.
 pub fn learning_rate(train: &Train, step: u64) -> f64 {
@@ -27,7 +27,7 @@ pub fn ema_decay(train: &Train, step: u64) -> f64 {
 }
 
 /// Elements whose squares are summed at a time.
-const NORM_PIECE: i64 = 1 << 20;
+const NORM_PIECE: i64 = 1 << 17;
 
 /// Scales `grad` in place so that its 2-norm is at most `limit` (0: no limit). Returns the norm before.
 pub fn clip(grad: &mut Tensor, limit: f64) -> Result<f64, tch::TchError> {
@@ -57,30 +57,52 @@ pub struct Buffers {
     pub ema: Tensor,
 }
 
+impl Buffers {
+    /// Views of one stretch.
+    fn narrow(&self, from: i64, len: i64) -> Result<Self, tch::TchError> {
+        let view = |tensor: &Tensor| tensor.f_narrow(0, from, len);
+        let Self { params, exp_avg, exp_avg_sq, ema } = self;
+        Ok(Self { params: view(params)?, exp_avg: view(exp_avg)?, exp_avg_sq: view(exp_avg_sq)?, ema: view(ema)? })
+    }
+}
+
+/// Elements that are updated at a time on a processor, so that what is read once and what is made in between stay in its cache.
+const UPDATE_PIECE: i64 = 1 << 16;
+
 /// One AdamW update, as `torch.optim.AdamW` (v2.11, single tensor) orders it, and the moving average after it.
 /// `step` is the number of the update, from 1; `grad` is `[P]` float32.
 pub fn update(buffers: &mut Buffers, grad: &Tensor, train: &Train, step: u64) -> Result<(), tch::TchError> {
+    let total = grad.size1()?;
+    let piece = if grad.device() == Device::Cpu { UPDATE_PIECE } else { total.max(1) };
+    tch::no_grad(|| {
+        for from in (0..total).step_by(piece as usize) {
+            let len = piece.min(total - from);
+            update_piece(buffers.narrow(from, len)?, &grad.f_narrow(0, from, len)?, train, step)?;
+        }
+        Ok(())
+    })
+}
+
+fn update_piece(buffers: Buffers, grad: &Tensor, train: &Train, step: u64) -> Result<(), tch::TchError> {
     let o = &train.optimizer;
     let [beta1, beta2] = o.betas;
     let lr = learning_rate(train, step);
     let correction1 = 1.0 - beta1.powi(step.min(i32::MAX as u64) as i32);
     let correction2 = 1.0 - beta2.powi(step.min(i32::MAX as u64) as i32);
-    tch::no_grad(|| {
-        let Buffers { params, exp_avg, exp_avg_sq, ema } = buffers;
-        let _ = params.f_mul_scalar_(1.0 - lr * o.weight_decay)?;
-        let _ = exp_avg.f_lerp_(grad, 1.0 - beta1)?;
-        let mut squared = grad.f_square()?;
-        let _ = squared.f_mul_scalar_(1.0 - beta2)?;
-        let _ = exp_avg_sq.f_mul_scalar_(beta2)?.f_add_(&squared)?;
-        let mut denominator = exp_avg_sq.f_sqrt()?;
-        let _ = denominator.f_div_scalar_(correction2.sqrt())?;
-        let _ = denominator.f_add_scalar_(o.eps)?;
-        let mut change = exp_avg.f_div(&denominator)?;
-        let _ = change.f_mul_scalar_(-lr / correction1)?;
-        let _ = params.f_add_(&change)?;
-        let _ = ema.f_lerp_(params, 1.0 - ema_decay(train, step))?;
-        Ok(())
-    })
+    let Buffers { mut params, mut exp_avg, mut exp_avg_sq, mut ema } = buffers;
+    let _ = params.f_mul_scalar_(1.0 - lr * o.weight_decay)?;
+    let _ = exp_avg.f_lerp_(grad, 1.0 - beta1)?;
+    let mut squared = grad.f_square()?;
+    let _ = squared.f_mul_scalar_(1.0 - beta2)?;
+    let _ = exp_avg_sq.f_mul_scalar_(beta2)?.f_add_(&squared)?;
+    let mut denominator = exp_avg_sq.f_sqrt()?;
+    let _ = denominator.f_div_scalar_(correction2.sqrt())?;
+    let _ = denominator.f_add_scalar_(o.eps)?;
+    let mut change = exp_avg.f_div(&denominator)?;
+    let _ = change.f_mul_scalar_(-lr / correction1)?;
+    let _ = params.f_add_(&change)?;
+    let _ = ema.f_lerp_(&params, 1.0 - ema_decay(train, step))?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -117,6 +139,31 @@ mod tests {
         let got: Vec<f32> = Vec::try_from(&b.params).unwrap();
         let want = [0.850_007_95f32, -1.883_491_2];
         assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() <= 1e-6 * w.abs()), "{got:?} {want:?}");
+    }
+
+    /// Updating in pieces that stay in the cache changes nothing.
+    #[test]
+    fn pieces_do_not_matter() {
+        tch::manual_seed(5);
+        let (len, config) = (2 * UPDATE_PIECE + 5, train(ScheduleKind::Constant, 0));
+        let random = || Tensor::randn([len], (Kind::Float, Device::Cpu));
+        let grad = random();
+        let mut b = Buffers { exp_avg: random(), exp_avg_sq: random().square(), ema: random(), params: random() };
+        let whole = Buffers { exp_avg: b.exp_avg.copy(), exp_avg_sq: b.exp_avg_sq.copy(), ema: b.ema.copy(), params: b.params.copy() };
+        update(&mut b, &grad, &config, 7).unwrap();
+        let view = |tensor: &Tensor| tensor.shallow_clone();
+        let views = Buffers {
+            exp_avg: view(&whole.exp_avg),
+            exp_avg_sq: view(&whole.exp_avg_sq),
+            ema: view(&whole.ema),
+            params: view(&whole.params),
+        };
+        tch::no_grad(|| update_piece(views, &grad, &config, 7)).unwrap();
+        for (one, other) in
+            [(&b.params, &whole.params), (&b.exp_avg, &whole.exp_avg), (&b.exp_avg_sq, &whole.exp_avg_sq), (&b.ema, &whole.ema)]
+        {
+            assert!((one - other).abs().max().double_value(&[]) <= 1e-7 * one.abs().max().double_value(&[]));
+        }
     }
 
     #[test]
