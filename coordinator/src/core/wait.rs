@@ -79,7 +79,7 @@ impl fmt::Display for Wait {
                 write!(f, "waiting for the ranks of the last coordinator to come back: {have} of {world} are here")
             }
             Self::Loading { ranks } => write!(f, "waiting for ranks to load and restore: {}", listed(ranks)),
-            Self::Regroup { busy, reason } => write!(f, "waiting for {busy} workers to stop, to go on without or with others ({reason})"),
+            Self::Regroup { busy, reason } => write!(f, "waiting for workers to stop, so that others can go on: {busy} ({reason})"),
             Self::Encoding { ranks, captions } => {
                 write!(f, "the next step waits for captions to be encoded: {captions} are, by ranks {}", listed(ranks))
             }
