@@ -189,8 +189,7 @@ async fn measure(count: usize) -> Result<Measured> {
     tokio::time::sleep(Duration::from_secs(2)).await;
     let (said, seconds, from) = (shared.said.load(Relaxed), coordinator.seconds()?, Instant::now());
     tokio::time::sleep(WINDOW).await;
-    let (said, seconds, took) =
-        (shared.said.load(Relaxed) - said, coordinator.seconds()? - seconds, from.elapsed().as_secs_f64());
+    let (said, seconds, took) = (shared.said.load(Relaxed) - said, coordinator.seconds()? - seconds, from.elapsed().as_secs_f64());
     let died = Instant::now();
     victim.cancel();
     let mut times = Vec::new();
@@ -262,7 +261,7 @@ impl Worker {
                             training = false;
                             // The count may be complete.
                             let _ = self.told.send(Instant::now());
-                            Say::Idle(v1::Idle { step: Some(step), broken: String::new() })
+                            Say::Idle(v1::Idle { step: Some(step), broken: String::new(), ..v1::Idle::default() })
                         }
                         _ => continue,
                     }

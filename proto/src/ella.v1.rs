@@ -168,18 +168,26 @@ pub struct Idle {
     /// Why its generation ended, if that was not at a boundary that the coordinator asked for: a collective's error, in words.
     #[prost(string, tag = "2")]
     pub broken: ::prost::alloc::string::String,
+    /// What it would train on. A worker that has other data or models than the run is refused.
+    #[prost(string, tag = "3")]
+    pub data_digest: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub models_digest: ::prost::alloc::string::String,
 }
 /// The worker has been asked to leave (SIGTERM). It stays until it is released, or the run is drained.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Leaving {}
-/// A place in a generation. `peers` are the collective addresses in rank order; `commit_json` is the newest commit's record (empty: there
+/// A place in a generation: `rank` of `world`. `next` is where the collective of the next rank listens (of the last one's, rank 0's: they form a
+/// ring; all addresses for all ranks would be gigabytes in a large world). `commit_json` is the newest commit's record (empty: there
 /// is none); `session` is the same 16 bytes for all of a generation.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Assign {
     #[prost(uint32, tag = "1")]
     pub rank: u32,
-    #[prost(string, repeated, tag = "2")]
-    pub peers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, tag = "2")]
+    pub next: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "8")]
+    pub world: u32,
     #[prost(bytes = "vec", tag = "3")]
     pub commit_json: ::prost::alloc::vec::Vec<u8>,
     #[prost(bytes = "vec", tag = "4")]
@@ -595,7 +603,8 @@ pub enum RefusedReason {
     Unspecified = 0,
     Version = 1,
     Config = 2,
-    Full = 3,
+    /// Its data set or models are not the run's.
+    Data = 3,
     DuplicateDevice = 4,
     DeviceKind = 5,
     DuplicateWorker = 6,
@@ -613,7 +622,7 @@ impl RefusedReason {
             Self::Unspecified => "REFUSED_REASON_UNSPECIFIED",
             Self::Version => "REFUSED_REASON_VERSION",
             Self::Config => "REFUSED_REASON_CONFIG",
-            Self::Full => "REFUSED_REASON_FULL",
+            Self::Data => "REFUSED_REASON_DATA",
             Self::DuplicateDevice => "REFUSED_REASON_DUPLICATE_DEVICE",
             Self::DeviceKind => "REFUSED_REASON_DEVICE_KIND",
             Self::DuplicateWorker => "REFUSED_REASON_DUPLICATE_WORKER",
@@ -628,7 +637,7 @@ impl RefusedReason {
             "REFUSED_REASON_UNSPECIFIED" => Some(Self::Unspecified),
             "REFUSED_REASON_VERSION" => Some(Self::Version),
             "REFUSED_REASON_CONFIG" => Some(Self::Config),
-            "REFUSED_REASON_FULL" => Some(Self::Full),
+            "REFUSED_REASON_DATA" => Some(Self::Data),
             "REFUSED_REASON_DUPLICATE_DEVICE" => Some(Self::DuplicateDevice),
             "REFUSED_REASON_DEVICE_KIND" => Some(Self::DeviceKind),
             "REFUSED_REASON_DUPLICATE_WORKER" => Some(Self::DuplicateWorker),

@@ -258,7 +258,9 @@ async fn leftovers_are_retired_folders_and_unrecorded_ones_of_earlier_terms() {
             log.append(Body::Commit(commit(step, 1)), 2).await.unwrap();
         }
         log.append(Body::Retire { commits: vec![commit_folder(10, 1, 1)] }, 3).await.unwrap();
-        for folder in [commit_folder(10, 1, 1), commit_folder(20, 1, 1), commit_folder(30, 1, 1), commit_folder(30, 2, 1), "commits/mine".into()] {
+        for folder in
+            [commit_folder(10, 1, 1), commit_folder(20, 1, 1), commit_folder(30, 1, 1), commit_folder(30, 2, 1), "commits/mine".into()]
+        {
             store.put(&format!("{folder}/x/y"), Bytes::new()).await.unwrap();
         }
         let (_, records) = claim(&store, "b").await;

@@ -381,7 +381,7 @@ fn than_text(than: Than) -> String {
     }
 }
 
-fn advice(field: Field) -> &'static str {
+pub(super) fn advice(field: Field) -> &'static str {
     match field {
         Field::Data => "all workers, and every resume, must read the data set that the run began with",
         Field::Models => "all workers, and every resume, must load the base and text models that the run began with",

@@ -179,15 +179,18 @@ impl Core {
         let workers = placed.iter().map(|(_, _, member)| member.hello.worker_id.clone()).collect();
         let assign = v1::Assign {
             rank: 0,
-            peers: placed.iter().map(|(_, _, member)| member.hello.peer_address.clone()).collect(),
+            next: String::new(),
+            world: chosen.len() as u32,
             commit_json: lineup.commit.as_ref().map(|commit| serde_json::to_vec(commit).unwrap_or_default()).unwrap_or_default(),
             session: self.session(),
             source: lineup.source.map(|rank| rank.0),
             step: lineup.from.0,
             copy,
         };
-        for (rank, (conn, _)) in (0..).zip(chosen) {
-            self.send(*conn, to_worker::Body::Assign(v1::Assign { rank, ..assign.clone() }));
+        let addresses: Vec<String> = placed.iter().map(|(_, _, member)| member.hello.peer_address.clone()).collect();
+        for (rank, (conn, _)) in chosen.iter().enumerate() {
+            let next = addresses[(rank + 1) % addresses.len()].clone();
+            self.send(*conn, to_worker::Body::Assign(v1::Assign { rank: rank as u32, next, ..assign.clone() }));
         }
         self.note(Note::Generation { generation: self.generation.0, workers, from_step: lineup.from.0 });
     }
@@ -261,6 +264,10 @@ impl Core {
         let held = Held::Idle(idle.step.filter(|step| *step <= steps).map(Step));
         let Some(member) = self.members.get(conn) else { return };
         let (who, placed, returned) = (member.who(), member.rank().is_some(), member.place.is_some());
+        if let Some(refusal) = self.stranger(&idle).filter(|_| !placed && member.open) {
+            self.members.remove(conn);
+            return self.refuse(conn, who.worker_id, refusal);
+        }
         if self.has_done_its_work(member) {
             return;
         }

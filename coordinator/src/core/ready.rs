@@ -1,7 +1,7 @@
 //! Ready: all ranks of a generation must agree before it trains, with each other and with what the run was trained on so far.
 
 use super::refusal::shown;
-use super::{ConnId, Core, Failure, Field, Loss, Note, Phase, Than, Time};
+use super::{ConnId, Core, Failure, Field, Loss, Note, Phase, Refusal, Than, Time};
 use ella_proto::ids::{Rank, Step};
 use ella_proto::v1::{self, to_worker};
 
@@ -37,6 +37,14 @@ impl Core {
         self.send_placed(&to_worker::Body::Start(v1::Start {}));
         self.note(Note::Started { generation: self.generation.0, step: from.0 });
         self.begin_training(now);
+    }
+
+    /// Why a worker that waits for a place can have none: it has other data or models than the run was trained on in this incarnation.
+    pub(super) fn stranger(&self, idle: &v1::Idle) -> Option<Refusal> {
+        let agreed = self.agreed.as_ref()?;
+        let fields = [(Field::Data, &agreed.data_digest, &idle.data_digest), (Field::Models, &agreed.models_digest, &idle.models_digest)];
+        let (field, ours, theirs) = fields.into_iter().find(|(_, ours, theirs)| !theirs.is_empty() && ours != theirs)?;
+        Some(Refusal::Data { field, ours: ours.clone(), theirs: shown(theirs) })
     }
 
     /// Lets ranks go that read other data or models than the run was trained on in this incarnation. A worker that was set up wrongly and

@@ -1,6 +1,7 @@
 //! Why a worker is turned away, and the form that its Hello must have.
 
-use super::Who;
+use super::failure::advice;
+use super::{Field, Who};
 use ella_proto::v1;
 
 /// Longest text taken from a worker's Hello.
@@ -41,6 +42,16 @@ pub enum Refusal {
         /// That of the first worker.
         ours: String,
         /// That of this one.
+        theirs: String,
+    },
+    /// It would train on something else.
+    #[error("this worker has {theirs} as its {field}, the run {ours}; {}", advice(*field))]
+    Data {
+        /// What is another.
+        field: Field,
+        /// The run's.
+        ours: String,
+        /// The worker's.
         theirs: String,
     },
     /// Its id is taken.
@@ -89,6 +100,7 @@ impl Refusal {
             Self::Config { .. } => R::Config,
             Self::DuplicateDevice { .. } => R::DuplicateDevice,
             Self::DeviceKind { .. } => R::DeviceKind,
+            Self::Data { .. } => R::Data,
             Self::DuplicateWorker { .. } => R::DuplicateWorker,
             Self::Malformed { .. } => R::Malformed,
             Self::RunOver { .. } | Self::JobOver { .. } => R::RunOver,
@@ -123,6 +135,7 @@ impl Refusal {
             Self::Config { .. } => "refused_config",
             Self::DuplicateDevice { .. } => "refused_duplicate_device",
             Self::DeviceKind { .. } => "refused_device_kind",
+            Self::Data { .. } => "refused_data",
             Self::DuplicateWorker { .. } => "refused_duplicate_worker",
             Self::Malformed { .. } => "refused_malformed",
             Self::RunOver { .. } | Self::JobOver { .. } => "refused_run_over",

@@ -123,7 +123,7 @@ impl Life {
     }
 
     async fn wait_for_a_place(&mut self, broken: String) -> Result<v1::Assign, Ended> {
-        self.fake.say(Say::Idle(v1::Idle { step: self.held, broken })).await;
+        self.fake.say(Say::Idle(v1::Idle { step: self.held, broken, ..v1::Idle::default() })).await;
         loop {
             match self.fake.next().await {
                 Some(Told::Assign(assign)) => return Ok(assign),
@@ -132,7 +132,7 @@ impl Life {
                 Some(Told::Regroup(_) | Told::Committed(_)) => {}
                 None => {
                     self.return_without_place().await?;
-                    self.fake.say(Say::Idle(v1::Idle { step: self.held, broken: String::new() })).await;
+                    self.fake.say(Say::Idle(v1::Idle { step: self.held, broken: String::new(), ..v1::Idle::default() })).await;
                 }
                 other => panic!("{other:?}"),
             }
@@ -156,7 +156,7 @@ impl Life {
     }
 
     async fn take_part(&mut self, assign: v1::Assign) -> Left {
-        (self.fake.rank, self.fake.world) = (assign.rank, assign.peers.len() as u32);
+        (self.fake.rank, self.fake.world) = (assign.rank, assign.world);
         self.held = Some(assign.step);
         let digest = if assign.source.is_some() { String::new() } else { digest_of(assign.step) };
         let ready = ready(assign.step, digest);

@@ -193,7 +193,7 @@ impl Fake {
             Some(Told::Abort(abort)) => return Err(Ended::Aborted(abort.reason)),
             other => panic!("{other:?}"),
         };
-        (self.rank, self.world) = (assign.rank, assign.peers.len() as u32);
+        (self.rank, self.world) = (assign.rank, assign.world);
         assert_eq!(assign.session.len(), 16);
         let commit: Option<Commit> = serde_json::from_slice(&assign.commit_json).ok();
         assert_eq!((assign.source, assign.step), (None, commit.as_ref().map_or(0, |commit| commit.step)));

@@ -557,7 +557,16 @@ impl RunConfig {
         for path in ["data.memory_bytes", "data.cache", "data.cache_bytes"] {
             keys::remove(&mut value, path);
         }
-        for path in ["checkpoint", "train.eval_every", "train.eval_samples", "workers.count", "workers.min", "workers.max", "workers.join_window", "workers.straggler"] {
+        for path in [
+            "checkpoint",
+            "train.eval_every",
+            "train.eval_samples",
+            "workers.count",
+            "workers.min",
+            "workers.max",
+            "workers.join_window",
+            "workers.straggler",
+        ] {
             keys::remove(&mut value, path);
         }
         for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {
@@ -745,7 +754,17 @@ mod tests {
         for free in ["data.cache=/tmp/x", "data.cache_bytes=0", "data.memory_bytes=9"] {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
         }
-        for free in ["workers.count=2", "run.output=x", "checkpoint.every=7", "checkpoint.keep=1", "train.steps=5", "workers.lease=1s", "workers.max=2", "workers.straggler=evict", "workers.join_window=0s"] {
+        for free in [
+            "workers.count=2",
+            "run.output=x",
+            "checkpoint.every=7",
+            "checkpoint.keep=1",
+            "train.steps=5",
+            "workers.lease=1s",
+            "workers.max=2",
+            "workers.straggler=evict",
+            "workers.join_window=0s",
+        ] {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
         }
         let ahead = parse("", &["text.features=ahead"]).unwrap();

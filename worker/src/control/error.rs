@@ -62,7 +62,7 @@ impl ControlError {
     pub fn is_permanent(&self) -> bool {
         use RefusedReason as R;
         let Self::Refused { reason, .. } = self else { return false };
-        matches!(reason, R::Version | R::Config | R::DeviceKind | R::Malformed)
+        matches!(reason, R::Version | R::Config | R::DeviceKind | R::Data | R::Malformed)
     }
 
     /// For a worker that is of no use any more: how that ends it, unless it is an error.

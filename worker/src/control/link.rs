@@ -177,7 +177,7 @@ async fn silent(mut client: CoordinatorClient<Channel>, patience: Duration) {
     }
 }
 
-fn refusal(refused: Refused) -> ControlError {
+pub(super) fn refusal(refused: Refused) -> ControlError {
     let (reason, outcome) = (refused.reason(), refused.outcome());
     let detail = if refused.detail.is_empty() { reason.as_str_name().to_owned() } else { refused.detail };
     match reason {

@@ -128,7 +128,7 @@ impl Server {
     fn end_of_the_run(&self) -> Option<ControlError> {
         let committed = self.outbox.flags().committed.load(Ordering::Relaxed);
         match self.outbox.doing() {
-            Doing::Finished(finished) if committed >= finished.step => {
+            Doing::Finished(finished, _) if committed >= finished.step => {
                 Some(ControlError::Over { outcome: finished.outcome(), detail: format!("step {} is committed", finished.step) })
             }
             Doing::Failed => Some(ControlError::Over { outcome: Outcome::Failed, detail: "this worker has failed".to_owned() }),
@@ -217,6 +217,8 @@ impl Server {
                 flags.drain.cancel();
             }
             Message::Abort(abort) => return Some(ControlError::Aborted(abort.reason.clone())),
+            // It has loaded what the run is not trained on.
+            Message::Refused(refused) => return Some(link::refusal(refused.clone())),
             Message::Release(release) => return Some(ControlError::Released(release.reason.clone())),
             Message::Adopted(_) => flags.adopt(era),
             Message::Committed(commit) => drop(flags.committed.fetch_max(commit.step, Ordering::Relaxed)),

@@ -14,12 +14,12 @@ pub(super) enum Doing {
     /// It loads its models.
     #[default]
     Loading,
-    /// It waits for a place, with a state of this many applied steps, or none.
-    Idle(Option<u64>),
+    /// It waits for a place, and says so like this.
+    Idle(Idle),
     /// It is in a generation.
     Placed(Place),
-    /// It has said farewell.
-    Finished(Finished),
+    /// It has said farewell; if the next coordinator does not know of that, it waits for a place.
+    Finished(Finished, Idle),
     /// It has failed, and only waits until that has been heard.
     Failed,
 }
@@ -104,13 +104,14 @@ impl Outbox {
     }
 
     /// Its generation is over, or its models are loaded: says so, now or to the next coordinator. Nothing if a new place has been given already.
-    pub fn idle(&self, step: Option<u64>, broken: String) {
+    pub fn idle(&self, idle: Idle) {
         let era = self.flags.era();
         let mut wire = self.wire();
-        wire.doing = Doing::Idle(step);
+        // The next coordinator has not ended any generation.
+        wire.doing = Doing::Idle(Idle { broken: String::new(), ..idle.clone() });
         if wire.assigned <= era {
             let generation = if era.term == wire.term { era.generation } else { wire.generation };
-            self.put(&wire, generation, Body::Idle(Idle { step, broken }));
+            self.put(&wire, generation, Body::Idle(idle));
         }
     }
 
@@ -120,8 +121,8 @@ impl Outbox {
     }
 
     /// It has applied the run's last step, or the one at which the run leaves.
-    pub fn finished(&self, era: Era, finished: Finished) {
-        self.wire().doing = Doing::Finished(finished);
+    pub fn finished(&self, era: Era, finished: Finished, idle: Idle) {
+        self.wire().doing = Doing::Finished(finished, idle);
         self.send(era, Body::Finished(finished));
     }
 
@@ -146,12 +147,11 @@ impl Outbox {
     pub(super) fn attach(&self, out: Sender<FromWorker>, era: Era) {
         let mut wire = self.wire();
         (wire.out, wire.term, wire.generation) = (Some(out), era.term, era.generation);
-        if let Doing::Idle(step) = wire.doing {
-            self.put(&wire, wire.generation, Body::Idle(Idle { step, broken: String::new() }));
+        if let Doing::Finished(_, idle) = wire.doing.clone() {
+            wire.doing = Doing::Idle(idle);
         }
-        if let Doing::Finished(finished) = wire.doing {
-            wire.doing = Doing::Idle(Some(finished.step));
-            self.put(&wire, wire.generation, Body::Idle(Idle { step: Some(finished.step), broken: String::new() }));
+        if let Doing::Idle(idle) = wire.doing.clone() {
+            self.put(&wire, wire.generation, Body::Idle(idle));
         }
     }
 
@@ -223,26 +223,30 @@ mod tests {
         std::iter::from_fn(|| queue.try_recv().ok()).map(|m| (m.term, m.generation, m.body.unwrap())).collect()
     }
 
-    fn idle(step: Option<u64>, broken: &str) -> Body {
-        Body::Idle(Idle { step, broken: broken.into() })
+    fn waits(step: u64, broken: &str) -> Idle {
+        Idle { step: Some(step), broken: broken.into(), data_digest: "d".into(), ..Idle::default() }
+    }
+
+    fn idle(step: u64, broken: &str) -> Body {
+        Body::Idle(waits(step, broken))
     }
 
     /// However the end of a generation and the change of coordinators fall together, each coordinator hears of it once, and of nothing else.
     #[test]
     fn a_generations_end_is_told_once_to_whoever_is_there() {
         let (outbox, mut first) = unread();
-        outbox.idle(Some(7), "a peer is lost".into());
-        assert_eq!(said(&mut first), [(4, 1, idle(Some(7), "a peer is lost"))]);
+        outbox.idle(waits(7, "a peer is lost"));
+        assert_eq!(said(&mut first), [(4, 1, idle(7, "a peer is lost"))]);
 
         // While nobody is there, the next one is told.
         let (outbox, mut first) = unread();
         outbox.detach();
         outbox.send(ERA, Body::Finished(Finished::default()));
-        outbox.idle(Some(7), "a peer is lost".into());
-        assert_eq!(outbox.doing(), Doing::Idle(Some(7)), "so the greeting has no place");
+        outbox.idle(waits(7, "a peer is lost"));
+        assert_eq!(outbox.doing(), Doing::Idle(waits(7, "")), "so the greeting has no place");
         let (out, mut second) = tokio::sync::mpsc::channel(9);
         outbox.attach(out, Era { term: 5, generation: 0 });
-        assert_eq!((said(&mut first), said(&mut second)), (vec![], vec![(5, 0, idle(Some(7), ""))]));
+        assert_eq!((said(&mut first), said(&mut second)), (vec![], vec![(5, 0, idle(7, ""))]));
 
         // It ends while the greeting is under way.
         let (outbox, _first) = unread();
@@ -252,16 +256,16 @@ mod tests {
         outbox.detach();
         outbox.attach(out, Era { term: 5, generation: 1 });
         outbox.send(ERA, Body::Finished(Finished::default()));
-        outbox.idle(Some(9), "timeout".into());
-        assert_eq!(said(&mut second), [(5, 1, idle(Some(9), "timeout"))]);
+        outbox.idle(waits(9, "timeout"));
+        assert_eq!(said(&mut second), [(5, 1, idle(9, "timeout"))]);
 
         // A farewell that the last coordinator has not acted upon is none to the next.
         let (outbox, _first) = unread();
-        outbox.finished(ERA, Finished { step: 10, outcome: 0 });
+        outbox.finished(ERA, Finished { step: 10, outcome: 0 }, waits(10, ""));
         outbox.detach();
         let (out, mut second) = tokio::sync::mpsc::channel(9);
         outbox.attach(out, Era { term: 5, generation: 0 });
-        assert_eq!(said(&mut second), [(5, 0, idle(Some(10), ""))]);
+        assert_eq!(said(&mut second), [(5, 0, idle(10, ""))]);
     }
 
     #[test]
@@ -269,7 +273,7 @@ mod tests {
         let (outbox, mut queue) = unread();
         assert!(outbox.heard(Era { term: 4, generation: 2 }, true));
         assert!(!outbox.heard(Era { term: 4, generation: 1 }, false) && !outbox.heard(Era { term: 3, generation: 9 }, false));
-        outbox.idle(Some(7), String::new());
+        outbox.idle(waits(7, ""));
         assert_eq!(said(&mut queue), []);
     }
 }

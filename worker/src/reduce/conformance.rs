@@ -34,7 +34,8 @@ fn tcp_ring(world: u32) -> Vec<Tcp> {
     thread::scope(|scope| {
         let peers = &peers;
         let connect = |(rank, listener)| {
-            let membership = Membership { rank, peers, session: [1; 16], generation: 1 };
+            let (world, next) = (peers.len() as u32, peers[(rank as usize + 1) % peers.len()]);
+            let membership = Membership { rank, world, next, session: [1; 16], generation: 1 };
             Tcp::connect(listener, &membership, LONG).expect("all are there")
         };
         let started: Vec<_> = (0..).zip(listeners).map(|rank| scope.spawn(move || connect(rank))).collect();

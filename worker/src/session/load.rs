@@ -33,8 +33,7 @@ pub(super) fn connect(
     let session = assign.session.as_slice().try_into().map_err(|_| WorkError::Protocol("a session that is not 16 bytes"))?;
     let listener = listener.again()?;
     free_at_the_end(flags, listener.abort_handle());
-    let peers = resolve(&assign.peers)?;
-    let membership = Membership { rank: assign.rank, peers: &peers, session, generation };
+    let membership = Membership { rank: assign.rank, world: assign.world, next: resolve(&assign.next)?, session, generation };
     // Others may still be restoring.
     let patience = config.workers.start_timeout.duration();
     let ring: Box<dyn Collective> = Box::new(Tcp::connect(listener, &membership, patience)?);
@@ -70,13 +69,11 @@ fn over_nccl(ring: Box<dyn Collective>, patience: Duration) -> Result<Box<dyn Co
     Ok(Box::new(Nccl::connect(ring, &library, 0, patience)?))
 }
 
-/// Addresses of peers, which may be given by host name.
-fn resolve(peers: &[String]) -> Result<Vec<SocketAddr>, WorkError> {
-    let resolved = |peer: &String| {
-        let mut found = peer.to_socket_addrs().map_err(|source| WorkError::Peer { peer: peer.clone(), message: source.to_string() })?;
-        found.next().ok_or_else(|| WorkError::Peer { peer: peer.clone(), message: "it has no address".to_owned() })
-    };
-    peers.iter().map(resolved).collect()
+/// The address of a peer, which may be given by host name.
+fn resolve(peer: &str) -> Result<SocketAddr, WorkError> {
+    let wrong = |message: String| WorkError::Peer { peer: peer.to_owned(), message };
+    let mut found = peer.to_socket_addrs().map_err(|source| wrong(source.to_string()))?;
+    found.next().ok_or_else(|| wrong("it has no address".to_owned()))
 }
 
 /// Everything that a rank trains with, but for its place in a generation; the feed's and the committing thread running.

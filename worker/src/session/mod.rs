@@ -15,7 +15,7 @@ use crate::reduce::{Listener, Solo};
 use crate::train::state::part_names;
 use crate::train::{Ending, Halt, TrainError, Trainer};
 use ella_proto::config::{Config, Device as Choice, RunConfig};
-use ella_proto::v1::{Activity, Assign, Failed, Finished, Hello, Outcome, Place, Ready, Welcome, from_worker};
+use ella_proto::v1::{Activity, Assign, Failed, Finished, Hello, Idle, Outcome, Place, Ready, Welcome, from_worker};
 use ella_store::{Commit, Store};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -159,8 +159,18 @@ impl<'a> Rank<'a> {
     /// Waits for a place.
     fn idle(&self, broken: String) {
         self.trainer.flags.at(Activity::Unspecified);
-        let step = self.holds_state.then_some(self.trainer.state.step);
-        self.control.outbox().idle(step, broken);
+        self.control.outbox().idle(Idle { broken, ..self.waits() });
+    }
+
+    /// How it waits for one.
+    fn waits(&self) -> Idle {
+        let identity = self.trainer.feed.identity();
+        Idle {
+            step: self.holds_state.then_some(self.trainer.state.step),
+            broken: String::new(),
+            data_digest: identity.data.clone(),
+            models_digest: identity.models.clone(),
+        }
     }
 
     /// A generation, from its first word to its end. What ends it is told, and only an error of this rank's own is one.
@@ -192,7 +202,7 @@ impl<'a> Rank<'a> {
         let config = self.trainer.config.clone();
         let commit = load::parse_commit(assign)?;
         let recorded = commit.as_ref().map_or(0, |commit| commit.step);
-        let world = assign.peers.len() as u32;
+        let world = assign.world;
         self.trainer.seat = Seat { rank: assign.rank, world, era };
         self.trainer.flags.committed.store(recorded, Ordering::Relaxed);
         if assign.source.is_none() {
@@ -282,7 +292,9 @@ impl<'a> Rank<'a> {
             Ending::Preempted => Outcome::Preempted,
         };
         self.farewell = Some(ending);
-        self.control.outbox().finished(era, Finished { step: trainer.state.step, outcome: outcome.into() });
+        let waits = self.waits();
+        self.control.outbox().finished(era, Finished { step: self.trainer.state.step, outcome: outcome.into() }, waits);
+        let trainer = &mut self.trainer;
         if ending == Ending::Done
             && trainer.seat.rank == 0
             && let Err(error) = trainer.feed.finish_features()

@@ -188,7 +188,8 @@ impl Worker {
     pub(crate) fn assign(&mut self, rank: u32, peers: Vec<String>, commit: Option<&Commit>) {
         self.generation = 1;
         let commit_json = commit.map(|commit| serde_json::to_vec(commit).unwrap()).unwrap_or_default();
-        self.say(Say::Assign(v1::Assign { rank, peers, commit_json, session: vec![9; 16], ..v1::Assign::default() }));
+        let (world, next) = (peers.len() as u32, peers[(rank as usize + 1) % peers.len()].clone());
+        self.say(Say::Assign(v1::Assign { rank, world, next, commit_json, session: vec![9; 16], ..v1::Assign::default() }));
     }
 
     /// Waits until it says that it waits for a place.
@@ -234,7 +235,8 @@ impl Worker {
     pub(crate) fn next_place(&mut self, rank: u32, peers: Vec<String>, (step, copy): (u64, bool)) {
         self.generation += 1;
         let session = vec![self.generation as u8; 16];
-        self.say(Say::Assign(v1::Assign { rank, peers, session, source: Some(0), step, copy, ..v1::Assign::default() }));
+        let (world, next) = (peers.len() as u32, peers[(rank as usize + 1) % peers.len()].clone());
+        self.say(Say::Assign(v1::Assign { rank, world, next, session, source: Some(0), step, copy, ..v1::Assign::default() }));
     }
 
     /// Reads until it says that it was told to leave.

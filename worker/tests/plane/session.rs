@@ -176,7 +176,9 @@ fn every_kind_of_connector_is_trained() {
 #[test]
 fn a_refused_worker_says_why_and_whether_to_try_again() {
     RUNTIME.block_on(async {
-        for (reason, permanent) in [(RefusedReason::Version, true), (RefusedReason::Full, false), (RefusedReason::Superseded, false)] {
+        for (reason, permanent) in
+            [(RefusedReason::Version, true), (RefusedReason::DuplicateDevice, false), (RefusedReason::Superseded, false)]
+        {
             let worker = Scripted::start().await.worker().await;
             worker.say(Say::Refused(v1::Refused { reason: reason.into(), detail: "not you".into(), ..Default::default() }));
             let error = worker.ended().await.unwrap_err();
@@ -285,7 +287,8 @@ fn a_worker_stays_until_its_farewell_has_been_read() {
         assert_eq!(worker.place, None);
         worker.term = TERM + 1;
         worker.say(welcome(&config, &url));
-        assert_eq!(worker.idle().await, v1::Idle { step: Some(1), broken: String::new() });
+        let idle = worker.idle().await;
+        assert_eq!((idle.step, idle.broken.as_str()), (Some(1), ""));
         let peers = vec![worker.address.clone()];
         worker.assign_from(0, peers, (1, false)).await;
         let (heard, finished) = Heard::of(&mut worker).await;

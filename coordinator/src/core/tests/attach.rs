@@ -49,7 +49,8 @@ fn when_enough_have_loaded_a_generation_is_formed_and_all_get_their_places() {
     let assign = |rank: u32| {
         to_worker::Body::Assign(v1::Assign {
             rank,
-            peers: vec!["10.0.0.1:4000".into(), "10.0.0.2:4000".into()],
+            next: format!("10.0.0.{}:4000", 2 - rank),
+            world: 2,
             commit_json: serde_json::to_vec(&commit_at(4, 2)).unwrap(),
             session: [6].into_iter().chain([7; 15]).collect(),
             source: None,
@@ -225,4 +226,25 @@ fn a_worker_that_does_not_load_is_named_at_the_deadline() {
     assert!(!run.core.phase().is_over());
     run.until(19_000, &[2, 3]);
     assert_eq!(run.failure(), Failure::NotReady { who: who(2, None), waited_ms: 10_000 });
+}
+
+/// It is set up wrongly; the run, which knows better by now, goes on without it.
+#[test]
+fn a_joiner_with_another_data_set_is_refused_before_it_has_a_place() {
+    let mut run = Run::training(vec![]);
+    run.hello(3);
+    let other = v1::Idle { data_digest: hex("other"), models_digest: hex("models"), ..v1::Idle::default() };
+    let effects = run.say(3, from_worker::Body::Idle(other));
+    let detail = format!(
+        "this worker has {} as its data set digest, the run {}; all workers, and every resume, must read the data set that the run began with",
+        hex("other"),
+        hex("data")
+    );
+    let refused = v1::Refused { reason: v1::RefusedReason::Data.into(), detail: detail.clone(), outcome: 0 };
+    let note = Note::Refused { worker: "w3".into(), why: detail };
+    assert_eq!(effects, vec![run.to(3, to_worker::Body::Refused(refused)), Effect::Close(conn(3)), Effect::Note(note)]);
+    assert_eq!((run.count("refused_data"), run.core.phase()), (1, &Phase::Training));
+    run.hello(4);
+    let same = v1::Idle { data_digest: hex("data"), models_digest: hex("models"), ..v1::Idle::default() };
+    assert_eq!(run.say(4, from_worker::Body::Idle(same)), vec![]);
 }

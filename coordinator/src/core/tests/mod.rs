@@ -136,11 +136,11 @@ pub(super) fn ready_to_go_on(step: u64) -> v1::Ready {
 }
 
 pub(super) fn idle(step: Option<u64>) -> from_worker::Body {
-    from_worker::Body::Idle(v1::Idle { step, broken: String::new() })
+    from_worker::Body::Idle(v1::Idle { step, broken: String::new(), ..v1::Idle::default() })
 }
 
 pub(super) fn broken(step: u64, why: &str) -> from_worker::Body {
-    from_worker::Body::Idle(v1::Idle { step: Some(step), broken: why.into() })
+    from_worker::Body::Idle(v1::Idle { step: Some(step), broken: why.into(), ..v1::Idle::default() })
 }
 
 pub(super) fn progress(step: u64, samples: u64) -> v1::Progress {

@@ -20,6 +20,7 @@ pub(super) struct Oracle {
     /// The newest generation: its number, members, first place, and who was ready.
     generation: u64,
     lineup: BTreeSet<String>,
+    nexts: BTreeSet<String>,
     assign: Option<Assign>,
     ready: BTreeSet<String>,
     /// What ranks reported of commits, by generation and step.
@@ -42,6 +43,7 @@ impl Oracle {
             states: BTreeMap::new(),
             generation: 0,
             lineup: BTreeSet::new(),
+            nexts: BTreeSet::new(),
             assign: None,
             ready: BTreeSet::new(),
             digests: BTreeMap::new(),
@@ -166,7 +168,7 @@ impl Oracle {
             assert!(generation > self.generation, "G-2: {generation} after {}", self.generation);
             assert_eq!(self.busy, BTreeSet::new(), "G-1");
             (self.generation, self.assign) = (generation, Some(assign.clone()));
-            (self.lineup, self.ready) = (BTreeSet::new(), BTreeSet::new());
+            (self.lineup, self.ready, self.nexts) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
             let last = self.newest.as_ref().map_or(0, |commit| commit.step);
             let commit: Option<Commit> = serde_json::from_slice(&assign.commit_json).ok();
             assert_eq!(commit, self.newest, "G-3: the newest commit");
@@ -176,10 +178,10 @@ impl Oracle {
             }
         }
         let rank = assign.rank;
-        let first = Assign { rank, ..self.assign.clone().unwrap() };
+        let first = Assign { rank, next: assign.next.clone(), ..self.assign.clone().unwrap() };
         assert_eq!(first, *assign, "G-3: all ranks are told the same");
         assert_eq!(rank as usize, self.lineup.len(), "M-2");
-        assert_eq!(assign.peers.len(), assign.peers.iter().collect::<BTreeSet<_>>().len(), "M-2: peers");
+        assert!(rank < assign.world && self.nexts.insert(assign.next.clone()), "M-2: each has a next rank of its own");
         let state = self.states.remove(&worker).expect("G-1: a place for one that is not idle");
         if assign.source == Some(rank) {
             assert_eq!(state, Some(assign.step), "G-3: what the source holds");

@@ -56,7 +56,7 @@ impl Worker {
 
     fn leave_ring(&mut self, broken: &str) {
         if self.seat.is_some() {
-            self.say(from_worker::Body::Idle(v1::Idle { step: self.held, broken: broken.into() }));
+            self.say(from_worker::Body::Idle(v1::Idle { step: self.held, broken: broken.into(), ..v1::Idle::default() }));
             self.seat = None;
         }
     }
@@ -188,7 +188,7 @@ impl Sim {
                 }
             }
             B::Assign(assign) => {
-                let (ring, world) = ((message.term, message.generation), assign.peers.len() as u32);
+                let (ring, world) = ((message.term, message.generation), assign.world);
                 worker.seat = Some(Seat { ring, term: ring.0, rank: assign.rank, world, ..Seat::default() });
                 if breaks {
                     return worker.leave_ring("no ring");

@@ -121,7 +121,7 @@ fn another_loss_while_they_regroup_is_told_to_nobody() {
 fn a_ring_that_does_not_close_is_formed_again() {
     let mut run = Run::assigned(vec![]);
     let reason = "worker w2 (rank 1, host h2, pid 2): no ring";
-    let body = from_worker::Body::Idle(v1::Idle { step: None, broken: "no ring".into() });
+    let body = from_worker::Body::Idle(v1::Idle { step: None, broken: "no ring".into(), ..v1::Idle::default() });
     assert_eq!(run.say(2, body).last(), Some(&run.regroup(1, reason)));
     let effects = run.say(1, idle(None));
     assert_eq!(run.places(&effects), [(1, None, 0, false), (2, None, 0, false)]);

@@ -26,33 +26,30 @@ const SILENT: usize = 32;
 
 /// Who meets.
 #[derive(Clone, Copy, Debug)]
-pub struct Membership<'a> {
+pub struct Membership {
     /// This rank.
     pub rank: u32,
-    /// The listeners of all ranks, in rank order; as many as the world has ranks.
-    pub peers: &'a [SocketAddr],
+    /// The number of ranks.
+    pub world: u32,
+    /// Where the next rank listens; of the last one, where rank 0 does.
+    pub next: SocketAddr,
     /// The run. Whoever does not know it is a stranger.
     pub session: [u8; 16],
     /// The generation. Messages of others are refused (TERM).
     pub generation: u64,
 }
 
-impl Membership<'_> {
-    /// The number of ranks.
-    pub fn world(&self) -> u32 {
-        u32::try_from(self.peers.len()).unwrap_or(u32::MAX)
-    }
-
+impl Membership {
     fn next(&self) -> u32 {
-        (self.rank + 1) % self.world()
+        (self.rank + 1) % self.world
     }
 
     fn prev(&self) -> u32 {
-        (self.rank + self.world() - 1) % self.world()
+        (self.rank + self.world - 1) % self.world
     }
 
     fn hello(&self, to: u32, verdict: Option<Refusal>) -> Hello {
-        Hello { session: self.session, generation: self.generation, world: self.world(), from: self.rank, to, verdict }
+        Hello { session: self.session, generation: self.generation, world: self.world, from: self.rank, to, verdict }
     }
 }
 
@@ -98,7 +95,7 @@ impl fmt::Display for Refusals {
 }
 
 /// Meets the neighbours, or fails within `timeout`.
-pub(super) fn meet(listener: &Listener, who: &Membership<'_>, timeout: Duration) -> Result<(Links, Refusals)> {
+pub(super) fn meet(listener: &Listener, who: &Membership, timeout: Duration) -> Result<(Links, Refusals)> {
     let now = Instant::now();
     let mut meeting = Meeting {
         listener,
@@ -155,7 +152,7 @@ impl Greeting {
 
 struct Meeting<'a> {
     listener: &'a Listener,
-    who: &'a Membership<'a>,
+    who: &'a Membership,
     began: Instant,
     timeout: Duration,
     call: Call,
@@ -241,7 +238,7 @@ impl Meeting<'_> {
 
     /// Moves the call to the next rank on, as far as it goes without waiting.
     fn step_call(&mut self) {
-        let address = self.who.peers[self.who.next() as usize];
+        let address = self.who.next;
         let now = Instant::now();
         let call = std::mem::replace(&mut self.call, Call::Pause { until: now });
         let moved = match call {

@@ -90,8 +90,8 @@ impl Tcp {
     ///
     /// # Errors
     /// [`CollectiveError::Meet`] with the missing neighbours and the refused callers; [`CollectiveError::Aborted`]; [`CollectiveError::Rank`].
-    pub fn connect(listener: Listener, membership: &Membership<'_>, timeout: Duration) -> Result<Self> {
-        let (rank, world) = (membership.rank, membership.world());
+    pub fn connect(listener: Listener, membership: &Membership, timeout: Duration) -> Result<Self> {
+        let (rank, world) = (membership.rank, membership.world);
         if rank >= world {
             return Err(CollectiveError::Rank { rank, world });
         }

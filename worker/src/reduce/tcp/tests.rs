@@ -18,8 +18,9 @@ fn listen() -> Listener {
     Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).expect("a port")
 }
 
-fn membership(rank: u32, peers: &[SocketAddr]) -> Membership<'_> {
-    Membership { rank, peers, session: SESSION, generation: 5 }
+fn membership(rank: u32, peers: &[SocketAddr]) -> Membership {
+    let world = peers.len() as u32;
+    Membership { rank, world, next: peers[((rank + 1) % world) as usize], session: SESSION, generation: 5 }
 }
 
 /// A greeting of rank 1 to rank 0 of a world of two.
