@@ -27,7 +27,8 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn one_rank(rank: u32, listener: Listener, peers: &[SocketAddr], n: usize) -> anyhow::Result<()> {
-    let mut ring = Tcp::connect(listener, &Membership { rank, peers, session: [0; 16], generation: 1 }, PATIENCE)?;
+    let mut ring =
+        Tcp::connect(listener, &Membership { rank, world: 2, next: peers[1 - rank as usize], session: [0; 16], generation: 1 }, PATIENCE)?;
     let mut floats = vec![1.0_f32; n];
     let mut integers = vec![1_i64; n];
     let report = |what: &str, bytes: usize, took: Duration| {

@@ -227,7 +227,7 @@ impl Server {
                 flags.end(era, regroup.at_boundary);
             }
             // A coordinator gives a place only to who is in none, as far as it knows.
-            Message::Assign(_) if matches!(self.outbox.doing(), Doing::Placed(_)) => flags.end(flags.era(), false),
+            Message::Assign(_) if matches!(self.outbox.doing(), Doing::Placed(_) | Doing::Starting) => flags.end(flags.era(), false),
             _ => {}
         }
         drop(self.inbound.send(Said { era, body }));

@@ -16,7 +16,9 @@ pub(super) enum Doing {
     Loading,
     /// It waits for a place, and says so like this.
     Idle(Idle),
-    /// It is in a generation.
+    /// It takes its place in a generation that does not train yet.
+    Starting,
+    /// It is in a generation that trains.
     Placed(Place),
     /// It has said farewell; if the next coordinator does not know of that, it waits for a place.
     Finished(Finished, Idle),
@@ -115,7 +117,12 @@ impl Outbox {
         }
     }
 
-    /// It is in a generation from here on.
+    /// It has been given a place. A coordinator that is gone before all ranks have taken theirs has no successor that knows of them.
+    pub fn starting(&self) {
+        self.wire().doing = Doing::Starting;
+    }
+
+    /// It is in a generation that trains, from here on.
     pub fn placed(&self, place: Place) {
         self.wire().doing = Doing::Placed(place);
     }
@@ -159,6 +166,9 @@ impl Outbox {
     pub(super) fn detach(&self) {
         let mut wire = self.wire();
         (wire.out, wire.term) = (None, 0);
+        if wire.doing == Doing::Starting {
+            self.flags.end(self.flags.era(), false);
+        }
     }
 
     /// The coordinator has spoken of this generation, and given this worker a place in it if `assigned`. False if it has spoken of a later one.
@@ -266,6 +276,18 @@ mod tests {
         let (out, mut second) = tokio::sync::mpsc::channel(9);
         outbox.attach(out, Era { term: 5, generation: 0 });
         assert_eq!(said(&mut second), [(5, 0, idle(10, ""))]);
+    }
+
+    /// The next coordinator would wait for ranks that never begin.
+    #[test]
+    fn a_generation_that_does_not_train_yet_ends_with_its_coordinator() {
+        let (outbox, _first) = unread();
+        outbox.starting();
+        outbox.detach();
+        assert!(outbox.flags.interrupted() && !matches!(outbox.doing(), Doing::Placed(_)));
+        let (outbox, _first) = unread();
+        outbox.detach();
+        assert!(!outbox.flags.interrupted() && matches!(outbox.doing(), Doing::Placed(_)));
     }
 
     #[test]

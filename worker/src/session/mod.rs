@@ -176,6 +176,7 @@ impl<'a> Rank<'a> {
     /// A generation, from its first word to its end. What ends it is told, and only an error of this rank's own is one.
     fn generation(&mut self, era: Era, assign: &Assign) -> Result<(), WorkError> {
         self.trainer.flags.enter(era);
+        self.control.outbox().starting();
         self.farewell = None;
         let result = self.take_place(era, assign);
         // Its connections tell the neighbours, whatever became of it.
@@ -221,11 +222,11 @@ impl<'a> Rank<'a> {
         trainer.cadence.go_on(recorded, Instant::now());
         let ready = ready(trainer, assign.source.is_none())?;
         let outbox = self.control.outbox();
-        outbox.placed(Place { rank: assign.rank, world, ready: Some(ready.clone()), ..Place::default() });
-        outbox.send(era, from_worker::Body::Ready(ready));
+        outbox.send(era, from_worker::Body::Ready(ready.clone()));
         if !self.started(config.workers.start_timeout.duration())? {
             return Ok(None);
         }
+        outbox.placed(Place { rank: assign.rank, world, ready: Some(ready), ..Place::default() });
         flags.working.store(true, Ordering::Relaxed);
         if !self.touched {
             self.trainer.cadence.begin(Instant::now());
