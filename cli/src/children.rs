@@ -58,7 +58,19 @@ pub(crate) fn binary(name: &str) -> Result<PathBuf, Fail> {
 impl Children {
     /// Starts a process; its stdout is given back.
     pub(crate) fn start(&mut self, name: &str, program: &Path, arguments: &[String], logs: &Logs) -> Result<Option<ChildStdout>, Fail> {
+        self.start_in(name, program, (arguments, &[]), logs)
+    }
+
+    /// The same, with these further variables in its environment.
+    pub(crate) fn start_in(
+        &mut self,
+        name: &str,
+        program: &Path,
+        (arguments, environment): (&[String], &[(String, String)]),
+        logs: &Logs,
+    ) -> Result<Option<ChildStdout>, Fail> {
         let mut command = Command::new(program);
+        command.envs(environment.iter().map(|(key, value)| (key, value)));
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         // A group of its own: a terminal's ctrl-C comes to this process only, which passes it on once.
         command.process_group(0);
@@ -134,6 +146,11 @@ impl Children {
 }
 
 impl Member {
+    /// The system's number for it; none once it has ended.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
     /// Its last lines.
     pub(crate) fn last_lines(&self) -> Vec<String> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()

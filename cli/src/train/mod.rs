@@ -73,13 +73,13 @@ struct Trained {
 /// The coordinator's one line on stdout.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Opened {
+pub(crate) enum Opened {
     Serving { grpc: SocketAddr, http: SocketAddr, fell_back: Option<String> },
     Done { step: u64 },
 }
 
 /// Downloads models that are named by hub ids, here where progress is seen and no worker's deadline runs. Paths are the workers' matter.
-fn have_models(config: &RunConfig) -> Result<(), Fail> {
+pub(crate) fn have_models(config: &RunConfig) -> Result<(), Fail> {
     let loras = config.base.loras.iter().map(|lora| ("base.loras", &lora.file));
     for (key, model) in [("base.model", &config.base.model), ("text.model", &config.text.model)].into_iter().chain(loras) {
         if HubId::parse(model).is_none() {
@@ -244,12 +244,17 @@ impl Train {
     }
 }
 
-fn start_workers(children: &mut Children, config: &RunConfig, worker: &std::path::Path, (grpc, logs): (&str, &Logs)) -> Result<(), Fail> {
-    let device = match config.workers.device {
+/// As `ella-worker --device` has it.
+pub(crate) fn device(config: &RunConfig) -> &'static str {
+    match config.workers.device {
         Device::Auto => "auto",
         Device::Cpu => "cpu",
         Device::Cuda => "cuda",
-    };
+    }
+}
+
+fn start_workers(children: &mut Children, config: &RunConfig, worker: &std::path::Path, (grpc, logs): (&str, &Logs)) -> Result<(), Fail> {
+    let device = device(config);
     for number in 0..config.workers.count {
         let arguments = ["--coordinator", grpc, "--device", device].map(str::to_owned);
         children.start(&format!("worker-{number}"), worker, &arguments, logs)?;
@@ -258,7 +263,7 @@ fn start_workers(children: &mut Children, config: &RunConfig, worker: &std::path
 }
 
 /// What the coordinator says first; none if it ends, says something else, or takes too long.
-async fn first_line(stdout: Option<ChildStdout>) -> Option<Opened> {
+pub(crate) async fn first_line(stdout: Option<ChildStdout>) -> Option<Opened> {
     let mut line = String::new();
     let mut reader = BufReader::new(stdout?);
     timeout(OPENING, reader.read_line(&mut line)).await.ok()?.ok()?;

@@ -17,7 +17,7 @@ use crate::train::{Ending, Halt, TrainError, Trainer};
 use ella_proto::config::{Config, Device as Choice, RunConfig};
 use ella_proto::v1::{Activity, Assign, Failed, Finished, Hello, Outcome, Place, Ready, Welcome, from_worker};
 use ella_store::{Commit, Store};
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -36,7 +36,7 @@ pub struct Options {
     pub coordinator: String,
     /// Where this worker's collective listens; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// The host that other workers reach it by, if not the one it listens on.
+    /// The host that other workers reach it by, if not the one it listens on; with a port, if that is another one too.
     pub advertise: Option<String>,
     /// Where to compute.
     pub device: Choice,
@@ -97,7 +97,7 @@ fn confess(control: &Control, error: &WorkError) {
 fn hello(options: &Options, device: Device, listener: &Listener) -> Result<Hello, WorkError> {
     let address = listener.address();
     let peer_address = match &options.advertise {
-        Some(host) => format!("{host}:{}", address.port()),
+        Some(advertised) => peer_address(advertised, address.port()),
         None => address.to_string(),
     };
     let identity = control::identity().map_err(|source| WorkError::System { what: "random bytes", source })?;
@@ -107,6 +107,20 @@ fn hello(options: &Options, device: Device, listener: &Listener) -> Result<Hello
         peer_address,
         ..identity
     })
+}
+
+/// Where peers call a worker that advertises `HOST[:PORT]`: at the port it listens on, if none is said. A host may be a name, or an IPv6 address with
+/// or, without a port, without brackets.
+fn peer_address(advertised: &str, listens_on: u16) -> String {
+    let says_port = advertised.rsplit_once(':').is_some_and(|(host, port)| {
+        let is_host = !host.contains(':') || host.starts_with('[') && host.ends_with(']');
+        is_host && !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+    });
+    match says_port {
+        true => advertised.to_owned(),
+        false if advertised.parse::<Ipv6Addr>().is_ok() => format!("[{advertised}]:{listens_on}"),
+        false => format!("{advertised}:{listens_on}"),
+    }
 }
 
 /// A worker that holds its models, and a state once it has been given one.
@@ -318,4 +332,24 @@ fn ready(trainer: &Trainer, with_digest: bool) -> Result<Ready, WorkError> {
         models_digest: trainer.feed.identity().models.clone(),
         samples_per_epoch: trainer.feed.samples_per_epoch(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::peer_address;
+
+    #[test]
+    fn what_is_advertised_may_name_a_port() {
+        for (advertised, address) in [
+            ("10.0.0.7", "10.0.0.7:4000"),
+            ("10.0.0.7:31000", "10.0.0.7:31000"),
+            ("worker-3.ella", "worker-3.ella:4000"),
+            ("worker-3.ella:31000", "worker-3.ella:31000"),
+            ("fd00::7", "[fd00::7]:4000"),
+            ("[fd00::7]", "[fd00::7]:4000"),
+            ("[fd00::7]:31000", "[fd00::7]:31000"),
+        ] {
+            assert_eq!(peer_address(advertised, 4000), address);
+        }
+    }
 }
