@@ -114,15 +114,31 @@ impl Outbox {
         }
     }
 
+    /// Its state is about to be replaced: a coordinator that comes meanwhile must not take it to have one.
+    pub fn holds_nothing(&self) {
+        let mut wire = self.wire();
+        if let Doing::Idle(step) = &mut wire.doing {
+            *step = None;
+        }
+    }
+
     /// It is in a generation from here on.
     pub fn placed(&self, place: Place) {
         self.wire().doing = Doing::Placed(place);
     }
 
-    /// It has applied the run's last step, or the one at which the run leaves.
-    pub fn finished(&self, era: Era, finished: Finished) {
-        self.wire().doing = Doing::Finished(finished);
-        self.send(era, Body::Finished(finished));
+    /// It has applied the run's last step, or the one at which the run leaves, under the coordinator of `era`: says farewell to that one. Another
+    /// that has come since is told only what this worker has, for it knows of no commit: false.
+    pub fn finished(&self, era: Era, finished: Finished) -> bool {
+        let mut wire = self.wire();
+        if wire.out.is_some() && wire.term != era.term {
+            wire.doing = Doing::Idle(Some(finished.step));
+            self.put(&wire, wire.generation, Body::Idle(Idle { step: Some(finished.step), broken: String::new() }));
+            return false;
+        }
+        wire.doing = Doing::Finished(finished);
+        self.put(&wire, era.generation, Body::Finished(finished));
+        true
     }
 
     /// It cannot go on.
@@ -262,6 +278,25 @@ mod tests {
         let (out, mut second) = tokio::sync::mpsc::channel(9);
         outbox.attach(out, Era { term: 5, generation: 0 });
         assert_eq!(said(&mut second), [(5, 0, idle(Some(10), ""))]);
+
+        // Nor is one that comes when the next is there already.
+        let (outbox, mut first) = unread();
+        let (out, mut second) = tokio::sync::mpsc::channel(9);
+        outbox.attach(out, Era { term: 5, generation: 1 });
+        assert!(!outbox.finished(ERA, Finished { step: 10, outcome: 0 }));
+        assert_eq!((said(&mut first), said(&mut second)), (vec![], vec![(5, 1, idle(Some(10), ""))]));
+    }
+
+    /// SAME: half of a copy is no state.
+    #[test]
+    fn a_state_that_is_being_replaced_is_not_told_of() {
+        let (outbox, _first) = unread();
+        outbox.idle(Some(7), String::new());
+        outbox.holds_nothing();
+        outbox.detach();
+        let (out, mut second) = tokio::sync::mpsc::channel(9);
+        outbox.attach(out, Era { term: 5, generation: 0 });
+        assert_eq!(said(&mut second), [(5, 0, idle(None, ""))]);
     }
 
     #[test]

@@ -182,11 +182,12 @@ impl<'a> Rank<'a> {
         self.trainer.flags.enter(era);
         self.farewell = None;
         let result = self.take_place(era, assign);
+        self.trainer.flags.exit();
         // Its connections tell the neighbours, whatever became of it.
         self.trainer.collective = Box::new(Solo::default());
         match result {
-            Ok(Some(Halt::Done)) => self.finish(era, Ending::Done),
-            Ok(Some(Halt::Drained)) => self.finish(era, Ending::Preempted),
+            Ok(Some(Halt::Done)) => self.finish(Ending::Done),
+            Ok(Some(Halt::Drained)) => self.finish(Ending::Preempted),
             Ok(Some(Halt::Boundary) | None) => {
                 self.idle(String::new());
                 Ok(())
@@ -209,8 +210,10 @@ impl<'a> Rank<'a> {
         let world = assign.peers.len() as u32;
         self.trainer.seat = Seat { rank: assign.rank, world, era };
         self.trainer.flags.committed.store(recorded, Ordering::Relaxed);
-        if assign.source.is_none() {
-            self.restore(commit.as_ref())?;
+        match assign.source {
+            None => self.restore(commit.as_ref())?,
+            Some(source) if !assign.copy || source == assign.rank => self.check_state(assign.step)?,
+            Some(_) => {}
         }
         // Samples are read while the ring is closed.
         self.trainer.feed.deal(lanes_of(assign.rank, world, config.train.lanes() as u32), assign.source.map_or(recorded, |_| assign.step));
@@ -238,6 +241,12 @@ impl<'a> Rank<'a> {
         Ok(Some(self.trainer.run()?))
     }
 
+    /// This rank goes on from the state that it has: of the step that its coordinator takes it to be of.
+    fn check_state(&self, step: u64) -> Result<(), WorkError> {
+        let found = self.trainer.state.step;
+        if self.holds_state && found == step { Ok(()) } else { Err(WorkError::OtherState { step }) }
+    }
+
     /// The state of the newest commit, or of a run that begins.
     fn restore(&mut self, commit: Option<&Commit>) -> Result<(), WorkError> {
         let state = &mut self.trainer.state;
@@ -245,6 +254,7 @@ impl<'a> Rank<'a> {
             Some(commit) if self.holds_state && state.step == commit.step => {}
             Some(commit) => {
                 (self.holds_state, self.touched) = (false, true);
+                self.control.outbox().holds_nothing();
                 load::restore(state, commit, &self.run, self.runtime)?;
             }
             None if self.touched && state.step > 0 || self.touched && !self.holds_state => return Err(WorkError::Spent),
@@ -259,17 +269,21 @@ impl<'a> Rank<'a> {
         let had = self.holds_state && self.trainer.state.step == step;
         self.touched = true;
         self.holds_state = had;
+        if !had {
+            self.control.outbox().holds_nothing();
+        }
         self.trainer.state.copy_from(self.trainer.collective.as_mut(), source)?;
         self.holds_state = true;
         if self.trainer.state.step == step { Ok(()) } else { Err(WorkError::Protocol("a source that holds another step than it says")) }
     }
 
-    /// Waits until all ranks are ready; false if the generation ends first.
+    /// Waits until all ranks are ready; false if the generation ends first. A coordinator that takes over before the first has said so finds all
+    /// ranks ready, and goes on with the generation as with one that trains.
     fn started(&self, patience: Duration) -> Result<bool, WorkError> {
         let until = Instant::now() + patience;
         while !self.trainer.flags.interrupted() && Instant::now() < until {
             match self.control.next(LOOK)?.map(|said| said.body) {
-                Some(Message::Start(_)) => return Ok(true),
+                Some(Message::Start(_) | Message::Adopted(_)) => return Ok(true),
                 Some(Message::Assign(_)) => return Err(WorkError::Protocol("a place for who has one")),
                 _ => {}
             }
@@ -279,7 +293,7 @@ impl<'a> Rank<'a> {
 
     /// Says farewell, once this rank's part of the last commit is saved. It stays until the coordinator ends its stream, which that does when it
     /// has read all farewells and the commit's record stands; or until the generation ends before that.
-    fn finish(&mut self, era: Era, ending: Ending) -> Result<(), WorkError> {
+    fn finish(&mut self, ending: Ending) -> Result<(), WorkError> {
         let trainer = &mut self.trainer;
         // What is encoded from here on would only delay the commit.
         trainer.feed.stop_encoding();
@@ -295,8 +309,9 @@ impl<'a> Rank<'a> {
             Ending::Done => Outcome::Done,
             Ending::Preempted => Outcome::Preempted,
         };
-        self.farewell = Some(ending);
-        self.control.outbox().finished(era, Finished { step: trainer.state.step, outcome: outcome.into() });
+        // Another coordinator than the one that gave the place may have adopted the generation: the commit was its.
+        let said = self.control.outbox().finished(trainer.flags.era(), Finished { step: trainer.state.step, outcome: outcome.into() });
+        self.farewell = Some(ending).filter(|_| said);
         if ending == Ending::Done
             && trainer.seat.rank == 0
             && let Err(error) = trainer.feed.finish_features()
