@@ -24,6 +24,8 @@ const ANSWER: Duration = Duration::from_millis(400);
 const RECKONED: f64 = 20.0;
 /// How long what ended unasked stays away.
 const AGAIN: Duration = Duration::from_millis(300);
+/// The same for a worker that says that all is done: its coordinator says so too, unless it died just then.
+const DONE_ALREADY: Duration = Duration::from_secs(3);
 /// How long workers may take to leave after their coordinator.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// A slow process runs, and sleeps, for so long at a time.
@@ -241,7 +243,8 @@ impl Trial {
             self.record.ids.insert(worker.pid, worker.worker_id.clone());
             let processes = self.cluster.seats.iter_mut().filter_map(|seat| seat.process.as_mut());
             for process in processes.filter(|process| process.pid == worker.pid) {
-                process.holds |= trains && worker.state == "rank";
+                // The state of one that waits may be an old one.
+                process.holds = if trains { worker.state == "rank" } else { process.holds };
             }
         }
         let newest = self.record.steps.last().map_or(0, |(_, step)| *step);
@@ -323,10 +326,14 @@ impl Trial {
         if is_coordinator && code == Some(DONE.into()) {
             return Some(Outcome::Done);
         }
+        if code == Some(DONE.into()) {
+            self.later(DONE_ALREADY, Act::Start(who));
+            return None;
+        }
         let is_over = code == Some(NO_RETRY.into()) || code == Some(USAGE.into());
         let fatal = is_coordinator && is_over;
         let failed = format!("{name}: {why}");
-        let asked = process.goes && (code.is_none() || code == Some(PREEMPTED.into()) || code == Some(DONE.into()));
+        let asked = process.goes && (code.is_none() || code == Some(PREEMPTED.into()));
         let end = End { name, pid: process.pid, is_coordinator, asked, at_ms: unix_ms(), why };
         if !asked {
             self.record.told.push(format!("{failed}, unasked"));

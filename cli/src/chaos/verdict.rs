@@ -17,6 +17,8 @@ use crate::ui::Fail;
 /// A worker that went so long before its coordinator did, or so long after, in milliseconds, need not be told of by either: the next coordinator
 /// never knew it.
 const UNSEEN: u64 = 6_000;
+/// A worker may end so long before its coordinator has written that the run has failed.
+const LAST_WORDS: u64 = 1_000;
 
 /// Whether one thing that must hold did.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -45,6 +47,8 @@ pub(super) struct Verdict {
     pub(super) generations: usize,
     pub(super) regroups: usize,
     pub(super) adoptions: usize,
+    /// Workers that were lost, as their coordinators tell it.
+    pub(super) losses: usize,
     pub(super) terms: usize,
     pub(super) commits: usize,
     pub(super) store_retries: usize,
@@ -174,6 +178,7 @@ pub(super) async fn judge(tried: Tried<'_>, calm: &Calm) -> Result<Verdict, Fail
         generations: events.count("generation"),
         regroups: events.count("regroup"),
         adoptions: events.count("adopted"),
+        losses: events.count("lost"),
         terms,
         commits,
         store_retries: retried,
@@ -289,8 +294,15 @@ fn untold(record: &Record, events: &Events) -> Vec<String> {
             let workers = event["workers"].as_array();
             event["at_unix_ms"].as_u64() >= Some(end.at_ms) && workers.is_some_and(|all| all.iter().all(|one| one.as_str() != Some(id)))
         };
+        // What becomes of the workers of a run that has failed is told with that.
+        let with_the_run = |event: &Value| {
+            let at = event["at_unix_ms"].as_u64().unwrap_or_default();
+            event["event"] == "ended" && (at.saturating_sub(LAST_WORDS)..at + UNSEEN).contains(&end.at_ms)
+        };
         let unseen = coordinators.iter().any(|at| at.abs_diff(end.at_ms) <= UNSEEN);
-        events.kept.iter().chain(&events.logged).any(names) || unseen && events.kept.iter().any(without)
+        events.kept.iter().chain(&events.logged).any(names)
+            || events.kept.iter().any(with_the_run)
+            || unseen && events.kept.iter().any(without)
     };
     let told = |(end, id): (&End, &String)| format!("{} ({}, worker {id}) went, and no event tells of it", end.name, end.why);
     lost.filter(|lost| !is_told(lost)).map(told).collect()
