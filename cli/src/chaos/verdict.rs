@@ -332,6 +332,54 @@ mod tests {
         End { name: format!("p{pid}"), pid, is_coordinator, asked: true, at_ms, why: "ended by signal 9".into() }
     }
 
+    fn commit(step: u64, part: &[u8]) -> Commit {
+        let digest = ella_store::Digest::of(b"x");
+        let parts = [("connector.safetensors", part), ("ema.safetensors", b"e"), ("optimizer.safetensors", b"o")];
+        let part = |(name, bytes): (&str, &[u8])| ella_store::Part { name: name.into(), bytes: 1, blake3: ella_store::Digest::of(bytes) };
+        Commit {
+            step,
+            generation: 1,
+            world: 1,
+            folder: ella_store::commit_folder(step, 1, 1),
+            parts: parts.map(part).to_vec(),
+            config_digest: digest,
+            data_digest: digest,
+            models_digest: digest,
+            epoch: 0,
+            step_in_epoch: step,
+            ledger: Vec::new(),
+            state_digest: digest,
+        }
+    }
+
+    #[test]
+    fn one_other_byte_is_not_the_same_and_says_in_which_file() {
+        let calm = Calm { commit: commit(9, b"good") };
+        assert!(same(Some(&commit(9, b"good")), &calm, 9).is_empty());
+        let other = same(Some(&commit(9, b"bad")), &calm, 9);
+        assert!(other.len() == 1 && other[0].starts_with("connector.safetensors: "), "{other:?}");
+        assert!(same(Some(&commit(8, b"good")), &calm, 9)[0].contains("the last is of step 8"));
+        assert!(same(None, &calm, 9)[0].contains("no commit of step 9"));
+        let changed = Commit { data_digest: ella_store::Digest::of(b"y"), ..commit(9, b"good") };
+        assert!(same(Some(&changed), &calm, 9)[0].contains("the data set changed"));
+    }
+
+    /// A commit folder of a coordinator that has had a successor must be gone; the last one's may be there.
+    #[test]
+    fn folders_that_no_record_names_are_strays_if_they_are_old() {
+        let dir = tempfile::tempdir().unwrap();
+        let found = crate::runtime().unwrap().block_on(async {
+            let store = Store::open(dir.path().to_str().unwrap()).unwrap();
+            for folder in ["commits/000000000009.1", "commits/000000000007.1-2", "commits/000000000008.2", "commits/x"] {
+                store.put(&format!("{folder}/ema.safetensors"), "e".into()).await.unwrap();
+            }
+            let state = RunState { term: 2, ..RunState::default() };
+            strays(&store, &state, [&commit(9, b"good")].into_iter()).await.unwrap()
+        });
+        let named: Vec<&str> = found.iter().filter_map(|told| told.split(':').next()).collect();
+        assert_eq!(named, ["commits/000000000007.1-2", "commits/x"]);
+    }
+
     #[test]
     fn a_stall_is_excused_by_the_faults_that_fall_into_it_and_by_no_others() {
         let paces = Paces(vec![(0, 1), (100, 2), (3_100, 3), (3_300, 5)]);

@@ -257,7 +257,7 @@ impl<'a> Rank<'a> {
                 self.control.outbox().holds_nothing();
                 load::restore(state, commit, &self.run, self.runtime)?;
             }
-            None if self.touched && state.step > 0 || self.touched && !self.holds_state => return Err(WorkError::Spent),
+            None if self.touched && (state.step > 0 || !self.holds_state) => return Err(WorkError::Spent),
             None => {}
         }
         self.holds_state = true;
