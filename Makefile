@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
 # that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-stores chaos bench bench-feed bench-prepare lint libtorch proto parity-full
+.PHONY: build demo test test-stores chaos chaos-train bench bench-feed bench-prepare lint libtorch proto parity-full
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -31,6 +31,10 @@ test-stores: build
 # Jobs under kills and failing stores at full size: 200 tars, 4 workers, 40 kills, in a folder and on both servers. ELLA_CHAOS_SEED draws others.
 chaos: build
 	@ELLA_CHAOS=full scripts/test-stores.sh chaos
+
+# Training under faults of all kinds at full size: 10 seeds, 300 steps, 40 faults each. CHAOS_SEEDS=11..20 tries others.
+chaos-train: build
+	@scripts/chaos-train.sh
 
 # Programs that print ratios; nothing here is a test.
 bench: build

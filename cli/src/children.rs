@@ -62,7 +62,18 @@ pub(crate) fn binary(name: &str) -> Result<PathBuf, Fail> {
 impl Children {
     /// Starts a process; its stdout is given back.
     pub(crate) fn start(&mut self, name: &str, program: &Path, arguments: &[String], logs: &Logs) -> Result<Option<ChildStdout>, Fail> {
-        let (member, stdout) = Member::start(name, program, arguments, logs)?;
+        self.start_in(name, program, (arguments, &[]), logs)
+    }
+
+    /// The same, with these further variables in its environment.
+    pub(crate) fn start_in(
+        &mut self,
+        name: &str,
+        program: &Path,
+        (arguments, environment): (&[String], &[(String, String)]),
+        logs: &Logs,
+    ) -> Result<Option<ChildStdout>, Fail> {
+        let (member, stdout) = Member::start(name, program, (arguments, environment), logs)?;
         self.members.push(member);
         Ok(stdout)
     }
@@ -72,7 +83,7 @@ impl Children {
         self.members[at].hear_out().await;
         let ended @ Member { name, program, arguments, logs, .. } = &self.members[at];
         let how = ended.how();
-        let (member, stdout) = Member::start(name, program, arguments, logs)?;
+        let (member, stdout) = Member::start(name, program, (arguments, &[]), logs)?;
         self.members[at] = member;
         Ok((how, stdout))
     }
@@ -134,8 +145,14 @@ impl Children {
 }
 
 impl Member {
-    fn start(name: &str, program: &Path, arguments: &[String], logs: &Logs) -> Result<(Self, Option<ChildStdout>), Fail> {
+    fn start(
+        name: &str,
+        program: &Path,
+        (arguments, environment): (&[String], &[(String, String)]),
+        logs: &Logs,
+    ) -> Result<(Self, Option<ChildStdout>), Fail> {
         let mut command = Command::new(program);
+        command.envs(environment.iter().map(|(key, value)| (key, value)));
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         // A group of its own: a terminal's ctrl-C comes to this process only, which passes it on once.
         command.process_group(0);
@@ -154,6 +171,11 @@ impl Member {
         let stdout = child.stdout.take();
         let (name, program, arguments, logs) = (name.to_owned(), program.to_owned(), arguments.to_vec(), logs.clone());
         Ok((Self { name, ended: None, program, arguments, logs, child, lines, listener }, stdout))
+    }
+
+    /// The system's number for it; none once it has ended.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
     }
 
     /// Its last lines.

@@ -2,6 +2,7 @@
 
 mod audit;
 mod caption;
+mod chaos;
 mod children;
 mod drain;
 mod embed;
@@ -64,6 +65,8 @@ enum Command {
     Drain(drain::Drain),
     /// Prove from a run's folder that its commits are whole and that every sample was used exactly once
     Audit(audit::Audit),
+    /// Try a run under faults, with processes of this machine, and say whether what must hold did
+    Chaos(chaos::Command),
     /// Say where the time of a run's steps goes, and who waits for whom
     Why(why::Why),
     /// Draw pictures from prompts
@@ -100,6 +103,7 @@ fn main() -> ExitCode {
         Command::Status(command) => command.run(out),
         Command::Drain(command) => command.run(out),
         Command::Audit(command) => command.run(out),
+        Command::Chaos(command) => command.run(out),
         Command::Why(command) => command.run(out),
         Command::Sample(command) => command.run(out),
         Command::Export(command) => command.run(out),

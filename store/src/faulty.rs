@@ -1,4 +1,4 @@
-//! A store whose operations fail by script, to test what stands on it.
+//! A store whose operations fail by script, or by chance, to test what stands on it.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +14,7 @@ use object_store::{
     PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
 };
 
+use crate::chance::Chance;
 use crate::error::Operation;
 use crate::store::Store;
 
@@ -57,6 +58,8 @@ pub struct Fault {
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
     script: Arc<Mutex<Script>>,
+    /// What is drawn besides. Operations are not kept then: there is no end of them.
+    chance: Option<Arc<Chance>>,
 }
 
 #[derive(Debug, Default)]
@@ -69,6 +72,11 @@ impl Faults {
     /// An empty script: all succeeds.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Faults that are drawn.
+    pub fn by(chance: Chance) -> Self {
+        Self { chance: Some(Arc::new(chance)), ..Self::default() }
     }
 
     /// Adds a rule; of several that match, the oldest is used up first.
@@ -103,6 +111,9 @@ impl Faults {
 
     /// Notes a call, and says how it is to fail.
     fn next(&self, operation: Operation, path: &Path) -> Option<Failure> {
+        if let Some(chance) = &self.chance {
+            return chance.draw(operation);
+        }
         let mut script = self.lock();
         script.seen.push((operation, path.to_string()));
         let index = script.pending.iter().position(|fault| fault.operation == operation && path.as_ref().contains(&fault.key))?;

@@ -11,6 +11,7 @@
 //! - **KNOWN** retries are counted by operation and reason ([`Store::retries`], [`Store::retry_report`]).
 
 mod cache;
+mod chance;
 #[cfg(feature = "cloud")]
 mod cloud;
 pub mod commit;
@@ -32,6 +33,7 @@ mod store;
 mod write;
 
 pub use cache::{CacheCounts, DiskCache};
+pub use chance::Chance;
 pub use commit::{Fault, Problem, collect_leftovers, commit_folder, remove_leftovers, verify_commit};
 pub use digest::{Digest, Hasher};
 pub use error::{Operation, StoreError};

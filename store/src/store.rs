@@ -11,6 +11,7 @@ use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{DynObjectStore, ObjectMeta, ObjectStoreExt};
 
+use crate::chance;
 use crate::error::{Operation, Place, StoreError};
 use crate::limits::{Limits, retrying};
 use crate::open::{self, Backend};
@@ -77,11 +78,14 @@ impl Store {
     /// `s3://`, `gs://` or `az://` (credentials, region and endpoint from the cloud's usual environment variables), `https://` or `http://`
     /// (read-only, and not listed). Nothing is contacted yet.
     ///
+    /// With `ELLA_STORE_FAULTS` in the environment operations fail by chance ([`crate::Chance`]), which is warned of once.
+    ///
     /// # Errors
-    /// `BadUrl` for what is no folder's URL or lacks its settings, `Unsupported` for a remote store in a build without the feature `cloud`.
+    /// `BadUrl` for what is no folder's URL or lacks its settings, `Unsupported` for a remote store in a build without the feature `cloud`,
+    /// and for an `ELLA_STORE_FAULTS` that is not understood.
     pub fn open(url: &str) -> Result<Self, StoreError> {
         let opened = open::open(url)?;
-        Ok(Self {
+        chance::as_the_environment_says(Self {
             shared: Arc::new(Shared::new(opened.backend, Limits::default())),
             folder: opened.folder,
             url: opened.url.into(),

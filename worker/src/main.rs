@@ -31,8 +31,8 @@ struct Arguments {
     /// Where this worker's collective listens; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:0", env = "ELLA_LISTEN")]
     listen: SocketAddr,
-    /// The host that other workers reach this one by, if not the one it listens on
-    #[arg(long, env = "ELLA_ADVERTISE")]
+    /// Where other workers reach this one, if not where it listens: HOST, or HOST:PORT if the port is another one too (a NodePort, a proxy)
+    #[arg(long, value_name = "HOST[:PORT]", env = "ELLA_ADVERTISE")]
     advertise: Option<String>,
     /// Where to compute
     #[arg(long, default_value = "auto", env = "ELLA_DEVICE", value_parser = device)]

@@ -75,45 +75,46 @@ pub(crate) struct CommitVerdict {
 
 impl Audit {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
-        let verdict = crate::runtime()?.block_on(self.judge())?;
+        let verdict = crate::runtime()?.block_on(judge(&self.run, self.data.as_deref()))?;
         out.result(&verdict, || text(&verdict));
         Ok(if verdict.ok { DONE } else { FAILED })
     }
+}
 
-    async fn judge(&self) -> Result<Verdict, Fail> {
-        let run = RunFolder::open(&self.run).await?;
-        let mut verdict = Verdict { run: run.store.url().to_owned(), ..Verdict::default() };
-        let records = match run.records().await {
-            Ok(records) => records,
-            Err(error) => {
-                verdict.problems.push(error.to_string());
-                readable(&run.store).await?
-            }
-        };
-        let history = History::of(&records);
-        verdict.records = records.len();
-        verdict.terms = history.terms;
-        verdict.retired = history.state.retired.len().saturating_sub(history.damaged);
-        if history.damaged > 0 {
-            let what = count(history.damaged, "commit");
-            verdict.notes.push(format!("{what} turned out to be damaged; the run went on from the one before"));
+/// Reads all that lies in a run's folder, and its data set's keys, and judges it.
+pub(crate) async fn judge(run: &str, data: Option<&str>) -> Result<Verdict, Fail> {
+    let run = RunFolder::open(run).await?;
+    let mut verdict = Verdict { run: run.store.url().to_owned(), ..Verdict::default() };
+    let records = match run.records().await {
+        Ok(records) => records,
+        Err(error) => {
+            verdict.problems.push(error.to_string());
+            readable(&run.store).await?
         }
-        verdict.problems.extend(proof::log_problems(&history, &run.config));
-        check_files(&run.store, &history.state, &mut verdict).await;
-        leftovers(&run.store, &history, &mut verdict).await?;
-        if let Some(last) = history.commits.last() {
-            verdict.step = last.step;
-            let data = self.data.as_deref().unwrap_or(&run.config.data.path);
-            match expected(data, &run.config).await {
-                Err(fail) => verdict
-                    .problems
-                    .push(format!("the data set can't be read, so ONCE is not proved: {}; --data names another place", fail.message)),
-                Ok(expected) => proof::ledgers(&expected, &history.commits, &mut verdict),
-            }
-        }
-        verdict.ok = verdict.problems.is_empty();
-        Ok(verdict)
+    };
+    let history = History::of(&records);
+    verdict.records = records.len();
+    verdict.terms = history.terms;
+    verdict.retired = history.state.retired.len().saturating_sub(history.damaged);
+    if history.damaged > 0 {
+        let what = count(history.damaged, "commit");
+        verdict.notes.push(format!("{what} turned out to be damaged; the run went on from the one before"));
     }
+    verdict.problems.extend(proof::log_problems(&history, &run.config));
+    check_files(&run.store, &history.state, &mut verdict).await;
+    leftovers(&run.store, &history, &mut verdict).await?;
+    if let Some(last) = history.commits.last() {
+        verdict.step = last.step;
+        let data = data.unwrap_or(&run.config.data.path);
+        match expected(data, &run.config).await {
+            Err(fail) => verdict
+                .problems
+                .push(format!("the data set can't be read, so ONCE is not proved: {}; --data names another place", fail.message)),
+            Ok(expected) => proof::ledgers(&expected, &history.commits, &mut verdict),
+        }
+    }
+    verdict.ok = verdict.problems.is_empty();
+    Ok(verdict)
 }
 
 /// The records that can still be read in a damaged log.

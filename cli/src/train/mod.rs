@@ -20,7 +20,8 @@ use ella_worker::hub::HubId;
 use ella_worker::models;
 use places::Places;
 use serde::Serialize;
-use watch::{LEAVING, Opened, Signals, Watch, first_line};
+use watch::{LEAVING, Signals, Watch};
+pub(crate) use watch::{Opened, first_line};
 
 use crate::run::{ADDRESS, RunFolder};
 use crate::status::outcome;
@@ -64,7 +65,7 @@ struct Trained {
 }
 
 /// Downloads models that are named by hub ids, here where progress is seen and no worker's deadline runs. Paths are the workers' matter.
-fn have_models(config: &RunConfig) -> Result<(), Fail> {
+pub(crate) fn have_models(config: &RunConfig) -> Result<(), Fail> {
     let loras = config.base.loras.iter().map(|lora| ("base.loras", &lora.file));
     for (key, model) in [("base.model", &config.base.model), ("text.model", &config.text.model)].into_iter().chain(loras) {
         if HubId::parse(model).is_none() {
@@ -211,12 +212,17 @@ fn same_config(config: &RunConfig) -> std::io::Result<tempfile::NamedTempFile> {
     Ok(file)
 }
 
-fn start_workers(children: &mut Children, config: &RunConfig, worker: &std::path::Path, (grpc, logs): (&str, &Logs)) -> Result<(), Fail> {
-    let device = match config.workers.device {
+/// As `ella-worker --device` has it.
+pub(crate) fn device(config: &RunConfig) -> &'static str {
+    match config.workers.device {
         Device::Auto => "auto",
         Device::Cpu => "cpu",
         Device::Cuda => "cuda",
-    };
+    }
+}
+
+fn start_workers(children: &mut Children, config: &RunConfig, worker: &std::path::Path, (grpc, logs): (&str, &Logs)) -> Result<(), Fail> {
+    let device = device(config);
     for number in 0..config.workers.count {
         let arguments = ["--coordinator", grpc, "--device", device].map(str::to_owned);
         children.start(&format!("worker-{number}"), worker, &arguments, logs)?;

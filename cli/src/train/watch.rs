@@ -32,13 +32,13 @@ pub(super) const LEAVING: Duration = Duration::from_secs(10);
 /// The coordinator's one line on stdout.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-pub(super) enum Opened {
+pub(crate) enum Opened {
     Serving { grpc: SocketAddr, http: SocketAddr, fell_back: Option<String> },
     Done { step: u64 },
 }
 
 /// What the coordinator says first; none if it ends, says something else, or takes too long.
-pub(super) async fn first_line(stdout: Option<ChildStdout>) -> Option<Opened> {
+pub(crate) async fn first_line(stdout: Option<ChildStdout>) -> Option<Opened> {
     let mut line = String::new();
     let mut reader = BufReader::new(stdout?);
     timeout(OPENING, reader.read_line(&mut line)).await.ok()?.ok()?;

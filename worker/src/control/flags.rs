@@ -57,13 +57,17 @@ struct Course {
     ended: Era,
     /// The newest one that the coordinator wants to end with a step.
     last_step: Era,
+    /// This worker is in the current one: it takes its place, or trains.
+    within: bool,
     free: Option<Free>,
 }
 
 impl std::fmt::Debug for Course {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { why, current, ended, last_step, .. } = self;
-        f.debug_struct("Course").field("why", why).field("current", current).field("ended", ended).field("last_step", last_step).finish()
+        let Self { why, current, ended, last_step, within, .. } = self;
+        let mut course = f.debug_struct("Course");
+        course.field("why", why).field("current", current).field("ended", ended).field("last_step", last_step).field("within", within);
+        course.finish()
     }
 }
 
@@ -83,8 +87,24 @@ impl Flags {
     /// This worker enters a generation, at the coordinator's word.
     pub fn enter(&self, era: Era) {
         let mut course = self.course();
-        (course.current, course.free) = (era, None);
+        (course.current, course.within, course.free) = (era, true, None);
         self.authority.store(era.term, Ordering::Relaxed);
+    }
+
+    /// This worker is out of its generation.
+    pub fn exit(&self) {
+        let mut course = self.course();
+        (course.within, course.free) = (false, None);
+    }
+
+    /// The coordinator has a place for this worker in another generation. Whatever it is still in, if only on its way into it, is over: a
+    /// coordinator gives a place only to who is in none, as far as it knows.
+    pub(super) fn supersede(&self) {
+        let mut course = self.course();
+        if course.within {
+            course.ended = course.current.max(course.ended);
+            course.free_if_over();
+        }
     }
 
     /// A coordinator of another term goes on with the generation.
@@ -216,6 +236,24 @@ mod tests {
         assert!(begin.elapsed() < Duration::from_secs(60));
         drop(send);
         assert_eq!(flags.receive(&receive, Duration::from_secs(600)), Err(RecvTimeoutError::Disconnected));
+    }
+
+    /// LIVE: a rank that waits for peers which will never come is freed by the next place that it is given.
+    #[test]
+    fn a_new_place_ends_what_the_worker_is_still_in() {
+        let flags = Flags::default();
+        flags.supersede();
+        flags.enter(era(3, 2));
+        assert!(!flags.interrupted());
+        let called = Arc::new(AtomicBool::new(false));
+        let flag = called.clone();
+        flags.on_end(Box::new(move || flag.store(true, Ordering::Relaxed)));
+        flags.supersede();
+        assert!(flags.interrupted() && called.load(Ordering::Relaxed));
+        flags.enter(era(4, 3));
+        flags.exit();
+        flags.supersede();
+        assert!(!flags.interrupted(), "it is in none");
     }
 
     /// What is said of one generation neither ends the next nor is lost on one that is about to begin.

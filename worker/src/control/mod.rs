@@ -226,8 +226,7 @@ impl Server {
                 tracing::info!(at_boundary = regroup.at_boundary, reason = regroup.reason, "the generation ends");
                 flags.end(era, regroup.at_boundary);
             }
-            // A coordinator gives a place only to who is in none, as far as it knows.
-            Message::Assign(_) if matches!(self.outbox.doing(), Doing::Placed(_) | Doing::Starting) => flags.end(flags.era(), false),
+            Message::Assign(_) => flags.supersede(),
             _ => {}
         }
         drop(self.inbound.send(Said { era, body }));

@@ -16,9 +16,9 @@ pub(super) enum Doing {
     Loading,
     /// It waits for a place, and says so like this.
     Idle(Idle),
-    /// It takes its place in a generation that does not train yet.
+    /// It is on its way into a generation.
     Starting,
-    /// It is in a generation that trains.
+    /// It is in a generation.
     Placed(Place),
     /// It has said farewell; if the next coordinator does not know of that, it waits for a place.
     Finished(Finished, Idle),
@@ -117,20 +117,28 @@ impl Outbox {
         }
     }
 
-    /// It has been given a place. A coordinator that is gone before all ranks have taken theirs has no successor that knows of them.
+    /// It has been given a place, and is on its way into it. A coordinator that goes meanwhile has no successor that knows of it.
     pub fn starting(&self) {
         self.wire().doing = Doing::Starting;
     }
 
-    /// It is in a generation that trains, from here on.
+    /// It is in a generation from here on.
     pub fn placed(&self, place: Place) {
         self.wire().doing = Doing::Placed(place);
     }
 
-    /// It has applied the run's last step, or the one at which the run leaves.
-    pub fn finished(&self, era: Era, finished: Finished, idle: Idle) {
-        self.wire().doing = Doing::Finished(finished, idle);
-        self.send(era, Body::Finished(finished));
+    /// It has applied the run's last step, or the one at which the run leaves, under the coordinator of `era`: says farewell to that one. Another
+    /// that has come since is told only that this worker waits, like this, for it knows of no commit: false.
+    pub fn finished(&self, era: Era, finished: Finished, waits: Idle) -> bool {
+        let mut wire = self.wire();
+        if wire.out.is_some() && wire.term != era.term {
+            wire.doing = Doing::Idle(waits.clone());
+            self.put(&wire, wire.generation, Body::Idle(waits));
+            return false;
+        }
+        wire.doing = Doing::Finished(finished, waits);
+        self.put(&wire, era.generation, Body::Finished(finished));
+        true
     }
 
     /// It cannot go on.
@@ -276,11 +284,18 @@ mod tests {
         let (out, mut second) = tokio::sync::mpsc::channel(9);
         outbox.attach(out, Era { term: 5, generation: 0 });
         assert_eq!(said(&mut second), [(5, 0, idle(10, ""))]);
+
+        // Nor is one that comes when the next is there already.
+        let (outbox, mut first) = unread();
+        let (out, mut second) = tokio::sync::mpsc::channel(9);
+        outbox.attach(out, Era { term: 5, generation: 1 });
+        assert!(!outbox.finished(ERA, Finished { step: 10, outcome: 0 }, waits(10, "")));
+        assert_eq!((said(&mut first), said(&mut second)), (vec![], vec![(5, 1, idle(10, ""))]));
     }
 
     /// The next coordinator would wait for ranks that never begin.
     #[test]
-    fn a_generation_that_does_not_train_yet_ends_with_its_coordinator() {
+    fn a_generation_that_not_all_are_ready_for_ends_with_its_coordinator() {
         let (outbox, _first) = unread();
         outbox.starting();
         outbox.detach();

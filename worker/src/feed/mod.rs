@@ -250,8 +250,13 @@ impl Feed {
         (self.received, self.next, self.waited, self.moved) = (0, None, Duration::ZERO, None);
         // A thread that has died is found by whoever waits for it.
         drop(self.deals.send(Deal { number: self.deal, lanes, first }));
-        // It may wait for room.
-        while self.ready.try_recv().is_ok() {}
+        // It may wait for room; or be so fast that what is there is of this deal already.
+        while let Ok(made) = self.ready.try_recv() {
+            if made.deal == self.deal {
+                (self.received, self.next) = (1, Some(made.input));
+                return;
+            }
+        }
     }
 
     /// The next step's samples.
@@ -405,6 +410,22 @@ pub(crate) mod tests {
     pub(crate) fn nothing() -> StepInput {
         let (encode, waited) = (Duration::ZERO, Duration::ZERO);
         StepInput { epoch: 0, step_samples: 0, lanes: Vec::new(), held_out: Vec::new(), encode, waited }
+    }
+
+    /// ONCE: a rank that lost the first step of its lanes would train on the next one's samples in its place, and nobody would know.
+    #[test]
+    fn what_is_made_before_the_deal_has_returned_is_kept() {
+        let (send, mut feed) = fed_by_hand(Duration::from_secs(5));
+        // The thread is faster than who deals.
+        send.send(Made { deal: 1, input: Ok(StepInput { epoch: 3, ..nothing() }) }).unwrap();
+        feed.deal(0..1, 7);
+        assert!(feed.has_next());
+        send.send(Made { deal: 1, input: Ok(StepInput { epoch: 4, ..nothing() }) }).unwrap();
+        assert_eq!((feed.next_step().unwrap().epoch, feed.next_step().unwrap().epoch), (3, 4));
+        // What was made for others is dropped.
+        send.send(Made { deal: 1, input: Ok(nothing()) }).unwrap();
+        feed.deal(0..1, 9);
+        assert!(feed.next.is_none() && feed.ready.try_recv().is_err());
     }
 
     /// LIVE: neither a feed that hangs nor one whose thread has died is waited for in vain.

@@ -69,6 +69,12 @@ pub enum WorkError {
     /// Something the coordinator should not have sent.
     #[error("the coordinator sent {0}, which makes no sense here")]
     Protocol(&'static str),
+    /// The coordinator knows of a state that is no more.
+    #[error("the coordinator takes this worker to have the state of step {step}, which it has not any more")]
+    OtherState {
+        /// The step.
+        step: u64,
+    },
     /// A run is to begin anew, which this worker's state cannot: it belonged to one that nobody else remembers.
     #[error("this worker's state is of a run that was lost before its first commit; start it again")]
     Spent,
@@ -98,7 +104,9 @@ impl WorkError {
             Self::Control(error) => (FailureKind::Internal, error.is_permanent()),
             Self::Job(error) => (FailureKind::Internal, error.is_permanent()),
             Self::Device(_) | Self::OtherDevice { .. } => (FailureKind::Internal, true),
-            Self::Peer { .. } | Self::Protocol(_) | Self::Spent | Self::Torch(_) | Self::System { .. } => (FailureKind::Internal, false),
+            Self::Peer { .. } | Self::Protocol(_) | Self::OtherState { .. } | Self::Spent | Self::Torch(_) | Self::System { .. } => {
+                (FailureKind::Internal, false)
+            }
         }
     }
 
@@ -107,7 +115,7 @@ impl WorkError {
         match self {
             Self::Train(error) => error.spares_the_rank(),
             Self::Collective(error) => error.is_of_peers(),
-            Self::Peer { .. } => true,
+            Self::Peer { .. } | Self::OtherState { .. } => true,
             _ => false,
         }
     }

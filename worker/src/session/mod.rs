@@ -17,7 +17,7 @@ use crate::train::{Ending, Halt, TrainError, Trainer};
 use ella_proto::config::{Config, Device as Choice, RunConfig};
 use ella_proto::v1::{Activity, Assign, Failed, Finished, Hello, Idle, Outcome, Place, Ready, Welcome, from_worker};
 use ella_store::{Commit, Store};
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -36,7 +36,7 @@ pub struct Options {
     pub coordinator: String,
     /// Where this worker's collective listens; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// The host that other workers reach it by, if not the one it listens on.
+    /// The host that other workers reach it by, if not the one it listens on; with a port, if that is another one too.
     pub advertise: Option<String>,
     /// Where to compute.
     pub device: Choice,
@@ -97,7 +97,7 @@ fn confess(control: &Control, error: &WorkError) {
 fn hello(options: &Options, device: Device, listener: &Listener) -> Result<Hello, WorkError> {
     let address = listener.address();
     let peer_address = match &options.advertise {
-        Some(host) => format!("{host}:{}", address.port()),
+        Some(advertised) => peer_address(advertised, address.port()),
         None => address.to_string(),
     };
     let identity = control::identity().map_err(|source| WorkError::System { what: "random bytes", source })?;
@@ -107,6 +107,20 @@ fn hello(options: &Options, device: Device, listener: &Listener) -> Result<Hello
         peer_address,
         ..identity
     })
+}
+
+/// Where peers call a worker that advertises `HOST[:PORT]`: at the port it listens on, if none is said. A host may be a name, or an IPv6 address with
+/// or, without a port, without brackets.
+fn peer_address(advertised: &str, listens_on: u16) -> String {
+    let says_port = advertised.rsplit_once(':').is_some_and(|(host, port)| {
+        let is_host = !host.contains(':') || host.starts_with('[') && host.ends_with(']');
+        is_host && !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+    });
+    match says_port {
+        true => advertised.to_owned(),
+        false if advertised.parse::<Ipv6Addr>().is_ok() => format!("[{advertised}]:{listens_on}"),
+        false => format!("{advertised}:{listens_on}"),
+    }
 }
 
 /// A worker that holds its models, and a state once it has been given one.
@@ -179,11 +193,12 @@ impl<'a> Rank<'a> {
         self.control.outbox().starting();
         self.farewell = None;
         let result = self.take_place(era, assign);
+        self.trainer.flags.exit();
         // Its connections tell the neighbours, whatever became of it.
         self.trainer.collective = Box::new(Solo::default());
         match result {
-            Ok(Some(Halt::Done)) => self.finish(era, Ending::Done),
-            Ok(Some(Halt::Drained)) => self.finish(era, Ending::Preempted),
+            Ok(Some(Halt::Done)) => self.finish(Ending::Done),
+            Ok(Some(Halt::Drained)) => self.finish(Ending::Preempted),
             Ok(Some(Halt::Boundary) | None) => {
                 self.idle(String::new());
                 Ok(())
@@ -206,8 +221,10 @@ impl<'a> Rank<'a> {
         let world = assign.world;
         self.trainer.seat = Seat { rank: assign.rank, world, era };
         self.trainer.flags.committed.store(recorded, Ordering::Relaxed);
-        if assign.source.is_none() {
-            self.restore(commit.as_ref())?;
+        match assign.source {
+            None => self.restore(commit.as_ref())?,
+            Some(source) if !assign.copy || source == assign.rank => self.check_state(assign.step)?,
+            Some(_) => {}
         }
         // Samples are read while the ring is closed.
         self.trainer.feed.deal(lanes_of(assign.rank, world, config.train.lanes() as u32), assign.source.map_or(recorded, |_| assign.step));
@@ -222,17 +239,23 @@ impl<'a> Rank<'a> {
         trainer.cadence.go_on(recorded, Instant::now());
         let ready = ready(trainer, assign.source.is_none())?;
         let outbox = self.control.outbox();
-        outbox.send(era, from_worker::Body::Ready(ready.clone()));
+        outbox.placed(Place { rank: assign.rank, world, ready: Some(ready.clone()), ..Place::default() });
+        outbox.send(era, from_worker::Body::Ready(ready));
         if !self.started(config.workers.start_timeout.duration())? {
             return Ok(None);
         }
-        outbox.placed(Place { rank: assign.rank, world, ready: Some(ready), ..Place::default() });
         flags.working.store(true, Ordering::Relaxed);
         if !self.touched {
             self.trainer.cadence.begin(Instant::now());
             self.touched = true;
         }
         Ok(Some(self.trainer.run()?))
+    }
+
+    /// This rank goes on from the state that it has: of the step that its coordinator takes it to be of.
+    fn check_state(&self, step: u64) -> Result<(), WorkError> {
+        let found = self.trainer.state.step;
+        if self.holds_state && found == step { Ok(()) } else { Err(WorkError::OtherState { step }) }
     }
 
     /// The state of the newest commit, or of a run that begins.
@@ -244,7 +267,7 @@ impl<'a> Rank<'a> {
                 (self.holds_state, self.touched) = (false, true);
                 load::restore(state, commit, &self.run, self.runtime)?;
             }
-            None if self.touched && state.step > 0 || self.touched && !self.holds_state => return Err(WorkError::Spent),
+            None if self.touched && (state.step > 0 || !self.holds_state) => return Err(WorkError::Spent),
             None => {}
         }
         self.holds_state = true;
@@ -261,12 +284,13 @@ impl<'a> Rank<'a> {
         if self.trainer.state.step == step { Ok(()) } else { Err(WorkError::Protocol("a source that holds another step than it says")) }
     }
 
-    /// Waits until all ranks are ready; false if the generation ends first.
+    /// Waits until all ranks are ready; false if the generation ends first. A coordinator that takes over before the first has said so finds all
+    /// ranks ready, and goes on with the generation as with one that trains.
     fn started(&self, patience: Duration) -> Result<bool, WorkError> {
         let until = Instant::now() + patience;
         while !self.trainer.flags.interrupted() && Instant::now() < until {
             match self.control.next(LOOK)?.map(|said| said.body) {
-                Some(Message::Start(_)) => return Ok(true),
+                Some(Message::Start(_) | Message::Adopted(_)) => return Ok(true),
                 Some(Message::Assign(_)) => return Err(WorkError::Protocol("a place for who has one")),
                 _ => {}
             }
@@ -276,7 +300,7 @@ impl<'a> Rank<'a> {
 
     /// Says farewell, once this rank's part of the last commit is saved. It stays until the coordinator ends its stream, which that does when it
     /// has read all farewells and the commit's record stands; or until the generation ends before that.
-    fn finish(&mut self, era: Era, ending: Ending) -> Result<(), WorkError> {
+    fn finish(&mut self, ending: Ending) -> Result<(), WorkError> {
         let trainer = &mut self.trainer;
         // What is encoded from here on would only delay the commit.
         trainer.feed.stop_encoding();
@@ -292,9 +316,10 @@ impl<'a> Rank<'a> {
             Ending::Done => Outcome::Done,
             Ending::Preempted => Outcome::Preempted,
         };
-        self.farewell = Some(ending);
-        let waits = self.waits();
-        self.control.outbox().finished(era, Finished { step: self.trainer.state.step, outcome: outcome.into() }, waits);
+        // Another coordinator than the one that gave the place may have adopted the generation: the commit was its.
+        let finished = Finished { step: self.trainer.state.step, outcome: outcome.into() };
+        let said = self.control.outbox().finished(self.trainer.flags.era(), finished, self.waits());
+        self.farewell = Some(ending).filter(|_| said);
         let trainer = &mut self.trainer;
         if ending == Ending::Done
             && trainer.seat.rank == 0
@@ -331,4 +356,24 @@ fn ready(trainer: &Trainer, with_digest: bool) -> Result<Ready, WorkError> {
         models_digest: trainer.feed.identity().models.clone(),
         samples_per_epoch: trainer.feed.samples_per_epoch(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::peer_address;
+
+    #[test]
+    fn what_is_advertised_may_name_a_port() {
+        for (advertised, address) in [
+            ("10.0.0.7", "10.0.0.7:4000"),
+            ("10.0.0.7:31000", "10.0.0.7:31000"),
+            ("worker-3.ella", "worker-3.ella:4000"),
+            ("worker-3.ella:31000", "worker-3.ella:31000"),
+            ("fd00::7", "[fd00::7]:4000"),
+            ("[fd00::7]", "[fd00::7]:4000"),
+            ("[fd00::7]:31000", "[fd00::7]:31000"),
+        ] {
+            assert_eq!(peer_address(advertised, 4000), address);
+        }
+    }
 }

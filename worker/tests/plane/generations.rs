@@ -235,3 +235,75 @@ fn a_generation_that_ends_without_a_coordinator_is_told_to_the_next() {
         assert_eq!(one.ended().await.unwrap(), Ending::Preempted);
     });
 }
+
+/// LIVE: the coordinator may die when all ranks are ready and none has been told to begin. The next one takes them for training, and so they
+/// are; and it is the one that hears of their end.
+#[test]
+fn a_generation_that_is_adopted_before_it_was_begun_begins_and_ends() {
+    RUNTIME.block_on(async {
+        let config = prepared(&[]);
+        let expected = alone(&config).await;
+        let (_folder, url) = run_folder();
+        let mut coordinator = Scripted::start().await;
+        let mut worker = idle(&mut coordinator, &config, &url, 1).await.remove(0);
+        let peers = vec![worker.address.clone()];
+        worker.assign(0, peers, None);
+        worker.ready().await;
+        worker.hang_up();
+        let mut worker = coordinator.again(worker).await;
+        assert!(worker.place.as_ref().is_some_and(|place| place.ready.is_some()));
+        (worker.term, worker.generation) = (TERM + 1, 1);
+        worker.say(welcome(&config, &url));
+        worker.say(Say::Adopted(v1::Adopted {}));
+        to_the_end(vec![worker], &expected).await;
+    });
+}
+
+/// LIVE: a worker that still waits for the peers of a generation which its coordinator took to the grave is free for the next one's.
+#[test]
+fn a_new_coordinators_place_frees_a_worker_from_a_ring_that_never_closes() {
+    RUNTIME.block_on(async {
+        let config = prepared(&["train.steps=100000"]);
+        let (_folder, url) = run_folder();
+        let mut coordinator = Scripted::start().await;
+        let mut workers = idle(&mut coordinator, &config, &url, 2).await;
+        let both = peers(&workers);
+        let mut worker = workers.remove(0);
+        // The other never hears of it.
+        worker.assign(0, both, None);
+        worker.beat().await;
+        worker.hang_up();
+        let mut worker = coordinator.again(worker).await;
+        assert_eq!(worker.place, None);
+        (worker.term, worker.generation) = (TERM + 1, 0);
+        worker.say(welcome(&config, &url));
+        worker.idle().await;
+        let peers = vec![worker.address.clone()];
+        worker.assign(0, peers, None);
+        worker.ready().await;
+        worker.say(Say::Start(v1::Start {}));
+        worker.progress(2).await;
+        worker.say(Say::Release(v1::Release { reason: "enough".into() }));
+        assert_eq!(worker.ended().await.unwrap(), Ending::Preempted);
+    });
+}
+
+/// SAME: a coordinator that takes a worker to have a state which it has not is told so, and nothing is trained on it.
+#[test]
+fn a_state_that_is_not_there_is_not_gone_on_with() {
+    RUNTIME.block_on(async {
+        let config = prepared(&["train.steps=100000"]);
+        let (_folder, url) = run_folder();
+        let mut coordinator = Scripted::start().await;
+        let mut worker = idle(&mut coordinator, &config, &url, 1).await.remove(0);
+        let peers = vec![worker.address.clone()];
+        worker.next_place(0, peers.clone(), (5, false));
+        let idle = worker.idle().await;
+        assert!(idle.step.is_none() && idle.broken.contains("the state of step 5"), "{idle:?}");
+        worker.generation += 1;
+        worker.say(Say::Assign(v1::Assign { rank: 0, peers, session: vec![9; 16], ..v1::Assign::default() }));
+        assert_eq!(worker.ready().await.step, 0);
+        worker.say(Say::Release(v1::Release { reason: "enough".into() }));
+        assert_eq!(worker.ended().await.unwrap(), Ending::Preempted);
+    });
+}
