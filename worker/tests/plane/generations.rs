@@ -301,7 +301,7 @@ fn a_state_that_is_not_there_is_not_gone_on_with() {
         let idle = worker.idle().await;
         assert!(idle.step.is_none() && idle.broken.contains("the state of step 5"), "{idle:?}");
         worker.generation += 1;
-        worker.say(Say::Assign(v1::Assign { rank: 0, peers, session: vec![9; 16], ..v1::Assign::default() }));
+        worker.say(Say::Assign(v1::Assign { world: 1, next: peers[0].clone(), session: vec![9; 16], ..v1::Assign::default() }));
         assert_eq!(worker.ready().await.step, 0);
         worker.say(Say::Release(v1::Release { reason: "enough".into() }));
         assert_eq!(worker.ended().await.unwrap(), Ending::Preempted);
