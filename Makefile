@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
 # that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-stores chaos chaos-train bench bench-feed bench-prepare lint libtorch proto parity-full
+.PHONY: build demo test test-stores chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare lint libtorch proto parity-full
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -40,6 +40,14 @@ chaos-train: build
 bench: build
 	$(CARGO) run --release --locked -p ella-tests --bin bench
 	$(CARGO) run --release --locked -p ella-worker --example bench_commit
+
+# What a death and a joiner cost at the connector's true size, beside torchrun if PEERS_PYTHON names a Python that has torch. 16 GB of memory.
+bench-recovery: build
+	$(CARGO) run --release --locked -p ella-tests --bin bench_recovery
+
+# The control plane under 100, 1,000 and 10,000 workers.
+bench-scale: build
+	$(CARGO) run --release --locked -p ella-coordinator --example bench_scale
 
 # The feed beside MosaicML Streaming and litdata, which PEERS_PYTHON must name a Python with; else alone. BENCH_FOLDER: on the disk to measure,
 # with 8 GiB free.

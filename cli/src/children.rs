@@ -218,8 +218,11 @@ impl Member {
 
     fn signal(&self, signal: i32) {
         let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()) else { return };
-        // SAFETY: kill takes plain numbers. The process has not been waited for (its id is known), so the number is still its own.
-        unsafe { libc::kill(pid, signal) };
+        // A worker is two processes, of which the first passes on what asks it to leave; what leaves no choice is for both.
+        let whom = if matches!(signal, libc::SIGTERM | libc::SIGINT) { pid } else { -pid };
+        // SAFETY: kill takes plain numbers. The process has not been waited for (its id is known), so the number is still its own, and
+        // that of the group which it leads.
+        unsafe { libc::kill(whom, signal) };
     }
 }
 

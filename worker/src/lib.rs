@@ -19,6 +19,7 @@ pub mod noise;
 pub mod prepare;
 pub mod reduce;
 pub mod session;
+pub mod supervise;
 pub mod text;
 pub mod train;
 

@@ -8,6 +8,7 @@ use ella_worker::device;
 use ella_worker::job::MOST_SLOTS;
 use ella_worker::leave;
 use ella_worker::session::{Options, work};
+use ella_worker::supervise::{self, Side};
 use ella_worker::train::Ending;
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -16,6 +17,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// How often it is looked whether this worker's part in the run is over, and how long it may take to leave then.
+const LOOK: Duration = Duration::from_millis(500);
+const LEAVING: Duration = Duration::from_secs(30);
 /// The exit code of what can be resumed.
 const PREEMPTED: u8 = 3;
 
@@ -43,6 +47,9 @@ struct Arguments {
     /// Seconds to try again while no coordinator answers: it may start after its workers
     #[arg(long, default_value_t = 60, value_name = "SECONDS", env = "ELLA_CONNECT_TIMEOUT")]
     connect_timeout: u64,
+    /// Seconds without any sign of life from this process, after which a second one that watches it ends it
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", env = "ELLA_STUCK_TIMEOUT", value_parser = clap::value_parser!(u64).range(3..))]
+    stuck_timeout: u64,
     /// How log lines look
     #[arg(long, default_value = "text", env = "ELLA_LOG_FORMAT", value_parser = ["text", "json"])]
     log_format: String,
@@ -58,9 +65,20 @@ fn device(text: &str) -> Result<Device, String> {
 }
 
 fn main() -> ExitCode {
-    // SAFETY: no thread has been started yet.
-    unsafe { device::use_large_pages() };
     let arguments = Arguments::parse();
+    // SAFETY: no thread has been started yet.
+    let side = unsafe {
+        device::use_large_pages();
+        supervise::fork(Duration::from_secs(arguments.stuck_timeout))
+    };
+    let pulse = match side {
+        Ok(Side::Worker(pulse)) => pulse,
+        Ok(Side::Supervisor(code)) => leave(code),
+        Err(error) => {
+            eprintln!("ERROR the worker cannot be supervised: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     start_log(&arguments.log_format);
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
@@ -71,6 +89,8 @@ fn main() -> ExitCode {
     };
     let flags = Arc::new(Flags::default());
     runtime.spawn(watch_signals(flags.clone()));
+    runtime.spawn(pulse.beat());
+    runtime.spawn(end_when_stuck(flags.clone()));
     let Arguments { coordinator, listen, advertise, device, slots, connect_timeout, .. } = arguments;
     let patience = Duration::from_secs(connect_timeout);
     let ending = work(&Options { coordinator, listen, advertise, device, slots, patience }, flags, runtime.handle());
@@ -84,6 +104,16 @@ fn main() -> ExitCode {
             if error.is_permanent() { 4 } else { 1 }
         }
     })
+}
+
+/// Ends the process where its part in the run is over and it does not leave: a device call may never return.
+async fn end_when_stuck(flags: Arc<Flags>) {
+    while flags.stopped().is_none() {
+        tokio::time::sleep(LOOK).await;
+    }
+    tokio::time::sleep(LEAVING).await;
+    tracing::error!("its part in the run is over, and it has not left within {} s: something in it hangs", LEAVING.as_secs());
+    leave(1);
 }
 
 /// SIGTERM and SIGINT have this worker leave at the next step boundary, or give back a job's units. A second one, or one before the first step,

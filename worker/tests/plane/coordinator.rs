@@ -87,8 +87,13 @@ impl Scripted {
 
     /// Starts a worker as a process of its own and takes its Hello.
     pub(crate) async fn process(&mut self) -> (Worker, tokio::process::Child) {
+        self.process_with(&[]).await
+    }
+
+    /// The same, with these further arguments.
+    pub(crate) async fn process_with(&mut self, further: &[&str]) -> (Worker, tokio::process::Child) {
         let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_ella-worker"));
-        command.args(["--coordinator", &self.url, "--device", "cpu"]).stderr(std::process::Stdio::piped()).kill_on_drop(true);
+        command.args(["--coordinator", &self.url, "--device", "cpu"]).args(further).stderr(std::process::Stdio::piped()).kill_on_drop(true);
         let child = command.spawn().unwrap();
         let (_, never) = oneshot::channel();
         (self.taken(never, Arc::default()).await, child)
@@ -126,7 +131,7 @@ impl Scripted {
         };
         let Said::Hello(hello) = worker.next().await else { panic!("the first message is no Hello") };
         assert_eq!((hello.device_kind.as_str(), hello.version.as_str()), ("cpu", env!("CARGO_PKG_VERSION")));
-        (worker.address, worker.place) = (hello.peer_address, hello.place);
+        (worker.address, worker.place, worker.pid) = (hello.peer_address, hello.place, hello.pid);
         worker
     }
 
@@ -168,6 +173,7 @@ pub(crate) struct Worker {
     idles: Vec<v1::Idle>,
     /// Of its Hello: where it was when it lost another coordinator.
     pub(crate) place: Option<v1::Place>,
+    pub(crate) pid: u32,
 }
 
 impl Worker {

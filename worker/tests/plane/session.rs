@@ -560,3 +560,17 @@ fn the_process_ends_with_the_code_that_says_what_to_do_next() {
         assert_eq!(soon("the end", child.wait()).await.unwrap().code(), Some(1));
     });
 }
+
+/// A worker in which nothing moves any more, as in a device call that never returns, is ended by the process that watches it.
+#[test]
+fn a_worker_that_is_stuck_is_ended_from_outside() {
+    RUNTIME.block_on(async {
+        let mut coordinator = Scripted::start().await;
+        let (worker, mut child) = coordinator.process_with(&["--stuck-timeout", "3"]).await;
+        assert_ne!(worker.pid, child.id().unwrap(), "the one that works is not the one that was started");
+        // SAFETY: kill has no memory effects here; the process belongs to one that this test started and has not waited for.
+        unsafe { libc::kill(worker.pid as i32, libc::SIGSTOP) };
+        assert_eq!(soon("the end", child.wait()).await.unwrap().code(), Some(1));
+        assert!(!std::path::Path::new(&format!("/proc/{}", worker.pid)).exists());
+    });
+}

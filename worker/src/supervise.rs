@@ -1,0 +1,167 @@
+//! A second process that watches the one that works: it passes signals on, and ends it if nothing in it moves any more, as in a device call that
+//! never returns while all threads wait for it. Containers may start it as their first process.
+//!
+//! It is forked before anything is loaded, so it costs next to nothing, and needs none of what may hang.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// Signals that are passed on.
+const PASSED_ON: [i32; 2] = [libc::SIGTERM, libc::SIGINT];
+/// How often the watched process says that it lives.
+const PULSE: Duration = Duration::from_secs(1);
+
+/// What a process is after [`fork`].
+#[derive(Debug)]
+pub enum Side {
+    /// It works, and says so by this.
+    Worker(Pulse),
+    /// It has watched the other to its end: with this exit code.
+    Supervisor(u8),
+}
+
+/// Says that this process lives, as long as it is written to.
+#[derive(Debug)]
+pub struct Pulse(OwnedFd);
+
+impl Pulse {
+    /// Says so again and again, from within the runtime whose life it is about.
+    pub async fn beat(self) {
+        let mut file = File::from(self.0);
+        let mut ticks = tokio::time::interval(PULSE);
+        loop {
+            ticks.tick().await;
+            // A full pipe has been said enough to; without a supervisor this process ends by the kernel's hand.
+            let _ = io::Write::write(&mut file, &[0]);
+        }
+    }
+}
+
+/// Splits this process in two. The supervisor's half returns when the worker's has ended, of itself or after `patience` without a pulse.
+///
+/// # Errors
+/// What the system refuses.
+///
+/// # Safety
+/// No other thread may run.
+pub unsafe fn fork(patience: Duration) -> io::Result<Side> {
+    let (ours, theirs) = pipe()?;
+    let signals = block()?;
+    let parent = std::process::id();
+    // SAFETY: the caller's: this is the only thread, so the child is as whole as the parent.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            drop(ours);
+            unblock(&signals)?;
+            die_with(parent)?;
+            Ok(Side::Worker(Pulse(theirs)))
+        }
+        child => {
+            drop(theirs);
+            Ok(Side::Supervisor(watch(child, File::from(ours), &signals, patience)))
+        }
+    }
+}
+
+/// Both ends of a pipe, of which neither ever blocks.
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut ends = [0; 2];
+    // SAFETY: two numbers are written, which are files of this process alone from then on.
+    unsafe {
+        if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok((OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])))
+    }
+}
+
+/// From here on these signals wait until they are asked for.
+fn block() -> io::Result<libc::sigset_t> {
+    // SAFETY: the set is a plain value that these calls fill in or read.
+    unsafe {
+        let mut signals: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut signals);
+        for signal in PASSED_ON.iter().chain(&[libc::SIGCHLD]) {
+            libc::sigaddset(&raw mut signals, *signal);
+        }
+        check(libc::sigprocmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut()))?;
+        Ok(signals)
+    }
+}
+
+fn unblock(signals: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: reads the set.
+    check(unsafe { libc::sigprocmask(libc::SIG_UNBLOCK, signals, std::ptr::null_mut()) })
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Asks the kernel to kill this process when its parent dies, which may already have happened.
+fn die_with(parent: u32) -> io::Result<()> {
+    // SAFETY: both calls take or give numbers.
+    let now = unsafe {
+        check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+        libc::getppid()
+    };
+    if now as u32 == parent { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
+}
+
+/// Watches the worker to its end, and says with which code.
+fn watch(child: i32, mut pulse: File, signals: &libc::sigset_t, patience: Duration) -> u8 {
+    let (mut heard, mut bytes) = (Instant::now(), [0; 64]);
+    loop {
+        if let Some(status) = ended(child) {
+            return code(status);
+        }
+        match pulse.read(&mut bytes) {
+            Ok(1..) => heard = Instant::now(),
+            _ if heard.elapsed() >= patience => {
+                eprintln!("ERROR the worker process {child} has not moved for {} s and is ended; start it again", patience.as_secs());
+                kill(child, libc::SIGKILL);
+                heard = Instant::now();
+            }
+            _ => {}
+        }
+        let signal = next_signal(signals, PULSE);
+        if PASSED_ON.contains(&signal) {
+            kill(child, signal);
+        }
+    }
+}
+
+/// Its status, if it has ended. Other children, which the first process of a container inherits, are laid to rest too.
+fn ended(child: i32) -> Option<i32> {
+    loop {
+        let mut status = 0;
+        // SAFETY: writes one number.
+        match unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) } {
+            found if found == child => return Some(status),
+            1.. => {}
+            // None has ended; or there is none at all, which cannot be.
+            0 => return None,
+            _ => return (io::Error::last_os_error().raw_os_error() == Some(libc::ECHILD)).then_some(1 << 8),
+        }
+    }
+}
+
+/// The next signal within `patience`; -1 if none comes.
+fn next_signal(signals: &libc::sigset_t, patience: Duration) -> i32 {
+    let patience = libc::timespec { tv_sec: patience.as_secs() as i64, tv_nsec: 0 };
+    // SAFETY: reads two plain values.
+    unsafe { libc::sigtimedwait(signals, std::ptr::null_mut(), &raw const patience) }
+}
+
+fn kill(child: i32, signal: i32) {
+    // SAFETY: takes numbers; the child has not been waited for, so its number is still its own.
+    unsafe { libc::kill(child, signal) };
+}
+
+/// The worker's exit code; of one that a signal has ended, that of a failure.
+fn code(status: i32) -> u8 {
+    if libc::WIFEXITED(status) { u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(1) } else { 1 }
+}
