@@ -128,6 +128,7 @@ impl Scripted {
             address: String::new(),
             idles: Vec::new(),
             place: None,
+            pid: 0,
         };
         let Said::Hello(hello) = worker.next().await else { panic!("the first message is no Hello") };
         assert_eq!((hello.device_kind.as_str(), hello.version.as_str()), ("cpu", env!("CARGO_PKG_VERSION")));
