@@ -15,7 +15,7 @@ use crate::run::{Metric, RunFolder};
 use crate::ui::Fail;
 
 /// A worker that went so long before its coordinator did, or so long after, in milliseconds, need not be told of by either: the next coordinator
-/// never knew it.
+/// never knew it. Half an orphan's timeout longer, in which workers do not notice that a coordinator hangs.
 const UNSEEN: u64 = 6_000;
 /// A worker may end so long before its coordinator has written that the run has failed.
 const LAST_WORDS: u64 = 1_000;
@@ -155,7 +155,7 @@ pub(super) async fn judge(tried: Tried<'_>, calm: &Calm) -> Result<Verdict, Fail
     }
     says("TERM", records.as_ref().err().map(ToString::to_string).into_iter().chain(too_few_terms(terms, record.served)).collect());
     says("LIVE", live(&record, &paces, stall_ms));
-    says("KNOWN", untold(&record, &events));
+    says("KNOWN", untold(&record, &events, UNSEEN + config.workers.orphan_timeout.0 / 2));
 
     let (outcome, why) = match &record.outcome {
         Outcome::Done => ("done", None),
@@ -283,7 +283,7 @@ fn live(record: &Record, paces: &Paces, stall_ms: u64) -> Vec<String> {
 }
 
 /// KNOWN: workers that went while the run was going on, and that nobody told of.
-fn untold(record: &Record, events: &Events) -> Vec<String> {
+fn untold(record: &Record, events: &Events, unseen: u64) -> Vec<String> {
     let coordinators: Vec<u64> = record.ends.iter().filter(|end| end.is_coordinator).map(|end| end.at_ms).collect();
     let lost = record.ends.iter().filter(|end| !end.is_coordinator).filter_map(|end| Some((end, record.ids.get(&end.pid)?)));
     let is_told = |(end, id): &(&End, &String)| {
@@ -297,12 +297,12 @@ fn untold(record: &Record, events: &Events) -> Vec<String> {
         // What becomes of the workers of a run that has failed is told with that.
         let with_the_run = |event: &Value| {
             let at = event["at_unix_ms"].as_u64().unwrap_or_default();
-            event["event"] == "ended" && (at.saturating_sub(LAST_WORDS)..at + UNSEEN).contains(&end.at_ms)
+            event["event"] == "ended" && (at.saturating_sub(LAST_WORDS)..at + unseen).contains(&end.at_ms)
         };
-        let unseen = coordinators.iter().any(|at| at.abs_diff(end.at_ms) <= UNSEEN);
+        let is_unseen = coordinators.iter().any(|at| at.abs_diff(end.at_ms) <= unseen);
         events.kept.iter().chain(&events.logged).any(names)
             || events.kept.iter().any(with_the_run)
-            || unseen && events.kept.iter().any(without)
+            || is_unseen && events.kept.iter().any(without)
     };
     let told = |(end, id): (&End, &String)| format!("{} ({}, worker {id}) went, and no event tells of it", end.name, end.why);
     lost.filter(|lost| !is_told(lost)).map(told).collect()
@@ -403,10 +403,10 @@ mod tests {
         let lost = serde_json::json!({ "event": "lost", "worker": "a", "at_unix_ms": 1_100 });
         let formed = serde_json::json!({ "event": "generation", "workers": ["a", "c"], "at_unix_ms": 2_500 });
         let mut events = Events { kept: vec![formed], logged: vec![lost] };
-        assert_eq!(untold(&record, &events).len(), 1, "b's coordinator lived");
+        assert_eq!(untold(&record, &events, UNSEEN).len(), 1, "b's coordinator lived");
         record.ends.push(end(1, 2_100, true));
-        assert!(untold(&record, &events).is_empty(), "{:?}", untold(&record, &events));
+        assert!(untold(&record, &events, UNSEEN).is_empty(), "{:?}", untold(&record, &events, UNSEEN));
         events.logged.clear();
-        assert!(untold(&record, &events)[0].contains("worker a"));
+        assert!(untold(&record, &events, UNSEEN)[0].contains("worker a"));
     }
 }
