@@ -5,7 +5,7 @@ use std::path::Path;
 
 use ella_proto::config::RunConfig;
 use ella_store::commit::parse_folder;
-use ella_store::{Body, Commit, RunLog, RunState, Store};
+use ella_store::{Body, Commit, Record as Entry, RunLog, RunState, Store};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -145,7 +145,7 @@ pub(super) async fn judge(tried: Tried<'_>, calm: &Calm) -> Result<Verdict, Fail
         Ok(audit) => {
             let (files, others): (Vec<_>, Vec<_>) = audit.problems.iter().cloned().partition(|problem| problem.contains(store.url()));
             says("ONCE", others);
-            let strays = strays(&store, &state, known.iter().filter_map(|record| commit_of(&record.body))).await?;
+            let strays = strays(&store, &state, known).await?;
             says("COMMIT", files.into_iter().chain(strays).collect());
         }
         Err(fail) => {
@@ -217,15 +217,23 @@ fn same(last: Option<&Commit>, calm: &Calm, steps: u64) -> Vec<String> {
     calm.parts.iter().filter(other).map(told).collect()
 }
 
-/// COMMIT: a folder that no record names, of a coordinator that has had successors. The last one's may be a commit that it did not come to.
-async fn strays(store: &Store, state: &RunState, named: impl Iterator<Item = &Commit>) -> Result<Vec<String>, Fail> {
-    let named: Vec<&str> = named.map(|commit| commit.folder.as_str()).collect();
-    let mut folders = store.folders("commits").await?;
-    folders.retain(|folder| {
-        let is_old = parse_folder(folder).is_none_or(|(_, term)| term < state.term);
-        is_old && !named.contains(&folder.as_str()) && !state.retired.contains(folder)
-    });
-    Ok(folders.into_iter().map(|folder| format!("{folder}: no record names it, and a later coordinator has not deleted it")).collect())
+/// COMMIT: folders that no record names, and that the last coordinator found when it began: it should have deleted them. What it saved itself
+/// may be a commit that it did not come to; and what a worker of the one before saved after that is for the next to delete.
+async fn strays(store: &Store, state: &RunState, records: &[Entry]) -> Result<Vec<String>, Fail> {
+    let named: Vec<&str> = records.iter().filter_map(|record| commit_of(&record.body)).map(|commit| commit.folder.as_str()).collect();
+    let began = records.iter().filter(|record| matches!(record.body, Body::Term(_))).map(|record| record.at_unix_ms).max();
+    let mut strays = Vec::new();
+    for folder in store.folders("commits").await? {
+        let is_old = parse_folder(&folder).is_none_or(|(_, term)| term < state.term);
+        if !is_old || named.contains(&folder.as_str()) || state.retired.contains(&folder) {
+            continue;
+        }
+        let files = store.list(&folder).await?;
+        if files.iter().filter_map(|file| file.changed_ms).max() <= began {
+            strays.push(format!("{folder}: no record names it, and a later coordinator has not deleted it"));
+        }
+    }
+    Ok(strays)
 }
 
 /// TERM: whoever served has begun a term.
@@ -373,8 +381,15 @@ mod tests {
             for folder in ["commits/000000000009.1", "commits/000000000007.1-2", "commits/000000000008.2", "commits/x"] {
                 store.put(&format!("{folder}/ema.safetensors"), "e".into()).await.unwrap();
             }
-            let state = RunState { term: 2, ..RunState::default() };
-            strays(&store, &state, [&commit(9, b"good")].into_iter()).await.unwrap()
+            let term = ella_store::Term { host: "h".into(), version: "1".into(), config_digest: ella_store::Digest::of(b"c") };
+            let record = |seq, term, at_unix_ms, body| Entry { seq, term, nonce: "n".into(), at_unix_ms, body };
+            let log = |second| {
+                let first = record(0, 1, 1, Body::Term(term.clone()));
+                [first, record(1, 1, 2, Body::Commit(commit(9, b"good"))), record(2, 2, second, Body::Term(term.clone()))]
+            };
+            let judged = async |records: &[Entry]| strays(&store, &RunState::from_records(records), records).await.unwrap();
+            assert_eq!(judged(&log(3)).await, Vec::<String>::new(), "written after the second began");
+            judged(&log(u64::MAX)).await
         });
         let named: Vec<&str> = found.iter().filter_map(|told| told.split(':').next()).collect();
         assert_eq!(named, ["commits/000000000007.1-2", "commits/x"]);
