@@ -45,7 +45,7 @@ lr = 1e-3
 every = 10
 [workers]
 lease = "1s"
-orphan_timeout = "30s"
+orphan_timeout = "10s"
 step_timeout = "5s"
 start_timeout = "60s"
 join_window = "200ms"

@@ -9,7 +9,7 @@ const STEPS: u64 = 80;
 const PLAN: &str = "workers = 4\nfaults = 12\nrestart_after = [\"100ms\", \"800ms\"]\nlasts = [\"50ms\", \"1500ms\"]\nstall = \"20s\"\n";
 
 /// Times that suit a run of seconds.
-const TIMES: &str = "[checkpoint]\nevery = 10\n[workers]\nlease = \"1s\"\norphan_timeout = \"20s\"\nstep_timeout = \"5s\"\nstart_timeout = \"30s\"\n\
+const TIMES: &str = "[checkpoint]\nevery = 10\n[workers]\nlease = \"1s\"\norphan_timeout = \"6s\"\nstep_timeout = \"5s\"\nstart_timeout = \"30s\"\n\
                      join_window = \"100ms\"\n";
 
 fn plan(world: &World, name: &str, more: &str) -> Result<String> {

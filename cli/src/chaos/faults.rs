@@ -22,6 +22,8 @@ pub(super) struct Fault {
     pub(super) off: Off,
     /// A partition resets connections, where others only let nothing through.
     pub(super) resets: bool,
+    /// A coordinator is not killed but hangs, and goes on when another has taken its place (TERM).
+    pub(super) hangs: bool,
 }
 
 /// Numbers that look like chance, and are the same for the same seed.
@@ -99,6 +101,7 @@ fn one(plan: &Plan, lease: u64, (at_step, kind): (u64, Kind), dice: &mut Dice) -
         lasts: dice.within(if goes { chaos.restart_after.map(|time| time.0) } else { lasts }),
         off: [Off::Coordinator, Off::Peers, Off::Both][dice.below(3) as usize],
         resets: dice.below(3) == 0,
+        hangs: kind == Kind::Coordinator && dice.below(3) == 0,
     }
 }
 
@@ -109,6 +112,7 @@ impl Fault {
         let seconds = lasts.as_secs_f64();
         match kind {
             Kind::Kill | Kind::Leave => format!("{} {target}, back after {seconds:.1} s", kind.name()),
+            Kind::Coordinator if self.hangs => format!("the coordinator hangs, another comes after {seconds:.1} s"),
             Kind::Coordinator => format!("kill the coordinator, back after {seconds:.1} s"),
             Kind::Stop | Kind::Slow => format!("{} {target} for {seconds:.1} s", kind.name()),
             Kind::Partition => {
@@ -162,6 +166,7 @@ mod tests {
         let stops = || all.iter().filter(|fault| fault.kind == Kind::Stop);
         assert!(stops().any(|stop| stop.target == Target::Coordinator) && stops().any(|stop| stop.target != Target::Coordinator));
         assert!(stops().any(|stop| stop.lasts > Duration::from_millis(1_000)), "beyond the lease");
+        assert!(all.iter().any(|fault| fault.hangs) && all.iter().all(|fault| !fault.hangs || fault.kind == Kind::Coordinator));
     }
 
     #[test]

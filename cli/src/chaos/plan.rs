@@ -69,7 +69,7 @@ pub(super) enum Kind {
     Partition,
     /// More of the store's operations fail.
     Store,
-    /// SIGKILL to the coordinator, which comes back.
+    /// SIGKILL to the coordinator, which comes back; or it hangs, and goes on only when another is in its place.
     Coordinator,
     /// One more worker comes.
     Join,

@@ -30,6 +30,8 @@ const DONE_ALREADY: Duration = Duration::from_secs(3);
 const FAREWELL: Duration = Duration::from_secs(10);
 /// A slow process runs, and sleeps, for so long at a time.
 const PULSE: [Duration; 2] = [Duration::from_millis(15), Duration::from_millis(45)];
+/// When a coordinator that hung goes on, after the start of the next one.
+const WAKES_AFTER: Duration = Duration::from_millis(700);
 /// More guests than so many leave before another one comes.
 const GUESTS: usize = 2;
 /// Unasked ends beyond the number of faults, before a run is given up.
@@ -392,7 +394,9 @@ impl Trial {
                 if self.seen.as_ref().is_none_or(|(at, _)| at.elapsed() > ANSWER) {
                     return Ok(None);
                 }
-                if fault.kind == Kind::Coordinator {
+                if fault.hangs {
+                    self.supersede(fault.lasts);
+                } else if fault.kind == Kind::Coordinator {
                     self.end(Who::Coordinator, libc::SIGKILL, fault.lasts);
                 } else {
                     process.ails = true;
@@ -408,6 +412,17 @@ impl Trial {
             }
         }
         Ok(Some(fault.target))
+    }
+
+    /// The coordinator hangs for so long that another is started in its place; then it goes on, and must find that it has been superseded.
+    fn supersede(&mut self, after: Duration) {
+        let Some(process) = self.cluster.take(Who::Coordinator) else { return };
+        self.cluster.children.signal_one(process.child, libc::SIGSTOP);
+        let name = self.cluster.children.members()[process.child].name.clone();
+        let (pid, why) = (process.pid, "it hung".to_owned());
+        self.record.ends.push(End { name, pid, is_coordinator: true, asked: true, at_ms: unix_ms(), why });
+        self.later(after, Act::Start(Who::Coordinator));
+        self.later(after + WAKES_AFTER, Act::Wake(process.child));
     }
 
     /// A worker for it: the one that is meant, or, if the plan does not name it, the next one whose state another has too.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use ella_proto::config::RunConfig;
 use ella_store::commit::parse_folder;
-use ella_store::{Body, Commit, RunLog, RunState, Store};
+use ella_store::{Body, Commit, Record as Entry, RunLog, RunState, Store};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -15,7 +15,7 @@ use crate::run::{Metric, RunFolder};
 use crate::ui::Fail;
 
 /// A worker that went so long before its coordinator did, or so long after, in milliseconds, need not be told of by either: the next coordinator
-/// never knew it.
+/// never knew it. Half an orphan's timeout longer, in which workers do not notice that a coordinator hangs.
 const UNSEEN: u64 = 6_000;
 /// A worker may end so long before its coordinator has written that the run has failed.
 const LAST_WORDS: u64 = 1_000;
@@ -145,7 +145,7 @@ pub(super) async fn judge(tried: Tried<'_>, calm: &Calm) -> Result<Verdict, Fail
         Ok(audit) => {
             let (files, others): (Vec<_>, Vec<_>) = audit.problems.iter().cloned().partition(|problem| problem.contains(store.url()));
             says("ONCE", others);
-            let strays = strays(&store, &state, known.iter().filter_map(|record| commit_of(&record.body))).await?;
+            let strays = strays(&store, &state, known).await?;
             says("COMMIT", files.into_iter().chain(strays).collect());
         }
         Err(fail) => {
@@ -155,7 +155,7 @@ pub(super) async fn judge(tried: Tried<'_>, calm: &Calm) -> Result<Verdict, Fail
     }
     says("TERM", records.as_ref().err().map(ToString::to_string).into_iter().chain(too_few_terms(terms, record.served)).collect());
     says("LIVE", live(&record, &paces, stall_ms));
-    says("KNOWN", untold(&record, &events));
+    says("KNOWN", untold(&record, &events, UNSEEN + config.workers.orphan_timeout.0 / 2));
 
     let (outcome, why) = match &record.outcome {
         Outcome::Done => ("done", None),
@@ -217,15 +217,23 @@ fn same(last: Option<&Commit>, calm: &Calm, steps: u64) -> Vec<String> {
     calm.parts.iter().filter(other).map(told).collect()
 }
 
-/// COMMIT: a folder that no record names, of a coordinator that has had successors. The last one's may be a commit that it did not come to.
-async fn strays(store: &Store, state: &RunState, named: impl Iterator<Item = &Commit>) -> Result<Vec<String>, Fail> {
-    let named: Vec<&str> = named.map(|commit| commit.folder.as_str()).collect();
-    let mut folders = store.folders("commits").await?;
-    folders.retain(|folder| {
-        let is_old = parse_folder(folder).is_none_or(|(_, term)| term < state.term);
-        is_old && !named.contains(&folder.as_str()) && !state.retired.contains(folder)
-    });
-    Ok(folders.into_iter().map(|folder| format!("{folder}: no record names it, and a later coordinator has not deleted it")).collect())
+/// COMMIT: folders that no record names, and that the last coordinator found when it began: it should have deleted them. What it saved itself
+/// may be a commit that it did not come to; and what a worker of the one before saved after that is for the next to delete.
+async fn strays(store: &Store, state: &RunState, records: &[Entry]) -> Result<Vec<String>, Fail> {
+    let named: Vec<&str> = records.iter().filter_map(|record| commit_of(&record.body)).map(|commit| commit.folder.as_str()).collect();
+    let began = records.iter().filter(|record| matches!(record.body, Body::Term(_))).map(|record| record.at_unix_ms).max();
+    let mut strays = Vec::new();
+    for folder in store.folders("commits").await? {
+        let is_old = parse_folder(&folder).is_none_or(|(_, term)| term < state.term);
+        if !is_old || named.contains(&folder.as_str()) || state.retired.contains(&folder) {
+            continue;
+        }
+        let files = store.list(&folder).await?;
+        if files.iter().filter_map(|file| file.changed_ms).max() <= began {
+            strays.push(format!("{folder}: no record names it, and a later coordinator has not deleted it"));
+        }
+    }
+    Ok(strays)
 }
 
 /// TERM: whoever served has begun a term.
@@ -283,7 +291,7 @@ fn live(record: &Record, paces: &Paces, stall_ms: u64) -> Vec<String> {
 }
 
 /// KNOWN: workers that went while the run was going on, and that nobody told of.
-fn untold(record: &Record, events: &Events) -> Vec<String> {
+fn untold(record: &Record, events: &Events, unseen: u64) -> Vec<String> {
     let coordinators: Vec<u64> = record.ends.iter().filter(|end| end.is_coordinator).map(|end| end.at_ms).collect();
     let lost = record.ends.iter().filter(|end| !end.is_coordinator).filter_map(|end| Some((end, record.ids.get(&end.pid)?)));
     let is_told = |(end, id): &(&End, &String)| {
@@ -297,12 +305,12 @@ fn untold(record: &Record, events: &Events) -> Vec<String> {
         // What becomes of the workers of a run that has failed is told with that.
         let with_the_run = |event: &Value| {
             let at = event["at_unix_ms"].as_u64().unwrap_or_default();
-            event["event"] == "ended" && (at.saturating_sub(LAST_WORDS)..at + UNSEEN).contains(&end.at_ms)
+            event["event"] == "ended" && (at.saturating_sub(LAST_WORDS)..at + unseen).contains(&end.at_ms)
         };
-        let unseen = coordinators.iter().any(|at| at.abs_diff(end.at_ms) <= UNSEEN);
+        let is_unseen = coordinators.iter().any(|at| at.abs_diff(end.at_ms) <= unseen);
         events.kept.iter().chain(&events.logged).any(names)
             || events.kept.iter().any(with_the_run)
-            || unseen && events.kept.iter().any(without)
+            || is_unseen && events.kept.iter().any(without)
     };
     let told = |(end, id): (&End, &String)| format!("{} ({}, worker {id}) went, and no event tells of it", end.name, end.why);
     lost.filter(|lost| !is_told(lost)).map(told).collect()
@@ -373,8 +381,15 @@ mod tests {
             for folder in ["commits/000000000009.1", "commits/000000000007.1-2", "commits/000000000008.2", "commits/x"] {
                 store.put(&format!("{folder}/ema.safetensors"), "e".into()).await.unwrap();
             }
-            let state = RunState { term: 2, ..RunState::default() };
-            strays(&store, &state, [&commit(9, b"good")].into_iter()).await.unwrap()
+            let term = ella_store::Term { host: "h".into(), version: "1".into(), config_digest: ella_store::Digest::of(b"c") };
+            let record = |seq, term, at_unix_ms, body| Entry { seq, term, nonce: "n".into(), at_unix_ms, body };
+            let log = |second| {
+                let first = record(0, 1, 1, Body::Term(term.clone()));
+                [first, record(1, 1, 2, Body::Commit(commit(9, b"good"))), record(2, 2, second, Body::Term(term.clone()))]
+            };
+            let judged = async |records: &[Entry]| strays(&store, &RunState::from_records(records), records).await.unwrap();
+            assert_eq!(judged(&log(3)).await, Vec::<String>::new(), "written after the second began");
+            judged(&log(u64::MAX)).await
         });
         let named: Vec<&str> = found.iter().filter_map(|told| told.split(':').next()).collect();
         assert_eq!(named, ["commits/000000000007.1-2", "commits/x"]);
@@ -403,10 +418,10 @@ mod tests {
         let lost = serde_json::json!({ "event": "lost", "worker": "a", "at_unix_ms": 1_100 });
         let formed = serde_json::json!({ "event": "generation", "workers": ["a", "c"], "at_unix_ms": 2_500 });
         let mut events = Events { kept: vec![formed], logged: vec![lost] };
-        assert_eq!(untold(&record, &events).len(), 1, "b's coordinator lived");
+        assert_eq!(untold(&record, &events, UNSEEN).len(), 1, "b's coordinator lived");
         record.ends.push(end(1, 2_100, true));
-        assert!(untold(&record, &events).is_empty(), "{:?}", untold(&record, &events));
+        assert!(untold(&record, &events, UNSEEN).is_empty(), "{:?}", untold(&record, &events, UNSEEN));
         events.logged.clear();
-        assert!(untold(&record, &events)[0].contains("worker a"));
+        assert!(untold(&record, &events, UNSEEN)[0].contains("worker a"));
     }
 }
