@@ -86,7 +86,8 @@ impl Core {
 
     fn adopt(&mut self, now: Time, places: Vec<(ConnId, v1::Place)>) {
         let from = places.iter().map(|(_, place)| place.step).min().unwrap_or_default();
-        self.lineup = Some(Lineup { started: true, ..Lineup::new(places.len(), Step(from)) });
+        let adopted = places.first().map(|(_, place)| place.term);
+        self.lineup = Some(Lineup { started: true, adopted, ..Lineup::new(places.len(), Step(from)) });
         (self.returning, self.adopts) = (None, false);
         for (conn, place) in places {
             let Some(member) = self.members.get_mut(conn) else { continue };

@@ -50,7 +50,7 @@ impl Core {
         if hello.place.as_ref().is_some_and(|place| place.term > self.term.0) {
             return Err(Refusal::Superseded);
         }
-        for (_, member) in self.members.iter() {
+        for (_, member) in self.members.iter().filter(|(_, member)| member.open) {
             let other = &member.hello;
             let holder = || Box::new(Who::of(other, member.rank()));
             if other.worker_id == hello.worker_id {
@@ -79,7 +79,10 @@ impl Core {
     /// Whether a worker whose stream of before still counts goes on in the place that it has here.
     fn goes_on(&self, before: ConnId, place: &v1::Place) -> bool {
         let runs = matches!(self.phase, Phase::Training | Phase::Draining { .. });
-        let is_ours = (place.term, place.generation, place.world as usize) == (self.term.0, self.generation.0, self.world());
+        // It may not have heard that it was adopted.
+        let adopted = self.lineup.as_ref().and_then(|lineup| lineup.adopted);
+        let of_term = place.term == self.term.0 || Some(place.term) == adopted;
+        let is_ours = of_term && (place.generation, place.world as usize) == (self.generation.0, self.world());
         runs && is_ours && self.members.rank(before).is_some_and(|rank| rank.0 == place.rank)
     }
 
@@ -87,7 +90,7 @@ impl Core {
     /// holds now is said again.
     fn reattach(&mut self, now: Time, conn: ConnId, before: ConnId, hello: v1::Hello) {
         let Some(member) = self.members.remove(before) else { return };
-        self.effects.push(Effect::Close(before));
+        self.close_stream(before);
         self.members.insert(conn, Member { hello, heard: now, ..member });
         self.counts.add("workers_reattached", 1);
         self.send(conn, to_worker::Body::Welcome(self.config.welcome.clone()));

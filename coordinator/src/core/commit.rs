@@ -98,21 +98,17 @@ impl Commits {
 }
 
 impl Core {
-    /// Whether a report for a commit of `step` may still be taken in.
-    fn takes_commit(&mut self, step: u64) -> bool {
+    /// The rank that reports for a commit of `step`, if it may still do so.
+    fn takes_commit(&mut self, conn: ConnId, step: u64) -> Option<Rank> {
         let takes = self.phase.has_begun() && Step(step) > self.last_commit() && step <= self.config.steps;
-        if !takes {
-            self.counts.add("refused_out_of_turn", 1);
-        }
-        takes
+        let rank = self.members.rank(conn).filter(|_| takes);
+        self.counts.add_some("refused_out_of_turn", usize::from(rank.is_none()));
+        rank
     }
 
     /// A rank's digest of its whole state.
     pub(super) fn state(&mut self, now: Time, conn: ConnId, digest: v1::StateDigest) {
-        let Some(rank) = self.members.rank(conn) else { return };
-        if !self.takes_commit(digest.step) {
-            return;
-        }
+        let Some(rank) = self.takes_commit(conn, digest.step) else { return };
         if let Some(failure) = self.malformed(conn, &[(Field::State, &digest.digest)]).or_else(|| self.malformed_ledger(conn, &digest)) {
             return self.fail(failure);
         }
@@ -133,7 +129,7 @@ impl Core {
 
     /// A file of a commit is in the store.
     pub(super) fn part(&mut self, now: Time, conn: ConnId, saved: v1::PartSaved) {
-        if self.members.rank(conn).is_none() || !self.takes_commit(saved.step) {
+        if self.takes_commit(conn, saved.step).is_none() {
             return;
         }
         let (Some(name), Some(who)) = (PARTS.iter().find(|name| **name == saved.name), self.members.who(conn)) else {

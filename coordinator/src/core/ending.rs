@@ -194,7 +194,7 @@ impl Core {
             self.send_to(&conns, &word);
         }
         for conn in self.members.close_all() {
-            self.effects.push(Effect::Close(conn));
+            self.close_stream(conn);
         }
         if record {
             self.effects.push(Effect::Append(self.end_record(&outcome)));

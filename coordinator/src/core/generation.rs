@@ -23,6 +23,8 @@ pub(super) struct Lineup {
     pub(super) commit: Option<Commit>,
     /// Start was sent, or it was adopted.
     pub(super) started: bool,
+    /// Under which term it ran before it was adopted, if it was.
+    pub(super) adopted: Option<u64>,
     /// A worker came back into it, so that messages may be lost.
     pub(super) shaken: bool,
     /// It was asked to end after a step.
@@ -45,6 +47,7 @@ impl Lineup {
             source: None,
             commit: None,
             started: false,
+            adopted: None,
             shaken: false,
             boundary: false,
             why: String::new(),

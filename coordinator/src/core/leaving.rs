@@ -1,7 +1,7 @@
 //! Workers that were asked to leave (SIGTERM, `drain`): they go as soon as others go on without them, or the whole run leaves.
 
 use super::members::{Held, Member};
-use super::{ConnId, Core, Effect, Note, Phase, Time};
+use super::{ConnId, Core, Note, Phase, Time};
 use ella_proto::v1::{self, to_worker};
 
 impl Core {
@@ -66,7 +66,7 @@ impl Core {
         let Some(member) = self.members.remove(conn) else { return };
         let reason = member.parting.unwrap_or_default();
         self.send(conn, to_worker::Body::Release(v1::Release { reason: reason.clone() }));
-        self.effects.push(Effect::Close(conn));
+        self.close_stream(conn);
         self.counts.add("workers_released", 1);
         self.note(Note::Left { worker: member.hello.worker_id, why: reason });
     }
@@ -76,7 +76,7 @@ impl Core {
         let reason = self.drain.as_ref().map_or_else(String::new, |drain| drain.reason.clone());
         for conn in self.members.close_all() {
             self.send(conn, to_worker::Body::Release(v1::Release { reason: reason.clone() }));
-            self.effects.push(Effect::Close(conn));
+            self.close_stream(conn);
         }
         self.end(now, super::Outcome::Preempted { reason });
     }

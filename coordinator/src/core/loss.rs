@@ -1,7 +1,7 @@
 //! Closed, Failed, silence: what becomes of the others when a worker is gone.
 
 use super::members::Member;
-use super::{Closed, ConnId, Core, Effect, Failure, Loss, Note, Phase, Time};
+use super::{Closed, ConnId, Core, Failure, Loss, Note, Phase, Time};
 use ella_proto::v1::{self, to_worker};
 
 /// Characters that are kept of a worker's words.
@@ -13,6 +13,7 @@ impl Core {
             self.counts.add(name, 1);
         }
         self.lost(now, conn, how.into());
+        self.closed.remove(&conn);
     }
 
     pub(super) fn silent(&mut self, now: Time) {
@@ -36,7 +37,7 @@ impl Core {
     pub(super) fn lost(&mut self, now: Time, conn: ConnId, how: Loss) {
         let Some(member) = self.members.get(conn).filter(|member| member.open) else { return };
         let (who, placed, has_done) = (member.who(), member.rank().is_some(), self.has_done_its_work(member));
-        self.effects.push(Effect::Close(conn));
+        self.close_stream(conn);
         if let Some(member) = self.members.get_mut(conn) {
             member.open = false;
         }

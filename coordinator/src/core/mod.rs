@@ -63,6 +63,7 @@ use ella_store::Commit;
 use generation::Lineup;
 use members::Members;
 use progress::Progress;
+use std::collections::BTreeSet;
 use straggler::Pace;
 
 /// What the core must know of the run. Times are in milliseconds.
@@ -152,6 +153,8 @@ pub struct Core {
     phase: Phase,
     clock: Clock,
     members: Members,
+    /// Streams that were closed from here; what was sent on them before still comes.
+    closed: BTreeSet<ConnId>,
     commits: Commits,
     progress: Progress,
     pace: Pace,
@@ -220,6 +223,7 @@ impl Core {
             phase: Phase::Waiting { until: now.after(config.start_timeout), here: false },
             clock: Clock::new(now),
             members: Members::default(),
+            closed: BTreeSet::new(),
             progress: Progress::from_commit(last),
             commits: Commits::new(history.commits),
             pace: Pace::default(),
@@ -258,6 +262,9 @@ impl Core {
         }
         if self.phase.is_over() {
             return self.counts.add("refused_after_the_end", 1);
+        }
+        if self.closed.contains(&conn) {
+            return self.counts.add("refused_after_goodbye", 1);
         }
         if !self.members.heard(conn, now, message.term == self.term.0) {
             return self.refuse(conn, String::new(), Refusal::Malformed { rule: "the first message must be Hello" });
@@ -306,6 +313,12 @@ impl Core {
     fn send(&mut self, conn: ConnId, body: to_worker::Body) {
         let message = ToWorker { term: self.term.0, generation: self.generation.0, body: Some(body) };
         self.effects.push(Effect::Send(conn, message));
+    }
+
+    /// Ends a member's stream.
+    fn close_stream(&mut self, conn: ConnId) {
+        self.closed.insert(conn);
+        self.effects.push(Effect::Close(conn));
     }
 
     fn send_to(&mut self, conns: &[ConnId], body: &to_worker::Body) {

@@ -205,7 +205,7 @@ mod tests {
             step: 3,
             steps: 10,
             loss: Some(0.5),
-            workers: vec![WorkerReport { worker_id: "<w>&\"'".into(), silent_ms: 1500, ..WorkerReport::default() }],
+            workers: vec![WorkerReport { worker_id: "<w>&\"'".into(), silent_ms: 1500, rank: Some(0), ..WorkerReport::default() }],
             counts: [("skipped_\"odd\"\n".to_owned(), 2)].into(),
             ..StatusReport::default()
         }

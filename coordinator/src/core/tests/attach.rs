@@ -1,6 +1,7 @@
 //! Hello: welcomes, refusals, and the first generation.
 
 use super::*;
+use ella_proto::ids::Rank;
 
 fn refused(run: &Run, n: u64, worker: &str, reason: v1::RefusedReason, detail: &str) -> Vec<Effect> {
     let outcome = if reason == v1::RefusedReason::RunOver { v1::Outcome::Preempted } else { v1::Outcome::Unspecified };
@@ -22,28 +23,56 @@ fn a_worker_is_welcomed_and_the_run_says_what_it_waits_for() {
     assert_eq!(run.core.wait(), Some(Wait::Workers { have: 1, need: 2 }));
     let status = run.core.status(Time(40));
     assert_eq!((status.phase.as_str(), status.reason.as_str()), ("waiting", "waiting for workers: 1 of 2 are here"));
-    assert_eq!(status.workers[0].silent_ms, 40);
+    let worker = &status.workers[0];
+    assert_eq!((worker.silent_ms, worker.state.as_str(), worker.leaving), (40, "loading", false));
 }
 
 #[test]
-fn the_last_worker_completes_the_generation_and_all_get_their_places() {
+fn a_run_waits_for_those_that_are_here_to_load() {
+    let mut run = Run::new(config(2), vec![]);
+    run.hello(1);
+    run.hello(2);
+    assert_eq!(run.say(1, idle(None)), vec![]);
+    assert_eq!(run.core.wait(), Some(Wait::Models { workers: vec![who(2, None)] }));
+    let status = run.core.status(run.now);
+    assert_eq!(status.reason, "waiting for workers to load their models: worker w2 (host h2, pid 2)");
+    assert_eq!(status.workers.iter().map(|worker| worker.state.as_str()).collect::<Vec<_>>(), ["spare", "loading"]);
+}
+
+#[test]
+fn when_enough_have_loaded_a_generation_is_formed_and_all_get_their_places() {
     let mut run = Run::new(config(2), vec![commit_at(4, 2)]);
     run.hello(2);
-    let effects = run.hello(1);
+    run.hello(1);
+    assert_eq!(run.say(2, idle(None)), vec![]);
+    let effects = run.say(1, idle(None));
     let assign = |rank: u32| {
         to_worker::Body::Assign(v1::Assign {
             rank,
             peers: vec!["10.0.0.1:4000".into(), "10.0.0.2:4000".into()],
             commit_json: serde_json::to_vec(&commit_at(4, 2)).unwrap(),
             session: [6].into_iter().chain([7; 15]).collect(),
+            source: None,
+            step: 4,
+            copy: false,
         })
     };
-    // Ranks go by the order in which streams were opened. Assign is of generation 1, the welcome before it of none.
-    assert_eq!(effects[2..4], [run.to(1, assign(0)), run.to(2, assign(1))]);
+    // Ranks go by the order in which streams were opened.
     let note = Note::Generation { generation: 1, workers: vec!["w1".into(), "w2".into()], from_step: 4 };
-    assert_eq!(effects[4..], [Effect::Note(note)]);
+    assert_eq!(effects, vec![run.to(1, assign(0)), run.to(2, assign(1)), Effect::Note(note)]);
     assert_eq!(run.core.phase(), &Phase::Starting { until: Time(10_000) });
-    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![ella_proto::ids::Rank(0), ella_proto::ids::Rank(1)] }));
+    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![Rank(0), Rank(1)] }));
+}
+
+/// A run begins with all that it is to have, also if that is more than it goes on with.
+#[test]
+fn no_run_begins_with_fewer_than_it_is_to_have() {
+    for commits in [vec![], vec![commit_at(4, 2)]] {
+        let mut run = Run::new(config(3), commits);
+        run.come(1);
+        assert_eq!(run.come(2), vec![]);
+        assert_eq!(run.come(3).len(), 4, "three places and a note");
+    }
 }
 
 #[test]
@@ -82,7 +111,7 @@ fn workers_that_do_not_fit_are_refused_with_the_reason_and_counted() {
             "this worker computes on cpu, those before it on cuda; all workers of a run must have one device kind".to_owned(),
         ),
         (
-            Hello { worker_id: "w1".into(), ..gpu(9, "G") },
+            Hello { worker_id: "w1".into(), ..gpu(9, "GPU-1") },
             R::DuplicateWorker,
             "refused_duplicate_worker",
             format!("the worker id is already used by {holder}; each process must make its own"),
@@ -106,6 +135,8 @@ fn malformed_hellos_are_refused_with_the_rule() {
         (Hello { device_kind: "cuda".into(), ..hello(9) }, "Hello.device_uuid must name the GPU"),
         (Hello { peer_address: "host".into(), ..hello(9) }, "Hello.peer_address must be host:port"),
         (Hello { peer_address: "host:0".into(), ..hello(9) }, "Hello.peer_address must be host:port"),
+        (Hello { place: Some(place(2, 1, 1, 1, 0)), ..hello(9) }, "Hello.place.rank must be below its world"),
+        (Hello { place: Some(place(2, u64::MAX, 0, 1, 0)), ..hello(9) }, "Hello.place.generation must be below 2^53"),
         (Hello { host: "x".repeat(300), ..hello(9) }, "no text in Hello may be longer than 256 bytes"),
     ];
     for (n, (hello, rule)) in cases.into_iter().enumerate() {
@@ -124,13 +155,35 @@ fn a_stranger_that_does_not_say_hello_is_refused() {
 }
 
 #[test]
-fn there_are_no_spare_workers_and_no_second_hello() {
-    let mut run = Run::assigned(vec![]);
-    let effects = run.hello(3);
-    let detail = "the run has all of its 2 workers (workers.count); spare workers are not kept";
-    assert_eq!(effects, refused(&run, 3, "w3", v1::RefusedReason::Full, detail));
+fn more_than_a_run_may_have_are_spares_and_there_is_no_second_hello() {
+    let mut run = Run::new(CoreConfig { max: 2, ..config(2) }, vec![]);
+    for n in [1, 2, 3] {
+        run.hello(n);
+    }
+    run.say(3, idle(None));
+    let effects = run.say(2, idle(None));
+    assert_eq!(run.places(&effects).iter().map(|place| place.0).collect::<Vec<_>>(), [2, 3], "whoever has loaded first");
+    assert_eq!(run.say(1, idle(None)), vec![]);
+    run.until(5_000, &[1, 2, 3]);
+    assert!(matches!(run.core.phase(), Phase::Starting { .. }));
+    let states: Vec<String> = run.core.status(run.now).workers.into_iter().map(|worker| worker.state).collect();
+    assert_eq!(states, ["spare", "rank", "rank"]);
     assert_eq!(run.hello(1), vec![]);
     assert_eq!(run.count("refused_second_hello"), 1);
+}
+
+/// Its process is another one, so it is another worker, whatever it says.
+#[test]
+fn a_worker_that_attaches_again_takes_its_own_place_and_nobody_elses() {
+    let mut run = Run::new(config(2), vec![]);
+    run.hello(1);
+    let effects = run.hello_as(2, hello(1));
+    let welcome = run.to(2, to_worker::Body::Welcome(config(2).welcome));
+    let attached = Note::Attached { worker: "w1".into(), device: "cpu".into(), have: 2, need: 2 };
+    let left = Note::Left { worker: "w1".into(), why: "it attached again, and had left its generation".into() };
+    assert_eq!(effects, vec![welcome, Effect::Note(attached), Effect::Close(conn(1)), Effect::Note(left)]);
+    assert_eq!(run.core.wait(), Some(Wait::Workers { have: 1, need: 2 }));
+    assert_eq!(run.close(1), vec![], "the old stream is a stranger's");
 }
 
 #[test]
@@ -150,10 +203,26 @@ fn nobody_is_taken_in_when_the_run_is_over() {
 #[test]
 fn a_run_that_gets_too_few_workers_fails_at_its_deadline() {
     let mut run = Run::new(config(2), vec![]);
-    run.hello(1);
+    run.come(1);
     run.until(9_999, &[1]);
     assert!(!run.core.phase().is_over());
     run.until(10_000, &[1]);
     assert_eq!(run.failure(), Failure::TooFew { have: 1, need: 2, waited_ms: 10_000 });
     assert!(!run.failure().permanent());
+}
+
+/// Loading has as long as coming, once.
+#[test]
+fn a_worker_that_does_not_load_is_named_at_the_deadline() {
+    let mut run = Run::new(config(2), vec![]);
+    run.come(1);
+    run.until(9_000, &[1]);
+    run.hello(2);
+    run.until(18_000, &[1, 2]);
+    run.close(1);
+    run.hello(3);
+    run.until(18_999, &[2, 3]);
+    assert!(!run.core.phase().is_over());
+    run.until(19_000, &[2, 3]);
+    assert_eq!(run.failure(), Failure::NotReady { who: who(2, None), waited_ms: 10_000 });
 }

@@ -1,7 +1,7 @@
 //! StateDigest, PartSaved, Appended: a commit exists when its record does (COMMIT).
 
 use super::*;
-use ella_proto::ids::Step;
+use ella_proto::ids::{Rank, Step};
 
 fn committed(run: &Run, n: u64, step: u64) -> Effect {
     run.to(n, to_worker::Body::Committed(v1::Committed { step }))
@@ -128,15 +128,13 @@ fn a_commit_that_is_not_completed_fails_the_run_and_says_what_is_missing() {
 }
 
 #[test]
-fn a_superseded_coordinator_stops_everything_and_writes_no_more() {
+fn a_superseded_coordinator_stops_and_its_workers_go_on_to_the_next() {
     let mut run = Run::training(vec![]);
     run.report_commit(2);
     let effects = run.event(Event::Superseded(Term(4)));
     let reason = "superseded: the coordinator of term 4 has taken over this run, so this one stops";
     let note = Note::Ended { outcome: "failed", step: 0, reason: reason.into(), permanent: false };
     let expected = vec![
-        run.abort(1, reason),
-        run.abort(2, reason),
         Effect::Close(conn(1)),
         Effect::Close(conn(2)),
         Effect::Note(note),
@@ -159,7 +157,75 @@ fn a_log_that_cannot_be_written_is_fatal() {
 fn a_record_that_was_on_its_way_when_the_run_failed_still_counts() {
     let mut run = Run::training(vec![]);
     run.report_commit(2);
-    run.event(Event::Closed(conn(1), Closed::Gone));
+    run.event(Event::Leave("now".into()));
     assert_eq!(run.event(Event::Appended(Body::Commit(commit_at(2, TERM)))), vec![committed_note(2)]);
     assert_eq!(run.core.status(run.now).last_commit_step, 2);
+}
+
+/// The record holds what all ranks reported while they were all there.
+#[test]
+fn a_record_that_was_on_its_way_when_its_generation_ended_gets_there() {
+    let mut run = Run::training(vec![]);
+    run.report_commit(2);
+    run.close(1);
+    run.say(2, idle(Some(2)));
+    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![Rank(0)] }));
+    let effects = run.event(Event::Appended(Body::Commit(commit_at(2, TERM))));
+    assert_eq!(effects, vec![committed_note(2), committed(&run, 2, 2)]);
+    run.go_on(2, &[2]);
+    // Another one has its own folder, and one rank.
+    run.say(2, state(4));
+    for index in 0..2 {
+        run.say(2, part(4, index));
+    }
+    let commit = Commit { generation: 2, world: 1, folder: ella_store::commit_folder(4, TERM, 2), ..commit_at(4, TERM) };
+    assert_eq!(run.say(2, part(4, 2)), vec![Effect::Append(Body::Commit(commit))]);
+}
+
+#[test]
+fn a_commit_whose_record_was_not_on_its_way_is_dropped_with_its_generation() {
+    let mut run = Run::training(vec![]);
+    run.say(1, state(2));
+    run.say(2, state(2));
+    run.say(1, part(2, 0));
+    run.close(1);
+    assert_eq!(run.say(2, part(2, 1)), vec![], "too late");
+    assert_eq!(run.count("refused_out_of_turn"), 1);
+    run.say(2, idle(Some(2)));
+    run.go_on(2, &[2]);
+    assert!(!run.core.commits.has_pending());
+    run.until(25_000, &[2]);
+    assert_eq!(run.core.phase(), &Phase::Training, "it is not overdue either");
+}
+
+/// The commit on its way is newer than the one that all would restore.
+#[test]
+fn a_generation_that_is_to_restore_waits_for_the_record_on_its_way() {
+    let mut run = Run::training(vec![]);
+    run.report_commit(2);
+    run.close(1);
+    run.close(2);
+    assert_eq!(run.come(3).len(), 0);
+    assert_eq!(run.core.wait(), Some(Wait::Workers { have: 1, need: 1 }));
+    let effects = run.event(Event::Appended(Body::Commit(commit_at(2, TERM))));
+    assert_eq!(run.places(&effects), [(3, None, 2, false)]);
+
+    let mut run = Run::training(vec![]);
+    run.report_commit(2);
+    run.close(1);
+    run.close(2);
+    run.come(3);
+    run.until(10_000, &[3]);
+    assert_eq!(run.failure(), Failure::Append { error: "no answer within 20000 ms".into() });
+}
+
+/// Messages of a worker whose stream broke may be lost, and that ends nothing.
+#[test]
+fn a_commit_that_is_not_completed_after_a_worker_came_back_is_made_by_another_generation() {
+    let mut run = Run::training(vec![]);
+    run.say(1, state(2));
+    run.hello_as(3, Hello { place: Some(place(TERM, 1, 1, 2, 2)), ..hello(2) });
+    run.until(20_000, &[1, 3]);
+    let Some(Wait::Regroup { busy: 2, reason }) = run.core.wait() else { panic!("{:?}", run.core.wait()) };
+    assert!(reason.starts_with("the commit of step 2 was not complete within 20000 ms (state of 1 of 2 ranks"), "{reason}");
 }

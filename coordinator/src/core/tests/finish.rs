@@ -86,14 +86,27 @@ fn workers_may_be_told_to_leave_by_others() {
 
 #[test]
 fn what_has_not_begun_training_is_stopped_at_once() {
-    for mut run in [Run::new(config(2), vec![]), Run::assigned(vec![])] {
-        let mut sent: Vec<Effect> = run.core.members.open().iter().map(|conn| run.abort(conn.0, "night")).collect();
+    for (mut run, here) in [(Run::new(config(2), vec![]), vec![]), (Run::assigned(vec![]), vec![1, 2])] {
+        let told = here.into_iter().flat_map(|n| [run.release(n, "night"), Effect::Close(conn(n))]);
         let record = end(ella_store::Outcome::Preempted, 0, "night");
-        sent.push(Effect::Append(record.clone()));
-        assert_eq!(run.event(Event::Stop("night".into())), sent);
+        let expected: Vec<Effect> = told.chain([Effect::Append(record.clone())]).collect();
+        assert_eq!(run.event(Event::Stop("night".into())), expected);
         run.event(Event::Appended(record));
         assert_eq!(run.core.phase(), &Phase::Over(Outcome::Preempted { reason: "night".into() }));
     }
+}
+
+/// A spare has not finished anything, so it must be told how it ends.
+#[test]
+fn spares_leave_with_a_run_that_was_stopped() {
+    let mut run = Run::new(CoreConfig { max: 2, ..config(2) }, vec![]).both_in().both_ready(0);
+    run.come(3);
+    run.event(Event::Stop("night".into()));
+    run.commit(3);
+    run.say(1, preempted(3));
+    run.say(2, preempted(3));
+    let effects = run.event(Event::Appended(end(ella_store::Outcome::Preempted, 3, "night")));
+    assert_eq!(effects[..2], [run.release(3, "night"), Effect::Close(conn(1))]);
 }
 
 #[test]

@@ -1,19 +1,26 @@
 //! The core by value: given, when, then exactly these effects. Every event passes the [`Oracle`], which checks the invariants that the
 //! core's documentation names.
 
+mod adopt;
 mod attach;
 mod commit;
 mod finish;
+mod join;
+mod leave;
 mod loss;
+mod oracle;
 mod progress;
 mod random;
 mod ready;
+mod regroup;
+mod straggle;
 mod term;
 
 use super::*;
 use crate::machine::MOST_NAMES;
 use ella_proto::v1::{Hello, from_worker, to_worker};
 use ella_store::{Body, Digest};
+use oracle::Oracle;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The machines' promise, kept by a look at their sources: nothing in them reaches for a clock, a socket, a file or a random number.
@@ -55,12 +62,15 @@ pub(super) fn config(workers: usize) -> CoreConfig {
         },
         version: "1".into(),
         workers,
+        min: 1,
+        max: 8,
+        join_window: 2_000,
+        straggler_evict: false,
         steps: 10,
         keep: 2,
         start_timeout: 10_000,
         commit_timeout: 20_000,
         drain_timeout: 5_000,
-        blame_window: 200,
         session: [7; 16],
     }
 }
@@ -75,7 +85,13 @@ pub(super) fn hello(n: u64) -> Hello {
         device_uuid: String::new(),
         peer_address: format!("10.0.0.{n}:4000"),
         config_digest: String::new(),
+        place: None,
     }
+}
+
+/// A place in a generation of before.
+pub(super) fn place(term: u64, generation: u64, rank: u32, world: u32, step: u64) -> v1::Place {
+    v1::Place { term, generation, rank, world, step, ready: Some(ready(0)) }
 }
 
 pub(super) fn conn(n: u64) -> ConnId {
@@ -112,6 +128,23 @@ pub(super) fn ready(step: u64) -> v1::Ready {
         models_digest: hex("models"),
         samples_per_epoch: 100,
     }
+}
+
+/// What a rank reports that has its state from another, or kept it.
+pub(super) fn ready_to_go_on(step: u64) -> v1::Ready {
+    v1::Ready { state_digest: String::new(), ..ready(step) }
+}
+
+pub(super) fn idle(step: Option<u64>) -> from_worker::Body {
+    from_worker::Body::Idle(v1::Idle { step, broken: String::new() })
+}
+
+pub(super) fn broken(step: u64, why: &str) -> from_worker::Body {
+    from_worker::Body::Idle(v1::Idle { step: Some(step), broken: why.into() })
+}
+
+pub(super) fn progress(step: u64, samples: u64) -> v1::Progress {
+    v1::Progress { step, samples, loss: 0.5, ..v1::Progress::default() }
 }
 
 pub(super) fn state(step: u64) -> from_worker::Body {
@@ -156,10 +189,32 @@ impl Run {
         Self::new(config(2), commits).both_in()
     }
 
-    fn both_in(mut self) -> Self {
-        self.hello(1);
-        self.hello(2);
+    pub(super) fn both_in(mut self) -> Self {
+        self.come(1);
+        self.come(2);
         self
+    }
+
+    /// A worker attaches and has loaded at once; what that brings about is given.
+    pub(super) fn come(&mut self, n: u64) -> Vec<Effect> {
+        self.hello(n);
+        self.say(n, idle(None))
+    }
+
+    /// A worker attaches that holds a state.
+    pub(super) fn come_with(&mut self, n: u64, step: u64) -> Vec<Effect> {
+        self.hello(n);
+        self.say(n, idle(Some(step)))
+    }
+
+    /// These say that they are ready, at a step whose state a rank holds.
+    pub(super) fn go_on(&mut self, step: u64, ranks: &[u64]) -> Vec<Effect> {
+        ranks.iter().map(|n| self.say(*n, from_worker::Body::Ready(ready_to_go_on(step)))).last().unwrap_or_default()
+    }
+
+    /// A stream ends.
+    pub(super) fn close(&mut self, n: u64) -> Vec<Effect> {
+        self.event(Event::Closed(conn(n), Closed::Gone))
     }
 
     /// Two workers that train.
@@ -173,7 +228,7 @@ impl Run {
         Self::new(CoreConfig { steps, ..config(2) }, vec![]).both_in().both_ready(0)
     }
 
-    fn both_ready(mut self, from: u64) -> Self {
+    pub(super) fn both_ready(mut self, from: u64) -> Self {
         self.say(1, from_worker::Body::Ready(ready(from)));
         self.say(2, from_worker::Body::Ready(ready(from)));
         assert_eq!(self.core.phase(), &Phase::Training);
@@ -182,7 +237,7 @@ impl Run {
 
     pub(super) fn event(&mut self, event: Event) -> Vec<Effect> {
         let effects = self.core.handle(self.now, event.clone());
-        self.oracle.check(&self.core, &event, &effects);
+        self.oracle.check(&self.core, self.now, &event, &effects);
         effects
     }
 
@@ -243,6 +298,34 @@ impl Run {
         Effect::Send(conn(n), ToWorker { term: TERM, generation: self.core.generation.0, body: Some(body) })
     }
 
+    pub(super) fn regroup(&self, n: u64, reason: &str) -> Effect {
+        self.to(n, to_worker::Body::Regroup(v1::Regroup { at_boundary: false, reason: reason.into() }))
+    }
+
+    pub(super) fn boundary(&self, n: u64, reason: &str) -> Effect {
+        self.to(n, to_worker::Body::Regroup(v1::Regroup { at_boundary: true, reason: reason.into() }))
+    }
+
+    pub(super) fn drain(&self, n: u64, reason: &str) -> Effect {
+        self.to(n, to_worker::Body::Drain(v1::Drain { reason: reason.into() }))
+    }
+
+    pub(super) fn release(&self, n: u64, reason: &str) -> Effect {
+        self.to(n, to_worker::Body::Release(v1::Release { reason: reason.into() }))
+    }
+
+    /// Places in the newest generation: worker, source, step, and whether the state is to be copied.
+    pub(super) fn places(&self, effects: &[Effect]) -> Vec<(u64, Option<u32>, u64, bool)> {
+        let place = |effect: &Effect| match effect {
+            Effect::Send(ConnId(n), ToWorker { body: Some(to_worker::Body::Assign(assign)), generation, .. }) => {
+                assert_eq!(*generation, self.core.generation.0);
+                Some((*n, assign.source, assign.step, assign.copy))
+            }
+            _ => None,
+        };
+        effects.iter().filter_map(place).collect()
+    }
+
     pub(super) fn abort(&self, n: u64, reason: &str) -> Effect {
         self.to(n, to_worker::Body::Abort(v1::Abort { reason: reason.into() }))
     }
@@ -253,93 +336,5 @@ impl Run {
             Phase::Over(Outcome::Failed(failure)) => (**failure).clone(),
             other => panic!("the run has not failed: {other:?}"),
         }
-    }
-}
-
-/// Checks the named invariants after every event.
-pub(super) struct Oracle {
-    appended: Vec<u64>,
-    recorded: BTreeSet<u64>,
-    given_up: BTreeSet<String>,
-    newest: Option<String>,
-    finished: bool,
-}
-
-impl Oracle {
-    fn new(history: &History) -> Self {
-        let newest = history.commits.last().map(|commit| commit.folder.clone());
-        let appended = history.commits.iter().map(|commit| commit.step).collect();
-        Self { appended, recorded: BTreeSet::new(), given_up: BTreeSet::new(), newest, finished: false }
-    }
-
-    pub(super) fn check(&mut self, core: &Core, event: &Event, effects: &[Effect]) {
-        self.learn(event);
-        let was_over = self.finished;
-        for effect in effects {
-            self.check_effect(core, effect, was_over);
-        }
-        check_members(core);
-        assert_eq!(core.phase.is_over(), self.finished, "P-1: the outcome is announced once, when it is decided");
-        assert_eq!(core.next_deadline().is_some(), !core.phase.is_over(), "P-2");
-    }
-
-    fn learn(&mut self, event: &Event) {
-        match event {
-            Event::Appended(Body::Commit(commit)) => {
-                self.recorded.insert(commit.step);
-                self.newest = Some(commit.folder.clone());
-            }
-            Event::Appended(Body::Retire { commits }) => self.given_up.extend(commits.iter().cloned()),
-            _ => {}
-        }
-    }
-
-    fn check_effect(&mut self, core: &Core, effect: &Effect, was_over: bool) {
-        match effect {
-            Effect::Append(body) => {
-                assert!(!was_over, "P-1: {body:?} after the outcome");
-                if let Body::Commit(commit) = body {
-                    assert!(self.appended.last().is_none_or(|last| commit.step > *last), "C-2: {} after {:?}", commit.step, self.appended);
-                    assert_eq!(commit.parts.len(), PARTS.len(), "C-1");
-                    assert_eq!(commit.world as usize, core.members.len(), "C-1");
-                    self.appended.push(commit.step);
-                }
-            }
-            Effect::Send(_, ToWorker { body: Some(body), .. }) => {
-                if let to_worker::Body::Committed(v1::Committed { step }) = body {
-                    assert!(self.recorded.contains(step), "C-3: step {step}");
-                }
-                assert!(!was_over || matches!(body, to_worker::Body::Refused(_)), "P-1: {body:?} after the outcome");
-            }
-            Effect::Send(_, ToWorker { body: None, .. }) => panic!("an empty message"),
-            Effect::DeleteFolders(folders) => {
-                for folder in folders {
-                    assert!(self.given_up.contains(folder), "C-4: {folder} was not given up");
-                    assert_ne!(Some(folder), self.newest.as_ref(), "C-4: the newest commit");
-                }
-            }
-            Effect::Finish(outcome) => {
-                let lost = matches!(outcome, Outcome::Failed(failure) if matches!(**failure, Failure::Lost { .. }));
-                assert!(!lost || !self.recorded.contains(&core.config.steps), "C-5: {outcome:?}");
-                assert!(!self.finished, "P-1: a second outcome");
-                self.finished = true;
-            }
-            Effect::Close(_) | Effect::Metric(_) | Effect::Timing(_) | Effect::Note(_) => {}
-        }
-    }
-}
-
-fn check_members(core: &Core) {
-    let members: Vec<_> = core.members.iter().map(|(_, member)| member).collect();
-    assert!(members.len() <= core.config.workers, "M-1: too many");
-    let ids: BTreeSet<_> = members.iter().map(|member| &member.hello.worker_id).collect();
-    let kinds: BTreeSet<_> = members.iter().map(|member| &member.hello.device_kind).collect();
-    let gpus: Vec<_> = members.iter().map(|member| &member.hello.device_uuid).filter(|uuid| !uuid.is_empty()).collect();
-    assert_eq!(ids.len(), members.len(), "M-1: worker ids");
-    assert!(kinds.len() <= 1, "M-1: device kinds");
-    assert_eq!(gpus.iter().collect::<BTreeSet<_>>().len(), gpus.len(), "M-1: devices");
-    if core.generation.0 > 0 {
-        let ranks: Vec<_> = members.iter().filter_map(|member| member.rank.map(|rank| rank.0)).collect();
-        assert_eq!(ranks, (0..core.config.workers as u32).collect::<Vec<_>>(), "M-2");
     }
 }

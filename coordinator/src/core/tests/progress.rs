@@ -3,10 +3,6 @@
 use super::*;
 use ella_proto::ids::Rank;
 
-fn progress(step: u64, samples: u64) -> v1::Progress {
-    v1::Progress { step, samples, loss: 0.5, ..v1::Progress::default() }
-}
-
 #[test]
 fn rank_zeros_steps_are_kept_and_summed() {
     let mut run = Run::training(vec![commit_at(4, 2)]);
@@ -71,7 +67,7 @@ fn a_heartbeat_says_how_far_a_worker_is() {
 fn ranks_that_wait_for_captions_to_be_encoded_are_named() {
     let mut run = Run::training(vec![]);
     for (n, captions) in [(1, 70), (2, 30)] {
-        run.say(n, from_worker::Body::Heartbeat(v1::Heartbeat { step: 0, encoding: Some(captions) }));
+        run.say(n, from_worker::Body::Heartbeat(v1::Heartbeat { step: 0, encoding: Some(captions), ..Default::default() }));
     }
     assert_eq!(run.core.wait(), Some(Wait::Encoding { ranks: vec![Rank(0), Rank(1)], captions: 100 }));
     let reason = run.core.status(run.now).reason;
@@ -118,4 +114,25 @@ fn what_all_ranks_read_is_counted_and_told_with_rank_0s_next_step() {
     assert_eq!(run.say(1, from_worker::Body::Progress(read(1, 2))), vec![Effect::Metric(read(1, 7))]);
     assert_eq!(run.say(1, from_worker::Body::Progress(progress(2, 4))), vec![Effect::Metric(progress(2, 4))]);
     assert_eq!(run.count("cache_hits"), 7);
+}
+
+/// The newest step may be lost with the rank that told of it.
+#[test]
+fn the_count_goes_back_to_where_a_generation_begins() {
+    let mut run = Run::training(vec![commit_at(4, 2)]);
+    for step in 5..8 {
+        run.say(1, from_worker::Body::Progress(progress(step, 4)));
+    }
+    run.close(1);
+    run.say(2, idle(Some(6)));
+    let status = run.core.status(run.now);
+    assert_eq!((status.step, status.samples, status.samples_per_second), (6, 24, 0.0));
+    run.go_on(6, &[2]);
+    assert_eq!(run.say(2, from_worker::Body::Progress(progress(7, 4))), vec![Effect::Metric(progress(7, 4))]);
+    assert_eq!(run.core.status(run.now).samples, 28);
+    // Nobody has the state any more: back to the commit, which knows exactly.
+    run.close(2);
+    run.come(3);
+    let status = run.core.status(run.now);
+    assert_eq!((status.step, status.samples), (4, 16));
 }

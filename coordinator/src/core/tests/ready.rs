@@ -85,7 +85,7 @@ fn a_fresh_start_begins_at_step_zero() {
 fn of_three_the_odd_one_is_named_whoever_it_is() {
     for odd in 1..=3 {
         let mut run = Run::new(config(3), vec![]);
-        (1..=3).for_each(|n| drop(run.hello(n)));
+        (1..=3).for_each(|n| drop(run.come(n)));
         for n in 1..=3 {
             say_ready(&mut run, n, v1::Ready { models_digest: hex(if n == odd { "x" } else { "models" }), ..ready(0) });
         }
@@ -108,11 +108,93 @@ fn a_digest_that_is_none_is_told_at_once() {
 }
 
 #[test]
-fn a_rank_that_does_not_get_ready_is_named_at_the_deadline() {
+fn a_rank_that_does_not_get_ready_at_the_beginning_is_named_at_the_deadline() {
     let mut run = Run::assigned(vec![]);
     say_ready(&mut run, 1, ready(0));
     run.until(10_000, &[1, 2]);
     assert_eq!(run.failure(), Failure::NotReady { who: who(2, Some(1)), waited_ms: 10_000 });
+}
+
+#[test]
+fn later_a_rank_that_does_not_get_ready_is_let_go() {
+    let mut run = Run::training(vec![]);
+    run.come_with(3, 0);
+    run.say(1, broken(0, "no answer"));
+    run.say(2, idle(Some(0)));
+    run.go_on(0, &[1, 3]);
+    let why = "it was not ready within 10000 ms (workers.start_timeout)";
+    let effects: Vec<Effect> = run.until(10_000, &[1, 2, 3]).into_iter().filter(|effect| !matches!(effect, Effect::Append(_))).collect();
+    let reason = format!("worker w2 (rank 1, host h2, pid 2) was lost: {why}");
+    let expected = vec![
+        run.release(2, why),
+        Effect::Close(conn(2)),
+        Effect::Note(Note::Lost { worker: "w2".into(), rank: Some(1), why: why.into() }),
+        Effect::Note(Note::Regroup { generation: 2, reason: reason.clone(), at_boundary: false }),
+        run.regroup(1, &reason),
+        run.regroup(3, &reason),
+    ];
+    assert_eq!(effects, expected);
+}
+
+#[test]
+fn later_a_run_without_enough_ready_ranks_fails_and_names_who_is_late() {
+    let mut run = Run::new(CoreConfig { min: 2, ..config(2) }, vec![]).both_in().both_ready(0);
+    run.say(1, broken(0, "no answer"));
+    run.say(2, idle(Some(0)));
+    run.go_on(0, &[1]);
+    run.until(10_000, &[1, 2]);
+    assert_eq!(run.failure(), Failure::NotReady { who: who(2, Some(1)), waited_ms: 10_000 });
+}
+
+/// Where a state survives, nothing is digested; what is read must still be the same.
+#[test]
+fn where_a_state_survives_it_needs_no_digest_and_its_step_must_be_right() {
+    let regrouped = || {
+        let mut run = Run::training(vec![]);
+        run.say(1, broken(3, "no answer"));
+        run.say(2, idle(Some(3)));
+        run
+    };
+    let mut run = regrouped();
+    run.go_on(3, &[2]);
+    let note = Note::Started { generation: 2, step: 3 };
+    let start = || to_worker::Body::Start(v1::Start {});
+    assert_eq!(run.go_on(3, &[1]), vec![run.to(1, start()), run.to(2, start()), Effect::Note(note)]);
+
+    let mut run = regrouped();
+    run.go_on(2, &[1, 2]);
+    let Failure::Differs { who: named, field, than, .. } = run.failure() else { panic!("{:?}", run.failure()) };
+    assert_eq!((named, field, than), (who(1, Some(0)), Field::Step, Than::Survivor));
+
+    let mut run = Run::assigned(vec![]);
+    say_ready(&mut run, 1, ready_to_go_on(0));
+    assert_eq!(run.failure(), Failure::Malformed { who: who(1, Some(0)), field: Field::State, found: String::new() });
+}
+
+/// A worker that was set up wrongly must not end a run that others can go on with.
+#[test]
+fn a_joiner_with_other_data_or_models_is_let_go() {
+    let cases = [
+        (v1::Ready { data_digest: hex("x"), ..ready_to_go_on(3) }, "data set digest", hex("x"), hex("data")),
+        (v1::Ready { models_digest: hex("x"), ..ready_to_go_on(3) }, "models' fingerprint", hex("x"), hex("models")),
+        (v1::Ready { samples_per_epoch: 9, ..ready_to_go_on(3) }, "samples per epoch", "9".into(), "100".into()),
+    ];
+    for (odd, field, found, expected) in cases {
+        let mut run = Run::training(vec![]);
+        run.come(3);
+        run.say(1, broken(3, "no answer"));
+        run.say(2, idle(Some(3)));
+        say_ready(&mut run, 3, odd);
+        run.go_on(3, &[1]);
+        let effects = run.go_on(3, &[2]);
+        let why = format!("its {field} is {found}, and the run's is {expected}; start it with the data and models of this run");
+        assert_eq!(effects[0], run.release(3, &why));
+        assert_eq!(run.core.wait().map(|wait| matches!(wait, Wait::Regroup { busy: 2, .. })), Some(true));
+        run.say(1, idle(Some(3)));
+        run.say(2, idle(Some(3)));
+        run.go_on(3, &[1, 2]);
+        assert_eq!((run.core.phase(), run.core.fruitless), (&Phase::Training, 0), "the joiner's generation does not count");
+    }
 }
 
 #[test]

@@ -24,8 +24,7 @@ fn another_generations_work_is_refused_but_its_heartbeat_is_a_sign_of_life() {
     for body in [state(2), part(2, 0), done(10), from_worker::Body::Progress(v1::Progress::default()), from_worker::Body::Ready(ready(0))] {
         assert_eq!(run.event(message(TERM, 0, body)), vec![]);
     }
-    let collective = v1::Failed { kind: v1::FailureKind::Collective.into(), ..v1::Failed::default() };
-    assert_eq!(run.event(message(TERM, 0, from_worker::Body::Failed(collective))), vec![]);
+    assert_eq!(run.event(message(TERM, 0, idle(Some(0)))), vec![], "it has said so of the generation before");
     assert_eq!(run.count("refused_other_generation"), 6);
     run.until(500, &[2]);
     run.event(message(TERM, 0, from_worker::Body::Heartbeat(v1::Heartbeat::default())));
@@ -49,4 +48,13 @@ fn nothing_is_taken_in_after_the_end() {
     assert_eq!(run.event(Event::Leave("again".into())), vec![]);
     assert_eq!(run.event(Event::Superseded(Term(9))), vec![]);
     assert_eq!(run.count("refused_after_the_end"), 1);
+}
+
+/// It was told of no generation yet when another one was formed.
+#[test]
+fn a_worker_without_a_place_may_be_idle_in_any_generation() {
+    let mut run = Run::training(vec![]);
+    run.hello(3);
+    run.event(Event::Message(conn(3), FromWorker { term: TERM, generation: 0, body: Some(idle(None)) }));
+    assert_eq!(run.core.status(run.now).workers[2].state, "spare");
 }
