@@ -1,7 +1,7 @@
 //! Commits: gathering what a record binds, writing it, and giving up old ones (COMMIT).
 
 use super::members::{Held, Member};
-use super::{ConnId, Core, Effect, Failure, Field, Note, Outcome, Phase, Time};
+use super::{ConnId, Core, Effect, Failure, Field, Mutation, Note, Outcome, Phase, Time};
 use ella_proto::ids::{Generation, Rank, Step};
 use ella_proto::v1::{self, to_worker};
 use ella_store::{Body, Commit, Digest, LedgerEpoch, Part, commit_folder};
@@ -167,7 +167,8 @@ impl Core {
             return self.fail(failure);
         }
         let Some((&step, pending)) = self.commits.pending.first_key_value() else { return };
-        if pending.appending || !pending.is_complete(ranks) {
+        let early = self.is_mutated(Mutation::RecordsBeforeParts) && pending.digests.len() == ranks && pending.parts.len() + 1 == PARTS.len();
+        if pending.appending || !(pending.is_complete(ranks) || early) {
             return;
         }
         if let Some(commit) = self.record(step, pending) {

@@ -1,7 +1,7 @@
 //! Generations: forming one of those that are idle, and ending it when its members change.
 
 use super::members::{Held, Member};
-use super::{ConnId, Core, Failure, Note, Outcome, Phase, Time};
+use super::{ConnId, Core, Failure, Mutation, Note, Outcome, Phase, Time};
 use ella_proto::ids::{Generation, Rank, Step};
 use ella_proto::v1::{self, to_worker};
 use ella_store::Commit;
@@ -179,7 +179,8 @@ impl Core {
             copy,
         };
         self.lineup = Some(Lineup { source, commit, ..Lineup::new(chosen.len(), from) });
-        for (rank, (conn, _)) in ranked() {
+        for (mut rank, (conn, _)) in ranked() {
+            rank.0 -= u32::from(rank.0 > 0 && self.is_mutated(Mutation::DealsTwice));
             self.send(*conn, to_worker::Body::Assign(v1::Assign { rank: rank.0, ..assign.clone() }));
         }
         self.note(Note::Generation { generation: self.generation.0, workers, from_step: from.0 });

@@ -38,6 +38,8 @@ mod phase;
 mod progress;
 mod ready;
 mod refusal;
+#[cfg(test)]
+mod sim;
 mod status;
 mod straggler;
 #[cfg(test)]
@@ -175,6 +177,19 @@ pub struct Core {
     agreed: Option<v1::Ready>,
     counts: Counts,
     effects: Vec<Effect>,
+    #[cfg(test)]
+    mutation: Option<Mutation>,
+}
+
+/// A bug that is built into a core on purpose, to see that its tests find it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mutation {
+    /// It takes in what other terms say.
+    SkipsTermCheck,
+    /// It records a commit before its last part is in the store.
+    RecordsBeforeParts,
+    /// It gives two workers the same rank.
+    DealsTwice,
 }
 
 /// That the whole run is to commit and leave.
@@ -238,7 +253,17 @@ impl Core {
             counts: Counts::default(),
             effects: Vec::new(),
             config,
+            #[cfg(test)]
+            mutation: None,
         }
+    }
+
+    /// Whether this bug is built in. None ever is outside tests.
+    fn is_mutated(&self, mutation: Mutation) -> bool {
+        #[cfg(test)]
+        return self.mutation == Some(mutation);
+        #[cfg(not(test))]
+        return matches!(mutation, _ if false);
     }
 
     fn deadline(&self) -> Option<Time> {
@@ -269,7 +294,7 @@ impl Core {
         if !self.members.heard(conn, now, message.term == self.term.0) {
             return self.refuse(conn, String::new(), Refusal::Malformed { rule: "the first message must be Hello" });
         }
-        if message.term != self.term.0 {
+        if message.term != self.term.0 && !self.is_mutated(Mutation::SkipsTermCheck) {
             return self.counts.add("refused_other_term", 1);
         }
         let of_generation = message.generation == self.generation.0;

@@ -1,0 +1,152 @@
+//! The protocol in a seeded simulator with a virtual clock: the real core, and models of the workers, the network and the store, which do
+//! what `ella-worker`, the shell and `ella-store` do.
+//!
+//! A schedule is its seed. Things go wrong for a time: workers and coordinators die, stop and go on, are cut off, are told to leave; messages
+//! are late or come twice; streams break; two coordinators are there at once; the store is slow, refuses, or does what it is asked and does
+//! not say so. Then all is well, and the run must end. `ELLA_SEED=N` runs one schedule and prints what happens; `ELLA_SCHEDULES=N` runs so
+//! many.
+//!
+//! Checked after every event, by name: what the core promises of each coordinator (its `Oracle`), and of the whole run
+//! - **ORDER** all ranks that take a step take the same one.
+//! - **ONCE** a step is made up of its samples, each once; so is what a commit's ledger says.
+//! - **SAME** every state that a rank trains with, commits or restores is that of the truth, which one worker would come to alone.
+//! - **COMMIT** a record names all parts, and each is in the store as it says; steps rise; what is restored is whole; the newest commit stays.
+//! - **TERM** the log's records are of who holds its newest term; who is superseded stops.
+//! - **SPLIT** the commits are of one line of generations, whose terms and numbers rise, and each was taken by all ranks of its own.
+//! - **LIVE** the run ends within a time after the last thing that went wrong, and everyone in it; training goes on without a coordinator.
+
+mod coordinator;
+mod network;
+mod oracle;
+mod rank;
+mod ring;
+mod save;
+mod schedule;
+mod store;
+mod truth;
+mod worker;
+mod world;
+
+use super::Mutation;
+use crate::random::given;
+use schedule::Verdict;
+use std::any::Any;
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, Once, PoisonError};
+use worker::Mutant;
+use world::{Bugs, World};
+
+/// Schedules that are run unless told otherwise.
+const SCHEDULES: u64 = 10_000;
+/// Lines of a failed schedule's trace that are shown.
+const SHOWN: usize = 60;
+
+/// What a schedule came to: what was seen in it, or what was violated.
+type Result = std::result::Result<BTreeMap<String, u64>, String>;
+
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a world to its end, or to a violation. That is told by whoever called, not here.
+fn run(world: &mut World) -> std::result::Result<Verdict, Box<dyn Any + Send>> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let tell = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| if !QUIET.get() { tell(panic) }));
+    });
+    QUIET.set(true);
+    let run = catch_unwind(AssertUnwindSafe(|| world.run()));
+    QUIET.set(false);
+    run
+}
+
+fn schedule(seed: u64, bugs: Bugs) -> Result {
+    let mut world = World::new(seed, bugs, false);
+    let run = run(&mut world);
+    match run {
+        Ok(_) => {
+            let mut seen = std::mem::take(&mut world.seen);
+            seen.insert("schedules".into(), 1);
+            *seen.entry("virtual seconds".into()).or_default() += world.now / 1000;
+            let late = seen.entry("longest end".into()).or_default();
+            *late = (*late).max(world.now.saturating_sub(world.setup.faults_until));
+            Ok(seen)
+        }
+        Err(panic) => Err(text_of(panic.as_ref())),
+    }
+}
+
+fn text_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}
+
+/// Runs a schedule with its trace, and shows the last of it.
+fn replay(seed: u64, bugs: Bugs, lines: usize) -> Option<Verdict> {
+    let mut world = World::new(seed, bugs, true);
+    let run = run(&mut world);
+    let trace = world.trace();
+    trace[trace.len().saturating_sub(lines)..].iter().for_each(|line| println!("{line}"));
+    println!("{:?}", world.setup);
+    if let Err(panic) = &run {
+        println!("{}", text_of(panic.as_ref()));
+    }
+    run.ok()
+}
+
+/// Runs schedules on all cores, until `enough` of them were seen to fail. Gives what was seen in all, and the failures by seed.
+fn run_all(first: u64, count: u64, bugs: Bugs, enough: usize) -> (BTreeMap<String, u64>, Vec<(u64, String)>) {
+    let next = AtomicU64::new(first);
+    let stop = AtomicBool::new(false);
+    let all = Mutex::new((BTreeMap::<String, u64>::new(), Vec::new()));
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + count || stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let result = schedule(seed, bugs);
+                    let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+                    match result {
+                        Ok(seen) => add(&mut all.0, seen),
+                        Err(why) => all.1.push((seed, why)),
+                    }
+                    stop.fetch_or(all.1.len() >= enough, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    all.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn add(all: &mut BTreeMap<String, u64>, seen: BTreeMap<String, u64>) {
+    for (name, n) in seen {
+        let entry = all.entry(name.clone()).or_default();
+        *entry = if name == "longest end" { n.max(*entry) } else { *entry + n };
+    }
+}
+
+#[test]
+fn every_schedule_keeps_the_invariants_and_ends() {
+    if let Some(seed) = given() {
+        let verdict = replay(seed, Bugs::default(), usize::MAX);
+        return assert!(verdict.is_some(), "ELLA_SEED={seed} failed");
+    }
+    let count = std::env::var("ELLA_SCHEDULES").ok().and_then(|n| n.parse().ok()).unwrap_or(SCHEDULES);
+    let (seen, failed) = run_all(1, count, Bugs::default(), 5);
+    if let Some((seed, _)) = failed.first() {
+        replay(*seed, Bugs::default(), SHOWN);
+        for (seed, why) in &failed {
+            println!("seed {seed}: {why}");
+        }
+        panic!("ELLA_SEED={seed} cargo test -p ella-coordinator --lib core::sim::every -- --nocapture shows it: {}", failed[0].1);
+    }
+    println!("{seen:#?}");
+}
