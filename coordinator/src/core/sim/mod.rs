@@ -114,6 +114,7 @@ fn run_all(first: u64, count: u64, bugs: Bugs, enough: usize) -> (BTreeMap<Strin
                     }
                     let result = schedule(seed, bugs);
                     let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let (Ok(seen), Ok(find)) = (&result, std::env::var("ELLA_FIND")) && seen.contains_key(&find) { println!("found {seed}"); }
                     match result {
                         Ok(seen) => add(&mut all.0, seen),
                         Err(why) => all.1.push((seed, why)),

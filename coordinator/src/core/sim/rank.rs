@@ -485,8 +485,10 @@ impl World {
         }
     }
 
+    /// It is in no ring any more: whoever coordinates next is told so.
     fn finish(&mut self, w: usize, ending: Ending) {
         self.leave_generation(w, false);
+        self.workers[w].doing = Doing::Idle(Some(self.workers[w].rank.state.step));
         self.settle_saves(w, self.now + self.setup.start_timeout, ending);
     }
 
@@ -513,6 +515,9 @@ impl World {
             Ending::Preempted => v1::Outcome::Preempted,
         };
         let worker = &mut self.workers[w];
+        if worker.current != worker.rank.seat.era {
+            return self.generation_over(w, "its coordinator is gone");
+        }
         worker.rank.farewell = true;
         worker.rank.at = At::Obeying;
         let finished = v1::Finished { step: worker.rank.state.step, outcome: outcome.into() };

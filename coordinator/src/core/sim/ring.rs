@@ -131,9 +131,11 @@ impl World {
         if let Some(until) = neighbours().filter_map(|(one, other)| self.parted(*one, *other)).max() {
             return self.at(until, Happening::Gather { ring, op });
         }
+        let copies = matches!(self.rings[ring].ops[op].shares[0], Some(Share::Copy(_)));
+        let takes = if copies { self.between(0, 600) } else { 0 };
         self.rings[ring].ops[op].complete = true;
         for rank in 0..who.len() {
-            let delay = self.latency();
+            let delay = takes + self.latency();
             self.after(delay, Happening::Gathered { ring, rank, op });
         }
     }

@@ -119,7 +119,7 @@ impl Setup {
             lanes,
             workers,
             start_timeout,
-            steps: between(6, 40),
+            steps: between(6, 90),
             steps_per_epoch: between(2, 9),
             every: between(1, 8),
             lease: 2_000,
@@ -245,7 +245,9 @@ impl World {
             let until = self.spell(8_000);
             self.cuts.push(Cut { one: Node::Worker(w), other: Some(Node::Coordinator(c)), until });
         }
-        if let (Some(w), Some(other), Fault::CutWorkers) = (worker, self.some_worker(), fault) {
+        if let (Some(w), Some(other), Fault::CutWorkers) = (worker, self.some_worker(), fault)
+            && w != other
+        {
             let until = self.spell(8_000);
             self.cuts.push(Cut { one: Node::Worker(w), other: Some(Node::Worker(other)), until });
         }
@@ -371,6 +373,9 @@ impl World {
     fn judge_failure(&mut self, failure: &Failure) {
         use Failure as F;
         self.see(&format!("failed {}", name_of(failure)));
+        if self.now > self.setup.faults_until + 20_000 {
+            self.see(&format!("failed in peace {}", name_of(failure)));
+        }
         match failure {
             F::Differs { .. } | F::Malformed { .. } | F::PartDiffers { .. } => panic!("SAME: {failure}"),
             F::NoProgress { .. } | F::Worker { permanent: true, .. } => self.conclude(Verdict::GivenUp),

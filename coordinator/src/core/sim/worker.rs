@@ -179,7 +179,8 @@ impl Worker {
     }
 
     fn heard(&mut self, era: Era, assigned: bool) -> bool {
-        if era.term != self.term || era.generation < self.generation {
+        let again = assigned && era <= self.assigned;
+        if era.term != self.term || era.generation < self.generation || again {
             return false;
         }
         self.generation = era.generation;
@@ -429,9 +430,13 @@ impl World {
             B::Adopted(_) => (worker.current, worker.authority) = (era, era.term),
             B::Committed(commit) => worker.committed = worker.committed.max(commit.step),
             B::Regroup(regroup) => self.end(w, era, regroup.at_boundary),
-            // A coordinator gives a place only to who is in none, as far as it knows.
-            B::Assign(_) if matches!(worker.doing, Doing::Placed(_)) => self.end(w, self.workers[w].current, false),
+            // A coordinator gives a place only to who is in none, as far as it knows: what this worker is in is over.
+            B::Assign(_) => self.end(w, Era { generation: era.generation - 1, ..era }, false),
             _ => {}
+        }
+        if matches!(body, B::Assign(_)) && !matches!(self.workers[w].rank.at, super::rank::At::Obeying) {
+            let at = format!("assigned while {:?}", self.workers[w].rank.at);
+            self.see(at.split('(').next().unwrap());
         }
         self.workers[w].inbox.push_back((era, body));
         self.nudge(w, 50);
