@@ -60,7 +60,7 @@ impl Core {
 
     /// A commit was not completed. Where a worker came back its messages may be lost, so another generation makes it anew.
     pub(super) fn commit_overdue(&mut self, now: Time, failure: Failure) {
-        match self.lineup.as_ref().is_some_and(|lineup| lineup.shaken) {
+        match self.lineup.as_ref().is_some_and(|lineup| lineup.shaken.is_some()) {
             true => self.end_generation(now, failure.to_string(), false),
             false => self.fail(failure),
         }
@@ -139,7 +139,9 @@ impl Core {
             Some(drain) => Some(drain.reason.clone()),
             None => Some("the workers left before the last step".into()),
         };
-        self.phase = Phase::Closing { step, preempted, until: now.after(self.config.commit_timeout) };
+        let shaken = self.lineup.as_ref().is_some_and(|lineup| lineup.shaken.is_some()) && !self.commits.is_reported(step, self.world());
+        let patience = if shaken { self.config.welcome.lease_ms } else { self.config.commit_timeout };
+        self.phase = Phase::Closing { step, preempted, until: now.after(patience) };
         self.try_end(now);
     }
 

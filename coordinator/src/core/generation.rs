@@ -25,8 +25,8 @@ pub(super) struct Lineup {
     pub(super) started: bool,
     /// Under which term it ran before it was adopted, if it was.
     pub(super) adopted: Option<u64>,
-    /// A worker came back into it, so that messages may be lost.
-    pub(super) shaken: bool,
+    /// When a worker came back into it last, if one did: messages may be lost.
+    pub(super) shaken: Option<Time>,
     /// It was asked to end after a step.
     pub(super) boundary: bool,
     /// Why it ended or is to end.
@@ -48,7 +48,7 @@ impl Lineup {
             commit: None,
             started: false,
             adopted: None,
-            shaken: false,
+            shaken: None,
             boundary: false,
             why: String::new(),
             told: false,

@@ -273,8 +273,7 @@ impl Core {
         let silent = self.members.oldest_heard().map(|heard| heard.after(self.config.welcome.lease_ms));
         let returning = self.returning.as_ref().map(|returning| returning.until);
         let drain = self.drain.as_ref().map(|drain| drain.until).filter(|_| !self.phase.is_ending());
-        let commit = self.commits.oldest_pending(self.generation).map(|since| since.after(self.config.commit_timeout));
-        let commit = commit.filter(|_| self.phase.has_begun());
+        let commit = self.commit_due().map(|(at, _)| at);
         let pace = self.pace.alarm.filter(|_| self.phase == Phase::Training);
         [self.phase.deadline(), silent, returning, drain, commit, pace, self.join_deadline()].into_iter().flatten().min()
     }
@@ -326,9 +325,9 @@ impl Core {
         self.silent(now);
         self.adoption_expired(now);
         self.watch_pace(now);
-        let (generation, world) = (self.generation, self.world());
-        if let Some(overdue) = self.commits.overdue(now, self.config.commit_timeout, generation, world).filter(|_| self.phase.has_begun()) {
-            self.commit_overdue(now, overdue);
+        let overdue = self.commit_due().filter(|(at, _)| *at <= now);
+        if let Some(lacking) = overdue.and_then(|(_, step)| self.commits.lacking(step, self.world(), self.config.commit_timeout)) {
+            self.commit_overdue(now, lacking);
         }
         self.phase_expired(now);
         self.part_with(now);

@@ -415,11 +415,16 @@ impl World {
     }
 
     fn say(&mut self, c: usize, conn: ConnId, message: FromWorker) {
-        let Some(core) = &self.coordinators[c].core else { return };
-        match core.members.get(conn).filter(|member| member.open && message.term != core.term.0) {
-            Some(_) => self.say_of_another_term(c, conn, message),
-            None => self.feed(c, Event::Message(conn, message)),
+        if message.term != self.coordinators[c].term && self.is_member(c, conn) {
+            self.say_of_another_term(c, conn, message);
+        } else {
+            self.feed(c, Event::Message(conn, message));
         }
+    }
+
+    fn is_member(&self, c: usize, conn: ConnId) -> bool {
+        let core = self.coordinators[c].core.as_ref();
+        core.and_then(|core| core.members.get(conn)).is_some_and(|member| member.open)
     }
 
     /// T-1: it changes nothing but a counter.
@@ -430,6 +435,9 @@ impl World {
             let core = world.coordinators[c].core.as_ref();
             core.map(|core| format!("{:?} {:?} {:?} {:?}", core.phase, core.generation, core.members, core.commits))
         };
+        if !self.is_member(c, conn) {
+            return;
+        }
         let before = look(self);
         let told = format!("{message:?}");
         self.feed(c, Event::Message(conn, message));

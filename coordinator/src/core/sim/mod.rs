@@ -73,7 +73,8 @@ fn schedule(seed: u64, bugs: Bugs) -> Result {
             seen.insert("schedules".into(), 1);
             *seen.entry("virtual seconds".into()).or_default() += world.now / 1000;
             let late = seen.entry("longest end".into()).or_default();
-            *late = (*late).max(world.now.saturating_sub(world.setup.faults_until));
+            *late = (*late).max(world.now.saturating_sub(world.setup.faults_until + world.setup.training()));
+            if let Some(most) = std::env::var("ELLA_LATE").ok().and_then(|n| n.parse::<u64>().ok()) && *late > most { println!("late {seed} {late} {} {}", world.coordinators.len(), world.setup.splits()); }
             Ok(seen)
         }
         Err(panic) => Err(text_of(panic.as_ref())),

@@ -178,6 +178,10 @@ impl World {
     fn obey(&mut self, w: usize) {
         while let Some((era, body)) = self.workers[w].inbox.pop_front() {
             match body {
+                to_worker::Body::Assign(_) if self.workers[w].has_ended(era) => {
+                    self.workers[w].enter(era);
+                    self.idle(w, "");
+                }
                 to_worker::Body::Assign(assign) => return self.take_place(w, era, assign),
                 to_worker::Body::Regroup(_) if std::mem::take(&mut self.workers[w].rank.farewell) => self.idle(w, ""),
                 _ => {}
@@ -188,6 +192,7 @@ impl World {
     fn take_place(&mut self, w: usize, era: Era, assign: v1::Assign) {
         let worker = &mut self.workers[w];
         worker.enter(era);
+        worker.doing = Doing::Entering;
         let rank = &mut worker.rank;
         rank.commit = serde_json::from_slice(&assign.commit_json).ok();
         let recorded = rank.commit.as_ref().map_or(0, |commit| commit.step);

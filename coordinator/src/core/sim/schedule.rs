@@ -113,7 +113,7 @@ impl Setup {
         let mut between = |least: u64, most: u64| least + random.below(most - least + 1);
         let lanes = between(1, 6);
         let workers = between(1, lanes.min(4)) as usize;
-        let start_timeout = 8_000;
+        let start_timeout = [8_000, 60_000][between(0, 1) as usize];
         let kinds = between(1, 6);
         Self {
             lanes,
@@ -130,7 +130,7 @@ impl Setup {
             late: between(8, 200),
             duplicates: between(20, 400),
             faults_until: between(0, 25_000),
-            bound: 150_000,
+            bound: 450_000,
             data: Digest::of(b"data").to_string(),
             models: Digest::of(b"models").to_string(),
             min: between(1, workers as u64) as usize,
@@ -142,6 +142,16 @@ impl Setup {
             pause: between(200, 4_000),
             resumes: between(0, 1) == 1,
         }
+    }
+
+    pub(super) fn splits(&self) -> bool {
+        use Fault as F;
+        self.faults.iter().any(|fault| matches!(fault, F::SecondCoordinator | F::FreezeCoordinator))
+    }
+
+    /// How long training takes at most, alone and undisturbed.
+    pub(super) fn training(&self) -> u64 {
+        self.steps * (self.lanes * self.lane + 20)
     }
 
     /// As the core of a process has it.

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 const PAUSES: (u64, u64) = (50, 2_000);
 const ANSWER: u64 = 2_000;
 /// How long a new worker looks for a coordinator.
-const PATIENCE: u64 = 60_000;
+const PATIENCE: u64 = 10_000;
 /// Questions in a row that a coordinator may leave unanswered.
 const PROBES: u32 = 4;
 
@@ -39,6 +39,8 @@ pub(super) struct Era {
 pub(super) enum Doing {
     Loading,
     Idle(Option<u64>),
+    /// It takes a place, and what it holds may change: the next coordinator is told once that has ended.
+    Entering,
     Placed(v1::Place),
     Finished(v1::Finished),
     Failed,
@@ -160,6 +162,11 @@ impl Worker {
     /// Whether its generation, or its part in the run, was ended from outside.
     pub(super) fn interrupted(&self) -> bool {
         self.why.is_some() || self.ended >= self.current && self.ended != Era::default()
+    }
+
+    /// Whether a generation was ended before it was entered.
+    pub(super) fn has_ended(&self, era: Era) -> bool {
+        self.ended >= era
     }
 
     pub(super) fn at_boundary(&self) -> bool {
@@ -393,6 +400,11 @@ impl World {
         let orphan = self.setup.orphan;
         let worker = &mut self.workers[w];
         (worker.authority, worker.term, worker.link) = (0, 0, Link::Away);
+        if !matches!(worker.doing, Doing::Placed(_)) {
+            // A generation of which this rank is not ready ends with its stream.
+            self.end(w, self.workers[w].assigned, false);
+        }
+        let worker = &mut self.workers[w];
         match worker.doing {
             Doing::Finished(finished) if worker.committed >= finished.step => {
                 let done = finished.outcome() == v1::Outcome::Done;

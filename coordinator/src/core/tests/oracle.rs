@@ -135,6 +135,7 @@ impl Oracle {
             Effect::Note(Note::Adopted { generation, workers, .. }) => {
                 (self.generation, self.assign) = (*generation, None);
                 self.lineup = workers.iter().cloned().collect();
+                self.ready = self.lineup.clone();
                 assert_eq!(self.busy, self.lineup, "M-2: of an adopted generation");
             }
             Effect::Note(Note::Generation { workers, .. }) => assert_eq!(workers.len(), self.lineup.len(), "M-2"),
