@@ -386,8 +386,11 @@ impl World {
         let text = serde_json::to_value(note).unwrap();
         let event = text["event"].as_str().unwrap_or_default();
         self.see(&format!("note {event}"));
-        if let Note::Ended { .. } = note {
-            self.see(&format!("ended {}", self.coordinators[c].core.as_ref().map_or("?", |core| core.phase.name())));
+        let adopted = self.coordinators[c].core.as_ref().and_then(|core| core.lineup.as_ref()?.adopted).is_some();
+        match note {
+            Note::Ended { outcome, .. } => self.see(&format!("ended {outcome}")),
+            Note::Committed { .. } if adopted => self.see("commits after adoption"),
+            _ => {}
         }
     }
 

@@ -72,6 +72,9 @@ const FAULTS: [Fault; 22] = [
     Fault::FailingUploads,
 ];
 
+/// What gathering, loading and the last commit take.
+const GRACE: u64 = 30_000;
+
 /// Of one schedule. Times in milliseconds.
 #[derive(Debug)]
 pub(super) struct Setup {
@@ -92,8 +95,6 @@ pub(super) struct Setup {
     pub(super) late: u64,
     pub(super) duplicates: u64,
     pub(super) faults_until: u64,
-    /// The run is over so long after the last fault.
-    pub(super) bound: u64,
     pub(super) data: String,
     pub(super) models: String,
     min: usize,
@@ -130,7 +131,6 @@ impl Setup {
             late: between(8, 200),
             duplicates: between(20, 400),
             faults_until: between(0, 25_000),
-            bound: 450_000,
             data: Digest::of(b"data").to_string(),
             models: Digest::of(b"models").to_string(),
             min: between(1, workers as u64) as usize,
@@ -144,14 +144,19 @@ impl Setup {
         }
     }
 
-    pub(super) fn splits(&self) -> bool {
+    /// The run is over so long after the last fault.
+    ///
+    /// A coordinator that was superseded while it waits for workers finds out when it has waited in vain, and keeps those that it has until
+    /// then. Where that cannot be, nothing waits for `start_timeout`.
+    pub(super) fn bound(&self) -> u64 {
         use Fault as F;
-        self.faults.iter().any(|fault| matches!(fault, F::SecondCoordinator | F::FreezeCoordinator))
+        let splits = self.faults.iter().any(|fault| matches!(fault, F::SecondCoordinator | F::FreezeCoordinator));
+        self.training() + GRACE + if splits { 2 * self.start_timeout } else { 0 }
     }
 
-    /// How long training takes at most, alone and undisturbed.
-    pub(super) fn training(&self) -> u64 {
-        self.steps * (self.lanes * self.lane + 20)
+    /// How long training takes at most, alone and undisturbed: a collective lasts as long as the latest message of a rank.
+    fn training(&self) -> u64 {
+        self.steps * (self.lanes * self.lane + 20 + (3_000 / self.late).min(1_500))
     }
 
     /// As the core of a process has it.
@@ -396,7 +401,7 @@ impl World {
     fn conclude(&mut self, verdict: Verdict) {
         self.tell(|| format!("== {verdict:?}"));
         if self.verdict.is_none() {
-            self.verdict = Some(verdict);
+            (self.verdict, self.concluded_at) = (Some(verdict), self.now);
             self.see(&format!("verdict {verdict:?}"));
         }
     }

@@ -315,6 +315,12 @@ impl World {
     /// The first answer on a stream.
     fn answered(&mut self, w: usize, stream: usize, message: ToWorker) {
         match message.body.unwrap() {
+            // TERM: one that was superseded, and does not know it yet.
+            to_worker::Body::Welcome(_) if message.term < self.workers[w].current.term => {
+                self.see("welcomes of an older term");
+                self.send_up(stream, Packet::Fin);
+                self.attach_failed(w);
+            }
             to_worker::Body::Welcome(_) => self.welcomed(w, stream, Era { term: message.term, generation: message.generation }),
             to_worker::Body::Refused(refused) => {
                 self.send_up(stream, Packet::Fin);
@@ -439,16 +445,16 @@ impl World {
             B::Drain(_) => worker.drain = true,
             B::Abort(_) => return self.stop(w, Exit::Failed),
             B::Release(_) => return self.stop(w, Exit::Preempted),
-            B::Adopted(_) => (worker.current, worker.authority) = (era, era.term),
+            B::Adopted(_) => {
+                let renumbered = worker.current.generation != era.generation;
+                (worker.current, worker.authority) = (era, era.term);
+                self.see(if renumbered { "adopted under another number" } else { "adopted" });
+            }
             B::Committed(commit) => worker.committed = worker.committed.max(commit.step),
             B::Regroup(regroup) => self.end(w, era, regroup.at_boundary),
             // A coordinator gives a place only to who is in none, as far as it knows: what this worker is in is over.
             B::Assign(_) => self.end(w, Era { generation: era.generation - 1, ..era }, false),
             _ => {}
-        }
-        if matches!(body, B::Assign(_)) && !matches!(self.workers[w].rank.at, super::rank::At::Obeying) {
-            let at = format!("assigned while {:?}", self.workers[w].rank.at);
-            self.see(at.split('(').next().unwrap());
         }
         self.workers[w].inbox.push_back((era, body));
         self.nudge(w, 50);

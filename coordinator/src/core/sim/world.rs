@@ -15,8 +15,9 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
 /// A schedule with more events than this livelocks.
 const MOST_EVENTS: u64 = 1_000_000;
-/// Lines of a trace that are kept.
-const TRACE: usize = 400;
+
+/// When a run is over everyone leaves within so long.
+const LEAVING: u64 = 40_000;
 
 /// What is to happen.
 #[derive(Debug)]
@@ -109,6 +110,7 @@ pub(super) struct World {
     pub(super) cuts: Vec<Cut>,
     /// How the run has ended.
     pub(super) verdict: Option<Verdict>,
+    pub(super) concluded_at: u64,
     /// Somebody has asked the whole run to leave, or all workers.
     pub(super) drained: bool,
     /// Ranks that took a snapshot, by term, generation and step.
@@ -116,7 +118,7 @@ pub(super) struct World {
     pub(super) seen: BTreeMap<String, u64>,
     queue: BinaryHeap<Item>,
     number: u64,
-    /// The last lines, and whether they are printed.
+    /// What has happened, if it is kept.
     trace: Option<Vec<String>>,
 }
 
@@ -138,6 +140,7 @@ impl World {
             rings: Vec::new(),
             cuts: Vec::new(),
             verdict: None,
+            concluded_at: 0,
             drained: false,
             snapshots: BTreeMap::new(),
             seen: BTreeMap::new(),
@@ -176,28 +179,26 @@ impl World {
 
     pub(super) fn tell(&mut self, line: impl FnOnce() -> String) {
         if let Some(trace) = &mut self.trace {
-            if trace.len() == 2 * TRACE {
-                trace.drain(..TRACE);
-            }
             trace.push(format!("{:>7} {}", self.now, line()));
         }
     }
 
-    /// The last lines of the trace.
+    /// What has happened.
     pub(super) fn trace(&self) -> &[String] {
         self.trace.as_deref().unwrap_or_default()
     }
 
     /// Runs until the run is over and everyone has left.
     pub(super) fn run(&mut self) -> Verdict {
-        let bound = self.setup.faults_until + self.setup.bound;
+        let bound = self.setup.faults_until + self.setup.bound();
         for _ in 0..MOST_EVENTS {
             if let Some(verdict) = self.is_over() {
                 self.judge_end(verdict);
                 return verdict;
             }
             let Some(Item { at, what, .. }) = self.queue.pop() else { panic!("LIVE: nothing happens any more, and the run is not over") };
-            assert!(at <= bound, "LIVE: the run is not over {} ms after the last fault", self.setup.bound);
+            assert!(at <= bound || self.verdict.is_some(), "LIVE: the run is not over by {bound} ms");
+            assert!(at <= bound + LEAVING, "LIVE: the run is over, and not all have left by {at} ms");
             self.now = at;
             self.happen(what);
         }
