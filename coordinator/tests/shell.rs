@@ -154,13 +154,19 @@ async fn a_run_of_another_config_is_refused_naming_the_keys() {
     assert!(matches!(error, RunError::BadRunToml { .. }) && error.exit_code() == 2, "{error}");
 }
 
-/// A run of which a worker died when the commits of step 2 and 4 stood.
+/// A run whose coordinator died, with all its workers, when the commits of step 2 and 4 stood.
 async fn cut_off_after_step_4() -> (RunConfig, Store) {
     let (config, store) = (config(&[]), Store::open("memory://").unwrap());
     let served = Served::start(&config, &store).await;
-    let dies = Script { dies_after: Some(4), ..Script::default() };
-    train_two(&served, &config, &store, [Script::default(), dies]).await;
-    served.outcome().await;
+    let limit = tokio::sync::watch::channel(4).1;
+    let life = |fake| Life::new(fake, &config, &store, Script::default()).up_to(limit.clone()).live();
+    let a = Fake::attach(&served.url(), hello("a")).await.unwrap();
+    let b = Fake::attach(&served.url(), hello("b")).await.unwrap();
+    tokio::select! {
+        ended = async { tokio::join!(life(a), life(b)) } => panic!("{ended:?}"),
+        _ = served.status_when(|status| status.last_commit_step == 4) => {}
+    }
+    served.kill().await;
     (config, store)
 }
 

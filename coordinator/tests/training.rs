@@ -6,9 +6,9 @@ mod common;
 
 use common::*;
 use ella_coordinator::client;
-use ella_coordinator::core::{Failure, Outcome};
+use ella_coordinator::core::Outcome;
 use ella_coordinator::shell::{Coordinator, Opened};
-use ella_proto::v1::{self, RefusedReason};
+use ella_proto::v1;
 use ella_store::{Body, RunLog, RunState, Store};
 
 async fn state_of(store: &Store) -> RunState {
@@ -66,31 +66,6 @@ async fn two_workers_train_to_the_end_and_the_run_folder_holds_what_is_promised(
 }
 
 #[tokio::test]
-async fn a_worker_that_dies_ends_the_run_with_a_clear_reason_and_the_last_commit_stays() {
-    let store = Store::open("memory://").unwrap();
-    let config = config(&[]);
-    let served = Served::start(&config, &store).await;
-    let dies = Script { dies_after: Some(2), ..Script::default() };
-    let ended = train_two(&served, &config, &store, [Script::default(), dies]).await;
-    let reason = "worker b (rank 1, host here, pid 77) was lost: its stream closed; start the run again to resume from its last commit";
-    assert_eq!(ended, [Ended::Aborted(reason.into()), Ended::Died]);
-    let outcome = served.outcome().await;
-    assert_eq!((outcome.exit_code(), outcome.reason().as_str()), (1, reason));
-    let state = state_of(&store).await;
-    assert_eq!(state.last_commit().unwrap().step, 2);
-    assert_eq!(state.ended.unwrap().reason, reason);
-
-    // Started again, it resumes from there.
-    let served = Served::start(&config, &store).await;
-    let mut a = Fake::attach(&served.url(), hello("c")).await.unwrap();
-    let mut b = Fake::attach(&served.url(), hello("d")).await.unwrap();
-    let (a, b) = tokio::join!(a.get_ready(), b.get_ready());
-    let (a, b) = (a.unwrap().unwrap(), b.unwrap().unwrap());
-    assert_eq!((a.step, a.folder.as_str()), (2, "commits/000000000002.1"));
-    assert_eq!(a, b);
-}
-
-#[tokio::test]
 async fn a_rank_with_another_state_fails_the_run_for_good_and_is_named() {
     let store = Store::open("memory://").unwrap();
     let config = config(&[]);
@@ -105,25 +80,6 @@ async fn a_rank_with_another_state_fails_the_run_for_good_and_is_named() {
 }
 
 #[tokio::test]
-async fn a_second_coordinator_takes_over_and_the_first_stops() {
-    let store = Store::open("memory://").unwrap();
-    let config = config(&[]);
-    let first = Served::start(&config, &store).await;
-    let mut a = Fake::attach(&first.url(), hello("a")).await.unwrap();
-    let mut b = Fake::attach(&first.url(), hello("b")).await.unwrap();
-    let _ = tokio::join!(a.get_ready(), b.get_ready());
-    let second = Served::start(&config, &store).await;
-    tokio::join!(a.commit(2, &store, Script::default()), b.commit(2, &store, Script::default()));
-    let reason = "superseded: the coordinator of term 2 has taken over this run, so this one stops";
-    assert_eq!(a.until_committed(2).await, Some(Ended::Aborted(reason.into())));
-    let outcome = first.outcome().await;
-    assert_eq!((outcome.exit_code(), outcome.reason().as_str()), (1, reason));
-    assert!(state_of(&store).await.commits.is_empty(), "the late commit is not in the log");
-    second.stops.send("enough".into()).await.unwrap();
-    assert_eq!(second.outcome().await, Outcome::Preempted { reason: "enough".into() });
-}
-
-#[tokio::test]
 async fn a_killed_coordinators_unrecorded_commit_is_swept_by_the_next() {
     let store = Store::open("memory://").unwrap();
     let config = config(&[]);
@@ -135,8 +91,7 @@ async fn a_killed_coordinators_unrecorded_commit_is_swept_by_the_next() {
     assert_eq!(a.until_committed(2).await, None);
     let withholds = Script { withholds_parts_of: Some(4), ..Script::default() };
     tokio::join!(a.commit(4, &store, withholds), b.commit(4, &store, withholds));
-    served.run.abort();
-    let _ = served.run.await;
+    served.kill().await;
     assert_eq!(store.folders("commits").await.unwrap().len(), 2);
 
     let served = Served::start(&config, &store).await;
@@ -159,8 +114,7 @@ async fn a_coordinator_cut_off_before_its_end_record_finds_the_run_done() {
     let _ = tokio::join!(a.get_ready(), b.get_ready());
     tokio::join!(a.commit(5, &store, Script::default()), b.commit(5, &store, Script::default()));
     assert_eq!(a.until_committed(5).await, None);
-    served.run.abort();
-    let _ = served.run.await;
+    served.kill().await;
     let opened = Coordinator::open(&config, store.clone(), &options()).await.unwrap();
     assert!(matches!(opened, Opened::Done { step: 5 }), "{opened:?}");
     assert!(state_of(&store).await.is_done());
@@ -202,30 +156,4 @@ async fn a_second_stop_leaves_at_once() {
     assert_eq!(a.until_committed(1).await, Some(Ended::Aborted("second".into())));
     assert_eq!(served.outcome().await, Outcome::Preempted { reason: "second".into() });
     assert!(state_of(&store).await.commits.is_empty());
-}
-
-#[tokio::test]
-async fn a_silent_worker_is_lost_after_its_lease() {
-    let store = Store::open("memory://").unwrap();
-    let config = config(&["workers.lease=300ms"]);
-    let served = Served::start(&config, &store).await;
-    let mut a = Fake::attach(&served.url(), hello("a")).await.unwrap();
-    let mut b = Fake::attach(&served.url(), hello("b")).await.unwrap();
-    assert_eq!((a.welcome.heartbeat_ms, a.welcome.lease_ms), (75, 300));
-    let _ = tokio::join!(a.get_ready(), b.get_ready());
-    let outcome = served.outcome().await;
-    let Outcome::Failed(failure) = &outcome else { panic!("{outcome:?}") };
-    assert!(matches!(**failure, Failure::Lost { .. }) && outcome.reason().contains("nothing was heard from it for 300 ms"), "{outcome:?}");
-}
-
-#[tokio::test]
-async fn a_spare_worker_is_refused_and_the_run_goes_on() {
-    let store = Store::open("memory://").unwrap();
-    let config = config(&["workers.count=1"]);
-    let served = Served::start(&config, &store).await;
-    let a = Fake::attach(&served.url(), hello("a")).await.unwrap();
-    let refused = Fake::attach(&served.url(), hello("b")).await.err().unwrap();
-    assert_eq!(refused.reason(), RefusedReason::Full);
-    assert_eq!(a.train(&config, &store, Script::default()).await, Ended::Finished);
-    assert_eq!(served.outcome().await, Outcome::Done);
 }

@@ -112,6 +112,7 @@ pub struct Hello {
 /// A place in a generation that outlives the worker's stream, and mostly its coordinator too (LIVE).
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Place {
+    /// In which it was formed, or adopted last.
     #[prost(uint64, tag = "1")]
     pub term: u64,
     #[prost(uint64, tag = "2")]

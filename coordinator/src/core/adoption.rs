@@ -38,6 +38,7 @@ impl Core {
             self.returning = Some(Returning { term, generation, until: now.after(self.config.welcome.lease_ms) });
         }
         if let Some(member) = self.members.get_mut(conn) {
+            member.step = place.step;
             member.place = Some(place);
         }
         self.try_adopt(now);

@@ -58,7 +58,7 @@ impl Lineup {
     }
 }
 
-/// A state that a worker may begin with: whose, and of which step.
+/// A worker that may get a place, and the step of the state that it holds, if that is worth anything.
 type Candidate = (ConnId, Option<Step>);
 
 impl Core {
@@ -69,7 +69,8 @@ impl Core {
 
     /// Workers that are needed for a generation. A run begins with all that it is to have; it goes on with fewer.
     pub(super) fn need(&self) -> usize {
-        let goes_on = self.lineup.is_some() || self.members.any(|member| matches!(member.held, Held::Idle(Some(_)) | Held::Busy(_)));
+        let last = self.last_commit();
+        let goes_on = self.lineup.is_some() || self.members.any(|member| member.is_busy() || member.state(last).is_some());
         match self.drain {
             Some(_) => 1,
             None if goes_on => self.least(),
@@ -145,45 +146,51 @@ impl Core {
         };
     }
 
-    /// Deals the ranks in the order of the streams, names who holds the newest state, and tells everyone its place.
+    /// Deals the ranks in the order of the streams, and names who holds the newest state.
     fn form(&mut self, now: Time, chosen: &[Candidate]) {
         let newest = chosen.iter().filter_map(|(_, state)| *state).max();
         let from = newest.unwrap_or(self.last_commit());
         if let Some(failure) = self.fruitless(from) {
             return self.fail(failure);
         }
-        let ranked = || (0..).map(Rank).zip(chosen);
-        let source = newest.and_then(|newest| ranked().find(|(_, (_, state))| *state == Some(newest))).map(|(rank, _)| rank);
-        let copy = newest.is_some() && chosen.iter().any(|(_, state)| *state != newest);
+        let holder = |(_, state): &Candidate| newest.is_some() && *state == newest;
+        let source = (0..).map(Rank).zip(chosen).find(|(_, candidate)| holder(candidate)).map(|(rank, _)| rank);
+        let copy = newest.is_some() && !chosen.iter().all(holder);
         let commit = self.commits.last().cloned();
         self.generation = Generation(self.generation.0 + 1);
         (self.adopts, self.join_at) = (false, None);
         self.commits.drop_unrecorded();
         self.progress.restart(from, commit.as_ref());
-        for (rank, (conn, _)) in ranked() {
+        self.phase = Phase::Starting { until: now.after(self.config.start_timeout) };
+        let lineup = Lineup { source, commit, ..Lineup::new(chosen.len(), from) };
+        self.assign(chosen, &lineup, copy);
+        self.lineup = Some(lineup);
+    }
+
+    /// Tells everyone its place.
+    fn assign(&mut self, chosen: &[Candidate], lineup: &Lineup, copy: bool) {
+        for (rank, (conn, _)) in (0..).map(Rank).zip(chosen) {
             if let Some(member) = self.members.get_mut(*conn) {
                 member.enter(Held::Busy(Some(rank)));
-                member.step = from.0;
+                member.step = lineup.from.0;
             }
         }
-        self.phase = Phase::Starting { until: now.after(self.config.start_timeout) };
-        let members: Vec<&Member> = chosen.iter().filter_map(|(conn, _)| self.members.get(*conn)).collect();
-        let workers = members.iter().map(|member| member.hello.worker_id.clone()).collect();
+        let placed = self.members.placed();
+        let workers = placed.iter().map(|(_, _, member)| member.hello.worker_id.clone()).collect();
         let assign = v1::Assign {
             rank: 0,
-            peers: members.iter().map(|member| member.hello.peer_address.clone()).collect(),
-            commit_json: commit.as_ref().map(|commit| serde_json::to_vec(commit).unwrap_or_default()).unwrap_or_default(),
+            peers: placed.iter().map(|(_, _, member)| member.hello.peer_address.clone()).collect(),
+            commit_json: lineup.commit.as_ref().map(|commit| serde_json::to_vec(commit).unwrap_or_default()).unwrap_or_default(),
             session: self.session(),
-            source: source.map(|rank| rank.0),
-            step: from.0,
+            source: lineup.source.map(|rank| rank.0),
+            step: lineup.from.0,
             copy,
         };
-        self.lineup = Some(Lineup { source, commit, ..Lineup::new(chosen.len(), from) });
-        for (mut rank, (conn, _)) in ranked() {
-            rank.0 -= u32::from(rank.0 > 0 && self.is_mutated(Mutation::DealsTwice));
-            self.send(*conn, to_worker::Body::Assign(v1::Assign { rank: rank.0, ..assign.clone() }));
+        for (rank, (conn, _)) in (0..).zip(chosen) {
+            let rank = if self.is_mutated(Mutation::DealsTwice) { rank / 2 } else { rank };
+            self.send(*conn, to_worker::Body::Assign(v1::Assign { rank, ..assign.clone() }));
         }
-        self.note(Note::Generation { generation: self.generation.0, workers, from_step: from.0 });
+        self.note(Note::Generation { generation: self.generation.0, workers, from_step: lineup.from.0 });
     }
 
     /// The same bytes for all of a generation, others for the next.

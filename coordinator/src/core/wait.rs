@@ -51,6 +51,11 @@ pub enum Wait {
         /// Which, and what each is at.
         ranks: Vec<(Who, v1::Activity)>,
     },
+    /// For the next step, after which other members go on.
+    NextStep {
+        /// Why.
+        reason: String,
+    },
     /// For workers to reach a step boundary and commit.
     Boundary {
         /// Why they were asked to.
@@ -74,7 +79,7 @@ impl fmt::Display for Wait {
                 write!(f, "waiting for the ranks of the last coordinator to come back: {have} of {world} are here")
             }
             Self::Loading { ranks } => write!(f, "waiting for ranks to load and restore: {}", listed(ranks)),
-            Self::Regroup { busy, reason } => write!(f, "waiting for {busy} workers to stop, to go on without or with others ({reason})"),
+            Self::Regroup { busy, reason } => write!(f, "waiting for workers to stop, so that others can go on: {busy} ({reason})"),
             Self::Encoding { ranks, captions } => {
                 write!(f, "the next step waits for captions to be encoded: {captions} are, by ranks {}", listed(ranks))
             }
@@ -82,6 +87,7 @@ impl fmt::Display for Wait {
                 let ranks: Vec<String> = ranks.iter().map(|(who, activity)| format!("{who}, which {}", activity_text(*activity))).collect();
                 write!(f, "the other ranks wait for {}", ranks.join(", and for "))
             }
+            Self::NextStep { reason } => write!(f, "after the next step another generation begins ({reason})"),
             Self::Boundary { reason } => write!(f, "waiting for the workers to commit and leave ({reason})"),
             Self::LastCommit { step } => write!(f, "waiting for the commit of step {step}"),
             Self::Record => f.write_str("waiting for the log to take the end's record"),
@@ -121,9 +127,14 @@ impl Core {
             Phase::Draining { reason, .. } => Some(Wait::Boundary { reason: reason.clone() }),
             Phase::Closing { step, .. } => Some(Wait::LastCommit { step: *step }),
             Phase::Ending { .. } => Some(Wait::Record),
-            Phase::Training => self.stragglers_named().or_else(|| self.members.encoding()),
+            Phase::Training => self.stragglers_named().or_else(|| self.next_step()).or_else(|| self.members.encoding()),
             Phase::Over(_) => None,
         }
+    }
+
+    fn next_step(&self) -> Option<Wait> {
+        let asked = self.lineup.as_ref().filter(|lineup| lineup.boundary);
+        asked.map(|lineup| Wait::NextStep { reason: lineup.why.clone() })
     }
 
     fn wait_for_whom(&self) -> Wait {

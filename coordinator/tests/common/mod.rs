@@ -1,6 +1,11 @@
 //! What the shell's tests share: a run's config, a coordinator in this process, and workers that follow the protocol without training.
 
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test file uses its part
+#![allow(dead_code, unused_imports, unreachable_pub, clippy::unwrap_used)] // each test file uses its part
+
+mod life;
+mod ring;
+
+pub use life::{Ended, Life, Script, train_two};
 
 use bytes::Bytes;
 use ella_coordinator::core::{Outcome, PARTS};
@@ -77,6 +82,12 @@ impl Served {
         self.addresses.grpc.to_string()
     }
 
+    /// Ends it as a kill would: nothing more is written or said.
+    pub async fn kill(self) {
+        self.run.abort();
+        let _ = self.run.await;
+    }
+
     pub async fn outcome(self) -> Outcome {
         soon("an outcome", self.run).await.unwrap().unwrap()
     }
@@ -106,12 +117,28 @@ pub fn hello(name: &str) -> Hello {
         device_uuid: String::new(),
         peer_address: "127.0.0.1:4000".into(),
         config_digest: String::new(),
+        place: None,
+    }
+}
+
+/// What ranks report of a state: any two of one step have the same.
+fn digest_of(step: u64) -> String {
+    Digest::of(&step.to_le_bytes()).to_string()
+}
+
+fn ready(step: u64, state_digest: String) -> v1::Ready {
+    v1::Ready {
+        step,
+        state_digest,
+        data_digest: Digest::of(b"data").to_string(),
+        models_digest: Digest::of(b"models").to_string(),
+        samples_per_epoch: 64,
     }
 }
 
 /// A worker's side of a stream.
 pub struct Fake {
-    pub name: String,
+    pub hello: Hello,
     pub out: mpsc::Sender<FromWorker>,
     pub incoming: Streaming<ToWorker>,
     pub term: u64,
@@ -121,38 +148,25 @@ pub struct Fake {
     pub welcome: v1::Welcome,
 }
 
-/// How a fake worker is to train.
-#[derive(Clone, Copy, Default)]
-pub struct Script {
-    /// Closes its stream, as if killed, after this step.
-    pub dies_after: Option<u64>,
-    /// Reports another state at this step.
-    pub differs_at: Option<u64>,
-    /// Saves and reports this commit's parts all but the record's last message.
-    pub withholds_parts_of: Option<u64>,
-}
-
-/// How a fake worker ended.
-#[derive(Debug, PartialEq)]
-pub enum Ended {
-    Finished,
-    Aborted(String),
-    Died,
-}
-
 impl Fake {
     pub async fn attach(url: &str, hello: Hello) -> Result<Self, v1::Refused> {
-        let mut client = CoordinatorClient::connect(format!("http://{url}")).await.unwrap();
+        soon("a coordinator", Self::try_attach(url, hello)).await.unwrap()
+    }
+
+    /// The same; an error if nobody answers.
+    pub async fn try_attach(url: &str, hello: Hello) -> Result<Result<Self, v1::Refused>, String> {
+        let mut client = CoordinatorClient::connect(format!("http://{url}")).await.map_err(|e| e.to_string())?;
         let (out, outgoing) = mpsc::channel(256);
-        let name = hello.worker_id.clone();
-        out.send(FromWorker { term: 0, generation: 0, body: Some(Say::Hello(hello)) }).await.unwrap();
-        let incoming = soon("a stream", client.attach(ReceiverStream::new(outgoing))).await.unwrap().into_inner();
+        let first = FromWorker { term: 0, generation: 0, body: Some(Say::Hello(hello.clone())) };
+        out.send(first).await.map_err(|e| e.to_string())?;
+        let incoming = client.attach(ReceiverStream::new(outgoing)).await.map_err(|e| e.to_string())?.into_inner();
         let welcome = v1::Welcome::default();
-        let mut fake = Self { name, out, incoming, term: 0, generation: 0, rank: 0, world: 0, welcome };
+        let hello = Hello { place: None, ..hello };
+        let mut fake = Self { hello, out, incoming, term: 0, generation: 0, rank: 0, world: 0, welcome };
         match fake.next().await {
-            Some(Told::Welcome(welcome)) => Ok(Self { welcome, ..fake }),
-            Some(Told::Refused(refused)) => Err(refused),
-            other => panic!("{other:?}"),
+            Some(Told::Welcome(welcome)) => Ok(Ok(Self { welcome, ..fake })),
+            Some(Told::Refused(refused)) => Ok(Err(refused)),
+            other => Err(format!("{other:?}")),
         }
     }
 
@@ -164,11 +178,16 @@ impl Fake {
     }
 
     pub async fn say(&self, body: Say) {
-        let _ = self.out.send(FromWorker { term: self.term, generation: self.generation, body: Some(body) }).await;
+        self.say_of(self.generation, body).await;
     }
 
-    /// Takes its place and gets ready; gives the commit that it resumes from.
+    pub async fn say_of(&self, generation: u64, body: Say) {
+        let _ = self.out.send(FromWorker { term: self.term, generation, body: Some(body) }).await;
+    }
+
+    /// Its models are loaded; it takes its place and gets ready. Gives the commit that it resumes from.
     pub async fn get_ready(&mut self) -> Result<Option<Commit>, Ended> {
+        self.say(Say::Idle(v1::Idle::default())).await;
         let assign = match self.next().await {
             Some(Told::Assign(assign)) => assign,
             Some(Told::Abort(abort)) => return Err(Ended::Aborted(abort.reason)),
@@ -177,15 +196,8 @@ impl Fake {
         (self.rank, self.world) = (assign.rank, assign.peers.len() as u32);
         assert_eq!(assign.session.len(), 16);
         let commit: Option<Commit> = serde_json::from_slice(&assign.commit_json).ok();
-        let step = commit.as_ref().map_or(0, |commit| commit.step);
-        self.say(Say::Ready(v1::Ready {
-            step,
-            state_digest: Digest::of(&step.to_le_bytes()).to_string(),
-            data_digest: Digest::of(b"data").to_string(),
-            models_digest: Digest::of(b"models").to_string(),
-            samples_per_epoch: 64,
-        }))
-        .await;
+        assert_eq!((assign.source, assign.step), (None, commit.as_ref().map_or(0, |commit| commit.step)));
+        self.say(Say::Ready(ready(assign.step, digest_of(assign.step)))).await;
         match self.next().await {
             Some(Told::Start(_)) => Ok(commit),
             Some(Told::Abort(abort)) => Err(Ended::Aborted(abort.reason)),
@@ -209,41 +221,18 @@ impl Fake {
 
     /// Reports the state and saves this rank's parts.
     pub async fn commit(&self, step: u64, store: &Store, script: Script) {
-        let state = if script.differs_at == Some(step) { Digest::of(b"odd") } else { Digest::of(&step.to_le_bytes()) };
+        let state = if script.differs_at == Some(step) { Digest::of(b"odd").to_string() } else { digest_of(step) };
         let ledger = vec![v1::LedgerEpoch { epoch: 0, samples: step * 32, hash: format!("{step:032x}") }];
-        self.say(Say::State(v1::StateDigest { step, digest: state.to_string(), ledger, epoch: 0, step_in_epoch: step })).await;
+        self.say(Say::State(v1::StateDigest { step, digest: state, ledger, epoch: 0, step_in_epoch: step })).await;
         for (index, name) in PARTS.iter().enumerate().filter(|(index, _)| *index as u32 % self.world == self.rank) {
             let bytes = Bytes::from(format!("{name} {step}"));
-            store.put(&format!("{}/{name}", commit_folder(step, self.term, 1)), bytes.clone()).await.unwrap();
+            store.put(&format!("{}/{name}", commit_folder(step, self.term, self.generation)), bytes.clone()).await.unwrap();
             if script.withholds_parts_of == Some(step) && index == 0 {
                 continue;
             }
             let (len, blake3) = (bytes.len() as u64, Digest::of(&bytes).to_string());
             self.say(Say::Part(v1::PartSaved { step, name: (*name).to_owned(), bytes: len, blake3 })).await;
         }
-    }
-
-    /// Trains to the end as a worker does, without waiting for anyone but at commits and at the end.
-    pub async fn train(mut self, config: &RunConfig, store: &Store, script: Script) -> Ended {
-        let from = match self.get_ready().await {
-            Ok(commit) => commit.map_or(0, |commit| commit.step),
-            Err(ended) => return ended,
-        };
-        for step in from + 1..=config.train.steps {
-            if self.rank == 0 {
-                self.progress(step).await;
-            }
-            if config.checkpoint.steps().is_some_and(|every| step.is_multiple_of(every)) || step == config.train.steps {
-                self.commit(step, store, script).await;
-                if let Some(ended) = self.until_committed(step).await {
-                    return ended;
-                }
-            }
-            if script.dies_after == Some(step) {
-                return Ended::Died;
-            }
-        }
-        self.finish(config.train.steps, v1::Outcome::Done).await
     }
 
     /// Waits for a commit's record; gives how the run ended if it did.
@@ -253,7 +242,7 @@ impl Fake {
                 Some(Told::Committed(committed)) if committed.step == step => return None,
                 Some(Told::Committed(_) | Told::Drain(_)) => {}
                 Some(Told::Abort(abort)) => return Some(Ended::Aborted(abort.reason)),
-                None => return Some(Ended::Aborted("the stream ended".into())),
+                None => return Some(Ended::CutOff),
                 other => panic!("{other:?}"),
             }
         }
@@ -269,13 +258,9 @@ impl Fake {
             }
         }
     }
-}
 
-/// Two fakes that train to the end; how they ended.
-pub async fn train_two(served: &Served, config: &RunConfig, store: &Store, scripts: [Script; 2]) -> [Ended; 2] {
-    let [one, two] = scripts;
-    let a = Fake::attach(&served.url(), hello("a")).await.unwrap();
-    let b = Fake::attach(&served.url(), hello("b")).await.unwrap();
-    let (a, b) = tokio::join!(a.train(config, store, one), b.train(config, store, two));
-    [a, b]
+    /// Trains to the end as a worker does.
+    pub async fn train(self, config: &RunConfig, store: &Store, script: Script) -> Ended {
+        Life::new(self, config, store, script).live().await
+    }
 }

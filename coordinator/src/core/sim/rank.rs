@@ -375,7 +375,7 @@ impl World {
         }
         worker.activity = v1::Activity::Compute;
         let rank = &mut worker.rank;
-        rank.seat.era.term = worker.authority;
+        rank.seat.era = Era { term: worker.authority, ..worker.current };
         let (leaving, boundary) = (u64::from(worker.drain), u64::from(worker.at_boundary()));
         let rank = &mut self.workers[w].rank;
         rank.mine = Words { ranks: 1, leaving, boundary, ..Words::default() };

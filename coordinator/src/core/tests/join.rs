@@ -23,6 +23,7 @@ fn joiners_are_taken_in_at_a_boundary_after_their_window() {
     let note = Note::Regroup { generation: 1, reason: reason.into(), at_boundary: true };
     assert_eq!(effects, vec![Effect::Note(note), run.boundary(1, reason), run.boundary(2, reason)]);
     assert_eq!(run.core.phase(), &Phase::Training, "the step is still being taken");
+    assert_eq!(run.core.status(run.now).reason, format!("after the next step another generation begins ({reason})"));
     assert_eq!(run.say(2, idle(Some(5))), vec![], "nobody is told to stop in the midst of it");
     assert_eq!(run.core.phase(), &Phase::Regrouping { until: Time(7_000) });
     let effects = run.say(1, idle(Some(5)));

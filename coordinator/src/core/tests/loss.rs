@@ -37,7 +37,7 @@ fn when_a_worker_dies_the_others_are_told_at_once_and_go_on_without_it() {
     assert_eq!(run.core.phase(), &Phase::Regrouping { until: Time(5_000) });
     let status = run.core.status(run.now);
     assert_eq!(status.phase, "regrouping");
-    assert_eq!(status.reason, format!("waiting for 1 workers to stop, to go on without or with others ({reason})"));
+    assert_eq!(status.reason, format!("waiting for workers to stop, so that others can go on: 1 ({reason})"));
     assert_eq!(run.count("workers_lost"), 1);
     let effects = run.say(1, idle(Some(7)));
     assert_eq!(run.places(&effects), [(1, Some(0), 7, false)]);

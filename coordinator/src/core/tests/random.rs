@@ -230,7 +230,8 @@ impl Sim {
             return;
         }
         let attached = all(|worker| worker.conn.is_some() && worker.seat.as_ref().is_some_and(|seat| seat.term == TERM));
-        let [drain, boundary] = [|seat: &Seat| seat.drain, |seat: &Seat| seat.boundary].map(|wish| ranks.iter().any(|w| wish(w.seat.as_ref().unwrap())));
+        let [drain, boundary] =
+            [|seat: &Seat| seat.drain, |seat: &Seat| seat.boundary].map(|wish| ranks.iter().any(|w| wish(w.seat.as_ref().unwrap())));
         let breaks = !is_whole || self.random.chance(60);
         for n in self.workers.iter().filter(|(_, w)| members(w)).map(|(n, _)| *n).collect::<Vec<_>>() {
             let (odd, applies) = (self.random.chance(200), is_whole && (!breaks || self.random.chance(2)));
