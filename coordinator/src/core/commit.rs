@@ -75,14 +75,20 @@ impl Commits {
     }
 
     /// The first to be overdue, and when that is: one that lacks reports at `reports` after it was begun, any other at `record` after that.
-    pub(super) fn due(&self, generation: Generation, ranks: usize, (reports, record): (impl Fn(Time) -> Time, u64)) -> Option<(Time, Step)> {
+    pub(super) fn due(
+        &self,
+        generation: Generation,
+        ranks: usize,
+        (reports, record): (impl Fn(Time) -> Time, u64),
+    ) -> Option<(Time, Step)> {
         let due = |pending: &Pending| if pending.is_complete(ranks) { pending.since.after(record) } else { reports(pending.since) };
         self.of(generation).map(|(step, pending)| (due(pending), *step)).min()
     }
 
     /// What a commit under way lacks.
-    pub(super) fn lacking(&self, step: Step, ranks: usize, waited_ms: u64) -> Option<Failure> {
+    pub(super) fn lacking(&self, step: Step, ranks: usize, now: Time) -> Option<Failure> {
         let pending = self.pending.get(&step)?;
+        let waited_ms = now.since(pending.since);
         let names: Vec<&str> = pending.parts.keys().copied().collect();
         let parts = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
         Some(Failure::CommitOverdue { step, digests: pending.digests.len(), ranks, parts, waited_ms })
@@ -111,7 +117,8 @@ impl Core {
     pub(super) fn commit_due(&self) -> Option<(Time, Step)> {
         let (lease, timeout) = (self.config.welcome.lease_ms, self.config.commit_timeout);
         let shaken = self.lineup.as_ref().and_then(|lineup| lineup.shaken);
-        let reports = move |since: Time| shaken.map_or(since.after(timeout), |shaken| since.max(shaken).after(lease).min(since.after(timeout)));
+        let reports =
+            move |since: Time| shaken.map_or(since.after(timeout), |shaken| since.max(shaken).after(lease).min(since.after(timeout)));
         self.commits.due(self.generation, self.world(), (reports, timeout)).filter(|_| self.phase.has_begun())
     }
 
@@ -184,7 +191,8 @@ impl Core {
             return self.fail(failure);
         }
         let Some((&step, pending)) = self.commits.pending.first_key_value() else { return };
-        let early = self.is_mutated(Mutation::RecordsBeforeParts) && pending.digests.len() == ranks && pending.parts.len() + 1 == PARTS.len();
+        let early =
+            self.is_mutated(Mutation::RecordsBeforeParts) && pending.digests.len() == ranks && pending.parts.len() + 1 == PARTS.len();
         if pending.appending || !(pending.is_complete(ranks) || early) {
             return;
         }

@@ -21,7 +21,7 @@ impl Core {
             Phase::Starting { .. } => self.start_expired(now),
             Phase::Regrouping { .. } => self.let_busy_go(now),
             Phase::Closing { step, .. } => {
-                let (step, last, waited_ms) = (*step, self.last_commit(), self.config.commit_timeout);
+                let (step, last, waited_ms) = (*step, self.last_commit(), self.closing_patience(*step));
                 self.commit_overdue(now, Failure::NoLastCommit { step, last, waited_ms });
             }
             Phase::Ending { .. } => self.fail(self.log_silent()),
@@ -139,10 +139,14 @@ impl Core {
             Some(drain) => Some(drain.reason.clone()),
             None => Some("the workers left before the last step".into()),
         };
-        let shaken = self.lineup.as_ref().is_some_and(|lineup| lineup.shaken.is_some()) && !self.commits.is_reported(step, self.world());
-        let patience = if shaken { self.config.welcome.lease_ms } else { self.config.commit_timeout };
-        self.phase = Phase::Closing { step, preempted, until: now.after(patience) };
+        self.phase = Phase::Closing { step, preempted, until: now.after(self.closing_patience(step)) };
         self.try_end(now);
+    }
+
+    /// How long the last commit is waited for: not long, where a worker came back, so that what it said of that commit may be lost.
+    fn closing_patience(&self, step: Step) -> u64 {
+        let shaken = self.lineup.as_ref().is_some_and(|lineup| lineup.shaken.is_some());
+        if shaken && !self.commits.is_reported(step, self.world()) { self.config.welcome.lease_ms } else { self.config.commit_timeout }
     }
 
     /// Ends the run if its last commit is recorded.

@@ -326,7 +326,7 @@ impl Core {
         self.adoption_expired(now);
         self.watch_pace(now);
         let overdue = self.commit_due().filter(|(at, _)| *at <= now);
-        if let Some(lacking) = overdue.and_then(|(_, step)| self.commits.lacking(step, self.world(), self.config.commit_timeout)) {
+        if let Some(lacking) = overdue.and_then(|(_, step)| self.commits.lacking(step, self.world(), now)) {
             self.commit_overdue(now, lacking);
         }
         self.phase_expired(now);

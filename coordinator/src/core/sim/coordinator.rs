@@ -38,7 +38,10 @@ pub(super) enum Attempt {
 /// What the log answers.
 #[derive(Debug)]
 pub(super) enum Answer {
-    Claimed { created: bool, seq: u64 },
+    Claimed {
+        created: bool,
+        seq: u64,
+    },
     Created(Body),
     Taken(Body, Record),
     /// Whether it was written is unknown.

@@ -56,7 +56,11 @@ fn run(world: &mut World) -> std::result::Result<Verdict, Box<dyn Any + Send>> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let tell = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| if !QUIET.get() { tell(panic) }));
+        std::panic::set_hook(Box::new(move |panic| {
+            if !QUIET.get() {
+                tell(panic)
+            }
+        }));
     });
     QUIET.set(true);
     let run = catch_unwind(AssertUnwindSafe(|| world.run()));

@@ -121,7 +121,8 @@ impl World {
 
     /// The thread looks up within so long, if it waits.
     pub(super) fn nudge(&mut self, w: usize, within: u64) {
-        let waits = matches!(self.workers[w].rank.at, At::Obeying | At::Starting(_) | At::Saving(..) | At::Settling(..) | At::Confessing(_));
+        let waits =
+            matches!(self.workers[w].rank.at, At::Obeying | At::Starting(_) | At::Saving(..) | At::Settling(..) | At::Confessing(_));
         self.wake_within(w, waits, within);
     }
 

@@ -23,37 +23,95 @@ const LEAVING: u64 = 40_000;
 #[derive(Debug)]
 pub(super) enum Happening {
     /// The oldest packet of a stream arrives.
-    Deliver { stream: usize, up: bool },
+    Deliver {
+        stream: usize,
+        up: bool,
+    },
     /// A message arrives once more on its stream.
-    RepeatUp { stream: usize, message: Box<FromWorker> },
-    RepeatDown { stream: usize, message: Box<ToWorker> },
+    RepeatUp {
+        stream: usize,
+        message: Box<FromWorker>,
+    },
+    RepeatDown {
+        stream: usize,
+        message: Box<ToWorker>,
+    },
     /// An old message arrives on whatever stream its worker has by now.
-    Echo { worker: usize, message: Box<FromWorker> },
+    Echo {
+        worker: usize,
+        message: Box<FromWorker>,
+    },
     /// A coordinator's deadline.
-    Wake { coordinator: usize },
+    Wake {
+        coordinator: usize,
+    },
     /// It reads the log, to claim a term.
-    Open { coordinator: usize },
+    Open {
+        coordinator: usize,
+    },
     /// It has its term, and begins to serve.
-    Serve { coordinator: usize },
+    Serve {
+        coordinator: usize,
+    },
     /// A conditional put reaches the store, and its answer the coordinator.
-    Put { coordinator: usize, attempt: Box<Attempt> },
-    Answer { coordinator: usize, answer: Box<Answer> },
-    Delete { coordinator: usize, folders: Vec<String> },
+    Put {
+        coordinator: usize,
+        attempt: Box<Attempt>,
+    },
+    Answer {
+        coordinator: usize,
+        answer: Box<Answer>,
+    },
+    Delete {
+        coordinator: usize,
+        folders: Vec<String>,
+    },
     /// Its driver ends, and at last its process.
-    Close { coordinator: usize },
-    CutOff { coordinator: usize },
+    Close {
+        coordinator: usize,
+    },
+    CutOff {
+        coordinator: usize,
+    },
     /// A worker tries to reach a coordinator, and gives a try up.
-    Attach { worker: usize },
-    Late { worker: usize, stream: usize },
-    Beat { worker: usize, stream: usize },
-    Probe { worker: usize, stream: usize },
+    Attach {
+        worker: usize,
+    },
+    Late {
+        worker: usize,
+        stream: usize,
+    },
+    Beat {
+        worker: usize,
+        stream: usize,
+    },
+    Probe {
+        worker: usize,
+        stream: usize,
+    },
     /// A worker's training thread and its committing thread go on.
-    Thread { worker: usize, token: u64 },
-    Commit { worker: usize, token: u64 },
+    Thread {
+        worker: usize,
+        token: u64,
+    },
+    Commit {
+        worker: usize,
+        token: u64,
+    },
     /// A collective is looked at, brings its result to a rank, or tells it that a neighbour is gone.
-    Gather { ring: usize, op: usize },
-    Gathered { ring: usize, rank: usize, op: usize },
-    Lost { ring: usize, rank: usize },
+    Gather {
+        ring: usize,
+        op: usize,
+    },
+    Gathered {
+        ring: usize,
+        rank: usize,
+        op: usize,
+    },
+    Lost {
+        ring: usize,
+        rank: usize,
+    },
     /// Something goes wrong.
     Fault,
     /// Whoever keeps the processes running looks after them.
@@ -211,7 +269,9 @@ impl World {
         let of_worker = |worker: usize| self.workers[worker].frozen_until;
         let until = match what {
             H::Deliver { stream, up: false } | H::RepeatDown { stream, .. } => of_worker(self.streams[*stream].worker),
-            H::Deliver { stream, up: true } | H::RepeatUp { stream, .. } => self.coordinators[self.streams[*stream].coordinator].frozen_until,
+            H::Deliver { stream, up: true } | H::RepeatUp { stream, .. } => {
+                self.coordinators[self.streams[*stream].coordinator].frozen_until
+            }
             H::Attach { worker } | H::Late { worker, .. } | H::Beat { worker, .. } | H::Probe { worker, .. } => of_worker(*worker),
             H::Thread { worker, .. } | H::Commit { worker, .. } => of_worker(*worker),
             H::Gathered { ring, rank, .. } | H::Lost { ring, rank } => self.rings[*ring].worker(*rank).map_or(0, of_worker),
