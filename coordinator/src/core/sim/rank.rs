@@ -521,14 +521,14 @@ impl World {
             Ending::Preempted => v1::Outcome::Preempted,
         };
         let worker = &mut self.workers[w];
-        if worker.current != worker.rank.seat.era {
+        let era = worker.rank.seat.era;
+        if (worker.term, worker.current) != (era.term, era) {
             return self.generation_over(w, "its coordinator is gone");
         }
         worker.rank.farewell = true;
         worker.rank.at = At::Obeying;
         let finished = v1::Finished { step: worker.rank.state.step, outcome: outcome.into() };
         worker.doing = Doing::Finished(finished);
-        let era = worker.current;
         self.tell(|| format!("w{w} says farewell: {outcome:?}"));
         self.say_of(w, era, from_worker::Body::Finished(finished));
         self.nudge(w, 50);

@@ -219,6 +219,27 @@ fn a_generation_that_is_to_restore_waits_for_the_record_on_its_way() {
     assert_eq!(run.failure(), Failure::Append { error: "no answer within 20000 ms".into() });
 }
 
+/// Those that held the state of the commit on its way are lost, and one with an older state must not train on from that: its next commit
+/// would follow a newer one.
+#[test]
+fn a_state_older_than_the_record_on_its_way_is_not_gone_on_from() {
+    let mut run = Run::training(vec![]);
+    run.report_commit(5);
+    run.close(1);
+    run.close(2);
+    assert_eq!(run.come_with(3, 4).len(), 0);
+    let effects = run.event(Event::Appended(Body::Commit(commit_at(5, TERM))));
+    assert_eq!(run.places(&effects), [(3, None, 5, false)]);
+
+    // One with that very state can be gone on from.
+    let mut run = Run::training(vec![]);
+    run.report_commit(5);
+    run.close(1);
+    run.close(2);
+    let effects = run.come_with(3, 5);
+    assert_eq!(run.places(&effects), [(3, Some(0), 5, false)]);
+}
+
 /// Messages of a worker whose stream broke may be lost: what lacks some is not waited for long, and that ends nothing.
 #[test]
 fn a_commit_that_is_not_completed_after_a_worker_came_back_is_made_by_another_generation() {
