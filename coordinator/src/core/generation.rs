@@ -114,7 +114,8 @@ impl Core {
         }
         let mut eligible = self.eligible();
         // The record on its way is newer than what all would begin with, or is all that was to be done.
-        let awaits_log = |step: Step| self.config.steps <= step.0 || eligible.iter().all(|(_, state)| state.is_none_or(|state| state < step));
+        let awaits_log =
+            |step: Step| self.config.steps <= step.0 || eligible.iter().all(|(_, state)| state.is_none_or(|state| state < step));
         if eligible.len() < self.need() || self.commits.appending().is_some_and(awaits_log) {
             return self.wait_for_workers(now);
         }

@@ -49,9 +49,9 @@ impl World {
     }
 
     fn judge_commit(&self, commit: &Commit, term: u64) {
-        let records = self.store.records.iter();
-        let before = records.filter_map(|record| if let Body::Commit(commit) = &record.body { Some((commit, record.term)) } else { None });
-        if let Some((last, of)) = before.last() {
+        let mut records = self.store.records.iter().rev();
+        let before = records.find_map(|record| if let Body::Commit(commit) = &record.body { Some((commit, record.term)) } else { None });
+        if let Some((last, of)) = before {
             assert!(commit.step > last.step, "COMMIT: steps rise: {} after {}", commit.step, last.step);
             let rises = (term, commit.generation) >= (of, last.generation);
             assert!(rises, "SPLIT: generation {} of term {term} after {} of {of}", commit.generation, last.generation);

@@ -82,6 +82,8 @@ pub(super) struct Worker {
     // The outbox.
     pub(super) term: u64,
     generation: u64,
+    /// The newest term that has welcomed it.
+    newest: u64,
     pub(super) doing: Doing,
     assigned: Era,
     // The flags.
@@ -122,6 +124,7 @@ impl Worker {
             unanswered: 0,
             term: 0,
             generation: 0,
+            newest: 0,
             doing: Doing::Loading,
             assigned: Era::default(),
             drain: false,
@@ -316,7 +319,7 @@ impl World {
     fn answered(&mut self, w: usize, stream: usize, message: ToWorker) {
         match message.body.unwrap() {
             // TERM: one that was superseded, and does not know it yet.
-            to_worker::Body::Welcome(_) if message.term < self.workers[w].current.term => {
+            to_worker::Body::Welcome(_) if message.term < self.workers[w].newest => {
                 self.see("welcomes of an older term");
                 self.send_up(stream, Packet::Fin);
                 self.attach_failed(w);
@@ -351,7 +354,7 @@ impl World {
     fn welcomed(&mut self, w: usize, stream: usize, era: Era) {
         let worker = &mut self.workers[w];
         (worker.link, worker.pause, worker.unanswered) = (Link::Live(stream), PAUSES.0, 0);
-        (worker.term, worker.generation) = (era.term, era.generation);
+        (worker.term, worker.generation, worker.newest) = (era.term, era.generation, era.term);
         let told = match worker.doing {
             Doing::Idle(step) => Some(step),
             Doing::Finished(finished) => Some(Some(finished.step)),

@@ -150,6 +150,8 @@ impl Ord for Item {
 pub(super) struct Bugs {
     pub(super) core: Option<Mutation>,
     pub(super) worker: Option<Mutant>,
+    /// What a core says is not judged by its own oracle, only what comes of it.
+    pub(super) blind: bool,
 }
 
 /// Everything there is.
