@@ -268,6 +268,9 @@ impl Core {
             self.effects.push(Effect::Append(Body::Retire { commits: surplus }));
         }
         self.advance_commits();
+        if step >= self.config.steps {
+            self.farewells_until = Some(now.after(self.config.commit_timeout));
+        }
         match self.phase {
             Phase::Closing { .. } => self.try_end(now),
             // The record was on its way when its generation ended: nothing is left to train.

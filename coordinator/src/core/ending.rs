@@ -13,6 +13,10 @@ impl Core {
             let (reason, waited_ms) = (drain.reason.clone(), self.config.drain_timeout);
             return self.fail(Failure::DrainOverdue { reason, waited_ms });
         }
+        if self.phase.has_begun() && self.farewells_until.is_some_and(|until| until <= now) {
+            // C-5: nothing is left to do, and to wait for ever would be worse than to leave without a word.
+            return self.end(now, Outcome::Done);
+        }
         if self.phase.deadline().is_none_or(|until| now < until) {
             return;
         }

@@ -170,6 +170,8 @@ pub struct Core {
     join_at: Option<Time>,
     /// The whole run is to leave. It survives generations.
     drain: Option<Drain>,
+    /// The last step's commit stands; who has not said farewell by then never will.
+    farewells_until: Option<Time>,
     /// Generations in a row that made no step.
     fruitless: u32,
     last_loss: Option<(Who, Loss)>,
@@ -247,6 +249,7 @@ impl Core {
             returning: None,
             join_at: None,
             drain: None,
+            farewells_until: None,
             fruitless: 0,
             last_loss: None,
             agreed: None,
@@ -275,7 +278,8 @@ impl Core {
         let drain = self.drain.as_ref().map(|drain| drain.until).filter(|_| !self.phase.is_ending());
         let commit = self.commit_due().map(|(at, _)| at);
         let pace = self.pace.alarm.filter(|_| self.phase == Phase::Training);
-        [self.phase.deadline(), silent, returning, drain, commit, pace, self.join_deadline()].into_iter().flatten().min()
+        let farewells = self.farewells_until.filter(|_| self.phase.has_begun());
+        [self.phase.deadline(), farewells, silent, returning, drain, commit, pace, self.join_deadline()].into_iter().flatten().min()
     }
 
     fn message(&mut self, now: Time, conn: ConnId, message: FromWorker) {
