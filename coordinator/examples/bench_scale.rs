@@ -127,8 +127,10 @@ impl Coordinator {
 }
 
 fn on_first_core() -> std::io::Result<()> {
-    // SAFETY: the set is a plain value, and the calls write to it or read it.
+    // SAFETY: the set is a plain value, and the calls write to it or read it, or take a number.
     let set = unsafe {
+        // It ends with the benchmark, however that ends.
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         let mut cores: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(0, &mut cores);
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const cores)

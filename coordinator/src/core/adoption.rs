@@ -102,6 +102,8 @@ impl Core {
         let conns: Vec<ConnId> = ranks.iter().map(|(_, conn, _)| *conn).collect();
         self.send_to(&conns, &to_worker::Body::Adopted(v1::Adopted {}));
         self.note(Note::Adopted { generation: self.generation.0, workers, step: from });
+        // All were ready. Those that their coordinator had not told so yet still wait for it.
+        self.send_to(&conns, &to_worker::Body::Start(v1::Start {}));
         self.begin_training(now);
     }
 

@@ -95,8 +95,9 @@ impl Core {
         self.counts.add("workers_reattached", 1);
         self.send(conn, to_worker::Body::Welcome(self.config.welcome.clone()));
         self.send(conn, to_worker::Body::Adopted(v1::Adopted {}));
+        self.send(conn, to_worker::Body::Start(v1::Start {}));
         let Some(lineup) = &mut self.lineup else { return };
-        lineup.shaken = true;
+        lineup.shaken = Some(now);
         let regroup = v1::Regroup { at_boundary: true, reason: lineup.why.clone() };
         match (&self.phase, lineup.boundary) {
             (Phase::Draining { reason, .. }, _) => {

@@ -1,7 +1,7 @@
 //! Commits: gathering what a record binds, writing it, and giving up old ones (COMMIT).
 
 use super::members::{Held, Member};
-use super::{ConnId, Core, Effect, Failure, Field, Note, Outcome, Phase, Time};
+use super::{ConnId, Core, Effect, Failure, Field, Mutation, Note, Outcome, Phase, Time};
 use ella_proto::ids::{Generation, Rank, Step};
 use ella_proto::v1::{self, to_worker};
 use ella_store::{Body, Commit, Digest, LedgerEpoch, Part, commit_folder};
@@ -74,15 +74,29 @@ impl Commits {
         self.of(generation).any(|(_, pending)| !pending.is_complete(ranks))
     }
 
-    pub(super) fn oldest_pending(&self, generation: Generation) -> Option<Time> {
-        self.of(generation).map(|(_, pending)| pending.since).min()
+    /// The first to be overdue, and when that is: one that lacks reports at `reports` after it was begun, any other at `record` after that.
+    pub(super) fn due(
+        &self,
+        generation: Generation,
+        ranks: usize,
+        (reports, record): (impl Fn(Time) -> Time, u64),
+    ) -> Option<(Time, Step)> {
+        let due = |pending: &Pending| if pending.is_complete(ranks) { pending.since.after(record) } else { reports(pending.since) };
+        self.of(generation).map(|(step, pending)| (due(pending), *step)).min()
     }
 
-    pub(super) fn overdue(&self, now: Time, timeout: u64, generation: Generation, ranks: usize) -> Option<Failure> {
-        let (step, pending) = self.of(generation).find(|(_, pending)| now.since(pending.since) >= timeout)?;
+    /// What a commit under way lacks.
+    pub(super) fn lacking(&self, step: Step, ranks: usize, now: Time) -> Option<Failure> {
+        let pending = self.pending.get(&step)?;
+        let waited_ms = now.since(pending.since);
         let names: Vec<&str> = pending.parts.keys().copied().collect();
         let parts = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-        Some(Failure::CommitOverdue { step: *step, digests: pending.digests.len(), ranks, parts, waited_ms: timeout })
+        Some(Failure::CommitOverdue { step, digests: pending.digests.len(), ranks, parts, waited_ms })
+    }
+
+    /// Whether all ranks have reported all of this one.
+    pub(super) fn is_reported(&self, step: Step, ranks: usize) -> bool {
+        self.pending.get(&step).is_some_and(|pending| pending.is_complete(ranks))
     }
 
     fn pending(&mut self, step: Step, now: Time, generation: Generation) -> &mut Pending {
@@ -98,6 +112,16 @@ impl Commits {
 }
 
 impl Core {
+    /// The commit of this generation that is overdue first, and when it is. Where a worker came back its messages may be lost, so that what
+    /// lacks some is not waited for long.
+    pub(super) fn commit_due(&self) -> Option<(Time, Step)> {
+        let (lease, timeout) = (self.config.welcome.lease_ms, self.config.commit_timeout);
+        let shaken = self.lineup.as_ref().and_then(|lineup| lineup.shaken);
+        let reports =
+            move |since: Time| shaken.map_or(since.after(timeout), |shaken| since.max(shaken).after(lease).min(since.after(timeout)));
+        self.commits.due(self.generation, self.world(), (reports, timeout)).filter(|_| self.phase.has_begun())
+    }
+
     /// The rank that reports for a commit of `step`, if it may still do so.
     fn takes_commit(&mut self, conn: ConnId, step: u64) -> Option<Rank> {
         let takes = self.phase.has_begun() && Step(step) > self.last_commit() && step <= self.config.steps;
@@ -167,7 +191,9 @@ impl Core {
             return self.fail(failure);
         }
         let Some((&step, pending)) = self.commits.pending.first_key_value() else { return };
-        if pending.appending || !pending.is_complete(ranks) {
+        let early =
+            self.is_mutated(Mutation::RecordsBeforeParts) && pending.digests.len() == ranks && pending.parts.len() + 1 == PARTS.len();
+        if pending.appending || !(pending.is_complete(ranks) || early) {
             return;
         }
         if let Some(commit) = self.record(step, pending) {
@@ -242,6 +268,9 @@ impl Core {
             self.effects.push(Effect::Append(Body::Retire { commits: surplus }));
         }
         self.advance_commits();
+        if step >= self.config.steps {
+            self.farewells_until = Some(now.after(self.config.commit_timeout));
+        }
         match self.phase {
             Phase::Closing { .. } => self.try_end(now),
             // The record was on its way when its generation ended: nothing is left to train.

@@ -13,6 +13,10 @@ impl Core {
             let (reason, waited_ms) = (drain.reason.clone(), self.config.drain_timeout);
             return self.fail(Failure::DrainOverdue { reason, waited_ms });
         }
+        if self.phase.has_begun() && self.farewells_until.is_some_and(|until| until <= now) {
+            // C-5: nothing is left to do, and to wait for ever would be worse than to leave without a word.
+            return self.end(now, Outcome::Done);
+        }
         if self.phase.deadline().is_none_or(|until| now < until) {
             return;
         }
@@ -21,7 +25,7 @@ impl Core {
             Phase::Starting { .. } => self.start_expired(now),
             Phase::Regrouping { .. } => self.let_busy_go(now),
             Phase::Closing { step, .. } => {
-                let (step, last, waited_ms) = (*step, self.last_commit(), self.config.commit_timeout);
+                let (step, last, waited_ms) = (*step, self.last_commit(), self.closing_patience(*step));
                 self.commit_overdue(now, Failure::NoLastCommit { step, last, waited_ms });
             }
             Phase::Ending { .. } => self.fail(self.log_silent()),
@@ -60,7 +64,7 @@ impl Core {
 
     /// A commit was not completed. Where a worker came back its messages may be lost, so another generation makes it anew.
     pub(super) fn commit_overdue(&mut self, now: Time, failure: Failure) {
-        match self.lineup.as_ref().is_some_and(|lineup| lineup.shaken) {
+        match self.lineup.as_ref().is_some_and(|lineup| lineup.shaken.is_some()) {
             true => self.end_generation(now, failure.to_string(), false),
             false => self.fail(failure),
         }
@@ -139,8 +143,14 @@ impl Core {
             Some(drain) => Some(drain.reason.clone()),
             None => Some("the workers left before the last step".into()),
         };
-        self.phase = Phase::Closing { step, preempted, until: now.after(self.config.commit_timeout) };
+        self.phase = Phase::Closing { step, preempted, until: now.after(self.closing_patience(step)) };
         self.try_end(now);
+    }
+
+    /// How long the last commit is waited for: not long, where a worker came back, so that what it said of that commit may be lost.
+    fn closing_patience(&self, step: Step) -> u64 {
+        let shaken = self.lineup.as_ref().is_some_and(|lineup| lineup.shaken.is_some());
+        if shaken && !self.commits.is_reported(step, self.world()) { self.config.welcome.lease_ms } else { self.config.commit_timeout }
     }
 
     /// Ends the run if its last commit is recorded.

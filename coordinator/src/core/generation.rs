@@ -1,7 +1,7 @@
 //! Generations: forming one of those that are idle, and ending it when its members change.
 
 use super::members::{Held, Member};
-use super::{ConnId, Core, Failure, Note, Outcome, Phase, Time};
+use super::{ConnId, Core, Failure, Mutation, Note, Outcome, Phase, Time};
 use ella_proto::ids::{Generation, Rank, Step};
 use ella_proto::v1::{self, to_worker};
 use ella_store::Commit;
@@ -25,8 +25,8 @@ pub(super) struct Lineup {
     pub(super) started: bool,
     /// Under which term it ran before it was adopted, if it was.
     pub(super) adopted: Option<u64>,
-    /// A worker came back into it, so that messages may be lost.
-    pub(super) shaken: bool,
+    /// When a worker came back into it last, if one did: messages may be lost.
+    pub(super) shaken: Option<Time>,
     /// It was asked to end after a step.
     pub(super) boundary: bool,
     /// Why it ended or is to end.
@@ -48,7 +48,7 @@ impl Lineup {
             commit: None,
             started: false,
             adopted: None,
-            shaken: false,
+            shaken: None,
             boundary: false,
             why: String::new(),
             told: false,
@@ -114,7 +114,8 @@ impl Core {
         }
         let mut eligible = self.eligible();
         // The record on its way is newer than what all would begin with, or is all that was to be done.
-        let awaits_log = |step: Step| self.config.steps <= step.0 || eligible.iter().all(|(_, state)| state.is_none());
+        let awaits_log =
+            |step: Step| self.config.steps <= step.0 || eligible.iter().all(|(_, state)| state.is_none_or(|state| state < step));
         if eligible.len() < self.need() || self.commits.appending().is_some_and(awaits_log) {
             return self.wait_for_workers(now);
         }
@@ -188,9 +189,10 @@ impl Core {
             copy,
         };
         let addresses: Vec<String> = placed.iter().map(|(_, _, member)| member.hello.peer_address.clone()).collect();
-        for (rank, (conn, _)) in chosen.iter().enumerate() {
-            let next = addresses[(rank + 1) % addresses.len()].clone();
-            self.send(*conn, to_worker::Body::Assign(v1::Assign { rank: rank as u32, next, ..assign.clone() }));
+        for (rank, (conn, _)) in (0..).zip(chosen) {
+            let next = addresses[(rank as usize + 1) % addresses.len()].clone();
+            let rank = if self.is_mutated(Mutation::DealsTwice) { rank / 2 } else { rank };
+            self.send(*conn, to_worker::Body::Assign(v1::Assign { rank, next, ..assign.clone() }));
         }
         self.note(Note::Generation { generation: self.generation.0, workers, from_step: lineup.from.0 });
     }

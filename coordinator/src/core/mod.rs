@@ -38,6 +38,8 @@ mod phase;
 mod progress;
 mod ready;
 mod refusal;
+#[cfg(test)]
+mod sim;
 mod status;
 mod straggler;
 #[cfg(test)]
@@ -168,6 +170,8 @@ pub struct Core {
     join_at: Option<Time>,
     /// The whole run is to leave. It survives generations.
     drain: Option<Drain>,
+    /// The last step's commit stands; who has not said farewell by then never will.
+    farewells_until: Option<Time>,
     /// Generations in a row that made no step.
     fruitless: u32,
     last_loss: Option<(Who, Loss)>,
@@ -175,6 +179,19 @@ pub struct Core {
     agreed: Option<v1::Ready>,
     counts: Counts,
     effects: Vec<Effect>,
+    #[cfg(test)]
+    mutation: Option<Mutation>,
+}
+
+/// A bug that is built into a core on purpose, to see that its tests find it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mutation {
+    /// It takes in what other terms say.
+    SkipsTermCheck,
+    /// It records a commit before its last part is in the store.
+    RecordsBeforeParts,
+    /// It gives two workers the same rank.
+    DealsTwice,
 }
 
 /// That the whole run is to commit and leave.
@@ -232,13 +249,24 @@ impl Core {
             returning: None,
             join_at: None,
             drain: None,
+            farewells_until: None,
             fruitless: 0,
             last_loss: None,
             agreed: None,
             counts: Counts::default(),
             effects: Vec::new(),
             config,
+            #[cfg(test)]
+            mutation: None,
         }
+    }
+
+    /// Whether this bug is built in. None ever is outside tests.
+    fn is_mutated(&self, mutation: Mutation) -> bool {
+        #[cfg(test)]
+        return self.mutation == Some(mutation);
+        #[cfg(not(test))]
+        return matches!(mutation, _ if false);
     }
 
     fn deadline(&self) -> Option<Time> {
@@ -248,10 +276,10 @@ impl Core {
         let silent = self.members.oldest_heard().map(|heard| heard.after(self.config.welcome.lease_ms));
         let returning = self.returning.as_ref().map(|returning| returning.until);
         let drain = self.drain.as_ref().map(|drain| drain.until).filter(|_| !self.phase.is_ending());
-        let commit = self.commits.oldest_pending(self.generation).map(|since| since.after(self.config.commit_timeout));
-        let commit = commit.filter(|_| self.phase.has_begun());
+        let commit = self.commit_due().map(|(at, _)| at);
         let pace = self.pace.alarm.filter(|_| self.phase == Phase::Training);
-        [self.phase.deadline(), silent, returning, drain, commit, pace, self.join_deadline()].into_iter().flatten().min()
+        let farewells = self.farewells_until.filter(|_| self.phase.has_begun());
+        [self.phase.deadline(), farewells, silent, returning, drain, commit, pace, self.join_deadline()].into_iter().flatten().min()
     }
 
     fn message(&mut self, now: Time, conn: ConnId, message: FromWorker) {
@@ -269,7 +297,7 @@ impl Core {
         if !self.members.heard(conn, now, message.term == self.term.0) {
             return self.refuse(conn, String::new(), Refusal::Malformed { rule: "the first message must be Hello" });
         }
-        if message.term != self.term.0 {
+        if message.term != self.term.0 && !self.is_mutated(Mutation::SkipsTermCheck) {
             return self.counts.add("refused_other_term", 1);
         }
         let of_generation = message.generation == self.generation.0;
@@ -301,9 +329,9 @@ impl Core {
         self.silent(now);
         self.adoption_expired(now);
         self.watch_pace(now);
-        let (generation, world) = (self.generation, self.world());
-        if let Some(overdue) = self.commits.overdue(now, self.config.commit_timeout, generation, world).filter(|_| self.phase.has_begun()) {
-            self.commit_overdue(now, overdue);
+        let overdue = self.commit_due().filter(|(at, _)| *at <= now);
+        if let Some(lacking) = overdue.and_then(|(_, step)| self.commits.lacking(step, self.world(), now)) {
+            self.commit_overdue(now, lacking);
         }
         self.phase_expired(now);
         self.part_with(now);

@@ -185,7 +185,8 @@ impl Life {
             Told::Regroup(_) => return Some(Left::Idle { broken: String::new() }),
             Told::Drain(_) => seat.wishes.drain = true,
             Told::Adopted(_) => seat.term = self.fake.term,
-            Told::Committed(_) => {}
+            // Whoever comes back is told to start, for it may not have heard so.
+            Told::Committed(_) | Told::Start(_) => {}
             Told::Abort(abort) => return Some(Left::Ended(Ended::Aborted(abort.reason))),
             Told::Release(release) => return Some(Left::Ended(Ended::Released(release.reason))),
             other => panic!("{other:?}"),

@@ -35,8 +35,6 @@ pub struct Flags {
     pub committed: AtomicU64,
     /// Messages of progress that were dropped because nobody read them.
     pub dropped_progress: AtomicU64,
-    /// The term of the coordinator that knows this worker's generation; 0 while there is none. Commits are made under it.
-    authority: AtomicU64,
     activity: AtomicI32,
     /// Captions encoded so far, while the next step waits for more of them.
     encoding: Mutex<Option<u64>>,
@@ -57,16 +55,16 @@ struct Course {
     ended: Era,
     /// The newest one that the coordinator wants to end with a step.
     last_step: Era,
-    /// This worker is in the current one: it takes its place, or trains.
-    within: bool,
+    /// A coordinator knows of it, and records its commits.
+    attended: bool,
     free: Option<Free>,
 }
 
 impl std::fmt::Debug for Course {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { why, current, ended, last_step, within, .. } = self;
+        let Self { why, current, ended, last_step, attended, .. } = self;
         let mut course = f.debug_struct("Course");
-        course.field("why", why).field("current", current).field("ended", ended).field("last_step", last_step).field("within", within);
+        course.field("why", why).field("current", current).field("ended", ended).field("last_step", last_step).field("attended", attended);
         course.finish()
     }
 }
@@ -87,35 +85,18 @@ impl Flags {
     /// This worker enters a generation, at the coordinator's word.
     pub fn enter(&self, era: Era) {
         let mut course = self.course();
-        (course.current, course.within, course.free) = (era, true, None);
-        self.authority.store(era.term, Ordering::Relaxed);
-    }
-
-    /// This worker is out of its generation.
-    pub fn exit(&self) {
-        let mut course = self.course();
-        (course.within, course.free) = (false, None);
-    }
-
-    /// The coordinator has a place for this worker in another generation. Whatever it is still in, if only on its way into it, is over: a
-    /// coordinator gives a place only to who is in none, as far as it knows.
-    pub(super) fn supersede(&self) {
-        let mut course = self.course();
-        if course.within {
-            course.ended = course.current.max(course.ended);
-            course.free_if_over();
-        }
+        (course.current, course.attended, course.free) = (era, true, None);
     }
 
     /// A coordinator of another term goes on with the generation.
     pub(super) fn adopt(&self, era: Era) {
-        self.course().current = era;
-        self.authority.store(era.term, Ordering::Relaxed);
+        let mut course = self.course();
+        (course.current, course.attended) = (era, true);
     }
 
     /// The coordinator is gone. The generation goes on, without commits.
     pub(super) fn unattended(&self) {
-        self.authority.store(0, Ordering::Relaxed);
+        self.course().attended = false;
     }
 
     /// The generation that this worker is in, or was in last.
@@ -123,9 +104,10 @@ impl Flags {
         self.course().current
     }
 
-    /// The term under which commits are made; none while no coordinator knows this generation.
-    pub fn authority(&self) -> Option<u64> {
-        Some(self.authority.load(Ordering::Relaxed)).filter(|term| *term > 0)
+    /// The term and generation under which commits are made; none while no coordinator knows this generation.
+    pub fn attended(&self) -> Option<Era> {
+        let course = self.course();
+        course.attended.then_some(course.current)
     }
 
     /// The coordinator ends a generation: at once, or with the next step.
@@ -238,24 +220,6 @@ mod tests {
         assert_eq!(flags.receive(&receive, Duration::from_secs(600)), Err(RecvTimeoutError::Disconnected));
     }
 
-    /// LIVE: a rank that waits for peers which will never come is freed by the next place that it is given.
-    #[test]
-    fn a_new_place_ends_what_the_worker_is_still_in() {
-        let flags = Flags::default();
-        flags.supersede();
-        flags.enter(era(3, 2));
-        assert!(!flags.interrupted());
-        let called = Arc::new(AtomicBool::new(false));
-        let flag = called.clone();
-        flags.on_end(Box::new(move || flag.store(true, Ordering::Relaxed)));
-        flags.supersede();
-        assert!(flags.interrupted() && called.load(Ordering::Relaxed));
-        flags.enter(era(4, 3));
-        flags.exit();
-        flags.supersede();
-        assert!(!flags.interrupted(), "it is in none");
-    }
-
     /// What is said of one generation neither ends the next nor is lost on one that is about to begin.
     #[test]
     fn a_generation_is_ended_by_what_is_said_of_it_or_of_a_later_one() {
@@ -277,10 +241,10 @@ mod tests {
         assert!(!flags.interrupted() && !flags.at_boundary());
         // Another coordinator goes on with it under its own term.
         flags.unattended();
-        assert_eq!(flags.authority(), None);
+        assert_eq!(flags.attended(), None);
         flags.adopt(era(4, 4));
         flags.end(era(3, 9), false);
-        assert_eq!((flags.interrupted(), flags.authority()), (false, Some(4)));
+        assert_eq!((flags.interrupted(), flags.attended()), (false, Some(era(4, 4))));
         flags.end(era(4, 4), false);
         assert!(flags.interrupted());
     }

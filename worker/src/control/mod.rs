@@ -102,7 +102,7 @@ struct Server {
 impl Server {
     /// Serves one stream after the other, until this worker's part is over.
     async fn serve(self, mut link: Link) {
-        let mut last = link.welcome.clone();
+        let (mut last, mut newest) = (link.welcome.clone(), link.term);
         let why = loop {
             let orphan = Duration::from_millis(last.orphan_ms);
             let gone = match self.stream(link, orphan / 2).await {
@@ -115,11 +115,11 @@ impl Server {
                 break end;
             }
             tracing::warn!("the coordinator is gone ({gone}); work goes on, and the next one is looked for");
-            match self.again(orphan, &gone).await {
+            match self.again(orphan, newest, &gone).await {
                 Ok(next) => link = next,
                 Err(why) => break why,
             }
-            last = link.welcome.clone();
+            (last, newest) = (link.welcome.clone(), link.term);
         };
         self.outbox.flags().stop(why);
     }
@@ -137,7 +137,7 @@ impl Server {
     }
 
     /// Looks for the coordinator that is in the old one's place, or for the old one.
-    async fn again(&self, orphan: Duration, gone: &str) -> Result<Link, ControlError> {
+    async fn again(&self, orphan: Duration, newest: u64, gone: &str) -> Result<Link, ControlError> {
         let (until, mut pause) = (Instant::now() + orphan, PAUSES.0);
         loop {
             let place = match self.outbox.doing() {
@@ -147,7 +147,9 @@ impl Server {
             let left = until.saturating_duration_since(Instant::now());
             let opened = timeout(left, Link::open(&self.url, Hello { place, ..self.hello.clone() })).await;
             let error = match opened.unwrap_or(Err(ControlError::Late { what: "welcome", seconds: left.as_secs() })) {
-                Ok(link) => return Ok(link),
+                Ok(link) if link.term >= newest => return Ok(link),
+                // One that was stopped, and does not know yet that another has taken its place.
+                Ok(link) => format!("a coordinator of term {} answers, and there has been one of {newest}", link.term),
                 // It is about to leave, and the next one will be there.
                 Err(ControlError::Refused { reason: RefusedReason::Superseded, detail }) => detail,
                 Err(error @ (ControlError::Refused { .. } | ControlError::Over { .. })) => return Err(error),
@@ -226,7 +228,8 @@ impl Server {
                 tracing::info!(at_boundary = regroup.at_boundary, reason = regroup.reason, "the generation ends");
                 flags.end(era, regroup.at_boundary);
             }
-            Message::Assign(_) => flags.supersede(),
+            // A coordinator gives a place only to who is in none, as far as it knows: whatever came before is over.
+            Message::Assign(_) => flags.end(Era { generation: era.generation.saturating_sub(1), ..era }, false),
             _ => {}
         }
         drop(self.inbound.send(Said { era, body }));

@@ -122,6 +122,11 @@ impl Outbox {
         self.wire().doing = Doing::Starting;
     }
 
+    /// It has left the ring for good, and waits for a place like this unless its farewell is heard.
+    pub fn done(&self, waits: Idle) {
+        self.wire().doing = Doing::Idle(waits);
+    }
+
     /// It is in a generation from here on.
     pub fn placed(&self, place: Place) {
         self.wire().doing = Doing::Placed(place);
@@ -174,15 +179,16 @@ impl Outbox {
     pub(super) fn detach(&self) {
         let mut wire = self.wire();
         (wire.out, wire.term) = (None, 0);
-        if wire.doing == Doing::Starting {
-            self.flags.end(self.flags.era(), false);
+        // Nor has a place that is still to be taken.
+        if !matches!(wire.doing, Doing::Placed(_)) {
+            self.flags.end(wire.assigned, false);
         }
     }
 
     /// The coordinator has spoken of this generation, and given this worker a place in it if `assigned`. False if it has spoken of a later one.
     pub(super) fn heard(&self, era: Era, assigned: bool) -> bool {
         let mut wire = self.wire();
-        if era.term != wire.term || era.generation < wire.generation {
+        if era.term != wire.term || era.generation < wire.generation || assigned && era <= wire.assigned {
             return false;
         }
         wire.generation = era.generation;
@@ -297,6 +303,7 @@ mod tests {
     #[test]
     fn a_generation_that_not_all_are_ready_for_ends_with_its_coordinator() {
         let (outbox, _first) = unread();
+        assert!(outbox.heard(ERA, true) && !outbox.heard(ERA, true), "a place is given once");
         outbox.starting();
         outbox.detach();
         assert!(outbox.flags.interrupted() && !matches!(outbox.doing(), Doing::Placed(_)));

@@ -192,8 +192,8 @@ impl<'a> Rank<'a> {
         self.trainer.flags.enter(era);
         self.control.outbox().starting();
         self.farewell = None;
-        let result = self.take_place(era, assign);
-        self.trainer.flags.exit();
+        let over = self.trainer.flags.interrupted();
+        let result = if over { Ok(None) } else { self.take_place(era, assign) };
         // Its connections tell the neighbours, whatever became of it.
         self.trainer.collective = Box::new(Solo::default());
         match result {
@@ -301,6 +301,8 @@ impl<'a> Rank<'a> {
     /// Says farewell, once this rank's part of the last commit is saved. It stays until the coordinator ends its stream, which that does when it
     /// has read all farewells and the commit's record stands; or until the generation ends before that.
     fn finish(&mut self, ending: Ending) -> Result<(), WorkError> {
+        // Whoever coordinates from here on finds nobody who takes steps.
+        self.control.outbox().done(self.waits());
         let trainer = &mut self.trainer;
         // What is encoded from here on would only delay the commit.
         trainer.feed.stop_encoding();
@@ -316,9 +318,14 @@ impl<'a> Rank<'a> {
             Ending::Done => Outcome::Done,
             Ending::Preempted => Outcome::Preempted,
         };
-        // Another coordinator than the one that gave the place may have adopted the generation: the commit was its.
+        // A coordinator that has adopted the generation since that commit knows nothing of it.
+        let era = self.trainer.seat.era;
+        if self.trainer.flags.era() != era {
+            self.idle(String::new());
+            return Ok(());
+        }
         let finished = Finished { step: self.trainer.state.step, outcome: outcome.into() };
-        let said = self.control.outbox().finished(self.trainer.flags.era(), finished, self.waits());
+        let said = self.control.outbox().finished(era, finished, self.waits());
         self.farewell = Some(ending).filter(|_| said);
         let trainer = &mut self.trainer;
         if ending == Ending::Done

@@ -9,7 +9,7 @@ mod sum;
 mod supply;
 
 use crate::commit::{CommitError, Committer, Seat};
-use crate::control::{Flags, Outbox};
+use crate::control::{Era, Flags, Outbox};
 use crate::feed::{Feed, FeedError, StepInput};
 use crate::reduce::fixed::FixedError;
 use crate::reduce::{Collective, CollectiveError};
@@ -197,7 +197,7 @@ impl Trainer {
             let stats = self.step(input)?;
             let step = self.state.step;
             // Ranks without one coordinator, which all of them then know, go on until they have one.
-            let attended = stats.agree_on(Some(self.seat.era.term).filter(|term| *term > 0));
+            let attended = stats.agree_on(Some(self.seat.era).filter(|era| *era != Era::default()));
             let leaving = stats.leaving > 0 && step < last;
             if attended && (leaving || step == last || stats.due > 0 || self.cadence.names(step)) {
                 self.commit()?;
@@ -285,9 +285,9 @@ impl Trainer {
     fn lanes(&mut self, input: &StepInput, times: &mut Times) -> Result<(Sum, StepStats), TrainError> {
         let step = self.state.step + 1;
         // Whoever coordinates now, if all ranks are found to have the same, records what is committed after this step.
-        let authority = self.flags.authority();
-        self.seat.era.term = authority.unwrap_or(0);
-        let mut mine = StepStats::of_one_rank(authority);
+        let attended = self.flags.attended();
+        self.seat.era = attended.unwrap_or_default();
+        let mut mine = StepStats::of_one_rank(attended);
         mine.leaving = i64::from(self.flags.drain.is_cancelled());
         mine.boundary = i64::from(self.flags.at_boundary());
         for batch in &input.held_out {

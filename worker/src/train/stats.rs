@@ -2,6 +2,7 @@
 //! Integers do not care about order, so every rank ends with the same numbers whatever the dealing of lanes (SAME), and the ledger
 //! is known to all (ONCE).
 
+use crate::control::Era;
 use ella_dataset::ledger::{LedgerError, TALLY_WORDS, Tally};
 
 /// Losses travel as multiples of 2^-32.
@@ -42,14 +43,14 @@ pub struct StepStats {
 }
 
 impl StepStats {
-    /// One rank's sums, before anything is added. `term`: its coordinator's, if one knows its generation.
-    pub fn of_one_rank(term: Option<u64>) -> Self {
-        Self { ranks: 1, authority: authority(term), ..Self::default() }
+    /// One rank's sums, before anything is added. `era`: under which it would commit, if a coordinator knows its generation.
+    pub fn of_one_rank(era: Option<Era>) -> Self {
+        Self { ranks: 1, authority: authority(era), ..Self::default() }
     }
 
-    /// Of all ranks: whether they have one coordinator, that of `term`.
-    pub fn agree_on(&self, term: Option<u64>) -> bool {
-        term.is_some() && self.authority == authority(term).wrapping_mul(self.ranks)
+    /// Of all ranks: whether they would all commit under `era`.
+    pub fn agree_on(&self, era: Option<Era>) -> bool {
+        era.is_some() && self.authority == authority(era).wrapping_mul(self.ranks)
     }
 
     /// Adds a sum of sample losses.
@@ -123,10 +124,10 @@ impl StepStats {
     }
 }
 
-/// A number for a term, such that sums of several tell whether they are all the same. 0 for none.
-pub(super) fn authority(term: Option<u64>) -> i64 {
-    let hash = |term: u64| blake3::hash(&term.to_le_bytes());
-    term.map_or(0, |term| i64::from_le_bytes(*hash(term).as_bytes().first_chunk().unwrap_or(&[0; 8])))
+/// A number for a generation of a term, such that sums of several tell whether they are all the same. 0 for none.
+pub(super) fn authority(era: Option<Era>) -> i64 {
+    let hash = |Era { term, generation }: Era| blake3::hash(&[term.to_le_bytes(), generation.to_le_bytes()].concat());
+    era.map_or(0, |era| i64::from_le_bytes(*hash(era).as_bytes().first_chunk().unwrap_or(&[0; 8])))
 }
 
 fn fixed(value: f64) -> i64 {
@@ -168,12 +169,13 @@ mod tests {
 
     #[test]
     fn ranks_agree_on_a_coordinator_only_if_all_have_the_same() {
+        let era = |term: u64| Era { term, generation: 1 };
         let agree = |terms: &[Option<u64>], mine: Option<u64>| {
             let mut words = [0i64; WORDS];
             for term in terms {
-                words.iter_mut().zip(StepStats::of_one_rank(*term).words()).for_each(|(sum, word)| *sum = sum.wrapping_add(word));
+                words.iter_mut().zip(StepStats::of_one_rank(term.map(era)).words()).for_each(|(sum, word)| *sum = sum.wrapping_add(word));
             }
-            StepStats::from_words(&words).unwrap().agree_on(mine)
+            StepStats::from_words(&words).unwrap().agree_on(mine.map(era))
         };
         assert!(agree(&[Some(7); 3], Some(7)) && agree(&[Some(1)], Some(1)));
         assert!(!agree(&[None, None], None) && !agree(&[Some(7), None], Some(7)) && !agree(&[Some(7), None], None));

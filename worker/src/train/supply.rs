@@ -38,7 +38,7 @@ pub(super) fn all_are_supplied(
         goes_on()?;
         let there = feed.await_next(patience)?;
         flags.encoding((!there).then(|| feed.encoded()));
-        let mine = authority(flags.authority());
+        let mine = authority(flags.attended());
         let mut all = [i64::from(there), i64::from(flags.drain.is_cancelled()), i64::from(flags.at_boundary()), mine];
         collective.sum_i64(&mut all)?;
         let [supplied, leaving, boundary, authority] = all;

@@ -219,13 +219,63 @@ fn a_generation_that_is_to_restore_waits_for_the_record_on_its_way() {
     assert_eq!(run.failure(), Failure::Append { error: "no answer within 20000 ms".into() });
 }
 
-/// Messages of a worker whose stream broke may be lost, and that ends nothing.
+/// Those that held the state of the commit on its way are lost, and one with an older state must not train on from that: its next commit
+/// would follow a newer one.
+#[test]
+fn a_state_older_than_the_record_on_its_way_is_not_gone_on_from() {
+    let mut run = Run::training(vec![]);
+    run.report_commit(5);
+    run.close(1);
+    run.close(2);
+    assert_eq!(run.come_with(3, 4).len(), 0);
+    let effects = run.event(Event::Appended(Body::Commit(commit_at(5, TERM))));
+    assert_eq!(run.places(&effects), [(3, None, 5, false)]);
+
+    // One with that very state can be gone on from.
+    let mut run = Run::training(vec![]);
+    run.report_commit(5);
+    run.close(1);
+    run.close(2);
+    let effects = run.come_with(3, 5);
+    assert_eq!(run.places(&effects), [(3, Some(0), 5, false)]);
+}
+
+/// Messages of a worker whose stream broke may be lost: what lacks some is not waited for long, and that ends nothing.
 #[test]
 fn a_commit_that_is_not_completed_after_a_worker_came_back_is_made_by_another_generation() {
     let mut run = Run::training(vec![]);
     run.say(1, state(2));
+    run.until(700, &[1, 2]);
     run.hello_as(3, Hello { place: Some(place(TERM, 1, 1, 2, 2)), ..hello(2) });
-    run.until(20_000, &[1, 3]);
+    run.until(1_699, &[1, 3]);
+    assert_eq!(run.core.phase(), &Phase::Training);
+    run.until(1_700, &[1, 3]);
     let Some(Wait::Regroup { busy: 2, reason }) = run.core.wait() else { panic!("{:?}", run.core.wait()) };
-    assert!(reason.starts_with("the commit of step 2 was not complete within 20000 ms (state of 1 of 2 ranks"), "{reason}");
+    assert!(reason.starts_with("the commit of step 2 was not complete within 1700 ms (state of 1 of 2 ranks"), "{reason}");
+}
+
+#[test]
+fn a_commit_that_is_reported_after_a_worker_came_back_waits_for_its_record_alone() {
+    let mut run = Run::training(vec![]);
+    run.hello_as(3, Hello { place: Some(place(TERM, 1, 1, 2, 2)), ..hello(2) });
+    run.say(3, state(2));
+    run.say(1, state(2));
+    (0..3).for_each(|index| drop(run.say(1, part(2, index))));
+    run.until(19_999, &[1, 3]);
+    assert_eq!(run.core.phase(), &Phase::Training);
+}
+
+/// All that a worker said of the last commit may be lost.
+#[test]
+fn a_last_commit_that_does_not_come_after_a_worker_came_back_is_made_by_another_generation() {
+    let mut run = Run::training(vec![]);
+    run.hello_as(3, Hello { place: Some(place(TERM, 1, 1, 2, 10)), ..hello(2) });
+    run.say(1, state(10));
+    run.say(1, done(10));
+    run.say(3, done(10));
+    run.until(1_000, &[1, 3]);
+    assert!(matches!(run.core.wait(), Some(Wait::Regroup { busy: 2, .. })), "{:?}", run.core.wait());
+    run.say(1, idle(Some(10)));
+    let effects = run.say(3, idle(Some(10)));
+    assert_eq!(run.places(&effects), [(1, Some(0), 10, false), (3, Some(0), 10, false)]);
 }

@@ -169,3 +169,15 @@ fn finishing_twice_or_before_training_is_refused() {
     assert_eq!(run.say(1, done(10)), vec![]);
     assert_eq!(run.count("refused_out_of_turn"), 1);
 }
+
+/// A worker that lives and says no farewell must not keep the run from its end (LIVE).
+#[test]
+fn a_run_whose_last_commit_stands_does_not_wait_for_farewells_for_ever() {
+    let mut run = Run::training(vec![]);
+    run.commit(10);
+    run.say(1, done(10));
+    run.until(19_999, &[1, 2]);
+    assert_eq!(run.core.phase(), &Phase::Training);
+    let record = Body::End { outcome: ella_store::Outcome::Done, step: 10, reason: String::new() };
+    assert_eq!(run.until(20_000, &[1, 2]), vec![Effect::Append(record)]);
+}

@@ -20,7 +20,7 @@ use super::*;
 use crate::machine::MOST_NAMES;
 use ella_proto::v1::{Hello, from_worker, to_worker};
 use ella_store::{Body, Digest};
-use oracle::Oracle;
+pub(super) use oracle::Oracle;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The machines' promise, kept by a look at their sources: nothing in them reaches for a clock, a socket, a file or a random number.

@@ -3,7 +3,8 @@
 use super::*;
 use ella_proto::v1::{Assign, Idle, StateDigest};
 
-pub(super) struct Oracle {
+pub(in crate::core) struct Oracle {
+    term: u64,
     /// Steps of commits that were appended, and of those that stand.
     appended: Vec<u64>,
     recorded: BTreeSet<u64>,
@@ -29,9 +30,10 @@ pub(super) struct Oracle {
 }
 
 impl Oracle {
-    pub(super) fn new(history: &History) -> Self {
+    pub(in crate::core) fn new(history: &History) -> Self {
         let steps: Vec<u64> = history.commits.iter().map(|commit| commit.step).collect();
         Self {
+            term: history.term.0,
             recorded: steps.iter().copied().collect(),
             appended: steps,
             given_up: BTreeSet::new(),
@@ -51,7 +53,7 @@ impl Oracle {
         }
     }
 
-    pub(super) fn check(&mut self, core: &Core, now: Time, event: &Event, effects: &[Effect]) {
+    pub(in crate::core) fn check(&mut self, core: &Core, now: Time, event: &Event, effects: &[Effect]) {
         self.learn(event);
         let was_over = self.finished;
         for effect in effects {
@@ -82,7 +84,7 @@ impl Oracle {
             self.greeting = Some(hello.worker_id.clone());
             return;
         }
-        let Some(worker) = self.workers.get(&conn).filter(|_| message.term == TERM).cloned() else { return };
+        let Some(worker) = self.workers.get(&conn).filter(|_| message.term == self.term).cloned() else { return };
         let (of_generation, key) = (message.generation == self.generation, |step| (message.generation, step));
         match message.body.as_ref() {
             Some(B::Idle(Idle { step, .. })) if of_generation || !self.busy.contains(&worker) => {
@@ -135,6 +137,7 @@ impl Oracle {
             Effect::Note(Note::Adopted { generation, workers, .. }) => {
                 (self.generation, self.assign) = (*generation, None);
                 self.lineup = workers.iter().cloned().collect();
+                self.ready = self.lineup.clone();
                 assert_eq!(self.busy, self.lineup, "M-2: of an adopted generation");
             }
             Effect::Note(Note::Generation { workers, .. }) => assert_eq!(workers.len(), self.lineup.len(), "M-2"),
