@@ -84,8 +84,8 @@ def main() -> None:
             before = lines(folder, 0)
             killed = time.time()
             os.kill(victim, signal.SIGKILL)
-            # Some steps, so that a restart's first one is not taken for one of before.
-            after = wait_for("a step after a kill", lambda: [line for line in lines(folder, 0) if line["pid"] != before[-1]["pid"]][:1])
+            known = {line["pid"] for line in before}
+            after = wait_for("a step after a kill", lambda: [line for line in lines(folder, 0) if line["pid"] not in known][:1])
             last = [line for line in lines(folder, 0) if line["pid"] == before[-1]["pid"]][-1]
             waits.append(after[0]["at"] - killed - after[0]["took"])
             again.append(last["step"] - after[0]["step"] + 1)

@@ -169,7 +169,7 @@ impl Sources {
         }
         let held_out = if self.measures(step) { self.held_out(lanes)? } else { Vec::new() };
         let step_samples = self.order.batch_len(step);
-        Ok(StepInput { epoch, step_samples, lanes: inputs, held_out, encode, waited: Duration::ZERO })
+        Ok(StepInput { step, epoch, step_samples, lanes: inputs, held_out, encode, waited: Duration::ZERO })
     }
 
     fn measures(&self, step: u64) -> bool {

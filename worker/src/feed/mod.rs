@@ -130,6 +130,8 @@ pub struct LaneInput {
 /// All that one rank needs for one step.
 #[derive(Debug)]
 pub struct StepInput {
+    /// Applied steps before it.
+    pub step: u64,
     /// The step's epoch.
     pub epoch: u64,
     /// Samples of the whole global batch.
@@ -409,7 +411,7 @@ pub(crate) mod tests {
     /// A step without a sample.
     pub(crate) fn nothing() -> StepInput {
         let (encode, waited) = (Duration::ZERO, Duration::ZERO);
-        StepInput { epoch: 0, step_samples: 0, lanes: Vec::new(), held_out: Vec::new(), encode, waited }
+        StepInput { step: 0, epoch: 0, step_samples: 0, lanes: Vec::new(), held_out: Vec::new(), encode, waited }
     }
 
     /// ONCE: a rank that lost the first step of its lanes would train on the next one's samples in its place, and nobody would know.

@@ -253,6 +253,9 @@ impl Trainer {
         let commit = std::mem::take(&mut self.committing);
         let mut times = Times { data: input.waited, encode: input.encode, commit, ..Times::default() };
         let number = self.state.step + 1;
+        if input.step + 1 != number {
+            return Err(TrainError::Dealt { step: number, what: "applied steps before the samples", expected: number - 1, found: input.step });
+        }
         let (sum, mut mine) = self.lanes(&input, &mut times)?;
         mine.supplied = i64::from(self.feed.has_next());
         let due = self.cadence.is_due(self.state.step, self.flags.committed.load(Ordering::Relaxed), Instant::now());
