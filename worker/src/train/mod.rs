@@ -254,7 +254,12 @@ impl Trainer {
         let mut times = Times { data: input.waited, encode: input.encode, commit, ..Times::default() };
         let number = self.state.step + 1;
         if input.step + 1 != number {
-            return Err(TrainError::Dealt { step: number, what: "applied steps before the samples", expected: number - 1, found: input.step });
+            return Err(TrainError::Dealt {
+                step: number,
+                what: "applied steps before the samples",
+                expected: number - 1,
+                found: input.step,
+            });
         }
         let (sum, mut mine) = self.lanes(&input, &mut times)?;
         mine.supplied = i64::from(self.feed.has_next());
