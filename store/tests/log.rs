@@ -25,7 +25,7 @@ fn part(name: &str, bytes: &[u8]) -> Part {
 fn commit(step: u64, term: u64) -> Commit {
     Commit {
         step,
-        generation: 3,
+        generation: 1,
         world: 2,
         folder: commit_folder(step, term, 1),
         parts: vec![part("connector.safetensors", b"weights"), part("optimizer.safetensors", b"")],

@@ -1,7 +1,7 @@
 //! A coordinator and its workers, as processes that can be killed.
 
 use anyhow::{Context as _, Result, ensure};
-use ella_tests::{binary, wait_until};
+use ella_tests::{binary, children_of, wait_until};
 use serde_json::Value;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -64,9 +64,9 @@ impl Cluster {
         Ok(Slot { child: logged(command, &log)?, log, environment: environment.clone() })
     }
 
-    /// The processes of all slots.
+    /// The processes that work, of all slots: each is watched by the one that was started.
     pub(crate) fn pids(&self) -> Vec<u32> {
-        self.slots.iter().map(|slot| slot.child.id()).collect()
+        self.slots.iter().map(|slot| children_of(slot.child.id(), "ella-worker").first().copied().unwrap_or(slot.child.id())).collect()
     }
 
     /// Kills the worker of a slot, and starts another in its place.

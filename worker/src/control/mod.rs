@@ -131,7 +131,7 @@ impl Server {
             Doing::Finished(finished, _) if committed >= finished.step => {
                 Some(ControlError::Over { outcome: finished.outcome(), detail: format!("step {} is committed", finished.step) })
             }
-            Doing::Failed => Some(ControlError::Over { outcome: Outcome::Failed, detail: "this worker has failed".to_owned() }),
+            Doing::Failed(_) => Some(ControlError::Over { outcome: Outcome::Failed, detail: "this worker has failed".to_owned() }),
             _ => None,
         }
     }

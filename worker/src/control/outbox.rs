@@ -2,7 +2,7 @@
 
 use super::flags::{Era, Flags};
 use super::link::BACKLOG;
-use ella_proto::v1::{Finished, FromWorker, Idle, Place, Progress, from_worker};
+use ella_proto::v1::{Failed, Finished, FromWorker, Idle, Place, Progress, from_worker};
 use from_worker::Body;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +23,7 @@ pub(super) enum Doing {
     /// It has said farewell; if the next coordinator does not know of that, it waits for a place.
     Finished(Finished, Idle),
     /// It has failed, and only waits until that has been heard.
-    Failed,
+    Failed(Failed),
 }
 
 /// The way to the coordinator, if there is one.
@@ -147,9 +147,10 @@ impl Outbox {
     }
 
     /// It cannot go on.
-    pub fn failed(&self, failed: ella_proto::v1::Failed) {
-        self.wire().doing = Doing::Failed;
-        self.say(Body::Failed(failed));
+    pub fn failed(&self, failed: Failed) {
+        let mut wire = self.wire();
+        wire.doing = Doing::Failed(failed.clone());
+        self.put(&wire, wire.generation, Body::Failed(failed));
     }
 
     /// What this worker does now.
@@ -170,8 +171,10 @@ impl Outbox {
         if let Doing::Finished(_, idle) = wire.doing.clone() {
             wire.doing = Doing::Idle(idle);
         }
-        if let Doing::Idle(idle) = wire.doing.clone() {
-            self.put(&wire, wire.generation, Body::Idle(idle));
+        match wire.doing.clone() {
+            Doing::Idle(idle) => self.put(&wire, wire.generation, Body::Idle(idle)),
+            Doing::Failed(failed) => self.put(&wire, wire.generation, Body::Failed(failed)),
+            _ => {}
         }
     }
 
@@ -297,6 +300,17 @@ mod tests {
         outbox.attach(out, Era { term: 5, generation: 1 });
         assert!(!outbox.finished(ERA, Finished { step: 10, outcome: 0 }, waits(10, "")));
         assert_eq!((said(&mut first), said(&mut second)), (vec![], vec![(5, 1, idle(10, ""))]));
+    }
+
+    /// It may fail before its stream is served.
+    #[test]
+    fn a_failure_is_told_to_whoever_comes_first() {
+        let outbox = Outbox::new(Arc::default());
+        let failed = Failed { message: "no such model".into(), ..Failed::default() };
+        outbox.failed(failed.clone());
+        let (out, mut queue) = tokio::sync::mpsc::channel(9);
+        outbox.attach(out, Era { term: 5, generation: 2 });
+        assert_eq!(said(&mut queue), [(5, 2, Body::Failed(failed))]);
     }
 
     /// The next coordinator would wait for ranks that never begin.
