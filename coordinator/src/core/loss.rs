@@ -18,10 +18,14 @@ impl Core {
 
     pub(super) fn silent(&mut self, now: Time) {
         let silent_ms = self.config.welcome.lease_ms;
+        if now.since(self.all_heard) < silent_ms {
+            return;
+        }
         for conn in self.members.which(|member| now.since(member.heard) >= silent_ms) {
             self.counts.add("leases_missed", 1);
             self.lost(now, conn, Loss::Silent { silent_ms });
         }
+        self.all_heard = self.members.oldest_heard().unwrap_or(now);
     }
 
     /// Ends a worker's part in the run.

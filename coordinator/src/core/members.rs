@@ -108,6 +108,10 @@ impl Members {
         self.0.values_mut()
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn contains(&self, conn: ConnId) -> bool {
         self.0.contains_key(&conn)
     }
@@ -199,6 +203,10 @@ impl Members {
     }
 
     pub(super) fn all_ready(&self) -> Option<Vec<(Rank, v1::Ready)>> {
+        // Looked at first, for it is asked as often as there are ranks.
+        if self.iter().any(|(_, member)| member.rank().is_some() && member.ready.is_none()) {
+            return None;
+        }
         self.placed().into_iter().map(|(rank, _, member)| Some((rank, member.ready.clone()?))).collect()
     }
 
@@ -208,6 +216,9 @@ impl Members {
 
     /// The rank whose value is not the most common one (of equally common ones, the lowest rank's stands).
     pub(super) fn disagreement(&self, field: Field, step: Step, values: &[(Rank, String)]) -> Option<Failure> {
+        if values.iter().all(|(_, value)| *value == values[0].1) {
+            return None;
+        }
         let support = |value: &String| values.iter().filter(|(_, other)| other == value).count();
         // `max_by_key` gives the last of equals, so the ranks are gone through backwards.
         let (_, expected) = values.iter().rev().max_by_key(|(_, value)| support(value))?;

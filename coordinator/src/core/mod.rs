@@ -155,6 +155,8 @@ pub struct Core {
     phase: Phase,
     clock: Clock,
     members: Members,
+    /// Since then all have been heard of; perhaps since later.
+    all_heard: Time,
     /// Streams that were closed from here; what was sent on them before still comes.
     closed: BTreeSet<ConnId>,
     commits: Commits,
@@ -194,6 +196,12 @@ enum Mutation {
     DealsTwice,
 }
 
+/// Signs of life and measurements: they move deadlines away, and nothing else.
+fn is_routine(event: &Event) -> bool {
+    use from_worker::Body as B;
+    matches!(event, Event::Message(_, FromWorker { body: Some(B::Heartbeat(_) | B::Progress(_)), .. }))
+}
+
 /// That the whole run is to commit and leave.
 #[derive(Clone, Debug)]
 struct Drain {
@@ -206,6 +214,7 @@ impl Machine for Core {
     fn handle(&mut self, now: Time, event: Event) -> Vec<Effect> {
         let (now, stopped) = self.clock.advance(now, self.deadline(), self.config.welcome.lease_ms / 4);
         self.counts.add_some("coordinator_stopped", usize::from(stopped));
+        let routine = is_routine(&event);
         match event {
             Event::Message(conn, message) => self.message(now, conn, message),
             Event::Closed(conn, how) => self.closed(now, conn, how),
@@ -217,7 +226,10 @@ impl Machine for Core {
             Event::Leave(reason) => self.leave(reason),
             Event::Tick => {}
         }
-        self.expire(now);
+        // Most of what thousands of workers say changes nothing that all of them must be looked at for.
+        if !routine || self.deadline().is_some_and(|at| at <= now) {
+            self.expire(now);
+        }
         std::mem::take(&mut self.effects)
     }
 
@@ -240,6 +252,7 @@ impl Core {
             phase: Phase::Waiting { until: now.after(config.start_timeout), here: false },
             clock: Clock::new(now),
             members: Members::default(),
+            all_heard: now,
             closed: BTreeSet::new(),
             progress: Progress::from_commit(last),
             commits: Commits::new(history.commits),
@@ -273,7 +286,7 @@ impl Core {
         if self.phase.is_over() {
             return None;
         }
-        let silent = self.members.oldest_heard().map(|heard| heard.after(self.config.welcome.lease_ms));
+        let silent = (!self.members.is_empty()).then(|| self.all_heard.after(self.config.welcome.lease_ms));
         let returning = self.returning.as_ref().map(|returning| returning.until);
         let drain = self.drain.as_ref().map(|drain| drain.until).filter(|_| !self.phase.is_ending());
         let commit = self.commit_due().map(|(at, _)| at);

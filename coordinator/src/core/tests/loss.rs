@@ -258,7 +258,7 @@ fn a_coordinator_that_was_stopped_itself_blames_nobody() {
     run.now = Time(60_500);
     assert_eq!(run.event(Event::Tick), vec![]);
     assert_eq!(run.count("coordinator_stopped"), 1);
-    assert_eq!(run.core.next_deadline(), Some(Time(61_500)));
+    assert!(run.core.next_deadline().is_some_and(|at| at <= Time(61_500)));
     run.beat(1);
     run.beat(2);
     run.until(61_000, &[1]);

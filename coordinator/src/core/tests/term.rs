@@ -28,7 +28,10 @@ fn another_generations_work_is_refused_but_its_heartbeat_is_a_sign_of_life() {
     assert_eq!(run.count("refused_other_generation"), 6);
     run.until(500, &[2]);
     run.event(message(TERM, 0, from_worker::Body::Heartbeat(v1::Heartbeat::default())));
-    assert_eq!(run.core.next_deadline(), Some(Time(1_500)));
+    run.until(1_499, &[2]);
+    assert_eq!(run.core.phase(), &Phase::Training);
+    run.until(1_500, &[2]);
+    assert!(matches!(run.core.phase(), Phase::Regrouping { .. }));
 }
 
 #[test]
