@@ -9,7 +9,7 @@ use ella_store::{Body, Commit, RunLog, Store};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long a command may take, at the very most.
 pub const PATIENCE: Duration = Duration::from_secs(240);
@@ -205,6 +205,26 @@ pub fn children_of(parent: u32, program: &str) -> Vec<u32> {
         after.split(' ').nth(1) == Some(&parent.to_string()) && stat.contains(&name)
     };
     ids.filter(is_child).collect()
+}
+
+/// Processes that end with their owner, however that ends.
+#[derive(Debug)]
+pub struct Processes(pub Vec<Child>);
+
+impl Drop for Processes {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            signal(child.id(), libc::SIGCONT);
+            // Gone already is fine.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Milliseconds since 1970.
+pub fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 /// Polls until `holds` says so, or fails with `what`.

@@ -1,10 +1,10 @@
 //! Benchmarks: programs that print ratios, side by side in one run. `make bench`.
 
 use anyhow::{Context as _, Result, ensure};
-use ella_tests::{World, binary, signal};
+use ella_tests::{Processes, World, binary, signal, unix_ms};
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 /// How long the coordinator runs, and is stopped, in turn.
 const WINDOW: Duration = Duration::from_secs(5);
@@ -16,24 +16,6 @@ fn main() -> Result<()> {
     let memory = idle_coordinator()?;
     println!("idle coordinator: {memory:.1} MB resident");
     Ok(())
-}
-
-fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
-}
-
-/// Processes that end with this program, however it ends.
-struct Processes(Vec<Child>);
-
-impl Drop for Processes {
-    fn drop(&mut self) {
-        for child in &mut self.0 {
-            signal(child.id(), libc::SIGCONT);
-            // Gone already is fine.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
 }
 
 fn coordinator(config: &std::path::Path) -> Result<(Child, String)> {

@@ -6,13 +6,13 @@
 //! the first with it, less that step.
 
 use anyhow::{Context as _, Result, ensure};
-use ella_tests::{binary, ella, signal};
+use ella_tests::{Processes, binary, ella, signal, unix_ms};
 use serde_json::Value;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 const WORKERS: usize = 4;
 const KILLS: usize = 20;
@@ -55,23 +55,6 @@ fn world(folder: &Path) -> Result<Run> {
     );
     std::fs::write(&config, text)?;
     Ok(Run { config, output })
-}
-
-fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
-}
-
-/// Processes that end with this program, however it ends.
-struct Processes(Vec<Child>);
-
-impl Drop for Processes {
-    fn drop(&mut self) {
-        for child in &mut self.0 {
-            // Gone already is fine.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
 }
 
 /// A coordinator's status page.
