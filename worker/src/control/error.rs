@@ -41,6 +41,12 @@ pub enum ControlError {
         /// What became of the last one, and of the tries to reach the next.
         why: String,
     },
+    /// The coordinator is there, and reads nothing.
+    #[error("the coordinator reads nothing, and {messages} messages wait for it; start the run again to resume from its last commit")]
+    Unread {
+        /// That wait.
+        messages: usize,
+    },
     /// The coordinator does not need this worker any more.
     #[error("the coordinator let this worker go: {0}")]
     Released(String),

@@ -100,8 +100,7 @@ impl Outbox {
         let Some(out) = &wire.out else { return };
         // A closed queue means that the stream has ended, which whoever serves it finds.
         if let Err(tokio::sync::mpsc::error::TrySendError::Full(_)) = out.try_send(message) {
-            self.flags
-                .stop(super::ControlError::Orphaned { seconds: 0, why: format!("it reads nothing, and {BACKLOG} messages wait for it") });
+            self.flags.stop(super::ControlError::Unread { messages: BACKLOG });
         }
     }
 
@@ -242,7 +241,7 @@ mod tests {
         }
         assert!(outbox.flags.stopped().is_none() && queue.len() == BACKLOG);
         outbox.send(ERA, Body::Finished(Finished::default()));
-        assert!(matches!(outbox.flags.stopped(), Some(ControlError::Orphaned { why, .. }) if why.contains("4096")));
+        assert!(matches!(outbox.flags.stopped(), Some(ControlError::Unread { messages: BACKLOG })));
         assert!(called.load(Ordering::Relaxed), "a rank that waits for others is freed");
     }
 
