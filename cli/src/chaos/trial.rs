@@ -120,11 +120,10 @@ pub(super) fn unix_ms() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-impl Trial {
-    pub(super) fn new(cluster: Cluster, faults: Vec<Fault>, patience: Duration) -> Self {
-        let now = Instant::now();
-        let most = faults.len() + ENDS;
-        let record = Record {
+impl Record {
+    /// Of a trial in which nothing has happened yet.
+    pub(super) fn new() -> Self {
+        Self {
             outcome: Outcome::Done,
             faults: BTreeMap::new(),
             told: Vec::new(),
@@ -136,7 +135,15 @@ impl Trial {
             ids: BTreeMap::new(),
             served: 0,
             seconds: 0.0,
-        };
+        }
+    }
+}
+
+impl Trial {
+    pub(super) fn new(cluster: Cluster, faults: Vec<Fault>, patience: Duration) -> Self {
+        let now = Instant::now();
+        let most = faults.len() + ENDS;
+        let record = Record::new();
         Self {
             cluster,
             pending: faults,

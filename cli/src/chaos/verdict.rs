@@ -321,19 +321,7 @@ mod tests {
     use super::*;
 
     fn record() -> Record {
-        Record {
-            outcome: Outcome::Done,
-            faults: BTreeMap::new(),
-            told: Vec::new(),
-            left: 0,
-            ends: Vec::new(),
-            exits: BTreeMap::new(),
-            spans: Vec::new(),
-            steps: Vec::new(),
-            ids: BTreeMap::new(),
-            served: 1,
-            seconds: 1.0,
-        }
+        Record { served: 1, seconds: 1.0, ..Record::new() }
     }
 
     fn end(pid: u32, at_ms: u64, is_coordinator: bool) -> End {
