@@ -30,8 +30,9 @@ pub(super) enum Input {
 /// The driver's end of a worker's stream.
 #[derive(Debug)]
 pub(super) struct Stream {
-    /// Bounded: a worker that does not read is closed, not waited for.
-    pub(super) outgoing: mpsc::Sender<ToWorker>,
+    /// Bounded: a worker that does not read is closed, not waited for. Boxed, as a queue has room for dozens from the start, and there are
+    /// thousands of queues.
+    pub(super) outgoing: mpsc::Sender<Box<ToWorker>>,
     /// Ends the reading half.
     pub(super) gate: CancellationToken,
 }
@@ -105,7 +106,7 @@ impl Driver {
     fn carry_out(&mut self, effect: Effect) {
         match effect {
             Effect::Send(conn, message) => {
-                if self.streams.get(&conn).is_some_and(|stream| stream.outgoing.try_send(message).is_err()) {
+                if self.streams.get(&conn).is_some_and(|stream| stream.outgoing.try_send(Box::new(message)).is_err()) {
                     self.close(conn);
                     self.stuck.push(conn);
                 }

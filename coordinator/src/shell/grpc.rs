@@ -95,7 +95,7 @@ impl Coordinator for Service {
         let stream = Stream { outgoing, gate: gate.clone() };
         self.inputs.send(Input::Opened(conn, stream)).await.map_err(|_| no_answer())?;
         self.readers.spawn(read(conn, request.into_inner(), self.inputs.clone(), gate));
-        Ok(Response::new(ReceiverStream::new(messages).map(Ok).boxed()))
+        Ok(Response::new(ReceiverStream::new(messages).map(|message| Ok(*message)).boxed()))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<RunStatus>, Status> {

@@ -29,7 +29,7 @@ pub struct LocalJob {
 
 impl LocalJob {
     /// Starts the job. Gives also the worker's ends of its stream. Call it within a runtime.
-    pub fn start(config: &JobConfig) -> (Self, mpsc::Sender<FromWorker>, mpsc::Receiver<ToWorker>) {
+    pub fn start(config: &JobConfig) -> (Self, mpsc::Sender<FromWorker>, mpsc::Receiver<Box<ToWorker>>) {
         let mut settings: JobSettings = job_settings(config);
         settings.welcome.heartbeat_ms = PROGRESS_MS;
         settings.welcome.lease_ms = FOR_EVER_MS;

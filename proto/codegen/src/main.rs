@@ -11,7 +11,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let out = std::env::temp_dir().join(format!("ella-proto-{}", std::process::id()));
     std::fs::create_dir_all(&out)?;
     let files = protox::compile([root.join("ella/v1/ella.proto")], [root])?;
-    tonic_prost_build::configure().out_dir(&out).compile_fds(files)?;
+    tonic_prost_build::configure().codec_path("crate::codec::SmallCodec").out_dir(&out).compile_fds(files)?;
     let fresh = std::fs::read_to_string(out.join("ella.v1.rs"))?;
     std::fs::remove_dir_all(&out)?;
     let kept = root.join("src/ella.v1.rs");

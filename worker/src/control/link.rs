@@ -72,12 +72,12 @@ impl Link {
     /// The same for a coordinator in this process.
     pub(crate) async fn within(
         out: tokio::sync::mpsc::Sender<FromWorker>,
-        incoming: tokio::sync::mpsc::Receiver<ToWorker>,
+        incoming: tokio::sync::mpsc::Receiver<Box<ToWorker>>,
         hello: Hello,
     ) -> Result<Self, ControlError> {
         // A closed queue shows as the end of what comes in.
         let _ = out.send(FromWorker { term: 0, generation: 0, body: Some(from_worker::Body::Hello(hello)) }).await;
-        Self::welcomed(None, out, ReceiverStream::new(incoming).map(Ok).boxed()).await
+        Self::welcomed(None, out, ReceiverStream::new(incoming).map(|message| Ok(*message)).boxed()).await
     }
 
     /// Takes the first message for what it must be.
