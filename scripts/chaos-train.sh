@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Training under faults at full size: a small world made here, then `ella chaos`: 10 seeds, 300 steps, 40 faults each. Everything lands in
-# .chaos/ (or CHAOS_DIR). CHAOS_SEEDS, CHAOS_STEPS, CHAOS_FAULTS and CHAOS_WORKERS ask for others.
+# .chaos/ (or CHAOS_DIR). CHAOS_SEEDS, CHAOS_STEPS, CHAOS_FAULTS and CHAOS_WORKERS ask for others. CHAOS_BATCH, a multiple of 6, makes steps
+# longer or shorter: there must be time for all faults.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,8 +36,8 @@ layers = 1
 latents = 8
 [train]
 steps = ${CHAOS_STEPS:-300}
-global_batch = 16
-micro_batch = 2
+global_batch = ${CHAOS_BATCH:-96}
+micro_batch = 6
 eval_every = 0
 ema_decay = 0.9
 [train.optimizer]

@@ -658,6 +658,8 @@ pub enum Activity {
     Compute = 2,
     /// It waits for the other ranks, or sums with them.
     Reduce = 3,
+    /// It copies its state for a commit, or waits for an earlier one to be saved.
+    Commit = 4,
 }
 impl Activity {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -670,6 +672,7 @@ impl Activity {
             Self::Data => "ACTIVITY_DATA",
             Self::Compute => "ACTIVITY_COMPUTE",
             Self::Reduce => "ACTIVITY_REDUCE",
+            Self::Commit => "ACTIVITY_COMMIT",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -679,6 +682,7 @@ impl Activity {
             "ACTIVITY_DATA" => Some(Self::Data),
             "ACTIVITY_COMPUTE" => Some(Self::Compute),
             "ACTIVITY_REDUCE" => Some(Self::Reduce),
+            "ACTIVITY_COMMIT" => Some(Self::Commit),
             _ => None,
         }
     }

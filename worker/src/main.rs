@@ -106,9 +106,14 @@ fn main() -> ExitCode {
     })
 }
 
-/// Ends the process where its part in the run is over and it does not leave: a device call may never return.
+/// Ends the process where a device call does not return: it computes for far longer than ever before, or its part in the run is over and it does
+/// not leave.
 async fn end_when_stuck(flags: Arc<Flags>) {
     while flags.stopped().is_none() {
+        if let Some(took) = flags.hangs() {
+            tracing::error!("it has computed one micro-batch for {:.0} s, far longer than any before: something in it hangs", took.as_secs_f64());
+            leave(1);
+        }
         tokio::time::sleep(LOOK).await;
     }
     tokio::time::sleep(LEAVING).await;

@@ -193,12 +193,21 @@ fn line(verdict: &Verdict) -> String {
     let held = |name: &&str| verdict.invariants.get(*name).is_some_and(|invariant| invariant.holds);
     let held = NAMES.iter().filter(|name| held(name)).count();
     let Verdict { seed, outcome, seconds, generations, adoptions, longest_stall_ms, .. } = verdict;
-    let faults: usize = verdict.faults.values().sum();
     format!(
-        "seed {seed}: {outcome} in {}, {held} of {} hold; {faults} faults, {generations} generations, {adoptions} adoptions, longest stall {longest_stall_ms} ms",
+        "seed {seed}: {outcome} in {}, {held} of {} hold; {} faults, {generations} generations, {adoptions} adoptions, longest stall {longest_stall_ms} ms",
         span(*seconds),
-        NAMES.len()
+        NAMES.len(),
+        tried(verdict)
     )
+}
+
+/// How many faults there were, and were to be.
+fn tried(verdict: &Verdict) -> String {
+    let faults: usize = verdict.faults.values().sum();
+    match verdict.faults_left {
+        0 => faults.to_string(),
+        left => format!("{faults}/{}", faults + left),
+    }
 }
 
 /// Where to look, if something is wrong.
@@ -227,13 +236,16 @@ fn table(report: &Report) -> String {
             text += &format!(" {:6}", if holds { "ok" } else { "BROKEN" });
         }
         let Verdict { generations, regroups, adoptions, terms, longest_stall_ms, seconds, .. } = verdict;
-        let faults: usize = verdict.faults.values().sum();
+        let faults = tried(verdict);
         text += &format!(" {faults:>6} {generations:>6} {regroups:>8} {adoptions:>6} {terms:>5} {longest_stall_ms:>9} {seconds:>8.1}\n");
     }
     let mut kinds = BTreeMap::<&str, usize>::new();
     report.seeds.iter().flat_map(|verdict| &verdict.faults).for_each(|(kind, n)| *kinds.entry(kind).or_default() += n);
     let kinds: Vec<String> = kinds.iter().map(|(kind, n)| format!("{kind} {n}")).collect();
     text += &format!("faults   {}\n", kinds.join(", "));
+    if report.seeds.iter().any(|verdict| verdict.faults_left > 0) {
+        text += "some faults came too late: a run was over before they could befall it; let it take more steps, or larger ones\n";
+    }
     let broken: Vec<&Verdict> = report.seeds.iter().filter(|verdict| !verdict.ok).collect();
     for verdict in &broken {
         text += &format!("replay   {}   (logs: {})\n", verdict.replay, verdict.logs);

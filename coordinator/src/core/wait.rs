@@ -106,6 +106,7 @@ pub(super) fn activity_text(activity: v1::Activity) -> &'static str {
         v1::Activity::Data => "waits for samples",
         v1::Activity::Compute => "computes",
         v1::Activity::Reduce => "waits for the others",
+        v1::Activity::Commit => "waits for a commit to be saved",
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the planes of a worker share: flags that the step path looks at, and what it is freed by.
 
 use super::ControlError;
+use super::hang::Stretches;
 use ella_proto::v1::Activity;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -36,6 +37,7 @@ pub struct Flags {
     /// Messages of progress that were dropped because nobody read them.
     pub dropped_progress: AtomicU64,
     activity: AtomicI32,
+    stretches: Stretches,
     /// Captions encoded so far, while the next step waits for more of them.
     encoding: Mutex<Option<u64>>,
     course: Mutex<Course>,
@@ -152,9 +154,21 @@ impl Flags {
         self.course.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// For heartbeats: what this rank is at.
+    /// What this rank is at, for heartbeats; of what it computes, each part anew.
     pub fn at(&self, activity: Activity) {
         self.activity.store(activity.into(), Ordering::Relaxed);
+        self.stretches.next(Instant::now(), activity == Activity::Compute);
+    }
+
+    /// From now on a part that is computed for longer than `least`, and far longer than any before, or the first one for longer than `first`,
+    /// is one that hangs.
+    pub fn limit_computing(&self, least: Duration, first: Duration) {
+        self.stretches.limit(least, first);
+    }
+
+    /// How long this rank has computed one part, if it hangs in it. To be asked twice a second or so.
+    pub fn hangs(&self) -> Option<Duration> {
+        self.stretches.look(Instant::now())
     }
 
     pub(super) fn activity(&self) -> i32 {

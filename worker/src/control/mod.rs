@@ -3,6 +3,7 @@
 
 mod error;
 mod flags;
+mod hang;
 mod link;
 mod outbox;
 

@@ -153,6 +153,7 @@ impl<'a> Rank<'a> {
         let run = Store::open(&welcome.run_url)?;
         let loaded = models::load(&config, device)?;
         let trainer = load::assemble(&config, loaded, device, (control.outbox(), runtime), run.clone())?;
+        control.flags().limit_computing(config.workers.step_timeout.duration(), config.workers.start_timeout.duration());
         Ok(Self { trainer, holds_state: false, touched: false, listener, device, control, runtime, run, farewell: None })
     }
 

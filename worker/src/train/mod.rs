@@ -226,6 +226,7 @@ impl Trainer {
         let step = self.state.step;
         if step > self.saved {
             let begin = Instant::now();
+            self.flags.at(Activity::Commit);
             let snapshot = self.state.snapshot(self.committer.kept())?;
             self.cadence.taken(step, Instant::now());
             self.committer.save(snapshot, self.feed.position(step), self.seat)?;
@@ -299,6 +300,7 @@ impl Trainer {
         mine.leaving = i64::from(self.flags.drain.is_cancelled());
         mine.boundary = i64::from(self.flags.at_boundary());
         for batch in &input.held_out {
+            self.flags.at(Activity::Compute);
             mine.add_held_out(self.networks.evaluate(batch)?, batch.len());
         }
         let mut sum = Sum::new(&self.config.train, self.state.layout.total(), self.state.buffers.params.device())?;
@@ -310,6 +312,7 @@ impl Trainer {
             if self.flags.interrupted() {
                 return Err(TrainError::Interrupted);
             }
+            self.flags.at(Activity::Compute);
             let gradient = self.networks.gradient(batch, input.step_samples)?;
             if !gradient.loss_sum.is_finite() {
                 return Err(TrainError::NotFinite { step, what: "loss", value: gradient.loss_sum });
