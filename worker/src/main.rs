@@ -111,7 +111,10 @@ fn main() -> ExitCode {
 async fn end_when_stuck(flags: Arc<Flags>) {
     while flags.stopped().is_none() {
         if let Some(took) = flags.hangs() {
-            tracing::error!("it has computed one micro-batch for {:.0} s, far longer than any before: something in it hangs", took.as_secs_f64());
+            tracing::error!(
+                "it has computed one micro-batch for {:.0} s, far longer than any before: something in it hangs",
+                took.as_secs_f64()
+            );
             leave(1);
         }
         tokio::time::sleep(LOOK).await;

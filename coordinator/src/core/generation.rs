@@ -83,9 +83,9 @@ impl Core {
         if self.drain.is_some() { 1 } else { self.config.min.max(1) }
     }
 
-    /// Whether a generation may have this worker: one that was asked to leave takes part in nothing but a drain.
+    /// Whether a generation may have this worker: one that was asked to leave takes part in a drain, or to leave its state to others.
     pub(super) fn counts(&self, member: &Member) -> bool {
-        member.parting.is_none() || self.drain.is_some()
+        member.parting.is_none() || member.bequeaths || self.drain.is_some()
     }
 
     /// Workers that are here for a generation, loaded or not.

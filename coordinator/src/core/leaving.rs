@@ -38,23 +38,32 @@ impl Core {
         let others = self.members.which(|member| goes_on(member) || (member.is_idle() && member.parting.is_none()));
         let first = self.members.which(parting).first().and_then(|conn| self.members.get(*conn));
         let reason = first.map_or_else(String::new, told_to_leave);
-        if self.members.any(goes_on) && others.len() >= self.least() {
+        let has_heirs = self.members.any(goes_on) || self.config.max > 1;
+        if has_heirs && others.len() >= self.least() {
             self.ask_boundary(reason);
         } else {
             self.begin_drain(now, reason);
         }
     }
 
-    /// While no generation runs: those that were asked to leave go, unless what they hold is nowhere else.
+    /// While no generation runs: those that were asked to leave go, unless what they hold is nowhere else. Then one of them takes part in one
+    /// more generation, so that others get it; or the run leaves with it, if too few others are here.
     pub(super) fn release_parting(&mut self, now: Time) {
         let last = self.last_commit();
-        let parting = self.members.which(|member| member.parting.is_some());
+        let mut parting = self.members.which(|member| member.parting.is_some());
         let holds = |member: &Member| member.state(last).is_some_and(|step| step > last);
         let only_holder = self.members.which(holds).into_iter().all(|conn| parting.contains(&conn));
-        let holder = parting.iter().filter_map(|conn| self.members.get(*conn)).find(|member| holds(member));
-        if let (Some(holder), true, None) = (holder, only_holder, &self.drain) {
-            let reason = told_to_leave(holder);
-            self.begin_drain(now, reason);
+        let holder = self.members.which(|member| member.parting.is_some() && holds(member)).first().copied().filter(|_| only_holder);
+        let heirs = self.members.which(|member| member.is_idle() && member.parting.is_none()).len();
+        let has_heirs = heirs >= self.least() && self.config.max > 1;
+        if let (Some(member), None) = (holder.and_then(|conn| self.members.get_mut(conn)), &self.drain) {
+            member.bequeaths = has_heirs;
+            if has_heirs {
+                parting.retain(|conn| Some(*conn) != holder);
+            } else {
+                let reason = told_to_leave(member);
+                self.begin_drain(now, reason);
+            }
         }
         if self.drain.is_none() {
             parting.into_iter().for_each(|conn| self.release(conn));

@@ -25,6 +25,8 @@ pub(super) struct Member {
     pub(super) place: Option<v1::Place>,
     /// Why it was asked to leave, if it was.
     pub(super) parting: Option<String>,
+    /// It leaves only when others have its state, and takes part in a generation for that.
+    pub(super) bequeaths: bool,
     pub(super) heard: Time,
     pub(super) step: u64,
     pub(super) parts: Option<v1::StepParts>,
@@ -47,6 +49,7 @@ impl Member {
             held,
             place: None,
             parting: None,
+            bequeaths: false,
             heard: now,
             step: 0,
             parts: None,

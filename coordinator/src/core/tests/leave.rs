@@ -119,6 +119,41 @@ fn the_last_that_holds_the_state_commits_before_it_leaves() {
     assert_eq!(run.say(1, leaving())[1..], [Effect::Close(conn(1)), left(1, TOLD)]);
 }
 
+/// Others wait for a place, and have no state: it leaves them its own in a generation of its own, and goes with its first step.
+#[test]
+fn the_last_that_holds_the_state_leaves_it_to_those_that_wait() {
+    let alone = |max: usize| {
+        let mut run = Run::new(CoreConfig { max, ..config(1) }, vec![]);
+        run.come(1);
+        run.say(1, from_worker::Body::Ready(ready(0)));
+        run.come(2);
+        run
+    };
+    let mut run = alone(2);
+    let reason = "worker w1 (rank 0, host h1, pid 1) was told to leave";
+    assert_eq!(run.say(1, leaving()).last(), Some(&run.boundary(1, reason)));
+    let effects = run.say(1, idle(Some(4)));
+    assert_eq!(run.places(&effects), [(1, Some(0), 4, true), (2, Some(0), 4, true)]);
+    run.say(2, from_worker::Body::Ready(ready(4)));
+    let effects = run.say(1, from_worker::Body::Ready(ready(4)));
+    assert_eq!(effects[effects.len() - 2..], [run.boundary(1, reason), run.boundary(2, reason)]);
+    run.say(1, idle(Some(5)));
+    let effects = run.say(2, idle(Some(5)));
+    assert_eq!(effects[1..3], [Effect::Close(conn(1)), left(1, TOLD)]);
+    assert_eq!(run.places(&effects), [(2, Some(0), 5, false)]);
+
+    // There is no room for two.
+    let mut run = alone(1);
+    assert_eq!(run.say(1, leaving()), vec![Effect::Note(Note::Draining { reason: reason.into() }), run.drain(1, reason)]);
+
+    // The heir is gone before it has the state.
+    let mut run = alone(2);
+    run.say(1, leaving());
+    assert!(run.close(2).contains(&Effect::Note(Note::Draining { reason: reason.into() })));
+    let effects = run.say(1, idle(Some(4)));
+    assert_eq!(run.places(&effects), [(1, Some(0), 4, false)]);
+}
+
 #[test]
 fn a_drain_survives_its_generation_and_takes_whoever_is_left() {
     let mut run = Run::new(CoreConfig { min: 2, ..config(2) }, vec![]).both_in().both_ready(0);
