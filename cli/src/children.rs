@@ -152,6 +152,8 @@ impl Member {
         logs: &Logs,
     ) -> Result<(Self, Option<ChildStdout>), Fail> {
         let mut command = Command::new(program);
+        // Whether it gets a token is decided here, and said by its arguments.
+        command.env_remove("ELLA_TOKEN_FILE");
         command.envs(environment.iter().map(|(key, value)| (key, value)));
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         // A group of its own: a terminal's ctrl-C comes to this process only, which passes it on once.

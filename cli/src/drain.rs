@@ -5,12 +5,14 @@ use std::time::Duration;
 use clap::Args;
 use ella_coordinator::client;
 use ella_coordinator::status::{StatusReport, WorkerReport};
+use ella_proto::access::Access;
 use ella_store::Store;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
 use crate::run::ADDRESS;
 use crate::status::coordinator_of;
+use crate::token::TokenFile;
 use crate::ui::{DONE, Fail, Out, count, note};
 
 /// How often it is asked whether the worker has left.
@@ -26,6 +28,8 @@ pub(crate) struct Drain {
     /// Ask the coordinator at this address
     #[arg(long, value_name = "URL", conflicts_with = "what")]
     coordinator: Option<String>,
+    #[command(flatten)]
+    token: TokenFile,
     /// How long it may take to leave: it computes its step first
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
@@ -55,14 +59,15 @@ impl Drain {
     }
 
     async fn drain(&self) -> Result<Drained, Fail> {
-        let (url, status) = self.find().await?;
+        let (access, status) = self.find().await?;
+        let url = &access.url;
         if status.job.is_some() {
             return Err(Fail::usage(format_args!("{url}: coordinates a job; a SIGTERM to one of its workers lets that leave")));
         }
         let worker = resolve(&status.workers, &self.worker).map_err(Fail::usage)?;
-        client::drain(&url, &worker.worker_id, "asked by ella drain").await?;
+        client::drain(&access, &worker.worker_id, "asked by ella drain").await?;
         note(format_args!("{} is asked to leave after its step; waiting for up to {} s", named(worker), self.timeout));
-        let status = self.gone(&url, worker).await?;
+        let status = self.gone(&access, worker).await?;
         let WorkerReport { worker_id, rank, host, pid, .. } = worker.clone();
         let StatusReport { run_url: run, step, phase, workers, .. } = status;
         let workers = workers.iter().filter(|other| other.worker_id != worker_id).count();
@@ -70,10 +75,11 @@ impl Drain {
     }
 
     /// The coordinator, and what it says.
-    async fn find(&self) -> Result<(String, StatusReport), Fail> {
+    async fn find(&self) -> Result<(Access, StatusReport), Fail> {
         if let Some(url) = coordinator_of(self.what.as_deref(), self.coordinator.as_deref()) {
-            let status = client::status(&url).await?.into();
-            return Ok((url, status));
+            let access = self.token.access(&url)?;
+            let status = client::status(&access).await?.into();
+            return Ok((access, status));
         }
         let store = Store::open(self.what.as_deref().unwrap_or_default())?;
         let hint = "give its coordinator's address, http://HOST:PORT";
@@ -81,20 +87,21 @@ impl Drain {
         let Some(url) = address else {
             return Err(Fail::failed(format_args!("{}: no `ella train` of this machine trains this run; {hint}", store.url())));
         };
-        let status = StatusReport::from(client::status(&url).await?);
+        let access = self.token.access(&url)?;
+        let status = StatusReport::from(client::status(&access).await?);
         // The port of one that was killed may be another's by now.
         if status.run_url != store.url() {
             return Err(Fail::failed(format_args!("{}: its coordinator is gone, and {url} has another run; {hint}", store.url())));
         }
-        Ok((url, status))
+        Ok((access, status))
     }
 
     /// Waits until the worker has left, or the run is over.
-    async fn gone(&self, url: &str, worker: &WorkerReport) -> Result<StatusReport, Fail> {
+    async fn gone(&self, access: &Access, worker: &WorkerReport) -> Result<StatusReport, Fail> {
         let deadline = Instant::now() + Duration::from_secs(self.timeout);
         loop {
             // A coordinator that does not answer may come back.
-            let answer = client::status(url).await.map(StatusReport::from);
+            let answer = client::status(access).await.map(StatusReport::from);
             match answer {
                 Ok(status) if has_left(&status, &worker.worker_id) => return Ok(status),
                 Err(error) if Instant::now() >= deadline => return Err(error.into()),
@@ -102,8 +109,8 @@ impl Drain {
                     let (worker, step) = (named(worker), status.step);
                     let patience = format!("within {} s", self.timeout);
                     return Err(Fail::failed(format_args!(
-                        "{url}: {worker} has not left {patience}, the run is {} at step {step}; it leaves when it can",
-                        status.phase
+                        "{}: {worker} has not left {patience}, the run is {} at step {step}; it leaves when it can",
+                        access.url, status.phase
                     )));
                 }
                 _ => sleep(POLL).await,

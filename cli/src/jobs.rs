@@ -10,6 +10,7 @@ use ella_coordinator::client;
 use ella_coordinator::core::Outcome;
 use ella_coordinator::shell::{Coordinator, Options};
 use ella_coordinator::status::{JobReport, StatusReport};
+use ella_proto::access::Access;
 use ella_proto::config::{Device, JobConfig};
 use ella_worker::job::{JobEnd, kinds, run_leased, run_local};
 use ella_worker::train::Ending;
@@ -19,6 +20,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::children::{Children, Logs, binary, ending};
+use crate::token::TokenFile;
 use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, PREEMPTED, note, span};
 
 /// How often the coordinator is asked for the status.
@@ -45,6 +47,8 @@ pub(crate) struct Who {
     /// Do nothing, but write the job's config to a file: `ella-coordinator FILE` coordinates it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["workers", "coordinator"])]
     write_job: Option<PathBuf>,
+    #[command(flatten)]
+    token: TokenFile,
 }
 
 /// What became of a job.
@@ -58,7 +62,8 @@ pub(crate) struct Ran {
 impl Who {
     /// This process alone.
     pub(crate) fn here() -> Self {
-        Self { workers: None, listen: SocketAddr::from(([127, 0, 0, 1], 0)), coordinator: None, write_job: None }
+        let (listen, token) = (SocketAddr::from(([127, 0, 0, 1], 0)), TokenFile::default());
+        Self { workers: None, listen, coordinator: None, write_job: None, token }
     }
 
     /// Whether the work is another's: joined to, or only described.
@@ -80,8 +85,8 @@ impl Who {
             return Ok(Ran { status: None, code: DONE });
         }
         match (&self.coordinator, self.workers) {
-            (Some(url), _) => join(&runtime, url, device),
-            (None, Some(count)) => runtime.block_on(many(config, count, self.listen, device)),
+            (Some(url), _) => join(&runtime, self.token.access(url)?, device),
+            (None, Some(count)) => runtime.block_on(many(config, count, (self.listen, &self.token), device)),
             (None, None) => alone(&runtime, config, device),
         }
     }
@@ -140,24 +145,27 @@ fn alone(runtime: &Runtime, config: &JobConfig, device: Device) -> Result<Ran, F
     Ok(Ran { code: ended.map_err(|fail| told(fail, shown.last.as_ref()))?, status: shown.last })
 }
 
-fn join(runtime: &Runtime, url: &str, device: Device) -> Result<Ran, Fail> {
+fn join(runtime: &Runtime, Access { url, token }: Access, device: Device) -> Result<Ran, Fail> {
     let stop = CancellationToken::new();
     runtime.spawn(stop_on_signals(stop.clone()));
-    let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-    let ended = runtime.block_on(run_leased(&url, 1, stop, move |config| kinds::make(config, device)));
+    let url = if url.contains("://") { url } else { format!("http://{url}") };
+    let ended = runtime.block_on(run_leased(Access { url, token }, 1, stop, move |config| kinds::make(config, device)));
     Ok(Ran { status: None, code: code(ended)? })
 }
 
 /// A coordinator in this process, and workers in their own. One that dies is followed by another.
-async fn many(config: &JobConfig, count: u32, listen: SocketAddr, device: Device) -> Result<Ran, Fail> {
-    let coordinator = Coordinator::open_job(config, &Options { listen, ..Options::default() }).await.map_err(Fail::failed)?;
-    let (grpc, http) = (coordinator.addresses().grpc, coordinator.addresses().http);
-    note(format_args!("coordinator http://{grpc} (page http://{http}); more workers: ella-worker --coordinator http://{grpc}"));
+async fn many(config: &JobConfig, count: u32, (listen, token): (SocketAddr, &TokenFile), device: Device) -> Result<Ran, Fail> {
+    let options = Options { listen, token: token.load()?, ..Options::default() };
+    let coordinator = Coordinator::open_job(config, &options).await.map_err(Fail::failed)?;
+    let (grpc, http) = (format!("http://{}", coordinator.addresses().grpc), coordinator.addresses().http);
+    let joins = [vec!["--coordinator".to_owned(), grpc.clone()], token.arguments()].concat();
+    note(format_args!("coordinator {grpc} (page http://{http}); more workers: ella-worker {}", joins.join(" ")));
+    let access = Access { url: grpc, token: options.token };
     let (stops, stopping) = mpsc::channel(2);
     let stop = CancellationToken::new();
     tokio::spawn(stop_on_signals(stop.clone()));
     let mut serving = tokio::spawn(coordinator.run(stopping));
-    let mut workers = Workers::start(&format!("http://{grpc}"), count, device)?;
+    let mut workers = Workers::start(joins, count, device)?;
     let mut shown = Shown::new(config);
     let mut ticks = tokio::time::interval(POLL);
     let outcome = loop {
@@ -171,7 +179,7 @@ async fn many(config: &JobConfig, count: u32, listen: SocketAddr, device: Device
             at = workers.children.next_end() => if !stop.is_cancelled() && let Some(reason) = workers.replace(at)? {
                 let _ = stops.try_send(reason);
             },
-            _ = ticks.tick() => if let Ok(status) = client::status(&format!("http://{grpc}")).await {
+            _ = ticks.tick() => if let Ok(status) = client::status(&access).await {
                 shown.show(&status.into());
             },
         }
@@ -200,9 +208,10 @@ struct Workers {
 }
 
 impl Workers {
-    fn start(url: &str, count: u32, device: Device) -> Result<Self, Fail> {
+    /// Of which each joins by these arguments.
+    fn start(joins: Vec<String>, count: u32, device: Device) -> Result<Self, Fail> {
         let device = serde_json::to_value(device).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default();
-        let arguments = ["--coordinator", url, "--device", &device].map(str::to_owned).to_vec();
+        let arguments = [joins, vec!["--device".to_owned(), device]].concat();
         let mut workers =
             Self { children: Children::default(), arguments, program: binary("ella-worker")?, deaths_left: DEATHS * count as usize };
         (0..count).try_for_each(|_| workers.add())?;

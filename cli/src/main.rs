@@ -19,6 +19,7 @@ mod run;
 mod sample;
 mod scenes;
 mod status;
+mod token;
 mod train;
 mod ui;
 mod verify;

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::run::{Membership, Metric, RUN_TOML, RunFolder, samples};
+use crate::token::TokenFile;
 use crate::ui::{DONE, Fail, Out, bytes, span};
 
 #[derive(Debug, Args)]
@@ -22,6 +23,8 @@ pub(crate) struct Status {
     /// Ask the coordinator at this address
     #[arg(long, value_name = "URL", conflicts_with = "what")]
     coordinator: Option<String>,
+    #[command(flatten)]
+    token: TokenFile,
 }
 
 /// A data set by its folder.
@@ -66,7 +69,7 @@ impl Status {
         let runtime = crate::runtime()?;
         let folder_or_url = self.what.as_deref().unwrap_or_default();
         if let Some(url) = coordinator_of(self.what.as_deref(), self.coordinator.as_deref()) {
-            let status = StatusReport::from(runtime.block_on(client::status(&url))?);
+            let status = StatusReport::from(runtime.block_on(client::status(self.token.access(&url)?))?);
             out.result(&status, || match &status.job {
                 Some(job) => live_job(&status, job),
                 None => live(&status),

@@ -7,6 +7,7 @@ use ella_coordinator::client::ClientError;
 use ella_dataset::DataError;
 use ella_dataset::scenes::ScenesError;
 use ella_model::ModelError;
+use ella_proto::access::TokenError;
 use ella_proto::config::ConfigError;
 use ella_store::{LogError, StoreError};
 use ella_worker::device::NoDevice;
@@ -59,7 +60,13 @@ macro_rules! fail_from {
     })+ };
 }
 
-fail_from!(ModelError, LogError, NoDevice, ClientError, tch::TchError);
+fail_from!(ModelError, LogError, NoDevice, tch::TchError);
+
+impl From<ClientError> for Fail {
+    fn from(error: ClientError) -> Self {
+        Self { code: if matches!(error, ClientError::NoEntry { .. }) { NO_RETRY } else { FAILED }, message: error.to_string() }
+    }
+}
 
 impl From<StoreError> for Fail {
     fn from(error: StoreError) -> Self {
@@ -90,6 +97,12 @@ impl From<ScenesError> for Fail {
     fn from(error: ScenesError) -> Self {
         let code = if matches!(error, ScenesError::Setting { .. }) { USAGE } else { FAILED };
         Self { code, message: error.to_string() }
+    }
+}
+
+impl From<TokenError> for Fail {
+    fn from(error: TokenError) -> Self {
+        Self::usage(error)
     }
 }
 

@@ -1,10 +1,10 @@
 //! Talking to a coordinator that runs.
 
-use ella_proto::v1::coordinator_client::CoordinatorClient;
+use ella_proto::access::{Access, Client};
 use ella_proto::v1::{DrainRequest, RunStatus, StatusRequest, StopRequest};
 use std::time::Duration;
 use tonic::Request;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -30,6 +30,14 @@ pub enum ClientError {
         /// What the network said.
         reason: String,
     },
+    /// It asks for a token, and was shown none, or another.
+    #[error("{url}: the coordinator refuses this command: {reason}")]
+    NoEntry {
+        /// As given.
+        url: String,
+        /// What is wrong with the token, and what to do.
+        reason: String,
+    },
     /// It answers, but not as asked.
     #[error("{url}: the coordinator refuses ({0}: {1})", status.code(), status.message())]
     Refused {
@@ -40,42 +48,46 @@ pub enum ClientError {
     },
 }
 
-/// What the run is doing. `url`: `host:port`, with or without `http://`.
+/// What the run is doing. `access`: `host:port`, with or without `http://`, and the token if the coordinator asks for one.
 ///
 /// # Errors
 /// If no coordinator answers within a few seconds.
-pub async fn status(url: &str) -> Result<RunStatus, ClientError> {
-    let answer = connect(url).await?.status(timed(StatusRequest {})).await;
-    answer.map(tonic::Response::into_inner).map_err(|status| failed(url, status))
+pub async fn status(access: impl Into<Access>) -> Result<RunStatus, ClientError> {
+    let access = access.into();
+    let answer = connect(&access).await?.status(timed(StatusRequest {})).await;
+    answer.map(tonic::Response::into_inner).map_err(|status| failed(&access.url, status))
 }
 
 /// Asks the run to commit and leave. Returns once the coordinator has the request, not when the run is over.
 ///
 /// # Errors
 /// If no coordinator answers within a few seconds.
-pub async fn stop(url: &str, reason: &str) -> Result<(), ClientError> {
-    let answer = connect(url).await?.stop(timed(StopRequest { reason: reason.to_owned() })).await;
-    answer.map(|_| ()).map_err(|status| failed(url, status))
+pub async fn stop(access: impl Into<Access>, reason: &str) -> Result<(), ClientError> {
+    let access = access.into();
+    let answer = connect(&access).await?.stop(timed(StopRequest { reason: reason.to_owned() })).await;
+    answer.map(|_| ()).map_err(|status| failed(&access.url, status))
 }
 
 /// Asks one worker of a run to leave; the others go on. Returns once the coordinator has the request, not when the worker is gone.
 ///
 /// # Errors
 /// If no coordinator answers within a few seconds, or it knows no such worker.
-pub async fn drain(url: &str, worker: &str, reason: &str) -> Result<(), ClientError> {
+pub async fn drain(access: impl Into<Access>, worker: &str, reason: &str) -> Result<(), ClientError> {
+    let access = access.into();
     let request = DrainRequest { worker_id: worker.to_owned(), reason: reason.to_owned() };
-    let answer = connect(url).await?.drain(timed(request)).await;
-    answer.map(|_| ()).map_err(|status| failed(url, status))
+    let answer = connect(&access).await?.drain(timed(request)).await;
+    answer.map(|_| ()).map_err(|status| failed(&access.url, status))
 }
 
-async fn connect(url: &str) -> Result<CoordinatorClient<Channel>, ClientError> {
+async fn connect(access: &Access) -> Result<Client, ClientError> {
+    let url = &access.url;
     let full = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
     let endpoint = Endpoint::from_shared(full).map_err(|e| ClientError::BadUrl { url: url.to_owned(), reason: e.to_string() })?;
     let endpoint = endpoint.connect_timeout(CONNECT).timeout(ANSWER);
     let channel = endpoint.connect();
     let unreachable = |reason: String| ClientError::Unreachable { url: url.to_owned(), reason };
     match tokio::time::timeout(CONNECT, channel).await {
-        Ok(connected) => connected.map(CoordinatorClient::new).map_err(|e| unreachable(ella_proto::with_causes(&e))),
+        Ok(connected) => connected.map(|channel| access.client(channel)).map_err(|e| unreachable(ella_proto::with_causes(&e))),
         Err(_) => Err(unreachable(format!("no connection within {CONNECT:?}"))),
     }
 }
@@ -93,6 +105,7 @@ fn failed(url: &str, status: tonic::Status) -> ClientError {
         Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Unknown => {
             ClientError::Unreachable { url: url.to_owned(), reason: status.message().to_owned() }
         }
+        Code::Unauthenticated => ClientError::NoEntry { url: url.to_owned(), reason: status.message().to_owned() },
         _ => ClientError::Refused { url: url.to_owned(), status: Box::new(status) },
     }
 }

@@ -3,6 +3,7 @@
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
+use ella_proto::access::{Token, TokenError};
 use ella_proto::config::{Config, ConfigError, RunConfig};
 use ella_store::Store;
 use serde::Serialize;
@@ -33,6 +34,9 @@ struct Args {
     /// Also write the addresses to this file, as JSON.
     #[arg(long, value_name = "PATH")]
     address_file: Option<PathBuf>,
+    /// Ask every worker and client for the token in this file; without one, whoever reaches the address is let in.
+    #[arg(long, value_name = "PATH", env = "ELLA_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
     /// How long the workers may take to commit and leave when told to, in seconds.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     drain_timeout: u64,
@@ -86,14 +90,15 @@ fn said(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<RunError>() {
         Some(error) => error.exit_code(),
-        None if error.is::<ConfigError>() => 2,
+        None if error.is::<ConfigError>() || error.is::<TokenError>() => 2,
         None => 1,
     }
 }
 
 async fn run(args: &Args) -> anyhow::Result<u8> {
-    let options =
-        Options { listen: args.listen, http: args.http, drain_timeout: Duration::from_secs(args.drain_timeout), ..Options::default() };
+    let (listen, http, drain_timeout) = (args.listen, args.http, Duration::from_secs(args.drain_timeout));
+    let token = args.token_file.as_deref().map(Token::load).transpose()?;
+    let options = Options { listen, http, drain_timeout, token, ..Options::default() };
     let coordinator = match Config::load(&args.config, &args.set)? {
         Config::Job(config) => Coordinator::open_job(&config, &options).await?,
         Config::Run(config) => match open_run(&config, &options).await? {

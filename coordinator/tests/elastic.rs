@@ -56,7 +56,7 @@ impl Cluster {
     }
 
     async fn worker(&self, name: &str, script: Script) -> JoinHandle<Ended> {
-        let fake = Fake::attach(&self.url.borrow(), hello(name)).await.unwrap();
+        let fake = Fake::attach(&**self.url.borrow(), hello(name)).await.unwrap();
         let life = Life::new(fake, &self.config, &self.store, script);
         tokio::spawn(life.that_returns(self.url.subscribe()).up_to(self.limit.subscribe()).live())
     }

@@ -15,16 +15,6 @@ async fn state_of(store: &Store) -> RunState {
     RunState::from_records(&RunLog::read(store).await.unwrap())
 }
 
-/// The lines of a journal, all files in order.
-async fn journal(store: &Store, folder: &str) -> Vec<serde_json::Value> {
-    let mut lines = Vec::new();
-    for meta in store.list(folder).await.unwrap() {
-        let text = String::from_utf8(store.get(&meta.key).await.unwrap().to_vec()).unwrap();
-        lines.extend(text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()));
-    }
-    lines
-}
-
 #[tokio::test]
 async fn two_workers_train_to_the_end_and_the_run_folder_holds_what_is_promised() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,6 +1,7 @@
-//! What coordinator, workers and clients agree on: the wire messages ([`v1`]), the run's config ([`config`]) and the numbers that
-//! name things ([`ids`]).
+//! What coordinator, workers and clients agree on: the wire messages ([`v1`]), the run's config ([`config`]), the numbers that
+//! name things ([`ids`]) and how a coordinator is reached ([`access`]).
 
+pub mod access;
 mod codec;
 pub mod config;
 pub mod ids;

@@ -2,6 +2,7 @@
 //! `ella train` starts it on a laptop.
 
 use clap::Parser;
+use ella_proto::access::{Access, Token};
 use ella_proto::config::Device;
 use ella_worker::control::Flags;
 use ella_worker::device;
@@ -11,6 +12,7 @@ use ella_worker::session::{Options, work};
 use ella_worker::supervise::{self, Side};
 use ella_worker::train::Ending;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,6 +22,8 @@ use tokio::signal::unix::{SignalKind, signal};
 /// How often it is looked whether this worker's part in the run is over, and how long it may take to leave then.
 const LOOK: Duration = Duration::from_millis(500);
 const LEAVING: Duration = Duration::from_secs(30);
+/// The exit code of bad usage.
+const USAGE: u8 = 2;
 /// The exit code of what can be resumed.
 const PREEMPTED: u8 = 3;
 
@@ -32,6 +36,9 @@ struct Arguments {
     /// The coordinator's gRPC address, http://host:port
     #[arg(long, env = "ELLA_COORDINATOR")]
     coordinator: String,
+    /// Show the coordinator the token in this file, a copy of its own
+    #[arg(long, value_name = "PATH", env = "ELLA_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
     /// Where this worker's collective listens; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:0", env = "ELLA_LISTEN")]
     listen: SocketAddr,
@@ -80,6 +87,13 @@ fn main() -> ExitCode {
         }
     };
     start_log(&arguments.log_format);
+    let token = match arguments.token_file.as_deref().map(Token::load).transpose() {
+        Ok(token) => token,
+        Err(error) => {
+            tracing::error!("{error}");
+            return ExitCode::from(USAGE);
+        }
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -91,8 +105,8 @@ fn main() -> ExitCode {
     runtime.spawn(watch_signals(flags.clone()));
     runtime.spawn(pulse.beat());
     runtime.spawn(end_when_stuck(flags.clone()));
-    let Arguments { coordinator, listen, advertise, device, slots, connect_timeout, .. } = arguments;
-    let patience = Duration::from_secs(connect_timeout);
+    let Arguments { coordinator: url, listen, advertise, device, slots, connect_timeout, .. } = arguments;
+    let (coordinator, patience) = (Access { url, token }, Duration::from_secs(connect_timeout));
     let ending = work(&Options { coordinator, listen, advertise, device, slots, patience }, flags, runtime.handle());
     // What a store still does for a worker that has failed is not waited for.
     runtime.shutdown_background();

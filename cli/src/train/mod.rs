@@ -14,6 +14,7 @@ use clap::Args;
 use ella_coordinator::client;
 use ella_coordinator::status::StatusReport;
 use ella_model::ModelError;
+use ella_proto::access::Access;
 use ella_proto::config::{Device, RunConfig};
 use ella_store::Store;
 use ella_worker::hub::HubId;
@@ -25,6 +26,7 @@ pub(crate) use watch::{Opened, first_line};
 
 use crate::run::{ADDRESS, RunFolder};
 use crate::status::outcome;
+use crate::token::TokenFile;
 use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, Out, PREEMPTED, note, one_line};
 
 #[derive(Debug, Args)]
@@ -38,6 +40,8 @@ pub(crate) struct Train {
     /// Only start workers, for the coordinator that runs at this address
     #[arg(long, value_name = "URL")]
     coordinator: Option<String>,
+    #[command(flatten)]
+    token: TokenFile,
     /// Start no process again that was killed: something else does it, or nothing
     #[arg(long)]
     no_restart: bool,
@@ -96,12 +100,14 @@ impl Train {
     /// A coordinator and workers.
     async fn whole(&self, config: &RunConfig, out: Out) -> Result<u8, Fail> {
         let (coordinator, worker) = (binary("ella-coordinator")?, binary("ella-worker")?);
+        let token = self.token.load()?;
         have_models(config)?;
         let store = Store::open(&config.run.output)?;
         let logs = Logs { folder: store.local_path().map(|run| run.join("logs")), verbose: self.verbose };
         let mut signals = Signals::new()?;
         let mut children = Children::default();
         let mut arguments = vec![self.config.display().to_string()];
+        arguments.extend(self.token.arguments());
         arguments.extend(self.set.iter().flat_map(|set| ["--set".to_owned(), set.clone()]));
         let stdout = children.start("coordinator", &coordinator, &arguments, &logs)?;
         let opened = tokio::select! {
@@ -113,7 +119,8 @@ impl Train {
             Some(Opened::Serving { grpc, http, fell_back }) => {
                 fell_back.iter().for_each(|told| note(format_args!("WARNING: {told}")));
                 // Whoever comes in its place is found where it was, and does what it did.
-                let mut again = same.as_ref().map_or(arguments, |same| vec![same.path().display().to_string()]);
+                let own = |config: &tempfile::NamedTempFile| [vec![config.path().display().to_string()], self.token.arguments()].concat();
+                let mut again = same.as_ref().map_or(arguments, own);
                 again.extend(["--listen".to_owned(), grpc.to_string(), "--http".to_owned(), http.to_string()]);
                 children.arm(0, again);
                 (format!("http://{grpc}"), http)
@@ -130,8 +137,8 @@ impl Train {
         // For commands that are given the folder. That it can't be written is no reason not to train.
         let address = store.local_path().map(|run| run.join(ADDRESS));
         let _ = address.as_ref().map(|file| std::fs::write(file, &grpc));
-        start_workers(&mut children, config, &worker, (&grpc, &logs))?;
-        let watched = self.watch(config, &mut children, (&grpc, true), &mut signals).await;
+        self.start_workers(&mut children, config, &worker, (&grpc, &logs))?;
+        let watched = self.watch(config, &mut children, (Access { url: grpc, token }, true), &mut signals).await;
         let _ = address.as_ref().map(std::fs::remove_file);
         self.conclude(config, &children, watched, out).await
     }
@@ -139,13 +146,15 @@ impl Train {
     /// Workers for a coordinator that runs elsewhere.
     async fn join(&self, config: &RunConfig, url: &str, out: Out) -> Result<u8, Fail> {
         let worker = binary("ella-worker")?;
-        client::status(url).await?;
+        let token = self.token.load()?;
+        client::status(Access { url: url.to_owned(), token: token.clone() }).await?;
         have_models(config)?;
         let grpc = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
         let mut signals = Signals::new()?;
         let mut children = Children::default();
-        start_workers(&mut children, config, &worker, (&grpc, &Logs { folder: None, verbose: self.verbose }))?;
-        let (last, restarts) = self.watch(config, &mut children, (&grpc, false), &mut signals).await;
+        self.start_workers(&mut children, config, &worker, (&grpc, &Logs { folder: None, verbose: self.verbose }))?;
+        let access = Access { url: grpc.clone(), token };
+        let (last, restarts) = self.watch(config, &mut children, (access, false), &mut signals).await;
         let code = children.members().iter().map(exit_code).max().unwrap_or(FAILED);
         if code == DONE || code == PREEMPTED {
             let name = if code == DONE { "done" } else { "preempted" };
@@ -158,17 +167,32 @@ impl Train {
         Err(failure(&children, last.as_ref(), None, code))
     }
 
+    fn start_workers(
+        &self,
+        children: &mut Children,
+        config: &RunConfig,
+        worker: &std::path::Path,
+        (grpc, logs): (&str, &Logs),
+    ) -> Result<(), Fail> {
+        let mut arguments = ["--coordinator", grpc, "--device", device(config)].map(str::to_owned).to_vec();
+        arguments.extend(self.token.arguments());
+        for number in 0..config.workers.count {
+            children.start(&format!("worker-{number}"), worker, &arguments, logs)?;
+        }
+        Ok(())
+    }
+
     /// Watches the processes until the run is over here.
     async fn watch(
         &self,
         config: &RunConfig,
         children: &mut Children,
-        (grpc, owned): (&str, bool),
+        (coordinator, owned): (Access, bool),
         signals: &mut Signals,
     ) -> (Option<StatusReport>, u32) {
         let meter = if self.verbose { Meter::lines("train", config.train.steps) } else { Meter::new("train", config.train.steps) };
         let places = Places::new(children.members().len(), owned, self.no_restart);
-        Watch::new(children, places, meter).run(grpc, signals).await
+        Watch::new(children, places, meter).run(coordinator, signals).await
     }
 
     /// Turns what is left into the result: the coordinator's exit code counts, and its reason is in the run's log.
@@ -219,15 +243,6 @@ pub(crate) fn device(config: &RunConfig) -> &'static str {
         Device::Cpu => "cpu",
         Device::Cuda => "cuda",
     }
-}
-
-fn start_workers(children: &mut Children, config: &RunConfig, worker: &std::path::Path, (grpc, logs): (&str, &Logs)) -> Result<(), Fail> {
-    let device = device(config);
-    for number in 0..config.workers.count {
-        let arguments = ["--coordinator", grpc, "--device", device].map(str::to_owned);
-        children.start(&format!("worker-{number}"), worker, &arguments, logs)?;
-    }
-    Ok(())
 }
 
 /// A process's exit code as ours: one that was killed has failed.

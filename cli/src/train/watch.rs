@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ella_coordinator::client;
 use ella_coordinator::status::StatusReport;
+use ella_proto::access::Access;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use serde::Deserialize;
@@ -73,9 +74,9 @@ impl<'a> Watch<'a> {
     }
 
     /// Gives the status as it was last seen, and how often a process was started again.
-    pub(super) async fn run(mut self, grpc: &str, signals: &mut Signals) -> (Option<StatusReport>, u32) {
+    pub(super) async fn run(mut self, coordinator: Access, signals: &mut Signals) -> (Option<StatusReport>, u32) {
         let (send, mut status) = watch::channel(None);
-        let poll = tokio::spawn(poll(grpc.to_owned(), send));
+        let poll = tokio::spawn(poll(coordinator, send));
         let mut polled = true;
         while !self.children.all_ended() || !self.due.is_empty() {
             let due = self.due.iter().min().copied();
@@ -238,12 +239,12 @@ async fn opened(opening: &mut Option<BoxFuture<'static, Option<Opened>>>) -> Opt
 }
 
 /// Asks for the status again and again. What is not answered is not shown; the processes' ends decide.
-async fn poll(grpc: String, to: watch::Sender<Option<StatusReport>>) {
+async fn poll(coordinator: Access, to: watch::Sender<Option<StatusReport>>) {
     let mut ticks = tokio::time::interval(POLL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        if let Ok(status) = client::status(&grpc).await
+        if let Ok(status) = client::status(&coordinator).await
             && to.send(Some(status.into())).is_err()
         {
             return;
@@ -359,7 +360,7 @@ mod tests {
         }
         let places = Places::new(scripts.len(), true, false);
         let watch = Watch::new(&mut children, places, Meter::lines("test", 1));
-        let (_, restarts) = watch.run("http://127.0.0.1:1", &mut Signals::new().unwrap()).await;
+        let (_, restarts) = watch.run("http://127.0.0.1:1".into(), &mut Signals::new().unwrap()).await;
         (children, restarts)
     }
 

@@ -117,6 +117,8 @@ pub enum Note {
     Attached { worker: String, device: String, have: usize, need: usize },
     /// A worker was turned away.
     Refused { worker: String, why: String },
+    /// Someone did not show the coordinator's token.
+    Stranger { peer: String, why: String },
     /// A worker left that had no place, or was asked to leave.
     Left { worker: String, why: String },
     /// A worker was lost; the others go on, if they are enough.

@@ -1,5 +1,6 @@
 //! The one task that owns the state machine: inputs in, effects out, in order.
 
+use super::guard::Strangers;
 use super::journal::{self, Journal};
 use super::keeper::Work;
 use crate::core::{Note, Outcome};
@@ -7,6 +8,7 @@ use crate::machine::{Closed, ConnId, Effect, Event, Machine, Time};
 use ella_proto::v1::{RunStatus, ToWorker};
 use ella_store::Store;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -25,6 +27,8 @@ pub(super) enum Input {
     Event(Event),
     /// Someone asks for the status.
     Status(oneshot::Sender<RunStatus>),
+    /// Something that does not concern the machine is to be told to people.
+    Note(Note),
 }
 
 /// The driver's end of a worker's stream.
@@ -50,6 +54,8 @@ pub(super) struct Driver {
     inbox: mpsc::Receiver<Input>,
     /// A job has none.
     outlets: Option<Outlets>,
+    /// Who never came as far as the inbox.
+    strangers: Arc<Strangers>,
     streams: BTreeMap<ConnId, Stream>,
     began: Instant,
     linger: Duration,
@@ -60,7 +66,13 @@ pub(super) struct Driver {
 
 impl Driver {
     pub(super) fn new(machine: Box<dyn Machine>, inbox: mpsc::Receiver<Input>, outlets: Option<Outlets>, linger: Duration) -> Self {
-        Self { machine, inbox, outlets, streams: BTreeMap::new(), began: Instant::now(), linger, over: None, stuck: Vec::new() }
+        let (strangers, streams, stuck) = (Arc::default(), BTreeMap::new(), Vec::new());
+        Self { machine, inbox, outlets, strangers, streams, began: Instant::now(), linger, over: None, stuck }
+    }
+
+    /// Has its status say how many these were.
+    pub(super) fn with_strangers(self, strangers: Arc<Strangers>) -> Self {
+        Self { strangers, ..self }
     }
 
     /// Runs until the outcome is decided and has had time to be read.
@@ -80,6 +92,7 @@ impl Driver {
                 Input::Opened(conn, stream) => drop(self.streams.insert(conn, stream)),
                 Input::Status(reply) => drop(reply.send(self.status())),
                 Input::Event(event) => self.handle(event),
+                Input::Note(note) => self.note(&note),
             }
         }
     }
@@ -163,10 +176,12 @@ impl Driver {
     /// The machine's status, with what the shell counts.
     fn status(&self) -> RunStatus {
         let mut status = self.machine.status(self.now());
+        let mut own = vec![self.strangers.count()];
         if let Some(outlets) = &self.outlets {
-            let own = outlets.journal.counts().into_iter().chain([("store_retries", outlets.store.retries())]);
-            status.counts.extend(own.filter(|(_, n)| *n > 0).map(|(name, n)| (name.to_owned(), n)));
+            own.extend(outlets.journal.counts());
+            own.push(("store_retries", outlets.store.retries()));
         }
+        status.counts.extend(own.into_iter().filter(|(_, n)| *n > 0).map(|(name, n)| (name.to_owned(), n)));
         status
     }
 }

@@ -2,6 +2,7 @@
 
 use super::RunError;
 use super::driver::{Input, Stream};
+use super::guard::Guard;
 use crate::core::Outcome;
 use crate::machine::{Closed, ConnId, Event};
 use ella_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
@@ -15,6 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -37,20 +39,18 @@ struct Service {
     shutdown: CancellationToken,
 }
 
-/// Serves until `shutdown`.
-pub(super) async fn serve(
-    listener: TcpListener,
-    inputs: mpsc::Sender<Input>,
-    shutdown: CancellationToken,
-) -> Result<Option<Outcome>, RunError> {
+/// Serves whom `guard` lets in, until `shutdown`.
+pub(super) async fn serve(listener: TcpListener, guard: Guard, shutdown: CancellationToken) -> Result<Option<Outcome>, RunError> {
     let readers = TaskTracker::new();
+    let inputs = guard.inputs.clone();
     let service = Service { inputs, next: AtomicU64::new(1), readers: readers.clone(), shutdown: shutdown.clone() };
+    let service = CoordinatorServer::new(service).max_decoding_message_size(LARGEST_MESSAGE);
     // A worker behind a connection that silently breaks is found by its lease, and the kernel closes what remains. HTTP/2's own
     // keep-alive would do worse: after a stop of this process it finds its pings overdue before it reads the answers that wait (P-3).
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(TCP_KEEPALIVE));
     let served = Server::builder()
         .max_concurrent_streams(1024)
-        .add_service(CoordinatorServer::new(service).max_decoding_message_size(LARGEST_MESSAGE))
+        .add_service(InterceptedService::new(service, guard))
         .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned())
         .await;
     readers.close();

@@ -149,7 +149,9 @@ pub(super) fn log(note: &Note) {
     // What cannot be written as JSON the journal counts.
     let text = serde_json::to_string(note).unwrap_or_default();
     match note {
-        Note::Refused { .. } | Note::Left { .. } | Note::Lost { .. } | Note::Straggler { .. } => tracing::warn!("{text}"),
+        Note::Refused { .. } | Note::Stranger { .. } | Note::Left { .. } | Note::Lost { .. } | Note::Straggler { .. } => {
+            tracing::warn!("{text}")
+        }
         Note::Job(JobNote::Gone { .. } | JobNote::UnitFailed { .. }) => tracing::warn!("{text}"),
         Note::Ended { outcome: "failed", .. } | Note::Job(JobNote::Over { outcome: "failed", .. }) => tracing::error!("{text}"),
         _ => tracing::info!("{text}"),

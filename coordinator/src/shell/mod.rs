@@ -6,6 +6,7 @@
 mod driver;
 mod error;
 mod grpc;
+mod guard;
 mod http;
 mod journal;
 mod keeper;
@@ -20,12 +21,15 @@ use crate::core::{Core, CoreConfig, History, Note, Outcome};
 use crate::job::{JobCore, JobSettings};
 use crate::machine::{Event, Machine, Time};
 use driver::{Driver, Input};
+use ella_proto::access::Token;
 use ella_proto::config::{JobConfig, RunConfig, Straggler};
 use ella_proto::ids::Term;
 use ella_proto::v1::Welcome;
 use ella_store::{RunLog, RunState, Store};
+use guard::{Guard, Strangers};
 use start::Damaged;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -48,12 +52,14 @@ pub struct Options {
     pub drain_timeout: Duration,
     /// How long the final status stays readable.
     pub linger: Duration,
+    /// What every call must show; none is asked for otherwise.
+    pub token: Option<Token>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let local = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self { listen: local, http: local, drain_timeout: Duration::from_secs(300), linger: Duration::from_secs(1) }
+        Self { listen: local, http: local, drain_timeout: Duration::from_secs(300), linger: Duration::from_secs(1), token: None }
     }
 }
 
@@ -90,6 +96,7 @@ pub struct Coordinator {
     http: TcpListener,
     addresses: Addresses,
     linger: Duration,
+    token: Option<Token>,
 }
 
 impl Coordinator {
@@ -124,7 +131,8 @@ impl Coordinator {
         options: &Options,
     ) -> Result<Self, RunError> {
         let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
-        Ok(Self { machine, memory, damaged: Vec::new(), grpc, http, addresses, linger: options.linger })
+        let (damaged, linger, token) = (Vec::new(), options.linger, options.token.clone());
+        Ok(Self { machine, memory, damaged, grpc, http, addresses, linger, token })
     }
 
     /// What to tell people of commits that were given up because they are damaged, if any were.
@@ -158,10 +166,12 @@ impl Coordinator {
             tasks.spawn(async move { journal_task.await.map(|()| None) });
             driver::Outlets { work, journal, store }
         });
-        let driver = Driver::new(self.machine, inbox, outlets, self.linger);
+        let strangers = Arc::<Strangers>::default();
+        let driver = Driver::new(self.machine, inbox, outlets, self.linger).with_strangers(strangers.clone());
+        let guard = Guard { token: self.token, strangers, inputs: inputs.clone() };
         let token = shutdown.clone();
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
-        tasks.spawn(grpc::serve(self.grpc, inputs.clone(), shutdown.clone()));
+        tasks.spawn(grpc::serve(self.grpc, guard, shutdown.clone()));
         tasks.spawn(http::serve(self.http, inputs.clone(), shutdown.clone()));
         tasks.spawn(forward_stops(stops, inputs, shutdown.clone()));
         supervise(tasks, shutdown).await

@@ -286,8 +286,8 @@ impl Life {
 /// Two fakes that train to the end; how they ended.
 pub async fn train_two(served: &Served, config: &RunConfig, store: &Store, scripts: [Script; 2]) -> [Ended; 2] {
     let [one, two] = scripts;
-    let a = Fake::attach(&served.url(), hello("a")).await.unwrap();
-    let b = Fake::attach(&served.url(), hello("b")).await.unwrap();
+    let a = Fake::attach(served.access(), hello("a")).await.unwrap();
+    let b = Fake::attach(served.access(), hello("b")).await.unwrap();
     let (a, b) = tokio::join!(a.train(config, store, one), b.train(config, store, two));
     [a, b]
 }

@@ -10,8 +10,8 @@ pub use life::{Ended, Life, Script, train_two};
 use bytes::Bytes;
 use ella_coordinator::core::{Outcome, PARTS};
 use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
+use ella_proto::access::{Access, Token};
 use ella_proto::config::RunConfig;
-use ella_proto::v1::coordinator_client::CoordinatorClient;
 use ella_proto::v1::from_worker::Body as Say;
 use ella_proto::v1::to_worker::Body as Told;
 use ella_proto::v1::{self, FromWorker, Hello, ToWorker};
@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
+use tonic::transport::Endpoint;
 
 /// Nothing in these tests takes this long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -62,6 +63,7 @@ pub fn options() -> Options {
 pub struct Served {
     pub addresses: Addresses,
     pub stops: mpsc::Sender<String>,
+    pub token: Option<Token>,
     pub run: JoinHandle<Result<Outcome, RunError>>,
 }
 
@@ -74,12 +76,17 @@ impl Served {
         let opened = soon("an open run", Coordinator::open(config, store.clone(), &options)).await.unwrap();
         let Opened::Ready(coordinator) = opened else { panic!("the run is done: {opened:?}") };
         let (stops, receiver) = mpsc::channel(4);
-        let addresses = coordinator.addresses();
-        Self { addresses, stops, run: tokio::spawn(coordinator.run(receiver)) }
+        let (addresses, token) = (coordinator.addresses(), options.token);
+        Self { addresses, stops, token, run: tokio::spawn(coordinator.run(receiver)) }
     }
 
     pub fn url(&self) -> String {
         self.addresses.grpc.to_string()
+    }
+
+    /// As those reach it who know its token.
+    pub fn access(&self) -> Access {
+        Access { url: self.url(), token: self.token.clone() }
     }
 
     /// Ends it as a kill would: nothing more is written or said.
@@ -96,7 +103,7 @@ impl Served {
     pub async fn status_when(&self, wanted: impl Fn(&v1::RunStatus) -> bool) -> v1::RunStatus {
         let asked = async {
             loop {
-                let status = ella_coordinator::client::status(&self.url()).await.unwrap();
+                let status = ella_coordinator::client::status(self.access()).await.unwrap();
                 if wanted(&status) {
                     return status;
                 }
@@ -136,6 +143,16 @@ fn ready(step: u64, state_digest: String) -> v1::Ready {
     }
 }
 
+/// The lines of a journal, all files in order.
+pub async fn journal(store: &Store, folder: &str) -> Vec<serde_json::Value> {
+    let mut lines = Vec::new();
+    for meta in store.list(folder).await.unwrap() {
+        let text = String::from_utf8(store.get(&meta.key).await.unwrap().to_vec()).unwrap();
+        lines.extend(text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()));
+    }
+    lines
+}
+
 /// A worker's side of a stream.
 pub struct Fake {
     pub hello: Hello,
@@ -149,13 +166,15 @@ pub struct Fake {
 }
 
 impl Fake {
-    pub async fn attach(url: &str, hello: Hello) -> Result<Self, v1::Refused> {
-        soon("a coordinator", Self::try_attach(url, hello)).await.unwrap()
+    pub async fn attach(access: impl Into<Access>, hello: Hello) -> Result<Self, v1::Refused> {
+        soon("a coordinator", Self::try_attach(access, hello)).await.unwrap()
     }
 
     /// The same; an error if nobody answers.
-    pub async fn try_attach(url: &str, hello: Hello) -> Result<Result<Self, v1::Refused>, String> {
-        let mut client = CoordinatorClient::connect(format!("http://{url}")).await.map_err(|e| e.to_string())?;
+    pub async fn try_attach(access: impl Into<Access>, hello: Hello) -> Result<Result<Self, v1::Refused>, String> {
+        let access = access.into();
+        let endpoint = Endpoint::from_shared(format!("http://{}", access.url)).map_err(|e| e.to_string())?;
+        let mut client = access.client(endpoint.connect().await.map_err(|e| e.to_string())?);
         let (out, outgoing) = mpsc::channel(256);
         let first = FromWorker { term: 0, generation: 0, body: Some(Say::Hello(hello.clone())) };
         out.send(first).await.map_err(|e| e.to_string())?;

@@ -9,6 +9,7 @@ mod data;
 mod disk;
 mod models;
 mod sources;
+mod tokens;
 
 use anyhow::{Context as _, Result};
 use ella_tests::{Run, World, ella, try_ella};

@@ -22,6 +22,14 @@ pub enum ControlError {
         /// In words.
         detail: String,
     },
+    /// The coordinator asks for a token, and was shown none, or another.
+    #[error("{url}: the coordinator refused this worker: {reason}")]
+    NoEntry {
+        /// Where.
+        url: String,
+        /// What is wrong with the token, and what to do.
+        reason: String,
+    },
     /// The run or job had ended before this worker came.
     #[error("{detail}")]
     Over {
@@ -67,8 +75,16 @@ impl ControlError {
     /// Whether starting again would fail in the same way.
     pub fn is_permanent(&self) -> bool {
         use RefusedReason as R;
-        let Self::Refused { reason, .. } = self else { return false };
-        matches!(reason, R::Version | R::Config | R::DeviceKind | R::Data | R::Malformed)
+        match self {
+            Self::Refused { reason, .. } => matches!(reason, R::Version | R::Config | R::DeviceKind | R::Data | R::Malformed),
+            Self::NoEntry { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Whether a coordinator that is there has said it of this worker: it is not asked again.
+    pub(crate) fn is_its_word(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::NoEntry { .. } | Self::Over { .. })
     }
 
     /// For a worker that is of no use any more: how that ends it, unless it is an error.

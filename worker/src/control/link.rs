@@ -2,7 +2,7 @@
 
 use super::ControlError;
 use super::Message;
-use ella_proto::v1::coordinator_client::CoordinatorClient;
+use ella_proto::access::{Access, Client};
 use ella_proto::v1::{FromWorker, Heartbeat, Hello, Refused, RefusedReason, StatusRequest, ToWorker, Welcome, from_worker};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use tokio::time::{MissedTickBehavior, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
+use tonic::{Code, Status};
 
 /// Messages that may wait for a coordinator that does not read. What may be lost (progress, heartbeats) takes at most half of it; the
 /// other half is for commits, of which each has four messages at most.
@@ -25,9 +26,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A stream to a coordinator that has welcomed this worker.
 pub(crate) struct Link {
     /// None if the coordinator is in this process.
-    client: Option<CoordinatorClient<Channel>>,
+    client: Option<Client>,
     pub(crate) out: tokio::sync::mpsc::Sender<FromWorker>,
-    pub(crate) incoming: BoxStream<'static, Result<ToWorker, tonic::Status>>,
+    pub(crate) incoming: BoxStream<'static, Result<ToWorker, Status>>,
     /// The coordinator's.
     pub(crate) term: u64,
     /// The generation that it is at.
@@ -37,12 +38,12 @@ pub(crate) struct Link {
 
 impl Link {
     /// The same, again and again for `patience` while nobody answers: a worker may be there before its coordinator.
-    pub(crate) async fn open_patiently(url: &str, hello: &Hello, patience: Duration) -> Result<Self, ControlError> {
+    pub(crate) async fn open_patiently(access: &Access, hello: &Hello, patience: Duration) -> Result<Self, ControlError> {
         // What is no URL never will be one.
-        endpoint(url)?;
+        endpoint(&access.url)?;
         let (until, mut pause) = (Instant::now() + patience, PAUSES.0);
         loop {
-            let error = match Self::open(url, hello.clone()).await {
+            let error = match Self::open(access, hello.clone()).await {
                 Err(error @ (ControlError::Unreachable { .. } | ControlError::Late { .. } | ControlError::Unwelcomed(_))) => error,
                 other => return other,
             };
@@ -58,14 +59,14 @@ impl Link {
     }
 
     /// Connects, says hello, and waits for the welcome.
-    pub(crate) async fn open(url: &str, hello: Hello) -> Result<Self, ControlError> {
-        let mut client = connect(url).await?;
+    pub(crate) async fn open(access: &Access, hello: Hello) -> Result<Self, ControlError> {
+        let mut client = connect(access).await?;
         let (out, outgoing) = tokio::sync::mpsc::channel(BACKLOG);
         // The stream opens with its first message.
         let first = FromWorker { term: 0, generation: 0, body: Some(from_worker::Body::Hello(hello)) };
         let outgoing = tokio_stream::once(first).chain(ReceiverStream::new(outgoing));
         let answer = deadline("answer", CONNECT_TIMEOUT, client.attach(outgoing)).await?;
-        let incoming = answer.map_err(|e| unreachable(url, e.message()))?.into_inner().boxed();
+        let incoming = answer.map_err(|status| unanswered(&access.url, &status))?.into_inner().boxed();
         Self::welcomed(Some(client), out, incoming).await
     }
 
@@ -82,9 +83,9 @@ impl Link {
 
     /// Takes the first message for what it must be.
     async fn welcomed(
-        client: Option<CoordinatorClient<Channel>>,
+        client: Option<Client>,
         out: tokio::sync::mpsc::Sender<FromWorker>,
-        mut incoming: BoxStream<'static, Result<ToWorker, tonic::Status>>,
+        mut incoming: BoxStream<'static, Result<ToWorker, Status>>,
     ) -> Result<Self, ControlError> {
         let first = deadline("welcome", CONNECT_TIMEOUT, incoming.next()).await?.transpose();
         let first = first.map_err(|e| ControlError::Unwelcomed(e.message().to_owned()))?;
@@ -148,9 +149,18 @@ fn endpoint(url: &str) -> Result<Endpoint, ControlError> {
     Ok(endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true))
 }
 
-async fn connect(url: &str) -> Result<CoordinatorClient<Channel>, ControlError> {
+async fn connect(access: &Access) -> Result<Client, ControlError> {
+    let url = &access.url;
     let channel = deadline("connection", CONNECT_TIMEOUT, endpoint(url)?.connect()).await?;
-    Ok(CoordinatorClient::new(channel.map_err(|e| unreachable(url, &ella_proto::with_causes(&e)))?))
+    Ok(access.client(channel.map_err(|e| unreachable(url, &ella_proto::with_causes(&e)))?))
+}
+
+/// Why there is no stream: whoever answers does not let this worker in, or is no coordinator that can be spoken to.
+fn unanswered(url: &str, status: &Status) -> ControlError {
+    match status.code() {
+        Code::Unauthenticated => ControlError::NoEntry { url: url.to_owned(), reason: status.message().to_owned() },
+        _ => unreachable(url, status.message()),
+    }
 }
 
 fn unreachable(url: &str, message: &str) -> ControlError {
@@ -163,7 +173,7 @@ async fn deadline<T>(what: &'static str, patience: Duration, wait: impl Future<O
 
 /// Asks again and again whether the coordinator still answers, and returns when it has not for `patience`. Whatever it answers, it is
 /// there; that it is not will be seen on the stream too, unless it is stopped or cut off.
-async fn silent(mut client: CoordinatorClient<Channel>, patience: Duration) {
+async fn silent(mut client: Client, patience: Duration) {
     let each = patience / PROBES;
     let mut unanswered = 0;
     while unanswered < PROBES {

@@ -14,6 +14,7 @@ pub use outbox::Outbox;
 #[cfg(test)]
 pub(crate) use outbox::unread;
 
+use ella_proto::access::Access;
 use ella_proto::v1::{Heartbeat, Hello, Leaving, Outcome, RefusedReason, ToWorker, Welcome, from_worker, to_worker};
 use futures::StreamExt as _;
 use link::ticking;
@@ -47,15 +48,15 @@ pub struct Control {
 }
 
 impl Control {
-    /// Serves a link, and the ones that follow it when it breaks, to whoever coordinates at `url` then. `flags` are those that the caller
+    /// Serves a link, and the ones that follow it when it breaks, to whoever coordinates at that address then. `flags` are those that the caller
     /// raises and looks at. Call it within the runtime.
-    pub(crate) fn over(link: Link, (url, hello): (String, Hello), flags: Arc<Flags>) -> (Self, Welcome) {
+    pub(crate) fn over(link: Link, (access, hello): (Access, Hello), flags: Arc<Flags>) -> (Self, Welcome) {
         let welcome = link.welcome.clone();
         let (inbound, inbox) = std::sync::mpsc::channel();
         let outbox = Outbox::new(flags);
         // It goes on with the run that it has begun with, and with no other.
         let hello = Hello { config_digest: welcome.config_digest.clone(), ..hello };
-        let server = Server { url, hello, outbox: outbox.clone(), inbound };
+        let server = Server { access, hello, outbox: outbox.clone(), inbound };
         let task = AbortOnDropHandle::new(tokio::spawn(server.serve(link)));
         (Self { inbox: Mutex::new(inbox), outbox, _task: task }, welcome)
     }
@@ -94,7 +95,7 @@ enum Broken {
 }
 
 struct Server {
-    url: String,
+    access: Access,
     hello: Hello,
     outbox: Outbox,
     inbound: Sender<Said>,
@@ -146,14 +147,14 @@ impl Server {
                 _ => None,
             };
             let left = until.saturating_duration_since(Instant::now());
-            let opened = timeout(left, Link::open(&self.url, Hello { place, ..self.hello.clone() })).await;
+            let opened = timeout(left, Link::open(&self.access, Hello { place, ..self.hello.clone() })).await;
             let error = match opened.unwrap_or(Err(ControlError::Late { what: "welcome", seconds: left.as_secs() })) {
                 Ok(link) if link.term >= newest => return Ok(link),
                 // One that was stopped, and does not know yet that another has taken its place.
                 Ok(link) => format!("a coordinator of term {} answers, and there has been one of {newest}", link.term),
                 // It is about to leave, and the next one will be there.
                 Err(ControlError::Refused { reason: RefusedReason::Superseded, detail }) => detail,
-                Err(error @ (ControlError::Refused { .. } | ControlError::Over { .. })) => return Err(error),
+                Err(error) if error.is_its_word() => return Err(error),
                 Err(error) => error.to_string(),
             };
             if self.outbox.flags().parting.is_cancelled() {
@@ -248,7 +249,7 @@ mod tests {
         let url = format!("http://{}", listener.local_addr().unwrap());
         drop(listener);
         for url in [url.as_str(), "not a url"] {
-            let error = Link::open(url, Hello::default()).await.err().unwrap();
+            let error = Link::open(&url.into(), Hello::default()).await.err().unwrap();
             assert!(matches!(error, ControlError::Unreachable { .. }) && error.to_string().contains(url), "{error}");
         }
     }

@@ -4,6 +4,7 @@ use super::hand::{Hand, say};
 use super::{Job, JobEnd, JobError};
 use crate::control::{self, ControlError, Link, PAUSES};
 use crate::train::Ending;
+use ella_proto::access::Access;
 use ella_proto::config::JobConfig;
 use ella_proto::v1::{
     Failed, FailureKind, Finished, Hello, JobOver, LeaseRequest, Outcome, RefusedReason, ToWorker, Welcome, from_worker, to_worker,
@@ -17,22 +18,23 @@ use tokio_util::task::AbortOnDropHandle;
 /// How long a worker that leaves waits for the coordinator to end its stream: by then its last message has been read.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// Works for the coordinator at `url` (`http://host:port`) until its job is over, doing `slots` units at once. `make` gets the job's
+/// Works for the coordinator at `access` (`http://host:port`, and its token if it asks for one) until its job is over, doing `slots` units at once. `make` gets the job's
 /// config. `stop` gives back what is in hand and leaves ([`Ending::Preempted`]). A coordinator that is gone has `job.orphan_timeout` to
 /// come back; units go on meanwhile.
 ///
 /// # Errors
 /// If there is no coordinator, its job failed, or this worker cannot do it.
-pub async fn run_leased<M>(url: &str, slots: u32, stop: CancellationToken, make: M) -> Result<Ending, JobEnd>
+pub async fn run_leased<M>(access: impl Into<Access>, slots: u32, stop: CancellationToken, make: M) -> Result<Ending, JobEnd>
 where
     M: FnOnce(&JobConfig) -> Result<Box<dyn Job>, JobError> + Send + 'static,
 {
-    let link = match Link::open(url, identity()?).await {
+    let access = access.into();
+    let link = match Link::open(&access, identity()?).await {
         Ok(link) => link,
         Err(error) => return Ok(error.ending()?),
     };
     let config = JobConfig::parse(&link.welcome.config_toml, "the coordinator's config", &[])?;
-    Leased { url: url.to_owned(), slots, stop }.work(link, move || make(&config)).await
+    Leased { access, slots, stop }.work(link, move || make(&config)).await
 }
 
 pub(super) fn identity() -> Result<Hello, JobEnd> {
@@ -42,7 +44,7 @@ pub(super) fn identity() -> Result<Hello, JobEnd> {
 /// A worker of a coordinator's job.
 #[derive(Debug)]
 pub(crate) struct Leased {
-    pub(crate) url: String,
+    pub(crate) access: Access,
     pub(crate) slots: u32,
     pub(crate) stop: CancellationToken,
 }
@@ -88,7 +90,7 @@ impl Leased {
                 Served::Stopped => return Ok(Ending::Preempted),
                 Served::Silent(orphan) => {
                     let why = "its stream stands, but it answers nothing".to_owned();
-                    return Err(JobEnd::Orphaned { url: self.url.clone(), seconds: orphan.as_secs(), why });
+                    return Err(JobEnd::Orphaned { url: self.access.url.clone(), seconds: orphan.as_secs(), why });
                 }
                 Served::Lost(why) => {
                     tracing::warn!("the coordinator is gone ({why}); what is in hand goes on, and the next one is looked for");
@@ -111,13 +113,13 @@ impl Leased {
             let opened = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Ok(Next::Ending(Ending::Preempted)),
-                opened = Link::open(&self.url, hello) => opened,
+                opened = Link::open(&self.access, hello) => opened,
             };
-            let url = self.url.clone();
+            let url = self.access.url.clone();
             let why = match opened {
                 Ok(link) => return Ok(Next::Link(Box::new(link))),
                 Err(ControlError::Refused { reason: RefusedReason::Config, .. }) => return Err(JobEnd::OtherConfig { url }),
-                Err(error @ (ControlError::Refused { .. } | ControlError::Over { .. })) => return Ok(Next::Ending(error.ending()?)),
+                Err(error) if error.is_its_word() => return Ok(Next::Ending(error.ending()?)),
                 Err(error) => error.to_string(),
             };
             if Instant::now() >= until {

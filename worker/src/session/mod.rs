@@ -14,6 +14,7 @@ use crate::models;
 use crate::reduce::{Listener, Solo};
 use crate::train::state::part_names;
 use crate::train::{Ending, Halt, TrainError, Trainer};
+use ella_proto::access::Access;
 use ella_proto::config::{Config, Device as Choice, RunConfig};
 use ella_proto::v1::{Activity, Assign, Failed, Finished, Hello, Idle, Outcome, Place, Ready, Welcome, from_worker};
 use ella_store::{Commit, Store};
@@ -32,8 +33,8 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What a worker is started with.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The coordinator's URL, `http://host:port`.
-    pub coordinator: String,
+    /// The coordinator's URL, `http://host:port`, and its token if it asks for one.
+    pub coordinator: Access,
     /// Where this worker's collective listens; port 0 takes a free one.
     pub listen: SocketAddr,
     /// The host that other workers reach it by, if not the one it listens on; with a port, if that is another one too.
@@ -60,7 +61,7 @@ pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<En
     if let Ok(Config::Job(config)) = Config::parse(&link.welcome.config_toml, "the coordinator's config", &[]) {
         flags.working.store(true, Ordering::Relaxed);
         let choice = options.device;
-        let leased = job::Leased { url: options.coordinator.clone(), slots: options.slots, stop: flags.parting.clone() };
+        let leased = job::Leased { access: options.coordinator.clone(), slots: options.slots, stop: flags.parting.clone() };
         return Ok(runtime.block_on(leased.work(link, move || job::kinds::make(&config, choice)))?);
     }
     let (control, welcome) = {

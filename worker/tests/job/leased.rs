@@ -5,8 +5,10 @@ use crate::toy::{Broken, Stage, Toy, config, files};
 use async_trait::async_trait;
 use ella_coordinator::core::Outcome;
 use ella_coordinator::shell::{Coordinator, Options, RunError};
+use ella_proto::access::{Access, Token};
 use ella_proto::config::{JobConfig, Millis};
 use ella_proto::v1::RunStatus;
+use ella_worker::control::ControlError;
 use ella_worker::job::{Job, JobEnd, JobError, PLAN, Tell, run_leased, run_local};
 use ella_worker::train::Ending;
 use std::collections::BTreeMap;
@@ -22,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 /// A job's coordinator in this process.
 struct Served {
     address: SocketAddr,
+    token: Option<Token>,
     run: JoinHandle<Result<Outcome, RunError>>,
     _stops: mpsc::Sender<String>,
 }
@@ -32,7 +35,12 @@ impl Served {
     }
 
     async fn lingering(config: &JobConfig, listen: Option<SocketAddr>, linger: Duration) -> Self {
-        let options = Options { listen: listen.unwrap_or(([127, 0, 0, 1], 0).into()), linger, ..Options::default() };
+        Self::asking(config, listen, linger, None).await
+    }
+
+    /// One that asks for a token.
+    async fn asking(config: &JobConfig, listen: Option<SocketAddr>, linger: Duration, token: Option<Token>) -> Self {
+        let options = Options { listen: listen.unwrap_or(([127, 0, 0, 1], 0).into()), linger, token, ..Options::default() };
         let opened = async {
             loop {
                 match Coordinator::open_job(config, &options).await {
@@ -45,11 +53,16 @@ impl Served {
         };
         let coordinator = soon("a coordinator", opened).await;
         let (_stops, stops) = mpsc::channel(1);
-        Self { address: coordinator.addresses().grpc, run: tokio::spawn(coordinator.run(stops)), _stops }
+        Self { address: coordinator.addresses().grpc, token: options.token, run: tokio::spawn(coordinator.run(stops)), _stops }
     }
 
     fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// As those reach it who know its token.
+    fn access(&self) -> Access {
+        Access { url: self.url(), token: self.token.clone() }
     }
 
     async fn outcome(self) -> Outcome {
@@ -66,7 +79,7 @@ impl Served {
     async fn status_when(&self, wanted: impl Fn(&RunStatus) -> bool) -> RunStatus {
         let asked = async {
             loop {
-                match ella_coordinator::client::status(&self.url()).await {
+                match ella_coordinator::client::status(self.access()).await {
                     Ok(status) if wanted(&status) => return status,
                     _ => tokio::task::yield_now().await,
                 }
@@ -80,10 +93,7 @@ impl Served {
     }
 
     fn does(&self, job: Box<dyn Job>) -> Worker {
-        let stop = CancellationToken::new();
-        let (url, told) = (self.url(), stop.clone());
-        let task = tokio::spawn(async move { run_leased(&url, 1, told, |_| Ok(job)).await });
-        Worker { task, stop }
+        Worker::start(self.access(), job)
     }
 }
 
@@ -93,6 +103,12 @@ struct Worker {
 }
 
 impl Worker {
+    fn start(access: Access, job: Box<dyn Job>) -> Self {
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(run_leased(access, 1, stop.clone(), |_| Ok(job)));
+        Self { task, stop }
+    }
+
     async fn ended(self) -> Result<Ending, JobEnd> {
         soon("a worker's end", self.task).await.unwrap()
     }
@@ -275,6 +291,34 @@ async fn the_worker_binary_takes_part_in_jobs_and_says_which_it_cannot_do() {
     assert!(output.status.code() == Some(4) && stderr.contains(words), "{stderr}");
     let outcome = served.outcome().await;
     assert!(outcome.exit_code() == 4 && outcome.reason().contains(words), "{outcome:?}");
+}
+
+/// Who is not let in ends at once and for good, be it by the first coordinator or by one that follows. Who is let in shows the token with
+/// every call, those too that ask whether the coordinator is there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_without_the_token_that_is_asked_for_ends_for_good() {
+    let (out, file) = (tempfile::tempdir().unwrap(), tempfile::NamedTempFile::new().unwrap());
+    std::fs::write(file.path(), "this-is-asked-for-from-here-on").unwrap();
+    let (token, config) = (Token::load(file.path()).unwrap(), config(out.path()));
+    let stage = gated(&["plan"]);
+    let toy = |name| Toy::new(out.path(), name, &stage).boxed();
+    let served = Served::start(&config, None).await;
+    let worker = served.does(toy("a"));
+    until("a plan", || stage.begun("plan") == 1).await;
+    let served = Served::asking(&config, Some(served.kill().await), Duration::from_secs(2), Some(token)).await;
+    let late = Worker::start(served.url().into(), toy("b"));
+    for worker in [worker, late] {
+        let error = worker.ended().await.unwrap_err();
+        assert!(matches!(error, JobEnd::Control(ControlError::NoEntry { .. })) && error.is_permanent(), "{error:?}");
+        let said = error.to_string();
+        assert!(said.contains(&served.url()) && said.contains("asks for a token") && said.contains("--token-file"), "{said}");
+    }
+    let worker = served.does(toy("c"));
+    stage.open("plan");
+    let status = served.status_when(|status| status.phase == "done").await;
+    assert_eq!(status.counts.get("refused_token"), Some(&2), "{:?}", status.counts);
+    assert!(matches!(worker.ended().await, Ok(Ending::Done)));
+    assert_eq!(served.outcome().await, Outcome::Done);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

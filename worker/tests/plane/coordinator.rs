@@ -1,6 +1,7 @@
 //! A coordinator that follows a test's script: it says what it is told to say, and the test reads what the worker says.
 
 use crate::world::RUNTIME;
+use ella_proto::access::Access;
 use ella_proto::config::{Device, RunConfig};
 use ella_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use ella_proto::v1::from_worker::Body as Said;
@@ -33,6 +34,7 @@ type Opened = (Streaming<FromWorker>, mpsc::UnboundedSender<Result<ToWorker, Sta
 struct Service {
     streams: mpsc::UnboundedSender<Opened>,
     answers: Arc<AtomicBool>,
+    asks: Arc<AtomicBool>,
 }
 
 #[tonic::async_trait]
@@ -40,6 +42,9 @@ impl Coordinator for Service {
     type AttachStream = BoxStream<'static, Result<ToWorker, Status>>;
 
     async fn attach(&self, request: Request<Streaming<FromWorker>>) -> Result<Response<Self::AttachStream>, Status> {
+        if self.asks.load(Ordering::Relaxed) {
+            return Err(Status::unauthenticated("show the token"));
+        }
         let (say, said) = mpsc::unbounded_channel();
         self.streams.send((request.into_inner(), say)).unwrap();
         Ok(Response::new(UnboundedReceiverStream::new(said).boxed()))
@@ -67,6 +72,8 @@ pub(crate) struct Scripted {
     streams: mpsc::UnboundedReceiver<Opened>,
     /// Whether it answers questions about its status, as a live one does.
     pub(crate) answers: Arc<AtomicBool>,
+    /// Whether it asks for a token that nobody has.
+    pub(crate) asks: Arc<AtomicBool>,
 }
 
 impl Scripted {
@@ -79,10 +86,10 @@ impl Scripted {
         let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (send, streams) = mpsc::unbounded_channel();
-        let answers = Arc::new(AtomicBool::new(true));
-        let service = CoordinatorServer::new(Service { streams: send, answers: answers.clone() });
+        let (answers, asks) = (Arc::new(AtomicBool::new(true)), Arc::<AtomicBool>::default());
+        let service = CoordinatorServer::new(Service { streams: send, answers: answers.clone(), asks: asks.clone() });
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)));
-        Self { url, streams, answers }
+        Self { url, streams, answers, asks }
     }
 
     /// Starts a worker as a process of its own and takes its Hello.
@@ -102,7 +109,7 @@ impl Scripted {
     /// Starts a worker as a thread and takes its Hello.
     pub(crate) async fn worker(&mut self) -> Worker {
         let listen = ([127, 0, 0, 1], 0).into();
-        let (coordinator, patience) = (self.url.clone(), Duration::ZERO);
+        let (coordinator, patience) = (Access::from(&self.url), Duration::ZERO);
         let options = Options { coordinator, listen, advertise: None, device: Device::Cpu, slots: 1, patience };
         let flags = Arc::new(Flags::default());
         let (done, ending) = oneshot::channel();

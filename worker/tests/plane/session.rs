@@ -240,6 +240,19 @@ fn a_coordinator_that_answers_nothing_is_given_up_after_the_orphan_timeout() {
     });
 }
 
+/// One that follows another may ask for a token, which this worker will not have the next time either.
+#[test]
+fn a_coordinator_that_does_not_let_it_in_any_more_ends_it_for_good() {
+    RUNTIME.block_on(async {
+        let (_folder, coordinator, mut worker) = in_the_middle(&[]).await;
+        coordinator.asks.store(true, Ordering::Relaxed);
+        worker.hang_up();
+        let error = worker.ended().await.unwrap_err();
+        assert!(matches!(error, WorkError::Control(ControlError::NoEntry { .. })) && error.is_permanent(), "{error}");
+        assert!(error.to_string().contains("show the token"), "{error}");
+    });
+}
+
 /// By the coordinator's word, or by this worker's own signal.
 #[test]
 fn a_drain_commits_at_the_next_step_and_leaves_resumable() {
@@ -321,7 +334,7 @@ fn a_worker_that_comes_before_its_coordinator_tries_again() {
     RUNTIME.block_on(async {
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let options = |url: String, patience| Options {
-            coordinator: url,
+            coordinator: url.into(),
             listen: ([127, 0, 0, 1], 0).into(),
             advertise: None,
             device: ella_proto::config::Device::Cpu,
