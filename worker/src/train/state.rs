@@ -213,6 +213,10 @@ impl TrainState {
 fn copy_into(kept: Option<Tensor>, tensor: &Tensor) -> Result<Tensor, tch::TchError> {
     let tensor = tensor.f_detach()?;
     match kept.filter(|kept| kept.size() == tensor.size()) {
+        Some(mut kept) if is_host_memory(&tensor) => {
+            copy_bytes(host_bytes(&tensor), host_bytes_mut(&mut kept));
+            Ok(kept)
+        }
         Some(mut kept) => {
             kept.f_copy_(&tensor)?;
             Ok(kept)
@@ -323,10 +327,32 @@ impl AsRef<[u8]> for Piece {
     }
 }
 
+/// Copies with as many threads as libtorch may use, up to what saturates the memory. libtorch's own copy takes longer: it has the memory that
+/// it overwrites read first, where memcpy, of pieces as large as these, does not.
+fn copy_bytes(from: &[u8], to: &mut [u8]) {
+    let threads = tch::get_num_threads().clamp(1, 4) as usize;
+    let piece = from.len().div_ceil(threads).max(1);
+    std::thread::scope(|scope| {
+        let pieces = from.chunks(piece).zip(to.chunks_mut(piece));
+        pieces.for_each(|(from, to)| _ = scope.spawn(|| to.copy_from_slice(from)));
+    });
+}
+
+fn is_host_memory(tensor: &Tensor) -> bool {
+    tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous()
+}
+
+/// The memory of a contiguous float32 tensor on the host, which nobody else has.
+fn host_bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
+    debug_assert!(is_host_memory(tensor));
+    // SAFETY: as in `host_bytes`; it was written to when it was made, and `into_memory` gives it only if nobody reads it.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr() as *mut u8, 4 * tensor.numel()) }
+}
+
 /// The memory of a contiguous float32 tensor on the host.
 fn host_bytes(tensor: &Tensor) -> &[u8] {
-    debug_assert!(tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous());
-    // SAFETY: the tensor is contiguous float32 in host memory (made so by `snapshot`), holds `numel` elements of 4 bytes, and
+    debug_assert!(is_host_memory(tensor));
+    // SAFETY: the tensor is contiguous float32 in host memory (made so by `snapshot`, or looked at), holds `numel` elements of 4 bytes, and
     // outlives the slice, which borrows it; nobody writes to a snapshot while it has readers (`into_memory`).
     unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, 4 * tensor.numel()) }
 }
