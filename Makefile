@@ -36,7 +36,8 @@ chaos: build
 chaos-train: build
 	@scripts/chaos-train.sh
 
-# Programs that print ratios; nothing here is a test.
+# Programs that print ratios; nothing here is a test. Commits are beside torch.save and DCP's async_save if PEERS_PYTHON names a Python that has
+# torch. BENCH_FOLDER: on the disk to measure them on, with 3 GB free.
 bench: build
 	$(CARGO) run --release --locked -p ella-tests --bin bench
 	$(CARGO) run --release --locked -p ella-worker --example bench_commit

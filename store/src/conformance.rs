@@ -96,10 +96,12 @@ async fn keys(store: &Store) -> Verdict {
 
 async fn large(store: &Store) -> Verdict {
     let bytes: Bytes = (0..(33_u32 << 20) / 4 + 3).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect::<Vec<u8>>().into();
-    store.upload("large", bytes.clone()).await?;
+    // The pieces end where no part does.
+    let pieces = [bytes.slice(..7), Bytes::new(), bytes.slice(7..20 << 20), bytes.slice(20 << 20..)];
+    store.upload("large", &pieces).await?;
     ensure(store.get("large").await? == bytes, "an object uploaded in parts is whole")?;
     ensure(store.stream("large").try_collect::<Vec<_>>().await?.concat() == bytes, "a stream gives all bytes in order")?;
-    store.upload("large", Bytes::from_static(b"small")).await?;
+    store.upload("large", &[Bytes::from_static(b"sm"), Bytes::from_static(b"all")]).await?;
     ensure(store.get("large").await? == "small", "an upload replaces")?;
     Ok(store.delete("large").await?)
 }

@@ -18,10 +18,30 @@ const MOST_PARTS: usize = 9_000;
 /// Parts, or deletes, under way at once.
 const CONCURRENT: usize = 4;
 
-/// What an upload sends, part by part.
-fn in_parts(bytes: &Bytes) -> impl Iterator<Item = Bytes> {
-    let part = PART_BYTES.max(bytes.len().div_ceil(MOST_PARTS));
-    (0..bytes.len()).step_by(part).map(move |at| bytes.slice(at..bytes.len().min(at + part)))
+fn length(pieces: &[Bytes]) -> usize {
+    pieces.iter().map(Bytes::len).sum()
+}
+
+/// What an upload sends, part by part; nothing is copied.
+fn in_parts(pieces: &[Bytes]) -> Vec<PutPayload> {
+    let size = PART_BYTES.max(length(pieces).div_ceil(MOST_PARTS));
+    let (mut parts, mut part, mut room) = (Vec::new(), Vec::new(), size);
+    for piece in pieces {
+        let mut rest = piece.clone();
+        while !rest.is_empty() {
+            let taken = rest.split_to(rest.len().min(room));
+            room -= taken.len();
+            part.push(taken);
+            if room == 0 {
+                parts.push(part.drain(..).collect());
+                room = size;
+            }
+        }
+    }
+    if !part.is_empty() {
+        parts.push(part.into_iter().collect());
+    }
+    parts
 }
 
 fn left_over(path: &Path, error: &dyn std::fmt::Display) {
@@ -43,10 +63,14 @@ impl Store {
     /// # Errors
     /// Any of [`StoreError`] but `NotFound` and `AlreadyExists`.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+        self.put_at_once(key, bytes.into()).await
+    }
+
+    async fn put_at_once(&self, key: &str, bytes: PutPayload) -> Result<(), StoreError> {
         let (path, place) = self.at(Operation::Put, key)?;
-        retrying(self, place, bytes.len() as u64, |_| async {
+        retrying(self, place, bytes.content_length() as u64, |_| async {
             let _writing = self.writing(key, place).await?;
-            self.object().put(&path, bytes.clone().into()).await.map_err(|error| place.error(error))?;
+            self.object().put(&path, bytes.clone()).await.map_err(|error| place.error(error))?;
             Ok(())
         })
         .await
@@ -120,28 +144,30 @@ impl Store {
     }
 
     /// Writes an object of any size, in parts above 16 MiB; it appears whole or not at all. On clouds a part that fails is sent again by itself.
+    /// Its bytes are those of `pieces`, one after the other, which are sent from where they lie: a large object needs no memory of its own here.
     ///
     /// # Errors
     /// Any of [`StoreError`] but `NotFound` and `AlreadyExists`.
-    pub async fn upload(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-        if bytes.len() <= PART_BYTES {
-            return self.put(key, bytes).await;
+    pub async fn upload(&self, key: &str, pieces: &[Bytes]) -> Result<(), StoreError> {
+        let bytes = length(pieces);
+        if bytes <= PART_BYTES {
+            return self.put_at_once(key, pieces.iter().cloned().collect()).await;
         }
         let (path, place) = self.at(Operation::Upload, key)?;
         if let Some(parts) = self.parts() {
-            return self.upload_parts(parts, &path, &bytes, place).await;
+            return self.upload_parts(parts, &path, pieces, place).await;
         }
-        retrying(self, place, bytes.len() as u64, |_| async {
+        retrying(self, place, bytes as u64, |_| async {
             let _writing = self.writing(key, place).await?;
-            self.try_upload(&path, &bytes).await.map_err(|error| place.error(error))
+            self.try_upload(&path, pieces).await.map_err(|error| place.error(error))
         })
         .await
     }
 
     /// Uploads at once, to a backend whose parts can't be sent again one by one.
-    async fn try_upload(&self, path: &Path, bytes: &Bytes) -> object_store::Result<()> {
+    async fn try_upload(&self, path: &Path, pieces: &[Bytes]) -> object_store::Result<()> {
         let mut upload = self.object().put_multipart(path).await?;
-        let puts: Vec<_> = in_parts(bytes).map(|part| upload.put_part(part.into())).collect();
+        let puts: Vec<_> = in_parts(pieces).into_iter().map(|part| upload.put_part(part)).collect();
         let sent = stream::iter(puts).buffer_unordered(CONCURRENT).try_collect::<Vec<()>>().await;
         let done = match sent {
             Ok(_) => upload.complete().await.map(|_| ()),
@@ -155,11 +181,11 @@ impl Store {
         done
     }
 
-    async fn upload_parts(&self, parts: &dyn MultipartStore, path: &Path, bytes: &Bytes, place: Place<'_>) -> Result<(), StoreError> {
+    async fn upload_parts(&self, parts: &dyn MultipartStore, path: &Path, pieces: &[Bytes], place: Place<'_>) -> Result<(), StoreError> {
         let begin = |_| async { parts.create_multipart(path).await.map_err(|error| place.error(error)) };
         let id = &retrying(self, place, 0, begin).await?;
-        let deadline = self.limits().overall_for(bytes.len() as u64);
-        let sent = timeout(deadline, self.send_parts(parts, path, id, bytes, place)).await.unwrap_or(Err(place.timeout(deadline)));
+        let deadline = self.limits().overall_for(length(pieces) as u64);
+        let sent = timeout(deadline, self.send_parts(parts, path, id, pieces, place)).await.unwrap_or(Err(place.timeout(deadline)));
         if sent.is_err() {
             match timeout(self.limits().attempt, parts.abort_multipart(path, id)).await {
                 Ok(Ok(())) => {}
@@ -175,16 +201,16 @@ impl Store {
         parts: &dyn MultipartStore,
         path: &Path,
         id: &MultipartId,
-        bytes: &Bytes,
+        pieces: &[Bytes],
         place: Place<'_>,
     ) -> Result<(), StoreError> {
-        let send = |(index, part): (usize, Bytes)| {
-            retrying(self, place, part.len() as u64, move |_| {
-                let sent = parts.put_part(path, id, index, part.clone().into());
+        let send = |(index, part): (usize, PutPayload)| {
+            retrying(self, place, part.content_length() as u64, move |_| {
+                let sent = parts.put_part(path, id, index, part.clone());
                 async move { sent.await.map_err(|error| place.error(error)) }
             })
         };
-        let sent: Vec<PartId> = stream::iter(in_parts(bytes).enumerate()).map(send).buffered(CONCURRENT).try_collect().await?;
+        let sent: Vec<PartId> = stream::iter(in_parts(pieces).into_iter().enumerate()).map(send).buffered(CONCURRENT).try_collect().await?;
         retrying(self, place, 0, |attempt| {
             let completed = parts.complete_multipart(path, id, sent.clone());
             async move {

@@ -36,7 +36,7 @@ async fn every_operation_survives_passing_failures() {
         assert_eq!(store.list("a").await.unwrap().len(), 2);
         store.delete("a/x").await.unwrap();
         let large = Bytes::from(vec![7; (16 << 20) + 1]);
-        store.upload("a/large", large.clone()).await.unwrap();
+        store.upload("a/large", std::slice::from_ref(&large)).await.unwrap();
         assert_eq!(store.get("a/large").await.unwrap(), large);
         assert!(faults.is_spent(), "{failure:?}");
         assert!(store.retries() >= 9, "{failure:?}: {:?}", store.retry_report());
@@ -100,9 +100,9 @@ async fn what_repeating_cannot_help_is_not_repeated() {
 #[tokio::test(start_paused = true)]
 async fn a_full_disk_in_an_upload_leaves_the_old_object() {
     let (store, faults) = faulty();
-    store.upload("x", bytes()).await.unwrap();
+    store.upload("x", &[bytes()]).await.unwrap();
     faults.push(Operation::Upload, "", Failure::Full, 1);
-    let error = store.upload("x", vec![0; 40 << 20].into()).await.unwrap_err();
+    let error = store.upload("x", &[vec![0; 40 << 20].into()]).await.unwrap_err();
     assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
     assert_eq!(store.get("x").await.unwrap(), bytes());
 }

@@ -138,7 +138,7 @@ async fn a_web_server_is_neither_written_nor_listed() {
     for (error, what) in [
         (store.put("k", some()).await.unwrap_err(), "put of \"k\""),
         (store.create("k", some()).await.unwrap_err(), "create of \"k\""),
-        (store.upload("k", vec![0; 17 << 20].into()).await.unwrap_err(), "upload of \"k\""),
+        (store.upload("k", &[vec![0; 17 << 20].into()]).await.unwrap_err(), "upload of \"k\""),
         (store.delete("k").await.unwrap_err(), "delete of \"k\""),
         (store.delete_prefix("k").await.unwrap_err(), "list of \"k\""),
         (store.list("").await.unwrap_err(), "list of \"\""),

@@ -6,6 +6,7 @@ use crate::train::state::{Snapshot, part_names};
 use ella_dataset::order::Position;
 use ella_proto::v1::{LedgerEpoch, PartSaved, StateDigest, from_worker};
 use ella_store::{Store, StoreError, commit_folder};
+use futures::future::join_all;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -47,7 +48,8 @@ pub struct Seat {
     pub era: Era,
 }
 
-/// Commits that may be under way while training goes on: one being saved, and one waiting.
+/// Commits that may be under way while training goes on: one being saved, and one waiting. Each has a copy of the state in memory, from which
+/// its files are written: so there is one copy, and a second one only as long as a commit is taken before the last one is saved.
 const UNDER_WAY: usize = 2;
 
 struct Job {
@@ -62,7 +64,8 @@ pub struct Committer {
     jobs: Option<Sender<Job>>,
     /// The snapshot of each commit that is saved, or came to nothing, whose memory may be used again; closed when the thread has ended.
     saved: Receiver<Snapshot>,
-    kept: Vec<Snapshot>,
+    /// One of them. Of two that are not needed, one is given back to the system.
+    kept: Option<Snapshot>,
     under_way: usize,
     thread: Option<JoinHandle<Result<(), CommitError>>>,
     flags: Arc<Flags>,
@@ -88,7 +91,7 @@ impl Committer {
             Ok(())
         };
         let thread = std::thread::Builder::new().name("commit".into()).spawn(serve)?;
-        Ok(Self { jobs: Some(jobs), saved, kept: Vec::new(), under_way: 0, thread: Some(thread), flags, patience })
+        Ok(Self { jobs: Some(jobs), saved, kept: None, under_way: 0, thread: Some(thread), flags, patience })
     }
 
     /// Hands a snapshot over. `position` is where the data goes on after it. Waits only if two commits are still under way, and not
@@ -109,13 +112,13 @@ impl Committer {
     /// A snapshot that is saved, if there is one: its memory is free.
     pub fn kept(&mut self) -> Option<Snapshot> {
         self.take_back();
-        self.kept.pop()
+        self.kept.take()
     }
 
     fn take_back(&mut self) {
         while let Ok(snapshot) = self.saved.try_recv() {
             self.under_way -= 1;
-            self.kept.push(snapshot);
+            self.kept = Some(snapshot);
         }
     }
 
@@ -137,7 +140,7 @@ impl Committer {
         match self.flags.receive(&self.saved, self.patience) {
             Ok(snapshot) => {
                 self.under_way -= 1;
-                self.kept.push(snapshot);
+                self.kept = Some(snapshot);
                 Ok(())
             }
             Err(RecvTimeoutError::Disconnected) => Err(self.failure()),
@@ -156,27 +159,40 @@ impl Committer {
     }
 }
 
+/// Saves this rank's share of the files, and tells the coordinator.
 fn save(job: &Job, store: &Store, outbox: &Outbox, runtime: &tokio::runtime::Handle) -> Result<(), StoreError> {
-    let Job { snapshot, position, seat: Seat { rank, world, era } } = job;
-    let names = part_names();
-    let digests: Vec<_> = (0..names.len()).map(|part| snapshot.digest(part)).collect();
-    let ledger = snapshot.ledger.epochs();
-    let state = StateDigest {
-        step: snapshot.step,
-        digest: snapshot.state_digest(&digests),
-        ledger: ledger.map(|(epoch, t)| LedgerEpoch { epoch, samples: t.samples, hash: format!("{:032x}", t.hash) }).collect(),
-        epoch: position.epoch,
-        step_in_epoch: position.step_in_epoch,
-    };
-    outbox.send(*era, from_worker::Body::State(state));
+    let Job { snapshot, seat: Seat { rank, world, era }, .. } = job;
     let folder = store.child(&commit_folder(snapshot.step, era.term, era.generation));
-    for (part, name) in names.iter().enumerate().filter(|(part, _)| *part as u32 % world == *rank) {
-        runtime.block_on(folder.upload(name, snapshot.file(part)))?;
-        let (bytes, hash) = digests[part];
+    let files = part_names().into_iter().enumerate().map(|(part, name)| (part, name, snapshot.file(part)));
+    let share: Vec<_> = files.filter(|(part, ..)| *part as u32 % world == *rank).collect();
+    // None is given up because another failed: a cloud would keep what it had of it.
+    let uploads = || join_all(share.iter().map(|(_, name, file)| folder.upload(name, file)));
+    let upload = || runtime.block_on(uploads()).into_iter().collect::<Result<(), StoreError>>();
+    // All at once: a disk has nothing to do while digests are made, or while a file goes into the system's memory, from which it is synced.
+    let digests = std::thread::scope(|scope| {
+        let upload = scope.spawn(upload);
+        let digests = part_names().iter().enumerate().map(|(part, _)| snapshot.digest(part)).collect::<Vec<_>>();
+        outbox.send(*era, from_worker::Body::State(state(job, &digests)));
+        upload.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(|()| digests)
+    })?;
+    for (part, name, _) in &share {
+        let (bytes, hash) = digests[*part];
         let blake3 = hash.to_hex().to_string();
         outbox.send(*era, from_worker::Body::Part(PartSaved { step: snapshot.step, name: (*name).to_owned(), bytes, blake3 }));
     }
     Ok(())
+}
+
+/// What all ranks must say alike.
+fn state(Job { snapshot, position, .. }: &Job, digests: &[(u64, blake3::Hash)]) -> StateDigest {
+    let ledger = snapshot.ledger.epochs();
+    StateDigest {
+        step: snapshot.step,
+        digest: snapshot.state_digest(digests),
+        ledger: ledger.map(|(epoch, t)| LedgerEpoch { epoch, samples: t.samples, hash: format!("{:032x}", t.hash) }).collect(),
+        epoch: position.epoch,
+        step_in_epoch: position.step_in_epoch,
+    }
 }
 
 #[cfg(test)]

@@ -147,12 +147,12 @@ async fn of_an_upload_only_the_part_that_failed_is_sent_again() {
         let (store, server) = store([failure.clone(), Reply::Proper, failure.clone()]).await;
         let limits = Limits { attempt: Duration::from_secs(5), ..store.limits() };
         let store = store.with_limits(limits);
-        store.upload("a", large.clone()).await.unwrap();
+        store.upload("a", std::slice::from_ref(&large)).await.unwrap();
         let sent = server.requests();
         assert_eq!(sent.iter().filter(|request| request.starts_with("PUT")).count(), 4, "{sent:?}");
         assert_eq!(store.retries(), 2, "{:?}", store.retry_report());
         server.plan([Reply::Proper, Reply::Proper, Reply::Proper, Reply::Proper, failure]);
-        store.upload("a", large.clone()).await.unwrap();
+        store.upload("a", std::slice::from_ref(&large)).await.unwrap();
         assert_eq!(store.retries(), 3, "{:?}", store.retry_report());
         assert_eq!(store.get("a").await.unwrap(), large);
     }
@@ -161,7 +161,7 @@ async fn of_an_upload_only_the_part_that_failed_is_sent_again() {
 #[tokio::test]
 async fn an_upload_that_is_given_up_is_aborted() {
     let (store, server) = store([Reply::Proper, Reply::Status(403)]).await;
-    let error = store.upload("a", vec![0; 20 << 20].into()).await.unwrap_err();
+    let error = store.upload("a", &[vec![0; 20 << 20].into()]).await.unwrap_err();
     assert_eq!(error.kind(), "permission", "{error}");
     assert!(server.requests().iter().any(|request| request.starts_with("DELETE /bucket/a?uploadId=7")), "{:?}", server.requests());
 }

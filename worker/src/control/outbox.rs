@@ -48,7 +48,7 @@ pub struct Outbox {
 
 impl Outbox {
     /// One that has no coordinator yet.
-    pub(crate) fn new(flags: Arc<Flags>) -> Self {
+    pub fn new(flags: Arc<Flags>) -> Self {
         Self { wire: Arc::default(), flags }
     }
 

@@ -3,6 +3,7 @@
 
 use super::optimizer::Buffers;
 use crate::reduce::{Collective, CollectiveError};
+use bytes::Bytes;
 use ella_dataset::ledger::Ledger;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
@@ -152,7 +153,7 @@ impl TrainState {
     }
 
     /// Replaces the buffers' contents by those of a commit's three files, in the order of [`part_names`].
-    pub fn restore(&mut self, files: &[bytes::Bytes; 3]) -> Result<(), StateError> {
+    pub fn restore(&mut self, files: &[Bytes; 3]) -> Result<(), StateError> {
         let b = &mut self.buffers;
         fill(&mut b.params, &self.layout, "", CONNECTOR_FILE, &files[0])?;
         fill(&mut b.ema, &self.layout, "", EMA_FILE, &files[1])?;
@@ -191,11 +192,10 @@ impl TrainState {
     /// A copy in host memory, from which files and digests are made while training goes on.
     ///
     /// It is made in the memory of `kept`, an older one that nobody needs any more: new memory costs more than the copy, for the system clears
-    /// each page of it first.
+    /// each page of it first. If an upload still reads that one, it is made in new memory all the same.
     pub fn snapshot(&self, kept: Option<Snapshot>) -> Result<Snapshot, tch::TchError> {
         let b = &self.buffers;
-        let kept = kept.map(|kept| [kept.params, kept.ema, kept.exp_avg, kept.exp_avg_sq].map(Some)).unwrap_or_default();
-        let [params, ema, exp_avg, exp_avg_sq] = kept;
+        let [params, ema, exp_avg, exp_avg_sq] = kept.and_then(Snapshot::into_memory).map(|memory| memory.map(Some)).unwrap_or_default();
         Ok(Snapshot {
             step: self.step,
             layout: self.layout.clone(),
@@ -204,6 +204,7 @@ impl TrainState {
             exp_avg: copy_into(exp_avg, &b.exp_avg)?,
             exp_avg_sq: copy_into(exp_avg_sq, &b.exp_avg_sq)?,
             ledger: self.ledger.clone(),
+            readers: Arc::default(),
         })
     }
 }
@@ -212,6 +213,10 @@ impl TrainState {
 fn copy_into(kept: Option<Tensor>, tensor: &Tensor) -> Result<Tensor, tch::TchError> {
     let tensor = tensor.f_detach()?;
     match kept.filter(|kept| kept.size() == tensor.size()) {
+        Some(mut kept) if is_host_memory(&tensor) => {
+            copy_bytes(host_bytes(&tensor), host_bytes_mut(&mut kept));
+            Ok(kept)
+        }
         Some(mut kept) => {
             kept.f_copy_(&tensor)?;
             Ok(kept)
@@ -261,11 +266,20 @@ pub struct Snapshot {
     ema: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    /// Held by every piece of a file that lies in the buffers.
+    readers: Arc<()>,
 }
 
 impl Snapshot {
-    /// The bytes of one file, in pieces: the header, then flat buffers.
-    fn pieces(&self, part: usize) -> (Vec<u8>, Vec<&Tensor>) {
+    /// The buffers, unless a piece of a file is still there: an upload's attempt that took too long may go on reading after the next one
+    /// has succeeded.
+    fn into_memory(self) -> Option<[Tensor; 4]> {
+        Arc::into_inner(self.readers)?;
+        Some([self.params, self.ema, self.exp_avg, self.exp_avg_sq])
+    }
+
+    /// What one file consists of: the header, then flat buffers.
+    fn content(&self, part: usize) -> (Vec<u8>, Vec<&Tensor>) {
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), ("step".to_owned(), self.step.to_string())]);
         match part {
             0 => (self.layout.header(&[""], &metadata), vec![&self.params]),
@@ -274,28 +288,18 @@ impl Snapshot {
         }
     }
 
-    /// Size and BLAKE3 of one file, without making it.
+    /// Size and BLAKE3 of one file.
     pub fn digest(&self, part: usize) -> (u64, blake3::Hash) {
-        let (header, buffers) = self.pieces(part);
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&header);
-        let mut bytes = header.len() as u64;
-        for buffer in buffers {
-            let data = host_bytes(buffer);
-            bytes += data.len() as u64;
-            hasher.update(data);
-        }
-        (bytes, hasher.finalize())
+        self.file(part).iter().for_each(|piece| _ = hasher.update(piece));
+        (hasher.count(), hasher.finalize())
     }
 
-    /// One whole file.
-    pub fn file(&self, part: usize) -> bytes::Bytes {
-        let (mut file, buffers) = self.pieces(part);
-        file.reserve_exact(buffers.iter().map(|b| 4 * b.numel()).sum());
-        for buffer in buffers {
-            file.extend_from_slice(host_bytes(buffer));
-        }
-        file.into()
+    /// One file, in pieces that follow each other. All but the first, its header, are the snapshot's own memory: no copy is made.
+    pub fn file(&self, part: usize) -> Vec<Bytes> {
+        let (header, buffers) = self.content(part);
+        let piece = |buffer: &Tensor| Bytes::from_owner(Piece { tensor: buffer.shallow_clone(), _reader: self.readers.clone() });
+        std::iter::once(header.into()).chain(buffers.into_iter().map(piece)).collect()
     }
 
     /// The digest that all ranks must agree on: of the three files, the step and the ledger.
@@ -310,11 +314,46 @@ impl Snapshot {
     }
 }
 
+/// A buffer of a snapshot, as the bytes of a file.
+struct Piece {
+    tensor: Tensor,
+    // Dropped after the tensor: the buffer is free when nobody counts as a reader.
+    _reader: Arc<()>,
+}
+
+impl AsRef<[u8]> for Piece {
+    fn as_ref(&self) -> &[u8] {
+        host_bytes(&self.tensor)
+    }
+}
+
+/// Copies with as many threads as libtorch may use, up to what saturates the memory. libtorch's own copy takes longer: it has the memory that
+/// it overwrites read first, where memcpy, of pieces as large as these, does not.
+fn copy_bytes(from: &[u8], to: &mut [u8]) {
+    let threads = tch::get_num_threads().clamp(1, 4) as usize;
+    let piece = from.len().div_ceil(threads).max(1);
+    std::thread::scope(|scope| {
+        let pieces = from.chunks(piece).zip(to.chunks_mut(piece));
+        pieces.for_each(|(from, to)| _ = scope.spawn(|| to.copy_from_slice(from)));
+    });
+}
+
+fn is_host_memory(tensor: &Tensor) -> bool {
+    tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous()
+}
+
+/// The memory of a contiguous float32 tensor on the host, which nobody else has.
+fn host_bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
+    debug_assert!(is_host_memory(tensor));
+    // SAFETY: as in `host_bytes`; it was written to when it was made, and `into_memory` gives it only if nobody reads it.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr() as *mut u8, 4 * tensor.numel()) }
+}
+
 /// The memory of a contiguous float32 tensor on the host.
 fn host_bytes(tensor: &Tensor) -> &[u8] {
-    debug_assert!(tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous());
-    // SAFETY: the tensor is contiguous float32 in host memory (made so by `snapshot`), holds `numel` elements of 4 bytes, and
-    // outlives the slice, which borrows it; nobody writes to a snapshot.
+    debug_assert!(is_host_memory(tensor));
+    // SAFETY: the tensor is contiguous float32 in host memory (made so by `snapshot`, or looked at), holds `numel` elements of 4 bytes, and
+    // outlives the slice, which borrows it; nobody writes to a snapshot while it has readers (`into_memory`).
     unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, 4 * tensor.numel()) }
 }
 
@@ -332,8 +371,8 @@ mod tests {
         state
     }
 
-    fn files(snapshot: &Snapshot) -> [bytes::Bytes; 3] {
-        [snapshot.file(0), snapshot.file(1), snapshot.file(2)]
+    fn files(snapshot: &Snapshot) -> [Bytes; 3] {
+        [0, 1, 2].map(|part| snapshot.file(part).concat().into())
     }
 
     #[test]
@@ -346,16 +385,28 @@ mod tests {
         // In the memory of another one, whose numbers are gone then.
         let kept = one.snapshot(Some(state(3).snapshot(None).unwrap())).unwrap();
         assert_eq!(files(&kept), files(&written));
-        for part in 0..3 {
-            assert_eq!(written.file(part), again.file(part));
-            let (bytes, hash) = written.digest(part);
-            assert_eq!(bytes, written.file(part).len() as u64);
-            assert_eq!(hash, blake3::hash(&written.file(part)));
+        assert_eq!(files(&written), files(&again));
+        for (part, file) in files(&written).iter().enumerate() {
+            assert_eq!(written.digest(part), (file.len() as u64, blake3::hash(file)));
         }
-        let file = written.file(0);
+        let [file, ..] = files(&written);
         let read = SafeTensors::deserialize(&file).unwrap();
         assert_eq!(read.tensor("a.weight").unwrap().shape(), [3, 4]);
         assert_eq!(read.names().len(), 2);
+    }
+
+    /// An attempt to write a file may go on after it was given up, and a later one has succeeded.
+    #[test]
+    fn memory_that_is_still_read_is_not_written_to() {
+        let (one, other) = (state(1), state(2));
+        let written = one.snapshot(None).unwrap();
+        let (memory, file) = (written.params.data_ptr(), written.file(0));
+        let bytes = file.concat();
+        assert_eq!(file[1].as_ptr() as usize, memory as usize, "nothing is copied");
+        let next = other.snapshot(Some(written)).unwrap();
+        assert!(next.params.data_ptr() != memory && file.concat() == bytes);
+        let memory = next.params.data_ptr();
+        assert_eq!(one.snapshot(Some(next)).unwrap().params.data_ptr(), memory);
     }
 
     #[test]
@@ -401,7 +452,7 @@ mod tests {
         let error = other.restore(&files).unwrap_err().to_string();
         assert!(error.contains("connector.safetensors") && error.contains("`a.weight`") && error.contains("[4, 3]"), "{error}");
         let mut garbage = files.clone();
-        garbage[0] = bytes::Bytes::from_static(b"not a file at all");
+        garbage[0] = Bytes::from_static(b"not a file at all");
         assert!(matches!(state(1).restore(&garbage), Err(StateError::NotSafetensors { .. })));
         let mut swapped = files;
         swapped[2] = swapped[0].clone();
