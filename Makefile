@@ -41,6 +41,7 @@ chaos-train: build
 bench: build
 	$(CARGO) run --release --locked -p ella-tests --bin bench
 	$(CARGO) run --release --locked -p ella-worker --example bench_commit
+	$(CARGO) run --release --locked -p ella-worker --example bench_step
 
 # What a death and a joiner cost at the connector's true size, beside torchrun if PEERS_PYTHON names a Python that has torch. 16 GB of memory.
 bench-recovery: build

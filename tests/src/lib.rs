@@ -6,6 +6,9 @@ pub mod s3;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use ella_store::{Body, Commit, RunLog, Store};
+use serde_json::Value;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -220,6 +223,65 @@ impl Drop for Processes {
             let _ = child.wait();
         }
     }
+}
+
+/// Starts `ella-coordinator` with these further arguments. Gives it with its gRPC and its HTTP address.
+pub fn coordinator(config: &Path, further: &[&str]) -> Result<(Child, String, Status)> {
+    let mut command = Command::new(binary("ella-coordinator")?);
+    let mut child = command.arg(config).args(further).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().context("no stdout")?).read_line(&mut line)?;
+    let addresses: Value = serde_json::from_str(&line).context("the coordinator did not say where it listens")?;
+    let address = |of: &str| Ok::<_, anyhow::Error>(addresses[of].as_str().with_context(|| format!("no {of} address"))?.to_owned());
+    Ok((child, address("grpc")?, Status(address("http")?)))
+}
+
+/// A coordinator's status page, by its address.
+#[derive(Debug)]
+pub struct Status(pub String);
+
+impl Status {
+    fn get(&self) -> Result<Value> {
+        let mut stream = TcpStream::connect(&self.0)?;
+        write!(stream, "GET /api/v1/status HTTP/1.1\r\nHost: ella\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let body = answer.find('{').context("no JSON")?;
+        Ok(serde_json::from_str(answer[body..].trim_end_matches(|c| c != '}'))?)
+    }
+
+    /// Waits until so many workers have taken two steps together; then the process ids of the ranks.
+    pub fn settled(&self, workers: usize) -> Result<Vec<u32>> {
+        let (begin, mut first) = (Instant::now(), None);
+        loop {
+            ensure!(begin.elapsed() < PATIENCE, "{workers} workers did not train within {} s", PATIENCE.as_secs());
+            std::thread::sleep(Duration::from_millis(50));
+            let Ok(status) = self.get() else { continue };
+            let ranks: Vec<&Value> =
+                status["workers"].as_array().into_iter().flatten().filter(|worker| !worker["rank"].is_null()).collect();
+            if status["phase"] != "training" || ranks.len() != workers {
+                first = None;
+                continue;
+            }
+            let step = status["step"].as_u64().context("no step")?;
+            if step >= *first.get_or_insert(step) + 2 {
+                return ranks.iter().map(|worker| Ok(worker["pid"].as_u64().context("no pid")? as u32)).collect();
+            }
+        }
+    }
+}
+
+/// The lines of a run's journal (`metrics`, `events`, `timing`), in order.
+pub fn journal(run: &Path, folder: &str) -> Result<Vec<Value>> {
+    let mut files: Vec<PathBuf> = run.join(folder).read_dir()?.map(|file| Ok(file?.path())).collect::<Result<_>>()?;
+    files.sort();
+    let mut lines = Vec::new();
+    for file in files {
+        for line in std::fs::read_to_string(file)?.lines() {
+            lines.push(serde_json::from_str(line)?);
+        }
+    }
+    Ok(lines)
 }
 
 /// Milliseconds since 1970.

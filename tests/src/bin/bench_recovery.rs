@@ -6,17 +6,14 @@
 //! the first with it, less that step.
 
 use anyhow::{Context as _, Result, ensure};
-use ella_tests::{Processes, binary, ella, signal, unix_ms};
+use ella_tests::{Processes, binary, coordinator, ella, journal, signal, unix_ms};
 use serde_json::Value;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const WORKERS: usize = 4;
 const KILLS: usize = 20;
-const PATIENCE: Duration = Duration::from_secs(300);
 
 fn main() -> Result<()> {
     let kills = std::env::args().nth(1).map_or(Ok(KILLS), |text| text.parse())?;
@@ -57,48 +54,10 @@ fn world(folder: &Path) -> Result<Run> {
     Ok(Run { config, output })
 }
 
-/// A coordinator's status page.
-struct Status(String);
-
-impl Status {
-    fn get(&self) -> Result<Value> {
-        let mut stream = TcpStream::connect(&self.0)?;
-        write!(stream, "GET /api/v1/status HTTP/1.1\r\nHost: ella\r\nConnection: close\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let body = answer.find('{').context("no JSON")?;
-        Ok(serde_json::from_str(answer[body..].trim_end_matches(|c| c != '}'))?)
-    }
-
-    /// Waits until so many workers have taken two steps together; then the process ids of the ranks.
-    fn settled(&self, workers: usize) -> Result<Vec<u32>> {
-        let (begin, mut first) = (Instant::now(), None);
-        loop {
-            ensure!(begin.elapsed() < PATIENCE, "{workers} workers did not train within {} s", PATIENCE.as_secs());
-            std::thread::sleep(Duration::from_millis(50));
-            let Ok(status) = self.get() else { continue };
-            let ranks: Vec<&Value> =
-                status["workers"].as_array().into_iter().flatten().filter(|worker| !worker["rank"].is_null()).collect();
-            if status["phase"] != "training" || ranks.len() != workers {
-                first = None;
-                continue;
-            }
-            let step = status["step"].as_u64().context("no step")?;
-            if step >= *first.get_or_insert(step) + 2 {
-                return ranks.iter().map(|worker| Ok(worker["pid"].as_u64().context("no pid")? as u32)).collect();
-            }
-        }
-    }
-}
-
 /// Kills one worker after the other, and starts another in its place. Gives the times of the kills.
 fn harass(run: &Run, kills: usize) -> Result<Vec<u64>> {
-    let mut child = Command::new(binary("ella-coordinator")?).arg(&run.config).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().context("no stdout")?).read_line(&mut line)?;
-    let addresses: Value = serde_json::from_str(&line).context("the coordinator did not say where it listens")?;
-    let (grpc, http) = (addresses["grpc"].as_str().context("no gRPC address")?, addresses["http"].as_str().context("no HTTP address")?);
-    let (url, status) = (format!("http://{grpc}"), Status(http.to_owned()));
+    let (child, grpc, status) = coordinator(&run.config, &[])?;
+    let url = format!("http://{grpc}");
     let mut processes = Processes(vec![child]);
     let worker = || -> Result<Child> {
         Ok(Command::new(binary("ella-worker")?).args(["--coordinator", &url, "--device", "cpu"]).stderr(Stdio::null()).spawn()?)
@@ -122,19 +81,6 @@ fn harass(run: &Run, kills: usize) -> Result<Vec<u64>> {
     signal(processes.0[0].id(), libc::SIGTERM);
     processes.0[0].wait()?;
     Ok(times)
-}
-
-/// The lines of a journal.
-fn journal(run: &Path, folder: &str) -> Result<Vec<Value>> {
-    let mut files: Vec<PathBuf> = run.join(folder).read_dir()?.map(|file| Ok(file?.path())).collect::<Result<_>>()?;
-    files.sort();
-    let mut lines = Vec::new();
-    for file in files {
-        for line in std::fs::read_to_string(file)?.lines() {
-            lines.push(serde_json::from_str(line)?);
-        }
-    }
-    Ok(lines)
 }
 
 struct Step {

@@ -47,9 +47,18 @@ pub struct Options {
     pub patience: Duration,
 }
 
+/// What a rank does in a generation, from its first step on.
+type Train<'a> = dyn FnMut(&mut Trainer) -> Result<Halt, TrainError> + 'a;
+
 /// Works for a coordinator, and for those that follow it, until the run or job is over. Call it from a thread of its own, outside the
 /// runtime. Cancel `flags.parting` to have this worker leave.
 pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<Ending, WorkError> {
+    work_by(&mut Trainer::run, options, flags, runtime)
+}
+
+/// The same where a rank trains in another way than [`Trainer::run`]: for measurements.
+#[doc(hidden)]
+pub fn work_by(train: &mut Train<'_>, options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<Ending, WorkError> {
     let device = device::set_up(options.device, 1)?;
     let listener = Listener::bind(options.listen)?;
     let hello = hello(options, device, &listener)?;
@@ -68,7 +77,7 @@ pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<En
         let _within = runtime.enter();
         Control::over(link, (options.coordinator.clone(), hello), flags)
     };
-    let result = Rank::load(options, runtime, (&control, &welcome), listener).and_then(Rank::obey);
+    let result = Rank::load(options, runtime, (&control, &welcome), listener).and_then(|rank| rank.obey(train));
     let unread = control.flags().dropped_progress.load(Ordering::Relaxed);
     if unread > 0 {
         tracing::warn!(unread, "messages of progress were dropped while the coordinator did not read");
@@ -159,12 +168,12 @@ impl<'a> Rank<'a> {
     }
 
     /// Trains in one generation after the other, as the coordinator has it.
-    fn obey(mut self) -> Result<Ending, WorkError> {
+    fn obey(mut self, train: &mut Train<'_>) -> Result<Ending, WorkError> {
         self.idle(String::new());
         loop {
             let Some(Said { era, body }) = self.control.next(LOOK)? else { continue };
             match body {
-                Message::Assign(assign) => self.generation(era, &assign)?,
+                Message::Assign(assign) => self.generation((era, &assign), train)?,
                 Message::Regroup(_) if self.farewell.take().is_some() => self.idle(String::new()),
                 // The flags have taken what concerns a generation.
                 _ => {}
@@ -190,12 +199,12 @@ impl<'a> Rank<'a> {
     }
 
     /// A generation, from its first word to its end. What ends it is told, and only an error of this rank's own is one.
-    fn generation(&mut self, era: Era, assign: &Assign) -> Result<(), WorkError> {
+    fn generation(&mut self, (era, assign): (Era, &Assign), train: &mut Train<'_>) -> Result<(), WorkError> {
         self.trainer.flags.enter(era);
         self.control.outbox().starting();
         self.farewell = None;
         let over = self.trainer.flags.interrupted();
-        let result = if over { Ok(None) } else { self.take_place(era, assign) };
+        let result = if over { Ok(None) } else { self.take_place(era, assign, train) };
         // Its connections tell the neighbours, whatever became of it.
         self.trainer.collective = Box::new(Solo::default());
         match result {
@@ -216,7 +225,7 @@ impl<'a> Rank<'a> {
     }
 
     /// Closes the ring, comes by the state to go on from, and trains once all are ready. None if the generation ends before.
-    fn take_place(&mut self, era: Era, assign: &Assign) -> Result<Option<Halt>, WorkError> {
+    fn take_place(&mut self, era: Era, assign: &Assign, train: &mut Train<'_>) -> Result<Option<Halt>, WorkError> {
         let config = self.trainer.config.clone();
         let commit = load::parse_commit(assign)?;
         let recorded = commit.as_ref().map_or(0, |commit| commit.step);
@@ -251,7 +260,7 @@ impl<'a> Rank<'a> {
             self.trainer.cadence.begin(Instant::now());
             self.touched = true;
         }
-        Ok(Some(self.trainer.run()?))
+        Ok(Some(train(&mut self.trainer)?))
     }
 
     /// This rank goes on from the state that it has: of the step that its coordinator takes it to be of.

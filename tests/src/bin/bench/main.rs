@@ -1,9 +1,10 @@
 //! Benchmarks: programs that print ratios, side by side in one run. `make bench`.
 
+mod restart;
+
 use anyhow::{Context as _, Result, ensure};
-use ella_tests::{Processes, World, binary, signal, unix_ms};
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Command, Stdio};
+use ella_tests::{Processes, World, binary, coordinator, signal, unix_ms};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long the coordinator runs, and is stopped, in turn.
@@ -13,26 +14,18 @@ const ROUNDS: usize = 4;
 fn main() -> Result<()> {
     let (running, stopped) = coordinator_costs_nothing()?;
     println!("LIVE: steps/s with the coordinator running {running:.2}, stopped (SIGSTOP) {stopped:.2}, ratio {:.3}", stopped / running);
+    restart::killed_and_back()?;
     let memory = idle_coordinator()?;
     println!("idle coordinator: {memory:.1} MB resident");
     Ok(())
-}
-
-fn coordinator(config: &std::path::Path) -> Result<(Child, String)> {
-    let mut child = Command::new(binary("ella-coordinator")?).arg(config).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().context("no stdout")?).read_line(&mut line)?;
-    let addresses: serde_json::Value = serde_json::from_str(&line).context("the coordinator did not say where it listens")?;
-    let grpc = addresses["grpc"].as_str().context("no gRPC address")?;
-    Ok((child, format!("http://{grpc}")))
 }
 
 /// Steps per second of two workers while their coordinator runs, and while it is stopped, in alternating windows of one run.
 fn coordinator_costs_nothing() -> Result<(f64, f64)> {
     let world = World::new(96)?;
     let run = world.run("live", 1_000_000, "[checkpoint]\nevery = 1000000\n[workers]\ncount = 2\n")?;
-    let (child, url) = coordinator(&run.config)?;
-    let coordinator = child.id();
+    let (child, grpc, _) = coordinator(&run.config, &[])?;
+    let (coordinator, url) = (child.id(), format!("http://{grpc}"));
     let mut processes = Processes(vec![child]);
     for _ in 0..2 {
         processes
@@ -94,7 +87,7 @@ fn idle_coordinator() -> Result<f64> {
     let output = folder.path().join("run");
     let text = format!("[run]\noutput = \"{}\"\n[base]\nmodel = \"m\"\n[text]\nmodel = \"t\"\n[data]\npath = \"d\"\n", output.display());
     std::fs::write(&config, text)?;
-    let (child, _) = coordinator(&config)?;
+    let (child, ..) = coordinator(&config, &[])?;
     let id = child.id();
     let _processes = Processes(vec![child]);
     let status = std::fs::read_to_string(format!("/proc/{id}/status"))?;
