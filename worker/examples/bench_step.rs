@@ -98,7 +98,7 @@ fn attached<T>(config: &Path, runtime: &Runtime, mut measure: impl FnMut(&mut Tr
     BufReader::new(coordinator.stdout.take().context("no stdout")?).read_line(&mut line)?;
     let addresses: serde_json::Value = serde_json::from_str(&line).context("the coordinator did not say where it listens")?;
     let options = Options {
-        coordinator: format!("http://{}", addresses["grpc"].as_str().context("no gRPC address")?),
+        coordinator: format!("http://{}", addresses["grpc"].as_str().context("no gRPC address")?).into(),
         listen: ([127, 0, 0, 1], 0).into(),
         advertise: None,
         device: Choice::Cpu,
