@@ -34,6 +34,9 @@ fn a_run_under_every_kind_of_fault_trains_the_same_bytes() -> Result<()> {
     assert!(output.status.success() && report["ok"] == true, "{said}\n{report:#}");
     let seeds = report["seeds"].as_array().cloned().unwrap_or_default();
     assert_eq!(seeds.len(), 2);
+    for kind in ["kill", "stop", "slow", "partition", "store", "coordinator", "join", "leave"] {
+        assert!(seeds.iter().any(|seed| seed["faults"][kind].as_u64() > Some(0)), "none of this kind befell the run: {kind}\n{report:#}");
+    }
     for seed in seeds {
         let names = ["SAME", "ONCE", "COMMIT", "TERM", "LIVE", "KNOWN"];
         assert!(names.iter().all(|name| seed["invariants"][name]["holds"] == true), "{seed:#}");

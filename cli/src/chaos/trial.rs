@@ -249,9 +249,10 @@ impl Trial {
         let Some((at, status)) = seen else { return };
         let trains = matches!(status.phase.as_str(), "training" | "draining");
         for worker in &status.workers {
-            self.record.ids.insert(worker.pid, worker.worker_id.clone());
+            let Some(pid) = started(worker.pid) else { continue };
+            self.record.ids.insert(pid, worker.worker_id.clone());
             let processes = self.cluster.seats.iter_mut().filter_map(|seat| seat.process.as_mut());
-            for process in processes.filter(|process| process.pid == worker.pid) {
+            for process in processes.filter(|process| process.pid == pid) {
                 // The state of one that waits may be an old one.
                 process.holds = if trains { worker.state == "rank" } else { process.holds };
             }
@@ -439,7 +440,7 @@ impl Trial {
             Target::Worker(seat) => seat % count,
             Target::Rank(rank) => {
                 let (_, status) = self.seen.as_ref()?;
-                let pid = status.workers.iter().find(|worker| worker.rank == Some(rank))?.pid;
+                let pid = started(status.workers.iter().find(|worker| worker.rank == Some(rank))?.pid)?;
                 self.cluster.seats.iter().position(|seat| seat.process.is_some_and(|process| process.pid == pid))?
             }
             Target::Coordinator => return None,
@@ -495,6 +496,13 @@ impl Trial {
         let seat = self.cluster.add_seat(true)?;
         self.act(Act::Start(Who::Worker(seat)), opened)
     }
+}
+
+/// The process that was started as this worker: it watches the one that works, and leads its group. None, if that is gone.
+fn started(works: u32) -> Option<u32> {
+    let pid = i32::try_from(works).ok()?;
+    // SAFETY: takes and gives numbers.
+    u32::try_from(unsafe { libc::getpgid(pid) }).ok()
 }
 
 /// Asks whoever coordinates for the status, again and again.
