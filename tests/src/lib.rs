@@ -214,6 +214,18 @@ pub fn children_of(parent: u32, program: &str) -> Vec<u32> {
 #[derive(Debug)]
 pub struct Processes(pub Vec<Child>);
 
+impl Processes {
+    /// Fails if one of them has ended, and says how.
+    pub fn all_run(&mut self) -> Result<()> {
+        for child in &mut self.0 {
+            if let Some(status) = child.try_wait()? {
+                bail!("process {} has ended before its time: {status}", child.id());
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Drop for Processes {
     fn drop(&mut self) {
         for child in &mut self.0 {

@@ -44,6 +44,7 @@ fn coordinator_costs_nothing() -> Result<(f64, f64)> {
         windows.push((stop, begin, unix_ms()));
     }
     signal(coordinator, libc::SIGCONT);
+    processes.all_run()?;
     signal(coordinator, libc::SIGTERM);
     let patience = Instant::now() + Duration::from_secs(60);
     while processes.0[0].try_wait()?.is_none() {

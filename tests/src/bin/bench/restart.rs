@@ -67,7 +67,8 @@ fn kill_again_and_again(run: &Run, logs: &[PathBuf]) -> Result<Vec<u64>> {
         processes.0[0].wait()?;
         std::thread::sleep(AWAY);
         (processes.0[0], _, status) = coordinator(&run.config, &["--listen", &address])?;
-        status.settled(WORKERS)?;
+        let settled = processes.all_run().and_then(|()| status.settled(WORKERS)).and_then(|_| processes.all_run());
+        settled.with_context(|| format!("after kill {}; the workers' last words: {}", round + 1, last_words(logs)))?;
         std::thread::sleep(AFTER);
     }
     signal(processes.0[0].id(), libc::SIGTERM);
@@ -82,6 +83,11 @@ fn worker(coordinator: &str, log: &Path) -> Result<Child> {
     let mut command = Command::new(binary("ella-worker")?);
     command.args(["--coordinator", &url, "--device", "cpu", "--log-format", "json"]).env("ELLA_LOG", "warn,ella_worker::train=debug");
     Ok(command.stderr(File::create(log)?).spawn()?)
+}
+
+fn last_words(logs: &[PathBuf]) -> String {
+    let last = |log: &PathBuf| std::fs::read_to_string(log).ok()?.lines().last().map(str::to_owned);
+    logs.iter().map(|log| last(log).unwrap_or_default()).collect::<Vec<_>>().join("; ")
 }
 
 /// What a worker's log says it has applied.
