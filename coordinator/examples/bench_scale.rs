@@ -12,7 +12,7 @@ use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -143,6 +143,8 @@ fn on_first_core() -> std::io::Result<()> {
 struct Shared {
     started: AtomicU64,
     said: AtomicU64,
+    /// The count is measured: what ends now ends with its coordinator.
+    over: AtomicBool,
 }
 
 async fn measure(count: usize) -> Result<Measured> {
@@ -163,7 +165,10 @@ async fn measure(count: usize) -> Result<Measured> {
         };
         let opening = opening.clone();
         tokio::spawn(async move {
-            if let Err(error) = worker.run(opening).await {
+            let shared = worker.shared.clone();
+            if let Err(error) = worker.run(opening).await
+                && !shared.over.load(Relaxed)
+            {
                 eprintln!("worker {number}: {error:#}");
             }
         });
@@ -203,6 +208,7 @@ async fn measure(count: usize) -> Result<Measured> {
     // The survivors go on.
     all_started(2 * count as u64 - 1).await?;
     stepping.abort();
+    shared.over.store(true, Relaxed);
     let memory = coordinator.memory()?;
     let told = [times[0], times[times.len() / 2], times[times.len() - 1]];
     Ok(Measured { ready, messages: said as f64 / took, busy: seconds / took, memory, told })
