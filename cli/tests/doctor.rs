@@ -26,9 +26,10 @@ fn what_a_run_would_stumble_over_is_wrong() {
     let dir = tempfile::tempdir().unwrap();
     let here = dir.path();
     std::fs::write(here.join("file"), "in the way").unwrap();
-    let ran = ella(here, &["doctor", "--quick", "--store", "file/runs", "--json"]);
+    ella(here, &["doctor", "--store", "file/runs"]).fails(2, &["file is a file"]);
+    ella(here, &["doctor", "--store", "ftp://host/x"]).fails(2, &["ftp"]);
+    let ran = ella(here, &["doctor", "--quick", "--store", "https://127.0.0.1:1/runs", "--json"]);
     let found = ran.json();
     assert_eq!((ran.code, &found["ok"]), (1, &json!(false)), "{ran:?}");
-    assert!(found["wrong"][0].as_str().unwrap().starts_with("runs cannot be kept in file/runs: "), "{found}");
-    ella(here, &["doctor", "--store", "ftp://host/x"]).fails(2, &["ftp"]);
+    assert!(found["wrong"][0].as_str().unwrap().starts_with("runs cannot be kept in https://127.0.0.1:1/runs: "), "{found}");
 }

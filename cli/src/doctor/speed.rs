@@ -40,8 +40,7 @@ impl Speeds {
         let upload = upload_gb_per_s.map_or_else(String::new, |rate| format!(", upload {rate:.1} GB/s"));
         let sum = if upload_gb_per_s.is_some() { "NCCL with itself" } else { "two ranks over loop-back" };
         format!(
-            "{:9} {product}: {teraflops:.2} TFLOP/s; copy {copy_gb_per_s:.1} GB/s{upload}; a gradient of 267 MB summed by {sum} at {sum_gb_per_s:.2} GB/s\n",
-            device
+            "{device:9} {product}: {teraflops:.2} TFLOP/s; copy {copy_gb_per_s:.1} GB/s{upload}; a gradient of 267 MB summed by {sum} at {sum_gb_per_s:.2} GB/s\n"
         )
     }
 }
@@ -77,8 +76,8 @@ pub(super) fn of_gpu(free: usize) -> Kept<Speeds> {
 fn product(device: Device, kind: Kind, side: i64) -> Kept<(f64, String)> {
     let matrix = || Tensor::f_randn([side, side], (Kind::Float, device))?.f_to_kind(kind);
     let run = || -> Result<f64, TchError> {
-        let (a, b, mut out) = (matrix()?, matrix()?, matrix()?);
-        let seconds = median(device, || Tensor::f_matmul_out(&mut out, &a, &b).map(drop))?;
+        let (a, b, out) = (matrix()?, matrix()?, matrix()?);
+        let seconds = median(device, || Tensor::f_matmul_out(&out, &a, &b).map(drop))?;
         Ok(2.0 * (side as f64).powi(3) / seconds / 1e12)
     };
     let name = if kind == Kind::Float { "float32" } else { "bfloat16" };
