@@ -4,6 +4,7 @@ mod audit;
 mod caption;
 mod chaos;
 mod children;
+mod doctor;
 mod drain;
 mod embed;
 mod export;
@@ -58,6 +59,8 @@ enum Command {
     Verify(verify::Verify),
     /// Reckon what a run will store, read and cost, before anything is rented
     Plan(plan::Plan),
+    /// Say what this machine has to train with, how fast it is, and what is wrong with it
+    Doctor(doctor::Doctor),
     /// Train a connector here, or resume: starts a coordinator and its workers
     Train(train::Train),
     /// Say what a run is doing, or what became of it
@@ -100,6 +103,7 @@ fn main() -> ExitCode {
         Command::Caption(command) => command.run(out),
         Command::Verify(command) => command.run(out),
         Command::Plan(command) => command.run(out),
+        Command::Doctor(command) => command.run(out),
         Command::Train(command) => command.run(out),
         Command::Status(command) => command.run(out),
         Command::Drain(command) => command.run(out),

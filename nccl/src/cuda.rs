@@ -46,6 +46,18 @@ impl Driver {
         Ok(driver)
     }
 
+    /// The newest CUDA that this driver can run, as (major, minor).
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn version(&self) -> Result<(u32, u32), Error> {
+        let mut code: c_int = 0;
+        // SAFETY: the pointer is to a live integer, which the call fills.
+        self.check("cuDriverGetVersion", unsafe { (self.0.driver_version)(&raw mut code) })?;
+        let code = u32::try_from(code).unwrap_or(0);
+        Ok((code / 1000, code % 1000 / 10))
+    }
+
     /// The number of GPUs that this process may use.
     ///
     /// # Errors
@@ -118,6 +130,18 @@ impl Device {
     /// The model's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Its memory in bytes: what is free now, of how much. The device becomes the calling thread's current one.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn memory(&self) -> Result<(usize, usize), Error> {
+        self.make_current()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the pointers are to live integers, which the call fills.
+        self.driver.check("cuMemGetInfo", unsafe { (self.driver.0.memory)(&raw mut free, &raw mut total) })?;
+        Ok((free, total))
     }
 
     /// Makes this GPU the calling thread's current one, for the driver, NCCL and torch alike.

@@ -123,6 +123,8 @@ table! {
     /// The functions of the CUDA driver.
     Cuda of "libcuda.so.1" {
         init = "cuInit"(c_uint) -> c_int;
+        driver_version = "cuDriverGetVersion"(*mut c_int) -> c_int;
+        memory = "cuMemGetInfo_v2"(*mut usize, *mut usize) -> c_int;
         device_count = "cuDeviceGetCount"(*mut c_int) -> c_int;
         device_get = "cuDeviceGet"(*mut c_int, c_int) -> c_int;
         device_uuid = "cuDeviceGetUuid_v2"(*mut [u8; 16], c_int) -> c_int;

@@ -53,6 +53,15 @@ pub fn uuid(device: Device) -> Option<String> {
     Some(device.uuid().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// NCCL, as torch's wheel brings it, or the system's.
+///
+/// # Errors
+/// If neither is there, or what is there is too old.
+pub fn nccl() -> Result<nccl_rs::Library, nccl_rs::Error> {
+    let beside_libtorch = libtorch_folder().map(|lib| lib.join("../../nvidia/nccl/lib"));
+    nccl_rs::Library::load(beside_libtorch.as_slice())
+}
+
 /// The tensor kind of a config's dtype.
 pub fn kind(dtype: Dtype) -> Kind {
     match dtype {

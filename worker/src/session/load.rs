@@ -64,8 +64,7 @@ fn free_at_the_end(flags: &Flags, abort: AbortHandle) {
 
 /// The same ranks over NCCL, for tensors in GPU memory.
 fn over_nccl(ring: Box<dyn Collective>, patience: Duration) -> Result<Box<dyn Collective>, WorkError> {
-    let beside_libtorch = device::libtorch_folder().map(|lib| lib.join("../../nvidia/nccl/lib"));
-    let library = nccl_rs::Library::load(beside_libtorch.as_slice()).map_err(CollectiveError::from)?;
+    let library = device::nccl().map_err(CollectiveError::from)?;
     Ok(Box::new(Nccl::connect(ring, &library, 0, patience)?))
 }
 

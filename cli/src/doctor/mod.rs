@@ -1,0 +1,168 @@
+//! `ella doctor`: what this machine has to train with, how fast it is, and what is wrong with it.
+
+mod gpu;
+mod machine;
+mod speed;
+
+use clap::Args;
+use ella_proto::config::Device as Choice;
+use ella_store::{Store, probe};
+use ella_worker::device;
+use gpu::Gpus;
+use machine::Machine;
+use serde::Serialize;
+use speed::{Kept, Speeds};
+
+use crate::ui::{DONE, FAILED, Fail, Out, bytes, note};
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// Say only what is there; measure nothing
+    #[arg(long)]
+    quick: bool,
+    /// Also try whether runs can be kept in this store (a folder or URL): some objects are written there and deleted
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
+}
+
+/// All that was found.
+#[derive(Debug, Serialize)]
+struct Report {
+    ella: &'static str,
+    machine: Machine,
+    libtorch: Libtorch,
+    gpus: Gpus,
+    nccl: Option<Nccl>,
+    /// Of the processor, and of the first GPU.
+    speeds: Vec<Speeds>,
+    store: Option<String>,
+    /// What a run would stumble over.
+    wrong: Vec<String>,
+    ok: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Libtorch {
+    version: String,
+    folder: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Nccl {
+    version: String,
+    known_fault: Option<&'static str>,
+}
+
+impl Doctor {
+    pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
+        let machine = Machine::look();
+        let mut wrong = machine.wrong();
+        let libtorch = libtorch();
+        let gpus = Gpus::look();
+        wrong.extend(gpus.wrong());
+        // torch's own copy lies beside it; without a GPU there is nothing to look for.
+        let nccl = (!gpus.devices.is_empty()).then(|| look_for_nccl(&mut wrong)).flatten();
+        let mut speeds = Vec::new();
+        if !self.quick {
+            device::set_threads(machine.cores);
+            speeds.push(measure("processor", speed::of_processor, &mut wrong));
+            if gpus.usable() {
+                speeds.push(measure("first GPU", || speed::of_gpu(gpus.devices[0].free_bytes), &mut wrong));
+            }
+        }
+        let store = self.store.as_deref().map(|url| try_store(url, &mut wrong)).transpose()?;
+        let ok = wrong.is_empty();
+        let report = Report {
+            ella: env!("CARGO_PKG_VERSION"),
+            machine,
+            libtorch,
+            gpus,
+            nccl,
+            speeds: speeds.into_iter().flatten().collect(),
+            store,
+            wrong,
+            ok,
+        };
+        out.result(&report, || report.text());
+        Ok(if ok { DONE } else { FAILED })
+    }
+}
+
+/// What cannot be measured is wrong; the rest is told all the same.
+fn measure(what: &str, all: impl FnOnce() -> Kept<Speeds>, wrong: &mut Vec<String>) -> Option<Speeds> {
+    note(format_args!("measuring the {what}"));
+    all().map_err(|error| wrong.push(format!("the {what} cannot be measured: {error}"))).ok()
+}
+
+fn libtorch() -> Libtorch {
+    // The first tensor loads what is to be found.
+    drop(tch::Tensor::from(0));
+    let Some(folder) = device::libtorch_folder() else {
+        return Libtorch { version: "unknown".to_owned(), folder: "unknown".to_owned() };
+    };
+    // As its wheel says; another build of it may not.
+    let said = std::fs::read_to_string(folder.join("../version.py")).unwrap_or_default();
+    let version = said.lines().find_map(|line| line.strip_prefix("__version__ = ")).unwrap_or("unknown").trim_matches(['\'', '"']);
+    Libtorch { version: version.to_owned(), folder: folder.display().to_string() }
+}
+
+fn look_for_nccl(wrong: &mut Vec<String>) -> Option<Nccl> {
+    match device::nccl().and_then(|library| library.version()) {
+        Ok(version) => {
+            let known_fault = version.known_fault();
+            wrong.extend(
+                known_fault.map(|fault| format!("NCCL {version} ({fault}): install another, such as the one that torch's wheel brings")),
+            );
+            Some(Nccl { version: version.to_string(), known_fault })
+        }
+        Err(error) => {
+            wrong.push(format!("NCCL cannot be used ({error}): several workers with GPUs cannot train together; install nvidia-nccl"));
+            None
+        }
+    }
+}
+
+fn try_store(url: &str, wrong: &mut Vec<String>) -> Result<String, Fail> {
+    let store = Store::open(url)?;
+    if let Err(error) = crate::runtime()?.block_on(probe(&store)) {
+        wrong.push(format!("runs cannot be kept in {url}: {error}"));
+    }
+    Ok(store.url().to_owned())
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let Self { machine, libtorch, gpus, .. } = self;
+        let mut text = format!("ella      {}\n", self.ella);
+        text += &format!(
+            "machine   {}, {} cores, {} of memory ({} free)\n",
+            machine.system,
+            machine.cores,
+            bytes(machine.memory_bytes),
+            bytes(machine.free_bytes)
+        );
+        text += &format!("libtorch  {}, {}\n", libtorch.version, libtorch.folder);
+        text += &gpus.text();
+        if let Some(Nccl { version, .. }) = &self.nccl {
+            text += &format!("nccl      {version}\n");
+        }
+        self.speeds.iter().for_each(|speeds| text += &speeds.text());
+        if let Some(url) = &self.store {
+            text += &format!("store     {url}\n");
+        }
+        self.wrong.iter().for_each(|what| text += &format!("WRONG     {what}\n"));
+        text + &match (self.ok, gpus.usable()) {
+            (true, true) => "verdict   ready to train on the GPU".to_owned(),
+            (true, false) => "verdict   ready to train on the processor: this machine has no GPU that ella can use".to_owned(),
+            (false, _) => format!("verdict   {} to put right", crate::ui::count(self.wrong.len(), "thing")),
+        }
+    }
+}
+
+/// As workers choose it: the GPU, if there is one.
+fn has_gpu() -> Result<(), String> {
+    match device::set_up(Choice::Cuda, 1) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(error.to_string()),
+    }
+}
