@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
 use crate::run::ADDRESS;
-use crate::status::coordinator_of;
+use crate::status::{SHOWN, coordinator_of};
 use crate::token::TokenFile;
 use crate::ui::{DONE, Fail, Out, count, note};
 
@@ -20,7 +20,7 @@ const POLL: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
 pub(crate) struct Drain {
-    /// Its rank, its id or the beginning of it, or its host: as `ella status URL` shows them
+    /// Its rank, its host, or its id or the beginning of it, eight characters or more: as `ella status URL` shows them
     worker: String,
     /// The folder of a run that `ella train` trains on this machine, or the address of a run's coordinator, http://HOST:PORT
     #[arg(value_name = "RUN|URL", required_unless_present = "coordinator")]
@@ -125,11 +125,15 @@ fn has_left(status: &StatusReport, worker_id: &str) -> bool {
     over || status.workers.iter().all(|worker| worker.worker_id != worker_id)
 }
 
-/// The worker of that rank; else the one whose id begins so; else the one on that host.
+/// The worker of that rank; else the one whose id begins so; else the one on that host. A shorter beginning may be a rank's number that is
+/// mistaken: it must not fall on a worker by chance.
 fn resolve<'a>(workers: &'a [WorkerReport], wanted: &str) -> Result<&'a WorkerReport, String> {
     let rank: Option<u32> = wanted.parse().ok();
-    let ways: [&dyn Fn(&WorkerReport) -> bool; 3] =
-        [&|worker| rank.is_some() && worker.rank == rank, &|worker| worker.worker_id.starts_with(wanted), &|worker| worker.host == wanted];
+    let ways: [&dyn Fn(&WorkerReport) -> bool; 3] = [
+        &|worker| rank.is_some() && worker.rank == rank,
+        &|worker| wanted.len() >= SHOWN && worker.worker_id.starts_with(wanted),
+        &|worker| worker.host == wanted,
+    ];
     let found = |way: &dyn Fn(&WorkerReport) -> bool| workers.iter().filter(|worker| way(worker)).collect::<Vec<_>>();
     let found = ways.iter().map(|way| found(way)).find(|found| !found.is_empty()).unwrap_or_default();
     let list = |workers: &mut dyn Iterator<Item = &WorkerReport>| workers.map(named).collect::<Vec<_>>().join("; ");
@@ -166,14 +170,14 @@ mod tests {
     }
 
     fn workers() -> Vec<WorkerReport> {
-        vec![worker("1f03", 0, "a"), worker("12ab", 1, "b"), worker("e0cd", 2, "b")]
+        vec![worker("7f03a5b6c7", 0, "a"), worker("12ab12ab12", 1, "b"), worker("e0cd123456", 2, "b")]
     }
 
     #[test]
     fn a_worker_is_known_by_rank_id_or_host() {
         let workers = workers();
-        for (wanted, id) in [("0", "1f03"), ("1", "12ab"), ("12", "12ab"), ("12ab", "12ab"), ("e", "e0cd"), ("a", "1f03"), ("2", "e0cd")] {
-            assert_eq!(resolve(&workers, wanted).unwrap().worker_id, id, "{wanted}");
+        for (wanted, id) in [("0", "7f03"), ("1", "12ab"), ("12ab12ab", "12ab"), ("e0cd123456", "e0cd"), ("a", "7f03"), ("2", "e0cd")] {
+            assert!(resolve(&workers, wanted).unwrap().worker_id.starts_with(id), "{wanted}");
         }
     }
 
@@ -181,10 +185,11 @@ mod tests {
     fn whoever_is_meant_must_be_clear() {
         let workers = workers();
         let several = resolve(&workers, "b").unwrap_err();
-        assert!(several.contains("12ab (rank 1, b pid 5); worker e0cd") && !several.contains("1f03"), "{several}");
-        for wanted in ["9", "c", "1a"] {
+        assert!(several.contains("12ab12ab12 (rank 1, b pid 5); worker e0cd") && !several.contains("7f03"), "{several}");
+        // A rank that is not there must not fall on the worker whose id happens to begin so.
+        for wanted in ["7", "12", "9", "c", "12ab12ac"] {
             let nobody = resolve(&workers, wanted).unwrap_err();
-            assert!(nobody.contains(wanted) && nobody.contains("1f03") && nobody.contains("e0cd"), "{nobody}");
+            assert!(nobody.contains(wanted) && nobody.contains("7f03") && nobody.contains("e0cd"), "{nobody}");
         }
         assert!(resolve(&[], "0").unwrap_err().contains("no worker now"));
     }
@@ -192,10 +197,10 @@ mod tests {
     #[test]
     fn a_worker_has_left_when_nobody_has_its_id_or_the_run_is_over() {
         let mut status = StatusReport { phase: "regrouping".into(), workers: workers(), ..StatusReport::default() };
-        assert!(!has_left(&status, "12ab"));
+        assert!(!has_left(&status, "12ab12ab12"));
         status.workers.remove(1);
-        assert!(has_left(&status, "12ab") && !has_left(&status, "e0cd"));
+        assert!(has_left(&status, "12ab12ab12") && !has_left(&status, "e0cd123456"));
         status.phase = "preempted".into();
-        assert!(has_left(&status, "e0cd"));
+        assert!(has_left(&status, "e0cd123456"));
     }
 }

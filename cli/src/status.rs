@@ -14,6 +14,9 @@ use crate::run::{Membership, Metric, RUN_TOML, RunFolder, samples};
 use crate::token::TokenFile;
 use crate::ui::{DONE, Fail, Out, bytes, span};
 
+/// Characters of a worker's id that are shown.
+pub(crate) const SHOWN: usize = 8;
+
 #[derive(Debug, Args)]
 pub(crate) struct Status {
     /// A run's folder, or a data set's, being prepared, embedded or captioned, or whole (path or URL); or the address of a run's or job's
@@ -172,7 +175,7 @@ fn live(status: &StatusReport) -> String {
         let (host, pid, device) = (&worker.host, worker.pid, &worker.device);
         let place = worker.rank.map_or_else(|| worker.state.clone(), |rank| format!("rank {rank}"));
         // Enough of it for `ella drain`.
-        let id: String = worker.worker_id.chars().take(8).collect();
+        let id: String = worker.worker_id.chars().take(SHOWN).collect();
         text += &format!("worker   {id}, {place}, {host} pid {pid}, {device}, step {}, heard {silent:.1} s ago\n", worker.step);
     }
     text + &counts("count", &status.counts)
