@@ -20,7 +20,7 @@ impl Machine {
         let (memory, kernel) = (read("/proc/meminfo"), read("/proc/sys/kernel/osrelease"));
         // A container's own bound, where there is one.
         let bound = read("/sys/fs/cgroup/memory.max").trim().parse().unwrap_or(u64::MAX);
-        let used = read("/sys/fs/cgroup/memory.current").trim().parse().unwrap_or(0);
+        let used = in_use(read("/sys/fs/cgroup/memory.current").trim(), &read("/sys/fs/cgroup/memory.stat"));
         let kibibytes = |name: &str| field(&memory, name).unwrap_or(0) << 10;
         Self {
             system: format!("{} {} {}", std::env::consts::OS, kernel.trim(), std::env::consts::ARCH),
@@ -34,6 +34,13 @@ impl Machine {
         let little = self.free_bytes < LEAST;
         little.then(|| format!("less than {} of memory is free: end other programs", crate::ui::bytes(LEAST))).into_iter().collect()
     }
+}
+
+/// What a container holds of its bound. Pages of files that it would give back first are as good as free.
+fn in_use(current: &str, stat: &str) -> u64 {
+    let number = |text: &str| text.parse().unwrap_or(0_u64);
+    let given_back = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")).map_or(0, number);
+    number(current).saturating_sub(given_back)
 }
 
 /// The number of a line like `MemTotal:  123 kB`.
@@ -51,6 +58,12 @@ mod tests {
         let text = "MemTotalled:       1 kB\nMemTotal:       24098765 kB\nMemFree:  x\n";
         assert_eq!(field(text, "MemTotal"), Some(24_098_765));
         assert_eq!((field(text, "MemFree"), field(text, "Mem")), (None, None));
+    }
+
+    #[test]
+    fn pages_of_files_that_are_given_back_are_not_in_use() {
+        assert_eq!(in_use("1000", "anon 300\ninactive_file 650\nactive_file 50\n"), 350);
+        assert_eq!((in_use("1000", ""), in_use("", "inactive_file 5")), (1000, 0));
     }
 
     #[test]
