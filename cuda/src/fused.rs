@@ -70,7 +70,13 @@ impl Fused {
 ///
 /// # Errors
 /// A shape or kind that it does not take; CUDA's own.
-pub fn group_norm(x: &Tensor, (gamma, beta): (&Tensor, &Tensor), add: Option<&Tensor>, (groups, eps): (i64, f64), activate: bool) -> Result<Tensor> {
+pub fn group_norm(
+    x: &Tensor,
+    (gamma, beta): (&Tensor, &Tensor),
+    add: Option<&Tensor>,
+    (groups, eps): (i64, f64),
+    activate: bool,
+) -> Result<Tensor> {
     let kinds = [gamma.f_kind(), beta.f_kind()].map(|kind| kind.ok());
     if kinds != [x.f_kind().ok(); 2] {
         return Err(Error(format!("a fused group norm takes weights of its input's kind {:?}, not {kinds:?}", x.kind())));
@@ -119,7 +125,12 @@ pub fn geglu(both: &Tensor) -> Result<Tensor> {
 /// A shape or kind that it does not take.
 pub fn add_biased(a: &Tensor, b: &Tensor, bias: &Tensor) -> Result<Tensor> {
     if bias.f_kind().ok() != Some(tch::Kind::Float) || a.f_kind().ok() != b.f_kind().ok() {
-        return Err(Error(format!("a fused residual takes maps of one kind and a float32 bias, not {:?}, {:?} and {:?}", a.kind(), b.kind(), bias.kind())));
+        return Err(Error(format!(
+            "a fused residual takes maps of one kind and a float32 bias, not {:?}, {:?} and {:?}",
+            a.kind(),
+            b.kind(),
+            bias.kind()
+        )));
     }
     // SAFETY: all tensors are alive while they are borrowed.
     returned(unsafe { ops::ella_add_biased(a.as_ptr(), b.as_ptr(), bias.as_ptr()) })

@@ -56,7 +56,8 @@ pub fn load(libtorch: &Path) -> Result<()> {
         return Ok(());
     }
     let table = open()?;
-    let libtorch = CString::new(libtorch.to_string_lossy().as_bytes()).map_err(|_| Error("libtorch's folder has a zero in its name".into()))?;
+    let libtorch =
+        CString::new(libtorch.to_string_lossy().as_bytes()).map_err(|_| Error("libtorch's folder has a zero in its name".into()))?;
     let kernels = CString::new(KERNELS).map_err(|_| Error("the kernels' text has a zero in it".into()))?;
     // SAFETY: both strings end in a zero and live through the call, which copies them.
     error::check(unsafe { (table.init)(libtorch.as_ptr(), kernels.as_ptr()) }, table.error)?;

@@ -70,7 +70,8 @@ fn group_norms_agree_with_libtorchs() {
     for device in devices() {
         for (kind, tolerance) in KINDS {
             for (shape, groups, mean) in shapes {
-                for (activate, adds, channels_last) in [(true, true, true), (true, false, false), (false, true, true), (false, false, true)] {
+                for (activate, adds, channels_last) in [(true, true, true), (true, false, false), (false, true, true), (false, false, true)]
+                {
                     let x = leaf(shape, mean, (kind, device));
                     let [gamma, beta] = [1.0, 0.0].map(|mean| leaf(&shape[1..2], mean, (kind, device)).detach());
                     let add = adds.then(|| leaf(&shape[..2], 0.0, (Kind::Float, device)));
@@ -94,7 +95,9 @@ fn group_norms_agree_with_libtorchs() {
 fn convolutions_agree_with_libtorchs_in_every_stride_and_padding() {
     tch::manual_seed(2);
     for device in devices() {
-        for (kernel, stride, padding, size) in [(3, 1, 1, (8, 8)), (3, 2, 1, (8, 8)), (3, 2, 1, (9, 7)), (1, 1, 0, (5, 6)), (3, 2, 0, (9, 8))] {
+        for (kernel, stride, padding, size) in
+            [(3, 1, 1, (8, 8)), (3, 2, 1, (8, 8)), (3, 2, 1, (9, 7)), (1, 1, 0, (5, 6)), (3, 2, 0, (9, 8))]
+        {
             let x = leaf(&[2, 16, size.0, size.1], 0.0, (Kind::Float, device));
             let weight = leaf(&[24, 16, kernel, kernel], 0.0, (Kind::Float, device)).detach();
             let wanted = x.conv2d(&weight, None::<Tensor>, [stride; 2], [padding; 2], [1, 1], 1);
