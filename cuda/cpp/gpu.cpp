@@ -194,11 +194,12 @@ const EllaGpu table = {
             C10_CUDA_CHECK(cudaEventDestroy(event_of(event)));
         });
     },
-    .graph_begin = [](void** graph) {
+    .graph_begin = [](void* beside, void** graph) {
         return guarded([&] {
             auto made = std::make_unique<at::cuda::CUDAGraph>();
+            const auto pool = beside ? graph_of(beside)->pool() : c10::MempoolId_t{0, 0};
             // Other threads go on with their own streams meanwhile: only what this thread does is held to the rules of a capture.
-            made->capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+            made->capture_begin(pool, cudaStreamCaptureModeThreadLocal);
             *graph = made.release();
         });
     },

@@ -21,7 +21,8 @@ struct EllaGpu {
     int (*event_done)(void* event, int* done);
     int (*event_synchronize)(void* event);
     int (*event_free)(int device, void* event);
-    int (*graph_begin)(void** graph);
+    // In the memory of `beside`, if that is not null: the two are replayed in the order in which they were recorded.
+    int (*graph_begin)(void* beside, void** graph);
     int (*graph_end)(void* graph);
     int (*graph_replay)(void* graph);
     int (*graph_free)(void* graph);

@@ -402,6 +402,45 @@ DEVICE void add_biased(const T* a, const T* b, const float* bias, T* y, long lon
     }
 }
 
+// --- The update ---------------------------------------------------------------------------------------------------------------------------
+
+// One step of AdamW with decoupled decay, and the moving average of its weights: see src/fused.rs.
+struct Rates {
+    float scale, keep, first, second_keep, second, root, eps, rate, average;
+};
+
+DEVICE void adamw_one(float& p, float g, float& m, float& v, float& ema, const Rates& r) {
+    g *= r.scale;
+    p *= r.keep;
+    m += (g - m) * r.first;
+    v = v * r.second_keep + g * g * r.second;
+    p -= m / (sqrt(v) / r.root + r.eps) * r.rate;
+    ema += (p - ema) * r.average;
+}
+
+// Buffers [count] float32. One thread for eight of them.
+DEVICE void adamw(float* p, const float* g, float* m, float* v, float* ema, long long count, Rates r) {
+    PHASE(t) {
+        const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + t) * VECTOR;
+        if (i + VECTOR <= count) {
+            float ps[VECTOR], gs[VECTOR], ms[VECTOR], vs[VECTOR], es[VECTOR];
+            load(p + i, ps);
+            load(g + i, gs);
+            load(m + i, ms);
+            load(v + i, vs);
+            load(ema + i, es);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) adamw_one(ps[j], gs[j], ms[j], vs[j], es[j], r);
+            store(ps, p + i);
+            store(ms, m + i);
+            store(vs, v + i);
+            store(es, ema + i);
+        } else {
+            for (long long j = i; j < count; ++j) adamw_one(p[j], g[j], m[j], v[j], ema[j], r);
+        }
+    }
+}
+
 }  // namespace ella
 
 #ifdef __CUDACC_RTC__
@@ -439,6 +478,9 @@ DEVICE void add_biased(const T* a, const T* b, const float* bias, T* y, long lon
 KERNELS(float, f32)
 KERNELS(ella::bf16, bf16)
 KERNELS(ella::f16, f16)
+KERNEL(adamw, float, f32)(float* p, const float* g, float* m, float* v, float* ema, long long count, ella::Rates r) {
+    ella::adamw(p, g, m, v, ema, count, r);
+}
 KERNEL(norm_back_means, float, f32)(const float* sums, float* means, int P, int C, int G, int pieces) {
     ella::norm_back_means(sums, means, P, C, G, pieces);
 }

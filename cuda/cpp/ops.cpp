@@ -231,6 +231,17 @@ void* ella_frozen_conv2d(const void* x, const void* weight, int64_t stride, int6
 void* ella_geglu(const void* both) {
     return ella_guarded<void*>(nullptr, [&] { return given(Geglu::apply(tensor_of(both))); });
 }
+int ella_adamw(const void* p, const void* g, const void* m, const void* v, const void* ema, const float* rates) {
+    return ella_guarded(1, [&] {
+        const Tensor& params = tensor_of(p);
+        ella::Rates r;
+        static_assert(sizeof r == 9 * sizeof(float));
+        std::memcpy(&r, rates, sizeof r);
+        launch(params, "adamw_f32", flat(params.numel()), &ella::adamw, numbers<float>(params), numbers<float>(tensor_of(g)),
+               numbers<float>(tensor_of(m)), numbers<float>(tensor_of(v)), numbers<float>(tensor_of(ema)), params.numel(), r);
+        return 0;
+    });
+}
 void* ella_add_biased(const void* a, const void* b, const void* bias) {
     return ella_guarded<void*>(nullptr, [&] { return given(AddBiased::apply(tensor_of(a), tensor_of(b), tensor_of(bias))); });
 }

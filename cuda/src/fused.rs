@@ -136,6 +136,58 @@ pub fn add_biased(a: &Tensor, b: &Tensor, bias: &Tensor) -> Result<Tensor> {
     returned(unsafe { ops::ella_add_biased(a.as_ptr(), b.as_ptr(), bias.as_ptr()) })
 }
 
+/// One update of AdamW with decoupled weight decay, as `torch.optim.AdamW` has it, and of a moving average of the weights.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    /// What the gradient is multiplied by first: less than 1 where it is clipped.
+    pub scale: f64,
+    /// The learning rate.
+    pub lr: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Decays of the moments.
+    pub betas: [f64; 2],
+    /// Added to the denominator.
+    pub eps: f64,
+    /// The moments' bias corrections, 1 - βᵗ.
+    pub corrections: [f64; 2],
+    /// The average's decay.
+    pub ema_decay: f64,
+}
+
+/// Updates weights, moments and average in one pass over memory.
+///
+/// # Shapes
+/// `[weights, first moments, second moments, average]` and `grad`, each `[P]` float32, contiguous, on one device.
+///
+/// # Errors
+/// A tensor of another kind, length or device; CUDA's own.
+pub fn adamw([params, first, second, ema]: [&mut Tensor; 4], grad: &Tensor, by: &AdamW) -> Result<()> {
+    for tensor in [&*params, first, second, ema, grad] {
+        let fits = tensor.f_kind().ok() == Some(tch::Kind::Float) && tensor.is_contiguous();
+        if !fits || (tensor.numel(), tensor.device()) != (params.numel(), params.device()) {
+            let found = format!("{:?} {:?} on {:?}", tensor.kind(), tensor.size(), tensor.device());
+            return Err(Error(format!("an update takes five contiguous float32 buffers of one length, not {found}")));
+        }
+    }
+    let rates = [
+        by.scale,
+        1.0 - by.lr * by.weight_decay,
+        1.0 - by.betas[0],
+        by.betas[1],
+        1.0 - by.betas[1],
+        by.corrections[1].sqrt(),
+        by.eps,
+        by.lr / by.corrections[0],
+        1.0 - by.ema_decay,
+    ]
+    .map(|rate| rate as f32);
+    let [p, g, m, v, ema] = [&*params, grad, first, second, ema].map(Tensor::as_ptr);
+    // SAFETY: all tensors are alive while they are borrowed, four of them by this alone, and of one length (checked above); `rates` are as many
+    // numbers as the function reads.
+    ops::check(unsafe { ops::ella_adamw(p, g, m, v, ema, rates.as_ptr()) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -34,7 +34,7 @@ pub(crate) struct Table {
     pub(crate) event_done: unsafe extern "C" fn(*mut c_void, *mut c_int) -> c_int,
     pub(crate) event_synchronize: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) event_free: unsafe extern "C" fn(c_int, *mut c_void) -> c_int,
-    pub(crate) graph_begin: unsafe extern "C" fn(*mut *mut c_void) -> c_int,
+    pub(crate) graph_begin: unsafe extern "C" fn(*mut c_void, *mut *mut c_void) -> c_int,
     pub(crate) graph_end: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) graph_replay: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) graph_free: unsafe extern "C" fn(*mut c_void) -> c_int,

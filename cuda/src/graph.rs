@@ -18,12 +18,16 @@ impl Graph {
     /// the tensors that [`Graph::replay`] fills. `work` must not wait for the device, copy from or to pageable memory, or do anything that it has
     /// never done before (what libraries set up at first use cannot be recorded).
     ///
+    /// `beside`: a graph whose memory this one shares. What the earlier one leaves in its tensors is there for the later; they must be replayed in
+    /// the order in which they were recorded.
+    ///
     /// # Errors
     /// What `work` returns; what cannot be recorded. Nothing is recorded then.
-    pub fn capture<T, E: From<Error>>(work: impl FnOnce() -> std::result::Result<T, E>) -> std::result::Result<(Self, T), E> {
+    pub fn capture<T, E: From<Error>>(beside: Option<&Self>, work: impl FnOnce() -> std::result::Result<T, E>) -> std::result::Result<(Self, T), E> {
         let mut graph = Self { raw: std::ptr::null_mut() };
-        // SAFETY: the pointer is to a live pointer, which the call fills with a graph that is this one's alone.
-        gpu::call(|gpu| unsafe { (gpu.graph_begin)(&raw mut graph.raw) })?;
+        // SAFETY: the graph beside is alive or null; the pointer is to a live pointer, which the call fills with a graph that is this one's alone.
+        let beside = beside.map_or(std::ptr::null_mut(), |graph| graph.raw);
+        gpu::call(|gpu| unsafe { (gpu.graph_begin)(beside, &raw mut graph.raw) })?;
         let result = work();
         // SAFETY: the graph is alive, and recording. It must end even if the work has failed.
         let ended = gpu::call(|gpu| unsafe { (gpu.graph_end)(graph.raw) });

@@ -1,6 +1,6 @@
 //! Fused operators against libtorch's own, values and gradients: by the kernels' own text, on the processor, and on a GPU where there is one.
 
-use ella_cuda::fused;
+use ella_cuda::fused::{self, AdamW};
 use tch::{Cuda, Device, Kind, Tensor};
 
 /// (kind, relative tolerance): float32 differs by the order of sums, 16-bit kinds by where they are rounded.
@@ -141,6 +141,37 @@ fn residuals_agree_with_libtorchs() {
             agree("residual, gradient", tolerance, &gradients(&found, &[&a, &b]), &gradients(&wanted, &[&a, &b]));
         }
     }
+}
+
+#[test]
+fn an_update_is_that_of_libtorchs_operators() {
+    tch::manual_seed(5);
+    let by = AdamW {
+        scale: 0.5,
+        lr: 0.01,
+        weight_decay: 0.1,
+        betas: [0.9, 0.99],
+        eps: 1e-8,
+        corrections: [1.0 - 0.9f64.powi(3), 1.0 - 0.99f64.powi(3)],
+        ema_decay: 0.7,
+    };
+    for device in devices() {
+        for count in [1, 8, 1003, 50_000] {
+            let random = || Tensor::randn([count], (Kind::Float, Device::Cpu)).to_device(device);
+            let (mut p, mut m, mut v, mut ema, grad) = (random(), random(), random().square(), random(), random());
+            let g = &grad * by.scale;
+            let m1 = &m * by.betas[0] + &g * (1.0 - by.betas[0]);
+            let v1 = &v * by.betas[1] + g.square() * (1.0 - by.betas[1]);
+            let change = &m1 / (v1.sqrt() / by.corrections[1].sqrt() + by.eps) * (by.lr / by.corrections[0]);
+            let p1 = &p * (1.0 - by.lr * by.weight_decay) - change;
+            let ema1 = &ema * by.ema_decay + &p1 * (1.0 - by.ema_decay);
+            fused::adamw([&mut p, &mut m, &mut v, &mut ema], &grad, &by).unwrap();
+            agree(&format!("{device:?} {count}"), 1e-6, &[p, m, v, ema], &[p1, m1, v1, ema1]);
+        }
+    }
+    let ones = |count: i64| Tensor::ones([count], (Kind::Float, Device::Cpu));
+    let error = fused::adamw([&mut ones(3), &mut ones(3), &mut ones(3), &mut ones(3)], &ones(4), &by).unwrap_err().to_string();
+    assert!(error.contains("not Float [4]"), "{error}");
 }
 
 /// Half precision is converted by hand on the processor: every bit pattern, there and back.
