@@ -27,8 +27,10 @@ pub struct Fused {
     pub qkv: bool,
 }
 
+type Switch = fn(&mut Fused) -> &mut bool;
+
 /// The names in `ELLA_FUSED`, and the switches that they stand for.
-const SWITCHES: [(&str, fn(&mut Fused) -> &mut bool); 4] =
+const SWITCHES: [(&str, Switch); 4] =
     [("norm", |f| &mut f.norm), ("conv", |f| &mut f.conv), ("geglu", |f| &mut f.geglu), ("qkv", |f| &mut f.qkv)];
 
 impl Fused {

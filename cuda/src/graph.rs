@@ -23,10 +23,13 @@ impl Graph {
     ///
     /// # Errors
     /// What `work` returns; what cannot be recorded. Nothing is recorded then.
-    pub fn capture<T, E: From<Error>>(beside: Option<&Self>, work: impl FnOnce() -> std::result::Result<T, E>) -> std::result::Result<(Self, T), E> {
+    pub fn capture<T, E: From<Error>>(
+        beside: Option<&Self>,
+        work: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<(Self, T), E> {
         let mut graph = Self { raw: std::ptr::null_mut() };
-        // SAFETY: the graph beside is alive or null; the pointer is to a live pointer, which the call fills with a graph that is this one's alone.
         let beside = beside.map_or(std::ptr::null_mut(), |graph| graph.raw);
+        // SAFETY: the graph beside is alive or null; the pointer is to a live pointer, which the call fills with a graph that is this one's alone.
         gpu::call(|gpu| unsafe { (gpu.graph_begin)(beside, &raw mut graph.raw) })?;
         let result = work();
         // SAFETY: the graph is alive, and recording. It must end even if the work has failed.

@@ -32,10 +32,9 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
     largest(wide(a) - wide(b)) / largest(wide(b)).max(1e-30)
 }
 
-/// The gradients of a random functional of `y` by `leaves`.
+/// The gradients of one functional of `y`, the same for all of a shape, by `leaves`.
 fn gradients(y: &Tensor, leaves: &[&Tensor]) -> Vec<Tensor> {
-    tch::manual_seed(99);
-    let weights = Tensor::randn(y.size(), (Kind::Float, Device::Cpu)).to_device(y.device());
+    let weights = (Tensor::arange(y.numel() as i64, (Kind::Float, y.device())) * 0.7).sin().reshape(y.size());
     let functional = (y.to_kind(Kind::Float) * weights).sum(Kind::Float);
     Tensor::run_backward(&[functional], leaves, false, false)
 }
@@ -84,7 +83,8 @@ fn group_norms_agree_with_libtorchs() {
                     let tolerance = tolerance * if mean > 0.0 { 20.0 } else { 1.0 };
                     agree(&what, tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
                     let leaves: Vec<&Tensor> = std::iter::once(&x).chain(&add).collect();
-                    agree(&format!("{what}, gradient"), 4.0 * tolerance, &gradients(&found, &leaves), &gradients(&wanted, &leaves));
+                    // What is added gets the sum over all pixels, most of which cancel.
+                    agree(&format!("{what}, gradient"), 10.0 * tolerance, &gradients(&found, &leaves), &gradients(&wanted, &leaves));
                 }
             }
         }
