@@ -17,7 +17,7 @@ pub const MOST_CHANNELS: i64 = 4096;
 /// Which operators a network takes from here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fused {
-    /// [`group_norm`], with the activation after it and what is added before it.
+    /// [`group_norm`], with the activation after it and what is added before it; [`layer_norm`], with the residual before it.
     pub norm: bool,
     /// [`frozen_conv2d`], and its bias in whatever comes next.
     pub conv: bool,
@@ -116,6 +116,54 @@ pub fn frozen_conv2d(x: &Tensor, weight: &Tensor, stride: i64, padding: i64) -> 
 pub fn geglu(both: &Tensor) -> Result<Tensor> {
     // SAFETY: the tensor is alive while it is borrowed.
     returned(unsafe { ops::ella_geglu(both.as_ptr()) })
+}
+
+/// `layernorm(x) · γ + β` over the last axis.
+///
+/// # Shapes
+/// `x` `[.., D]`, D a multiple of 8 up to [`MOST_CHANNELS`], `gamma` and `beta` `[D]` of its kind; to `x`'s shape and kind.
+///
+/// # Errors
+/// A shape or kind that it does not take; CUDA's own.
+pub fn layer_norm(x: &Tensor, weights: (&Tensor, &Tensor), eps: f64) -> Result<Tensor> {
+    let (_, y) = norm_of_sum(x, None, weights, eps)?;
+    Ok(y)
+}
+
+/// `s = a + b`, and `layernorm(s) · γ + β` over the last axis: (s, norm). Their gradients come together in one pass too.
+///
+/// # Shapes
+/// `a` and `b` as `x` of [`layer_norm`].
+///
+/// # Errors
+/// As for [`layer_norm`].
+pub fn add_layer_norm(a: &Tensor, b: &Tensor, weights: (&Tensor, &Tensor), eps: f64) -> Result<(Tensor, Tensor)> {
+    match norm_of_sum(a, Some(b), weights, eps)? {
+        (Some(sum), y) => Ok((sum, y)),
+        (None, _) => Err(Error("a fused residual has no sum".into())),
+    }
+}
+
+fn norm_of_sum(a: &Tensor, b: Option<&Tensor>, (gamma, beta): (&Tensor, &Tensor), eps: f64) -> Result<(Option<Tensor>, Tensor)> {
+    let width = a.size().last().copied().unwrap_or(0);
+    for tensor in [gamma, beta] {
+        if tensor.f_kind().ok() != a.f_kind().ok() || tensor.size() != [width] {
+            let found = format!("{:?} {:?}", tensor.kind(), tensor.size());
+            return Err(Error(format!(
+                "a fused layer norm of {:?} {:?} takes weights of its kind and width, not {found}",
+                a.kind(),
+                a.size()
+            )));
+        }
+    }
+    if b.is_some_and(|b| b.f_kind().ok() != a.f_kind().ok()) {
+        return Err(Error(format!("a fused residual takes two tensors of one kind, not {:?} and another", a.kind())));
+    }
+    let (mut sum, mut y) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let b_or_null = b.map_or(std::ptr::null(), Tensor::as_ptr);
+    // SAFETY: all tensors are alive while they are borrowed, null stands for nothing to add, and the pointers are to live pointers.
+    ops::check(unsafe { ops::ella_add_layer_norm(a.as_ptr(), b_or_null, gamma.as_ptr(), beta.as_ptr(), eps, &raw mut sum, &raw mut y) })?;
+    Ok((b.map(|_| returned(sum)).transpose()?, returned(y)?))
 }
 
 /// `a + b + bias`.

@@ -128,6 +128,57 @@ fn geglu_agrees_with_libtorchs() {
 }
 
 #[test]
+fn layer_norms_agree_with_libtorchs() {
+    tch::manual_seed(6);
+    for device in devices() {
+        for (kind, tolerance) in KINDS {
+            for (shape, mean) in [(&[2, 13, 320][..], 0.0), (&[1, 1, 8], 0.0), (&[70, 16], 0.0), (&[5, 4096], 0.0), (&[3, 7, 1280], 20.0)] {
+                let [a, b] = [0; 2].map(|_| leaf(shape, mean, (kind, device)));
+                let [gamma, beta] = [1.0, 0.0].map(|mean| leaf(&shape[shape.len() - 1..], mean, (kind, device)).detach());
+                let plain = |x: &Tensor| {
+                    let wide = |x: &Tensor| x.to_kind(Kind::Float);
+                    wide(x).layer_norm([gamma.size()[0]], Some(wide(&gamma)), Some(wide(&beta)), 1e-5, false).to_kind(kind)
+                };
+                let what = format!("{device:?} {kind:?} {shape:?} mean {mean}");
+                let tolerance = tolerance * if mean > 0.0 { 20.0 } else { 1.0 };
+                let found = fused::layer_norm(&a, (&gamma, &beta), 1e-5).unwrap();
+                agree(&what, tolerance, &[found.shallow_clone()], &[plain(&a)]);
+                agree(&format!("{what}, gradient"), 4.0 * tolerance, &gradients(&found, &[&a]), &gradients(&plain(&a), &[&a]));
+
+                let (sum, found) = fused::add_layer_norm(&a, &b, (&gamma, &beta), 1e-5).unwrap();
+                let wanted = &a + &b;
+                agree(
+                    &format!("{what}, sum"),
+                    tolerance,
+                    &[sum.shallow_clone(), found.shallow_clone()],
+                    &[wanted.shallow_clone(), plain(&wanted)],
+                );
+                // By the sum, by the norm, and by both.
+                let both = |sum: &Tensor, norm: &Tensor| Tensor::cat(&[sum.flatten(0, -1), norm.flatten(0, -1)], 0);
+                let pairs = [
+                    (both(&sum, &found), both(&wanted, &plain(&wanted))),
+                    (sum.shallow_clone(), wanted.shallow_clone()),
+                    (found.shallow_clone(), plain(&wanted)),
+                ];
+                for (i, (found, wanted)) in pairs.iter().enumerate() {
+                    let keep = |y: &Tensor| {
+                        let weights = (Tensor::arange(y.numel() as i64, (Kind::Float, y.device())) * 0.7).sin().reshape(y.size());
+                        Tensor::run_backward(&[(y.to_kind(Kind::Float) * weights).sum(Kind::Float)], &[&a, &b], true, false)
+                    };
+                    agree(&format!("{what}, gradient {i} of the sum"), 4.0 * tolerance, &keep(found), &keep(wanted));
+                }
+            }
+        }
+    }
+    let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+    let error = fused::layer_norm(&ones(&[2, 12]), (&ones(&[12]), &ones(&[12])), 1e-5).unwrap_err().to_string();
+    assert!(error.contains("not 12"), "{error}");
+    assert!(fused::layer_norm(&ones(&[2, 16]), (&ones(&[16]), &ones(&[8])), 1e-5).unwrap_err().to_string().contains("[8]"));
+    let error = fused::add_layer_norm(&ones(&[2, 16]), &ones(&[1, 16]), (&ones(&[16]), &ones(&[16])), 1e-5).unwrap_err().to_string();
+    assert!(error.contains("[1, 16]"), "{error}");
+}
+
+#[test]
 fn residuals_agree_with_libtorchs() {
     tch::manual_seed(4);
     for device in devices() {

@@ -109,18 +109,20 @@ pub struct LayerNorm {
     affine: Option<(Tensor, Tensor)>,
     width: i64,
     eps: f64,
+    fused: bool,
 }
 
 impl LayerNorm {
     /// With a learned scale and shift.
     pub fn new(p: &Params, width: i64, eps: f64) -> Result<Self> {
         let affine = (p.get("weight", &[width], Init::Ones)?, p.get("bias", &[width], Init::Zeros)?);
-        Ok(LayerNorm { affine: Some(affine), width, eps })
+        let fits = width % 8 == 0 && width <= fused::MOST_CHANNELS;
+        Ok(LayerNorm { affine: Some(affine), width, eps, fused: fits && p.fused().norm })
     }
 
     /// Without parameters.
     pub fn plain(width: i64, eps: f64) -> Self {
-        LayerNorm { affine: None, width, eps }
+        LayerNorm { affine: None, width, eps, fused: false }
     }
 
     /// `[.., width]` to the same shape and kind.
@@ -128,12 +130,27 @@ impl LayerNorm {
         if let Some((weight, bias)) = &self.affine
             && weight.f_kind()? == x.f_kind()?
         {
+            if self.fused {
+                return Ok(fused::layer_norm(x, (weight, bias), self.eps)?);
+            }
             // libtorch computes it in float32 whatever the kind, and rounds once.
             return Ok(x.f_layer_norm([self.width], Some(weight), Some(bias), self.eps, false)?);
         }
         let (weight, bias) = float_pair(self.affine.as_ref())?;
         let y = x.f_to_kind(Kind::Float)?.f_layer_norm([self.width], weight.as_ref(), bias.as_ref(), self.eps, false)?;
         Ok(y.f_to_kind(x.f_kind()?)?)
+    }
+
+    /// The sum of two `[.., width]`, and its norm.
+    pub(crate) fn of_sum(&self, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
+        if let Some((weight, bias)) = &self.affine
+            && self.fused
+        {
+            return Ok(fused::add_layer_norm(a, b, (weight, bias), self.eps)?);
+        }
+        let sum = a.f_add(b)?;
+        let normed = self.forward(&sum)?;
+        Ok((sum, normed))
     }
 }
 

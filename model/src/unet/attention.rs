@@ -150,9 +150,9 @@ impl Block {
 
     fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
         let normed = self.norm1.forward(x)?;
-        let x = x.f_add(&self.attn1.forward(&normed, &normed)?)?;
-        let x = x.f_add(&self.attn2.forward(&self.norm2.forward(&x)?, text)?)?;
-        Ok(x.f_add(&self.ff.forward(&self.norm3.forward(&x)?)?)?)
+        let (x, normed) = self.norm2.of_sum(x, &self.attn1.forward(&normed, &normed)?)?;
+        let (x, normed) = self.norm3.of_sum(&x, &self.attn2.forward(&normed, text)?)?;
+        Ok(x.f_add(&self.ff.forward(&normed)?)?)
     }
 }
 
