@@ -1,17 +1,13 @@
 //! Fused operators against libtorch's own, values and gradients: by the kernels' own text, on the processor, and on a GPU where there is one.
 
+mod common;
+
+use common::devices;
 use ella_cuda::fused::{self, AdamW};
-use tch::{Cuda, Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// (kind, relative tolerance): float32 differs by the order of sums, 16-bit kinds by where they are rounded.
 const KINDS: [(Kind, f64); 3] = [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2), (Kind::Half, 2e-3)];
-
-fn devices() -> Vec<Device> {
-    match Cuda::is_available() && ella_cuda::is_loaded() {
-        true => vec![Device::Cpu, Device::Cuda(0)],
-        false => vec![Device::Cpu],
-    }
-}
 
 /// Normal numbers about `mean`, as a leaf that takes a gradient.
 fn leaf(shape: &[i64], mean: f64, (kind, device): (Kind, Device)) -> Tensor {
