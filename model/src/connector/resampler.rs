@@ -37,7 +37,13 @@ impl Resampler {
     /// to `[B, L, D]` of the features' kind. A chain's first segment is what comes before the blocks; then each block is one.
     ///
     /// What passes by the blocks is float32 whatever they compute in, as the sums of a residual network should be.
-    pub(super) fn forward(&self, text_features: &Tensor, time: Option<&Tensor>, key_mask: Option<&Tensor>, chain: &mut Chain) -> Result<Tensor> {
+    pub(super) fn forward(
+        &self,
+        text_features: &Tensor,
+        time: Option<&Tensor>,
+        key_mask: Option<&Tensor>,
+        chain: &mut Chain,
+    ) -> Result<Tensor> {
         let kind = text_features.f_kind()?;
         let x = chain.share(self.proj_in.forward(text_features)?)?; // [B, S, D]
         let mask = key_mask.map(|mask| self.mask(mask)).transpose()?;

@@ -30,7 +30,13 @@ impl Tsc {
     }
 
     /// As [`super::Connector::forward`]; to `[B, L, D]`. The time embedding is made in the kind that its parameters are kept in.
-    pub(super) fn forward(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>, chain: &mut Chain) -> Result<Tensor> {
+    pub(super) fn forward(
+        &self,
+        text_features: &Tensor,
+        timesteps: &Tensor,
+        key_mask: Option<&Tensor>,
+        chain: &mut Chain,
+    ) -> Result<Tensor> {
         let sinusoid = timestep_embedding(timesteps, self.time_channel)?.f_to_kind(self.time.0.kind())?;
         let time = self.time.1.forward(&silu(&self.time.0.forward(&sinusoid)?)?)?; // [B, T]
         // Every use of the time embedding passes through SiLU first.

@@ -40,6 +40,7 @@ pub use abort::AbortHandle;
 pub use error::{CollectiveError, Op, OpKind};
 pub use in_process::InProcess;
 pub use nccl::Nccl;
+pub(crate) use nccl::current_stream;
 pub use solo::Solo;
 pub use tcp::{Listener, Membership, Refusals, Tcp};
 

@@ -98,7 +98,7 @@ impl Drop for Nccl {
 }
 
 /// The stream on which torch puts this thread's work.
-fn current_stream() -> Stream {
+pub(crate) fn current_stream() -> Stream {
     Stream::DEFAULT
 }
 
