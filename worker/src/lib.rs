@@ -8,6 +8,7 @@ pub mod control;
 pub mod device;
 pub mod embed;
 pub mod feed;
+pub mod gpu;
 mod http;
 pub mod hub;
 pub mod job;
