@@ -8,6 +8,7 @@
 //! Small things are left out: moments of group norms, embeddings of the time, biases. `model/tests/memory.rs` holds this against what
 //! libtorch really keeps.
 
+use ella_cuda::fused::Fused;
 use serde::Serialize;
 use tch::Kind;
 
@@ -41,6 +42,8 @@ pub struct Pass {
     pub states: u64,
     /// What the network computes in.
     pub kind: Kind,
+    /// Which of its operators are fused: those keep less.
+    pub fused: Fused,
 }
 
 /// A number of bytes for each place of a feature map, and for each sample besides.
@@ -160,14 +163,21 @@ impl Walk<'_> {
         places(self.config, self.pass, level)
     }
 
-    /// What a norm, the activation after it and the convolution after that keep, of so many channels.
+    /// What a norm and the activation after it keep, and the convolution after that, of so many channels. A fused norm keeps what it takes as
+    /// it is, and makes the rest again; a fused convolution keeps nothing.
     fn normed(&self, channels: u64) -> u64 {
-        channels * (FLOAT + 2 * self.number)
+        let norm = if self.pass.fused.norm { self.number } else { FLOAT + self.number };
+        channels * norm + self.convolved(channels)
+    }
+
+    /// What a convolution keeps of its input.
+    fn convolved(&self, channels: u64) -> u64 {
+        if self.pass.fused.conv { 0 } else { channels * self.number }
     }
 
     fn resnet(&mut self, input: u64, output: u64) -> Kept {
-        // In float32 the norm has kept the shortcut's input already.
-        let shortcut = if input != output && self.number != FLOAT { input * self.number } else { 0 };
+        // A norm that takes the map as it is has kept the shortcut's input already.
+        let shortcut = if input == output || self.pass.fused.norm || self.number == FLOAT { 0 } else { self.convolved(input) };
         let first = if self.depends { self.normed(input) + shortcut } else { 0 };
         // The pooled text comes in by the time embedding, in the middle of each block.
         self.depends |= self.config.added.is_some();
@@ -180,9 +190,11 @@ impl Walk<'_> {
         // Queries, keys, values and what is mixed.
         let mixed = if self.config.upcast_attention { FLOAT } else { self.number };
         let sums = heads * FLOAT;
+        // Values and gates, and the activated gates unless they are made again.
+        let gated = if self.pass.fused.geglu { 8 * c * self.number } else { 12 * c * self.number };
         let mut kept = Kept::default();
         if self.depends {
-            kept.place += c * FLOAT; // the group norm
+            kept.place += c * if self.pass.fused.norm { self.number } else { FLOAT }; // the group norm
         }
         for _ in 0..depth {
             if self.depends {
@@ -190,7 +202,7 @@ impl Walk<'_> {
             }
             kept.place += 2 * c * mixed + sums; // attention to the text
             kept.sample += 2 * self.pass.states * c * mixed; // its keys and values
-            kept.place += c * FLOAT + MOMENTS + 12 * c * self.number; // a layer norm, and the gated layer: values and gates, the activated gates
+            kept.place += c * FLOAT + MOMENTS + gated; // a layer norm, and the gated layer
             self.depends = true;
         }
         kept
@@ -205,7 +217,7 @@ impl Walk<'_> {
             kept = kept.and(self.layer(level, (input, c), depth));
         }
         if level < self.config.halvings() && self.depends {
-            kept.place += c * self.number; // the downsampling convolution's input
+            kept.place += self.convolved(c); // of downsampling
         }
         self.figure(format!("down_blocks.{level}"), kept, places, 0)
     }
@@ -228,8 +240,7 @@ impl Walk<'_> {
             let depth = self.config.up_attention[i].then(|| self.config.up_transformers[i][j] as u64);
             kept = kept.and(self.layer(level, (input + skip, c), depth));
         }
-        // The upsampling convolution's input.
-        let larger = if level > 0 { self.places(level - 1) * c * self.number } else { 0 };
+        let larger = if level > 0 { self.places(level - 1) * self.convolved(c) } else { 0 };
         self.figure(format!("up_blocks.{i}"), kept, self.places(level), larger)
     }
 

@@ -3,6 +3,7 @@
 // The lint's exception for tests does not reach their helper functions.
 #![allow(clippy::unwrap_used)]
 
+use ella_cuda::fused::Fused;
 use ella_model::config::ConfigFile;
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
 use ella_model::layers::inner_product;
@@ -117,7 +118,7 @@ fn what_autograd_keeps_of_a_u_net_is_what_was_reckoned() {
     tch::set_num_threads(1);
     for (name, config) in configs() {
         for kind in [Kind::Float, Kind::BFloat16] {
-            let pass = Pass { samples: 6, size: (32, 24), states: 16, kind };
+            let pass = Pass { samples: 6, size: (32, 24), states: 16, kind, fused: Fused::NONE };
             let net = UNet::new(&config, &Params::random(1, kind, Device::Cpu)).unwrap();
             let lane = Lane::new(&config, pass);
             // What libraries keep for themselves is taken now.
@@ -139,7 +140,7 @@ fn the_peak_of_a_step_stays_within_what_was_reckoned() {
     // Every tensor a mapping of its own: what is let go is gone.
     assert_eq!(mallopt(-3, 16 << 10), 1);
     let (_, config) = configs().swap_remove(0);
-    let pass = Pass { samples: 8, size: (48, 48), states: 16, kind: Kind::Float };
+    let pass = Pass { samples: 4, size: (40, 40), states: 16, kind: Kind::Float, fused: Fused::NONE };
     let net = UNet::new(&config, &Params::random(1, pass.kind, Device::Cpu)).unwrap();
     let lane = Lane::new(&config, pass);
     let workspace = unet_workspace(&config, pass).bytes as f64;
@@ -195,7 +196,7 @@ fn sd_1_5_keeps_what_a_hand_finds() {
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
     }));
-    let pass = Pass { samples: 1, size: (64, 64), states: 64, kind: Kind::BFloat16 };
+    let pass = Pass { samples: 1, size: (64, 64), states: 64, kind: Kind::BFloat16, fused: Fused::NONE };
     let figures = unet_activations(&config, pass);
     let bytes = |name: &str| figures.iter().find(|figure| figure.name == name).unwrap().bytes;
     // A norm, activation and convolution keep 8 bytes a channel; 8 heads 32 bytes of sums a place; a layer norm's moments are 8 bytes.
@@ -215,6 +216,10 @@ fn sd_1_5_keeps_what_a_hand_finds() {
     assert_eq!(total(&unet_activations(&config, Pass { samples: 2, ..pass })), 2.0 * all);
     let float = total(&unet_activations(&config, Pass { kind: Kind::Float, ..pass }));
     assert!((1.5..2.0).contains(&(float / all)), "{float}");
+    // What is fused keeps half: of a residual block 4 bytes a channel where it was 16.
+    let fused = unet_activations(&config, Pass { fused: Fused::ALL, ..pass });
+    assert_eq!(fused[3].bytes, 64 * 2 * 2 * 1280 * 2);
+    assert!((1.5..2.0).contains(&(all / total(&fused))), "{}", total(&fused));
     let checkpointed = total(&unet_checkpointed(&config, pass));
     assert!(checkpointed < all / 2.0, "{checkpointed}");
 }

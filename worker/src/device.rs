@@ -27,17 +27,21 @@ pub fn set_up(choice: Choice, threads: usize) -> Result<Device, NoDevice> {
     }
 }
 
-/// Has libtorch take its large tensors from large pages where the system gives them. A page costs as much to get and to give back whatever its
-/// size: at 66.8 million parameters a step on two cores took half of the time, and so did the end of a killed process, which its peers wait for.
-/// `THP_MEM_ALLOC_ENABLE=0` keeps it from doing so.
+/// Sets what libraries read of the environment when they start, unless it is set already.
+///
+/// - `THP_MEM_ALLOC_ENABLE=1`: libtorch takes its large tensors from large pages where the system gives them. A page costs as much to get and to give
+///   back whatever its size: at 66.8 million parameters a step on two cores took half of the time, and so did the end of a killed process, which its
+///   peers wait for.
+/// - `CUBLAS_WORKSPACE_CONFIG=:4096:8`: see [`crate::precision`].
 ///
 /// # Safety
-/// No other thread may run: it sets a variable of the environment.
-pub unsafe fn use_large_pages() {
-    const NAME: &str = "THP_MEM_ALLOC_ENABLE";
-    if std::env::var_os(NAME).is_none() {
-        // SAFETY: the caller's.
-        unsafe { std::env::set_var(NAME, "1") };
+/// No other thread may run.
+pub unsafe fn set_environment() {
+    for (name, value) in [("THP_MEM_ALLOC_ENABLE", "1"), crate::precision::WORKSPACE] {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: the caller's.
+            unsafe { std::env::set_var(name, value) };
+        }
     }
 }
 
@@ -92,6 +96,9 @@ fn cuda() -> Result<Device, Unusable> {
     let folder = libtorch_folder().unwrap_or_default();
     gpu::check(&folder)?;
     load_cuda_library(&folder)?;
+    ella_cuda::load(&folder).map_err(|error| Unusable::Own(error.to_string()))?;
+    // Until a run says otherwise: see `crate::precision`.
+    ella_cuda::precision::set_tf32(false).map_err(|error| Unusable::Own(error.to_string()))?;
     if Cuda::is_available() { Ok(Device::Cuda(0)) } else { Err(Unusable::Refused) }
 }
 

@@ -98,7 +98,7 @@ fn lora(named: &config::Lora) -> Result<Lora, ModelError> {
 }
 
 /// The connector's kind and sizes: the config's, completed by what the base and the text encoder ask for.
-fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> Result<ConnectorConfig, ModelError> {
+pub(crate) fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> Result<ConnectorConfig, ModelError> {
     let c = &config.connector;
     let wanted = unet.cross_attention_dim;
     let width = c.width.map_or(wanted, |w| w as i64);

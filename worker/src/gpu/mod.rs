@@ -1,9 +1,12 @@
 //! Whether this machine's GPU can be used, in words that say what is missing; and what breaks while it is ([`fault`]).
 
 pub mod fault;
+pub(crate) mod pieces;
 
+use ella_proto::config::Bytes;
 use nccl_rs::cuda::Driver;
 use std::path::Path;
+use tch::Device;
 
 /// The file by which the NVIDIA kernel module is told from none at all.
 const DEVICE_FILE: &str = "/dev/nvidiactl";
@@ -55,6 +58,9 @@ pub enum Unusable {
         /// What brings what is missing.
         hint: String,
     },
+    /// Our own part beside libtorch's.
+    #[error("ella's own CUDA part cannot be loaded: {0}")]
+    Own(String),
     /// All of it is there, and libtorch does not take it.
     #[error("libtorch finds no CUDA device that it can use, though the driver finds one: is it libtorch's CPU build?")]
     Refused,
@@ -97,6 +103,32 @@ pub fn check(libtorch: &Path) -> Result<(), Unusable> {
         built_for: built_for(&std::fs::read_to_string(libtorch.join("../version.py")).unwrap_or_default()),
         visible: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
     })
+}
+
+/// A GPU's memory as its driver tells: free bytes, and all; none if it does not tell, or `device` is no GPU.
+pub fn memory(device: Device) -> Option<(u64, u64)> {
+    ask(device).ok().map(|(free, total)| (free as u64, total as u64))
+}
+
+/// Bounds what this process takes of a GPU's memory for tensors, so that several can share it: with no bound, on a processor, nothing is done.
+///
+/// # Errors
+/// libtorch's allocator's own.
+pub fn limit(device: Device, most: Option<Bytes>) -> Result<(), ella_cuda::Error> {
+    most.filter(|_| device.is_cuda()).map_or(Ok(()), |most| ella_cuda::memory::limit(device, most.0))
+}
+
+/// Whether a GPU still answers: one on which a kernel has failed does not, whatever it is asked. Any device but a GPU does.
+///
+/// # Errors
+/// The driver's words.
+pub fn answers(device: Device) -> Result<(), nccl_rs::Error> {
+    if device.is_cuda() { ask(device).map(drop) } else { Ok(()) }
+}
+
+fn ask(device: Device) -> Result<(usize, usize), nccl_rs::Error> {
+    let ordinal = if let Device::Cuda(ordinal) = device { u32::try_from(ordinal).unwrap_or(u32::MAX) } else { u32::MAX };
+    Driver::load()?.device(ordinal)?.memory()
 }
 
 fn judge(Seen { has_file, driver, built_for, visible }: Seen) -> Result<(), Unusable> {

@@ -38,6 +38,26 @@ impl LaneBatch {
         self.len() == 0
     }
 
+    /// Some of its samples, as views.
+    pub fn narrow(&self, from: i64, count: i64) -> Result<Self, tch::TchError> {
+        let part = |tensor: &Tensor| tensor.f_narrow(0, from, count);
+        let Self { latents, noise, timesteps, features, mask, time_ids } = self;
+        Ok(Self {
+            latents: part(latents)?,
+            noise: part(noise)?,
+            timesteps: part(timesteps)?,
+            features: part(features)?,
+            mask: mask.as_ref().map(part).transpose()?,
+            time_ids: part(time_ids)?,
+        })
+    }
+
+    /// All its tensors.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let Self { latents, noise, timesteps, features, mask, time_ids } = self;
+        [latents, noise, timesteps, features, time_ids].into_iter().chain(mask)
+    }
+
     /// The same tensors again.
     pub fn shallow_clone(&self) -> Self {
         Self {

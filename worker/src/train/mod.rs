@@ -3,6 +3,7 @@
 pub mod cadence;
 pub mod lane;
 pub mod optimizer;
+pub mod split;
 pub mod state;
 pub mod stats;
 mod sum;
@@ -19,6 +20,7 @@ use ella_model::ModelError;
 use ella_proto::config::{Features, RunConfig};
 use ella_proto::v1::{Activity, FailureKind, Progress, StepParts};
 use lane::Networks;
+use split::Split;
 use state::TrainState;
 use stats::StepStats;
 use std::sync::Arc;
@@ -148,6 +150,8 @@ pub struct Trainer {
     pub state: TrainState,
     /// The networks; the connector's tensors are views into the state.
     pub networks: Networks,
+    /// How lanes are split that do not fit.
+    pub split: Split,
     /// The samples of this rank's lanes.
     pub feed: Feed,
     /// The other ranks.
@@ -313,7 +317,8 @@ impl Trainer {
                 return Err(TrainError::Interrupted);
             }
             self.flags.at(Activity::Compute);
-            let gradient = self.networks.gradient(batch, input.step_samples)?;
+            let (gradient, is_split) = self.split.gradient(batch, |batch| self.networks.gradient(batch, input.step_samples))?;
+            mine.split += i64::from(is_split);
             if !gradient.loss_sum.is_finite() {
                 return Err(TrainError::NotFinite { step, what: "loss", value: gradient.loss_sum });
             }
@@ -349,8 +354,12 @@ impl Trainer {
             return self.outbox.progress(timing);
         }
         let mut skipped = std::collections::HashMap::new();
-        let counts =
-            [("captions_dropped", all.dropped), ("captions_truncated", all.truncated), ("held_out_samples_not_finite", all.held_out_lost)];
+        let counts = [
+            ("captions_dropped", all.dropped),
+            ("captions_truncated", all.truncated),
+            ("held_out_samples_not_finite", all.held_out_lost),
+            ("lanes_split_for_memory", all.split),
+        ];
         for (name, count) in counts {
             if count > 0 {
                 skipped.insert(name.to_owned(), count as u64);

@@ -7,7 +7,7 @@ use ella_dataset::ledger::{LedgerError, TALLY_WORDS, Tally};
 
 /// Losses travel as multiples of 2^-32.
 const LOSS_SCALE: f64 = 4_294_967_296.0;
-const FIXED: usize = 12;
+const FIXED: usize = 13;
 
 /// Length of the vector.
 pub const WORDS: usize = FIXED + TALLY_WORDS;
@@ -38,6 +38,8 @@ pub struct StepStats {
     pub due: i64,
     /// Ranks that have the next step's samples already.
     pub supplied: i64,
+    /// Lanes that were computed in pieces, because a GPU's memory did not hold them.
+    pub split: i64,
     /// Keys used.
     pub tally: Tally,
 }
@@ -94,6 +96,7 @@ impl StepStats {
             self.due,
             self.boundary,
             self.authority,
+            self.split,
         ]);
         words[FIXED..].copy_from_slice(&self.tally.words());
         words
@@ -105,7 +108,7 @@ impl StepStats {
         tally.copy_from_slice(&words[FIXED..]);
         let tally = Tally::from_words(tally)?;
         let [loss, held_out_loss, held_out_samples, held_out_lost, leaving, dropped, truncated, rest @ ..] = *words;
-        let [ranks, supplied, due, boundary, authority, ..] = rest;
+        let [ranks, supplied, due, boundary, authority, split, ..] = rest;
         Ok(Self {
             loss,
             held_out_loss,
@@ -119,6 +122,7 @@ impl StepStats {
             ranks,
             due,
             supplied,
+            split,
             tally,
         })
     }
@@ -147,7 +151,7 @@ mod tests {
             let mut part = StepStats { ranks: 1, dropped: rank, ..StepStats::default() };
             for sample in 0..20 {
                 let key = KeyHash::of(&format!("{rank}/{sample}"));
-                (part.supplied, part.due) = (rank % 2, rank % 3);
+                (part.supplied, part.due, part.split) = (rank % 2, rank % 3, rank);
                 part.tally.add(key);
                 whole.tally.add(key);
             }
@@ -160,7 +164,7 @@ mod tests {
         }
         let sum = StepStats::from_words(&words).unwrap();
         assert_eq!(sum.tally, whole.tally);
-        assert_eq!((sum.ranks, sum.supplied, sum.due), (5, 2, 4));
+        assert_eq!((sum.ranks, sum.supplied, sum.due, sum.split), (5, 2, 4, 10));
         assert_eq!((sum.dropped, sum.held_out_samples, sum.held_out_lost), (10, 10, 5));
         assert_eq!(sum.mean_loss(), 12.5 / 100.0);
         assert_eq!(sum.mean_held_out(), Some(0.25));
