@@ -32,7 +32,7 @@ const WIDE_STEPS: usize = 12;
 fn main() {
     // SAFETY: no thread has been started yet.
     let side = unsafe {
-        device::use_large_pages();
+        device::set_environment();
         supervise::fork(Duration::from_secs(60))
     };
     let done = match side {

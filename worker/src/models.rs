@@ -4,6 +4,7 @@ use crate::device;
 use crate::hub::{self, HubId};
 use crate::text::{self, TextIdentity};
 use crate::train::lane::Networks;
+use crate::train::split::Split;
 use crate::train::state::{Layout, TrainState};
 use ella_model::ModelError;
 use ella_model::base::Base;
@@ -61,7 +62,7 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
         ConnectorDtype::Fp32 => Kind::Float,
         ConnectorDtype::Bf16 => Kind::BFloat16,
     };
-    let networks = Networks { connector, unet, kind, connector_kind, schedule, snr_gamma: train.snr_gamma, checkpointing };
+    let networks = Networks { connector, unet, kind, connector_kind, schedule, snr_gamma: train.snr_gamma, checkpointing, split: Split::new(config.workers.split_on_oom) };
     let vae_weights = base.vae_part()?.weights.digest();
     Ok(Loaded { networks, state, vae, text, vae_weights, digest })
 }
@@ -102,7 +103,7 @@ fn lora(named: &config::Lora) -> Result<Lora, ModelError> {
 }
 
 /// The connector's kind and sizes: the config's, completed by what the base and the text encoder ask for.
-fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> Result<ConnectorConfig, ModelError> {
+pub(crate) fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> Result<ConnectorConfig, ModelError> {
     let c = &config.connector;
     let wanted = unet.cross_attention_dim;
     let width = c.width.map_or(wanted, |w| w as i64);

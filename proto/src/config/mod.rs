@@ -7,7 +7,7 @@ mod keys;
 mod units;
 
 pub use job::{Config, JobConfig, JobKind, JobTable};
-pub use units::Millis;
+pub use units::{Bytes, Millis};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -521,6 +521,13 @@ pub struct Workers {
     pub device: Device,
     /// Intra-op threads of each: part of SAME, as it changes the order of sums inside a kernel.
     pub threads: usize,
+    /// Whether a GPU may round float32 to 10 bits of mantissa in matrix products and convolutions: faster, and part of SAME.
+    pub tf32: bool,
+    /// The most that each takes of its GPU's memory, which leaves the rest to others there; absent: all of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_memory: Option<Bytes>,
+    /// Whether a lane that runs out of a GPU's memory is computed again in halves. Only with `train.reduction = "fast"`.
+    pub split_on_oom: bool,
     /// A worker not heard of for this long is lost.
     pub lease: Millis,
     /// A worker that has been without a coordinator for this long (it is gone, stopped, or cut off) stops itself.
@@ -541,6 +548,9 @@ impl Default for Workers {
             straggler: Straggler::Warn,
             device: Device::Auto,
             threads: 1,
+            tf32: false,
+            gpu_memory: None,
+            split_on_oom: false,
             lease: Millis(10_000),
             orphan_timeout: Millis(60_000),
             step_timeout: Millis(120_000),
@@ -596,6 +606,9 @@ impl RunConfig {
             "workers.max",
             "workers.join_window",
             "workers.straggler",
+            "workers.gpu_memory",
+            // Of a reduction that promises no bits.
+            "workers.split_on_oom",
         ] {
             keys::remove(&mut value, path);
         }
@@ -725,6 +738,8 @@ mod tests {
             ("[workers]\ncount = 2\nmin = 3", "workers.min"),
             ("[workers]\ncount = 2\nmax = 1", "workers.max"),
             ("[workers]\nthreads = 100000", "workers.threads"),
+            ("[workers]\ngpu_memory = \"1MiB\"", "workers.gpu_memory"),
+            ("[workers]\nsplit_on_oom = true", "workers.split_on_oom"),
             ("[checkpoint]\nkeep = 0", "checkpoint.keep"),
             ("[checkpoint]\nmax_lost_work = \"0s\"", "checkpoint.max_lost_work"),
             ("[checkpoint]\nevery = 0", "checkpoint.every"),
@@ -745,6 +760,8 @@ mod tests {
         assert_eq!(error, "run.toml with --set: `text.max_tokens` is 100000, but it must lie from 1 to 65536");
         let error = parse("", &["train.steps=0"]).unwrap_err().to_string();
         assert_eq!(error, "run.toml with --set: `train.steps` is 0, but it must be 1 or more");
+        let error = parse("", &["workers.gpu_memory=lots"]).unwrap_err().to_string();
+        assert!(error.contains("\"lots\" is not a size; write one such as"), "{error}");
         let error = parse("", &["train.steps"]).unwrap_err().to_string();
         assert!(error.contains("section.key=value"), "{error}");
     }
@@ -796,6 +813,7 @@ mod tests {
             "workers.max=2",
             "workers.straggler=evict",
             "workers.join_window=0s",
+            "workers.gpu_memory=40GiB",
         ] {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
         }
@@ -803,6 +821,7 @@ mod tests {
         assert_eq!(ahead.digest(), base.digest(), "a run that began so may go on with the features that it made");
         for bound in [
             "workers.threads=2",
+            "workers.tf32=true",
             "text.features=inline",
             "run.seed=1",
             "train.micro_batch=4",
@@ -817,6 +836,8 @@ mod tests {
             let key = bound.split('=').next().unwrap();
             assert_eq!(base.binding_differences(&other), vec![key.to_owned()]);
         }
+        let fast = parse("", &["train.reduction=fast"]).unwrap();
+        assert_eq!(parse("", &["train.reduction=fast", "workers.split_on_oom=true"]).unwrap().digest(), fast.digest());
         let cosine = parse("", &["train.schedule.kind=cosine"]).unwrap();
         assert_ne!(parse("", &["train.schedule.kind=cosine", "train.steps=9"]).unwrap().digest(), cosine.digest());
     }

@@ -2,6 +2,7 @@
 //! (paper §3.1, design.md §4 "Step").
 
 use super::TrainError;
+use super::split::Split;
 use ella_model::connector::{Conditions, Connector};
 use ella_model::schedule::Schedule;
 use ella_model::unet::{Added, Gradients, UNet};
@@ -35,6 +36,26 @@ impl LaneBatch {
     /// Whether there is no sample.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Some of its samples, as views.
+    pub fn narrow(&self, from: i64, count: i64) -> Result<Self, tch::TchError> {
+        let part = |tensor: &Tensor| tensor.f_narrow(0, from, count);
+        let Self { latents, noise, timesteps, features, mask, time_ids } = self;
+        Ok(Self {
+            latents: part(latents)?,
+            noise: part(noise)?,
+            timesteps: part(timesteps)?,
+            features: part(features)?,
+            mask: mask.as_ref().map(part).transpose()?,
+            time_ids: part(time_ids)?,
+        })
+    }
+
+    /// All its tensors.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let Self { latents, noise, timesteps, features, mask, time_ids } = self;
+        [latents, noise, timesteps, features, time_ids].into_iter().chain(mask)
     }
 
     /// The same tensors again.
@@ -106,6 +127,8 @@ pub struct Networks {
     pub snr_gamma: Option<f64>,
     /// Whether the U-Net's gradient is made block by block.
     pub checkpointing: bool,
+    /// How lanes are cut that a GPU's memory does not hold.
+    pub split: Split,
 }
 
 /// What the U-Net takes of a lane.
@@ -116,6 +139,17 @@ struct Inputs {
     states: Tensor,
     /// For SDXL.
     added: Option<Added>,
+}
+
+impl Inputs {
+    /// Those of some samples; its conditions are leaves of their own.
+    fn narrow(&self, from: i64, count: i64) -> Result<Self, tch::TchError> {
+        let leaf = |tensor: &Tensor| tensor.f_narrow(0, from, count)?.f_detach()?.f_set_requires_grad(true);
+        let added = self.added.as_ref().map(|Added { text_embeds, time_ids }| {
+            Ok::<_, tch::TchError>(Added { text_embeds: leaf(text_embeds)?, time_ids: time_ids.f_narrow(0, from, count)? })
+        });
+        Ok(Self { noisy: self.noisy.f_narrow(0, from, count)?, states: leaf(&self.states)?, added: added.transpose()? })
+    }
 }
 
 impl Networks {
@@ -189,8 +223,34 @@ impl Networks {
         Ok(loss_sum)
     }
 
-    /// The sum of the losses, and the gradient by the conditions of its share of the mean over `step_samples`, times `scale`.
+    /// The sum of the losses, and the gradient by the conditions of its share of the mean over `step_samples`, times `scale`: of the whole lane, or of
+    /// what of it fits at a time.
     fn through_unet(
+        &self,
+        batch: &LaneBatch,
+        inputs: &Inputs,
+        share: (u64, f64),
+        follow: &mut dyn Follow,
+    ) -> Result<(Tensor, Gradients), TrainError> {
+        let mut pieces = self.split.pieces(batch.len(), |piece| {
+            let (from, count) = (piece.start as i64, piece.len() as i64);
+            match count == batch.len() {
+                true => self.piece_through_unet(batch, inputs, share, follow),
+                false => self.piece_through_unet(&batch.narrow(from, count)?, &inputs.narrow(from, count)?, share, follow),
+            }
+        })?;
+        if pieces.len() == 1 {
+            return Ok(pieces.remove(0));
+        }
+        let (sums, gradients): (Vec<_>, Vec<_>) = pieces.into_iter().unzip();
+        let hidden_states: Vec<&Tensor> = gradients.iter().map(|gradient| &gradient.hidden_states).collect();
+        let text_embeds: Vec<&Tensor> = gradients.iter().filter_map(|gradient| gradient.text_embeds.as_ref()).collect();
+        let text_embeds = if text_embeds.is_empty() { None } else { Some(Tensor::f_cat(&text_embeds, 0)?) };
+        let whole = Gradients { hidden_states: Tensor::f_cat(&hidden_states, 0)?, text_embeds };
+        Ok((Tensor::f_stack(&sums, 0)?.f_sum(Kind::Float)?, whole))
+    }
+
+    fn piece_through_unet(
         &self,
         batch: &LaneBatch,
         inputs: &Inputs,

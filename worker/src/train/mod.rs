@@ -5,6 +5,7 @@ mod fault;
 pub mod lane;
 mod mark;
 pub mod optimizer;
+pub mod split;
 pub mod state;
 pub mod stats;
 mod sum;
@@ -341,6 +342,7 @@ impl Trainer {
             let loss = self.networks.gradient_in_parts(batch, input.step_samples, &mut adding)?;
             let halfway = adding.halfway.take();
             sum.end_lane(lane.lane, &loss, batch.len())?;
+            mine.split += i64::from(self.networks.split.cuts(batch.len()));
             if let Some(halfway) = halfway {
                 marks.push(Passes { begin, halfway, end: Mark::now(device)?, held: sum.held - held });
             }
@@ -377,6 +379,7 @@ impl Trainer {
             ("captions_truncated", all.truncated),
             ("held_out_samples_not_finite", all.held_out_lost),
             ("steps_not_finite", i64::from(self.not_finite > 0)),
+            ("lanes_split_for_memory", all.split),
         ];
         for (name, count) in counts {
             if count > 0 {

@@ -4,6 +4,7 @@ use crate::world::{EPOCH, LANES, config, difference, fed, load, path, sdxl, text
 use ella_proto::config::RunConfig;
 use ella_worker::models::Loaded;
 use ella_worker::train::lane::{LaneBatch, Networks};
+use ella_worker::train::split::Split;
 use tch::{Kind, Tensor};
 
 pub(crate) fn batches(config: &RunConfig, step: u64) -> Vec<LaneBatch> {
@@ -58,6 +59,24 @@ fn the_sum_over_lanes_is_the_gradient_of_the_mean_over_the_whole_batch() {
             assert!((loss - expected).abs() < 1e-4 * expected);
             assert!((number(&networks.evaluate(&whole).unwrap()) - expected).abs() < 1e-5 * expected);
             assert!(one.grad.abs().max().double_value(&[]) > 0.0);
+        }
+    }
+}
+
+/// A lane whose pass through the U-Net is cut to fit a GPU's memory: the same loss and gradient but for rounding, on every path.
+#[test]
+fn a_lane_in_pieces_has_the_gradient_of_the_whole() {
+    for set in [&[][..], &["train.gradient_checkpointing=true"], &["text.padding=none"], &[sdxl().as_str()]] {
+        let config = config(set);
+        let mut networks = load(&config).networks;
+        let lane = together(&batches(&config, 0));
+        let whole = networks.gradient(&lane, 8).unwrap();
+        for most in [5, 3, 1] {
+            networks.split = Split::found(most);
+            let pieces = networks.gradient(&lane, 8).unwrap();
+            let found = difference(&pieces.grad, &whole.grad);
+            assert!(found < 1e-4, "{set:?}, at most {most}: {found}");
+            assert!((number(&pieces.loss_sum) - number(&whole.loss_sum)).abs() < 1e-5 * number(&whole.loss_sum));
         }
     }
 }
