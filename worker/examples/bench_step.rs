@@ -140,9 +140,9 @@ fn bare(trainer: &mut Trainer) -> Result<f64> {
     collective.sum_tensor(&mut sum)?;
     let mut grad = fixed::to_f32(&sum)?;
     let norm = optimizer::square_norm(&grad)?.f_double_value(&[])?.sqrt();
-    optimizer::clip(&mut grad, norm, config.train.grad_clip)?;
+    let scale = optimizer::clipping(norm, config.train.grad_clip);
     state.step += 1;
-    optimizer::update(&mut state.buffers, &grad, &config.train, state.step)?;
+    optimizer::update(&mut state.buffers, (&mut grad, scale), &config.train, state.step)?;
     // What a step leaves behind is part of it.
     drop((input, sum, grad));
     Ok(begin.elapsed().as_secs_f64())

@@ -129,6 +129,9 @@ pub enum CollectiveError {
     /// NCCL or the CUDA driver failed.
     #[error(transparent)]
     Nccl(#[from] nccl_rs::Error),
+    /// A stream of libtorch's could not be had.
+    #[error("GPU: {0}")]
+    Stream(#[from] ella_cuda::Error),
     /// A tensor operation failed.
     #[error("tensor: {0}")]
     Torch(#[from] tch::TchError),
@@ -137,7 +140,7 @@ pub enum CollectiveError {
 impl CollectiveError {
     /// Whether it comes from others, or from the end of the generation: this rank is as well as ever.
     pub fn is_of_peers(&self) -> bool {
-        !matches!(self, Self::SharedGpu { .. } | Self::Tensor { .. } | Self::Torch(_) | Self::Bind { .. })
+        !matches!(self, Self::SharedGpu { .. } | Self::Tensor { .. } | Self::Torch(_) | Self::Stream(_) | Self::Bind { .. })
     }
 }
 

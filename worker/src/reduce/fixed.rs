@@ -34,9 +34,7 @@ const BLOCK: usize = 4096;
 #[non_exhaustive]
 pub enum FixedError {
     /// An element is NaN, infinite or too large.
-    #[error(
-        "gradient element {index} is {value} (expected a finite number below {limit}); has the loss diverged? lower the learning rate or clip"
-    )]
+    #[error("gradient element {index} is {value} (expected a finite number below {limit})")]
     Range {
         /// Its index in the flat gradient.
         index: usize,

@@ -52,11 +52,11 @@ impl Nccl {
         Ok(Self { host, communicator, stream, device, ordinal, timeout: DEFAULT_TIMEOUT, begun: Vec::new() })
     }
 
-    /// Puts a sum on NCCL's stream, behind what the current stream has been given so far.
-    fn begin(&self, tensor: &Tensor, dtype: Dtype) -> std::result::Result<[Event; 2], nccl_rs::Error> {
+    /// Puts a sum on NCCL's stream, behind what the stream `current` has been given so far.
+    fn begin(&self, tensor: &Tensor, dtype: Dtype, current: Stream) -> std::result::Result<[Event; 2], nccl_rs::Error> {
         self.device.make_current()?;
         let own = self.stream.stream();
-        self.device.wait(own, &self.device.record(current_stream())?)?;
+        self.device.wait(own, &self.device.record(current)?)?;
         let from = self.device.record(own)?;
         let buffer = Buffer { ptr: tensor.data_ptr(), count: tensor.numel(), dtype };
         // SAFETY: the tensor is contiguous, of this type, and on the communicator's GPU (the caller checked). Its memory is kept until the event
@@ -97,9 +97,18 @@ impl Drop for Nccl {
     }
 }
 
-/// The stream on which torch puts this thread's work.
-pub(crate) fn current_stream() -> Stream {
-    Stream::DEFAULT
+/// The stream on which libtorch puts this thread's work on `gpu`.
+///
+/// # Errors
+/// CUDA's own.
+pub(crate) fn current_stream(gpu: tch::Device) -> std::result::Result<Stream, ella_cuda::Error> {
+    if !ella_cuda::is_loaded() {
+        // Nobody can have set another than libtorch begins with.
+        return Ok(Stream::DEFAULT);
+    }
+    let raw = ella_cuda::stream::Stream::current(gpu)?.raw()?;
+    // SAFETY: a stream of libtorch's on that device; it keeps them for the life of the process.
+    Ok(unsafe { Stream::from_raw(raw) })
 }
 
 impl Collective for Nccl {
@@ -161,7 +170,8 @@ impl Collective for Nccl {
             Kind::BFloat16 => Dtype::Bf16,
             _ => Dtype::F32,
         };
-        let [from, to] = self.begin(&tensor, dtype).map_err(|error| self.fail(error))?;
+        let current = current_stream(tensor.device())?;
+        let [from, to] = self.begin(&tensor, dtype, current).map_err(|error| self.fail(error))?;
         self.begun.push(Begun { _tensor: tensor, from, to });
         Ok(())
     }

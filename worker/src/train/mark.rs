@@ -26,7 +26,7 @@ impl Mark {
         let Device::Cuda(ordinal) = device else { return Ok(Self::Host(Instant::now())) };
         let gpu = gpu(ordinal)?;
         gpu.make_current()?;
-        Ok(Self::Gpu(gpu.record(current_stream())?))
+        Ok(Self::Gpu(gpu.record(current_stream(device)?)?))
     }
 
     /// Waits until the device is there.

@@ -52,6 +52,9 @@ pub enum TrainError {
     /// The GPU's driver failed.
     #[error(transparent)]
     Gpu(#[from] nccl_rs::Error),
+    /// A stream or an operator of the GPU failed.
+    #[error("GPU: {0}")]
+    Cuda(#[from] ella_cuda::Error),
     /// A loss or gradient that is not finite, or outside what `exact` reduction holds. Nothing was updated from it.
     #[error("step {step}{}: {bad}; lower train.optimizer.lr, or look at the samples of this step: {samples}", fault::of_lane(*.lane))]
     NotFinite {
@@ -99,7 +102,7 @@ impl TrainError {
     /// What to tell the coordinator: the kind, and whether starting again would fail in the same way.
     pub fn failure(&self) -> (FailureKind, bool) {
         match self {
-            Self::Torch(_) | Self::Gpu(_) | Self::Sum(_) => (FailureKind::Internal, false),
+            Self::Torch(_) | Self::Gpu(_) | Self::Cuda(_) | Self::Sum(_) => (FailureKind::Internal, false),
             Self::Model(_) => (FailureKind::Input, true),
             Self::Feed(error) => (FailureKind::Input, error.is_permanent()),
             Self::Collective(_) => (FailureKind::Collective, false),
@@ -268,26 +271,13 @@ impl Trainer {
                 found: input.step,
             });
         }
-        let device = self.state.buffers.params.device();
-        let Lanes { mut sum, mut mine, marks } = self.lanes(&input)?;
+        let Lanes { sum, mut mine, marks } = self.lanes(&input)?;
         mine.supplied = i64::from(self.feed.has_next());
         let due = self.cadence.is_due(self.state.step, self.flags.committed.load(Ordering::Relaxed), Instant::now());
         mine.due = i64::from(due && self.collective.rank() == 0);
 
-        // Up to here a GPU was only given work. Now it is waited for, and then what its sums take longer.
-        let computed = Mark::now(device)?;
-        self.flags.at(Activity::Reduce);
-        sum.begin_rest(self.collective.as_mut(), &mine)?;
-        self.flags.at(Activity::Compute);
-        computed.wait()?;
-        self.flags.at(Activity::Reduce);
-        let (settling, held) = (Instant::now(), sum.held);
-        let reduced = sum.settle(self.collective.as_mut())?;
-        self.flags.at(Activity::Compute);
-        times.took(&marks, settling.elapsed(), reduced.beside)?;
-        if device == Device::Cpu {
-            times.reduce += held;
-        }
+        let reduced = self.over_ranks(sum, &mine, &mut times)?;
+        times.passes(&marks)?;
 
         let updating = Instant::now();
         let (words, norm) = read(&reduced)?;
@@ -299,8 +289,8 @@ impl Trainer {
             self.leave_out(&input, &lanes, norm)?;
         } else {
             self.not_finite = 0;
-            optimizer::clip(&mut grad, norm, self.config.train.grad_clip)?;
-            optimizer::update(&mut self.state.buffers, &grad, &self.config.train, number)?;
+            let scale = optimizer::clipping(norm, self.config.train.grad_clip);
+            optimizer::update(&mut self.state.buffers, (&mut grad, scale), &self.config.train, number)?;
         }
         self.state.step = number;
         self.state.ledger.add_tally(input.epoch, &all.tally);
@@ -308,6 +298,26 @@ impl Trainer {
         times.update = updating.elapsed();
         self.report(&all, norm, begin.elapsed() + input.waited + commit, &times);
         Ok(all)
+    }
+
+    /// Sums over all ranks. Up to here a GPU was only given work: now it is waited for, and then what its sums take longer.
+    fn over_ranks(&mut self, mut sum: Sum, mine: &StepStats, times: &mut Times) -> Result<Reduced, TrainError> {
+        let device = self.state.buffers.params.device();
+        let computed = Mark::now(device)?;
+        self.flags.at(Activity::Reduce);
+        sum.begin_rest(self.collective.as_mut(), mine)?;
+        self.flags.at(Activity::Compute);
+        computed.wait()?;
+        self.flags.at(Activity::Reduce);
+        let (settling, held) = (Instant::now(), sum.held);
+        let reduced = sum.settle(self.collective.as_mut())?;
+        self.flags.at(Activity::Compute);
+        times.reduce = settling.elapsed();
+        times.reduce_hidden = reduced.beside.saturating_sub(times.reduce);
+        if device == Device::Cpu {
+            times.reduce += held;
+        }
+        Ok(reduced)
     }
 
     /// The gradients of this rank's lanes, summed, and what it has to tell of them. The last one's is on its way to the other ranks when it returns, but
@@ -343,9 +353,7 @@ impl Trainer {
             let halfway = adding.halfway.take();
             sum.end_lane(lane.lane, &loss, batch.len())?;
             mine.split += i64::from(self.networks.split.cuts(batch.len()));
-            if let Some(halfway) = halfway {
-                marks.push(Passes { begin, halfway, end: Mark::now(device)?, held: sum.held - held });
-            }
+            marks.push(Passes { begin, halfway, end: Mark::now(device)?, held: sum.held - held });
         }
         Ok(Lanes { sum, mine, marks })
     }
@@ -408,8 +416,8 @@ struct Lanes {
 /// When a lane was computed.
 struct Passes {
     begin: Mark,
-    /// The forward pass is done.
-    halfway: Mark,
+    /// The forward pass is done, where that was told.
+    halfway: Option<Mark>,
     end: Mark,
     /// How long sums over ranks held this thread up meanwhile.
     held: Duration,
@@ -466,13 +474,11 @@ struct Times {
 }
 
 impl Times {
-    /// The passes of all lanes, and what sums over ranks took after them: `settling`. They were `beside` it and the passes in all, on a GPU; on a
-    /// processor they hold the passes up, and count as their own.
-    fn took(&mut self, lanes: &[Passes], settling: Duration, beside: Duration) -> Result<(), TrainError> {
-        self.reduce = settling;
-        self.reduce_hidden = beside.saturating_sub(settling);
+    /// The passes of all lanes. On a processor, sums over ranks that began meanwhile have held them up, and count as their own.
+    fn passes(&mut self, lanes: &[Passes]) -> Result<(), TrainError> {
         for Passes { begin, halfway, end, held } in lanes {
             let on_processor = matches!(end, Mark::Host(_));
+            let halfway = halfway.as_ref().unwrap_or(begin);
             self.forward += halfway.since(begin)?;
             self.backward += end.since(halfway)?.saturating_sub(if on_processor { *held } else { Duration::ZERO });
         }

@@ -1,6 +1,8 @@
 //! AdamW with warm-up, clipping and an exponential moving average, on flat buffers.
 
-use ella_proto::config::{ScheduleKind, Train};
+use super::TrainError;
+use ella_cuda::fused::{self, AdamW};
+use ella_proto::config::{Optimizer, ScheduleKind, Train};
 use tch::{Device, Kind, Tensor};
 
 /// The learning rate of the update that makes step `step` (the first is 1): linear warm-up, then constant or half a cosine.
@@ -39,13 +41,10 @@ pub fn square_norm(grad: &Tensor) -> Result<Tensor, tch::TchError> {
     Ok(square)
 }
 
-/// Scales `grad`, whose 2-norm is `norm`, in place so that it is at most `limit` (0: no limit).
-pub fn clip(grad: &mut Tensor, norm: f64, limit: f64) -> Result<(), tch::TchError> {
-    if limit > 0.0 && norm > limit {
-        // The small constant is torch.nn.utils.clip_grad_norm_'s.
-        let _ = grad.f_mul_scalar_(limit / (norm + 1e-6))?;
-    }
-    Ok(())
+/// What a gradient of this 2-norm is multiplied with so that it has at most `limit` (0: no limit).
+pub fn clipping(norm: f64, limit: f64) -> f64 {
+    // The small constant is torch.nn.utils.clip_grad_norm_'s.
+    if limit > 0.0 && norm > limit { limit / (norm + 1e-6) } else { 1.0 }
 }
 
 /// The flat buffers of one trained module, each `[P]` float32 in the layout's order.
@@ -74,38 +73,53 @@ impl Buffers {
 const UPDATE_PIECE: i64 = 1 << 16;
 
 /// One AdamW update, as `torch.optim.AdamW` (v2.11, single tensor) orders it, and the moving average after it.
-/// `step` is the number of the update, from 1; `grad` is `[P]` float32.
-pub fn update(buffers: &mut Buffers, grad: &Tensor, train: &Train, step: u64) -> Result<(), tch::TchError> {
+/// `step` is the number of the update, from 1; `grad` is `[P]` float32, and multiplied by `scale` first. No GPU is waited for; one that computes by
+/// kernels of our own makes all of it in one pass over memory, the same but for the rounding of a few products.
+///
+/// # Errors
+/// libtorch's, and the kernel's.
+pub fn update(buffers: &mut Buffers, (grad, scale): (&mut Tensor, f64), train: &Train, step: u64) -> Result<(), TrainError> {
+    if grad.device().is_cuda() && ella_cuda::is_loaded() {
+        let Buffers { params, exp_avg, exp_avg_sq, ema } = buffers;
+        return Ok(fused::adamw([params, exp_avg, exp_avg_sq, ema], grad, &rates(train, step, scale))?);
+    }
     let total = grad.size1()?;
     let piece = if grad.device() == Device::Cpu { UPDATE_PIECE } else { total.max(1) };
-    tch::no_grad(|| {
+    Ok(tch::no_grad(|| {
+        if scale != 1.0 {
+            let _ = grad.f_mul_scalar_(scale)?;
+        }
         for from in (0..total).step_by(piece as usize) {
             let len = piece.min(total - from);
             update_piece(buffers.narrow(from, len)?, &grad.f_narrow(0, from, len)?, train, step)?;
         }
-        Ok(())
-    })
+        Ok::<_, tch::TchError>(())
+    })?)
+}
+
+/// The numbers of an update.
+fn rates(train: &Train, step: u64, scale: f64) -> AdamW {
+    let Optimizer { weight_decay, betas, eps, .. } = train.optimizer;
+    let corrections = betas.map(|beta| 1.0 - beta.powi(step.min(i32::MAX as u64) as i32));
+    AdamW { scale, lr: learning_rate(train, step), weight_decay, betas, eps, corrections, ema_decay: ema_decay(train, step) }
 }
 
 fn update_piece(buffers: Buffers, grad: &Tensor, train: &Train, step: u64) -> Result<(), tch::TchError> {
-    let o = &train.optimizer;
-    let [beta1, beta2] = o.betas;
-    let lr = learning_rate(train, step);
-    let correction1 = 1.0 - beta1.powi(step.min(i32::MAX as u64) as i32);
-    let correction2 = 1.0 - beta2.powi(step.min(i32::MAX as u64) as i32);
+    let AdamW { lr, weight_decay, betas: [beta1, beta2], eps, corrections: [correction1, correction2], ema_decay, .. } =
+        rates(train, step, 1.0);
     let Buffers { mut params, mut exp_avg, mut exp_avg_sq, mut ema } = buffers;
-    let _ = params.f_mul_scalar_(1.0 - lr * o.weight_decay)?;
+    let _ = params.f_mul_scalar_(1.0 - lr * weight_decay)?;
     let _ = exp_avg.f_lerp_(grad, 1.0 - beta1)?;
     let mut squared = grad.f_square()?;
     let _ = squared.f_mul_scalar_(1.0 - beta2)?;
     let _ = exp_avg_sq.f_mul_scalar_(beta2)?.f_add_(&squared)?;
     let mut denominator = exp_avg_sq.f_sqrt()?;
     let _ = denominator.f_div_scalar_(correction2.sqrt())?;
-    let _ = denominator.f_add_scalar_(o.eps)?;
+    let _ = denominator.f_add_scalar_(eps)?;
     let mut change = exp_avg.f_div(&denominator)?;
     let _ = change.f_mul_scalar_(-lr / correction1)?;
     let _ = params.f_add_(&change)?;
-    let _ = ema.f_lerp_(&params, 1.0 - ema_decay(train, step))?;
+    let _ = ema.f_lerp_(&params, 1.0 - ema_decay)?;
     Ok(())
 }
 
@@ -138,7 +152,7 @@ mod tests {
         let params = Tensor::from_slice(&[1f32, -2.0]);
         let mut b = Buffers { exp_avg: params.zeros_like(), exp_avg_sq: params.zeros_like(), ema: params.copy(), params };
         for (step, grad) in [[0.5f32, -1.0], [-0.25, 0.125], [0.0, 3.0]].iter().enumerate() {
-            update(&mut b, &Tensor::from_slice(grad), &config, step as u64 + 1).unwrap();
+            update(&mut b, (&mut Tensor::from_slice(grad), 1.0), &config, step as u64 + 1).unwrap();
         }
         let got: Vec<f32> = Vec::try_from(&b.params).unwrap();
         let want = [0.850_007_95f32, -1.883_491_2];
@@ -151,10 +165,10 @@ mod tests {
         tch::manual_seed(5);
         let (len, config) = (2 * UPDATE_PIECE + 5, train(ScheduleKind::Constant, 0));
         let random = || Tensor::randn([len], (Kind::Float, Device::Cpu));
-        let grad = random();
+        let mut grad = random();
         let mut b = Buffers { exp_avg: random(), exp_avg_sq: random().square(), ema: random(), params: random() };
         let whole = Buffers { exp_avg: b.exp_avg.copy(), exp_avg_sq: b.exp_avg_sq.copy(), ema: b.ema.copy(), params: b.params.copy() };
-        update(&mut b, &grad, &config, 7).unwrap();
+        update(&mut b, (&mut grad, 1.0), &config, 7).unwrap();
         let view = |tensor: &Tensor| tensor.shallow_clone();
         let views = Buffers {
             exp_avg: view(&whole.exp_avg),
@@ -173,13 +187,25 @@ mod tests {
     #[test]
     fn clipping_scales_to_the_limit_and_leaves_small_gradients_alone() {
         let mut grad = Tensor::from_slice(&[3f32, 4.0]);
-        let norm = |grad: &Tensor| square_norm(grad).unwrap().double_value(&[]).sqrt();
-        assert_eq!(norm(&grad), 5.0);
-        for limit in [0.0, 10.0] {
-            clip(&mut grad, 5.0, limit).unwrap();
-            assert_eq!(Vec::<f32>::try_from(&grad).unwrap(), [3.0, 4.0]);
+        assert_eq!(square_norm(&grad).unwrap().double_value(&[]), 25.0);
+        assert_eq!((clipping(5.0, 0.0), clipping(5.0, 10.0)), (1.0, 1.0));
+        let _ = grad.g_mul_scalar_(clipping(5.0, 1.0));
+        assert!((grad.norm().double_value(&[]) - 1.0).abs() < 1e-5);
+    }
+
+    /// The kernel that a GPU takes, by its text for the processor, clipping with it.
+    #[test]
+    fn the_one_pass_update_is_the_same_but_for_its_rounding() {
+        tch::manual_seed(6);
+        let config = train(ScheduleKind::Constant, 10);
+        let random = || Tensor::randn([1003], (Kind::Float, Device::Cpu));
+        let (mut grad, second) = (random(), random().square());
+        let mut plain = Buffers { exp_avg: random(), exp_avg_sq: second.copy(), ema: random(), params: random() };
+        let [mut params, mut first, mut second, mut ema] = [&plain.params, &plain.exp_avg, &plain.exp_avg_sq, &plain.ema].map(Tensor::copy);
+        fused::adamw([&mut params, &mut first, &mut second, &mut ema], &grad, &rates(&config, 3, 0.25)).unwrap();
+        update(&mut plain, (&mut grad, 0.25), &config, 3).unwrap();
+        for (one, other) in [(&plain.params, params), (&plain.exp_avg, first), (&plain.exp_avg_sq, second), (&plain.ema, ema)] {
+            assert!((one - other).abs().max().double_value(&[]) <= 1e-6 * one.abs().max().double_value(&[]));
         }
-        clip(&mut grad, 5.0, 1.0).unwrap();
-        assert!((norm(&grad) - 1.0).abs() < 1e-5);
     }
 }

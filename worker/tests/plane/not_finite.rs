@@ -55,7 +55,9 @@ fn listed(folder: &Path, step: u64) -> BTreeMap<u64, Vec<String>> {
 /// What the step's lanes consist of, by the run's order.
 fn expected(config: &RunConfig, step: u64) -> BTreeMap<u64, Vec<String>> {
     let (order, keys) = order(config);
-    (0..LANES).map(|lane| (u64::from(lane), order.lane(step - 1, lane).iter().map(|at| keys[at.index as usize].clone()).collect())).collect()
+    (0..LANES)
+        .map(|lane| (u64::from(lane), order.lane(step - 1, lane).iter().map(|at| keys[at.index as usize].clone()).collect()))
+        .collect()
 }
 
 /// By one rank and by two, in both reductions.
