@@ -2,6 +2,7 @@
 //! "Devices").
 
 use crate::gpu::{self, Unusable};
+use ella_cuda::stream::{Entered, Priority, Stream};
 use ella_proto::config::{Device as Choice, Dtype};
 use std::path::{Path, PathBuf};
 use tch::{Cuda, Device, Kind, Tensor};
@@ -43,6 +44,18 @@ pub unsafe fn set_environment() {
             unsafe { std::env::set_var(name, value) };
         }
     }
+}
+
+/// A stream for this thread's own work on a GPU, until what is returned is dropped. The default one will not do: what it has recorded cannot be played
+/// again, and it waits for all others.
+///
+/// # Errors
+/// CUDA's own.
+pub fn own_stream(device: Device) -> Result<Option<Entered>, ella_cuda::Error> {
+    if !device.is_cuda() {
+        return Ok(None);
+    }
+    Ok(Some(Stream::new(device, Priority::Normal)?.enter()?))
 }
 
 /// The number of intra-op threads of this thread's operations: part of SAME.

@@ -11,6 +11,7 @@ use crate::models::Loaded;
 use crate::reduce::{AbortHandle, Collective, CollectiveError, Listener, Membership, Nccl, Solo, Tcp};
 use crate::train::Trainer;
 use crate::train::cadence::Cadence;
+use crate::train::graph::Graphs;
 use crate::train::state::{StateError, TrainState, part_names};
 use ella_dataset::ledger::{Ledger, Tally};
 use ella_dataset::{CacheLimits, DataSet};
@@ -120,6 +121,7 @@ pub(super) fn assemble(
         saved: state.step,
         state,
         networks,
+        graphs: Graphs::new(device),
         feed,
         collective: Box::new(Solo::default()),
         committer,

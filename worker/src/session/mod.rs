@@ -17,6 +17,7 @@ use crate::precision::Precision;
 use crate::reduce::{Listener, Solo};
 use crate::train::state::part_names;
 use crate::train::{Ending, Halt, TrainError, Trainer};
+use ella_cuda::stream::Entered;
 use ella_proto::access::Access;
 use ella_proto::config::{Config, Device as Choice, RunConfig};
 use ella_proto::v1::{Activity, Assign, Failed, Finished, Hello, Idle, Outcome, Place, Ready, Welcome, from_worker};
@@ -139,6 +140,8 @@ fn peer_address(advertised: &str, listens_on: u16) -> String {
 /// A worker that holds its models, and a state once it has been given one.
 struct Rank<'a> {
     trainer: Trainer,
+    /// What this thread computes on, if that is a GPU.
+    _stream: Option<Entered>,
     /// What it takes of a GPU's memory.
     needs: Option<Needs>,
     /// Whether the trainer's state is whole: it was begun anew, restored or copied.
@@ -165,6 +168,7 @@ impl<'a> Rank<'a> {
         let config = Arc::new(RunConfig::parse(&welcome.config_toml, "run.toml", &[])?);
         let device = device::set_up(options.device, config.workers.threads)?;
         check_device(&config, device)?;
+        let stream = device::own_stream(device)?;
         Precision::of(&config).set(device)?;
         gpu::limit(device, config.workers.gpu_memory)?;
         let run = Store::open(&welcome.run_url)?;
@@ -173,7 +177,19 @@ impl<'a> Rank<'a> {
         let loaded = models::load(&config, device).map_err(|error| explained(error.into()))?;
         let (trainer, needs) = load::assemble(&config, loaded, device, (control.outbox(), runtime), run.clone()).map_err(explained)?;
         control.flags().limit_computing(config.workers.step_timeout.duration(), config.workers.start_timeout.duration());
-        Ok(Self { trainer, needs, holds_state: false, touched: false, listener, device, control, runtime, run, farewell: None })
+        Ok(Self {
+            trainer,
+            _stream: stream,
+            needs,
+            holds_state: false,
+            touched: false,
+            listener,
+            device,
+            control,
+            runtime,
+            run,
+            farewell: None,
+        })
     }
 
     /// Trains in one generation after the other, as the coordinator has it.

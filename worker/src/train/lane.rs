@@ -58,6 +58,24 @@ impl LaneBatch {
         [latents, noise, timesteps, features, time_ids].into_iter().chain(mask)
     }
 
+    /// The same samples in memory of their own.
+    pub fn copied(&self) -> Result<Self, tch::TchError> {
+        let copy = |tensor: &Tensor| -> Result<Tensor, tch::TchError> {
+            let mut copy = tensor.f_empty_like()?;
+            copy.f_copy_(tensor)?;
+            Ok(copy)
+        };
+        let Self { latents, noise, timesteps, features, mask, time_ids } = self;
+        Ok(Self {
+            latents: copy(latents)?,
+            noise: copy(noise)?,
+            timesteps: copy(timesteps)?,
+            features: copy(features)?,
+            mask: mask.as_ref().map(copy).transpose()?,
+            time_ids: copy(time_ids)?,
+        })
+    }
+
     /// The same tensors again.
     pub fn shallow_clone(&self) -> Self {
         Self {

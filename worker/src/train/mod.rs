@@ -2,6 +2,7 @@
 
 pub mod cadence;
 mod fault;
+pub mod graph;
 pub mod lane;
 mod mark;
 pub mod optimizer;
@@ -22,6 +23,7 @@ use ella_model::ModelError;
 use ella_proto::config::{Features, RunConfig};
 use ella_proto::v1::{Activity, FailureKind, Progress, StepParts};
 pub use fault::Bad;
+use graph::Graphs;
 use lane::{Follow, Networks};
 use mark::Mark;
 use state::TrainState;
@@ -153,6 +155,8 @@ pub struct Trainer {
     pub state: TrainState,
     /// The networks; the connector's tensors are views into the state.
     pub networks: Networks,
+    /// Lanes that were recorded.
+    pub graphs: Graphs,
     /// The samples of this rank's lanes.
     pub feed: Feed,
     /// The other ranks.
@@ -349,7 +353,7 @@ impl Trainer {
             let (begin, held) = (Mark::now(device)?, sum.held);
             let others = if Some(number) == last { Some(self.collective.as_mut()) } else { None };
             let mut adding = Adding { sum: &mut sum, others, flags: &self.flags, device, halfway: None };
-            let loss = self.networks.gradient_in_parts(batch, input.step_samples, &mut adding)?;
+            let loss = self.graphs.gradient_in_parts(&self.networks, batch, input.step_samples, &mut adding)?;
             let halfway = adding.halfway.take();
             sum.end_lane(lane.lane, &loss, batch.len())?;
             mine.split += i64::from(self.networks.split.cuts(batch.len()));
