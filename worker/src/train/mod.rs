@@ -24,7 +24,7 @@ use ella_proto::config::{Features, RunConfig};
 use ella_proto::v1::{Activity, FailureKind, Progress, StepParts};
 pub use fault::Bad;
 use graph::Graphs;
-use lane::{Follow, Networks};
+use lane::{Follow, LaneBatch, Networks};
 use mark::Mark;
 use state::TrainState;
 use stats::{StepStats, WORDS};
@@ -452,6 +452,43 @@ impl Follow for Adding<'_> {
         }
         Ok(())
     }
+}
+
+/// What a step does to a state that one rank trains alone, without a feed, a coordinator or a commit: for measurements. Returns the mean loss.
+///
+/// # Errors
+/// What a step's are, but for a number that is not finite, which it returns.
+#[doc(hidden)]
+pub fn step_alone(
+    (networks, graphs): (&Networks, &mut Graphs),
+    state: &mut TrainState,
+    train: &Train,
+    lanes: &[LaneBatch],
+    collective: &mut (dyn Collective + 'static),
+) -> Result<f64, TrainError> {
+    let device = state.buffers.params.device();
+    let segments: Vec<_> = networks.connector.segments().iter().map(|segment| segment.elements.clone()).collect();
+    let (mut sum, flags) = (Sum::new(train, &segments, device)?, Flags::default());
+    let samples = lanes.iter().map(LaneBatch::len).sum::<i64>().unsigned_abs();
+    for (number, batch) in lanes.iter().enumerate() {
+        let others = if number + 1 == lanes.len() { Some(&mut *collective) } else { None };
+        let mut adding = Adding { sum: &mut sum, others, flags: &flags, device, halfway: None };
+        let loss = graphs.gradient_in_parts(networks, batch, samples, &mut adding)?;
+        sum.end_lane(number as u32, &loss, batch.len())?;
+    }
+    let mut mine = StepStats::of_one_rank(None);
+    mine.tally.samples = samples;
+    sum.begin_rest(collective, &mine)?;
+    let reduced = sum.settle(collective)?;
+    let (words, norm) = read(&reduced)?;
+    let all = StepStats::from_words(&words).map_err(|source| TrainError::Ledger { step: state.step + 1, source })?;
+    state.step += 1;
+    if !norm.is_finite() {
+        return Ok(f64::NAN);
+    }
+    let (mut grad, scale) = (reduced.grad, optimizer::clipping(norm, train.grad_clip));
+    optimizer::update(&mut state.buffers, (&mut grad, scale), train, state.step)?;
+    Ok(all.mean_loss())
 }
 
 /// The step's sums, and the 2-norm of its gradient: in one copy, the only one that a step takes from the device.
