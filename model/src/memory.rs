@@ -1,8 +1,8 @@
 //! What the networks of a step take of a device's memory, by arithmetic over their configurations: nothing is allocated, nothing loaded.
 //!
 //! Of a frozen network autograd keeps what the gradient of its *input* is made from: no linear layer's input, but both inputs of products,
-//! what goes into norms and activations, and what goes into convolutions (libtorch keeps that whether or not their weights train). Norms
-//! take float32, so a 16-bit network keeps a copy of twice the size for each. Before the first transformer of the U-Net nothing depends on
+//! what goes into norms and activations, and what goes into convolutions (libtorch keeps that whether or not their weights train). Group norms
+//! take float32, so that a 16-bit network keeps a copy of twice the size for each; fused operators keep less. Before the first transformer of the U-Net nothing depends on
 //! the text and nothing is kept, unless the pooled text (SDXL) reaches all residual blocks by the time embedding.
 //!
 //! Small things are left out: moments of group norms, embeddings of the time, biases. `model/tests/memory.rs` holds this against what
@@ -192,17 +192,18 @@ impl Walk<'_> {
         let sums = heads * FLOAT;
         // Values and gates, and the activated gates unless they are made again.
         let gated = if self.pass.fused.geglu { 8 * c * self.number } else { 12 * c * self.number };
+        let norm = c * self.number + MOMENTS;
         let mut kept = Kept::default();
         if self.depends {
             kept.place += c * if self.pass.fused.norm { self.number } else { FLOAT }; // the group norm
         }
         for _ in 0..depth {
             if self.depends {
-                kept.place += 2 * (c * FLOAT + MOMENTS) + 4 * c * mixed + sums; // two layer norms, attention to itself
+                kept.place += 2 * norm + 4 * c * mixed + sums; // two layer norms, attention to itself
             }
             kept.place += 2 * c * mixed + sums; // attention to the text
             kept.sample += 2 * self.pass.states * c * mixed; // its keys and values
-            kept.place += c * FLOAT + MOMENTS + gated; // a layer norm, and the gated layer
+            kept.place += norm + gated; // a layer norm, and the gated layer
             self.depends = true;
         }
         kept

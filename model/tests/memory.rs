@@ -8,7 +8,7 @@ use ella_model::config::ConfigFile;
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
 use ella_model::layers::inner_product;
 use ella_model::memory::{Figure, Pass, connector_activations, unet_activations, unet_checkpointed, unet_workspace};
-use ella_model::params::Params;
+use ella_model::params::{Compute, Layout, Params};
 use ella_model::unet::{Added, UNet, UNetConfig};
 use serde_json::{Value, json};
 use std::sync::Mutex;
@@ -116,10 +116,17 @@ impl Lane {
 fn what_autograd_keeps_of_a_u_net_is_what_was_reckoned() {
     let _alone = ALONE.lock();
     tch::set_num_threads(1);
-    for (name, config) in configs() {
-        for kind in [Kind::Float, Kind::BFloat16] {
-            let pass = Pass { samples: 6, size: (32, 24), states: 16, kind, fused: Fused::NONE };
-            let net = UNet::new(&config, &Params::random(1, kind, Device::Cpu)).unwrap();
+    let ways = [(Kind::Float, Fused::NONE), (Kind::BFloat16, Fused::NONE), (Kind::Float, Fused::ALL), (Kind::BFloat16, Fused::ALL)];
+    let some = [Fused { norm: true, ..Fused::NONE }, Fused { conv: true, ..Fused::NONE }, Fused { geglu: true, ..Fused::NONE }];
+    for (number, (name, config)) in configs().into_iter().enumerate() {
+        // Each operator on its own with one of them.
+        let some = some.into_iter().filter(|_| number == 0).map(|fused| (Kind::BFloat16, fused));
+        for (kind, fused) in ways.into_iter().chain(some) {
+            let pass = Pass { samples: 6, size: (32, 24), states: 16, kind, fused };
+            let params = Params::random(1, kind, Device::Cpu);
+            let layout = if fused == Fused::NONE { Layout::ChannelsFirst } else { Layout::ChannelsLast };
+            params.compute_by(Compute { layout, fused });
+            let net = UNet::new(&config, &params).unwrap();
             let lane = Lane::new(&config, pass);
             // What libraries keep for themselves is taken now.
             lane.loss(&net).backward();
@@ -128,7 +135,7 @@ fn what_autograd_keeps_of_a_u_net_is_what_was_reckoned() {
             let kept = allocated() - before;
             drop(loss);
             // The graph itself takes some of the processor's memory: 2 MB for 1000 operations, of tensors as small as these.
-            within(&format!("{name} {kind:?}"), kept, total(&unet_activations(&config, pass)), 0.96, 1.01);
+            within(&format!("{name} {kind:?} {fused:?}"), kept, total(&unet_activations(&config, pass)), 0.95, 1.01);
         }
     }
 }
@@ -201,8 +208,8 @@ fn sd_1_5_keeps_what_a_hand_finds() {
     let bytes = |name: &str| figures.iter().find(|figure| figure.name == name).unwrap().bytes;
     // A norm, activation and convolution keep 8 bytes a channel; 8 heads 32 bytes of sums a place; a layer norm's moments are 8 bytes.
     // The first resnet and what comes before the text in the first transformer keep nothing.
-    let first = 320 * 2 * 2 + 32 + 320 * 4 + 8 + 12 * 320 * 2;
-    let layer = 2 * (320 * 4 + 8) + 4 * 320 * 2 + 32 + first;
+    let first = 320 * 2 * 2 + 32 + 320 * 2 + 8 + 12 * 320 * 2;
+    let layer = 2 * (320 * 2 + 8) + 4 * 320 * 2 + 32 + first;
     let second = 2 * 320 * 8 + 320 * 4 + layer;
     let keys = 2 * 64 * 320 * 2;
     assert_eq!(bytes("down_blocks.0"), 4096 * (first + second + 320 * 2) + 2 * keys);
@@ -211,7 +218,7 @@ fn sd_1_5_keeps_what_a_hand_finds() {
     // conv_out: one norm of 320 channels, the prediction in bfloat16, and the two sides of the loss.
     assert_eq!(bytes("conv_out and the loss"), 4096 * (320 * 8 + 4 * 2 + 2 * 4 * 4));
     let all = total(&figures);
-    assert!((0.85e9..0.9e9).contains(&all), "{all}");
+    assert!((0.78e9..0.82e9).contains(&all), "{all}");
     // Twice the samples, twice the bytes; float32 more than bfloat16 and less than twice, for norms take float32 in either.
     assert_eq!(total(&unet_activations(&config, Pass { samples: 2, ..pass })), 2.0 * all);
     let float = total(&unet_activations(&config, Pass { kind: Kind::Float, ..pass }));
