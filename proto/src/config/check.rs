@@ -1,6 +1,6 @@
 //! The rules for values, which types cannot hold. Each is checked once, and named with its file and key.
 
-use super::{Bytes, ConfigError, ConnectorKind, Padding, Reduction, RunConfig};
+use super::{Bytes, Compression, ConfigError, ConnectorKind, Padding, Reduction, RunConfig};
 use std::ops::RangeInclusive;
 
 /// Most threads of a worker: more than any machine has, and fewer than a system refuses to start.
@@ -17,7 +17,8 @@ pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError
     check.rates()?;
     check.captions()?;
     check.memory()?;
-    check.padding()
+    check.padding()?;
+    check.compression()
 }
 
 struct Check<'a> {
@@ -135,6 +136,15 @@ impl Check<'_> {
         if text.padding == Padding::None && connector.kind == ConnectorKind::Mlp {
             let rule = "connector.kind = \"mlp\" makes a state of every position, and a U-Net attends to all of them; use \"fixed\"";
             return Err(self.wrong("text.padding", "\"none\"", rule.to_owned()));
+        }
+        Ok(())
+    }
+
+    fn compression(&self) -> Result<(), ConfigError> {
+        let train = &self.config.train;
+        if train.compression != Compression::None && train.reduction == Reduction::Exact {
+            let rule = "an exact sum is not rounded on its way; use \"none\", or train.reduction = \"fast\"";
+            return Err(self.wrong("train.compression", "\"bf16\"", rule.to_owned()));
         }
         Ok(())
     }

@@ -286,6 +286,17 @@ pub enum ConnectorKind {
     Mlp,
 }
 
+/// The formats that the connector computes in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConnectorDtype {
+    /// 32-bit floats.
+    #[default]
+    Fp32,
+    /// bfloat16 for matrix products and attention; weights, their gradients and moments, norms and sums stay float32.
+    Bf16,
+}
+
 /// `[connector]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -301,11 +312,13 @@ pub struct Connector {
     pub heads: usize,
     /// Learned queries: the sequence length that the U-Net sees.
     pub latents: usize,
+    /// What it computes in.
+    pub dtype: ConnectorDtype,
 }
 
 impl Default for Connector {
     fn default() -> Self {
-        Self { kind: ConnectorKind::Tsc, width: None, layers: 6, heads: 8, latents: 64 }
+        Self { kind: ConnectorKind::Tsc, width: None, layers: 6, heads: 8, latents: 64, dtype: ConnectorDtype::Fp32 }
     }
 }
 
@@ -320,6 +333,17 @@ pub enum Reduction {
     Fast,
 }
 
+/// What the gradient's sum goes over the wire in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// As it is summed.
+    #[default]
+    None,
+    /// bfloat16: half the bytes of float32. Each rank's sum is rounded once, and each addition on the way once more.
+    Bf16,
+}
+
 /// `[train]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -332,6 +356,10 @@ pub struct Train {
     pub micro_batch: usize,
     /// How lane gradients are summed.
     pub reduction: Reduction,
+    /// What the sum goes over the wire in; `none` where the reduction is exact.
+    pub compression: Compression,
+    /// At most so many steps in a row whose loss or gradient is not finite are left out and counted, before the run stops for one.
+    pub skip_nonfinite: usize,
     /// Probability that a caption is replaced by the empty one, for classifier-free guidance.
     pub caption_dropout: f64,
     /// Largest gradient norm; 0 turns clipping off.
@@ -360,6 +388,8 @@ impl Default for Train {
             global_batch: 32,
             micro_batch: 8,
             reduction: Reduction::Exact,
+            compression: Compression::None,
+            skip_nonfinite: 0,
             caption_dropout: 0.1,
             grad_clip: 1.0,
             ema_decay: 0.9999,
@@ -696,6 +726,8 @@ mod tests {
         for (toml, key) in [
             ("[train]\nsteps = 0", "train.steps"),
             ("[train]\nglobal_batch = 30", "train.global_batch"),
+            ("[train]\ncompression = \"bf16\"", "train.compression"),
+            ("[connector]\ndtype = \"fp16\"", "`fp32` or `bf16`"),
             ("[train]\ncaption_dropout = 1.5", "train.caption_dropout"),
             ("[train]\ncaption_dropout = nan", "train.caption_dropout"),
             ("[train.optimizer]\nlr = -1.0", "train.optimizer.lr"),

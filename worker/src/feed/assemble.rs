@@ -191,7 +191,7 @@ impl Sources {
         let samples = self.order.lane(step, lane);
         let mut tally = Tally::default();
         if samples.is_empty() {
-            return Ok(LaneInput { lane, batch: None, tally, dropped: 0, truncated: 0 });
+            return Ok(LaneInput { lane, batch: None, keys: Vec::new(), tally, dropped: 0, truncated: 0 });
         }
         let (picked, pictures) = self.pick(&samples, epoch)?;
         for sample in &picked {
@@ -201,7 +201,8 @@ impl Sources {
         let wanted: Vec<Wanted> = picked.iter().map(|p| self.wanted(p, p.noise.dropped(dropout))).collect();
         let dropped = wanted.iter().filter(|w| w.place.is_none()).count() as i64;
         let (batch, truncated) = self.batch(&picked, pictures, &wanted, encode)?;
-        Ok(LaneInput { lane, batch: Some(batch), tally, dropped, truncated })
+        let keys = picked.into_iter().map(|sample| sample.key).collect();
+        Ok(LaneInput { lane, batch: Some(batch), keys, tally, dropped, truncated })
     }
 
     /// The first samples of the data set under noise that no epoch has; each lane's share of them.

@@ -139,7 +139,9 @@ pub struct LaneInput {
     pub lane: u32,
     /// Its samples; `None` if the lane has none left in this epoch.
     pub batch: Option<LaneBatch>,
-    /// Their keys (ONCE).
+    /// Their keys, in the batch's order.
+    pub keys: Vec<String>,
+    /// The same as ONCE has them.
     pub tally: Tally,
     /// Captions replaced by the empty one, by chance or because the sample has none.
     pub dropped: i64,

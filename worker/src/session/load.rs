@@ -130,6 +130,7 @@ pub(super) fn assemble(
         cadence: Cadence::new(&config.checkpoint, Instant::now()),
         committing: Duration::ZERO,
         supplied: false,
+        not_finite: 0,
         seat: Seat::default(),
     };
     Ok((trainer, needs))

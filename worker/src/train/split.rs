@@ -1,10 +1,44 @@
 //! A lane that a GPU's memory does not hold, computed in pieces (`workers.split_on_oom`).
 //!
 //! A lane's gradient is a sum over its samples, so pieces give the same but for rounding: which is why it goes with `reduction = "fast"` alone.
+//!
+//! A whole lane's gradient is added up, and sent, as it is made; what was told of it cannot be taken back. But the memory is fullest in the U-Net,
+//! before the first stretch of the connector's gradient: a lane is computed again only if nothing was told of it yet. Pieces tell nothing until all of
+//! them are there.
 
 use super::TrainError;
-use super::lane::{LaneBatch, LaneGradient};
+use super::lane::{Follow, LaneBatch, LaneGradient, Networks};
+use crate::gpu::fault::Fault;
 use crate::gpu::pieces::in_pieces;
+use std::ops::Range;
+use tch::Tensor;
+
+/// Where gradients come from.
+pub(super) trait Source {
+    /// A batch's gradient, told as it is made; returns the sum of the samples' losses.
+    fn in_parts(&self, batch: &LaneBatch, follow: &mut dyn Follow) -> Result<Tensor, TrainError>;
+
+    /// The same when it is done.
+    fn whole(&self, batch: &LaneBatch) -> Result<LaneGradient, TrainError>;
+
+    /// The places of a gradient's stretches, the first one's first.
+    fn stretches(&self) -> Vec<Range<i64>>;
+}
+
+/// Of a step of so many samples.
+impl Source for (&Networks, u64) {
+    fn in_parts(&self, batch: &LaneBatch, follow: &mut dyn Follow) -> Result<Tensor, TrainError> {
+        self.0.gradient_in_parts(batch, self.1, follow)
+    }
+
+    fn whole(&self, batch: &LaneBatch) -> Result<LaneGradient, TrainError> {
+        self.0.gradient(batch, self.1)
+    }
+
+    fn stretches(&self) -> Vec<Range<i64>> {
+        self.0.connector.segments().iter().map(|segment| segment.elements.clone()).collect()
+    }
+}
 
 /// How a rank's lanes are split, if they are.
 #[derive(Clone, Copy, Debug)]
@@ -20,28 +54,62 @@ impl Split {
         Self { allowed, most: usize::MAX }
     }
 
-    /// A lane's gradient by `compute`, and whether it was made of several.
+    /// Computes a lane's gradient and tells it to `follow`. The sum of its samples' losses, and whether it was made in pieces.
     pub(super) fn gradient(
         &mut self,
+        source: &dyn Source,
         batch: &LaneBatch,
-        compute: impl Fn(&LaneBatch) -> Result<LaneGradient, TrainError>,
-    ) -> Result<(LaneGradient, bool), TrainError> {
-        let total = usize::try_from(batch.len()).unwrap_or(0);
-        let pieces = in_pieces(total, &mut self.most, self.allowed, |piece| {
-            // Most lanes are whole.
-            if piece.len() == total { compute(batch) } else { compute(&batch.narrow(piece.start as i64, piece.len() as i64)?) }
-        })?;
-        let is_split = pieces.len() > 1;
-        let mut pieces = pieces.into_iter();
-        // An empty lane has no gradient, and nobody asks for it.
-        let mut sum = pieces.next().map_or_else(|| compute(batch), Ok)?;
-        for piece in pieces {
-            let _ = sum.grad.f_add_(&piece.grad)?;
-            sum.loss_sum += piece.loss_sum;
-            sum.forward += piece.forward;
-            sum.backward += piece.backward;
+        follow: &mut dyn Follow,
+    ) -> Result<(Tensor, bool), TrainError> {
+        let samples = usize::try_from(batch.len()).unwrap_or(0);
+        if self.most >= samples {
+            let mut listener = Listener { follow, told: false };
+            match source.in_parts(batch, &mut listener) {
+                Err(error) if self.allowed && samples > 1 && !listener.told && is_full(&error) => {
+                    self.most = samples.div_ceil(2);
+                    let _ = ella_cuda::memory::empty_cache();
+                    tracing::warn!("the memory does not hold a lane of {samples}: from here on at most {} at once", self.most);
+                }
+                done => return Ok((done?, false)),
+            }
         }
-        Ok((sum, is_split))
+        let pieces =
+            in_pieces(samples, &mut self.most, self.allowed, |piece| source.whole(&batch.narrow(piece.start as i64, piece.len() as i64)?))?;
+        let LaneGradient { grad, loss_sum } = pieces.into_iter().map(Ok).reduce(added).unwrap_or_else(|| source.whole(batch))?;
+        follow.forward_done()?;
+        for Range { start, end } in source.stretches().into_iter().rev() {
+            follow.part(start..end, &grad.f_narrow(0, start, end - start)?)?;
+        }
+        Ok((loss_sum, true))
+    }
+}
+
+fn is_full(error: &TrainError) -> bool {
+    Fault::of(error) == Some(Fault::OutOfMemory)
+}
+
+type Added = Result<LaneGradient, TrainError>;
+
+fn added(a: Added, b: Added) -> Added {
+    let (mut a, b) = (a?, b?);
+    let _ = a.grad.f_add_(&b.grad)?;
+    Ok(LaneGradient { loss_sum: a.loss_sum.f_add(&b.loss_sum)?, ..a })
+}
+
+/// Passes on what is told, and remembers that it was.
+struct Listener<'a> {
+    follow: &'a mut dyn Follow,
+    told: bool,
+}
+
+impl Follow for Listener<'_> {
+    fn forward_done(&mut self) -> Result<(), TrainError> {
+        self.follow.forward_done()
+    }
+
+    fn part(&mut self, elements: Range<i64>, gradient: &Tensor) -> Result<(), TrainError> {
+        self.told = true;
+        self.follow.part(elements, gradient)
     }
 }
 
@@ -49,8 +117,7 @@ impl Split {
 mod tests {
     use super::*;
     use std::cell::RefCell;
-    use std::time::Duration;
-    use tch::{Device, Kind, TchError, Tensor};
+    use tch::{Device, Kind, TchError};
 
     fn batch(samples: i64) -> LaneBatch {
         let of = |shape: &[i64]| Tensor::arange(shape.iter().product::<i64>(), (Kind::Float, Device::Cpu)).reshape(shape);
@@ -64,39 +131,92 @@ mod tests {
         }
     }
 
-    /// The sum of a batch's features, on a GPU that holds so many samples.
-    fn gradient(batch: &LaneBatch, room: i64) -> Result<LaneGradient, TrainError> {
-        if batch.len() > room {
-            return Err(TrainError::Torch(TchError::Torch("CUDA out of memory. Tried to allocate 2.00 GiB.".into())));
+    /// The sum of a batch's features, two stretches of one element, on a GPU that holds so many samples.
+    struct Small {
+        room: i64,
+        /// How many were tried at once.
+        tried: RefCell<Vec<i64>>,
+        /// Whether its memory is full only after the first stretch.
+        late: bool,
+    }
+
+    impl Small {
+        fn new(room: i64) -> Self {
+            Self { room, tried: RefCell::default(), late: false }
         }
-        let grad = batch.features.sum_dim_intlist([0i64, 1].as_slice(), false, Kind::Float);
-        let loss_sum = batch.timesteps.sum(Kind::Int64).int64_value(&[]) as f64;
-        Ok(LaneGradient { grad, loss_sum, forward: Duration::from_secs(1), backward: Duration::from_secs(2) })
+    }
+
+    impl Source for Small {
+        fn in_parts(&self, batch: &LaneBatch, follow: &mut dyn Follow) -> Result<Tensor, TrainError> {
+            follow.forward_done()?;
+            if self.late {
+                follow.part(1..2, &Tensor::zeros([1], (Kind::Float, Device::Cpu)))?;
+            }
+            let LaneGradient { grad, loss_sum } = self.whole(batch)?;
+            follow.part(1..2, &grad.narrow(0, 1, 1))?;
+            follow.part(0..1, &grad.narrow(0, 0, 1))?;
+            Ok(loss_sum)
+        }
+
+        fn whole(&self, batch: &LaneBatch) -> Result<LaneGradient, TrainError> {
+            self.tried.borrow_mut().push(batch.len());
+            if batch.len() > self.room {
+                return Err(TrainError::Torch(TchError::Torch("CUDA out of memory. Tried to allocate 2.00 GiB.".into())));
+            }
+            let grad = batch.features.sum_dim_intlist([0i64, 1].as_slice(), false, Kind::Float);
+            Ok(LaneGradient { grad, loss_sum: batch.timesteps.sum(Kind::Float) })
+        }
+
+        fn stretches(&self) -> Vec<Range<i64>> {
+            vec![0..1, 1..2]
+        }
+    }
+
+    /// What was told of a lane.
+    #[derive(Default)]
+    struct Told {
+        passes: usize,
+        grad: Vec<(Range<i64>, f64)>,
+    }
+
+    impl Follow for Told {
+        fn forward_done(&mut self) -> Result<(), TrainError> {
+            self.passes += 1;
+            Ok(())
+        }
+
+        fn part(&mut self, elements: Range<i64>, gradient: &Tensor) -> Result<(), TrainError> {
+            self.grad.push((elements, gradient.double_value(&[0])));
+            Ok(())
+        }
     }
 
     #[test]
     fn a_lane_in_pieces_has_the_gradient_of_the_whole() {
-        let whole = gradient(&batch(7), 7).unwrap();
+        // Of 7 samples with 3 × 2 features: 0, 2, 4, … and 1, 3, 5, … of 42 numbers.
+        let whole = [(1..2, 441.0), (0..1, 420.0)];
         for room in [7, 4, 2, 1] {
-            let mut split = Split::new(true);
-            let (found, is_split) = split.gradient(&batch(7), |piece| gradient(piece, room)).unwrap();
-            assert_eq!((found.grad.equal(&whole.grad), found.loss_sum, is_split), (true, 21.0, room < 7));
-            // The next lane is cut at once.
-            let sizes = RefCell::default();
-            let count = |piece: &LaneBatch| {
-                let sizes: &RefCell<Vec<i64>> = &sizes;
-                sizes.borrow_mut().push(piece.len());
-                gradient(piece, room)
-            };
-            split.gradient(&batch(7), count).unwrap();
-            assert!(sizes.borrow().iter().all(|size| *size <= room), "{sizes:?}");
+            let (mut split, source) = (Split::new(true), Small::new(room));
+            for lane in 0..2 {
+                let mut told = Told::default();
+                let (loss, is_split) = split.gradient(&source, &batch(7), &mut told).unwrap();
+                assert_eq!((loss.double_value(&[]), is_split), (21.0, room < 7));
+                assert!(told.passes >= 1 && told.grad == whole, "lane {lane}: {:?}", told.grad);
+                // The second lane is cut at once.
+                assert!(lane == 0 || source.tried.borrow().iter().all(|size| *size <= room), "{:?}", source.tried);
+                source.tried.borrow_mut().clear();
+            }
         }
     }
 
     #[test]
-    fn a_lane_that_does_not_fit_is_an_error_where_nothing_is_split() {
-        let error = Split::new(false).gradient(&batch(4), |piece| gradient(piece, 2)).unwrap_err();
-        assert!(error.to_string().contains("out of memory"), "{error}");
-        assert!(Split::new(true).gradient(&batch(1), |piece| gradient(piece, 0)).is_err());
+    fn a_lane_is_not_computed_again_where_it_must_not_be() {
+        // Nobody asked for it; one sample alone; or half of it was added up already.
+        for (allowed, samples, late) in [(false, 4, false), (true, 1, false), (true, 4, true)] {
+            let source = Small { late, ..Small::new(0) };
+            let error = Split::new(allowed).gradient(&source, &batch(samples), &mut Told::default()).unwrap_err();
+            assert!(error.to_string().contains("out of memory"), "{error}");
+            assert_eq!(*source.tried.borrow(), [samples]);
+        }
     }
 }
