@@ -1,8 +1,8 @@
 //! What the networks of a step take of a device's memory, by arithmetic over their configurations: nothing is allocated, nothing loaded.
 //!
 //! Of a frozen network autograd keeps what the gradient of its *input* is made from: no linear layer's input, but both inputs of products,
-//! what goes into norms and activations, and what goes into convolutions (libtorch keeps that whether or not their weights train). Norms
-//! take float32, so a 16-bit network keeps a copy of twice the size for each. Before the first transformer of the U-Net nothing depends on
+//! what goes into norms and activations, and what goes into convolutions (libtorch keeps that whether or not their weights train). Group norms
+//! take float32, so that a 16-bit network keeps a copy of twice the size for each; fused operators keep less. Before the first transformer of the U-Net nothing depends on
 //! the text and nothing is kept, unless the pooled text (SDXL) reaches all residual blocks by the time embedding.
 //!
 //! Small things are left out: moments of group norms, embeddings of the time, biases. `model/tests/memory.rs` holds this against what
@@ -119,32 +119,32 @@ pub fn unet_workspace(config: &UNetConfig, pass: Pass) -> Figure {
     }
 }
 
-/// What autograd keeps of a connector, which computes in float32 and trains: linear layers' inputs too. `tokens` is S.
-pub fn connector_activations(config: &ConnectorConfig, samples: u64, tokens: u64) -> Figure {
+/// What autograd keeps of a connector, which trains: linear layers' inputs too. `tokens` is S, `number` the bytes of a number in what it computes in;
+/// norms and the stream of latents are float32.
+pub fn connector_activations(config: &ConnectorConfig, (samples, tokens): (u64, u64), number: u64) -> Figure {
     let size = |n: i64| n.unsigned_abs();
     let (d, l, e, heads) = (size(config.width), size(config.latents), size(config.text_width), size(config.heads));
-    let timed = config.kind.is_timed();
-    // A norm keeps what it takes, and what it makes goes into a linear layer; the timestep's factor comes between.
-    let norm = if timed { 3 } else { 2 };
-    let gates = if config.kind == ConnectorKind::TscZero { 2 * l * d } else { 0 };
-    let block = norm * l * d + (norm - 1) * tokens * d                       // ln_1 and ln_2, whose input is the same for all blocks
-        + 2 * l * d + 2 * (l + tokens) * d + heads * l * (l + tokens)        // queries, what is mixed, keys, values, shares
-        + norm * l * d + 8 * l * d + gates; // ln_ff, and the MLP: four times the width, twice
-    let (numbers, formula) = match config.kind {
-        ConnectorKind::Mlp => (tokens * (e + 2 * d), format!("S × (E + 2 D), S = {tokens}, E = {e}, D = {d}")),
+    // What a norm makes goes into a linear layer; the timestep's factor comes between.
+    let made = number + if config.kind.is_timed() { FLOAT } else { 0 };
+    // The text is the same for all blocks, unless each needs it in float32.
+    let text = if number == FLOAT { 0 } else { FLOAT };
+    let gates = if config.kind == ConnectorKind::TscZero { 2 } else { 0 };
+    let norms = 2 * (FLOAT + made) * l * d + (text + made) * tokens * d;
+    // Queries with the latents' own keys and values, all keys, all values, what is mixed; the MLP: four times the width, twice.
+    let products = number * ((3 + 1 + 8 + gates) * l * d + 2 * (l + tokens) * d) + FLOAT * heads * l;
+    let block = norms + products;
+    let (bytes, formula) = match config.kind {
+        ConnectorKind::Mlp => (number * tokens * (e + 2 * d), format!("{number} bytes × S × (E + 2 D), S = {tokens}, E = {e}, D = {d}")),
         _ => {
             let blocks = size(config.layers);
-            let formula = format!("(S × (E + D) + {blocks} blocks × {block}), S = {tokens}, E = {e}, D = {d}, L = {l}");
-            (tokens * (e + d) + blocks * block, formula)
+            let formula =
+                format!("({number} bytes × S × (E + D) + {blocks} blocks × {block} bytes), S = {tokens}, E = {e}, D = {d}, L = {l}");
+            (number * tokens * (e + d) + blocks * block, formula)
         }
     };
     let states = if config.kind == ConnectorKind::Mlp { tokens } else { l };
-    let pool = if config.pooled.is_some() { 4 * (1 + states) * d } else { 0 };
-    Figure {
-        name: "connector".to_owned(),
-        bytes: samples * (numbers + pool) * FLOAT,
-        formula: format!("{samples} samples × {formula} × 4 bytes"),
-    }
+    let pool = if config.pooled.is_some() { 4 * number * (1 + states) * d } else { 0 };
+    Figure { name: "connector".to_owned(), bytes: samples * (bytes + pool), formula: format!("{samples} samples × {formula}") }
 }
 
 /// Places of a feature map at a level: each halves the one before.
@@ -192,17 +192,18 @@ impl Walk<'_> {
         let sums = heads * FLOAT;
         // Values and gates, and the activated gates unless they are made again.
         let gated = if self.pass.fused.gate { 8 * c * self.number } else { 12 * c * self.number };
+        let norm = c * self.number + MOMENTS;
         let mut kept = Kept::default();
         if self.depends {
             kept.place += c * if self.pass.fused.norm { self.number } else { FLOAT }; // the group norm
         }
         for _ in 0..depth {
             if self.depends {
-                kept.place += 2 * (c * FLOAT + MOMENTS) + 4 * c * mixed + sums; // two layer norms, attention to itself
+                kept.place += 2 * norm + 4 * c * mixed + sums; // two layer norms, attention to itself
             }
             kept.place += 2 * c * mixed + sums; // attention to the text
             kept.sample += 2 * self.pass.states * c * mixed; // its keys and values
-            kept.place += c * FLOAT + MOMENTS + gated; // a layer norm, and the gated layer
+            kept.place += norm + gated; // a layer norm, and the gated layer
             self.depends = true;
         }
         kept

@@ -8,7 +8,7 @@ use ella_model::config::ConfigFile;
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
 use ella_model::layers::inner_product;
 use ella_model::memory::{Figure, Pass, connector_activations, unet_activations, unet_checkpointed, unet_workspace};
-use ella_model::params::Params;
+use ella_model::params::{Compute, Layout, Params};
 use ella_model::unet::{Added, UNet, UNetConfig};
 use serde_json::{Value, json};
 use std::sync::Mutex;
@@ -116,10 +116,17 @@ impl Lane {
 fn what_autograd_keeps_of_a_u_net_is_what_was_reckoned() {
     let _alone = ALONE.lock();
     tch::set_num_threads(1);
-    for (name, config) in configs() {
-        for kind in [Kind::Float, Kind::BFloat16] {
-            let pass = Pass { samples: 6, size: (32, 24), states: 16, kind, fused: Fused::NONE };
-            let net = UNet::new(&config, &Params::random(1, kind, Device::Cpu)).unwrap();
+    let ways = [(Kind::Float, Fused::NONE), (Kind::BFloat16, Fused::NONE), (Kind::Float, Fused::ALL), (Kind::BFloat16, Fused::ALL)];
+    let some = [Fused { norm: true, ..Fused::NONE }, Fused { conv: true, ..Fused::NONE }, Fused { gate: true, ..Fused::NONE }];
+    for (number, (name, config)) in configs().into_iter().enumerate() {
+        // Each operator on its own with one of them.
+        let some = some.into_iter().filter(|_| number == 0).map(|fused| (Kind::BFloat16, fused));
+        for (kind, fused) in ways.into_iter().chain(some) {
+            let pass = Pass { samples: 6, size: (32, 24), states: 16, kind, fused };
+            let params = Params::random(1, kind, Device::Cpu);
+            let layout = if fused == Fused::NONE { Layout::ChannelsFirst } else { Layout::ChannelsLast };
+            params.compute_by(Compute { layout, fused });
+            let net = UNet::new(&config, &params).unwrap();
             let lane = Lane::new(&config, pass);
             // What libraries keep for themselves is taken now.
             lane.loss(&net).backward();
@@ -128,7 +135,7 @@ fn what_autograd_keeps_of_a_u_net_is_what_was_reckoned() {
             let kept = allocated() - before;
             drop(loss);
             // The graph itself takes some of the processor's memory: 2 MB for 1000 operations, of tensors as small as these.
-            within(&format!("{name} {kind:?}"), kept, total(&unet_activations(&config, pass)), 0.96, 1.01);
+            within(&format!("{name} {kind:?} {fused:?}"), kept, total(&unet_activations(&config, pass)), 0.95, 1.01);
         }
     }
 }
@@ -166,8 +173,9 @@ fn the_peak_of_a_step_stays_within_what_was_reckoned() {
 fn what_autograd_keeps_of_a_connector_is_what_was_reckoned() {
     let _alone = ALONE.lock();
     tch::set_num_threads(1);
-    for kind in [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler, ConnectorKind::Mlp] {
-        let (samples, tokens) = (4, 48);
+    let kinds = [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler, ConnectorKind::Mlp];
+    for (kind, dtype) in kinds.into_iter().flat_map(|kind| [(kind, Kind::Float), (kind, Kind::BFloat16)]) {
+        let (samples, tokens) = (16, 48);
         let sizes = ConnectorConfig { layers: 3, latents: 32, ..ConnectorConfig::new(kind, 256, 320) };
         let connector = Connector::init(&sizes, 1, Device::Cpu).unwrap();
         let tensors = connector.tensors().iter().map(|(name, t)| (name.clone(), t.detach().set_requires_grad(true)));
@@ -175,7 +183,7 @@ fn what_autograd_keeps_of_a_connector_is_what_was_reckoned() {
         let timesteps = Tensor::from_slice(&vec![500i64; samples]);
         let gradient = random(&[samples as i64, if kind == ConnectorKind::Mlp { tokens } else { 32 }, 256]);
         let forward = || {
-            let features = random(&[samples as i64, tokens, 320]);
+            let features = random(&[samples as i64, tokens, 320]).to_kind(dtype);
             inner_product(&connector.forward(&features, &timesteps, None).unwrap().states, &gradient).unwrap()
         };
         forward().backward();
@@ -183,8 +191,13 @@ fn what_autograd_keeps_of_a_connector_is_what_was_reckoned() {
         let loss = forward();
         let kept = allocated() - before;
         drop(loss);
-        let planned = connector_activations(&sizes, samples as u64, tokens as u64).bytes as f64;
-        within(&format!("{kind:?}"), kept, planned, 0.9, 1.1);
+        let number = dtype.elt_size_in_bytes() as u64;
+        // In bfloat16 the weights are kept as they were multiplied.
+        let weights: i64 = Connector::layout(&sizes).unwrap().iter().map(|(_, shape)| shape.iter().product::<i64>()).sum();
+        let weights = if dtype == Kind::Float { 0 } else { number * weights as u64 };
+        let planned = connector_activations(&sizes, (samples as u64, tokens as u64), number).bytes + weights;
+        // In bfloat16 some of it is shared: an upper bound.
+        within(&format!("{kind:?} {dtype:?}"), kept, planned as f64, 0.95, 1.15);
     }
 }
 
@@ -201,8 +214,8 @@ fn sd_1_5_keeps_what_a_hand_finds() {
     let bytes = |name: &str| figures.iter().find(|figure| figure.name == name).unwrap().bytes;
     // A norm, activation and convolution keep 8 bytes a channel; 8 heads 32 bytes of sums a place; a layer norm's moments are 8 bytes.
     // The first resnet and what comes before the text in the first transformer keep nothing.
-    let first = 320 * 2 * 2 + 32 + 320 * 4 + 8 + 12 * 320 * 2;
-    let layer = 2 * (320 * 4 + 8) + 4 * 320 * 2 + 32 + first;
+    let first = 320 * 2 * 2 + 32 + 320 * 2 + 8 + 12 * 320 * 2;
+    let layer = 2 * (320 * 2 + 8) + 4 * 320 * 2 + 32 + first;
     let second = 2 * 320 * 8 + 320 * 4 + layer;
     let keys = 2 * 64 * 320 * 2;
     assert_eq!(bytes("down_blocks.0"), 4096 * (first + second + 320 * 2) + 2 * keys);
@@ -211,7 +224,7 @@ fn sd_1_5_keeps_what_a_hand_finds() {
     // conv_out: one norm of 320 channels, the prediction in bfloat16, and the two sides of the loss.
     assert_eq!(bytes("conv_out and the loss"), 4096 * (320 * 8 + 4 * 2 + 2 * 4 * 4));
     let all = total(&figures);
-    assert!((0.85e9..0.9e9).contains(&all), "{all}");
+    assert!((0.78e9..0.82e9).contains(&all), "{all}");
     // Twice the samples, twice the bytes; float32 more than bfloat16 and less than twice, for norms take float32 in either.
     assert_eq!(total(&unet_activations(&config, Pass { samples: 2, ..pass })), 2.0 * all);
     let float = total(&unet_activations(&config, Pass { kind: Kind::Float, ..pass }));

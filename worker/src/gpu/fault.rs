@@ -143,4 +143,15 @@ mod tests {
         let line = first_line(&error);
         assert!(line.contains("can't allocate memory") && !line.contains('\n'), "{line}");
     }
+
+    #[test]
+    fn a_full_gpu_is_known_from_libtorchs_own_error() {
+        let device = match crate::device::set_up(ella_proto::config::Device::Cuda, 1) {
+            Ok(device) => device,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let error = Tensor::f_empty([1 << 45], (Kind::Float, device)).unwrap_err();
+        assert_eq!(Fault::of(&error), Some(Fault::OutOfMemory), "{error}");
+        assert!(crate::gpu::answers(device).is_ok() && crate::gpu::memory(device).is_some_and(|(free, total)| free <= total && free > 0));
+    }
 }

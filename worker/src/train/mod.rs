@@ -462,7 +462,7 @@ impl Follow for Adding<'_> {
 pub fn step_alone(
     (networks, graphs): (&Networks, &mut Graphs),
     state: &mut TrainState,
-    train: &Train,
+    train: &ella_proto::config::Train,
     lanes: &[LaneBatch],
     collective: &mut (dyn Collective + 'static),
 ) -> Result<f64, TrainError> {

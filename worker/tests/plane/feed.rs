@@ -1,6 +1,6 @@
 //! ORDER, ONCE and NOISE as the feed keeps them; and that it does not matter where features and latents come from.
 
-use crate::world::{EPOCH, LANES, RUNTIME, SCENES, config, difference, fed, open, order, parts};
+use crate::world::{EPOCH, LANES, RUNTIME, SCENES, config, difference, fed, gpu, open, order, parts, parts_on};
 use ella_dataset::ledger::{KeyHash, Tally};
 use ella_worker::feed::{FeedError, LaneInput, Sources, StepInput, lanes_of};
 use ella_worker::noise::{SampleNoise, Stream};
@@ -287,4 +287,28 @@ fn sdxl_is_told_the_sizes_and_crops_of_the_pictures() {
     let high = vec![80.0, 48.0, 10.0, 0.0, 32.0, 32.0];
     assert_eq!(rows, [vec![wide; 4], vec![high; 4]].concat());
     assert!(step.lanes.iter().map(|lane| lane.dropped).sum::<i64>() > 0);
+}
+
+/// There input is made on a stream of its own, from memory that is used again: every lane is whole when the step's stream gets it.
+#[test]
+fn on_a_gpu_every_lane_is_what_it_is_on_the_processor() {
+    let Some(device) = gpu() else { return };
+    for set in ["text.features=cached", "text.features=inline", "text.features=ahead"] {
+        let config = config(&[set]);
+        let expected = collect(&config, 0..LANES, 0..2 * EPOCH);
+        let sources = Sources::new(parts_on(&config, device)).unwrap();
+        let mut feed =
+            ella_worker::feed::Feed::start(sources, 2 * EPOCH, || ella_worker::device::set_threads(1), Default::default()).unwrap();
+        feed.deal(0..LANES, 0);
+        for expected in expected {
+            let input = feed.next_step().unwrap();
+            for (lane, other) in input.lanes.iter().zip(&expected.lanes) {
+                let Some((found, other)) = lane.batch.as_ref().zip(other.batch.as_ref()) else { continue };
+                for (a, b) in tensors(found).iter().zip(tensors(other)) {
+                    let error = difference(&a.to_device(tch::Device::Cpu), &b);
+                    assert!(error <= 1e-4, "{set}: step {}, lane {}: {error}", input.step, lane.lane);
+                }
+            }
+        }
+    }
 }

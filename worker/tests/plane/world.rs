@@ -170,16 +170,27 @@ pub(crate) fn load(config: &RunConfig) -> Loaded {
     models::load(config, Device::Cpu).unwrap()
 }
 
+/// A GPU, if there is one that can be used.
+pub(crate) fn gpu() -> Option<Device> {
+    let found = ella_worker::device::set_up(config::Device::Cuda, 1);
+    found.map_err(|error| println!("skipped: {error}")).ok()
+}
+
 /// What a feed of this run needs.
 pub(crate) fn parts(config: &RunConfig) -> Parts {
-    let Loaded { networks, vae, vae_weights, text, digest, .. } = load(config);
+    parts_on(config, Device::Cpu)
+}
+
+/// The same on a device.
+pub(crate) fn parts_on(config: &RunConfig, device: Device) -> Parts {
+    let Loaded { networks, vae, vae_weights, text, digest, .. } = models::load(config, device).unwrap();
     let data = open(config);
     let captions = Arc::new(wait(Captions::open(&data, &config.data.captions)).unwrap());
     if config.text.features == config::Features::Cached {
         embedded(config);
     }
     let data = Arc::new(data);
-    let features = FeatureSource::open(config, (&data, &captions), (&text, Device::Cpu), RUNTIME.handle()).unwrap();
+    let features = FeatureSource::open(config, (&data, &captions), (&text, device), RUNTIME.handle()).unwrap();
     Parts {
         config: Arc::new(config.clone()),
         data,
@@ -188,7 +199,7 @@ pub(crate) fn parts(config: &RunConfig) -> Parts {
         vae,
         vae_weights,
         timesteps: networks.schedule.config().num_train_timesteps as u32,
-        device: Device::Cpu,
+        device,
         runtime: RUNTIME.handle().clone(),
         models_digest: digest.to_string(),
     }
