@@ -1,0 +1,445 @@
+// The fused operators' kernels, in one text for two compilers: NVRTC makes GPU code of it at run time, and the C++ compiler makes functions
+// of it that go through a block's threads one after the other. So what runs on a GPU is tested where there is none.
+//
+// Letters: B samples, P pixels, C channels, G groups of channels, N rows. Feature maps are [B, P, C] (channels-last), C a multiple of 8.
+// Every thread moves 16 bytes of 16-bit numbers at a time; sums are float32, in an order that depends on the shape alone.
+
+#ifdef __CUDACC_RTC__
+#define DEVICE __device__ __forceinline__
+#define SHARED(type, name, count) __shared__ type name[count]
+#define SYNC() __syncthreads()
+// What stands in a PHASE is done by every thread of the block; nothing of it but what is SHARED lives on to the next one.
+#define PHASE(t) if (const int t = threadIdx.x; true)
+#else
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+namespace ella {
+struct Place { int x, y; };
+inline thread_local Place blockIdx, blockDim, gridDim;
+}  // namespace ella
+#define DEVICE inline
+#define SHARED(type, name, count) static thread_local type name[count]
+#define SYNC()
+#define PHASE(t) for (int t = 0; t < blockDim.x; ++t)
+#endif
+
+namespace ella {
+
+constexpr int VECTOR = 8;         // numbers that a thread moves at once
+constexpr int MAX_THREADS = 512;  // of a block
+
+// bfloat16 and IEEE half, as they lie in memory.
+struct bf16 { unsigned short bits; };
+struct f16 { unsigned short bits; };
+
+#ifdef __CUDACC_RTC__
+DEVICE float from_bits(unsigned int bits) { return __uint_as_float(bits); }
+DEVICE unsigned int to_bits(float x) { return __float_as_uint(x); }
+DEVICE float widen(f16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+DEVICE void narrow(float x, f16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+DEVICE float exponential(float x) { return __expf(x); }
+#else
+DEVICE float from_bits(unsigned int bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+DEVICE unsigned int to_bits(float x) {
+    unsigned int bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+DEVICE float widen(f16 x) {
+    const unsigned int sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // infinity, not a number
+    // Subnormal ones come out right too: the product moves the exponent, and is exact.
+    const float y = from_bits(rest << 13) * from_bits(0x77800000u);
+    return sign ? -y : y;
+}
+DEVICE void narrow(float x, f16& y) {
+    const unsigned int bits = to_bits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+    unsigned int half;
+    if (rest > 0x7f800000u) half = 0x7e00u;
+    else if (rest >= 0x477ff000u) half = 0x7c00u;                                     // rounds to infinity
+    else if (rest < 0x38800000u) half = to_bits(from_bits(rest) + 0.5f) - 0x3f000000u;  // subnormal: the sum rounds it
+    else half = (rest + 0xfffu + (rest >> 13 & 1u) - 0x38000000u) >> 13;
+    y.bits = static_cast<unsigned short>(sign | half);
+}
+DEVICE float exponential(float x) { return std::exp(x); }
+using std::erf;
+using std::exp;
+using std::min;
+using std::sqrt;
+#endif
+
+DEVICE float widen(float x) { return x; }
+DEVICE float widen(bf16 x) { return from_bits(static_cast<unsigned int>(x.bits) << 16); }
+DEVICE void narrow(float x, float& y) { y = x; }
+// To nearest, half to even; what is not a number stays none.
+DEVICE void narrow(float x, bf16& y) {
+    const unsigned int bits = to_bits(x);
+    const unsigned int rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    y.bits = static_cast<unsigned short>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded >> 16);
+}
+
+// Eight numbers that lie beside each other, in one or two accesses.
+template <class T>
+struct alignas(16) Pack { T at[VECTOR]; };
+
+template <class T>
+DEVICE void load(const T* from, float (&to)[VECTOR]) {
+    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) to[j] = widen(pack.at[j]);
+}
+
+template <class T>
+DEVICE void store(const float (&from)[VECTOR], T* to) {
+    Pack<T> pack;
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) narrow(from[j], pack.at[j]);
+    *reinterpret_cast<Pack<T>*>(to) = pack;
+}
+
+// 1 / (1 + e^-x): by the processor's quick exponential where the result is rounded to 16 bits anyway.
+template <class T>
+DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+template <>
+DEVICE float sigmoid<float>(float x) { return 1.0f / (1.0f + exp(-x)); }
+
+template <class T>
+DEVICE float silu(float x) { return x * sigmoid<T>(x); }
+template <class T>
+DEVICE float silu_slope(float x) {
+    const float s = sigmoid<T>(x);
+    return s * (1.0f + x * (1.0f - s));
+}
+
+// The exact GELU, x Φ(x), and its slope Φ(x) + x φ(x).
+DEVICE float normal_share(float x) { return 0.5f * (1.0f + erf(x * 0.70710678118654752f)); }
+DEVICE float gelu_slope(float x) { return normal_share(x) + x * 0.39894228040143268f * exp(-0.5f * x * x); }
+
+// --- Group norm ---------------------------------------------------------------------------------------------------------------------------
+//
+// Three passes: sums of pieces of `chunk` pixels; mean and 1/σ of each group from them; the map itself. Grid of the first and last: (pieces, B).
+// Block: `rows` × C/8 threads, each with eight channels of every `rows`-th pixel. `add` [B, C] float32 (or null) is added to the map first:
+// a convolution's bias and the time embedding, which else would be passes of their own.
+
+// What sums are taken about, so that a mean far from zero costs no digits: the group's first number.
+template <class T>
+DEVICE float anchor(const T* x, const float* add, int b, int P, int C, int channel) {
+    return widen(x[static_cast<long long>(b) * P * C + channel]) + (add ? add[b * C + channel] : 0.0f);
+}
+
+// Adds up two sums per channel over a block's rows, and over each group's channels, into out [B, pieces, G, 2].
+DEVICE void reduce_groups(int t, float* first, float* second, int C, int rows) {
+    for (int c = t; c < C; c += blockDim.x) {
+        float a = first[c], b = second[c];
+        for (int row = 1; row < rows; ++row) {
+            a += first[row * C + c];
+            b += second[row * C + c];
+        }
+        first[c] = a;
+        second[c] = b;
+    }
+}
+DEVICE void write_groups(int t, const float* first, const float* second, float* out, int C, int G) {
+    const int width = C / G;
+    for (int g = t; g < G; g += blockDim.x) {
+        float a = 0.0f, b = 0.0f;
+        for (int c = g * width; c < (g + 1) * width; ++c) {
+            a += first[c];
+            b += second[c];
+        }
+        float* place = out + ((static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x) * G + g) * 2;
+        place[0] = a;
+        place[1] = b;
+    }
+}
+
+template <class T>
+DEVICE void norm_sums(const T* x, const float* add, float* sums, int P, int C, int G, int chunk) {
+    SHARED(float, first, MAX_THREADS * VECTOR);
+    SHARED(float, second, MAX_THREADS * VECTOR);
+    const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
+    PHASE(t) {
+        const int row = t / lanes, c = t % lanes * VECTOR;
+        float offset[VECTOR], s[VECTOR] = {}, q[VECTOR] = {};
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+            const int group = (c + j) / (C / G);
+            offset[j] = (add ? add[b * C + c + j] : 0.0f) - anchor(x, add, b, P, C, group * (C / G));
+        }
+        const int end = min(P, (static_cast<int>(blockIdx.x) + 1) * chunk);
+        for (int p = static_cast<int>(blockIdx.x) * chunk + row; p < end; p += rows) {
+            float v[VECTOR];
+            load(x + (static_cast<long long>(b) * P + p) * C + c, v);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const float d = v[j] + offset[j];
+                s[j] += d;
+                q[j] += d * d;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+            first[row * C + c + j] = s[j];
+            second[row * C + c + j] = q[j];
+        }
+    }
+    SYNC();
+    PHASE(t) reduce_groups(t, first, second, C, rows);
+    SYNC();
+    PHASE(t) write_groups(t, first, second, sums, C, G);
+}
+
+// From sums [B, pieces, G, 2] to stats [B, G, 2]: mean and 1/σ. Grid: (1, B).
+template <class T>
+DEVICE void norm_stats(const T* x, const float* add, const float* sums, float* stats, int P, int C, int G, int pieces, float eps) {
+    const int b = blockIdx.y, width = C / G;
+    PHASE(t) for (int g = t; g < G; g += blockDim.x) {
+        float s = 0.0f, q = 0.0f;
+        for (int k = 0; k < pieces; ++k) {
+            const float* place = sums + ((static_cast<long long>(b) * pieces + k) * G + g) * 2;
+            s += place[0];
+            q += place[1];
+        }
+        const float count = static_cast<float>(P) * static_cast<float>(width);
+        const float mean = s / count, variance = fmaxf(q / count - mean * mean, 0.0f);
+        stats[(b * G + g) * 2] = mean + anchor(x, add, b, P, C, g * width);
+        stats[(b * G + g) * 2 + 1] = 1.0f / sqrt(variance + eps);
+    }
+}
+
+// y = act((x + add - mean) / σ · γ + β); act is SiLU or nothing.
+template <class T>
+DEVICE void norm_apply(const T* x, const float* add, const float* stats, const T* gamma, const T* beta, T* y, int P, int C, int G, int chunk,
+                       int activate) {
+    const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
+    PHASE(t) {
+        const int row = t / lanes, c = t % lanes * VECTOR;
+        float scale[VECTOR], shift[VECTOR];
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+            const float* group = stats + (b * G + (c + j) / (C / G)) * 2;
+            scale[j] = group[1] * widen(gamma[c + j]);
+            shift[j] = widen(beta[c + j]) + ((add ? add[b * C + c + j] : 0.0f) - group[0]) * scale[j];
+        }
+        const int end = min(P, (static_cast<int>(blockIdx.x) + 1) * chunk);
+        for (int p = static_cast<int>(blockIdx.x) * chunk + row; p < end; p += rows) {
+            const long long place = (static_cast<long long>(b) * P + p) * C + c;
+            float v[VECTOR];
+            load(x + place, v);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                v[j] = v[j] * scale[j] + shift[j];
+                if (activate) v[j] = silu<T>(v[j]);
+            }
+            store(v, y + place);
+        }
+    }
+}
+
+// One channel of the backward pass: from x and the gradient by y to x̂ and the gradient by x̂ · γ + β.
+struct NormChannel {
+    float scale, shift, gamma, beta;
+};
+template <class T>
+DEVICE NormChannel norm_channel(const float* add, const float* stats, const T* gamma, const T* beta, int b, int C, int G, int c) {
+    const float* group = stats + (b * G + c / (C / G)) * 2;
+    return {group[1], ((add ? add[b * C + c] : 0.0f) - group[0]) * group[1], widen(gamma[c]), widen(beta[c])};
+}
+template <class T>
+DEVICE float norm_slope(const NormChannel& channel, float normed, float dy, int activate) {
+    return activate ? dy * silu_slope<T>(normed * channel.gamma + channel.beta) : dy;
+}
+
+// Sums of γ · dû and γ · dû · x̂ over groups, where û = γ x̂ + β: into sums [B, pieces, G, 2]. Grid and block as for norm_sums.
+template <class T>
+DEVICE void norm_back_sums(const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, float* sums, int P,
+                           int C, int G, int chunk, int activate) {
+    SHARED(float, first, MAX_THREADS * VECTOR);
+    SHARED(float, second, MAX_THREADS * VECTOR);
+    const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
+    PHASE(t) {
+        const int row = t / lanes, c = t % lanes * VECTOR;
+        NormChannel channel[VECTOR];
+        float s[VECTOR] = {}, q[VECTOR] = {};
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) channel[j] = norm_channel(add, stats, gamma, beta, b, C, G, c + j);
+        const int end = min(P, (static_cast<int>(blockIdx.x) + 1) * chunk);
+        for (int p = static_cast<int>(blockIdx.x) * chunk + row; p < end; p += rows) {
+            const long long place = (static_cast<long long>(b) * P + p) * C + c;
+            float v[VECTOR], d[VECTOR];
+            load(x + place, v);
+            load(dy + place, d);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const float normed = v[j] * channel[j].scale + channel[j].shift;
+                const float slope = norm_slope<T>(channel[j], normed, d[j], activate);
+                s[j] += slope;
+                q[j] += slope * normed;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+            first[row * C + c + j] = s[j] * channel[j].gamma;
+            second[row * C + c + j] = q[j] * channel[j].gamma;
+        }
+    }
+    SYNC();
+    PHASE(t) reduce_groups(t, first, second, C, rows);
+    SYNC();
+    PHASE(t) write_groups(t, first, second, sums, C, G);
+}
+
+// The pieces' sums [B, pieces, G, 2] as means over a group's numbers [B, G, 2]. Grid: (1, B).
+DEVICE void norm_back_means(const float* sums, float* means, int P, int C, int G, int pieces) {
+    const int b = blockIdx.y;
+    PHASE(t) for (int i = t; i < 2 * G; i += blockDim.x) {
+        float s = 0.0f;
+        for (int k = 0; k < pieces; ++k) s += sums[(static_cast<long long>(b) * pieces + k) * G * 2 + i];
+        means[b * G * 2 + i] = s / (static_cast<float>(P) * static_cast<float>(C / G));
+    }
+}
+
+// dx = (γ dû - mean(γ dû) - x̂ mean(γ dû x̂)) / σ.
+template <class T>
+DEVICE void norm_back_apply(const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, const float* means,
+                            T* dx, int P, int C, int G, int chunk, int activate) {
+    const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
+    PHASE(t) {
+        const int row = t / lanes, c = t % lanes * VECTOR;
+        NormChannel channel[VECTOR];
+        float mean[VECTOR], along[VECTOR];
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+            channel[j] = norm_channel(add, stats, gamma, beta, b, C, G, c + j);
+            const float* group = means + (b * G + (c + j) / (C / G)) * 2;
+            mean[j] = group[0];
+            along[j] = group[1];
+        }
+        const int end = min(P, (static_cast<int>(blockIdx.x) + 1) * chunk);
+        for (int p = static_cast<int>(blockIdx.x) * chunk + row; p < end; p += rows) {
+            const long long place = (static_cast<long long>(b) * P + p) * C + c;
+            float v[VECTOR], d[VECTOR];
+            load(x + place, v);
+            load(dy + place, d);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const float normed = v[j] * channel[j].scale + channel[j].shift;
+                const float slope = channel[j].gamma * norm_slope<T>(channel[j], normed, d[j], activate);
+                v[j] = channel[j].scale * (slope - mean[j] - normed * along[j]);
+            }
+            store(v, dx + place);
+        }
+    }
+}
+
+// --- The gated feed-forward network's middle ----------------------------------------------------------------------------------------------
+//
+// both [N, 2D]: values, then gates. One thread for eight of N × D; D a multiple of 8.
+
+template <class T>
+DEVICE void geglu(const T* both, T* y, long long count, int D) {
+    PHASE(t) {
+        const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + t) * VECTOR;
+        if (i < count) {
+            const T* row = both + i / D * 2 * D + i % D;
+            float value[VECTOR], gate[VECTOR];
+            load(row, value);
+            load(row + D, gate);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) value[j] *= gate[j] * normal_share(gate[j]);
+            store(value, y + i);
+        }
+    }
+}
+
+template <class T>
+DEVICE void geglu_back(const T* both, const T* dy, T* dboth, long long count, int D) {
+    PHASE(t) {
+        const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + t) * VECTOR;
+        if (i < count) {
+            const long long place = i / D * 2 * D + i % D;
+            float value[VECTOR], gate[VECTOR], d[VECTOR];
+            load(both + place, value);
+            load(both + place + D, gate);
+            load(dy + i, d);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const float g = gate[j];
+                gate[j] = d[j] * value[j] * gelu_slope(g);
+                value[j] = d[j] * g * normal_share(g);
+            }
+            store(value, dboth + place);
+            store(gate, dboth + place + D);
+        }
+    }
+}
+
+// --- Residual -----------------------------------------------------------------------------------------------------------------------------
+
+// y = a + b + bias over maps [N, C]; bias [C] in float32. One thread for eight of N × C.
+template <class T>
+DEVICE void add_biased(const T* a, const T* b, const float* bias, T* y, long long count, int C) {
+    PHASE(t) {
+        const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + t) * VECTOR;
+        if (i < count) {
+            const int c = static_cast<int>(i % C);
+            float v[VECTOR], w[VECTOR];
+            load(a + i, v);
+            load(b + i, w);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) v[j] += w[j] + bias[c + j];
+            store(v, y + i);
+        }
+    }
+}
+
+}  // namespace ella
+
+#ifdef __CUDACC_RTC__
+// What the driver finds by name: NAME_f32, NAME_bf16 and NAME_f16.
+#define KERNEL(name, type, suffix) extern "C" __global__ void __launch_bounds__(ella::MAX_THREADS) name##_##suffix
+#define KERNELS(T, suffix)                                                                                                                  \
+    KERNEL(norm_sums, T, suffix)(const T* x, const float* add, float* sums, int P, int C, int G, int chunk) {                               \
+        ella::norm_sums(x, add, sums, P, C, G, chunk);                                                                                      \
+    }                                                                                                                                       \
+    KERNEL(norm_stats, T, suffix)                                                                                                           \
+    (const T* x, const float* add, const float* sums, float* stats, int P, int C, int G, int pieces, float eps) {                           \
+        ella::norm_stats(x, add, sums, stats, P, C, G, pieces, eps);                                                                        \
+    }                                                                                                                                       \
+    KERNEL(norm_apply, T, suffix)                                                                                                           \
+    (const T* x, const float* add, const float* stats, const T* gamma, const T* beta, T* y, int P, int C, int G, int chunk, int activate) { \
+        ella::norm_apply(x, add, stats, gamma, beta, y, P, C, G, chunk, activate);                                                          \
+    }                                                                                                                                       \
+    KERNEL(norm_back_sums, T, suffix)                                                                                                       \
+    (const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, float* sums, int P, int C, int G,        \
+     int chunk, int activate) {                                                                                                             \
+        ella::norm_back_sums(x, add, stats, gamma, beta, dy, sums, P, C, G, chunk, activate);                                               \
+    }                                                                                                                                       \
+    KERNEL(norm_back_apply, T, suffix)                                                                                                      \
+    (const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, const float* means, T* dx, int P, int C, \
+     int G, int chunk, int activate) {                                                                                                      \
+        ella::norm_back_apply(x, add, stats, gamma, beta, dy, means, dx, P, C, G, chunk, activate);                                         \
+    }                                                                                                                                       \
+    KERNEL(geglu, T, suffix)(const T* both, T* y, long long count, int D) { ella::geglu(both, y, count, D); }                               \
+    KERNEL(geglu_back, T, suffix)(const T* both, const T* dy, T* dboth, long long count, int D) {                                           \
+        ella::geglu_back(both, dy, dboth, count, D);                                                                                        \
+    }                                                                                                                                       \
+    KERNEL(add_biased, T, suffix)(const T* a, const T* b, const float* bias, T* y, long long count, int C) {                                \
+        ella::add_biased(a, b, bias, y, count, C);                                                                                          \
+    }
+KERNELS(float, f32)
+KERNELS(ella::bf16, bf16)
+KERNELS(ella::f16, f16)
+KERNEL(norm_back_means, float, f32)(const float* sums, float* means, int P, int C, int G, int pieces) {
+    ella::norm_back_means(sums, means, P, C, G, pieces);
+}
+#endif

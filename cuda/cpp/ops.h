@@ -1,0 +1,27 @@
+// The part that every machine has: fused operators with their gradients, libtorch's global choices, and its profiler. Linked into each binary.
+// Functions that return a tensor return null, and the others 1, with a text in ella_error(), when they fail.
+
+#pragma once
+#include <cstdint>
+
+#include "gpu.h"
+
+extern "C" {
+const char* ella_error();
+// From here on, operators on a GPU launch by this table.
+void ella_use_gpu(const EllaGpu* gpu);
+
+// Tensors are at::Tensor*; those returned are the caller's. See src/fused.rs.
+void* ella_group_norm(const void* x, const void* gamma, const void* beta, const void* add, int64_t groups, double eps, int activate);
+void* ella_frozen_conv2d(const void* x, const void* weight, int64_t stride, int64_t padding);
+void* ella_geglu(const void* both);
+void* ella_add_biased(const void* a, const void* b, const void* bias);
+
+int ella_set_tf32(int on);
+int ella_set_deterministic(int on);
+int ella_set_benchmark(int on);
+
+int ella_profile_begin(int gpu);
+// Calls `each` for every event of an operator or kernel.
+int ella_profile_end(void* user, void (*each)(void* user, const char* name, int on_device, uint64_t start_ns, uint64_t duration_ns));
+}

@@ -1,0 +1,129 @@
+//! The library with the GPU's part: its table of functions, and how it comes into the process.
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::io::Write as _;
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use libloading::os::unix::Library;
+use rustix::fs::{MemfdFlags, memfd_create};
+use torch_sys::C_tensor;
+
+use crate::{Error, Result, error, ops};
+
+/// The library itself; empty if it was built without CUDA's headers.
+const LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libella_gpu.so"));
+const KERNELS: &str = include_str!("../cpp/kernels.h");
+
+/// `EllaGpu` of `cpp/gpu.h`.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct Table {
+    pub(crate) error: unsafe extern "C" fn() -> *const c_char,
+    init: unsafe extern "C" fn(*const c_char, *const c_char) -> c_int,
+    launch: unsafe extern "C" fn(*const c_char, c_int, c_int, c_int, c_int, *mut *mut c_void) -> c_int,
+    pub(crate) stream_new: unsafe extern "C" fn(c_int, c_int, *mut i64) -> c_int,
+    pub(crate) stream_current: unsafe extern "C" fn(c_int, *mut i64) -> c_int,
+    pub(crate) stream_enter: unsafe extern "C" fn(c_int, i64) -> c_int,
+    pub(crate) stream_raw: unsafe extern "C" fn(c_int, i64, *mut *mut c_void) -> c_int,
+    pub(crate) stream_synchronize: unsafe extern "C" fn(c_int, i64) -> c_int,
+    pub(crate) stream_keep: unsafe extern "C" fn(c_int, i64, *const C_tensor) -> c_int,
+    pub(crate) event_record: unsafe extern "C" fn(c_int, i64, *mut *mut c_void) -> c_int,
+    pub(crate) event_wait: unsafe extern "C" fn(c_int, i64, *mut c_void) -> c_int,
+    pub(crate) event_done: unsafe extern "C" fn(*mut c_void, *mut c_int) -> c_int,
+    pub(crate) event_synchronize: unsafe extern "C" fn(*mut c_void) -> c_int,
+    pub(crate) event_free: unsafe extern "C" fn(c_int, *mut c_void) -> c_int,
+    pub(crate) graph_begin: unsafe extern "C" fn(*mut *mut c_void) -> c_int,
+    pub(crate) graph_end: unsafe extern "C" fn(*mut c_void) -> c_int,
+    pub(crate) graph_replay: unsafe extern "C" fn(*mut c_void) -> c_int,
+    pub(crate) graph_free: unsafe extern "C" fn(*mut c_void) -> c_int,
+    pub(crate) memory: unsafe extern "C" fn(c_int, *mut i64) -> c_int,
+    pub(crate) memory_reset_peak: unsafe extern "C" fn(c_int) -> c_int,
+    pub(crate) memory_empty_cache: unsafe extern "C" fn() -> c_int,
+    pub(crate) memory_limit: unsafe extern "C" fn(c_int, i64) -> c_int,
+}
+
+static TABLE: OnceLock<&'static Table> = OnceLock::new();
+
+/// Loads the GPU's part, once; `libtorch` is the folder of the libtorch that runs, and its CUDA part must be loaded already, with its symbols
+/// for all.
+///
+/// # Errors
+/// This program was built without GPU support; the loader's words, or the kernel compiler's absence.
+pub fn load(libtorch: &Path) -> Result<()> {
+    if is_loaded() {
+        return Ok(());
+    }
+    let table = open()?;
+    let libtorch = CString::new(libtorch.to_string_lossy().as_bytes()).map_err(|_| Error("libtorch's folder has a zero in its name".into()))?;
+    let kernels = CString::new(KERNELS).map_err(|_| Error("the kernels' text has a zero in it".into()))?;
+    // SAFETY: both strings end in a zero and live through the call, which copies them.
+    error::check(unsafe { (table.init)(libtorch.as_ptr(), kernels.as_ptr()) }, table.error)?;
+    // SAFETY: the table lives as long as the process: its library is never unloaded.
+    unsafe { ops::ella_use_gpu(table) };
+    // A second thread that came here meanwhile has found the same library.
+    TABLE.get_or_init(|| table);
+    Ok(())
+}
+
+/// Whether the GPU's part is loaded.
+pub fn is_loaded() -> bool {
+    TABLE.get().is_some()
+}
+
+/// The table, or an error that says that it is not there.
+pub(crate) fn table() -> Result<&'static Table> {
+    TABLE.get().copied().ok_or_else(|| Error("there is no GPU here, or libtorch's CUDA part is not loaded".into()))
+}
+
+/// Calls one function of the table.
+pub(crate) fn call(work: impl FnOnce(&Table) -> c_int) -> Result<()> {
+    let table = table()?;
+    error::check(work(table), table.error)
+}
+
+/// Opens the carried library from memory: no file is written, so that a read-only container will do.
+fn open() -> Result<&'static Table> {
+    if LIBRARY.is_empty() {
+        return Err(Error("this program was built without GPU support: there were no CUDA headers beside its libtorch".into()));
+    }
+    let failed = |what: &str, error: &dyn std::fmt::Display| Error(format!("{what}: {error}"));
+    let memory = memfd_create("libella_gpu.so", MemfdFlags::CLOEXEC).map_err(|e| failed("memory for the GPU's part", &e))?;
+    let mut file = std::fs::File::from(memory);
+    file.write_all(LIBRARY).map_err(|e| failed("memory for the GPU's part", &e))?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    // SAFETY: the library is of this build; its initialisers ask nothing of the program.
+    let library = unsafe { Library::open(Some(&path), libc::RTLD_NOW | libc::RTLD_LOCAL) }.map_err(|e| failed("the GPU's part", &e))?;
+    // SAFETY: the type is that of `ella_gpu` in cpp/gpu.cpp, and the table that of cpp/gpu.h, both of this build.
+    let table = unsafe {
+        let get = library.get::<unsafe extern "C" fn() -> *const Table>(b"ella_gpu").map_err(|e| failed("the GPU's part", &e))?;
+        get().as_ref()
+    };
+    // Never unloaded: the table stays.
+    std::mem::forget(library);
+    table.ok_or_else(|| Error("the GPU's part has no functions".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The shim is compiled in every build: it must be there, and offer its table.
+    #[test]
+    fn the_gpus_part_is_carried() {
+        assert!(LIBRARY.starts_with(b"\x7fELF"), "built without CUDA's headers");
+        assert!(LIBRARY.windows(9).any(|window| window == b"ella_gpu\0"));
+    }
+
+    #[test]
+    fn without_libtorchs_cuda_part_it_says_what_is_missing() {
+        if Path::new("/dev/nvidiactl").exists() {
+            println!("skipped: this machine has an NVIDIA device");
+            return;
+        }
+        let error = load(Path::new("/nowhere")).unwrap_err().to_string();
+        assert!(error.contains("the GPU's part: ") || error.contains("kernel compiler"), "{error}");
+        assert!(!is_loaded() && table().is_err());
+    }
+}

@@ -1,0 +1,24 @@
+//! What libtorch's C interface lacks: operators fused for a frozen U-Net, and on a GPU streams, events, graphs and the allocator.
+//!
+//! Two parts. The operators, libtorch's global choices ([`precision`]) and its profiler ([`profile`]) are linked into every binary. Whatever calls
+//! CUDA is a library of its own (`cpp/gpu.cpp`), since it needs libtorch's CUDA part, which may be missing: it is compiled in every build, carried
+//! inside the binary, and loaded by [`load`] once libtorch's CUDA part is there. Without it [`stream`], [`graph`] and [`memory`] say so.
+//!
+//! The kernels (`cpp/kernels.h`) are one text for two compilers: NVRTC makes GPU code of it at start, and the C++ compiler functions for the
+//! processor, by which they are tested where there is no GPU.
+
+mod error;
+pub mod fused;
+mod gpu;
+pub mod graph;
+pub mod memory;
+mod ops;
+pub mod precision;
+pub mod profile;
+pub mod stream;
+
+pub use error::Error;
+pub use gpu::{is_loaded, load};
+
+/// The result of everything here.
+pub type Result<T> = std::result::Result<T, Error>;

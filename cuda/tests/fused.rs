@@ -1,0 +1,169 @@
+//! Fused operators against libtorch's own, values and gradients: by the kernels' own text, on the processor, and on a GPU where there is one.
+
+use ella_cuda::fused;
+use tch::{Cuda, Device, Kind, Tensor};
+
+/// (kind, relative tolerance): float32 differs by the order of sums, 16-bit kinds by where they are rounded.
+const KINDS: [(Kind, f64); 3] = [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2), (Kind::Half, 2e-3)];
+
+fn devices() -> Vec<Device> {
+    match Cuda::is_available() && ella_cuda::is_loaded() {
+        true => vec![Device::Cpu, Device::Cuda(0)],
+        false => vec![Device::Cpu],
+    }
+}
+
+/// Normal numbers about `mean`, as a leaf that takes a gradient.
+fn leaf(shape: &[i64], mean: f64, (kind, device): (Kind, Device)) -> Tensor {
+    let x = (Tensor::randn(shape, (Kind::Float, Device::Cpu)) + mean).to_kind(kind).to_device(device);
+    x.set_requires_grad(true)
+}
+
+/// The same numbers, channels-last if asked for.
+fn laid_out(x: &Tensor, channels_last: bool) -> Tensor {
+    if channels_last { x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]) } else { x.shallow_clone() }
+}
+
+/// ‖a - b‖∞ / ‖b‖∞.
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    let wide = |x: &Tensor| x.to_device(Device::Cpu).to_kind(Kind::Double);
+    let largest = |x: Tensor| x.abs().max().double_value(&[]);
+    largest(wide(a) - wide(b)) / largest(wide(b)).max(1e-30)
+}
+
+/// The gradients of a random functional of `y` by `leaves`.
+fn gradients(y: &Tensor, leaves: &[&Tensor]) -> Vec<Tensor> {
+    tch::manual_seed(99);
+    let weights = Tensor::randn(y.size(), (Kind::Float, Device::Cpu)).to_device(y.device());
+    let functional = (y.to_kind(Kind::Float) * weights).sum(Kind::Float);
+    Tensor::run_backward(&[functional], leaves, false, false)
+}
+
+fn agree(what: &str, tolerance: f64, found: &[Tensor], wanted: &[Tensor]) {
+    for (i, (found, wanted)) in found.iter().zip(wanted).enumerate() {
+        let distance = distance(found, wanted);
+        assert!(distance <= tolerance, "{what}, part {i}: {distance:e} > {tolerance:e}");
+    }
+}
+
+/// libtorch's group norm, in float32, as the plain networks have it.
+fn plain_norm(x: &Tensor, gamma: &Tensor, beta: &Tensor, add: Option<&Tensor>, groups: i64, activate: bool) -> Tensor {
+    let wide = |x: &Tensor| x.to_kind(Kind::Float);
+    let shifted = add.map_or_else(|| wide(x), |add| wide(x) + add.unsqueeze(-1).unsqueeze(-1));
+    let y = shifted.group_norm(groups, Some(wide(gamma)), Some(wide(beta)), 1e-5, false);
+    (if activate { y.silu() } else { y }).to_kind(x.kind())
+}
+
+#[test]
+fn group_norms_agree_with_libtorchs() {
+    tch::manual_seed(1);
+    // SD's own widths, groups that no vector fits, one pixel, more pixels than a block takes, and a mean far from zero.
+    let shapes: [(&[i64], i64, f64); 6] = [
+        (&[2, 320, 8, 8], 32, 0.0),
+        (&[1, 2560, 4, 4], 32, 0.0),
+        (&[3, 24, 5, 7], 3, 0.0),
+        (&[2, 32, 1, 1], 8, 0.0),
+        (&[1, 64, 70, 33], 32, 0.0),
+        (&[2, 320, 9, 9], 32, 30.0),
+    ];
+    for device in devices() {
+        for (kind, tolerance) in KINDS {
+            for (shape, groups, mean) in shapes {
+                for (activate, adds, channels_last) in [(true, true, true), (true, false, false), (false, true, true), (false, false, true)] {
+                    let x = leaf(shape, mean, (kind, device));
+                    let [gamma, beta] = [1.0, 0.0].map(|mean| leaf(&shape[1..2], mean, (kind, device)).detach());
+                    let add = adds.then(|| leaf(&shape[..2], 0.0, (Kind::Float, device)));
+                    let wanted = plain_norm(&x, &gamma, &beta, add.as_ref(), groups, activate);
+                    let input = laid_out(&x, channels_last);
+                    let found = fused::group_norm(&input, (&gamma, &beta), add.as_ref(), (groups, 1e-5), activate).unwrap();
+                    let what = format!("{device:?} {kind:?} {shape:?} mean {mean} act {activate} add {adds}");
+                    assert_eq!(found.kind(), kind);
+                    // A mean of 30 leaves so many digits fewer.
+                    let tolerance = tolerance * if mean > 0.0 { 20.0 } else { 1.0 };
+                    agree(&what, tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
+                    let leaves: Vec<&Tensor> = std::iter::once(&x).chain(&add).collect();
+                    agree(&format!("{what}, gradient"), 4.0 * tolerance, &gradients(&found, &leaves), &gradients(&wanted, &leaves));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn convolutions_agree_with_libtorchs_in_every_stride_and_padding() {
+    tch::manual_seed(2);
+    for device in devices() {
+        for (kernel, stride, padding, size) in [(3, 1, 1, (8, 8)), (3, 2, 1, (8, 8)), (3, 2, 1, (9, 7)), (1, 1, 0, (5, 6)), (3, 2, 0, (9, 8))] {
+            let x = leaf(&[2, 16, size.0, size.1], 0.0, (Kind::Float, device));
+            let weight = leaf(&[24, 16, kernel, kernel], 0.0, (Kind::Float, device)).detach();
+            let wanted = x.conv2d(&weight, None::<Tensor>, [stride; 2], [padding; 2], [1, 1], 1);
+            let found = fused::frozen_conv2d(&laid_out(&x, true), &weight, stride, padding).unwrap();
+            let what = format!("{device:?} k {kernel} s {stride} p {padding} {size:?}");
+            agree(&what, 1e-5, &[found.shallow_clone()], &[wanted.shallow_clone()]);
+            agree(&format!("{what}, gradient"), 1e-5, &gradients(&found, &[&x]), &gradients(&wanted, &[&x]));
+        }
+    }
+}
+
+#[test]
+fn geglu_agrees_with_libtorchs() {
+    tch::manual_seed(3);
+    for device in devices() {
+        for (kind, tolerance) in KINDS {
+            for shape in [&[2, 77, 64][..], &[1, 1, 16], &[3, 10, 2560]] {
+                let both = leaf(shape, 0.0, (kind, device));
+                let parts = both.to_kind(Kind::Float).chunk(2, -1);
+                let wanted = (&parts[0] * parts[1].gelu("none")).to_kind(kind);
+                let found = fused::geglu(&both).unwrap();
+                let what = format!("{device:?} {kind:?} {shape:?}");
+                agree(&what, tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
+                agree(&format!("{what}, gradient"), tolerance, &gradients(&found, &[&both]), &gradients(&wanted, &[&both]));
+            }
+        }
+    }
+}
+
+#[test]
+fn residuals_agree_with_libtorchs() {
+    tch::manual_seed(4);
+    for device in devices() {
+        for (kind, tolerance) in KINDS {
+            let [a, b] = [0; 2].map(|_| leaf(&[2, 40, 5, 3], 0.0, (kind, device)));
+            let bias = leaf(&[40], 0.0, (Kind::Float, device)).detach();
+            let wanted = (a.to_kind(Kind::Float) + b.to_kind(Kind::Float) + bias.reshape([1, 40, 1, 1])).to_kind(kind);
+            // In two layouts: the result takes one.
+            let found = fused::add_biased(&laid_out(&a, true), &b, &bias).unwrap();
+            agree("residual", tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
+            agree("residual, gradient", tolerance, &gradients(&found, &[&a, &b]), &gradients(&wanted, &[&a, &b]));
+        }
+    }
+}
+
+/// Half precision is converted by hand on the processor: every bit pattern, there and back.
+#[test]
+fn all_halves_and_bfloats_survive() {
+    for kind in [Kind::Half, Kind::BFloat16] {
+        let bits: Vec<i16> = (i16::MIN..=i16::MAX).collect();
+        let all = Tensor::from_slice(&bits).view_dtype(kind).reshape([1, 8, 64, 128]);
+        let numbers = all.isfinite();
+        let x = all.where_self(&numbers, &all.zeros_like());
+        let zeros = x.zeros_like();
+        let back = fused::add_biased(&x, &zeros, &Tensor::zeros([8], (Kind::Float, Device::Cpu))).unwrap();
+        assert_eq!(back, x, "{kind:?}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_its_shape() {
+    let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+    let error = fused::group_norm(&ones(&[1, 12, 2, 2]), (&ones(&[12]), &ones(&[12])), None, (3, 1e-5), true).unwrap_err().to_string();
+    assert!(error.contains("12 in 3 groups"), "{error}");
+    let double = ones(&[1, 16]).to_kind(Kind::Double);
+    assert!(fused::geglu(&double).unwrap_err().to_string().contains("not Double"));
+    assert!(fused::geglu(&ones(&[1, 12])).unwrap_err().to_string().contains("12"));
+    let error = fused::add_biased(&ones(&[1, 8, 2, 2]), &ones(&[1, 8, 2, 3]), &ones(&[8])).unwrap_err().to_string();
+    assert!(error.contains("[1, 8, 2, 3]"), "{error}");
+    let bias = ones(&[8]).to_kind(Kind::Half);
+    assert!(fused::add_biased(&ones(&[1, 8, 2, 2]), &ones(&[1, 8, 2, 2]), &bias).is_err());
+}
