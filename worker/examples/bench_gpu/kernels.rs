@@ -48,12 +48,18 @@ mod tests {
             ("void at::native::vectorized_elementwise_kernel<4, at::native::bfloat16_copy_kernel_cuda(at::TensorIteratorBase&)>", "copy"),
             ("Memcpy HtoD (Pinned -> Device)", "copy"),
             ("void at::native::(anonymous namespace)::CatArrayBatchedCopy_contig<at::native::OpaqueType<2u>, unsigned int, 4, 64>", "copy"),
-            ("void at::native::vectorized_elementwise_kernel<8, at::native::(anonymous namespace)::silu_kernel(at::TensorIteratorBase&)>", "elementwise"),
+            (
+                "void at::native::vectorized_elementwise_kernel<8, at::native::(anonymous namespace)::silu_kernel(at::TensorIteratorBase&)>",
+                "elementwise",
+            ),
             ("geglu_forward_bf16", "elementwise"),
             ("void at::native::(anonymous namespace)::upsample_nearest2d_nhwc_out_frame<c10::BFloat16>", "elementwise"),
             ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<double, at::native::func_wrapper_t<double>>>", "reduce"),
             ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "reduce"),
-            ("void at::native::(anonymous namespace)::distribution_elementwise_grid_stride_kernel<float, 4, normal_and_transform>", "elementwise"),
+            (
+                "void at::native::(anonymous namespace)::distribution_elementwise_grid_stride_kernel<float, 4, normal_and_transform>",
+                "elementwise",
+            ),
             ("some_new_kernel", OTHER),
         ] {
             assert_eq!(family(name), expected, "{name}");

@@ -127,6 +127,7 @@ const TOKENS: i64 = 128;
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let device = device::set_up(arguments.device, arguments.threads)?;
+    gpu::set_up(device)?;
     tch::manual_seed(1);
     let kind = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
     let setting = Setting {
