@@ -11,6 +11,7 @@ fn main() {
     let torch = libtorch();
     // For this crate's own tests, as ../model/build.rs does it for other crates' executables.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", torch.join("lib").display());
+    println!("cargo:rustc-env=LIBTORCH_LIB={}", torch.join("lib").display());
     cc::Build::new()
         .cpp(true)
         .std("c++20")

@@ -1,4 +1,4 @@
-// The GPU's part: streams, events, graphs, the allocator, and kernels made at run time. A library of its own, since it needs libtorch's CUDA
+// The GPU's part: streams, events, graphs, the allocator, and the launching of kernels. A library of its own, since it needs libtorch's CUDA
 // part, which a machine without a GPU lacks. The worker carries it and loads it after that.
 
 #include "gpu.h"
@@ -10,9 +10,9 @@
 #include <dlfcn.h>
 
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
-#include <vector>
 
 #include "error.h"
 
@@ -33,95 +33,44 @@ c10::cuda::CUDAStream stream_of(int device, int64_t id) {
 
 cudaEvent_t event_of(void* event) { return static_cast<cudaEvent_t>(event); }
 
-// --- Kernels, made from their text for the GPU at hand ------------------------------------------------------------------------------------
+// --- Kernels ------------------------------------------------------------------------------------------------------------------------------
 
-// Of nvrtc.h and cuda.h 13: libtorch's own loader brings both libraries, and its headers declare neither.
-struct Compiler {
-    int (*create)(void** program, const char* text, const char* name, int headers, const char* const*, const char* const*);
-    int (*compile)(void* program, int count, const char* const* options);
-    int (*log_size)(void* program, size_t*);
-    int (*log)(void* program, char*);
-    int (*cubin_size)(void* program, size_t*);
-    int (*cubin)(void* program, char*);
-    int (*destroy)(void** program);
-    const char* (*error)(int);
-    int (*load)(void** module, const void* image);
-    int (*find)(void** function, void* module, const char* name);
-    int (*launch)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void* stream, void** args, void** extra);
-};
+// Of cuda.h 13: the driver, which libtorch has loaded.
+int (*load_module)(void** module, const void* image);
+int (*find_function)(void** function, void* module, const char* name);
+int (*launch_kernel)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared, void* stream, void** args, void**);
 
-Compiler compiler;
-std::string kernels;
 std::mutex lock;
-std::map<std::pair<int, std::string>, void*> functions;
 std::map<int, void*> modules;
+std::map<std::pair<int, std::string>, void*> functions;
 
 template <class F>
 void find(void* library, const char* name, F& function) {
     function = reinterpret_cast<F>(dlsym(library, name));
-    TORCH_CHECK(function, name, " is missing: ", dlerror());
+    TORCH_CHECK(function, "the driver lacks ", name);
 }
 
-void init(const char* libtorch, const char* text) {
-    const std::string path = std::string(libtorch) + "/libcaffe2_nvrtc.so";
-    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
-    TORCH_CHECK(library, "the kernel compiler cannot be loaded: ", dlerror());
-    find(library, "nvrtcCreateProgram", compiler.create);
-    find(library, "nvrtcCompileProgram", compiler.compile);
-    find(library, "nvrtcGetProgramLogSize", compiler.log_size);
-    find(library, "nvrtcGetProgramLog", compiler.log);
-    find(library, "nvrtcGetCUBINSize", compiler.cubin_size);
-    find(library, "nvrtcGetCUBIN", compiler.cubin);
-    find(library, "nvrtcDestroyProgram", compiler.destroy);
-    find(library, "nvrtcGetErrorString", compiler.error);
-    find(library, "cuModuleLoadData", compiler.load);
-    find(library, "cuModuleGetFunction", compiler.find);
-    find(library, "cuLaunchKernel", compiler.launch);
-    kernels = text;
-}
-
-// Machine code for `architecture`, as "sm_90".
-std::vector<char> compile(const std::string& architecture) {
-    void* program = nullptr;
-    int code = compiler.create(&program, kernels.c_str(), "kernels.h", 0, nullptr, nullptr);
-    TORCH_CHECK(code == 0, "nvrtcCreateProgram: ", compiler.error(code));
-    const std::string target = "--gpu-architecture=" + architecture;
-    const char* options[] = {target.c_str(), "--std=c++17"};
-    code = compiler.compile(program, 2, options);
-    if (code != 0) {
-        size_t size = 0;
-        compiler.log_size(program, &size);
-        std::string log(size, ' ');
-        compiler.log(program, log.data());
-        compiler.destroy(&program);
-        TORCH_CHECK(false, "the kernels do not compile for ", architecture, ": ", compiler.error(code), "\n", log);
-    }
-    size_t size = 0;
-    compiler.cubin_size(program, &size);
-    std::vector<char> image(size);
-    code = compiler.cubin(program, image.data());
-    compiler.destroy(&program);
-    TORCH_CHECK(code == 0, "nvrtcGetCUBIN: ", compiler.error(code));
-    return image;
-}
-
-void* module_of(int device) {
-    if (const auto there = modules.find(device); there != modules.end()) return there->second;
-    cudaDeviceProp properties;
-    C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
-    const auto image = compile("sm_" + std::to_string(properties.major) + std::to_string(properties.minor));
-    void* made = nullptr;
-    const int code = compiler.load(&made, image.data());
+void set_kernels(int device, const void* image) {
+    const std::lock_guard guard(lock);
+    void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+    TORCH_CHECK(driver, "the driver cannot be loaded: ", dlerror());
+    find(driver, "cuModuleLoadData", load_module);
+    find(driver, "cuModuleGetFunction", find_function);
+    find(driver, "cuLaunchKernel", launch_kernel);
+    const c10::cuda::CUDAGuard on(static_cast<c10::DeviceIndex>(device));
+    C10_CUDA_CHECK(cudaFree(nullptr));  // makes the device's context, if it has none yet
+    const int code = load_module(&modules[device], image);
     TORCH_CHECK(code == 0, "cuModuleLoadData: error ", code);
-    return modules[device] = made;
 }
 
 void* function_of(int device, const char* name) {
     const std::lock_guard guard(lock);
     const auto key = std::make_pair(device, std::string(name));
     if (const auto there = functions.find(key); there != functions.end()) return there->second;
+    const auto module = modules.find(device);
+    TORCH_CHECK(module != modules.end(), "no kernels are loaded on GPU ", device);
     void* function = nullptr;
-    const int code = compiler.find(&function, module_of(device), name);
+    const int code = find_function(&function, module->second, name);
     TORCH_CHECK(code == 0, "kernel ", name, ": error ", code);
     return functions[key] = function;
 }
@@ -129,7 +78,7 @@ void* function_of(int device, const char* name) {
 void launch(const char* name, int device, int pieces, int rows, int threads, void** args) {
     const c10::cuda::CUDAGuard on(static_cast<c10::DeviceIndex>(device));
     void* stream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream();
-    const int code = compiler.launch(function_of(device, name), pieces, rows, 1, threads, 1, 1, 0, stream, args, nullptr);
+    const int code = launch_kernel(function_of(device, name), pieces, rows, 1, threads, 1, 1, 0, stream, args, nullptr);
     TORCH_CHECK(code == 0, "kernel ", name, " (", pieces, " × ", rows, " blocks of ", threads, "): error ", code);
 }
 
@@ -145,7 +94,13 @@ at::cuda::CUDAGraph* graph_of(void* graph) { return static_cast<at::cuda::CUDAGr
 
 const EllaGpu table = {
     .error = [] { return ella_last_error.c_str(); },
-    .init = [](const char* libtorch, const char* text) { return guarded([&] { init(libtorch, text); }); },
+    .capability = [](int device, int* major, int* minor) {
+        return guarded([&] {
+            C10_CUDA_CHECK(cudaDeviceGetAttribute(major, cudaDevAttrComputeCapabilityMajor, device));
+            C10_CUDA_CHECK(cudaDeviceGetAttribute(minor, cudaDevAttrComputeCapabilityMinor, device));
+        });
+    },
+    .set_kernels = [](int device, const void* image) { return guarded([&] { set_kernels(device, image); }); },
     .launch = [](const char* name, int device, int pieces, int rows, int threads, void** args) {
         return guarded([&] { launch(name, device, pieces, rows, threads, args); });
     },
@@ -194,11 +149,12 @@ const EllaGpu table = {
             C10_CUDA_CHECK(cudaEventDestroy(event_of(event)));
         });
     },
-    .graph_begin = [](void** graph) {
+    .graph_begin = [](void* beside, void** graph) {
         return guarded([&] {
             auto made = std::make_unique<at::cuda::CUDAGraph>();
+            const auto pool = beside ? graph_of(beside)->pool() : c10::MempoolId_t{0, 0};
             // Other threads go on with their own streams meanwhile: only what this thread does is held to the rules of a capture.
-            made->capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+            made->capture_begin(pool, cudaStreamCaptureModeThreadLocal);
             *graph = made.release();
         });
     },

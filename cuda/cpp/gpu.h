@@ -7,7 +7,10 @@
 extern "C" {
 struct EllaGpu {
     const char* (*error)();
-    int (*init)(const char* libtorch, const char* kernels);
+    // The device's compute capability.
+    int (*capability)(int device, int* major, int* minor);
+    // The machine code of all kernels for `device`.
+    int (*set_kernels)(int device, const void* image);
     // Puts a kernel on the current stream of `device`.
     int (*launch)(const char* name, int device, int pieces, int rows, int threads, void** args);
     int (*stream_new)(int device, int priority, int64_t* id);
@@ -21,7 +24,8 @@ struct EllaGpu {
     int (*event_done)(void* event, int* done);
     int (*event_synchronize)(void* event);
     int (*event_free)(int device, void* event);
-    int (*graph_begin)(void** graph);
+    // In the memory of `beside`, if that is not null: the two are replayed in the order in which they were recorded.
+    int (*graph_begin)(void* beside, void** graph);
     int (*graph_end)(void* graph);
     int (*graph_replay)(void* graph);
     int (*graph_free)(void* graph);

@@ -28,6 +28,7 @@ namespace ella {
 
 constexpr int VECTOR = 8;         // numbers that a thread moves at once
 constexpr int MAX_THREADS = 512;  // of a block
+constexpr int MAX_ROWS = 64;      // that a block of a layer norm takes
 
 // bfloat16 and IEEE half, as they lie in memory.
 struct bf16 { unsigned short bits; };
@@ -383,6 +384,155 @@ DEVICE void geglu_back(const T* both, const T* dy, T* dboth, long long count, in
     }
 }
 
+// --- Layer norm beside a residual ---------------------------------------------------------------------------------------------------------
+//
+// Rows of D numbers, D a multiple of 8 up to 4096. Block: `rows` × D/8 threads, each with eight numbers of one row; grid: ⌈N / rows⌉.
+
+constexpr int PARTS = 16;  // sums of a row's threads are added up in so many parts, then over these
+
+// From each thread's `value` to its row's sum, in `sum` at the row's place. Between these two steps all threads must have met.
+DEVICE void row_parts(int t, const float* value, float* part, int lanes) {
+    const int row = t / lanes, lane = t % lanes;
+    if (lane >= PARTS) return;
+    float sum = 0.0f;
+    for (int i = lane; i < lanes; i += PARTS) sum += value[row * lanes + i];
+    part[row * PARTS + lane] = sum;
+}
+DEVICE float row_sum(int t, const float* part, int lanes) {
+    const int row = t / lanes, count = lanes < PARTS ? lanes : PARTS;
+    float sum = 0.0f;
+    for (int i = 0; i < count; ++i) sum += part[row * PARTS + i];
+    return sum;
+}
+
+// sum = a + b (b may be null: then sum is not written, and stands for a), y = norm(sum) · γ + β, stats [N, 2]: mean and 1/σ.
+template <class T>
+DEVICE void layer_norm(const T* a, const T* b, const T* gamma, const T* beta, T* sum, T* y, float* stats, int N, int D, float eps) {
+    SHARED(float, numbers, MAX_THREADS * VECTOR);
+    SHARED(float, first, MAX_THREADS);
+    SHARED(float, second, MAX_THREADS);
+    SHARED(float, first_part, MAX_ROWS * PARTS);
+    SHARED(float, second_part, MAX_ROWS * PARTS);
+    const int lanes = D / VECTOR, rows = blockDim.x / lanes;
+    PHASE(t) {
+        const int row = blockIdx.x * rows + t / lanes;
+        float v[VECTOR] = {}, s = 0.0f, q = 0.0f;
+        if (row < N) {
+            const long long place = static_cast<long long>(row) * D + t % lanes * VECTOR;
+            load(a + place, v);
+            // About the row's first number, so that a mean far from zero costs no digits.
+            float origin = widen(a[static_cast<long long>(row) * D]);
+            if (b) {
+                float w[VECTOR];
+                load(b + place, w);
+                origin += widen(b[static_cast<long long>(row) * D]);
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) v[j] += w[j];
+                store(v, sum + place);
+                // What is normed is what is kept.
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) {
+                    T kept;
+                    narrow(v[j], kept);
+                    v[j] = widen(kept);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const float d = v[j] - origin;
+                s += d;
+                q += d * d;
+            }
+            if (t % lanes == 0) stats[row * 2LL] = origin;
+        }
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) numbers[j * MAX_THREADS + t] = v[j];
+        first[t] = s;
+        second[t] = q;
+    }
+    SYNC();
+    PHASE(t) {
+        row_parts(t, first, first_part, lanes);
+        row_parts(t, second, second_part, lanes);
+    }
+    SYNC();
+    PHASE(t) {
+        const int row = blockIdx.x * rows + t / lanes;
+        if (row < N) {
+            const float s = row_sum(t, first_part, lanes) / D, q = row_sum(t, second_part, lanes) / D;
+            first[t] = s + stats[row * 2LL];
+            second[t] = 1.0f / sqrt(fmaxf(q - s * s, 0.0f) + eps);
+        }
+    }
+    SYNC();
+    PHASE(t) {
+        const int row = blockIdx.x * rows + t / lanes, c = t % lanes * VECTOR;
+        if (row < N) {
+            float v[VECTOR];
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) v[j] = (numbers[j * MAX_THREADS + t] - first[t]) * second[t] * widen(gamma[c + j]) + widen(beta[c + j]);
+            store(v, y + static_cast<long long>(row) * D + c);
+            if (c == 0) {
+                stats[row * 2LL] = first[t];
+                stats[row * 2LL + 1] = second[t];
+            }
+        }
+    }
+}
+
+// dx = (γ dy - mean(γ dy) - x̂ mean(γ dy x̂)) / σ + more; `more` (or null) is the gradient by the sum itself.
+template <class T>
+DEVICE void layer_norm_back(const T* x, const T* gamma, const float* stats, const T* dy, const T* more, T* dx, int N, int D) {
+    SHARED(float, normed, MAX_THREADS * VECTOR);
+    SHARED(float, slopes, MAX_THREADS * VECTOR);
+    SHARED(float, first, MAX_THREADS);
+    SHARED(float, second, MAX_THREADS);
+    SHARED(float, first_part, MAX_ROWS * PARTS);
+    SHARED(float, second_part, MAX_ROWS * PARTS);
+    const int lanes = D / VECTOR, rows = blockDim.x / lanes;
+    PHASE(t) {
+        const int row = blockIdx.x * rows + t / lanes, c = t % lanes * VECTOR;
+        float s = 0.0f, q = 0.0f;
+        if (row < N) {
+            const long long place = static_cast<long long>(row) * D + c;
+            const float mean = stats[row * 2LL], inverse = stats[row * 2LL + 1];
+            float v[VECTOR], d[VECTOR];
+            load(x + place, v);
+            load(dy + place, d);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const float unit = (v[j] - mean) * inverse, slope = d[j] * widen(gamma[c + j]);
+                s += slope;
+                q += slope * unit;
+                normed[j * MAX_THREADS + t] = unit;
+                slopes[j * MAX_THREADS + t] = slope;
+            }
+        }
+        first[t] = s;
+        second[t] = q;
+    }
+    SYNC();
+    PHASE(t) {
+        row_parts(t, first, first_part, lanes);
+        row_parts(t, second, second_part, lanes);
+    }
+    SYNC();
+    PHASE(t) {
+        const int row = blockIdx.x * rows + t / lanes;
+        if (row < N) {
+            const long long place = static_cast<long long>(row) * D + t % lanes * VECTOR;
+            const float mean = row_sum(t, first_part, lanes) / D, along = row_sum(t, second_part, lanes) / D, inverse = stats[row * 2LL + 1];
+            float v[VECTOR] = {};
+            if (more) load(more + place, v);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                v[j] += inverse * (slopes[j * MAX_THREADS + t] - mean - normed[j * MAX_THREADS + t] * along);
+            }
+            store(v, dx + place);
+        }
+    }
+}
+
 // --- Residual -----------------------------------------------------------------------------------------------------------------------------
 
 // y = a + b + bias over maps [N, C]; bias [C] in float32. One thread for eight of N × C.
@@ -398,6 +548,45 @@ DEVICE void add_biased(const T* a, const T* b, const float* bias, T* y, long lon
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) v[j] += w[j] + bias[c + j];
             store(v, y + i);
+        }
+    }
+}
+
+// --- The update ---------------------------------------------------------------------------------------------------------------------------
+
+// One step of AdamW with decoupled decay, and the moving average of its weights: see src/fused.rs.
+struct Rates {
+    float scale, keep, first, second_keep, second, root, eps, rate, average;
+};
+
+DEVICE void adamw_one(float& p, float g, float& m, float& v, float& ema, const Rates& r) {
+    g *= r.scale;
+    p *= r.keep;
+    m += (g - m) * r.first;
+    v = v * r.second_keep + g * g * r.second;
+    p -= m / (sqrt(v) / r.root + r.eps) * r.rate;
+    ema += (p - ema) * r.average;
+}
+
+// Buffers [count] float32. One thread for eight of them.
+DEVICE void adamw(float* p, const float* g, float* m, float* v, float* ema, long long count, Rates r) {
+    PHASE(t) {
+        const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + t) * VECTOR;
+        if (i + VECTOR <= count) {
+            float ps[VECTOR], gs[VECTOR], ms[VECTOR], vs[VECTOR], es[VECTOR];
+            load(p + i, ps);
+            load(g + i, gs);
+            load(m + i, ms);
+            load(v + i, vs);
+            load(ema + i, es);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) adamw_one(ps[j], gs[j], ms[j], vs[j], es[j], r);
+            store(ps, p + i);
+            store(ms, m + i);
+            store(vs, v + i);
+            store(es, ema + i);
+        } else {
+            for (long long j = i; j < count; ++j) adamw_one(p[j], g[j], m[j], v[j], ema[j], r);
         }
     }
 }
@@ -433,12 +622,23 @@ DEVICE void add_biased(const T* a, const T* b, const float* bias, T* y, long lon
     KERNEL(geglu_back, T, suffix)(const T* both, const T* dy, T* dboth, long long count, int D) {                                           \
         ella::geglu_back(both, dy, dboth, count, D);                                                                                        \
     }                                                                                                                                       \
+    KERNEL(layer_norm, T, suffix)                                                                                                           \
+    (const T* a, const T* b, const T* gamma, const T* beta, T* sum, T* y, float* stats, int N, int D, float eps) {                          \
+        ella::layer_norm(a, b, gamma, beta, sum, y, stats, N, D, eps);                                                                      \
+    }                                                                                                                                       \
+    KERNEL(layer_norm_back, T, suffix)                                                                                                      \
+    (const T* x, const T* gamma, const float* stats, const T* dy, const T* more, T* dx, int N, int D) {                                     \
+        ella::layer_norm_back(x, gamma, stats, dy, more, dx, N, D);                                                                         \
+    }                                                                                                                                       \
     KERNEL(add_biased, T, suffix)(const T* a, const T* b, const float* bias, T* y, long long count, int C) {                                \
         ella::add_biased(a, b, bias, y, count, C);                                                                                          \
     }
 KERNELS(float, f32)
 KERNELS(ella::bf16, bf16)
 KERNELS(ella::f16, f16)
+KERNEL(adamw, float, f32)(float* p, const float* g, float* m, float* v, float* ema, long long count, ella::Rates r) {
+    ella::adamw(p, g, m, v, ema, count, r);
+}
 KERNEL(norm_back_means, float, f32)(const float* sums, float* means, int P, int C, int G, int pieces) {
     ella::norm_back_means(sums, means, P, C, G, pieces);
 }

@@ -5,6 +5,7 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "error.h"
@@ -193,6 +194,57 @@ struct Geglu : torch::autograd::Function<Geglu> {
     }
 };
 
+// Rows of a layer norm over the last axis.
+struct Rows {
+    int N, D;
+    Grid grid;
+
+    explicit Rows(const Tensor& x) {
+        D = static_cast<int>(x.size(-1));
+        N = static_cast<int>(x.numel() / std::max(D, 1));
+        const int lanes = D / ella::VECTOR;
+        TORCH_CHECK(D % ella::VECTOR == 0 && lanes > 0 && lanes <= ella::MAX_THREADS, "a fused layer norm takes rows in multiples of ",
+                    ella::VECTOR, " up to ", ella::VECTOR * ella::MAX_THREADS, ", not ", D);
+        const int rows = std::min(ella::MAX_ROWS, ella::MAX_THREADS / lanes);
+        grid = {std::max(1, (N + rows - 1) / rows), 1, rows * lanes};
+    }
+};
+
+struct AddLayerNorm : torch::autograd::Function<AddLayerNorm> {
+    static variable_list forward(AutogradContext* ctx, const Tensor& first, const std::optional<Tensor>& second, const Tensor& gamma,
+                                 const Tensor& beta, double eps) {
+        const Tensor a = first.contiguous(), b = second ? second->contiguous() : Tensor();
+        TORCH_CHECK(!second || a.sizes() == b.sizes(), "a fused residual takes two tensors of one shape, not ", a.sizes(), " and ", b.sizes());
+        const Tensor sum = second ? at::empty_like(a) : a, y = at::empty_like(a);
+        const Rows n(a);
+        const Tensor stats = at::empty({n.N, 2}, a.options().dtype(at::kFloat));
+        by_type(a, [&](auto number, const char* type) {
+            using T = decltype(number);
+            launch(a, std::string("layer_norm") + type, n.grid, &ella::layer_norm<T>, numbers<T>(a), numbers<T>(b), numbers<T>(gamma),
+                   numbers<T>(beta), numbers<T>(sum), numbers<T>(y), numbers<float>(stats), n.N, n.D, static_cast<float>(eps));
+        });
+        ctx->save_for_backward({sum, gamma, stats});
+        ctx->saved_data["adds"] = second.has_value();
+        if (second) return {sum, y};
+        return {y};
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const auto saved = ctx->get_saved_variables();
+        const Tensor &x = saved[0], &gamma = saved[1], &stats = saved[2], none;
+        const bool adds = ctx->saved_data["adds"].toBool();
+        const Tensor dy = grads.back().defined() ? grads.back().contiguous() : at::zeros_like(x);
+        const Tensor more = adds && grads.front().defined() ? grads.front().contiguous() : none, dx = at::empty_like(x);
+        const Rows n(x);
+        by_type(x, [&](auto number, const char* type) {
+            using T = decltype(number);
+            launch(x, std::string("layer_norm_back") + type, n.grid, &ella::layer_norm_back<T>, numbers<T>(x), numbers<T>(gamma),
+                   numbers<float>(stats), numbers<T>(dy), numbers<T>(more), numbers<T>(dx), n.N, n.D);
+        });
+        return {dx, adds ? dx : none, none, none, none};
+    }
+};
+
 struct AddBiased : torch::autograd::Function<AddBiased> {
     static Tensor forward(AutogradContext*, const Tensor& first, const Tensor& second, const Tensor& bias) {
         const Tensor a = channels_last(first), b = channels_last(second), y = at::empty_like(a);
@@ -230,6 +282,25 @@ void* ella_frozen_conv2d(const void* x, const void* weight, int64_t stride, int6
 }
 void* ella_geglu(const void* both) {
     return ella_guarded<void*>(nullptr, [&] { return given(Geglu::apply(tensor_of(both))); });
+}
+int ella_add_layer_norm(const void* a, const void* b, const void* gamma, const void* beta, double eps, void** sum, void** y) {
+    return ella_guarded(1, [&] {
+        auto made = AddLayerNorm::apply(tensor_of(a), maybe(b), tensor_of(gamma), tensor_of(beta), eps);
+        *y = given(made.back());
+        if (b) *sum = given(made.front());
+        return 0;
+    });
+}
+int ella_adamw(const void* p, const void* g, const void* m, const void* v, const void* ema, const float* rates) {
+    return ella_guarded(1, [&] {
+        const Tensor& params = tensor_of(p);
+        ella::Rates r;
+        static_assert(sizeof r == 9 * sizeof(float));
+        std::memcpy(&r, rates, sizeof r);
+        launch(params, "adamw_f32", flat(params.numel()), &ella::adamw, numbers<float>(params), numbers<float>(tensor_of(g)),
+               numbers<float>(tensor_of(m)), numbers<float>(tensor_of(v)), numbers<float>(tensor_of(ema)), params.numel(), r);
+        return 0;
+    });
 }
 void* ella_add_biased(const void* a, const void* b, const void* bias) {
     return ella_guarded<void*>(nullptr, [&] { return given(AddBiased::apply(tensor_of(a), tensor_of(b), tensor_of(bias))); });

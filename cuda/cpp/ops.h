@@ -17,6 +17,11 @@ void* ella_frozen_conv2d(const void* x, const void* weight, int64_t stride, int6
 void* ella_geglu(const void* both);
 void* ella_add_biased(const void* a, const void* b, const void* bias);
 
+// `b` may be null; then `sum` is not written.
+int ella_add_layer_norm(const void* a, const void* b, const void* gamma, const void* beta, double eps, void** sum, void** y);
+// `rates`: the nine numbers of ella::Rates.
+int ella_adamw(const void* p, const void* g, const void* m, const void* v, const void* ema, const float* rates);
+
 int ella_set_tf32(int on);
 int ella_set_deterministic(int on);
 int ella_set_benchmark(int on);

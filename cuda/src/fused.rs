@@ -17,7 +17,7 @@ pub const MOST_CHANNELS: i64 = 4096;
 /// Which operators a network takes from here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fused {
-    /// [`group_norm`], with the activation after it and what is added before it.
+    /// [`group_norm`], with the activation after it and what is added before it; [`layer_norm`], with the residual before it.
     pub norm: bool,
     /// [`frozen_conv2d`], and its bias in whatever comes next.
     pub conv: bool,
@@ -27,8 +27,10 @@ pub struct Fused {
     pub qkv: bool,
 }
 
+type Switch = fn(&mut Fused) -> &mut bool;
+
 /// The names in `ELLA_FUSED`, and the switches that they stand for.
-const SWITCHES: [(&str, fn(&mut Fused) -> &mut bool); 4] =
+const SWITCHES: [(&str, Switch); 4] =
     [("norm", |f| &mut f.norm), ("conv", |f| &mut f.conv), ("geglu", |f| &mut f.geglu), ("qkv", |f| &mut f.qkv)];
 
 impl Fused {
@@ -70,7 +72,13 @@ impl Fused {
 ///
 /// # Errors
 /// A shape or kind that it does not take; CUDA's own.
-pub fn group_norm(x: &Tensor, (gamma, beta): (&Tensor, &Tensor), add: Option<&Tensor>, (groups, eps): (i64, f64), activate: bool) -> Result<Tensor> {
+pub fn group_norm(
+    x: &Tensor,
+    (gamma, beta): (&Tensor, &Tensor),
+    add: Option<&Tensor>,
+    (groups, eps): (i64, f64),
+    activate: bool,
+) -> Result<Tensor> {
     let kinds = [gamma.f_kind(), beta.f_kind()].map(|kind| kind.ok());
     if kinds != [x.f_kind().ok(); 2] {
         return Err(Error(format!("a fused group norm takes weights of its input's kind {:?}, not {kinds:?}", x.kind())));
@@ -110,6 +118,54 @@ pub fn geglu(both: &Tensor) -> Result<Tensor> {
     returned(unsafe { ops::ella_geglu(both.as_ptr()) })
 }
 
+/// `layernorm(x) · γ + β` over the last axis.
+///
+/// # Shapes
+/// `x` `[.., D]`, D a multiple of 8 up to [`MOST_CHANNELS`], `gamma` and `beta` `[D]` of its kind; to `x`'s shape and kind.
+///
+/// # Errors
+/// A shape or kind that it does not take; CUDA's own.
+pub fn layer_norm(x: &Tensor, weights: (&Tensor, &Tensor), eps: f64) -> Result<Tensor> {
+    let (_, y) = norm_of_sum(x, None, weights, eps)?;
+    Ok(y)
+}
+
+/// `s = a + b`, and `layernorm(s) · γ + β` over the last axis: (s, norm). Their gradients come together in one pass too.
+///
+/// # Shapes
+/// `a` and `b` as `x` of [`layer_norm`].
+///
+/// # Errors
+/// As for [`layer_norm`].
+pub fn add_layer_norm(a: &Tensor, b: &Tensor, weights: (&Tensor, &Tensor), eps: f64) -> Result<(Tensor, Tensor)> {
+    match norm_of_sum(a, Some(b), weights, eps)? {
+        (Some(sum), y) => Ok((sum, y)),
+        (None, _) => Err(Error("a fused residual has no sum".into())),
+    }
+}
+
+fn norm_of_sum(a: &Tensor, b: Option<&Tensor>, (gamma, beta): (&Tensor, &Tensor), eps: f64) -> Result<(Option<Tensor>, Tensor)> {
+    let width = a.size().last().copied().unwrap_or(0);
+    for tensor in [gamma, beta] {
+        if tensor.f_kind().ok() != a.f_kind().ok() || tensor.size() != [width] {
+            let found = format!("{:?} {:?}", tensor.kind(), tensor.size());
+            return Err(Error(format!(
+                "a fused layer norm of {:?} {:?} takes weights of its kind and width, not {found}",
+                a.kind(),
+                a.size()
+            )));
+        }
+    }
+    if b.is_some_and(|b| b.f_kind().ok() != a.f_kind().ok()) {
+        return Err(Error(format!("a fused residual takes two tensors of one kind, not {:?} and another", a.kind())));
+    }
+    let (mut sum, mut y) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let b_or_null = b.map_or(std::ptr::null(), Tensor::as_ptr);
+    // SAFETY: all tensors are alive while they are borrowed, null stands for nothing to add, and the pointers are to live pointers.
+    ops::check(unsafe { ops::ella_add_layer_norm(a.as_ptr(), b_or_null, gamma.as_ptr(), beta.as_ptr(), eps, &raw mut sum, &raw mut y) })?;
+    Ok((b.map(|_| returned(sum)).transpose()?, returned(y)?))
+}
+
 /// `a + b + bias`.
 ///
 /// # Shapes
@@ -119,10 +175,67 @@ pub fn geglu(both: &Tensor) -> Result<Tensor> {
 /// A shape or kind that it does not take.
 pub fn add_biased(a: &Tensor, b: &Tensor, bias: &Tensor) -> Result<Tensor> {
     if bias.f_kind().ok() != Some(tch::Kind::Float) || a.f_kind().ok() != b.f_kind().ok() {
-        return Err(Error(format!("a fused residual takes maps of one kind and a float32 bias, not {:?}, {:?} and {:?}", a.kind(), b.kind(), bias.kind())));
+        return Err(Error(format!(
+            "a fused residual takes maps of one kind and a float32 bias, not {:?}, {:?} and {:?}",
+            a.kind(),
+            b.kind(),
+            bias.kind()
+        )));
     }
     // SAFETY: all tensors are alive while they are borrowed.
     returned(unsafe { ops::ella_add_biased(a.as_ptr(), b.as_ptr(), bias.as_ptr()) })
+}
+
+/// One update of AdamW with decoupled weight decay, as `torch.optim.AdamW` has it, and of a moving average of the weights.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    /// What the gradient is multiplied by first: less than 1 where it is clipped.
+    pub scale: f64,
+    /// The learning rate.
+    pub lr: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Decays of the moments.
+    pub betas: [f64; 2],
+    /// Added to the denominator.
+    pub eps: f64,
+    /// The moments' bias corrections, 1 - βᵗ.
+    pub corrections: [f64; 2],
+    /// The average's decay.
+    pub ema_decay: f64,
+}
+
+/// Updates weights, moments and average in one pass over memory.
+///
+/// # Shapes
+/// `[weights, first moments, second moments, average]` and `grad`, each `[P]` float32, contiguous, on one device.
+///
+/// # Errors
+/// A tensor of another kind, length or device; CUDA's own.
+pub fn adamw([params, first, second, ema]: [&mut Tensor; 4], grad: &Tensor, by: &AdamW) -> Result<()> {
+    for tensor in [&*params, first, second, ema, grad] {
+        let fits = tensor.f_kind().ok() == Some(tch::Kind::Float) && tensor.is_contiguous();
+        if !fits || (tensor.numel(), tensor.device()) != (params.numel(), params.device()) {
+            let found = format!("{:?} {:?} on {:?}", tensor.kind(), tensor.size(), tensor.device());
+            return Err(Error(format!("an update takes five contiguous float32 buffers of one length, not {found}")));
+        }
+    }
+    let rates = [
+        by.scale,
+        1.0 - by.lr * by.weight_decay,
+        1.0 - by.betas[0],
+        by.betas[1],
+        1.0 - by.betas[1],
+        by.corrections[1].sqrt(),
+        by.eps,
+        by.lr / by.corrections[0],
+        1.0 - by.ema_decay,
+    ]
+    .map(|rate| rate as f32);
+    let [p, g, m, v, ema] = [&*params, grad, first, second, ema].map(Tensor::as_ptr);
+    // SAFETY: all tensors are alive while they are borrowed, four of them by this alone, and of one length (checked above); `rates` are as many
+    // numbers as the function reads.
+    ops::check(unsafe { ops::ella_adamw(p, g, m, v, ema, rates.as_ptr()) })
 }
 
 #[cfg(test)]

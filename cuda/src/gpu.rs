@@ -1,6 +1,6 @@
 //! The library with the GPU's part: its table of functions, and how it comes into the process.
 
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
 use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
@@ -10,18 +10,18 @@ use libloading::os::unix::Library;
 use rustix::fs::{MemfdFlags, memfd_create};
 use torch_sys::C_tensor;
 
-use crate::{Error, Result, error, ops};
+use crate::{Error, Result, error, nvrtc, ops};
 
 /// The library itself; empty if it was built without CUDA's headers.
 const LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libella_gpu.so"));
-const KERNELS: &str = include_str!("../cpp/kernels.h");
 
 /// `EllaGpu` of `cpp/gpu.h`.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Table {
     pub(crate) error: unsafe extern "C" fn() -> *const c_char,
-    init: unsafe extern "C" fn(*const c_char, *const c_char) -> c_int,
+    capability: unsafe extern "C" fn(c_int, *mut c_int, *mut c_int) -> c_int,
+    set_kernels: unsafe extern "C" fn(c_int, *const c_void) -> c_int,
     launch: unsafe extern "C" fn(*const c_char, c_int, c_int, c_int, c_int, *mut *mut c_void) -> c_int,
     pub(crate) stream_new: unsafe extern "C" fn(c_int, c_int, *mut i64) -> c_int,
     pub(crate) stream_current: unsafe extern "C" fn(c_int, *mut i64) -> c_int,
@@ -34,7 +34,7 @@ pub(crate) struct Table {
     pub(crate) event_done: unsafe extern "C" fn(*mut c_void, *mut c_int) -> c_int,
     pub(crate) event_synchronize: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) event_free: unsafe extern "C" fn(c_int, *mut c_void) -> c_int,
-    pub(crate) graph_begin: unsafe extern "C" fn(*mut *mut c_void) -> c_int,
+    pub(crate) graph_begin: unsafe extern "C" fn(*mut c_void, *mut *mut c_void) -> c_int,
     pub(crate) graph_end: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) graph_replay: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) graph_free: unsafe extern "C" fn(*mut c_void) -> c_int,
@@ -44,22 +44,27 @@ pub(crate) struct Table {
     pub(crate) memory_limit: unsafe extern "C" fn(c_int, i64) -> c_int,
 }
 
+/// The GPU that a worker computes on: of those that its process may see, the first.
+const FIRST: c_int = 0;
+
 static TABLE: OnceLock<&'static Table> = OnceLock::new();
 
-/// Loads the GPU's part, once; `libtorch` is the folder of the libtorch that runs, and its CUDA part must be loaded already, with its symbols
-/// for all.
+/// Loads the GPU's part, once, and compiles the kernels for the first GPU (1 to 2 s); `libtorch` is the folder of the libtorch that runs, and its CUDA
+/// part must be loaded already, with its symbols for all.
 ///
 /// # Errors
-/// This program was built without GPU support; the loader's words, or the kernel compiler's absence.
+/// This program was built without GPU support; the loader's words; the kernels' compiler is missing or refuses.
 pub fn load(libtorch: &Path) -> Result<()> {
     if is_loaded() {
         return Ok(());
     }
     let table = open()?;
-    let libtorch = CString::new(libtorch.to_string_lossy().as_bytes()).map_err(|_| Error("libtorch's folder has a zero in its name".into()))?;
-    let kernels = CString::new(KERNELS).map_err(|_| Error("the kernels' text has a zero in it".into()))?;
-    // SAFETY: both strings end in a zero and live through the call, which copies them.
-    error::check(unsafe { (table.init)(libtorch.as_ptr(), kernels.as_ptr()) }, table.error)?;
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the pointers are to live integers, which the call fills.
+    error::check(unsafe { (table.capability)(FIRST, &raw mut major, &raw mut minor) }, table.error)?;
+    let image = nvrtc::compile(&nvrtc::folders(libtorch), (major, minor))?;
+    // SAFETY: the image is machine code for this GPU, which the call copies.
+    error::check(unsafe { (table.set_kernels)(FIRST, image.as_ptr().cast()) }, table.error)?;
     // SAFETY: the table lives as long as the process: its library is never unloaded.
     unsafe { ops::ella_use_gpu(table) };
     // A second thread that came here meanwhile has found the same library.
@@ -123,7 +128,7 @@ mod tests {
             return;
         }
         let error = load(Path::new("/nowhere")).unwrap_err().to_string();
-        assert!(error.contains("the GPU's part: ") || error.contains("kernel compiler"), "{error}");
+        assert!(error.contains("the GPU's part: "), "{error}");
         assert!(!is_loaded() && table().is_err());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use crate::{Error, Result, gpu};
+use crate::{Result, gpu};
 
 /// Recorded work. It reads and writes the tensors that it was recorded with; their memory stays its own until it is dropped.
 #[derive(Debug)]
@@ -14,30 +14,12 @@ pub struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Records what `work` puts on this thread's current stream, which must not be the default one. Nothing of it is computed yet: what it returns are
-    /// the tensors that [`Graph::replay`] fills. `work` must not wait for the device, copy from or to pageable memory, or do anything that it has
-    /// never done before (what libraries set up at first use cannot be recorded).
-    ///
-    /// # Errors
-    /// What `work` returns; what cannot be recorded. Nothing is recorded then.
-    pub fn capture<T, E: From<Error>>(work: impl FnOnce() -> std::result::Result<T, E>) -> std::result::Result<(Self, T), E> {
-        let mut graph = Self { raw: std::ptr::null_mut() };
-        // SAFETY: the pointer is to a live pointer, which the call fills with a graph that is this one's alone.
-        gpu::call(|gpu| unsafe { (gpu.graph_begin)(&raw mut graph.raw) })?;
-        let result = work();
-        // SAFETY: the graph is alive, and recording. It must end even if the work has failed.
-        let ended = gpu::call(|gpu| unsafe { (gpu.graph_end)(graph.raw) });
-        let made = result?;
-        ended?;
-        Ok((graph, made))
-    }
-
     /// Puts the recorded work on this thread's current stream.
     ///
     /// # Errors
     /// CUDA's own.
     pub fn replay(&self) -> Result<()> {
-        // SAFETY: the graph is alive and whole.
+        // SAFETY: the graph is alive and whole: a recording gives it away when it has ended.
         gpu::call(|gpu| unsafe { (gpu.graph_replay)(self.raw) })
     }
 }
@@ -45,8 +27,69 @@ impl Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         if !self.raw.is_null() {
-            // SAFETY: made by `capture`, and used no more.
+            // SAFETY: made by a recording, and used no more.
             let _ = gpu::call(|gpu| unsafe { (gpu.graph_free)(self.raw) });
         }
+    }
+}
+
+/// A graph that is being recorded: whatever this thread puts on its current stream, and the backward passes that it begins, go there. Dropped before
+/// its end, it records nothing.
+#[derive(Debug)]
+#[must_use = "what is put on the stream is recorded, and not computed"]
+pub struct Recording {
+    graph: Option<Graph>,
+}
+
+impl Recording {
+    /// From here on this thread's current stream, which must not be the default one, computes nothing: tensors that are made get memory, and their
+    /// numbers when the graph is replayed. Until the end nobody may wait for the device on this thread, copy from or to pageable memory, or do
+    /// anything that was never done before (what libraries set up at first use cannot be recorded).
+    ///
+    /// `beside`: a graph whose memory this one shares. Tensors of the other's that are alive while this one is recorded stay apart from its own; others
+    /// may lie in the same place, and are overwritten.
+    ///
+    /// # Errors
+    /// CUDA's own, of a stream that cannot record.
+    pub fn begin(beside: Option<&Graph>) -> Result<Self> {
+        let mut graph = Graph { raw: std::ptr::null_mut() };
+        let beside = beside.map_or(std::ptr::null_mut(), |graph| graph.raw);
+        // SAFETY: the graph beside is alive or null; the pointer is to a live pointer, which the call fills with a graph that is this one's alone.
+        gpu::call(|gpu| unsafe { (gpu.graph_begin)(beside, &raw mut graph.raw) })?;
+        Ok(Self { graph: Some(graph) })
+    }
+
+    /// The graph, to be replayed.
+    ///
+    /// # Errors
+    /// Something was done that cannot be recorded.
+    pub fn end(mut self) -> Result<Graph> {
+        let graph = self.graph.take().ok_or_else(|| crate::Error("a recording has ended already".into()))?;
+        // SAFETY: the graph is alive, and recording.
+        gpu::call(|gpu| unsafe { (gpu.graph_end)(graph.raw) })?;
+        Ok(graph)
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        if let Some(graph) = &self.graph {
+            // SAFETY: the graph is alive, and recording. Whoever gives up has the error that matters.
+            let _ = gpu::call(|gpu| unsafe { (gpu.graph_end)(graph.raw) });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_gpu_nothing_is_recorded() {
+        if gpu::is_loaded() {
+            println!("skipped: there is a GPU");
+            return;
+        }
+        assert!(Recording::begin(None).unwrap_err().to_string().contains("no GPU here"));
     }
 }

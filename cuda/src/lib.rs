@@ -12,6 +12,7 @@ pub mod fused;
 mod gpu;
 pub mod graph;
 pub mod memory;
+mod nvrtc;
 mod ops;
 pub mod precision;
 pub mod profile;

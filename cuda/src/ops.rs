@@ -23,6 +23,23 @@ unsafe extern "C" {
     pub(crate) fn ella_frozen_conv2d(x: *const C_tensor, weight: *const C_tensor, stride: i64, padding: i64) -> *mut C_tensor;
     pub(crate) fn ella_geglu(both: *const C_tensor) -> *mut C_tensor;
     pub(crate) fn ella_add_biased(a: *const C_tensor, b: *const C_tensor, bias: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn ella_add_layer_norm(
+        a: *const C_tensor,
+        b: *const C_tensor,
+        gamma: *const C_tensor,
+        beta: *const C_tensor,
+        eps: c_double,
+        sum: *mut *mut C_tensor,
+        y: *mut *mut C_tensor,
+    ) -> c_int;
+    pub(crate) fn ella_adamw(
+        p: *const C_tensor,
+        g: *const C_tensor,
+        m: *const C_tensor,
+        v: *const C_tensor,
+        ema: *const C_tensor,
+        rates: *const f32,
+    ) -> c_int;
     pub(crate) fn ella_set_tf32(on: c_int) -> c_int;
     pub(crate) fn ella_set_deterministic(on: c_int) -> c_int;
     pub(crate) fn ella_set_benchmark(on: c_int) -> c_int;

@@ -192,6 +192,9 @@ pub enum ModelError {
     /// An operation that libtorch refused.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
+    /// A fused operator's own error.
+    #[error("libtorch: {0}")]
+    Fused(#[from] ella_cuda::Error),
 }
 
 impl ModelError {

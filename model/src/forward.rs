@@ -14,7 +14,7 @@ use crate::connector::{Conditions, Connector, DEFAULT_HEADS};
 use crate::error::{ModelError, Result};
 use crate::layers::inner_product;
 use crate::lora::Lora;
-use crate::params::Layout;
+use crate::params::{Compute, Layout};
 use crate::part::Part;
 use crate::text::{Layers, Text, TextOutput};
 use crate::unet::{Added, UNet};
@@ -124,15 +124,16 @@ pub fn forward(net: Net, model: &Path, inputs: &Path, outputs: &Path, options: &
     options.check(net)?;
     let inputs = Inputs::open(inputs, options)?;
     let (device, mut kind) = (options.device, options.kind);
-    let layout = options.layout.unwrap_or_else(|| Layout::fastest(kind, device));
+    let fastest = Compute::fastest(kind, device)?;
+    let compute = Compute { layout: options.layout.unwrap_or(fastest.layout), ..fastest };
     let mut vae = |run: fn(&Vae, &Inputs<'_>) -> Result<Named>| {
-        let vae = Vae::laid_out(part(net, model)?, layout, kind, device)?;
+        let vae = Vae::computing(part(net, model)?, compute, kind, device)?;
         kind = vae.kind();
         tch::no_grad(|| run(&vae, &inputs))
     };
     let results = match net {
         Net::Connector => connector(&Connector::load(model, options.heads, options.kind, options.device)?, &inputs)?,
-        Net::Unet => unet(&UNet::laid_out(part(net, model)?, options.loras, layout, options.kind, device)?, &inputs)?,
+        Net::Unet => unet(&UNet::computing(part(net, model)?, options.loras, compute, options.kind, device)?, &inputs)?,
         Net::Text | Net::VaeEncode | Net::VaeDecode if options.grad => {
             let what = "a gradient through a network that stays frozen and has nothing trained before it".to_owned();
             return Err(ModelError::Unsupported { what, instead: "leave --grad out".into() });

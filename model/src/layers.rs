@@ -1,5 +1,6 @@
 //! Layers that the networks share. Weight names are the checkpoints'; norms compute in float32 whatever the input's kind.
 
+use ella_cuda::fused;
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
@@ -36,6 +37,12 @@ impl Linear {
         Ok(Linear { weight, bias: Some(p.get("bias", &[output], Init::Uniform { bound })?) })
     }
 
+    /// Several maps of one input, none with a bias, as one: what they make lies beside each other.
+    pub(crate) fn joined(parts: &[Linear]) -> Result<Self> {
+        let weights: Vec<&Tensor> = parts.iter().map(|part| &part.weight).collect();
+        Ok(Linear { weight: Tensor::f_cat(&weights, 0)?, bias: None })
+    }
+
     /// `[.., in]` to `[.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
@@ -49,6 +56,7 @@ pub struct Conv2d {
     bias: Tensor,
     stride: i64,
     padding: i64,
+    fused: bool,
 }
 
 impl Conv2d {
@@ -66,6 +74,7 @@ impl Conv2d {
             bias: p.get("bias", &[output], Init::Uniform { bound })?,
             stride: steps.0,
             padding: steps.1,
+            fused: p.fused().conv,
         })
     }
 
@@ -76,8 +85,21 @@ impl Conv2d {
 
     /// `[B, in, H, W]` to `[B, out, H', W']`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if self.fused {
+            return Ok(self.unbiased(x)?.f_add(&self.bias.f_reshape([1, -1, 1, 1])?)?);
+        }
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
         Ok(x.f_conv2d(&self.weight, Some(&self.bias), stride, padding, [1, 1], 1)?)
+    }
+
+    /// The same without the bias, as a fused operator: whatever comes next adds the [`bias`](Self::bias).
+    pub(crate) fn unbiased(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(fused::frozen_conv2d(x, &self.weight, self.stride, self.padding)?)
+    }
+
+    /// `[out]`, float32.
+    pub(crate) fn bias(&self) -> Result<Tensor> {
+        Ok(self.bias.f_to_kind(Kind::Float)?)
     }
 }
 
@@ -87,25 +109,48 @@ pub struct LayerNorm {
     affine: Option<(Tensor, Tensor)>,
     width: i64,
     eps: f64,
+    fused: bool,
 }
 
 impl LayerNorm {
     /// With a learned scale and shift.
     pub fn new(p: &Params, width: i64, eps: f64) -> Result<Self> {
         let affine = (p.get("weight", &[width], Init::Ones)?, p.get("bias", &[width], Init::Zeros)?);
-        Ok(LayerNorm { affine: Some(affine), width, eps })
+        let fits = width % 8 == 0 && width <= fused::MOST_CHANNELS;
+        Ok(LayerNorm { affine: Some(affine), width, eps, fused: fits && p.fused().norm })
     }
 
     /// Without parameters.
     pub fn plain(width: i64, eps: f64) -> Self {
-        LayerNorm { affine: None, width, eps }
+        LayerNorm { affine: None, width, eps, fused: false }
     }
 
     /// `[.., width]` to the same shape and kind.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some((weight, bias)) = &self.affine
+            && weight.f_kind()? == x.f_kind()?
+        {
+            if self.fused {
+                return Ok(fused::layer_norm(x, (weight, bias), self.eps)?);
+            }
+            // libtorch computes it in float32 whatever the kind, and rounds once.
+            return Ok(x.f_layer_norm([self.width], Some(weight), Some(bias), self.eps, false)?);
+        }
         let (weight, bias) = float_pair(self.affine.as_ref())?;
         let y = x.f_to_kind(Kind::Float)?.f_layer_norm([self.width], weight.as_ref(), bias.as_ref(), self.eps, false)?;
         Ok(y.f_to_kind(x.f_kind()?)?)
+    }
+
+    /// The sum of two `[.., width]`, and its norm.
+    pub(crate) fn of_sum(&self, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
+        if let Some((weight, bias)) = &self.affine
+            && self.fused
+        {
+            return Ok(fused::add_layer_norm(a, b, (weight, bias), self.eps)?);
+        }
+        let sum = a.f_add(b)?;
+        let normed = self.forward(&sum)?;
+        Ok((sum, normed))
     }
 }
 
@@ -115,20 +160,39 @@ pub struct GroupNorm {
     affine: (Tensor, Tensor),
     groups: i64,
     eps: f64,
+    fused: bool,
 }
 
 impl GroupNorm {
     /// `groups` must divide `channels`.
     pub fn new(p: &Params, channels: i64, groups: i64, eps: f64) -> Result<Self> {
         let affine = (p.get("weight", &[channels], Init::Ones)?, p.get("bias", &[channels], Init::Zeros)?);
-        Ok(GroupNorm { affine, groups, eps })
+        let fits = channels % 8 == 0 && channels <= fused::MOST_CHANNELS;
+        Ok(GroupNorm { affine, groups, eps, fused: fits && p.fused().norm })
     }
 
-    /// [B, C, ...] to the same shape and kind.
+    /// [B, C, H, W] to the same shape and kind.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.normed(x, None, false)
+    }
+
+    /// SiLU after the norm of `x` [B, C, H, W], to which `add` [B, C] float32 is added first.
+    pub(crate) fn activated(&self, x: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
+        self.normed(x, add, true)
+    }
+
+    fn normed(&self, x: &Tensor, add: Option<&Tensor>, activate: bool) -> Result<Tensor> {
+        let (kind, (weight, bias)) = (x.f_kind()?, &self.affine);
+        if self.fused {
+            return Ok(fused::group_norm(x, (weight, bias), add, (self.groups, self.eps), activate)?);
+        }
+        let mut wide = x.f_to_kind(Kind::Float)?;
+        if let Some(add) = add {
+            wide = wide.f_add(&add.f_unsqueeze(-1)?.f_unsqueeze(-1)?)?;
+        }
         let (weight, bias) = float_pair(Some(&self.affine))?;
-        let y = x.f_to_kind(Kind::Float)?.f_group_norm(self.groups, weight.as_ref(), bias.as_ref(), self.eps, false)?;
-        Ok(y.f_to_kind(x.f_kind()?)?)
+        let y = wide.f_group_norm(self.groups, weight.as_ref(), bias.as_ref(), self.eps, false)?.f_to_kind(kind)?;
+        if activate { silu(&y) } else { Ok(y) }
     }
 }
 

@@ -7,6 +7,7 @@ use std::fmt::Display;
 use std::path::Path;
 use std::rc::Rc;
 
+use ella_cuda::fused::Fused;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{ModelError, Result};
@@ -48,14 +49,29 @@ pub enum Layout {
     ChannelsLast,
 }
 
-impl Layout {
-    /// The one that convolutions in `kind` are fastest in on `device`.
-    pub fn fastest(kind: Kind, device: Device) -> Self {
+/// How a frozen network computes: each way gives the same numbers, up to rounding, in another time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compute {
+    /// How feature maps lie in memory.
+    pub layout: Layout,
+    /// Which operators are fused.
+    pub fused: Fused,
+}
+
+impl Compute {
+    /// libtorch's own operators on maps as they lie in files.
+    pub const PLAIN: Self = Self { layout: Layout::ChannelsFirst, fused: Fused::NONE };
+    /// Everything that was made for a GPU.
+    pub const FUSED: Self = Self { layout: Layout::ChannelsLast, fused: Fused::ALL };
+
+    /// The one that is fastest in `kind` on `device`; the variable `ELLA_FUSED` chooses other fused operators ([`Fused::from_env`]).
+    ///
+    /// # Errors
+    /// `ELLA_FUSED` names something else.
+    pub fn fastest(kind: Kind, device: Device) -> Result<Self> {
         // Tensor cores read NHWC; with NCHW, cuDNN turns the maps around before and after. On CPUs oneDNN has layouts of its own.
-        match device.is_cuda() && kind != Kind::Float {
-            true => Layout::ChannelsLast,
-            false => Layout::ChannelsFirst,
-        }
+        let fastest = if device.is_cuda() && kind != Kind::Float { Self::FUSED } else { Self::PLAIN };
+        Ok(Self { fused: Fused::from_env()?.unwrap_or(fastest.fused), ..fastest })
     }
 }
 
@@ -71,7 +87,7 @@ struct Shared {
     source: Source,
     kind: Kind,
     device: Device,
-    layout: Cell<Layout>,
+    compute: Cell<Compute>,
     taken: RefCell<Vec<(String, Tensor)>>,
 }
 
@@ -111,13 +127,18 @@ impl Params {
     }
 
     fn new(source: Source, kind: Kind, device: Device) -> Self {
-        let shared = Shared { source, kind, device, layout: Cell::new(Layout::ChannelsFirst), taken: RefCell::default() };
+        let shared = Shared { source, kind, device, compute: Cell::new(Compute::PLAIN), taken: RefCell::default() };
         Params { shared: Rc::new(shared), prefix: String::new() }
     }
 
-    /// From now on parameters of four axes, the weights of convolutions, are handed out in this layout.
-    pub fn lay_out(&self, layout: Layout) {
-        self.shared.layout.set(layout);
+    /// From now on networks are built to compute in this way, and parameters of four axes, the weights of convolutions, are handed out in its layout.
+    pub fn compute_by(&self, compute: Compute) {
+        self.shared.compute.set(compute);
+    }
+
+    /// The operators that a network is built with.
+    pub(crate) fn fused(&self) -> Fused {
+        self.shared.compute.get().fused
     }
 
     /// The cursor one level down: `p.at("down_blocks").at(0)` is at `down_blocks.0`.
@@ -131,7 +152,7 @@ impl Params {
     /// A source of given tensors or of a file lacks it, or has it in another shape.
     pub fn get(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         let key = self.full(&name);
-        let Shared { source, kind, device, layout, taken } = &*self.shared;
+        let Shared { source, kind, device, compute, taken } = &*self.shared;
         let tensor = match source {
             Source::File(weights, merge) if merge.changes(&key) => {
                 merge.apply(&key, weights.load(&key, shape, Kind::Float, *device)?)?.f_to_kind(*kind)?
@@ -142,7 +163,7 @@ impl Params {
             // Stride 0 in every dimension: the shape costs no memory.
             Source::Shapes => Tensor::f_zeros([1; 0], (*kind, *device))?.f_expand(shape, false)?,
         };
-        let tensor = match layout.get() {
+        let tensor = match compute.get().layout {
             Layout::ChannelsLast if shape.len() == 4 => channels_last(&tensor)?,
             _ => tensor,
         };

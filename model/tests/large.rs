@@ -1,4 +1,4 @@
-//! What makes networks fit: pictures one at a time and in tiles, as diffusers does; and feature maps in another layout.
+//! What makes networks fit: pictures one at a time and in tiles, as diffusers does.
 
 // The lint's exception for tests does not reach their helper functions.
 #![allow(clippy::unwrap_used)]
@@ -10,8 +10,6 @@ use ella_model::ModelError;
 use ella_model::config::ConfigFile;
 use ella_model::forward::{self, Net, Options};
 use ella_model::params::{Layout, Params};
-use ella_model::part::Part;
-use ella_model::unet::{Added, UNet};
 use ella_model::vae::{Vae, VaeConfig};
 use ella_model::weights;
 use serde_json::{Value, json};
@@ -113,34 +111,4 @@ fn forward_works_in_tiles_and_in_the_other_layout() {
     };
     refused(Net::Unet, tiling);
     refused(Net::Text, Options { layout: Some(Layout::ChannelsLast), ..Options::default() });
-}
-
-/// Whether the channels of a feature map lie beside each other.
-fn is_channels_last(x: &Tensor) -> bool {
-    x.permute([0, 2, 3, 1]).is_contiguous()
-}
-
-#[test]
-fn channels_last_gives_the_same_values_and_gradients() {
-    for name in ["unet-sd15", "unet-linear", "unet-sd2", "unet-sdxl", "unet-uneven"] {
-        let part = Part::open(&folder(name)).unwrap();
-        let (net, golden) = (UNet::laid_out(part, &[], Layout::ChannelsLast, Kind::Float, CPU).unwrap(), Golden::open(name));
-        for case in ["even", "odd"] {
-            let get = |name: &str| golden.get(&format!("{case}.{name}"));
-            let conditions = || Some(Added { text_embeds: get("text_embeds"), time_ids: get("time_ids") });
-            let added = golden.0.shape(&format!("{case}.text_embeds")).and_then(|_| conditions());
-            let states = get("hidden_states").set_requires_grad(true);
-            let y = net.forward_added(&get("sample"), &get("timesteps"), &states, added.as_ref()).unwrap();
-            // From the first convolution through all blocks to the last.
-            assert!(is_channels_last(&y), "{name} {case}: {:?}", y.stride());
-            (&y * get("grad_output")).sum(Kind::Float).backward();
-            within(&format!("{name} {case} output"), &y.detach(), &get("output"), 1e-5);
-            within(&format!("{name} {case} gradient"), &states.grad(), &get("grad.hidden_states"), 1e-4);
-        }
-    }
-    let golden = Golden::open("vae");
-    let net = Vae::laid_out(Part::open(&folder("vae")).unwrap(), Layout::ChannelsLast, Kind::Float, CPU).unwrap();
-    let y = net.decode(&golden.get("even.latent")).unwrap();
-    assert!(is_channels_last(&y));
-    within("decoded", &y, &golden.get("even.decoded"), 1e-5);
 }

@@ -3,6 +3,7 @@
 //! diffusers 0.42: `models/transformers/transformer_2d.py`, `models/attention.py` (`BasicTransformerBlock`, `FeedForward`),
 //! `models/attention_processor.py` (`Attention`, `AttnProcessor2_0`).
 
+use ella_cuda::fused;
 use tch::{Kind, Tensor};
 
 use super::UNetConfig;
@@ -21,25 +22,59 @@ pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64) -> Result<T
     Ok(y.f_transpose(1, 2)?.f_flatten(2, 3)?)
 }
 
+/// How pixels become queries, and pixels or text keys and values.
+#[derive(Debug)]
+enum Projections {
+    /// Queries, keys and values by a product each.
+    Apart([Linear; 3]),
+    /// All by one: attention of pixels to themselves.
+    Own(Linear),
+    /// Keys and values by one: attention to the text.
+    Text { q: Linear, kv: Linear },
+}
+
+impl Projections {
+    /// Queries of `width` to keys and values made from `source`, the width of the text, or from the pixels themselves.
+    fn new(p: &Params, width: i64, source: Option<i64>) -> Result<Self> {
+        let linear = |name, input| Linear::no_bias(&p.at(name), input, width, Init::KaimingUniform);
+        let from = source.unwrap_or(width);
+        let (q, k, v) = (linear("to_q", width)?, linear("to_k", from)?, linear("to_v", from)?);
+        Ok(match (p.fused().qkv, source) {
+            (false, _) => Self::Apart([q, k, v]),
+            (true, None) => Self::Own(Linear::joined(&[q, k, v])?),
+            (true, Some(_)) => Self::Text { q, kv: Linear::joined(&[k, v])? },
+        })
+    }
+
+    /// Queries, keys and values [B, N or M, D] of `x` [B, N, D] and `source` [B, M, E].
+    fn forward(&self, x: &Tensor, source: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let parts = match self {
+            Self::Apart([q, k, v]) => vec![q.forward(x)?, k.forward(source)?, v.forward(source)?],
+            Self::Own(all) => all.forward(x)?.f_chunk(3, -1)?,
+            Self::Text { q, kv } => std::iter::once(q.forward(x)?).chain(kv.forward(source)?.f_chunk(2, -1)?).collect(),
+        };
+        let [q, k, v] = <[Tensor; 3]>::try_from(parts).map_err(|parts| {
+            // Products of three widths are cut into three.
+            crate::error::ModelError::argument("an attention's projections", "queries, keys and values", parts.len())
+        })?;
+        Ok((q, k, v))
+    }
+}
+
 /// Multi-head attention of pixels to themselves or to the text.
 #[derive(Debug)]
 struct Attention {
-    to_q: Linear,
-    to_k: Linear,
-    to_v: Linear,
+    projections: Projections,
     to_out: Linear,
     heads: i64,
     upcast: bool,
 }
 
 impl Attention {
-    /// Queries of `width` to keys and values made from tokens of width `source`.
-    fn new(p: &Params, width: i64, source: i64, heads: i64, upcast: bool) -> Result<Self> {
-        let linear = |name, input| Linear::no_bias(&p.at(name), input, width, Init::KaimingUniform);
+    /// Queries of `width` to keys and values made from text of width `source`, or from the pixels themselves.
+    fn new(p: &Params, width: i64, source: Option<i64>, heads: i64, upcast: bool) -> Result<Self> {
         Ok(Self {
-            to_q: linear("to_q", width)?,
-            to_k: linear("to_k", source)?,
-            to_v: linear("to_v", source)?,
+            projections: Projections::new(p, width, source)?,
             to_out: Linear::new(&p.at("to_out").at(0), width, width)?,
             heads,
             upcast,
@@ -48,7 +83,7 @@ impl Attention {
 
     /// `x` [B, N, D] attends to `source` [B, M, E], to [B, N, D].
     fn forward(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
-        let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(source)?, self.to_v.forward(source)?);
+        let (q, k, v) = self.projections.forward(x, source)?;
         let y = if self.upcast {
             let wide = |x: &Tensor| x.f_to_kind(Kind::Float);
             attend(&wide(&q)?, &wide(&k)?, &wide(&v)?, self.heads)?.f_to_kind(x.kind())?
@@ -64,16 +99,24 @@ impl Attention {
 struct FeedForward {
     proj: Linear,
     out: Linear,
+    fused: bool,
 }
 
 impl FeedForward {
     fn new(p: &Params, width: i64) -> Result<Self> {
         let net = p.at("net");
-        Ok(Self { proj: Linear::new(&net.at(0).at("proj"), width, 8 * width)?, out: Linear::new(&net.at(2), 4 * width, width)? })
+        Ok(Self {
+            proj: Linear::new(&net.at(0).at("proj"), width, 8 * width)?,
+            out: Linear::new(&net.at(2), 4 * width, width)?,
+            fused: p.fused().geglu && width % 2 == 0,
+        })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let both = self.proj.forward(x)?; // [B, N, 8D]: values, then gates
+        if self.fused {
+            return self.out.forward(&fused::geglu(&both)?);
+        }
         let half = both.size()[2] / 2;
         let gate = gelu(&both.f_narrow(-1, half, half)?)?;
         self.out.forward(&both.f_narrow(-1, 0, half)?.f_mul(&gate)?)
@@ -97,9 +140,9 @@ impl Block {
         let attention = |name, source| Attention::new(&p.at(name), width, source, heads, config.upcast_attention);
         Ok(Self {
             norm1: norm("norm1")?,
-            attn1: attention("attn1", width)?,
+            attn1: attention("attn1", None)?,
             norm2: norm("norm2")?,
-            attn2: attention("attn2", config.cross_attention_dim)?,
+            attn2: attention("attn2", Some(config.cross_attention_dim))?,
             norm3: norm("norm3")?,
             ff: FeedForward::new(&p.at("ff"), width)?,
         })
@@ -107,9 +150,9 @@ impl Block {
 
     fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
         let normed = self.norm1.forward(x)?;
-        let x = x.f_add(&self.attn1.forward(&normed, &normed)?)?;
-        let x = x.f_add(&self.attn2.forward(&self.norm2.forward(&x)?, text)?)?;
-        Ok(x.f_add(&self.ff.forward(&self.norm3.forward(&x)?)?)?)
+        let (x, normed) = self.norm2.of_sum(x, &self.attn1.forward(&normed, &normed)?)?;
+        let (x, normed) = self.norm3.of_sum(&x, &self.attn2.forward(&normed, text)?)?;
+        Ok(x.f_add(&self.ff.forward(&normed)?)?)
     }
 }
 

@@ -17,9 +17,9 @@ use tch::{Device, Kind, Tensor};
 use self::blocks::{Condition, DownBlock, MidBlock, UpBlock};
 use self::time::TimeEmbedding;
 use crate::error::{ModelError, Result};
-use crate::layers::{Conv2d, GroupNorm, silu};
+use crate::layers::{Conv2d, GroupNorm};
 use crate::lora::{Lora, Merge};
-use crate::params::{Layout, Params};
+use crate::params::{Compute, Params};
 use crate::part::Part;
 
 pub(crate) use self::attention::attend;
@@ -77,14 +77,14 @@ impl UNet {
     /// # Errors
     /// Those of [`UNet::load`]; a LoRA was made for another architecture.
     pub fn from_part_with(part: Part, loras: &[Lora], kind: Kind, device: Device) -> Result<Self> {
-        Self::laid_out(part, loras, Layout::fastest(kind, device), kind, device)
+        Self::computing(part, loras, Compute::fastest(kind, device)?, kind, device)
     }
 
-    /// [`UNet::from_part_with`], with a chosen layout of feature maps.
-    pub fn laid_out(part: Part, loras: &[Lora], layout: Layout, kind: Kind, device: Device) -> Result<Self> {
+    /// [`UNet::from_part_with`], in a chosen way.
+    pub fn computing(part: Part, loras: &[Lora], compute: Compute, kind: Kind, device: Device) -> Result<Self> {
         let config = UNetConfig::read(part.config)?;
         let p = Params::merged(part.weights, Merge::new(loras, &config)?, kind, device);
-        p.lay_out(layout);
+        p.compute_by(compute);
         let net = Self::new(&config, &p)?;
         p.finish(&[])?;
         Ok(net)
@@ -149,7 +149,7 @@ impl UNet {
 
     /// The prediction, from what the last block made.
     fn finish(&self, x: &Tensor) -> Result<Tensor> {
-        self.conv_out.forward(&silu(&self.conv_norm_out.forward(x)?)?)
+        self.conv_out.forward(&self.conv_norm_out.activated(x, None)?)
     }
 
     /// The number of samples, if all inputs fit.

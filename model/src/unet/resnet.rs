@@ -2,10 +2,11 @@
 //!
 //! diffusers 0.42: `models/resnet.py` (`ResnetBlock2D`), `models/downsampling.py`, `models/upsampling.py`.
 
-use tch::Tensor;
+use ella_cuda::fused;
+use tch::{Kind, Tensor};
 
 use crate::error::Result;
-use crate::layers::{Conv2d, GroupNorm, Linear, silu};
+use crate::layers::{Conv2d, GroupNorm, Linear};
 use crate::params::Params;
 
 /// What group norms need besides their channels.
@@ -26,6 +27,7 @@ pub(crate) struct Resnet {
     norm2: GroupNorm,
     conv2: Conv2d,
     conv_shortcut: Option<Conv2d>,
+    fused: bool,
 }
 
 impl Resnet {
@@ -39,19 +41,43 @@ impl Resnet {
             norm2: GroupNorm::new(&p.at("norm2"), output, norm.groups, norm.eps)?,
             conv2: Conv2d::new(&p.at("conv2"), output, output, 3)?,
             conv_shortcut: (input != output).then(|| Conv2d::new(&p.at("conv_shortcut"), input, output, 1)).transpose()?,
+            fused: p.fused().conv && output % 8 == 0,
         })
     }
 
     /// `x` [B, in, H, W] and the activated time embedding [B, T] to [B, out, H, W].
     pub(crate) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
-        let mut h = self.conv1.forward(&silu(&self.norm1.forward(x)?)?)?;
-        if let (Some(project), Some(time)) = (&self.time_emb_proj, time) {
-            h = h.f_add(&project.forward(time)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?)?; // [B, out, 1, 1]
+        let time = match (&self.time_emb_proj, time) {
+            (Some(project), Some(time)) => Some(project.forward(time)?), // [B, out]
+            _ => None,
+        };
+        if self.fused {
+            return self.forward_fused(x, time);
         }
-        let h = self.conv2.forward(&silu(&self.norm2.forward(&h)?)?)?;
+        let mut h = self.conv1.forward(&self.norm1.activated(x, None)?)?;
+        if let Some(time) = time {
+            h = h.f_add(&time.f_unsqueeze(-1)?.f_unsqueeze(-1)?)?;
+        }
+        let h = self.conv2.forward(&self.norm2.activated(&h, None)?)?;
         Ok(match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward(x)?.f_add(&h)?,
             None => x.f_add(&h)?,
+        })
+    }
+
+    /// The same with every bias, and the time, in the operator after it.
+    fn forward_fused(&self, x: &Tensor, time: Option<Tensor>) -> Result<Tensor> {
+        let h = self.conv1.unbiased(&self.norm1.activated(x, None)?)?;
+        let bias = self.conv1.bias()?;
+        let add = match time {
+            Some(time) => time.f_to_kind(Kind::Float)?.f_add(&bias)?,
+            None => bias.f_unsqueeze(0)?.f_expand([x.size()[0], -1], false)?.f_contiguous()?,
+        };
+        let h = self.conv2.unbiased(&self.norm2.activated(&h, Some(&add))?)?;
+        let bias = self.conv2.bias()?;
+        Ok(match &self.conv_shortcut {
+            Some(shortcut) => fused::add_biased(&shortcut.unbiased(x)?, &h, &bias.f_add(&shortcut.bias()?)?)?,
+            None => fused::add_biased(x, &h, &bias)?,
         })
     }
 }

@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use self::network::{Decoder, Encoder};
 use crate::error::{ModelError, Result};
 use crate::layers::Conv2d;
-use crate::params::{Layout, Params};
+use crate::params::{Compute, Params};
 use crate::part::Part;
 
 pub use self::config::VaeConfig;
@@ -53,15 +53,15 @@ impl Vae {
 
     /// Builds the network from what [`Vae::load`] finds in a folder, wherever it lies; errors as there.
     pub fn from_part(part: Part, kind: Kind, device: Device) -> Result<Self> {
-        Self::laid_out(part, Layout::fastest(kind, device), kind, device)
+        Self::computing(part, Compute::fastest(kind, device)?, kind, device)
     }
 
-    /// [`Vae::from_part`] with a chosen layout of feature maps.
-    pub fn laid_out(part: Part, layout: Layout, kind: Kind, device: Device) -> Result<Self> {
+    /// [`Vae::from_part`] in a chosen way.
+    pub fn computing(part: Part, compute: Compute, kind: Kind, device: Device) -> Result<Self> {
         let config = VaeConfig::read(part.config)?;
         let kind = if config.force_upcast && kind == Kind::Half { Kind::Float } else { kind };
         let p = Params::from_weights(part.weights, kind, device);
-        p.lay_out(layout);
+        p.compute_by(compute);
         let net = Self::new(&config, &p)?;
         p.finish(&[])?;
         Ok(net)

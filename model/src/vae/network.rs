@@ -6,7 +6,7 @@ use tch::Tensor;
 use super::VaeConfig;
 use super::config::EPS;
 use crate::error::Result;
-use crate::layers::{Conv2d, GroupNorm, Linear, silu};
+use crate::layers::{Conv2d, GroupNorm, Linear};
 use crate::params::Params;
 use crate::unet::{Downsample, Norm, Resnet, Upsample, attend};
 
@@ -51,7 +51,7 @@ impl Encoder {
             }
         }
         let x = self.mid_block.forward(&x)?;
-        self.conv_out.forward(&silu(&self.conv_norm_out.forward(&x)?)?)
+        self.conv_out.forward(&self.conv_norm_out.activated(&x, None)?)
     }
 }
 
@@ -98,7 +98,7 @@ impl Decoder {
                 x = upsample.forward(&x, (2 * h, 2 * w))?;
             }
         }
-        self.conv_out.forward(&silu(&self.conv_norm_out.forward(&x)?)?)
+        self.conv_out.forward(&self.conv_norm_out.activated(&x, None)?)
     }
 }
 

@@ -1,0 +1,161 @@
+//! NVRTC: the compiler that makes a GPU's machine code of the kernels' text. It needs no GPU.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
+
+use libloading::os::unix::Library;
+
+use crate::{Error, Result};
+
+const KERNELS: &str = include_str!("../cpp/kernels.h");
+
+/// `nvrtcProgram`.
+type Program = *mut c_void;
+
+/// The functions of `nvrtc.h` 13.
+#[derive(Debug)]
+struct Nvrtc {
+    create: unsafe extern "C" fn(*mut Program, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char) -> c_int,
+    compile: unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int,
+    log_size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
+    log: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
+    cubin_size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
+    cubin: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
+    destroy: unsafe extern "C" fn(*mut Program) -> c_int,
+    error: unsafe extern "C" fn(c_int) -> *const c_char,
+}
+
+/// Where NVRTC may lie beside a libtorch: in its own wheel, or in a folder with everything.
+pub(crate) fn folders(libtorch: &Path) -> [PathBuf; 2] {
+    [libtorch.join("../../nvidia/cu13/lib"), libtorch.to_owned()]
+}
+
+/// Machine code of all kernels for GPUs of a compute capability, as (9, 0).
+///
+/// # Errors
+/// NVRTC is nowhere, or does not take the kernels.
+pub(crate) fn compile(folders: &[PathBuf], (major, minor): (c_int, c_int)) -> Result<Vec<u8>> {
+    let nvrtc = Nvrtc::open(folders)?;
+    let text = CString::new(KERNELS).map_err(|_| Error("the kernels' text has a zero in it".into()))?;
+    let mut program: Program = std::ptr::null_mut();
+    // SAFETY: the text ends in a zero and is copied; there are no headers; the pointer is to a live pointer, which the call fills.
+    let code = unsafe { (nvrtc.create)(&raw mut program, text.as_ptr(), c"kernels.h".as_ptr(), 0, std::ptr::null(), std::ptr::null()) };
+    nvrtc.check("the kernels", code)?;
+    let image = nvrtc.image(program, &format!("sm_{major}{minor}"));
+    // SAFETY: the program is alive, and this is its last use.
+    unsafe { (nvrtc.destroy)(&raw mut program) };
+    image
+}
+
+impl Nvrtc {
+    fn open(folders: &[PathBuf]) -> Result<Self> {
+        let here = folders.iter().find(|folder| folder.join("libnvrtc.so.13").exists());
+        if let Some(builtins) = here.and_then(|folder| builtins(folder)) {
+            // NVRTC asks the loader for this by name alone, which finds it if it is there already.
+            std::mem::forget(load(&builtins)?);
+        }
+        let library =
+            std::mem::ManuallyDrop::new(load(&here.map_or_else(|| "libnvrtc.so.13".into(), |folder| folder.join("libnvrtc.so.13")))?);
+        macro_rules! find {
+            ($name:literal) => {{
+                // SAFETY: the type is that of `nvrtc.h`; the library is never unloaded.
+                let found = unsafe { library.get($name) };
+                *found.map_err(|error| Error(format!("NVRTC lacks a function: {error}")))?
+            }};
+        }
+        Ok(Self {
+            create: find!(b"nvrtcCreateProgram"),
+            compile: find!(b"nvrtcCompileProgram"),
+            log_size: find!(b"nvrtcGetProgramLogSize"),
+            log: find!(b"nvrtcGetProgramLog"),
+            cubin_size: find!(b"nvrtcGetCUBINSize"),
+            cubin: find!(b"nvrtcGetCUBIN"),
+            destroy: find!(b"nvrtcDestroyProgram"),
+            error: find!(b"nvrtcGetErrorString"),
+        })
+    }
+
+    fn image(&self, program: Program, architecture: &str) -> Result<Vec<u8>> {
+        let target = CString::new(format!("--gpu-architecture={architecture}")).map_err(|error| Error(error.to_string()))?;
+        let options = [target.as_ptr(), c"--std=c++17".as_ptr()];
+        // SAFETY: the program is alive, and the options are strings that end in a zero, as many as are said.
+        let code = unsafe { (self.compile)(program, options.len() as c_int, options.as_ptr()) };
+        if code != 0 {
+            let log = self.bytes(program, self.log_size, self.log)?;
+            let log = String::from_utf8_lossy(&log);
+            self.check(&format!("the kernels for {architecture}: {}", log.trim_end_matches(['\0', '\n'])), code)?;
+        }
+        self.bytes(program, self.cubin_size, self.cubin)
+    }
+
+    fn bytes(
+        &self,
+        program: Program,
+        size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
+        fill: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
+    ) -> Result<Vec<u8>> {
+        let mut length = 0;
+        // SAFETY: the program is alive; the pointer is to a live number, which the call fills.
+        self.check("the kernels", unsafe { size(program, &raw mut length) })?;
+        let mut bytes = vec![0_u8; length];
+        // SAFETY: the program is alive; the call fills as many bytes as it said.
+        self.check("the kernels", unsafe { fill(program, bytes.as_mut_ptr().cast()) })?;
+        Ok(bytes)
+    }
+
+    fn check(&self, what: &str, code: c_int) -> Result<()> {
+        if code == 0 {
+            return Ok(());
+        }
+        // SAFETY: takes any code and returns a constant string.
+        let error = unsafe { CStr::from_ptr((self.error)(code)) };
+        Err(Error(format!("{what}: {}", error.to_string_lossy())))
+    }
+}
+
+/// The file that NVRTC has its own headers in.
+fn builtins(folder: &Path) -> Option<PathBuf> {
+    let files = std::fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    files.into_iter().find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("libnvrtc-builtins.so")))
+}
+
+fn load(path: &Path) -> Result<Library> {
+    // SAFETY: NVRTC is made to be opened this way, and its initialisers ask nothing of the program.
+    unsafe { Library::open(Some(path), libc::RTLD_NOW | libc::RTLD_GLOBAL) }
+        .map_err(|error| Error(format!("the kernels' compiler: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The GPU's half of the kernels, compiled as on a GPU machine, for every generation of GPUs that libtorch 2.11's wheel serves and newer than
+    /// those without bfloat16.
+    #[test]
+    fn the_kernels_compile_for_every_gpu() {
+        let folders = folders(Path::new(env!("LIBTORCH_LIB")));
+        if Nvrtc::open(&folders).is_err() {
+            println!("skipped: there is no NVRTC beside libtorch");
+            return;
+        }
+        for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)] {
+            let image = compile(&folders, capability).unwrap();
+            assert!(image.starts_with(b"\x7fELF"));
+            for name in ["norm_sums_f32", "norm_back_apply_bf16", "geglu_back_f16", "add_biased_bf16", "adamw_f32", "norm_back_means_f32"] {
+                assert!(image.windows(name.len()).any(|window| window == name.as_bytes()), "{capability:?} lacks {name}");
+            }
+        }
+        let error = compile(&folders, (1, 0)).unwrap_err().to_string();
+        assert!(error.contains("sm_10"), "{error}");
+    }
+
+    #[test]
+    fn without_nvrtc_the_error_says_so() {
+        if Nvrtc::open(&[]).is_ok() {
+            println!("skipped: the system has NVRTC");
+            return;
+        }
+        let error = compile(&[], (9, 0)).unwrap_err().to_string();
+        assert!(error.starts_with("the kernels' compiler: libnvrtc.so.13"), "{error}");
+    }
+}

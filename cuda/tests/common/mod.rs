@@ -1,0 +1,39 @@
+//! The devices that tests run on.
+
+// Every test program uses a part of this; and the lint's exception for tests does not reach helpers.
+#![allow(dead_code, clippy::unwrap_used)]
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use libloading::os::unix::Library;
+use tch::{Cuda, Device};
+
+/// The first GPU with everything loaded that it takes, if this machine has one.
+pub(crate) fn gpu() -> Option<Device> {
+    static GPU: OnceLock<Option<Device>> = OnceLock::new();
+    *GPU.get_or_init(|| {
+        if !std::path::Path::new("/dev/nvidiactl").exists() {
+            println!("skipped on a GPU: this machine has no NVIDIA device");
+            return None;
+        }
+        let folder = libtorch();
+        // SAFETY: of the same wheel as the libtorch that runs; never unloaded.
+        let library = unsafe { Library::open(Some(folder.join("libtorch_cuda.so")), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+        std::mem::forget(library.unwrap());
+        ella_cuda::load(&folder).unwrap();
+        assert!(Cuda::is_available());
+        Some(Device::Cuda(0))
+    })
+}
+
+pub(crate) fn devices() -> Vec<Device> {
+    std::iter::once(Device::Cpu).chain(gpu()).collect()
+}
+
+/// The folder of the libtorch that runs.
+fn libtorch() -> PathBuf {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let path = maps.lines().filter_map(|line| line.split_whitespace().nth(5)).find(|path| path.ends_with("/libtorch_cpu.so")).unwrap();
+    PathBuf::from(path).parent().unwrap().to_owned()
+}

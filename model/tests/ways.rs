@@ -1,0 +1,126 @@
+//! Every way of computing a frozen network gives the same goldens: feature maps in either layout, with each fused operator and with all.
+
+// The lint's exception for tests does not reach their helper functions.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Golden, folder, relative};
+use ella_cuda::fused::Fused;
+use ella_model::params::{Compute, Layout};
+use ella_model::part::Part;
+use ella_model::unet::{Added, UNet};
+use ella_model::vae::Vae;
+use tch::{Device, Kind, Tensor};
+
+const CPU: Device = Device::Cpu;
+const UNETS: [&str; 5] = ["unet-sd15", "unet-linear", "unet-sd2", "unet-sdxl", "unet-uneven"];
+
+#[track_caller]
+fn within(what: &str, a: &Tensor, b: &Tensor, most: f64) {
+    let error = relative(a, b);
+    println!("{what}: {error:.1e}");
+    assert!(error <= most, "{what}: relative error {error:.1e} exceeds {most:.0e}");
+}
+
+/// Each way, with a name.
+fn ways() -> Vec<(&'static str, Compute)> {
+    let one = |switch: fn(&mut Fused) -> &mut bool| {
+        let mut fused = Fused::NONE;
+        *switch(&mut fused) = true;
+        Compute { layout: Layout::ChannelsLast, fused }
+    };
+    vec![
+        ("channels-last", Compute { layout: Layout::ChannelsLast, fused: Fused::NONE }),
+        ("norm", one(|f| &mut f.norm)),
+        ("conv", one(|f| &mut f.conv)),
+        ("geglu", one(|f| &mut f.geglu)),
+        ("qkv", one(|f| &mut f.qkv)),
+        ("all", Compute::FUSED),
+        ("all, channels first", Compute { layout: Layout::ChannelsFirst, fused: Fused::ALL }),
+    ]
+}
+
+fn unet(name: &str, compute: Compute, kind: Kind) -> UNet {
+    UNet::computing(Part::open(&folder(name)).unwrap(), &[], compute, kind, CPU).unwrap()
+}
+
+/// Whether the channels of a feature map lie beside each other.
+fn is_channels_last(x: &Tensor) -> bool {
+    x.permute([0, 2, 3, 1]).is_contiguous()
+}
+
+/// Output and gradient of the text features, of every network and case.
+fn equal_goldens(what: &str, compute: Compute, kind: Kind, (value, gradient): (f64, f64)) {
+    for name in UNETS {
+        let (net, golden) = (unet(name, compute, kind), Golden::open(name));
+        for case in ["even", "odd"] {
+            let get = |name: &str| golden.get(&format!("{case}.{name}"));
+            let conditions = || Some(Added { text_embeds: get("text_embeds"), time_ids: get("time_ids") });
+            let added = golden.0.shape(&format!("{case}.text_embeds")).and_then(|_| conditions());
+            let states = get("hidden_states").set_requires_grad(true);
+            let y = net.forward_added(&get("sample"), &get("timesteps"), &states, added.as_ref()).unwrap();
+            if compute.layout == Layout::ChannelsLast {
+                // From the first convolution through all blocks to the last.
+                assert!(is_channels_last(&y), "{what} {name} {case}: {:?}", y.stride());
+            }
+            (y.to_kind(Kind::Float) * get("grad_output")).sum(Kind::Float).backward();
+            within(&format!("{what} {name} {case} {kind:?} output"), &y.detach(), &get("output"), value);
+            within(&format!("{what} {name} {case} {kind:?} gradient"), &states.grad(), &get("grad.hidden_states"), gradient);
+        }
+    }
+}
+
+#[test]
+fn unets_give_the_same_values_and_gradients() {
+    for (what, compute) in ways() {
+        equal_goldens(what, compute, Kind::Float, (1e-5, 1e-4));
+    }
+}
+
+/// The bounds of the plain way (unets.rs).
+#[test]
+fn in_16_bits_they_stay_as_near() {
+    equal_goldens("all", Compute::FUSED, Kind::BFloat16, (2e-2, 5e-2));
+    equal_goldens("all", Compute::FUSED, Kind::Half, (1e-2, 2e-2));
+}
+
+#[test]
+fn vaes_give_the_same_pictures_and_latents() {
+    let golden = Golden::open("vae");
+    for (what, compute) in ways() {
+        let net = Vae::computing(Part::open(&folder("vae")).unwrap(), compute, Kind::Float, CPU).unwrap();
+        let picture = net.decode(&golden.get("even.latent")).unwrap();
+        assert_eq!(is_channels_last(&picture), compute.layout == Layout::ChannelsLast || compute.fused.norm, "{what}");
+        within(&format!("{what} decoded"), &picture, &golden.get("even.decoded"), 1e-5);
+        let (mean, logvar) = net.encode(&golden.get("even.image")).unwrap();
+        within(&format!("{what} mean"), &mean, &golden.get("even.mean"), 1e-5);
+        within(&format!("{what} logvar"), &logvar, &golden.get("even.logvar"), 1e-5);
+    }
+}
+
+/// Block by block, and to the pooled text, which goes into every norm by the time.
+#[test]
+fn checkpointing_and_the_pooled_text_go_with_fused_operators() {
+    let (plain, fused) = (unet("unet-sdxl", Compute::PLAIN, Kind::Float), unet("unet-sdxl", Compute::FUSED, Kind::Float));
+    let golden = Golden::open("unet-sdxl");
+    let get = |name: &str| golden.get(&format!("odd.{name}"));
+    let gradients = |net: &UNet, checkpointed: bool| {
+        let [states, text_embeds] = ["hidden_states", "text_embeds"].map(|name| get(name).set_requires_grad(true));
+        let added = Added { text_embeds: text_embeds.shallow_clone(), time_ids: get("time_ids") };
+        if checkpointed {
+            let pass = net.forward_checkpointed(&get("sample"), &get("timesteps"), &states, Some(&added)).unwrap();
+            let found = pass.gradients(&get("grad_output")).unwrap();
+            return [found.hidden_states, found.text_embeds.unwrap()];
+        }
+        let y = net.forward_added(&get("sample"), &get("timesteps"), &states, Some(&added)).unwrap();
+        (y * get("grad_output")).sum(Kind::Float).backward();
+        [states.grad(), text_embeds.grad()]
+    };
+    let wanted = gradients(&plain, false);
+    for checkpointed in [false, true] {
+        for (what, (found, wanted)) in ["states", "pooled text"].iter().zip(gradients(&fused, checkpointed).iter().zip(&wanted)) {
+            within(&format!("{what}, checkpointed {checkpointed}"), found, wanted, 1e-4);
+        }
+    }
+}
