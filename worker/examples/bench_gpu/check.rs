@@ -8,6 +8,7 @@ use crate::{Setting, gpu};
 use anyhow::{Context as _, Result, ensure};
 use ella_model::forward::{Net, Options, forward};
 use ella_model::layers::inner_product;
+use ella_model::params::{Compute, Params};
 use ella_model::unet::UNet;
 use ella_model::weights::{self, Weights};
 use ella_worker::device;
@@ -176,23 +177,24 @@ fn relative(name: &str, found: &Tensor, expected: &Tensor, largest: f64) -> Resu
 /// The preset's U-Net with random weights, at half its size: the processor has to do it as well.
 fn random_unet(setting: &Setting, cases: &mut Vec<Value>) -> Result<()> {
     let config = setting.preset().unet()?;
-    let build = |p: &ella_model::params::Params| UNet::new(&config, p);
+    let build = |p: &Params| UNet::new(&config, p);
     let values = networks::values(build, Device::Cpu)?;
     let (size, width) = (setting.latent() / 2, config.cross_attention_dim);
     let random = |shape: &[i64]| Tensor::f_randn(shape, (Kind::Float, Device::Cpu));
     let inputs = [random(&[1, 4, size, size])?, random(&[1, 64, width])?, random(&[1, 4, size, size])?];
-    let run = |kind, device| -> Result<[Tensor; 2]> {
-        let unet = networks::network(build, &values, (kind, device))?;
+    let run = |kind, device, compute| -> Result<[Tensor; 2]> {
+        let unet = networks::network(build, &values, (kind, device), compute)?;
         let [sample, states, weight] = inputs.each_ref().map(|tensor| tensor.to_device(device));
         let states = states.f_set_requires_grad(true)?;
         let output = unet.forward(&sample, &Tensor::f_from_slice(&[500i64])?.f_to_device(device)?, &states)?;
         let gradient = Tensor::f_run_backward(&[inner_product(&output, &weight)?], &[&states], false, false)?.swap_remove(0);
         Ok([output.f_detach()?, gradient])
     };
-    let expected = run(Kind::Float, Device::Cpu)?;
+    let expected = run(Kind::Float, Device::Cpu, Compute::PLAIN)?;
     for (kind, limit) in KINDS {
-        let own = if kind == Kind::Float { expected.each_ref().map(Tensor::shallow_clone) } else { run(kind, Device::Cpu)? };
-        let found = run(kind, setting.device)?;
+        let own =
+            if kind == Kind::Float { expected.each_ref().map(Tensor::shallow_clone) } else { run(kind, Device::Cpu, Compute::PLAIN)? };
+        let found = run(kind, setting.device, Compute::fastest(kind, setting.device)?)?;
         let error = |of: &[Tensor; 2], i: usize, name| relative(name, &of[i], &expected[i], 0.0);
         let both = |i, name| Ok::<_, anyhow::Error>((name, (error(&found, i, name)?, error(&own, i, name)?)));
         cases.push(verdict("random U-Net", kind, &[both(0, "sample")?, both(1, "grad.hidden_states")?], limit));

@@ -3,7 +3,7 @@
 use crate::{Setting, TOKENS};
 use anyhow::Result;
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
-use ella_model::params::{Layout as Order, Params};
+use ella_model::params::{Compute, Params};
 use ella_model::t5::T5;
 use ella_model::text::Text;
 use ella_model::unet::UNet;
@@ -41,21 +41,23 @@ pub(crate) fn values<T>(build: impl Fn(&Params) -> ella_model::Result<T>, device
     shapes.taken().into_iter().map(value).collect()
 }
 
-/// A network over such values, as `kind` on `device`, in the layout that loading gives it.
+/// A network over such values, as `kind` on `device`.
 pub(crate) fn network<T>(
     build: impl Fn(&Params) -> ella_model::Result<T>,
     values: &[(String, Tensor)],
     (kind, device): (Kind, Device),
+    compute: Compute,
 ) -> Result<T> {
     let given = values.iter().map(|(name, value)| Ok((name.clone(), value.f_to_device(device)?.f_to_kind(kind)?)));
     let p = Params::given(given.collect::<Result<Vec<_>>>()?);
-    p.lay_out(Order::fastest(kind, device));
+    p.compute_by(compute);
     Ok(build(&p)?)
 }
 
-/// The same without values of their own.
+/// The same without values of their own, computing as it does when it is loaded.
 pub(crate) fn random<T>(build: impl Fn(&Params) -> ella_model::Result<T>, setting: &Setting) -> Result<T> {
-    network(&build, &values(&build, setting.device)?, (setting.kind, setting.device))
+    let Setting { kind, device, .. } = *setting;
+    network(&build, &values(&build, device)?, (kind, device), Compute::fastest(kind, device)?)
 }
 
 /// The frozen text encoder.
