@@ -102,7 +102,8 @@ def page(runs):
         lines += ["There are none yet: ella has not been measured on a GPU. [performance.md](performance.md) says what arithmetic expects.", ""]
         return "\n".join(lines)
     lines += ["![Images a second, share of the peak and ratios to the peer over time](results.svg)", ""]
-    lines += ["| run | GPU | commit | micro-batch | images/s | compiled peer | eager peer | ella / compiled | ella / eager | of the peak | memory |"]
+    heads = ["run", "GPU", "commit", "micro-batch", "images/s", "compiled peer", "eager peer", "ella / compiled", "ella / eager", "of the peak"]
+    lines += [f"| {' | '.join([*heads, 'memory'])} |"]
     lines += ["|---" * 11 + "|"]
     for name, result in reversed(runs):
         for row in result["summary"]:

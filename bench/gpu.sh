@@ -21,10 +21,11 @@ mkdir -p "$out" || die "$out cannot be made"
 
 # A wheel has torch/version.py, libtorch by itself has build-version.
 is_2_11() { grep -qs "2\.11\." "$1/version.py" "$1/build-version"; }
-python_torch() { "$python" -c 'import importlib.util as u, os; s = u.find_spec("torch"); print(os.path.dirname(s.origin) if s and s.origin else "")' 2>/dev/null || true; }
+# Where the Python's torch lies, without importing it.
+find_torch='import importlib.util, os; found = importlib.util.find_spec("torch"); print(os.path.dirname(found.origin) if found else "")'
 
 libtorch=
-for folder in "${LIBTORCH:-}" "$(python_torch)" "$here/../.libtorch/torch"; do
+for folder in "${LIBTORCH:-}" "$("$python" -c "$find_torch" 2>/dev/null || true)" "$here/../.libtorch/torch"; do
     if [ -e "$folder/lib/libtorch_cpu.so" ] && is_2_11 "$folder"; then
         libtorch=$(cd "$folder" && pwd)
         break
@@ -49,9 +50,11 @@ for file in "${BENCH_GPU:-}" "$here/bench_gpu" "$target/release/examples/bench_g
 done
 if [ -z "$binary" ] && [ -f "$here/bench_gpu.xz" ]; then
     binary=$out/bench_gpu
-    "$python" -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], "wb"))' "$here/bench_gpu.xz" "$binary"
+    # xz itself is not everywhere.
+    "$python" -c 'import lzma, sys; open(sys.argv[2], "wb").write(lzma.open(sys.argv[1]).read())' "$here/bench_gpu.xz" "$binary"
 fi
-[ -n "$binary" ] || die "bench_gpu is found nowhere: build it (cargo build --release --locked -p ella-worker --example bench_gpu), or name it in BENCH_GPU"
+build="cargo build --release --locked -p ella-worker --example bench_gpu"
+[ -n "$binary" ] || die "bench_gpu is found nowhere: build it ($build), or name it in BENCH_GPU"
 [ -x "$binary" ] || chmod +x "$binary"
 
 goldens=
@@ -59,9 +62,8 @@ for folder in "$here/goldens" "$here/../model/tests/goldens"; do
     [ ! -d "$folder" ] || { goldens=$folder; break; }
 done
 
-commit=${ELLA_COMMIT:-$(cat "$here/commit" 2>/dev/null || git -C "$here" describe --always --abbrev=40 --dirty 2>/dev/null || echo unknown)}
+described() { git -C "$here" describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || echo unknown; }
+commit=${ELLA_COMMIT:-$(cat "$here/commit" 2>/dev/null || described)}
 
-# cuBLAS is deterministic only if it is told so before its first use; it costs nothing else here.
-export CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}
 exec "$python" "$here/gpu_parts.py" --out "$out" --binary "$binary" --libtorch "$libtorch" --libraries "$libraries" --goldens "$goldens" \
     --commit "$commit" "$@"

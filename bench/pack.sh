@@ -21,7 +21,7 @@ mkdir -p "$folder"
 cp bench/gpu.sh bench/gpu_parts.py bench/peer_trainer.py "$folder/"
 strip -o "$folder/bench_gpu" "$binary"
 # xz itself is not everywhere, and Python is needed anyway.
-python3 -c 'import lzma, pathlib, sys; f = pathlib.Path(sys.argv[1]); f.with_suffix(".xz").write_bytes(lzma.compress(f.read_bytes(), preset=6))' "$folder/bench_gpu"
+python3 -c 'import lzma, sys; lzma.open(sys.argv[1] + ".xz", "wb").write(open(sys.argv[1], "rb").read())' "$folder/bench_gpu"
 rm "$folder/bench_gpu"
 # Those of the networks that bench_gpu check runs.
 mkdir "$folder/goldens"

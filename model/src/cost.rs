@@ -4,12 +4,12 @@
 //! [`vae_decoder`] for one sample. A multiply-add is 2 FLOP; what is not a matrix product (norms, activations, sums) counts no FLOP, for it
 //! never decides: it counts what it moves.
 //!
-//! Two figures of bytes come out of one list. Every operation as a kernel of its own reads its inputs once and writes its output once. In the
-//! ideal fused pass only matrix products and attention touch memory: norms, activations and sums ride on what they write or read
+//! Two figures of bytes come out of one list. Every operation as a kernel of its own reads its inputs once and writes its output once. In
+//! the ideal fused pass only matrix products and attention touch memory: norms, activations and sums ride on what they write or read
 //! ([`Family::is_fused`]). The second is what [`floor`] takes, so that no kernel can be below it.
 //!
-//! Backward passes are the ones that training a connector needs. Through the U-Net: gradients of activations alone, and of those only what lies
-//! behind the first place where the text comes in. Through the connector: gradients of its parameters too.
+//! Backward passes are the ones that training a connector needs. Through the U-Net: gradients of activations alone, and of those only what
+//! lies behind the first place where the text comes in. Through the connector: gradients of its parameters too.
 
 mod small;
 mod unet;
@@ -96,7 +96,8 @@ pub struct Operation {
     pub forward: Work,
     /// The backward pass; nothing where no gradient goes.
     pub backward: Work,
-    /// Multiply-adds for a sample that flash attention does once more in its backward pass, for it keeps no scores. They are in no other figure.
+    /// Multiply-adds for a sample that flash attention does once more in its backward pass, for it keeps no scores. They are in no other
+    /// figure.
     pub recompute: u64,
 }
 
@@ -259,8 +260,8 @@ pub const GPUS: [Gpu; 3] = [
 ];
 
 impl Gpu {
-    /// Seconds below which this work cannot be done for `samples` at once in numbers of `width` bytes: each operation takes as long as its FLOP or
-    /// its bytes, whichever is longer.
+    /// Seconds below which this work cannot be done for `samples` at once in numbers of `width` bytes: each operation takes as long as its
+    /// FLOP or its bytes, whichever is longer.
     fn least(&self, work: &Work, samples: u64, width: u64) -> f64 {
         (work.flops(samples) / self.peak).max(work.bytes(samples, width) / self.bandwidth)
     }
@@ -288,8 +289,8 @@ pub fn floor<'a>(operations: impl IntoIterator<Item = &'a Operation>, gpu: &Gpu,
     floor
 }
 
-/// Bytes that one fused update of so many float32 parameters moves: the gradient twice (its norm, then the update), and weights, both moments and
-/// the moving average, each read and written.
+/// Bytes that one fused update of so many float32 parameters moves: the gradient twice (its norm, then the update), and weights, both
+/// moments and the moving average, each read and written.
 pub fn optimizer_bytes(parameters: u64) -> f64 {
     (2 + 4 * 2) as f64 * 4.0 * parameters as f64
 }
@@ -335,8 +336,8 @@ mod tests {
         assert!([Family::Norm, Family::Elementwise].iter().all(|family| families[family].forward.macs == 0));
     }
 
-    /// 433 GMAC, and 459 with what flash attention computes twice; 1.67 to 1.72 TFLOP with the forward pass. The paper's figures have the gradient
-    /// of what the first queries to the text are made from, which leads nowhere and is not made here.
+    /// 433 GMAC, and 459 with what flash attention computes twice; 1.67 to 1.72 TFLOP with the forward pass. The paper's figures have the
+    /// gradient of what the first queries to the text are made from, which leads nowhere and is not made here.
     #[test]
     fn the_step_is_the_papers() {
         let step = total(&unet(&Preset::Sd15.unet().unwrap(), (64, 64), 64));
@@ -359,7 +360,8 @@ mod tests {
             near(giga(total(&t5(&T5Config::flan_t5_xl(), tokens)).forward), expected, 0.1);
         }
         let vae = Preset::Sd15.vae().unwrap();
-        // To the last one as torch's FlopCounterMode counts diffusers' (onnx-tool, which the paper cites, counts norms and activations too).
+        // To the last one as torch's FlopCounterMode counts diffusers' (onnx-tool, which the paper cites, counts norms and activations
+        // too).
         assert_eq!(total(&vae_encoder(&vae, (512, 512))).forward.macs, 558_329_233_408);
         assert_eq!(total(&vae_decoder(&vae, (512, 512))).forward.macs, 1_257_259_466_752);
     }
@@ -383,7 +385,8 @@ mod tests {
         assert_eq!(inner, 1_223_527_424 - 32128 * 2048 - 32 * 32);
     }
 
-    /// Where the pooled text comes in with the time, the gradient goes on to the first residual block; else it ends at the first transformer.
+    /// Where the pooled text comes in with the time, the gradient goes on to the first residual block; else it ends at the first
+    /// transformer.
     #[test]
     fn the_gradient_ends_where_the_text_comes_in_first() {
         let ends = |preset: Preset| {
@@ -404,8 +407,8 @@ mod tests {
         assert_eq!(by(&operations, |operation| operation.level).len(), 4);
     }
 
-    /// At a micro-batch of 32 the step is bound by arithmetic: the fused floor is within a tenth of FLOP over peak, and all of it is below a
-    /// kernel for each operation.
+    /// At a micro-batch of 32 the step is bound by arithmetic: the fused floor is within a tenth of FLOP over peak, and all of it is below
+    /// a kernel for each operation.
     #[test]
     fn the_floor_is_bound_by_arithmetic() {
         let operations = unet(&Preset::Sd15.unet().unwrap(), (64, 64), 64);

@@ -1,5 +1,5 @@
-//! docs/performance.md has the cost model's own figures: its tables are made here. `ELLA_WRITE_DOCS=1 cargo test -p ella-model --test performance`
-//! writes them anew.
+//! docs/performance.md has the cost model's own figures: its tables are made here. `ELLA_WRITE_DOCS=1 cargo test -p ella-model --test
+//! performance` writes them anew.
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic as tests do
 
@@ -103,7 +103,8 @@ fn bases() -> String {
 }
 
 fn floors() -> String {
-    let mut text = "| GPU | FLOP over peak | fused floor | a kernel each | update | step at 32 | images/s at the fused floor |\n|---|---|---|---|---|---|---|\n".to_owned();
+    let head = "| GPU | FLOP over peak | fused floor | a kernel each | update | step at 32 | images/s at the fused floor |";
+    let mut text = format!("{head}\n{}|\n", "|---".repeat(7));
     let (config, tsc) = tsc();
     for gpu in &GPUS {
         let (net, own): (Floor, Floor) = (floor(&sd15(), gpu, BATCH, BF16), floor(&tsc, gpu, BATCH, FP32));
@@ -148,15 +149,17 @@ fn floor_by_family() -> String {
     text
 }
 
-/// Bytes a second of a GPU's part of a ring: in a node NVLink's 900 GB/s, half of it each way; between nodes of eight GPUs eight links of 400 Gb/s, each
-/// of which carries an eighth of the sum.
+/// Bytes a second of a GPU's part of a ring: in a node NVLink's 900 GB/s, half of it each way; between nodes of eight GPUs eight links of
+/// 400 Gb/s, each of which carries an eighth of the sum.
 const IN_NODE: f64 = 450e9;
 const BETWEEN: f64 = 8.0 * 400e9 / 8.0;
 /// Seconds that one hop is assumed to take by itself.
 const HOP: f64 = 10e-6;
 
 fn scaling() -> String {
-    let mut text = "| reduction | bytes | GPUs | all-reduce | share of the step at 195 images/s | at 260 images/s |\n|---|---|---|---|---|---|\n".to_owned();
+    let mut text =
+        "| reduction | bytes | GPUs | all-reduce | share of the step at 195 images/s | at 260 images/s |\n|---|---|---|---|---|---|\n"
+            .to_owned();
     let count = parameters(&tsc().0) as f64;
     for (name, width) in [("fast, bf16", 2.0), ("fast", 4.0), ("exact", 8.0)] {
         for (gpus, bandwidth) in [(8.0f64, IN_NODE), (256.0, BETWEEN)] {
@@ -169,11 +172,14 @@ fn scaling() -> String {
     text
 }
 
+/// A table's name in the page, and what makes it.
+type Table = (&'static str, fn() -> String);
+
 #[test]
 fn the_page_has_the_models_own_figures() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
     let page = std::fs::read_to_string(&path).unwrap();
-    let tables: [(&str, fn() -> String); 7] = [
+    let tables: [Table; 7] = [
         ("parts", parts),
         ("families", families),
         ("levels", levels),
@@ -192,6 +198,9 @@ fn the_page_has_the_models_own_figures() {
     if std::env::var_os("ELLA_WRITE_DOCS").is_some() {
         std::fs::write(&path, &wanted).unwrap();
     } else {
-        assert!(page == wanted, "docs/performance.md is not what the cost model says: write it anew with ELLA_WRITE_DOCS=1 (see this test's file)");
+        assert!(
+            page == wanted,
+            "docs/performance.md is not what the cost model says: write it anew with ELLA_WRITE_DOCS=1 (see this test's file)"
+        );
     }
 }

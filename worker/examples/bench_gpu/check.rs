@@ -1,6 +1,7 @@
 //! Whether the device computes what the processor does.
 //!
-//! Networks of goldens run by the code of `ella forward`; a random U-Net of the preset's true shape besides. Errors are max|a − b| / max|b|.
+//! Networks of goldens run by the code of `ella forward`; a random U-Net of the preset's true shape besides. Errors are max|a − b| /
+//! max|b|.
 
 use crate::networks;
 use crate::train::Trainer;
@@ -23,8 +24,8 @@ type Named = Vec<(String, Tensor)>;
 /// What is tried, and how far it may be off: float32 without TF32, and bfloat16.
 const KINDS: [(Kind, f64); 2] = [(Kind::Float, 1e-4), (Kind::BFloat16, 2e-2)];
 
-/// A network may also be this many times as far off as the processor's own arithmetic in the same kind is: some goldens have attention so sharp that
-/// bfloat16 cannot follow it anywhere (transformers' own T5 is 0.15 off).
+/// A network may also be this many times as far off as the processor's own arithmetic in the same kind is: some goldens have attention so
+/// sharp that bfloat16 cannot follow it anywhere (transformers' own T5 is 0.15 off).
 const AS_THE_PROCESSOR: f64 = 2.0;
 
 /// Updates of each of two runs that are to end with the same bits.
@@ -143,7 +144,8 @@ impl Golden {
     }
 }
 
-/// What a network's outputs and gradients are off by, each with what the processor's own are: the one that comes nearest to its bound stands for all.
+/// What a network's outputs and gradients are off by, each with what the processor's own are: the one that comes nearest to its bound
+/// stands for all.
 fn verdict(case: &str, kind: Kind, outputs: &[(&str, (f64, f64))], limit: f64) -> Value {
     let bound = |own: f64| limit.max(AS_THE_PROCESSOR * own);
     let share = |&(_, (error, own)): &(&str, (f64, f64))| error / bound(own);
@@ -163,7 +165,8 @@ fn largest_gradient(expected: &Named) -> f64 {
     expected.iter().filter(|(name, _)| name.starts_with("grad.")).filter_map(|(_, tensor)| most(tensor).ok()).fold(0.0, f64::max)
 }
 
-/// max|a − b| / max|b|. A gradient that is 0 but for rounding, such as that of a bias of all keys, is measured by the largest one beside it.
+/// max|a − b| / max|b|. A gradient that is 0 but for rounding, such as that of a bias of all keys, is measured by the largest one beside
+/// it.
 fn relative(name: &str, found: &Tensor, expected: &Tensor, largest: f64) -> Result<f64> {
     ensure!(found.size() == expected.size(), "{name} is {:?} (expected {:?})", found.size(), expected.size());
     let wide = |tensor: &Tensor| tensor.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double);

@@ -11,7 +11,10 @@ pub(crate) fn run(setting: &Setting) -> Result<Value> {
     let peak = train::peak(setting)?;
     let (text, (ids, mask)) = (networks::text(setting)?, networks::captions(setting)?);
     gpu::reset_peak(setting.device);
-    let encode = || tch::no_grad(|| Ok(drop(text.features(&ids, &mask, Layers::Last)?)));
+    let encode = || {
+        tch::no_grad(|| text.features(&ids, &mask, Layers::Last))?;
+        Ok(())
+    };
     let timed = timing::time(setting.device, setting.measure, encode)?;
     let captions = setting.micro_batch as f64 / timed.median();
     let flops = cost::total(&cost::t5(&setting.text()?, TOKENS)).flops();

@@ -1,7 +1,7 @@
 //! Which family a kernel belongs to, by its name.
 
-/// Families, and what names of their kernels contain, in lower case. The first row that fits counts: convolutions come before the products that
-/// they are made of, changes of layout and copies before the element-wise loops that do them, random normal numbers before norms.
+/// Families, and what names of their kernels contain, in lower case. The first row that fits counts: convolutions come before the products
+/// that they are made of, changes of layout and copies before the element-wise loops that do them, random normal numbers before norms.
 const FAMILIES: [(&str, &[&str]); 9] = [
     ("attention", &["flash", "fmha", "sdpa", "attention", "softmax", "_mha_"]),
     ("copy", &["nchwtonhwc", "nhwctonchw", "tensortransform"]),

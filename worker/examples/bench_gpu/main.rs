@@ -1,8 +1,8 @@
-//! What this machine's device makes of ella's own networks and of its step: correctness, images a second, tokens a second, where the time goes.
-//! `bench/gpu.sh` runs it part by part and puts the results together; by hand: `bench_gpu train --micro-batch 32`.
+//! What this machine's device makes of ella's own networks and of its step: correctness, images a second, tokens a second, where the time
+//! goes. `bench/gpu.sh` runs it part by part and puts the results together; by hand: `bench_gpu train --micro-batch 32`.
 //!
-//! Each part prints a table, or with `--json` one object on standard output. What cannot be had here is in it as `"skipped": "reason"`, and is
-//! no failure. Data and weights are random, never zeros. `--preset nano --device cpu` tries every part in seconds.
+//! Each part prints a table, or with `--json` one object on standard output. What cannot be had here is in it as `"skipped": "reason"`, and
+//! is no failure. Data and weights are random, never zeros. `--preset nano --device cpu` tries every part in seconds.
 
 mod check;
 mod embed;

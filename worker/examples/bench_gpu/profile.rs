@@ -65,8 +65,8 @@ impl Sum {
     }
 }
 
-/// Milliseconds, calls and share of each family; the kernels that take longest; and how long the device had nothing to do between the first kernel's begin
-/// and the last one's end.
+/// Milliseconds, calls and share of each family; the kernels that take longest; and how long the device had nothing to do between the first
+/// kernel's begin and the last one's end.
 fn by_family<'a>(kernels: impl Iterator<Item = &'a Event>) -> Value {
     let (mut families, mut names) = (BTreeMap::<_, Sum>::new(), BTreeMap::<&str, Sum>::new());
     let mut spans = Vec::new();

@@ -58,7 +58,8 @@ impl Trainer {
     }
 }
 
-/// FLOP of an image's step, by the cost model: through the U-Net and back to its conditions, through the connector and back to its parameters.
+/// FLOP of an image's step, by the cost model: through the U-Net and back to its conditions, through the connector and back to its
+/// parameters.
 pub(crate) fn flops(setting: &Setting) -> Result<f64> {
     let sizes = networks::connector_config(setting)?;
     let unet = cost::unet(&setting.preset().unet()?, (setting.latent(), setting.latent()), sizes.latents);
@@ -70,7 +71,10 @@ pub(crate) fn peak(setting: &Setting) -> Result<f64> {
     let n: i64 = if setting.device.is_cuda() { 8192 } else { 256 };
     let random = || Tensor::f_randn([n, n], (Kind::Float, setting.device))?.f_to_kind(setting.kind);
     let (a, b) = (random()?, random()?);
-    let timed = timing::time(setting.device, Duration::from_millis(500), || Ok(drop(a.f_matmul(&b)?)))?;
+    let timed = timing::time(setting.device, Duration::from_millis(500), || {
+        a.f_matmul(&b)?;
+        Ok(())
+    })?;
     Ok(2.0 * (n as f64).powi(3) / timed.median())
 }
 
