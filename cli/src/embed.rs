@@ -45,6 +45,12 @@ pub(crate) struct Embed {
     /// Threads that compute
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: u32,
+    /// Take no more than so much of a GPU's memory, as in 20GiB: others may work there too
+    #[arg(long, value_name = "BYTES")]
+    gpu_memory: Option<config::Bytes>,
+    /// Halve batches that run out of a GPU's memory; the features' last bits may differ then
+    #[arg(long)]
+    split_on_oom: bool,
     /// A column of captions to embed, the data set's own or an added one; may be given more than once [default: all of its own]
     #[arg(long = "caption", value_name = "COLUMN")]
     captions: Vec<String>,
@@ -171,6 +177,8 @@ impl Embed {
             captions: self.captions.clone(),
             batch: self.batch as usize,
             threads: self.threads as usize,
+            gpu_memory: self.gpu_memory,
+            split_on_oom: self.split_on_oom,
         }
     }
 

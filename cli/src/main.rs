@@ -89,7 +89,7 @@ enum Command {
 
 fn main() -> ExitCode {
     // SAFETY: no thread has been started yet.
-    unsafe { ella_worker::device::use_large_pages() };
+    unsafe { ella_worker::device::set_environment() };
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return ExitCode::from(refused(&error)),

@@ -157,12 +157,13 @@ pub struct PartsReport {
     pub reduce: f64,
     pub update: f64,
     pub commit: f64,
+    pub reduce_hidden: f64,
 }
 
 impl From<v1::StepParts> for PartsReport {
     fn from(parts: v1::StepParts) -> Self {
-        let v1::StepParts { data, encode, forward, backward, reduce, update, commit } = parts;
-        Self { data, encode, forward, backward, reduce, update, commit }
+        let v1::StepParts { data, encode, forward, backward, reduce, update, commit, reduce_hidden } = parts;
+        Self { data, encode, forward, backward, reduce, update, commit, reduce_hidden }
     }
 }
 

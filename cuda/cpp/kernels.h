@@ -76,6 +76,7 @@ using std::erf;
 using std::exp;
 using std::min;
 using std::sqrt;
+using std::tanh;
 #endif
 
 DEVICE float widen(float x) { return x; }
@@ -533,6 +534,66 @@ DEVICE void layer_norm_back(const T* x, const T* gamma, const float* stats, cons
     }
 }
 
+// --- Text encoders, which nothing is trained through --------------------------------------------------------------------------------------
+
+// T5's and LLaMA's norm: y = (x / √(mean(x²) + ε)) · w, rounded before the weight as theirs is. Rows as for layer_norm.
+template <class T>
+DEVICE void rms_norm(const T* x, const T* weight, T* y, int N, int D, float eps) {
+    SHARED(float, first, MAX_THREADS);
+    SHARED(float, first_part, MAX_ROWS * PARTS);
+    const int lanes = D / VECTOR, rows = blockDim.x / lanes;
+    PHASE(t) {
+        const int row = blockIdx.x * rows + t / lanes;
+        float q = 0.0f;
+        if (row < N) {
+            float v[VECTOR];
+            load(x + static_cast<long long>(row) * D + t % lanes * VECTOR, v);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) q += v[j] * v[j];
+        }
+        first[t] = q;
+    }
+    SYNC();
+    PHASE(t) row_parts(t, first, first_part, lanes);
+    SYNC();
+    PHASE(t) {
+        const int row = blockIdx.x * rows + t / lanes, c = t % lanes * VECTOR;
+        if (row < N) {
+            const long long place = static_cast<long long>(row) * D + c;
+            const float inverse = 1.0f / sqrt(row_sum(t, first_part, lanes) / D + eps);
+            float v[VECTOR];
+            load(x + place, v);  // again: it is in the cache
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                T rounded;
+                narrow(v[j] * inverse, rounded);
+                v[j] = widen(rounded) * widen(weight[c + j]);
+            }
+            store(v, y + place);
+        }
+    }
+}
+
+// The GELU's tanh approximation.
+DEVICE float gelu_tanh(float x) { return 0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x))); }
+
+// both [N, 2D]: gates, then values; y = gelu(gate) · value.
+template <class T>
+DEVICE void gated_gelu(const T* both, T* y, long long count, int D) {
+    PHASE(t) {
+        const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + t) * VECTOR;
+        if (i < count) {
+            const T* row = both + i / D * 2 * D + i % D;
+            float gate[VECTOR], value[VECTOR];
+            load(row, gate);
+            load(row + D, value);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) value[j] *= gelu_tanh(gate[j]);
+            store(value, y + i);
+        }
+    }
+}
+
 // --- Residual -----------------------------------------------------------------------------------------------------------------------------
 
 // y = a + b + bias over maps [N, C]; bias [C] in float32. One thread for eight of N × C.
@@ -630,6 +691,8 @@ DEVICE void adamw(float* p, const float* g, float* m, float* v, float* ema, long
     (const T* x, const T* gamma, const float* stats, const T* dy, const T* more, T* dx, int N, int D) {                                     \
         ella::layer_norm_back(x, gamma, stats, dy, more, dx, N, D);                                                                         \
     }                                                                                                                                       \
+    KERNEL(rms_norm, T, suffix)(const T* x, const T* weight, T* y, int N, int D, float eps) { ella::rms_norm(x, weight, y, N, D, eps); }     \
+    KERNEL(gated_gelu, T, suffix)(const T* both, T* y, long long count, int D) { ella::gated_gelu(both, y, count, D); }                     \
     KERNEL(add_biased, T, suffix)(const T* a, const T* b, const float* bias, T* y, long long count, int C) {                                \
         ella::add_biased(a, b, bias, y, count, C);                                                                                          \
     }

@@ -166,18 +166,21 @@ Grid flat(int64_t count) {
     return {static_cast<int>((count + each - 1) / each), 1, threads};
 }
 
+// `both` [.., 2D] as the result of half its width.
+Tensor halved(const Tensor& both) {
+    TORCH_CHECK(both.size(-1) % (2 * ella::VECTOR) == 0, "a fused gate takes twice a multiple of ", ella::VECTOR, ", not ", both.size(-1));
+    auto sizes = both.sizes().vec();
+    sizes.back() /= 2;
+    return at::empty(sizes, both.options());
+}
+
 struct Geglu : torch::autograd::Function<Geglu> {
     static Tensor forward(AutogradContext* ctx, const Tensor& input) {
-        const Tensor both = input.contiguous();
-        const int64_t half = both.size(-1) / 2;
-        TORCH_CHECK(both.size(-1) % (2 * ella::VECTOR) == 0, "a fused GEGLU takes twice a multiple of ", ella::VECTOR, ", not ", both.size(-1));
-        auto sizes = both.sizes().vec();
-        sizes.back() = half;
-        const Tensor y = at::empty(sizes, both.options());
+        const Tensor both = input.contiguous(), y = halved(both);
         by_type(both, [&](auto number, const char* type) {
             using T = decltype(number);
             launch(y, std::string("geglu") + type, flat(y.numel()), &ella::geglu<T>, numbers<T>(both), numbers<T>(y), y.numel(),
-                   static_cast<int>(half));
+                   static_cast<int>(y.size(-1)));
         });
         ctx->save_for_backward({both});
         return y;
@@ -261,6 +264,35 @@ struct AddBiased : torch::autograd::Function<AddBiased> {
     static variable_list backward(AutogradContext*, const variable_list& grads) { return {grads[0], grads[0], Tensor()}; }
 };
 
+// --- Text encoders ------------------------------------------------------------------------------------------------------------------------
+
+void refuse_gradient(const Tensor& x) {
+    TORCH_CHECK(!(at::GradMode::is_enabled() && x.requires_grad()), "there is no gradient through this fused operator: use the plain one");
+}
+
+Tensor rms_norm(const Tensor& input, const Tensor& weight, double eps) {
+    refuse_gradient(input);
+    const Tensor x = input.contiguous(), y = at::empty_like(x);
+    const Rows n(x);
+    by_type(x, [&](auto number, const char* type) {
+        using T = decltype(number);
+        launch(x, std::string("rms_norm") + type, n.grid, &ella::rms_norm<T>, numbers<T>(x), numbers<T>(weight), numbers<T>(y), n.N, n.D,
+               static_cast<float>(eps));
+    });
+    return y;
+}
+
+Tensor gated_gelu(const Tensor& input) {
+    refuse_gradient(input);
+    const Tensor both = input.contiguous(), y = halved(both);
+    by_type(both, [&](auto number, const char* type) {
+        using T = decltype(number);
+        launch(y, std::string("gated_gelu") + type, flat(y.numel()), &ella::gated_gelu<T>, numbers<T>(both), numbers<T>(y), y.numel(),
+               static_cast<int>(y.size(-1)));
+    });
+    return y;
+}
+
 // --- The C interface ----------------------------------------------------------------------------------------------------------------------
 
 const Tensor& tensor_of(const void* tensor) { return *static_cast<const Tensor*>(tensor); }
@@ -301,6 +333,12 @@ int ella_adamw(const void* p, const void* g, const void* m, const void* v, const
                numbers<float>(tensor_of(m)), numbers<float>(tensor_of(v)), numbers<float>(tensor_of(ema)), params.numel(), r);
         return 0;
     });
+}
+void* ella_rms_norm(const void* x, const void* weight, double eps) {
+    return ella_guarded<void*>(nullptr, [&] { return given(rms_norm(tensor_of(x), tensor_of(weight), eps)); });
+}
+void* ella_gated_gelu(const void* both) {
+    return ella_guarded<void*>(nullptr, [&] { return given(gated_gelu(tensor_of(both))); });
 }
 void* ella_add_biased(const void* a, const void* b, const void* bias) {
     return ella_guarded<void*>(nullptr, [&] { return given(AddBiased::apply(tensor_of(a), tensor_of(b), tensor_of(bias))); });

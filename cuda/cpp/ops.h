@@ -15,6 +15,8 @@ void ella_use_gpu(const EllaGpu* gpu);
 void* ella_group_norm(const void* x, const void* gamma, const void* beta, const void* add, int64_t groups, double eps, int activate);
 void* ella_frozen_conv2d(const void* x, const void* weight, int64_t stride, int64_t padding);
 void* ella_geglu(const void* both);
+void* ella_rms_norm(const void* x, const void* weight, double eps);
+void* ella_gated_gelu(const void* both);
 void* ella_add_biased(const void* a, const void* b, const void* bias);
 
 // `b` may be null; then `sum` is not written.

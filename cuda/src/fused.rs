@@ -17,27 +17,27 @@ pub const MOST_CHANNELS: i64 = 4096;
 /// Which operators a network takes from here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fused {
-    /// [`group_norm`], with the activation after it and what is added before it; [`layer_norm`], with the residual before it.
+    /// [`group_norm`], with the activation after it and what is added before it; [`layer_norm`], with the residual before it; [`rms_norm`].
     pub norm: bool,
     /// [`frozen_conv2d`], and its bias in whatever comes next.
     pub conv: bool,
-    /// [`geglu`].
-    pub geglu: bool,
-    /// One product for the queries, keys and values of an attention.
-    pub qkv: bool,
+    /// [`geglu`] and [`gated_gelu`].
+    pub gate: bool,
+    /// One product for the queries, keys and values of an attention; and a text encoder's scores stay on the chip, as a U-Net's always do.
+    pub attention: bool,
 }
 
 type Switch = fn(&mut Fused) -> &mut bool;
 
 /// The names in `ELLA_FUSED`, and the switches that they stand for.
 const SWITCHES: [(&str, Switch); 4] =
-    [("norm", |f| &mut f.norm), ("conv", |f| &mut f.conv), ("geglu", |f| &mut f.geglu), ("qkv", |f| &mut f.qkv)];
+    [("norm", |f| &mut f.norm), ("conv", |f| &mut f.conv), ("gate", |f| &mut f.gate), ("attention", |f| &mut f.attention)];
 
 impl Fused {
     /// None of them: libtorch's own operators only.
-    pub const NONE: Self = Self { norm: false, conv: false, geglu: false, qkv: false };
+    pub const NONE: Self = Self { norm: false, conv: false, gate: false, attention: false };
     /// All of them.
-    pub const ALL: Self = Self { norm: true, conv: true, geglu: true, qkv: true };
+    pub const ALL: Self = Self { norm: true, conv: true, gate: true, attention: true };
 
     /// What the environment variable `ELLA_FUSED` says: `all`, `none`, or names beside commas; nothing if it is not set.
     ///
@@ -166,6 +166,34 @@ fn norm_of_sum(a: &Tensor, b: Option<&Tensor>, (gamma, beta): (&Tensor, &Tensor)
     Ok((b.map(|_| returned(sum)).transpose()?, returned(y)?))
 }
 
+/// `x / √(mean(x²) + ε) · weight` over the last axis, rounded to `x`'s kind before the weight: T5's and LLaMA's norm. Without a gradient.
+///
+/// # Shapes
+/// `x` `[.., D]`, D a multiple of 8 up to [`MOST_CHANNELS`], `weight` `[D]` of its kind; to `x`'s shape and kind.
+///
+/// # Errors
+/// A shape or kind that it does not take; a gradient is wanted.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if weight.f_kind().ok() != x.f_kind().ok() || weight.size() != x.size()[x.dim().saturating_sub(1)..] {
+        let found = format!("{:?} {:?}", weight.kind(), weight.size());
+        return Err(Error(format!("a fused norm of {:?} {:?} takes a weight of its kind and width, not {found}", x.kind(), x.size())));
+    }
+    // SAFETY: both tensors are alive while they are borrowed.
+    returned(unsafe { ops::ella_rms_norm(x.as_ptr(), weight.as_ptr(), eps) })
+}
+
+/// The GELU (tanh approximation) of the gates times the values. Without a gradient.
+///
+/// # Shapes
+/// `[.., 2D]`, gates then values, to `[.., D]`; D a multiple of 8.
+///
+/// # Errors
+/// A shape or kind that it does not take; a gradient is wanted.
+pub fn gated_gelu(both: &Tensor) -> Result<Tensor> {
+    // SAFETY: the tensor is alive while it is borrowed.
+    returned(unsafe { ops::ella_gated_gelu(both.as_ptr()) })
+}
+
 /// `a + b + bias`.
 ///
 /// # Shapes
@@ -246,8 +274,8 @@ mod tests {
     fn switches_are_read_by_name() {
         assert_eq!(Fused::parse("all").unwrap(), Fused::ALL);
         assert_eq!(Fused::parse("none").unwrap(), Fused::NONE);
-        assert_eq!(Fused::parse("norm, qkv").unwrap(), Fused { norm: true, qkv: true, ..Fused::NONE });
+        assert_eq!(Fused::parse("norm, attention").unwrap(), Fused { norm: true, attention: true, ..Fused::NONE });
         let error = Fused::parse("norm,gelu").unwrap_err().to_string();
-        assert!(error.contains("`gelu`") && error.contains("geglu"), "{error}");
+        assert!(error.contains("`gelu`") && error.contains("gate"), "{error}");
     }
 }

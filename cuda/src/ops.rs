@@ -22,6 +22,8 @@ unsafe extern "C" {
     ) -> *mut C_tensor;
     pub(crate) fn ella_frozen_conv2d(x: *const C_tensor, weight: *const C_tensor, stride: i64, padding: i64) -> *mut C_tensor;
     pub(crate) fn ella_geglu(both: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn ella_rms_norm(x: *const C_tensor, weight: *const C_tensor, eps: c_double) -> *mut C_tensor;
+    pub(crate) fn ella_gated_gelu(both: *const C_tensor) -> *mut C_tensor;
     pub(crate) fn ella_add_biased(a: *const C_tensor, b: *const C_tensor, bias: *const C_tensor) -> *mut C_tensor;
     pub(crate) fn ella_add_layer_norm(
         a: *const C_tensor,

@@ -175,6 +175,32 @@ fn layer_norms_agree_with_libtorchs() {
 }
 
 #[test]
+fn text_encoders_operators_agree_with_libtorchs() {
+    tch::manual_seed(7);
+    for device in devices() {
+        for (kind, tolerance) in KINDS {
+            for shape in [&[2, 13, 64][..], &[5, 2048], &[1, 8]] {
+                let x = leaf(shape, 0.5, (kind, device)).detach();
+                let weight = leaf(&shape[shape.len() - 1..], 1.0, (kind, device)).detach();
+                let wide = x.to_kind(Kind::Float);
+                let scaled = &wide * (wide.square().mean_dim(-1i64, true, Kind::Float) + 1e-6).rsqrt();
+                let found = fused::rms_norm(&x, &weight, 1e-6).unwrap();
+                agree("rms norm", tolerance, &[found], &[scaled.to_kind(kind) * &weight]);
+            }
+            let both = leaf(&[3, 5, 2 * 24], 0.0, (kind, device)).detach();
+            let parts = both.to_kind(Kind::Float).chunk(2, -1);
+            let wanted = (parts[0].gelu("tanh") * &parts[1]).to_kind(kind);
+            agree("gated GELU", tolerance, &[fused::gated_gelu(&both).unwrap()], &[wanted]);
+        }
+    }
+    let x = leaf(&[2, 16], 0.0, (Kind::Float, Device::Cpu));
+    assert!(fused::gated_gelu(&x).unwrap_err().to_string().contains("no gradient"));
+    assert!(tch::no_grad(|| fused::gated_gelu(&x)).is_ok());
+    let error = fused::rms_norm(&x.detach(), &Tensor::ones([8], (Kind::Float, Device::Cpu)), 1e-6).unwrap_err().to_string();
+    assert!(error.contains("[8]"), "{error}");
+}
+
+#[test]
 fn residuals_agree_with_libtorchs() {
     tch::manual_seed(4);
     for device in devices() {

@@ -202,16 +202,21 @@ impl GroupNorm {
 pub struct RmsNorm {
     weight: Tensor,
     eps: f64,
+    fused: bool,
 }
 
 impl RmsNorm {
     /// With a learned scale.
     pub fn new(p: &Params, width: i64, eps: f64) -> Result<Self> {
-        Ok(RmsNorm { weight: p.get("weight", &[width], Init::Ones)?, eps })
+        let fits = width % 8 == 0 && width <= fused::MOST_CHANNELS;
+        Ok(RmsNorm { weight: p.get("weight", &[width], Init::Ones)?, eps, fused: fits && p.fused().norm })
     }
 
     /// `[.., width]` to the same shape, in the weight's kind.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if self.fused {
+            return Ok(fused::rms_norm(x, &self.weight, self.eps)?);
+        }
         let wide = x.f_to_kind(Kind::Float)?;
         let mean = wide.f_square()?.f_mean_dim(-1i64, true, Kind::Float)?;
         let scaled = wide.f_mul(&mean.f_add_scalar(self.eps)?.f_rsqrt()?)?;

@@ -17,6 +17,7 @@ pub mod forward;
 pub mod layers;
 pub mod ldm;
 pub mod lora;
+pub mod memory;
 pub mod params;
 pub mod part;
 pub mod presets;

@@ -6,13 +6,14 @@
 
 use std::path::Path;
 
+use ella_cuda::fused;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::config::ConfigFile;
 use crate::error::Result;
 use crate::layers::{Embedding, Linear, RmsNorm, gelu, gelu_tanh, silu};
-use crate::params::{Init, Params};
+use crate::params::{Compute, Init, Params};
 use crate::part::Part;
 use crate::text::Hear;
 
@@ -180,6 +181,7 @@ pub struct T5 {
     bias: Embedding,
     blocks: Vec<Block>,
     norm: RmsNorm,
+    fused_attention: bool,
 }
 
 impl T5 {
@@ -193,7 +195,7 @@ impl T5 {
         let blocks = (0..config.num_layers).map(|n| Block::new(&blocks.at(n).at("layer"), config)).collect::<Result<_>>()?;
         let norm = RmsNorm::new(&p.at("encoder").at("final_layer_norm"), config.d_model, config.eps)?;
         p.finish(&NOT_ENCODER)?;
-        Ok(T5 { config: config.clone(), embedding, bias, blocks, norm })
+        Ok(T5 { config: config.clone(), embedding, bias, blocks, norm, fused_attention: p.fused().attention })
     }
 
     /// Loads a transformers folder, computing in `kind`.
@@ -205,6 +207,7 @@ impl T5 {
     pub fn from_part(part: Part, kind: Kind, device: Device) -> Result<Self> {
         let config = T5Config::read(part.config)?;
         let p = Params::from_weights(part.weights, kind, device);
+        p.compute_by(Compute::fastest(kind, device)?);
         Self::new(&config, &p)
     }
 
@@ -230,6 +233,7 @@ impl T5 {
         let hidden = attention_mask.f_eq(0)?.f_unsqueeze(1)?.f_unsqueeze(1)?; // [B, 1, 1, S]
         let hidden = hidden.f_to_kind(Kind::Float)?.f_mul_scalar(lowest(kind))?;
         let bias = bias.f_add(&hidden)?; // [B, H, S, S]
+        let bias = if self.fused_attention { bias.f_to_kind(kind)? } else { bias };
         for (n, block) in self.blocks.iter().enumerate() {
             if n > 0 {
                 hear(&x)?;
@@ -275,9 +279,8 @@ fn relative_buckets(offset: &Tensor, buckets: i64, max_distance: i64) -> Result<
 #[derive(Debug)]
 struct Block {
     attention_norm: RmsNorm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
+    /// To queries, keys and values: three maps, or one of all of them where the attention is fused.
+    qkv: Vec<Linear>,
     o: Linear,
     heads: i64,
     ff_norm: RmsNorm,
@@ -291,11 +294,12 @@ impl Block {
         let own = attention.at("SelfAttention");
         let project = |name: &str, std: f64| Linear::no_bias(&own.at(name), c.d_model, inner, Init::Normal { std });
         let out = Init::Normal { std: (inner as f64).powf(-0.5) };
+        let q = project("q", ((c.d_model * c.d_kv) as f64).powf(-0.5))?;
+        let (k, v) = (project("k", (c.d_model as f64).powf(-0.5))?, project("v", (c.d_model as f64).powf(-0.5))?);
+        let apart = vec![q, k, v];
         Ok(Block {
             attention_norm: RmsNorm::new(&attention.at("layer_norm"), c.d_model, c.eps)?,
-            q: project("q", ((c.d_model * c.d_kv) as f64).powf(-0.5))?,
-            k: project("k", (c.d_model as f64).powf(-0.5))?,
-            v: project("v", (c.d_model as f64).powf(-0.5))?,
+            qkv: if p.fused().attention { vec![Linear::joined(&apart)?] } else { apart },
             o: Linear::no_bias(&own.at("o"), inner, c.d_model, out)?,
             heads: c.num_heads,
             ff_norm: RmsNorm::new(&ff.at("layer_norm"), c.d_model, c.eps)?,
@@ -303,7 +307,7 @@ impl Block {
         })
     }
 
-    /// `x` `[B, S, E]`, `bias` `[B, H, S, S]` float32.
+    /// `x` `[B, S, E]`, `bias` `[B, H, S, S]`, float32, or of `x`'s kind where the attention is fused.
     fn forward(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
         let x = within_half(x.f_add(&self.attend(&self.attention_norm.forward(x)?, bias)?)?)?;
         within_half(x.f_add(&self.ff.forward(&self.ff_norm.forward(&x)?)?)?)
@@ -311,15 +315,21 @@ impl Block {
 
     fn attend(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
         let (b, s, _) = x.size3()?;
-        let split = |x: Tensor| -> Result<Tensor> {
-            Ok(x.f_reshape([b, s, self.heads, -1])?.f_transpose(1, 2)?) // [B, H, S, K]
-        };
-        let (q, k, v) = (split(self.q.forward(x)?)?, split(self.k.forward(x)?)?, split(self.v.forward(x)?)?);
+        let split = |x: &Tensor| x.f_unflatten(-1, [self.heads, -1])?.f_transpose(1, 2); // [B, H, S, K]
         // T5 does not scale the scores: its initial values do.
-        let scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_to_kind(Kind::Float)?.f_add(bias)?;
-        let shares = scores.f_softmax(-1, Kind::Float)?.f_to_kind(v.f_kind()?)?;
-        let mixed = shares.f_matmul(&v)?.f_transpose(1, 2)?.f_reshape([b, s, -1])?;
-        self.o.forward(&mixed)
+        let mixed = match &self.qkv[..] {
+            [q, k, v] => {
+                let (q, k, v) = (split(&q.forward(x)?)?, split(&k.forward(x)?)?, split(&v.forward(x)?)?);
+                let scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_to_kind(Kind::Float)?.f_add(bias)?;
+                scores.f_softmax(-1, Kind::Float)?.f_to_kind(v.f_kind()?)?.f_matmul(&v)?
+            }
+            all => {
+                let parts = all[0].forward(x)?.f_chunk(3, -1)?;
+                let (q, k, v) = (split(&parts[0])?, split(&parts[1])?, split(&parts[2])?);
+                Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(bias), 0.0, false, Some(1.0), false)?
+            }
+        };
+        self.o.forward(&mixed.f_transpose(1, 2)?.f_reshape([b, s, -1])?)
     }
 }
 
@@ -341,6 +351,8 @@ struct FeedForward {
     gate: Option<Linear>,
     wo: Linear,
     activation: Activation,
+    /// `wi` and `gate` are one map.
+    fused: bool,
 }
 
 impl FeedForward {
@@ -349,11 +361,19 @@ impl FeedForward {
         let input = |name: &str| Linear::no_bias(&p.at(name), c.d_model, c.d_ff, Init::Normal { std });
         let (wi, gate) = if c.gated { (input("wi_0")?, Some(input("wi_1")?)) } else { (input("wi")?, None) };
         let wo = Linear::no_bias(&p.at("wo"), c.d_ff, c.d_model, Init::Normal { std: (c.d_ff as f64).powf(-0.5) })?;
-        Ok(FeedForward { wi, gate, wo, activation: c.activation })
+        let fused = p.fused().gate && c.gated && c.activation == Activation::GeluTanh && c.d_ff % 8 == 0;
+        let (wi, gate) = match gate {
+            Some(gate) if fused => (Linear::joined(&[wi, gate])?, None),
+            gate => (wi, gate),
+        };
+        Ok(FeedForward { wi, gate, wo, activation: c.activation, fused })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let hidden = self.wi.forward(x)?;
+        if self.fused {
+            return self.wo.forward(&fused::gated_gelu(&hidden)?);
+        }
         let mut hidden = match self.activation {
             Activation::Relu => hidden.f_relu()?,
             Activation::GeluTanh => gelu_tanh(&hidden)?,

@@ -10,7 +10,7 @@ use crate::config::ConfigFile;
 use crate::decoder::{Decoder, DecoderConfig};
 use crate::error::{ModelError, Result};
 use crate::layers::LayerNorm;
-use crate::params::Params;
+use crate::params::{Compute, Params};
 use crate::part::Part;
 use crate::t5::{T5, T5Config};
 
@@ -150,7 +150,16 @@ impl Text {
 
     /// Builds the encoder from what [`Text::load`] finds in a folder, wherever it lies.
     pub fn from_part(part: Part, kind: Kind, device: Device) -> Result<Self> {
-        let p = |weights| Params::from_weights(weights, kind, device);
+        Self::computing(part, Compute::fastest(kind, device)?, kind, device)
+    }
+
+    /// [`Text::from_part`] in a chosen way.
+    pub fn computing(part: Part, compute: Compute, kind: Kind, device: Device) -> Result<Self> {
+        let p = |weights| {
+            let p = Params::from_weights(weights, kind, device);
+            p.compute_by(compute);
+            p
+        };
         Ok(match TextConfig::read(part.config)? {
             TextConfig::T5(config) => Self::T5(T5::new(&config, &p(part.weights))?),
             TextConfig::Clip(config) => Self::Clip(Clip::new(&config, &p(part.weights))?),

@@ -1,9 +1,11 @@
-//! The few calls of the CUDA driver that a communicator needs around it: which GPU this is, making it current, and events to wait on.
+//! The few calls of the CUDA driver that a communicator needs around it: which GPU this is, making it current, a stream of its own, and events
+//! that order streams and tell how long something took.
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{c_int, c_void};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::Error;
 use crate::sys::{self, Cuda};
@@ -13,7 +15,7 @@ use crate::sys::{self, Cuda};
 pub struct Stream(sys::Stream);
 
 impl Stream {
-    /// The legacy default stream, on which torch works unless told otherwise: work put here comes after torch's earlier work and before its later work.
+    /// The legacy default stream, on which torch works unless told otherwise.
     pub const DEFAULT: Self = Self(std::ptr::null_mut());
 
     /// Borrows a stream that another library made.
@@ -153,19 +155,72 @@ impl Device {
         self.driver.check("cuCtxSetCurrent", unsafe { (self.driver.0.set_current)(self.context.0) })
     }
 
+    /// A new stream of this GPU whose work goes before that of others, where some of it must wait. No other stream waits for it, the legacy default
+    /// stream neither: use events. The device becomes the calling thread's current one.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn urgent_stream(&self) -> Result<OwnedStream, Error> {
+        self.make_current()?;
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: the pointers are to live integers, which the call fills; a context is current.
+        let code = unsafe { (self.driver.0.stream_priorities)(&raw mut least, &raw mut greatest) };
+        self.driver.check("cuCtxGetStreamPriorityRange", code)?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the pointer is to a live pointer, which the call fills.
+        let code = unsafe { (self.driver.0.stream_create)(&raw mut raw, sys::STREAM_NON_BLOCKING, greatest) };
+        self.driver.check("cuStreamCreateWithPriority", code)?;
+        Ok(OwnedStream { device: self.clone(), stream: Stream(raw) })
+    }
+
+    /// Has what is put on `stream` from now on wait for `event`, on the device: the calling thread does not wait. The device must be current.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn wait(&self, stream: Stream, event: &Event) -> Result<(), Error> {
+        // SAFETY: both are alive, the stream by `Stream`'s contract. The driver takes the event's present state: it may be dropped afterwards.
+        self.driver.check("cuStreamWaitEvent", unsafe { (self.driver.0.stream_wait)(stream.raw(), event.raw, 0) })
+    }
+
     /// Marks the end of all work on `stream` so far. The device must be current.
     ///
     /// # Errors
     /// [`Error::Cuda`].
     pub fn record(&self, stream: Stream) -> Result<Event, Error> {
         let mut raw = std::ptr::null_mut();
-        let flags: c_uint = sys::EVENT_NO_TIMING;
         // SAFETY: the pointer is to a live pointer, which the call fills.
-        self.driver.check("cuEventCreate", unsafe { (self.driver.0.event_create)(&raw mut raw, flags) })?;
+        self.driver.check("cuEventCreate", unsafe { (self.driver.0.event_create)(&raw mut raw, sys::EVENT_TIMED) })?;
         let event = Event { driver: self.driver.clone(), raw };
         // SAFETY: the event was just made, and the stream is alive by `Stream`'s contract.
         self.driver.check("cuEventRecord", unsafe { (self.driver.0.event_record)(raw, stream.raw()) })?;
         Ok(event)
+    }
+}
+
+/// A stream that [`Device::urgent_stream`] made, and that goes when this is dropped; the driver lets its work finish first.
+#[derive(Debug)]
+pub struct OwnedStream {
+    device: Device,
+    stream: Stream,
+}
+
+// SAFETY: a stream is a handle into the driver, which takes it from any thread.
+unsafe impl Send for OwnedStream {}
+
+impl OwnedStream {
+    /// The stream, for as long as this lives.
+    pub fn stream(&self) -> Stream {
+        self.stream
+    }
+}
+
+impl Drop for OwnedStream {
+    fn drop(&mut self) {
+        // It belongs to the device's context, which need not be this thread's.
+        if self.device.make_current().is_ok() {
+            // SAFETY: the stream is alive, and this is its last use.
+            unsafe { (self.device.driver.0.stream_destroy)(self.stream.raw()) };
+        }
     }
 }
 
@@ -175,6 +230,9 @@ pub struct Event {
     driver: Driver,
     raw: *mut c_void,
 }
+
+// SAFETY: an event is a handle into the driver, which takes it from any thread.
+unsafe impl Send for Event {}
 
 impl Event {
     /// Whether all work before it is done; does not wait.
@@ -187,6 +245,19 @@ impl Event {
             sys::NOT_READY => Ok(false),
             code => self.driver.check("cuEventQuery", code).map(|()| true),
         }
+    }
+
+    /// The time on the device from `earlier` to this one, in steps of about half a microsecond. Both must be done.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] also when one of them is not done.
+    pub fn since(&self, earlier: &Self) -> Result<Duration, Error> {
+        let mut milliseconds = 0_f32;
+        // SAFETY: both events are alive until `drop`; the pointer is to a live float, which the call fills.
+        let code = unsafe { (self.driver.0.event_elapsed)(&raw mut milliseconds, earlier.raw, self.raw) };
+        self.driver.check("cuEventElapsedTime", code)?;
+        // Of streams that run beside each other, a hair below zero may come out.
+        Ok(Duration::try_from_secs_f32(milliseconds / 1000.0).unwrap_or_default())
     }
 }
 

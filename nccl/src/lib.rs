@@ -6,7 +6,7 @@
 //! cudarc has bindings, but its loader never asks for `libnccl.so.2`, the only name under which the library ships; a missing library or
 //! symbol panics there at its first use; and its safe layer hides the handle, so that nothing can be aborted or polled. What is left of it for
 //! us would be a dozen foreign function types, and those fit on one page here ([`Library`] for NCCL, [`cuda`] for the few driver calls).
-//! There are no grouped calls: everything trained is one flat buffer, so a step is one collective.
+//! There are no grouped calls: everything trained is one flat buffer, so a step is a few collectives, each of a stretch of it.
 //!
 //! # How it stays alive (LIVE)
 //! - Communicators are created with `blocking = 0`: no call into NCCL is meant to block, and what it began is polled against a deadline.

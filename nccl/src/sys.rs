@@ -18,8 +18,10 @@ pub(crate) const IN_PROGRESS: c_int = 7;
 pub(crate) const SUM: c_int = 0;
 /// `CUDA_ERROR_NOT_READY`: the event has not happened yet.
 pub(crate) const NOT_READY: c_int = 600;
-/// `CU_EVENT_DISABLE_TIMING`.
-pub(crate) const EVENT_NO_TIMING: c_uint = 2;
+/// `CU_EVENT_DEFAULT`: an event that keeps its time.
+pub(crate) const EVENT_TIMED: c_uint = 0;
+/// `CU_STREAM_NON_BLOCKING`: a stream that the legacy default stream does not wait for, and the other way round.
+pub(crate) const STREAM_NON_BLOCKING: c_uint = 1;
 
 /// `NCCL_CONFIG_UNDEF_INT`: leave this setting to NCCL.
 const UNDEFINED: c_int = c_int::MIN;
@@ -134,7 +136,12 @@ table! {
         event_create = "cuEventCreate"(*mut *mut c_void, c_uint) -> c_int;
         event_record = "cuEventRecord"(*mut c_void, Stream) -> c_int;
         event_query = "cuEventQuery"(*mut c_void) -> c_int;
+        event_elapsed = "cuEventElapsedTime"(*mut f32, *mut c_void, *mut c_void) -> c_int;
         event_destroy = "cuEventDestroy_v2"(*mut c_void) -> c_int;
+        stream_priorities = "cuCtxGetStreamPriorityRange"(*mut c_int, *mut c_int) -> c_int;
+        stream_create = "cuStreamCreateWithPriority"(*mut Stream, c_uint, c_int) -> c_int;
+        stream_wait = "cuStreamWaitEvent"(Stream, *mut c_void, c_uint) -> c_int;
+        stream_destroy = "cuStreamDestroy_v2"(Stream) -> c_int;
         error_string = "cuGetErrorString"(c_int, *mut *const c_char) -> c_int;
     }
 }

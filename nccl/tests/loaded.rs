@@ -94,6 +94,23 @@ fn a_world_of_one_reduces_waits_and_closes() {
     comm.wait(&event, Instant::now() + SOON).expect("done at once");
 }
 
+/// What a collective does on a stream of its own: it waits for another stream by an event, and its time is known afterwards.
+#[test]
+fn a_stream_of_its_own_is_ordered_by_events_and_timed() {
+    let Some(driver) = driver() else { return };
+    let device = driver.device(0).expect("the first GPU");
+    let own = device.urgent_stream().expect("a stream");
+    let before = device.record(Stream::DEFAULT).expect("the device is current");
+    device.wait(own.stream(), &before).expect("both are alive");
+    let [from, to] = [(); 2].map(|()| device.record(own.stream()).expect("the device is current"));
+    drop(before);
+    let begun = Instant::now();
+    while !to.is_done().expect("no error") {
+        assert!(begun.elapsed() < SOON);
+    }
+    assert!(to.since(&from).expect("both are done") < SOON);
+}
+
 #[test]
 fn a_missing_rank_ends_init_at_its_deadline() {
     let (Some(library), Some(driver)) = (library(), driver()) else { return };

@@ -294,6 +294,9 @@ pub struct StepParts {
     pub update: f64,
     #[prost(double, tag = "7")]
     pub commit: f64,
+    /// Of the all-reduce, beside the backward pass; what `reduce` has is what came on top.
+    #[prost(double, tag = "8")]
+    pub reduce_hidden: f64,
 }
 /// A rank's digest of its whole state at a commit step. They must agree; a rank that differs is named.
 #[derive(Clone, PartialEq, ::prost::Message)]

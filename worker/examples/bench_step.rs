@@ -32,7 +32,7 @@ const WIDE_STEPS: usize = 12;
 fn main() {
     // SAFETY: no thread has been started yet.
     let side = unsafe {
-        device::use_large_pages();
+        device::set_environment();
         supervise::fork(Duration::from_secs(60))
     };
     let done = match side {
@@ -135,11 +135,12 @@ fn bare(trainer: &mut Trainer) -> Result<f64> {
     let input = feed.next_step()?;
     let (mut sum, lanes) = (fixed::zeros(state.layout.total(), Device::Cpu)?, FixedPoint::new(config.train.lanes() as u32));
     for batch in input.lanes.iter().filter_map(|lane| lane.batch.as_ref()) {
-        lanes.add(&mut sum, &networks.gradient(batch, input.step_samples)?.grad)?;
+        let _ = lanes.add(&mut sum, &networks.gradient(batch, input.step_samples)?.grad)?;
     }
     collective.sum_tensor(&mut sum)?;
     let mut grad = fixed::to_f32(&sum)?;
-    optimizer::clip(&mut grad, config.train.grad_clip)?;
+    let norm = optimizer::square_norm(&grad)?.f_double_value(&[])?.sqrt();
+    optimizer::clip(&mut grad, norm, config.train.grad_clip)?;
     state.step += 1;
     optimizer::update(&mut state.buffers, &grad, &config.train, state.step)?;
     // What a step leaves behind is part of it.

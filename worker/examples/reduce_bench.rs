@@ -66,7 +66,7 @@ fn fixed_point(n: usize) -> anyhow::Result<()> {
     let lanes = FixedPoint::new(4);
     for _ in 0..3 {
         let began = Instant::now();
-        lanes.add(&mut acc, &grad)?;
+        let _ = lanes.add(&mut acc, &grad)?;
         println!("one lane to fixed point: {:?}", began.elapsed());
         let began = Instant::now();
         let _ = std::hint::black_box(fixed::to_f32(&acc)?);

@@ -70,6 +70,8 @@ pub struct Committer {
     thread: Option<JoinHandle<Result<(), CommitError>>>,
     flags: Arc<Flags>,
     patience: Duration,
+    store: Store,
+    runtime: tokio::runtime::Handle,
 }
 
 impl Committer {
@@ -78,6 +80,7 @@ impl Committer {
         let (jobs, queue) = channel::<Job>();
         let (tell, saved) = channel();
         let flags = outbox.flags().clone();
+        let (run, handle) = (store.clone(), runtime.clone());
         let serve = move || {
             for job in queue {
                 let step = job.snapshot.step;
@@ -91,7 +94,7 @@ impl Committer {
             Ok(())
         };
         let thread = std::thread::Builder::new().name("commit".into()).spawn(serve)?;
-        Ok(Self { jobs: Some(jobs), saved, kept: None, under_way: 0, thread: Some(thread), flags, patience })
+        Ok(Self { jobs: Some(jobs), saved, kept: None, under_way: 0, thread: Some(thread), flags, patience, store: run, runtime: handle })
     }
 
     /// Hands a snapshot over. `position` is where the data goes on after it. Waits only if two commits are still under way, and not
@@ -107,6 +110,14 @@ impl Committer {
         }
         self.under_way += 1;
         Ok(())
+    }
+
+    /// Puts a small file into the run folder, and waits for it.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn put(&self, key: &str, bytes: Vec<u8>) -> Result<(), StoreError> {
+        self.runtime.block_on(self.store.put(key, bytes.into()))
     }
 
     /// A snapshot that is saved, if there is one: its memory is free.

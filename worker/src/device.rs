@@ -1,38 +1,47 @@
 //! Which device this worker computes on, and libtorch's CUDA part, which is loaded at run time if it is there (design.md §4
 //! "Devices").
 
+use crate::gpu::{self, Unusable};
 use ella_proto::config::{Device as Choice, Dtype};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tch::{Cuda, Device, Kind, Tensor};
 
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "workers.device = \"cuda\", but {0}; install the NVIDIA driver and libtorch's CUDA libraries (make does the latter), or use \"cpu\""
-)]
-pub struct NoDevice(String);
+#[error("workers.device = \"cuda\", but {0}; or use \"cpu\"")]
+pub struct NoDevice(pub Unusable);
 
 /// The device that the config asks for, with the process set up for it. Call it on each thread that computes.
 pub fn set_up(choice: Choice, threads: usize) -> Result<Device, NoDevice> {
     set_threads(threads);
     match choice {
         Choice::Cpu => Ok(Device::Cpu),
-        Choice::Auto => Ok(cuda().unwrap_or(Device::Cpu)),
+        Choice::Auto => Ok(cuda().unwrap_or_else(|why| {
+            // Nothing is wrong with a machine that has no GPU.
+            if why != Unusable::Nothing {
+                tracing::warn!("computes on the processor, because {why}");
+            }
+            Device::Cpu
+        })),
         Choice::Cuda => cuda().map_err(NoDevice),
     }
 }
 
-/// Has libtorch take its large tensors from large pages where the system gives them. A page costs as much to get and to give back whatever its
-/// size: at 66.8 million parameters a step on two cores took half of the time, and so did the end of a killed process, which its peers wait for.
-/// `THP_MEM_ALLOC_ENABLE=0` keeps it from doing so.
+/// Sets what libraries read of the environment when they start, unless it is set already.
+///
+/// - `THP_MEM_ALLOC_ENABLE=1`: libtorch takes its large tensors from large pages where the system gives them. A page costs as much to get and to give
+///   back whatever its size: at 66.8 million parameters a step on two cores took half of the time, and so did the end of a killed process, which its
+///   peers wait for.
+/// - `CUBLAS_WORKSPACE_CONFIG=:4096:8`: see [`crate::precision`].
 ///
 /// # Safety
-/// No other thread may run: it sets a variable of the environment.
-pub unsafe fn use_large_pages() {
-    const NAME: &str = "THP_MEM_ALLOC_ENABLE";
-    if std::env::var_os(NAME).is_none() {
-        // SAFETY: the caller's.
-        unsafe { std::env::set_var(NAME, "1") };
+/// No other thread may run.
+pub unsafe fn set_environment() {
+    for (name, value) in [("THP_MEM_ALLOC_ENABLE", "1"), crate::precision::WORKSPACE] {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: the caller's.
+            unsafe { std::env::set_var(name, value) };
+        }
     }
 }
 
@@ -83,17 +92,19 @@ pub(crate) fn bytes_of(tensor: &mut Tensor, kind: Kind) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), length) }
 }
 
-fn cuda() -> Result<Device, String> {
-    if !std::path::Path::new("/dev/nvidiactl").exists() {
-        return Err("this machine has no NVIDIA device".to_owned());
-    }
-    load_cuda_library()?;
-    if Cuda::is_available() { Ok(Device::Cuda(0)) } else { Err("libtorch finds no usable CUDA device".to_owned()) }
+fn cuda() -> Result<Device, Unusable> {
+    let folder = libtorch_folder().unwrap_or_default();
+    gpu::check(&folder)?;
+    load_cuda_library(&folder)?;
+    ella_cuda::load(&folder).map_err(|error| Unusable::Own(error.to_string()))?;
+    // Until a run says otherwise: see `crate::precision`.
+    ella_cuda::precision::set_tf32(false).map_err(|error| Unusable::Own(error.to_string()))?;
+    if Cuda::is_available() { Ok(Device::Cuda(0)) } else { Err(Unusable::Refused) }
 }
 
 /// Loads libtorch_cuda.so from beside libtorch_cpu.so. It registers itself with libtorch and stays loaded.
-fn load_cuda_library() -> Result<(), String> {
-    let path = libtorch_folder().ok_or("libtorch's folder cannot be found")?.join("libtorch_cuda.so");
+fn load_cuda_library(folder: &Path) -> Result<(), Unusable> {
+    let path = folder.join("libtorch_cuda.so");
     // SAFETY: the library's initialisers only register operators with the libtorch that this process already runs, of the same
     // wheel; it is never unloaded.
     let library = unsafe { libloading::os::unix::Library::open(Some(&path), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
@@ -102,7 +113,7 @@ fn load_cuda_library() -> Result<(), String> {
             std::mem::forget(library);
             Ok(())
         }
-        Err(e) => Err(format!("{} cannot be loaded ({e})", path.display())),
+        Err(error) => Err(gpu::not_loaded(&path, &std::error::Error::source(&error).unwrap_or(&error).to_string())),
     }
 }
 
@@ -128,5 +139,11 @@ mod tests {
         }
         assert_eq!(set_up(Choice::Auto, 1).unwrap(), Device::Cpu);
         assert!(set_up(Choice::Cuda, 1).unwrap_err().to_string().contains("no NVIDIA device"));
+        // libtorch's CUDA part is here; what it stands on is not, and the loader's own words name it.
+        let found = load_cuda_library(&libtorch_folder().unwrap());
+        if let Err(error) = found {
+            let text = error.to_string();
+            assert!(text.contains("libtorch_cuda.so cannot be loaded (lib") && text.contains("install the wheel nvidia-"), "{text}");
+        }
     }
 }

@@ -75,7 +75,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // SAFETY: no thread has been started yet.
     let side = unsafe {
-        device::use_large_pages();
+        device::set_environment();
         supervise::fork(Duration::from_secs(arguments.stuck_timeout))
     };
     let pulse = match side {

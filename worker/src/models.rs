@@ -4,6 +4,7 @@ use crate::device;
 use crate::hub::{self, HubId};
 use crate::text::{self, TextIdentity};
 use crate::train::lane::Networks;
+use crate::train::split::Split;
 use crate::train::state::{Layout, TrainState};
 use ella_model::ModelError;
 use ella_model::base::Base;
@@ -12,11 +13,11 @@ use ella_model::lora::Lora;
 use ella_model::schedule::Prediction;
 use ella_model::unet::UNetConfig;
 use ella_model::vae::Vae;
-use ella_proto::config::{self, ConnectorKind as Wanted, RunConfig};
+use ella_proto::config::{self, ConnectorDtype, ConnectorKind as Wanted, RunConfig};
 use ella_store::{Digest, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tch::Device;
+use tch::{Device, Kind};
 
 /// A run's networks and its fresh state.
 #[derive(Debug)]
@@ -57,7 +58,20 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let digest = models_digest(&base, &loras, &text)?;
     let train = &config.train;
     let checkpointing = train.gradient_checkpointing;
-    let networks = Networks { connector, unet, kind, schedule, snr_gamma: train.snr_gamma, checkpointing };
+    let connector_kind = match config.connector.dtype {
+        ConnectorDtype::Fp32 => Kind::Float,
+        ConnectorDtype::Bf16 => Kind::BFloat16,
+    };
+    let networks = Networks {
+        connector,
+        unet,
+        kind,
+        connector_kind,
+        schedule,
+        snr_gamma: train.snr_gamma,
+        checkpointing,
+        split: Split::new(config.workers.split_on_oom),
+    };
     let vae_weights = base.vae_part()?.weights.digest();
     Ok(Loaded { networks, state, vae, text, vae_weights, digest })
 }

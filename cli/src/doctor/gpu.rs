@@ -1,5 +1,6 @@
 //! The GPUs, as the driver tells of them, and whether libtorch can use them.
 
+use ella_worker::gpu::Unusable;
 use nccl_rs::cuda::{Device, Driver};
 use serde::Serialize;
 
@@ -13,6 +14,9 @@ pub(super) struct Gpus {
     pub(super) devices: Vec<Gpu>,
     /// Why a worker would not use them; none if it would.
     unusable: Option<String>,
+    /// Whether that is as it should be on a machine without any.
+    #[serde(skip)]
+    none_expected: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -30,12 +34,16 @@ impl Gpus {
             let devices = (0..driver.device_count()?).map(|ordinal| Gpu::look(&driver.device(ordinal)?)).collect::<Result<_, _>>()?;
             Ok((format!("{major}.{minor}"), devices))
         });
-        let unusable = has_gpu().err();
+        let why = has_gpu().err();
+        let (unusable, none_expected) = (why.as_ref().map(ToString::to_string), why == Some(Unusable::Nothing));
         match found {
-            Ok((version, devices)) => Self { driver: Some(version), devices, unusable },
-            Err(nccl_rs::Error::Absent { .. }) => Self { driver: None, devices: Vec::new(), unusable },
-            // There is one, and it does not work.
-            Err(error) => Self { driver: Some("broken".to_owned()), devices: Vec::new(), unusable: Some(error.to_string()) },
+            Ok((version, devices)) => Self { driver: Some(version), devices, unusable, none_expected },
+            Err(nccl_rs::Error::Absent { .. }) => Self { driver: None, devices: Vec::new(), unusable, none_expected },
+            // There is one, and it does not work: on one of its devices, if not before.
+            Err(error) => {
+                let unusable = unusable.or_else(|| Some(error.to_string()));
+                Self { driver: Some("broken".to_owned()), devices: Vec::new(), unusable, none_expected }
+            }
         }
     }
 
@@ -43,13 +51,15 @@ impl Gpus {
         !self.devices.is_empty() && self.unusable.is_none()
     }
 
-    /// A driver without a device that can be used was meant to have one.
+    /// What keeps a machine that is meant to have a GPU from using it.
     pub(super) fn wrong(&self) -> Option<String> {
-        self.unusable.clone().filter(|_| self.driver.is_some())
+        self.unusable.clone().filter(|_| !self.none_expected)
     }
 
     pub(super) fn text(&self) -> String {
-        let Some(driver) = &self.driver else { return "gpu       none: there is no NVIDIA driver here\n".to_owned() };
+        let Some(driver) = &self.driver else {
+            return format!("gpu       none: {}\n", self.unusable.as_deref().unwrap_or("there is no NVIDIA driver here"));
+        };
         let mut text = format!("gpu       {} by a driver for CUDA {driver}\n", self.devices.len());
         for Gpu { name, uuid, memory_bytes, free_bytes } in &self.devices {
             text += &format!("          {name}, {uuid}, {} of memory ({} free)\n", bytes(*memory_bytes as u64), bytes(*free_bytes as u64));

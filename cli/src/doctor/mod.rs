@@ -7,7 +7,8 @@ mod speed;
 use clap::Args;
 use ella_proto::config::Device as Choice;
 use ella_store::{Store, probe};
-use ella_worker::device;
+use ella_worker::device::{self, NoDevice};
+use ella_worker::gpu::Unusable;
 use gpu::Gpus;
 use machine::Machine;
 use serde::Serialize;
@@ -160,9 +161,6 @@ impl Report {
 }
 
 /// As workers choose it: the GPU, if there is one.
-fn has_gpu() -> Result<(), String> {
-    match device::set_up(Choice::Cuda, 1) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(error.to_string()),
-    }
+fn has_gpu() -> Result<(), Unusable> {
+    device::set_up(Choice::Cuda, 1).map(drop).map_err(|NoDevice(why)| why)
 }

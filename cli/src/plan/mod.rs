@@ -1,6 +1,7 @@
-//! `ella plan`: what a run will store, read and cost, before anything is rented.
+//! `ella plan`: what a run will store, read and cost, and what it takes of a GPU's memory, before anything is rented.
 
 mod cost;
+mod memory;
 
 use std::path::{Path, PathBuf};
 
@@ -16,8 +17,10 @@ use ella_model::text::TextConfig;
 use ella_model::tokenizer::{Padding as Rule, TextTokenizer};
 use ella_model::unet::UNetConfig;
 use ella_model::vae::VaeConfig;
-use ella_proto::config::{Dtype, Features, Padding, RunConfig};
+use ella_proto::config::{Bytes, Dtype, Features, Padding, RunConfig};
+use ella_worker::memory::Needs;
 use ella_worker::models;
+use memory::Memory;
 use serde::Serialize;
 
 use crate::ui::{DONE, Fail, Out};
@@ -39,6 +42,9 @@ pub(crate) struct Plan {
     /// The GPU's peak in TFLOP/s, for others than these
     #[arg(long, value_name = "TFLOPS")]
     peak: Option<f64>,
+    /// The GPU's memory, as in 80GiB, for others than these
+    #[arg(long, value_name = "BYTES")]
+    gpu_memory: Option<Bytes>,
     /// Share of the peak that is reached (0.35: what the best published trainings of SD reach)
     #[arg(long, default_value_t = 0.35)]
     efficiency: f64,
@@ -60,6 +66,7 @@ struct Planned {
     assumed: Assumed,
     #[serde(flatten)]
     costs: Costs,
+    memory: Memory,
 }
 
 impl Plan {
@@ -81,7 +88,8 @@ impl Plan {
         };
         let facts = Facts { room, ..facts(&config, data.manifest(), (&text, positions), &base)? };
         let costs = costs(&facts, &assumed);
-        let planned = Planned { facts, assumed, costs };
+        let memory = Memory::of(&Needs::read(&config, data.manifest())?, &self.gpu, self.gpu_memory);
+        let planned = Planned { facts, assumed, costs, memory };
         out.result(&planned, || table(&planned));
         Ok(DONE)
     }
@@ -217,5 +225,5 @@ fn table(planned: &Planned) -> String {
     } else {
         "recomputing them (text.features = \"inline\")"
     };
-    text + &format!("cheaper: {what}: {why}")
+    text + &format!("cheaper: {what}: {why}\n") + &planned.memory.text()
 }

@@ -13,8 +13,17 @@ use verdict::Rank;
 use crate::run::{Parts, RunFolder};
 use crate::ui::{DONE, Fail, Out, count};
 
-/// The parts that are shown, in the order of a step; `encode` is beside it.
-const SHOWN: [&str; 7] = ["data", "forward", "backward", "reduce", "update", "commit", "encode"];
+/// The parts that are shown, by their names and titles, in the order of a step; the last two are beside it.
+const SHOWN: [(&str, &str); 8] = [
+    ("data", "data"),
+    ("forward", "forward"),
+    ("backward", "backward"),
+    ("reduce", "reduce"),
+    ("update", "update"),
+    ("commit", "commit"),
+    ("reduce_hidden", "hidden"),
+    ("encode", "encode"),
+];
 
 #[derive(Debug, Args)]
 pub(crate) struct Why {
@@ -100,11 +109,11 @@ fn text(found: &Found) -> String {
     let steps = ranks.iter().map(|rank| rank.steps).max().unwrap_or(0);
     let mut text = format!("run      {run}\nsteps    {} up to step {step}, milliseconds of each\n", count(steps as usize, "step"));
     text += &format!("{:>5} {:>9}", "rank", "step");
-    SHOWN.iter().for_each(|part| text += &format!(" {part:>9}"));
+    SHOWN.iter().for_each(|(_, title)| text += &format!(" {title:>9}"));
     text += &format!(" {:>9} {:>9}  host\n", "other", "waits");
     for rank in ranks {
         text += &format!("{:>5} {:>9.1}", rank.rank, 1000.0 * rank.seconds);
-        SHOWN.iter().for_each(|part| text += &format!(" {:>9.1}", 1000.0 * rank.part(part)));
+        SHOWN.iter().for_each(|(part, _)| text += &format!(" {:>9.1}", 1000.0 * rank.part(part)));
         text += &format!(" {:>9.1} {:>9.1}  {}\n", 1000.0 * rank.other(), 1000.0 * rank.waits, rank.host);
     }
     text + &format!("verdict  {verdict}")
@@ -113,6 +122,22 @@ fn text(found: &Found) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What an all-reduce took beside the backward pass has a column of its own, and is none of the step.
+    #[test]
+    fn what_was_hidden_is_shown_beside_the_step() {
+        let parts = [("backward", 0.5), ("reduce", 0.125), ("reduce_hidden", 0.25)].map(|(name, seconds)| (name.to_owned(), seconds));
+        let rank = Rank { seconds: 0.625, steps: 64, parts: parts.into(), ..Rank::default() };
+        assert_eq!(rank.other(), 0.0);
+        let found = Found { run: "r".into(), step: 64, ranks: vec![rank], verdict: "v".into() };
+        let shown = text(&found);
+        let row: Vec<_> = shown.lines().nth(3).unwrap_or_default().split_whitespace().collect();
+        let header: Vec<_> = shown.lines().nth(2).unwrap_or_default().split_whitespace().collect();
+        for (title, value) in [("reduce", "125.0"), ("hidden", "250.0"), ("other", "0.0")] {
+            let column = header.iter().position(|found| *found == title).unwrap();
+            assert_eq!(row[column], value, "{shown}");
+        }
+    }
 
     fn line(term: u64, generation: u64, rank: u32, step: u64, seconds: f64) -> (u64, Timing) {
         let parts = [("forward".to_owned(), seconds / 2.0)].into();

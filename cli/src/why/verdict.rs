@@ -26,7 +26,7 @@ pub(super) struct Rank {
     pub(super) steps: u64,
     /// Seconds of a step.
     pub(super) seconds: f64,
-    /// Seconds by part; `encode` runs beside the step.
+    /// Seconds by part; `encode` and `reduce_hidden` run beside the step.
     pub(super) parts: Parts,
     /// Seconds of each step that it waits for ranks that come later.
     pub(super) waits: f64,

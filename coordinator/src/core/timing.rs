@@ -43,6 +43,7 @@ impl RankTiming {
             (&mut sum.reduce, parts.reduce),
             (&mut sum.update, parts.update),
             (&mut sum.commit, parts.commit),
+            (&mut sum.reduce_hidden, parts.reduce_hidden),
         ] {
             *sum += part;
         }

@@ -2,9 +2,10 @@
 
 use tch::{Kind, Tensor};
 
+use super::linear::{Linear, linear};
 use super::{ConnectorConfig, ConnectorKind};
 use crate::error::Result;
-use crate::layers::{LayerNorm, Linear};
+use crate::layers::LayerNorm;
 use crate::params::{Init, Params};
 
 /// The epsilon of norms that the timestep leads.
@@ -45,8 +46,10 @@ impl Block {
         })
     }
 
-    /// `latents` `[B, L, D]`, `x` `[B, S, D]`, `time` `[B, T]` after SiLU for kinds that know it, `mask` `[B, 1, 1, L + S]`.
+    /// `latents` `[B, L, D]` float32, `x` `[B, S, D]` of the kind that is computed in, `time` `[B, T]` after SiLU for kinds that know it, `mask`
+    /// `[B, 1, 1, L + S]` true where a key is seen; to `[B, L, D]` float32.
     pub(super) fn forward(&self, latents: &Tensor, x: &Tensor, time: Option<&Tensor>, mask: Option<&Tensor>) -> Result<Tensor> {
+        let kind = x.f_kind()?;
         let gates = match self.gates.as_ref().zip(time) {
             Some((linear, time)) => Some(linear.forward(time)?.f_unsqueeze(1)?.f_chunk(2, -1)?), // 2 of [B, 1, D]
             None => None,
@@ -55,10 +58,10 @@ impl Block {
             Some(gates) => x.f_mul(&gates[branch]),
             None => Ok(x),
         };
-        let queries = self.ln_1.forward(latents, time)?;
-        let text = self.ln_2.forward(x, time)?;
+        let queries = self.ln_1.forward(latents, time, kind)?;
+        let text = self.ln_2.forward(x, time, kind)?;
         let latents = latents.f_add(&gated(self.attend(&queries, &text, mask)?, 0)?)?;
-        let hidden = self.c_fc.forward(&self.ln_ff.forward(&latents, time)?)?;
+        let hidden = self.c_fc.forward(&self.ln_ff.forward(&latents, time, kind)?)?;
         let hidden = self.c_proj.forward(&hidden.f_relu()?.f_square()?)?; // squared ReLU
         Ok(latents.f_add(&gated(hidden, 1)?)?)
     }
@@ -66,23 +69,18 @@ impl Block {
     /// `nn.MultiheadAttention` of the queries over `[queries, text]`; each part is projected once.
     fn attend(&self, queries: &Tensor, text: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         let (b, l, d) = queries.size3()?;
-        let head = d / self.heads;
-        let split = |x: Tensor| -> Result<Tensor> {
-            Ok(x.f_reshape([b, -1, self.heads, head])?.f_transpose(1, 2)?) // [B, heads, tokens, head]
+        let kind = queries.f_kind()?;
+        let split = |x: &Tensor| -> Result<Tensor> {
+            Ok(x.f_reshape([b, -1, self.heads, d / self.heads])?.f_transpose(1, 2)?) // [B, heads, tokens, head]
         };
-        let (weight, bias) = &self.in_proj;
-        let own = queries.f_linear(weight, Some(bias))?.f_chunk(3, -1)?;
-        let theirs = text.f_linear(&weight.f_narrow(0, d, 2 * d)?, Some(bias.f_narrow(0, d, 2 * d)?))?.f_chunk(2, -1)?;
-        let q = split(own[0].f_mul_scalar((head as f64).powf(-0.5))?)?;
-        let k = split(Tensor::f_cat(&[&own[1], &theirs[0]], 1)?)?;
-        let v = split(Tensor::f_cat(&[&own[2], &theirs[1]], 1)?)?;
-        let mut scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_to_kind(Kind::Float)?; // [B, heads, L, L + S]
-        if let Some(mask) = mask {
-            scores = scores.f_masked_fill(mask, f64::NEG_INFINITY)?;
-        }
-        let shares = scores.f_softmax(-1, Kind::Float)?.f_to_kind(v.f_kind()?)?;
-        let mixed = shares.f_matmul(&v)?.f_transpose(1, 2)?.f_reshape([b, l, d])?;
-        self.out_proj.forward(&mixed)
+        let (weight, bias) = (self.in_proj.0.f_to_kind(kind)?, self.in_proj.1.f_to_kind(kind)?);
+        let own = linear(queries, &weight, &bias)?.f_chunk(3, -1)?;
+        let theirs = linear(text, &weight.f_narrow(0, d, 2 * d)?, &bias.f_narrow(0, d, 2 * d)?)?.f_chunk(2, -1)?;
+        let q = split(&own[0])?;
+        let k = split(&Tensor::f_cat(&[&own[1], &theirs[0]], 1)?)?;
+        let v = split(&Tensor::f_cat(&[&own[2], &theirs[1]], 1)?)?;
+        let mixed = Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, 0.0, false, None, false)?;
+        self.out_proj.forward(&mixed.f_transpose(1, 2)?.f_reshape([b, l, d])?)
     }
 }
 
@@ -110,13 +108,14 @@ impl Norm {
         Ok(Norm { linear: Some(linear), norm: LayerNorm::plain(width, ADA_EPS) })
     }
 
-    /// `x` `[B, tokens, D]`, `time` `[B, T]` after SiLU.
-    fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
+    /// `x` `[B, tokens, D]`, `time` `[B, T]` after SiLU; to `kind`, in float32 until then.
+    fn forward(&self, x: &Tensor, time: Option<&Tensor>, kind: Kind) -> Result<Tensor> {
+        let normed = self.norm.forward(&x.f_to_kind(Kind::Float)?)?;
         let Some((linear, time)) = self.linear.as_ref().zip(time) else {
-            return self.norm.forward(x);
+            return Ok(normed.f_to_kind(kind)?);
         };
         let shift_scale = linear.forward(time)?.f_unsqueeze(1)?.f_chunk(2, -1)?;
         let scale = shift_scale[1].f_add_scalar(1.0)?;
-        Ok(self.norm.forward(x)?.f_mul(&scale)?.f_add(&shift_scale[0])?)
+        Ok(normed.f_mul(&scale)?.f_add(&shift_scale[0])?.f_to_kind(kind)?)
     }
 }

@@ -3,8 +3,9 @@
 use tch::Tensor;
 
 use super::ConnectorConfig;
+use super::linear::Linear;
 use crate::error::Result;
-use crate::layers::{Linear, gelu};
+use crate::layers::gelu;
 use crate::params::Params;
 
 /// The network, under the key `connector`. The official code never had it; the key names are ours.

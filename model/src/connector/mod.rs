@@ -7,7 +7,9 @@
 //! Letters: B batch, S text tokens, L latent queries, D width, E text width, T width of the time embedding, P width of the pooled text.
 
 mod block;
+mod chain;
 mod file;
+mod linear;
 mod mlp;
 mod pool;
 mod resampler;
@@ -15,13 +17,16 @@ mod resampler;
 mod tests;
 mod tsc;
 
+use std::ops::Range;
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{ModelError, Result};
+use crate::layers::inner_product;
 use crate::params::Params;
 use crate::weights::{self, Weights};
+use chain::Chain;
 use mlp::Mlp;
 use pool::Pool;
 use resampler::Resampler;
@@ -146,6 +151,81 @@ pub struct Connector {
     network: Network,
     pool: Option<Pool>,
     params: Vec<(String, Tensor)>,
+    /// The same without their names.
+    tensors: Vec<Tensor>,
+    segments: Vec<Segment>,
+}
+
+/// A stretch of a connector whose parameters' gradients are known together: what comes before the blocks, each block, the pooled head.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Which of [`Connector::tensors`].
+    params: Range<usize>,
+    /// Where they lie in a flat buffer in [`Connector::layout`]'s order.
+    pub elements: Range<i64>,
+}
+
+/// A forward pass whose gradient is made segment by segment.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    connector: &'a Connector,
+    chain: Chain,
+    /// What the U-Net takes, as leaves that take gradients.
+    pub conditions: Conditions,
+    /// The pooled text with its graph, and the states that this begins from.
+    pooled: Option<(Tensor, Tensor)>,
+}
+
+impl Pass<'_> {
+    /// The gradient by the parameters, from that by [`Pass::conditions`]: for each of [`Connector::segments`], the last first, its place there and
+    /// its stretch `[len]` of the flat gradient, in the parameters' kind. The segments before it have not been computed when it is handed out.
+    ///
+    /// # Shapes
+    /// `states` and `pooled` as those of the conditions.
+    ///
+    /// # Errors
+    /// libtorch's, and what `done` returns.
+    pub fn backward<E: From<ModelError>>(
+        self,
+        states: &Tensor,
+        pooled: Option<&Tensor>,
+        mut done: impl FnMut(usize, Tensor) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let Connector { tensors, segments, .. } = self.connector;
+        let params: Vec<&[Tensor]> = segments.iter().map(|segment| &tensors[segment.params.clone()]).collect();
+        let mut gradient = states.shallow_clone();
+        if let Some(((made, leaf), by_pooled)) = self.pooled.zip(pooled) {
+            let last = segments.len() - 1;
+            let root = inner_product(&made, by_pooled)?;
+            drop(made);
+            let mut gradients = chain::backward(&[root], params[last].iter().chain([&leaf]))?;
+            if let Some(through) = gradients.pop() {
+                gradient = gradient.f_add(&through).map_err(ModelError::from)?;
+            }
+            done(last, flat(&gradients)?)?;
+        }
+        self.chain.backward(gradient, &params, |segment, gradients| done(segment, flat(&gradients)?))
+    }
+}
+
+fn flat(tensors: &[Tensor]) -> Result<Tensor> {
+    let rows: Vec<Tensor> = tensors.iter().map(|tensor| tensor.f_reshape([-1])).collect::<std::result::Result<_, _>>()?;
+    Ok(Tensor::f_cat(&rows, 0)?)
+}
+
+/// The parameters in order: all up to the first block, each block's, the pooled head's.
+fn segments(params: &[(String, Tensor)]) -> Vec<Segment> {
+    let number = |name: &str| -> usize {
+        let block = name.strip_prefix("connector.perceiver_blocks.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        block.map_or(if name.starts_with("pool.") { usize::MAX } else { 0 }, |block: usize| block + 1)
+    };
+    let (mut segments, mut param, mut element) = (Vec::new(), 0, 0);
+    for group in params.chunk_by(|(a, _), (b, _)| number(a) == number(b)) {
+        let len: i64 = group.iter().map(|(_, tensor)| tensor.numel() as i64).sum();
+        segments.push(Segment { params: param..param + group.len(), elements: element..element + len });
+        (param, element) = (param + group.len(), element + len);
+    }
+    segments
 }
 
 #[derive(Debug)]
@@ -169,7 +249,9 @@ impl Connector {
         };
         let pool = config.pooled.map(|pooled| Pool::new(&p.at("pool"), config, pooled)).transpose()?;
         p.finish(&[])?;
-        Ok(Connector { config: config.clone(), network, pool, params: p.taken() })
+        let params = p.taken();
+        let (tensors, segments) = (params.iter().map(|(_, tensor)| tensor.shallow_clone()).collect(), segments(&params));
+        Ok(Connector { config: config.clone(), network, pool, params, tensors, segments })
     }
 
     /// Random initial values (paper §1.1), each a pure function of `seed` and the parameter's name. float32.
@@ -218,30 +300,61 @@ impl Connector {
         self.params.iter().map(|(name, _)| name.as_str())
     }
 
+    /// The parts of the flat gradient that are known one after the other, in their order in the buffer; the last is known first.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
     /// Connects one batch of features, each sample at its own timestep; kinds without time do not look at `timesteps`.
     ///
     /// `key_mask` is true where a token may be attended to. Without it every position counts, padding too, which is how
     /// the released weights were trained (paper §0).
     ///
     /// # Shapes
-    /// `text_features` `[B, S, E]` of the parameters' kind; `timesteps` `[B]`, whole or between; `key_mask` `[B, S]` bool.
+    /// `text_features` `[B, S, E]` of the kind that is computed in, and the states come in: the parameters', or a shorter one, to which these
+    /// are cast where they are used, all but the time embedding's; norms, the softmax and what passes by the blocks are float32 in any case.
+    /// `timesteps` `[B]`, whole or between; `key_mask` `[B, S]` bool.
     ///
     /// # Errors
     /// A `key_mask` for an `Mlp`, whose every token becomes a state that the U-Net attends to.
     pub fn forward(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Conditions> {
-        let states = match &self.network {
-            Network::Tsc(tsc) => tsc.forward(text_features, timesteps, key_mask)?,
-            Network::Resampler(resampler) => resampler.forward(text_features, None, key_mask)?,
+        let states = self.states(text_features, timesteps, key_mask, &mut Chain::whole())?;
+        let pooled = self.pool.as_ref().map(|pool| pool.forward(&states)).transpose()?;
+        Ok(Conditions { states, pooled })
+    }
+
+    /// The same values, whose gradient is then made by [`Pass::backward`].
+    ///
+    /// # Errors
+    /// As [`Connector::forward`].
+    pub fn forward_in_segments(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Pass<'_>> {
+        let mut chain = Chain::cut();
+        let states = self.states(text_features, timesteps, key_mask, &mut chain)?;
+        let leaf = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_detach()?.f_set_requires_grad(true)?) };
+        let pooled = match &self.pool {
+            Some(pool) => {
+                // The U-Net looks at the states too: a leaf for each, so that neither's gradient waits for the other's.
+                let own = leaf(&states)?;
+                Some((pool.forward(&own)?, own))
+            }
+            None => None,
+        };
+        let told = pooled.as_ref().map(|(made, _)| leaf(made)).transpose()?;
+        Ok(Pass { connector: self, chain, conditions: Conditions { states, pooled: told }, pooled })
+    }
+
+    fn states(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>, chain: &mut Chain) -> Result<Tensor> {
+        Ok(match &self.network {
+            Network::Tsc(tsc) => tsc.forward(text_features, timesteps, key_mask, chain)?,
+            Network::Resampler(resampler) => resampler.forward(text_features, None, key_mask, chain)?,
             Network::Mlp(_) if key_mask.is_some() => {
                 return Err(ModelError::Unsupported {
                     what: "text of unequal length (padding \"none\") with a connector of the kind mlp, whose padding nothing masks".into(),
                     instead: "use padding \"fixed\", or another kind".into(),
                 });
             }
-            Network::Mlp(mlp) => mlp.forward(text_features)?,
-        };
-        let pooled = self.pool.as_ref().map(|pool| pool.forward(&states)).transpose()?;
-        Ok(Conditions { states, pooled })
+            Network::Mlp(mlp) => chain.end(mlp.forward(text_features)?)?,
+        })
     }
 }
 

@@ -5,9 +5,9 @@
 
 use tch::Tensor;
 
+use super::linear::Linear;
 use super::{ConnectorConfig, ConnectorKind};
 use crate::error::Result;
-use crate::layers::Linear;
 use crate::params::{Init, Params};
 use crate::unet::attend;
 
@@ -46,7 +46,7 @@ impl Pool {
         let mean = states.f_mean_dim(1i64, true, None)?; // [B, 1, D]
         let mut x = Tensor::f_cat(&[&mean, states], 1)?; // [B, 1 + L, D]
         if let Some(positions) = &self.positional_embedding {
-            x = x.f_add(positions)?;
+            x = x.f_add(&positions.f_to_kind(x.f_kind()?)?)?;
         }
         let query = self.q_proj.forward(&x.f_narrow(1, 0, 1)?)?;
         let mixed = attend(&query, &self.k_proj.forward(&x)?, &self.v_proj.forward(&x)?, self.heads)?; // [B, 1, D]

@@ -4,8 +4,9 @@ use tch::{Kind, Tensor};
 
 use super::ConnectorConfig;
 use super::block::Block;
+use super::chain::Chain;
+use super::linear::Linear;
 use crate::error::Result;
-use crate::layers::Linear;
 use crate::params::{Init, Params};
 
 /// The network, under the key `connector`.
@@ -32,29 +33,40 @@ impl Resampler {
         Ok(Resampler { latents, time_aware, proj_in, blocks })
     }
 
-    /// `text_features` `[B, S, E]`, `time` `[B, T]` after SiLU for kinds that know it, `key_mask` `[B, S]` true where attended; to
-    /// `[B, L, D]`.
-    pub(super) fn forward(&self, text_features: &Tensor, time: Option<&Tensor>, key_mask: Option<&Tensor>) -> Result<Tensor> {
-        let x = self.proj_in.forward(text_features)?; // [B, S, D]
+    /// `text_features` `[B, S, E]`, `time` `[B, T]` after SiLU for kinds that know it, `key_mask` `[B, S]` true where a token may be attended to;
+    /// to `[B, L, D]` of the features' kind. A chain's first segment is what comes before the blocks; then each block is one.
+    ///
+    /// What passes by the blocks is float32 whatever they compute in, as the sums of a residual network should be.
+    pub(super) fn forward(
+        &self,
+        text_features: &Tensor,
+        time: Option<&Tensor>,
+        key_mask: Option<&Tensor>,
+        chain: &mut Chain,
+    ) -> Result<Tensor> {
+        let kind = text_features.f_kind()?;
+        let x = chain.share(self.proj_in.forward(text_features)?)?; // [B, S, D]
         let mask = key_mask.map(|mask| self.mask(mask)).transpose()?;
-        let mut latents = match self.time_aware.as_ref().zip(time) {
-            Some((linear, time)) => {
-                let start = linear.forward(time)?.f_unsqueeze(1)?; // [B, 1, D]
-                self.latents.f_unsqueeze(0)?.f_add(&start)?
-            }
-            None => self.latents.f_unsqueeze(0)?.f_expand([x.size3()?.0, -1, -1], false)?,
+        let latents = self.latents.f_unsqueeze(0)?;
+        let latents = match self.time_aware.as_ref().zip(time) {
+            Some((linear, time)) => latents.f_add(&linear.forward(time)?.f_unsqueeze(1)?)?, // [B, 1, D]
+            None => latents.f_expand([x.size3()?.0, -1, -1], false)?,
         }; // [B, L, D]
-        for block in &self.blocks {
-            latents = block.forward(&latents, &x, time, mask.as_ref())?;
+        let time = time.map(|time| chain.share(time.shallow_clone())).transpose()?;
+        let mut latents = chain.end(latents.f_to_kind(Kind::Float)?)?;
+        for (number, block) in self.blocks.iter().enumerate() {
+            let made = block.forward(&latents, &x, time.as_ref(), mask.as_ref())?;
+            let is_last = number + 1 == self.blocks.len();
+            latents = chain.end(if is_last { made.f_to_kind(kind)? } else { made })?;
         }
         Ok(latents)
     }
 
-    /// `[B, S]` true where attended, to `[B, 1, 1, L + S]` true where hidden; the latents themselves are always seen.
+    /// `[B, S]` true where attended, to `[B, 1, 1, L + S]`; the latents themselves are always seen.
     fn mask(&self, key_mask: &Tensor) -> Result<Tensor> {
         let (b, _) = key_mask.size2()?;
         let (l, _) = self.latents.size2()?;
-        let latents = Tensor::f_zeros([b, l], (Kind::Bool, key_mask.device()))?;
-        Ok(Tensor::f_cat(&[latents, key_mask.f_logical_not()?], 1)?.f_unsqueeze(1)?.f_unsqueeze(1)?)
+        let latents = Tensor::f_ones([b, l], (Kind::Bool, key_mask.device()))?;
+        Ok(Tensor::f_cat(&[&latents, key_mask], 1)?.f_unsqueeze(1)?.f_unsqueeze(1)?)
     }
 }

@@ -179,6 +179,88 @@ fn masked_tokens_have_no_influence_and_unmasked_ones_do() {
     assert!(matches!(refused, Err(ModelError::Unsupported { what, .. }) if what.contains("mlp")));
 }
 
+/// Values, and each parameter's gradient, made by one graph and by segments; in the kind that features come in.
+fn gradients(connector: &Connector, kind: Kind, by_segments: bool) -> (Tensor, Tensor) {
+    let (x, t) = (features(2, 5).to_kind(kind), Tensor::from_slice(&[3i64, 977]));
+    let mask = Tensor::from_slice(&[true, true, true, true, true, true, true, false, true, false]).reshape([2, 5]);
+    let mask = (connector.config().kind != ConnectorKind::Mlp).then_some(&mask);
+    let weight = |x: &Tensor| (Tensor::arange(x.numel() as i64, (Kind::Float, Device::Cpu)) * 0.7).cos().reshape(x.size());
+    let flat = Tensor::zeros([parameters(connector.config())], (Kind::Float, Device::Cpu));
+    for (_, tensor) in connector.tensors() {
+        let _ = tensor.shallow_clone().set_requires_grad(true);
+    }
+    if by_segments {
+        let pass = connector.forward_in_segments(&x, &t, mask).unwrap();
+        let Conditions { states, pooled } = &pass.conditions;
+        let (values, by_states, by_pooled) = (states.copy(), weight(states), pooled.as_ref().map(weight));
+        let mut last = connector.segments().len();
+        pass.backward(&by_states, by_pooled.as_ref(), |segment, gradient| {
+            assert_eq!(segment + 1, last, "the last comes first, and none is left out");
+            last = segment;
+            let elements = connector.segments()[segment].elements.clone();
+            flat.narrow(0, elements.start, elements.end - elements.start).copy_(&gradient);
+            Ok::<_, ModelError>(())
+        })
+        .unwrap();
+        assert_eq!(last, 0);
+        return (values, flat);
+    }
+    let Conditions { states, pooled } = connector.forward(&x, &t, mask).unwrap();
+    let mut roots = vec![inner_product(&states, &weight(&states)).unwrap()];
+    roots.extend(pooled.map(|pooled| inner_product(&pooled, &weight(&pooled)).unwrap()));
+    let tensors: Vec<&Tensor> = connector.tensors().iter().map(|(_, tensor)| tensor).collect();
+    let gradients = Tensor::run_backward(&roots, &tensors, false, false);
+    (states.detach(), Tensor::cat(&gradients.iter().map(|gradient| gradient.reshape([-1])).collect::<Vec<_>>(), 0))
+}
+
+/// The largest difference, by the largest value.
+fn off(found: &Tensor, expected: &Tensor) -> f64 {
+    ((found.to_kind(Kind::Double) - expected.to_kind(Kind::Double)).abs().max() / expected.abs().max()).double_value(&[])
+}
+
+#[test]
+fn segments_cover_the_flat_buffer_in_order() {
+    for config in all() {
+        let connector = stirred(&config);
+        let mut at = 0;
+        for segment in connector.segments() {
+            assert_eq!(segment.elements.start, at, "{config:?}");
+            at = segment.elements.end;
+        }
+        assert_eq!(at, parameters(&config));
+        let blocks = if config.kind == ConnectorKind::Mlp { 0 } else { 2 };
+        assert_eq!(connector.segments().len(), 1 + blocks + usize::from(config.pooled.is_some()), "{config:?}");
+    }
+    // Twelve blocks come as they lie: the tenth after the ninth.
+    let many = Connector::init(&ConnectorConfig { layers: 12, ..small(ConnectorKind::Tsc) }, 0, Device::Cpu).unwrap();
+    assert_eq!(many.segments().len(), 13);
+}
+
+#[test]
+fn a_gradient_made_by_segments_is_that_of_one_graph() {
+    for config in all() {
+        let connector = stirred(&config);
+        let (whole, by_segments) = (gradients(&connector, Kind::Float, false), gradients(&connector, Kind::Float, true));
+        assert!(whole.0.equal(&by_segments.0), "{config:?}");
+        let found = off(&by_segments.1, &whole.1);
+        assert!(found < 1e-6, "{config:?}: {found}");
+        assert!(whole.1.abs().max().double_value(&[]) > 0.0);
+    }
+}
+
+/// Master weights stay float32, and so do their gradients: only what is computed with is shorter.
+#[test]
+fn computing_in_bfloat16_gives_the_same_but_for_its_rounding() {
+    for config in all() {
+        let connector = stirred(&config);
+        let (exact, short) = (gradients(&connector, Kind::Float, true), gradients(&connector, Kind::BFloat16, true));
+        assert_eq!((short.0.kind(), short.1.kind()), (Kind::BFloat16, Kind::Float));
+        let (values, by_parameters) = (off(&short.0, &exact.0), off(&short.1, &exact.1));
+        println!("{:?} {:?}: values {values:.1e}, gradients {by_parameters:.1e}", config.kind, config.pooled);
+        assert!(values > 0.0 && values < 2e-2 && by_parameters < 2e-2, "{config:?}: {values} {by_parameters}");
+    }
+}
+
 #[test]
 fn the_timestep_counts_for_the_timed_kinds_only() {
     let of = |connector: &Connector, t: i64| connector.forward(&features(1, 5), &Tensor::from_slice(&[t]), None).unwrap();

@@ -3,9 +3,11 @@
 use tch::Tensor;
 
 use super::ConnectorConfig;
+use super::chain::Chain;
+use super::linear::Linear;
 use super::resampler::Resampler;
 use crate::error::Result;
-use crate::layers::{Linear, silu, timestep_embedding};
+use crate::layers::{silu, timestep_embedding};
 use crate::params::Params;
 
 /// The network, under the keys `time_embedding` and `connector`.
@@ -27,11 +29,17 @@ impl Tsc {
         Ok(Tsc { time_channel, time, resampler: Resampler::new(&p.at("connector"), config)? })
     }
 
-    /// As [`super::Connector::forward`]; to `[B, L, D]`.
-    pub(super) fn forward(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Tensor> {
-        let sinusoid = timestep_embedding(timesteps, self.time_channel)?.f_to_kind(text_features.f_kind()?)?;
+    /// As [`super::Connector::forward`]; to `[B, L, D]`. The time embedding is made in the kind that its parameters are kept in.
+    pub(super) fn forward(
+        &self,
+        text_features: &Tensor,
+        timesteps: &Tensor,
+        key_mask: Option<&Tensor>,
+        chain: &mut Chain,
+    ) -> Result<Tensor> {
+        let sinusoid = timestep_embedding(timesteps, self.time_channel)?.f_to_kind(self.time.0.kind())?;
         let time = self.time.1.forward(&silu(&self.time.0.forward(&sinusoid)?)?)?; // [B, T]
         // Every use of the time embedding passes through SiLU first.
-        self.resampler.forward(text_features, Some(&silu(&time)?), key_mask)
+        self.resampler.forward(text_features, Some(&silu(&time)?), key_mask, chain)
     }
 }

@@ -39,7 +39,7 @@ impl Projections {
         let linear = |name, input| Linear::no_bias(&p.at(name), input, width, Init::KaimingUniform);
         let from = source.unwrap_or(width);
         let (q, k, v) = (linear("to_q", width)?, linear("to_k", from)?, linear("to_v", from)?);
-        Ok(match (p.fused().qkv, source) {
+        Ok(match (p.fused().attention, source) {
             (false, _) => Self::Apart([q, k, v]),
             (true, None) => Self::Own(Linear::joined(&[q, k, v])?),
             (true, Some(_)) => Self::Text { q, kv: Linear::joined(&[k, v])? },
@@ -108,7 +108,7 @@ impl FeedForward {
         Ok(Self {
             proj: Linear::new(&net.at(0).at("proj"), width, 8 * width)?,
             out: Linear::new(&net.at(2), 4 * width, width)?,
-            fused: p.fused().geglu && width % 2 == 0,
+            fused: p.fused().gate && width % 2 == 0,
         })
     }
 

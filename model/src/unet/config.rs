@@ -148,7 +148,7 @@ impl UNetConfig {
     }
 
     /// Whether any transformer works at this level: on the way down, up, or in the middle.
-    fn attends(&self, level: usize) -> bool {
+    pub(crate) fn attends(&self, level: usize) -> bool {
         let last = self.halvings();
         self.down_attention[level] || self.up_attention[last - level] || level == last
     }

@@ -1,12 +1,14 @@
 //! The rules for values, which types cannot hold. Each is checked once, and named with its file and key.
 
-use super::{ConfigError, ConnectorKind, Padding, RunConfig};
+use super::{Bytes, Compression, ConfigError, ConnectorKind, Padding, Reduction, RunConfig};
 use std::ops::RangeInclusive;
 
 /// Most threads of a worker: more than any machine has, and fewer than a system refuses to start.
 const MOST_THREADS: u64 = 1024;
 /// Most positions of a caption: sizes that text encoders have, with room.
 const MOST_TOKENS: u64 = 1 << 16;
+/// Least memory of a GPU that anything can be computed in: CUDA's own libraries take about as much.
+const LEAST_GPU_MEMORY: Bytes = Bytes(1 << 30);
 
 /// Refuses the first value outside its rule. `origin` is the file, as errors name it.
 pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError> {
@@ -14,7 +16,9 @@ pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError
     check.sizes()?;
     check.rates()?;
     check.captions()?;
-    check.padding()
+    check.memory()?;
+    check.padding()?;
+    check.compression()
 }
 
 struct Check<'a> {
@@ -114,11 +118,33 @@ impl Check<'_> {
         self.holds("data.captions", sum, some, "one weight or more must be above 0")
     }
 
+    fn memory(&self) -> Result<(), ConfigError> {
+        let workers = &self.config.workers;
+        if let Some(most) = workers.gpu_memory.filter(|most| *most < LEAST_GPU_MEMORY) {
+            return Err(self.wrong("workers.gpu_memory", format!("\"{most}\""), format!("it must be {LEAST_GPU_MEMORY} or more")));
+        }
+        if workers.split_on_oom && self.config.train.reduction == Reduction::Exact {
+            let rule = "the halves of a lane are rounded elsewhere than the whole, so that train.reduction = \"exact\" would give other bits on a \
+                        smaller GPU; use \"fast\", or a smaller train.micro_batch";
+            return Err(self.wrong("workers.split_on_oom", true, rule.to_owned()));
+        }
+        Ok(())
+    }
+
     fn padding(&self) -> Result<(), ConfigError> {
         let RunConfig { text, connector, .. } = self.config;
         if text.padding == Padding::None && connector.kind == ConnectorKind::Mlp {
             let rule = "connector.kind = \"mlp\" makes a state of every position, and a U-Net attends to all of them; use \"fixed\"";
             return Err(self.wrong("text.padding", "\"none\"", rule.to_owned()));
+        }
+        Ok(())
+    }
+
+    fn compression(&self) -> Result<(), ConfigError> {
+        let train = &self.config.train;
+        if train.compression != Compression::None && train.reduction == Reduction::Exact {
+            let rule = "an exact sum is not rounded on its way; use \"none\", or train.reduction = \"fast\"";
+            return Err(self.wrong("train.compression", "\"bf16\"", rule.to_owned()));
         }
         Ok(())
     }

@@ -32,7 +32,7 @@ pub(super) fn full() -> RunConfig {
         connector: Connector { width: Some(1), ..Connector::default() },
         train: Train { snr_gamma: Some(1.0), ..Train::default() },
         checkpoint: Checkpoint { every: Some(1), max_lost_work: Some(Millis(1)), ..Checkpoint::default() },
-        workers: Workers { max: Some(1), ..Workers::default() },
+        workers: Workers { max: Some(1), gpu_memory: Some(Bytes(1)), ..Workers::default() },
     }
 }
 

@@ -7,7 +7,7 @@ mod keys;
 mod units;
 
 pub use job::{Config, JobConfig, JobKind, JobTable};
-pub use units::Millis;
+pub use units::{Bytes, Millis};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -286,6 +286,17 @@ pub enum ConnectorKind {
     Mlp,
 }
 
+/// The formats that the connector computes in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConnectorDtype {
+    /// 32-bit floats.
+    #[default]
+    Fp32,
+    /// bfloat16 for matrix products and attention; weights, their gradients and moments, norms and sums stay float32.
+    Bf16,
+}
+
 /// `[connector]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -301,11 +312,13 @@ pub struct Connector {
     pub heads: usize,
     /// Learned queries: the sequence length that the U-Net sees.
     pub latents: usize,
+    /// What it computes in.
+    pub dtype: ConnectorDtype,
 }
 
 impl Default for Connector {
     fn default() -> Self {
-        Self { kind: ConnectorKind::Tsc, width: None, layers: 6, heads: 8, latents: 64 }
+        Self { kind: ConnectorKind::Tsc, width: None, layers: 6, heads: 8, latents: 64, dtype: ConnectorDtype::Fp32 }
     }
 }
 
@@ -320,6 +333,17 @@ pub enum Reduction {
     Fast,
 }
 
+/// What the gradient's sum goes over the wire in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// As it is summed.
+    #[default]
+    None,
+    /// bfloat16: half the bytes of float32. Each rank's sum is rounded once, and each addition on the way once more.
+    Bf16,
+}
+
 /// `[train]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -332,6 +356,10 @@ pub struct Train {
     pub micro_batch: usize,
     /// How lane gradients are summed.
     pub reduction: Reduction,
+    /// What the sum goes over the wire in; `none` where the reduction is exact.
+    pub compression: Compression,
+    /// At most so many steps in a row whose loss or gradient is not finite are left out and counted, before the run stops for one.
+    pub skip_nonfinite: usize,
     /// Probability that a caption is replaced by the empty one, for classifier-free guidance.
     pub caption_dropout: f64,
     /// Largest gradient norm; 0 turns clipping off.
@@ -360,6 +388,8 @@ impl Default for Train {
             global_batch: 32,
             micro_batch: 8,
             reduction: Reduction::Exact,
+            compression: Compression::None,
+            skip_nonfinite: 0,
             caption_dropout: 0.1,
             grad_clip: 1.0,
             ema_decay: 0.9999,
@@ -491,6 +521,13 @@ pub struct Workers {
     pub device: Device,
     /// Intra-op threads of each: part of SAME, as it changes the order of sums inside a kernel.
     pub threads: usize,
+    /// Whether a GPU may round float32 to 10 bits of mantissa in matrix products and convolutions: faster, and part of SAME.
+    pub tf32: bool,
+    /// The most that each takes of its GPU's memory, which leaves the rest to others there; absent: all of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_memory: Option<Bytes>,
+    /// Whether a lane that runs out of a GPU's memory is computed again in halves. Only with `train.reduction = "fast"`.
+    pub split_on_oom: bool,
     /// A worker not heard of for this long is lost.
     pub lease: Millis,
     /// A worker that has been without a coordinator for this long (it is gone, stopped, or cut off) stops itself.
@@ -511,6 +548,9 @@ impl Default for Workers {
             straggler: Straggler::Warn,
             device: Device::Auto,
             threads: 1,
+            tf32: false,
+            gpu_memory: None,
+            split_on_oom: false,
             lease: Millis(10_000),
             orphan_timeout: Millis(60_000),
             step_timeout: Millis(120_000),
@@ -566,6 +606,9 @@ impl RunConfig {
             "workers.max",
             "workers.join_window",
             "workers.straggler",
+            "workers.gpu_memory",
+            // Of a reduction that promises no bits.
+            "workers.split_on_oom",
         ] {
             keys::remove(&mut value, path);
         }
@@ -683,6 +726,8 @@ mod tests {
         for (toml, key) in [
             ("[train]\nsteps = 0", "train.steps"),
             ("[train]\nglobal_batch = 30", "train.global_batch"),
+            ("[train]\ncompression = \"bf16\"", "train.compression"),
+            ("[connector]\ndtype = \"fp16\"", "`fp32` or `bf16`"),
             ("[train]\ncaption_dropout = 1.5", "train.caption_dropout"),
             ("[train]\ncaption_dropout = nan", "train.caption_dropout"),
             ("[train.optimizer]\nlr = -1.0", "train.optimizer.lr"),
@@ -693,6 +738,8 @@ mod tests {
             ("[workers]\ncount = 2\nmin = 3", "workers.min"),
             ("[workers]\ncount = 2\nmax = 1", "workers.max"),
             ("[workers]\nthreads = 100000", "workers.threads"),
+            ("[workers]\ngpu_memory = \"1MiB\"", "workers.gpu_memory"),
+            ("[workers]\nsplit_on_oom = true", "workers.split_on_oom"),
             ("[checkpoint]\nkeep = 0", "checkpoint.keep"),
             ("[checkpoint]\nmax_lost_work = \"0s\"", "checkpoint.max_lost_work"),
             ("[checkpoint]\nevery = 0", "checkpoint.every"),
@@ -713,6 +760,8 @@ mod tests {
         assert_eq!(error, "run.toml with --set: `text.max_tokens` is 100000, but it must lie from 1 to 65536");
         let error = parse("", &["train.steps=0"]).unwrap_err().to_string();
         assert_eq!(error, "run.toml with --set: `train.steps` is 0, but it must be 1 or more");
+        let error = parse("", &["workers.gpu_memory=lots"]).unwrap_err().to_string();
+        assert!(error.contains("\"lots\" is not a size; write one such as"), "{error}");
         let error = parse("", &["train.steps"]).unwrap_err().to_string();
         assert!(error.contains("section.key=value"), "{error}");
     }
@@ -764,6 +813,7 @@ mod tests {
             "workers.max=2",
             "workers.straggler=evict",
             "workers.join_window=0s",
+            "workers.gpu_memory=40GiB",
         ] {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
         }
@@ -771,6 +821,7 @@ mod tests {
         assert_eq!(ahead.digest(), base.digest(), "a run that began so may go on with the features that it made");
         for bound in [
             "workers.threads=2",
+            "workers.tf32=true",
             "text.features=inline",
             "run.seed=1",
             "train.micro_batch=4",
@@ -785,6 +836,8 @@ mod tests {
             let key = bound.split('=').next().unwrap();
             assert_eq!(base.binding_differences(&other), vec![key.to_owned()]);
         }
+        let fast = parse("", &["train.reduction=fast"]).unwrap();
+        assert_eq!(parse("", &["train.reduction=fast", "workers.split_on_oom=true"]).unwrap().digest(), fast.digest());
         let cosine = parse("", &["train.schedule.kind=cosine"]).unwrap();
         assert_ne!(parse("", &["train.schedule.kind=cosine", "train.steps=9"]).unwrap().digest(), cosine.digest());
     }

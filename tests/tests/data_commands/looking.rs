@@ -140,6 +140,16 @@ fn a_plan_gives_every_figure_with_its_formula() -> Result<()> {
     assert!(text.contains("30 steps / 3 per epoch") && text.contains("cheaper: "), "{text}");
     // A base of no known family has no known cost.
     assert!(text.contains("training is not reckoned") && !figures.iter().any(|figure| figure["name"] == "training"), "{text}");
+    // Memory: every part with its formula, their sum, and what fits.
+    let memory = &json(&["plan", &config, "--gpu-memory", "2GiB"])?["memory"];
+    let parts = memory["parts"].as_array().context("no parts")?;
+    assert!(parts.iter().all(|part| part["formula"].as_str().is_some_and(|formula| formula.len() > 5)), "{memory}");
+    let sum: u64 = parts.iter().filter_map(|part| part["bytes"].as_u64()).sum();
+    assert_eq!((memory["bytes"].as_u64(), memory["fit"]["memory"].as_u64()), (Some(sum), Some(2 << 30)));
+    assert!(memory["fit"]["largest"].as_u64() > Some(16) && memory["fit"]["of_the_batch"].as_u64() == Some(16), "{memory}");
+    assert!(text.contains("kept of up_blocks.0") && text.contains("fits into 79.6 GiB"), "{text}");
+    let little = ella(&["plan", &config, "--gpu-memory", "512MiB"])?;
+    assert!(little.contains("DOES NOT FIT into 512.0 MiB; not one sample does"), "{little}");
     let refused = try_ella(&["plan", &config, "--gpu", "abacus"])?;
     assert_eq!(refused.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("h100"), "{refused:?}");

@@ -3,16 +3,18 @@
 //! Networks of goldens run by the code of `ella forward`; a random U-Net of the preset's true shape besides. Errors are max|a − b| /
 //! max|b|.
 
+use crate::Setting;
 use crate::networks;
 use crate::train::Trainer;
-use crate::{Setting, gpu};
 use anyhow::{Context as _, Result, ensure};
 use ella_model::forward::{Net, Options, forward};
 use ella_model::layers::inner_product;
 use ella_model::params::{Compute, Params};
 use ella_model::unet::UNet;
 use ella_model::weights::{self, Weights};
+use ella_proto::config::Reduction;
 use ella_worker::device;
+use ella_worker::precision::Precision;
 use ella_worker::reduce::{Collective as _, Nccl, Solo};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -32,7 +34,7 @@ const AS_THE_PROCESSOR: f64 = 2.0;
 const STEPS: usize = 3;
 
 pub(crate) fn run(setting: &Setting, goldens: Option<&Path>) -> Result<Value> {
-    gpu::set_tf32(false)?;
+    Precision { tf32: false, deterministic: false }.set(setting.device)?;
     let mut cases = Vec::new();
     match goldens {
         Some(folder) => golden_cases(folder, setting, &mut cases)?,
@@ -207,8 +209,7 @@ fn random_unet(setting: &Setting, cases: &mut Vec<Value>) -> Result<()> {
 
 /// SAME: two runs of a few steps in deterministic mode, from the same seeds, have the same bits.
 fn same(setting: &Setting) -> Result<Value> {
-    gpu::set_deterministic(true)?;
-    let small = Setting { micro_batch: setting.micro_batch.min(4), ..*setting };
+    let small = Setting { micro_batch: setting.micro_batch.min(4), reduction: Reduction::Exact, ..*setting };
     let run = || -> Result<Tensor> {
         tch::manual_seed(7);
         let mut trainer = Trainer::new(&small, 1)?;
@@ -219,7 +220,6 @@ fn same(setting: &Setting) -> Result<Value> {
         Ok(trainer.state.buffers.params.f_to_device(Device::Cpu)?)
     };
     let ended = run().and_then(|first| Ok(first.f_equal(&run()?)?));
-    gpu::set_deterministic(false)?;
     Ok(match ended {
         Ok(same) => json!({ "ok": same, "steps": STEPS, "micro_batch": small.micro_batch }),
         // An operator that has no deterministic form says so.
@@ -258,7 +258,14 @@ mod tests {
     fn the_processor_passes_its_own_check() {
         let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/goldens");
         let device = Device::Cpu;
-        let setting = Setting { sizes: Sizes::Nano, device, kind: Kind::Float, micro_batch: 2, measure: Duration::from_millis(20) };
+        let setting = Setting {
+            sizes: Sizes::Nano,
+            device,
+            kind: Kind::Float,
+            reduction: Reduction::Fast,
+            micro_batch: 2,
+            measure: Duration::from_millis(20),
+        };
         let found = run(&setting, Some(&goldens)).unwrap();
         let cases = found["cases"].as_array().unwrap();
         // Ten of U-Nets, five connectors, four encoders, four of the VAE, the random U-Net; each in both dtypes.

@@ -12,7 +12,7 @@ pub(crate) fn run(setting: &Setting) -> Result<Value> {
     let (text, (ids, mask)) = (networks::text(setting)?, networks::captions(setting)?);
     gpu::reset_peak(setting.device);
     let encode = || {
-        tch::no_grad(|| text.features(&ids, &mask, Layers::Last))?;
+        let _ = tch::no_grad(|| text.features(&ids, &mask, Layers::Last))?;
         Ok(())
     };
     let timed = timing::time(setting.device, setting.measure, encode)?;

@@ -1,28 +1,7 @@
 //! What only a GPU, or only libtorch's CUDA part, can tell.
 
-use anyhow::{Context as _, Result};
-use ella_cuda::precision;
-use ella_worker::device;
 use serde_json::{Value, json};
 use tch::Device;
-
-/// Makes ready what the parts ask of a GPU.
-pub(crate) fn set_up(device: Device) -> Result<()> {
-    if device.is_cuda() && !ella_cuda::is_loaded() {
-        ella_cuda::load(&device::libtorch_folder().context("libtorch's folder cannot be found")?)?;
-    }
-    Ok(())
-}
-
-/// Whether float32 products and convolutions may be TF32.
-pub(crate) fn set_tf32(on: bool) -> Result<()> {
-    Ok(precision::set_tf32(on)?)
-}
-
-/// Whether every operation gives the same bits each time.
-pub(crate) fn set_deterministic(on: bool) -> Result<()> {
-    Ok(precision::set_deterministic(on)?)
-}
 
 /// From here on [`memory`] tells of the most that was taken.
 pub(crate) fn reset_peak(device: Device) {

@@ -18,7 +18,7 @@ use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use ella_model::presets::Preset;
 use ella_model::t5::T5Config;
-use ella_proto::config::Device as Choice;
+use ella_proto::config::{Device as Choice, Reduction};
 use ella_worker::device;
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
@@ -62,6 +62,9 @@ struct Arguments {
     /// About how long each thing is measured, after its warm-up
     #[arg(long, default_value_t = 20.0, value_parser = seconds)]
     seconds: f64,
+    /// How gradients are summed: fast, or exact with deterministic kernels
+    #[arg(long, default_value = "fast", value_parser = reduction)]
+    reduction: Reduction,
     /// Intra-op threads on a processor
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -82,6 +85,14 @@ fn choice(name: &str) -> Result<Choice, String> {
     }
 }
 
+fn reduction(name: &str) -> Result<Reduction, String> {
+    match name {
+        "fast" => Ok(Reduction::Fast),
+        "exact" => Ok(Reduction::Exact),
+        _ => Err("fast or exact".to_owned()),
+    }
+}
+
 fn seconds(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|seconds: &f64| (0.01..=3600.0).contains(seconds)).ok_or_else(|| "a number from 0.01 to 3600".to_owned())
 }
@@ -93,6 +104,7 @@ struct Setting {
     device: Device,
     /// What frozen networks compute in: bf16, as on a GPU; float32 on a processor, whose bf16 is slow.
     kind: Kind,
+    reduction: Reduction,
     micro_batch: i64,
     measure: Duration,
 }
@@ -126,14 +138,16 @@ const TOKENS: i64 = 128;
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    // SAFETY: no thread has been started yet.
+    unsafe { device::set_environment() };
     let device = device::set_up(arguments.device, arguments.threads)?;
-    gpu::set_up(device)?;
     tch::manual_seed(1);
     let kind = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
     let setting = Setting {
         sizes: arguments.preset,
         device,
         kind,
+        reduction: arguments.reduction,
         micro_batch: arguments.micro_batch.into(),
         measure: Duration::from_secs_f64(arguments.seconds),
     };

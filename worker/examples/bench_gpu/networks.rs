@@ -9,6 +9,7 @@ use ella_model::text::Text;
 use ella_model::unet::UNet;
 use ella_model::vae::Vae;
 use ella_worker::train::lane::{LaneBatch, Networks};
+use ella_worker::train::split::Split;
 use ella_worker::train::state::{Layout, TrainState};
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
@@ -89,7 +90,16 @@ pub(crate) fn step(setting: &Setting, seed: u64) -> Result<(Networks, TrainState
     let state = TrainState::fresh(layout.clone(), layout.gather(&first, device)?)?;
     let connector = Connector::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
     let schedule = setting.preset().schedule(device)?;
-    let networks = Networks { connector, unet, kind: setting.kind, schedule, snr_gamma: None, checkpointing: false };
+    let networks = Networks {
+        connector,
+        unet,
+        kind: setting.kind,
+        connector_kind: setting.kind,
+        schedule,
+        snr_gamma: None,
+        checkpointing: false,
+        split: Split::new(false),
+    };
     Ok((networks, state))
 }
 

@@ -1,10 +1,11 @@
-//! The step itself, by the code that a worker trains with: gradient, sum, clip, update.
+//! The step itself, by the code that a worker trains with: gradient, sum, clip, update. It waits for the device once.
 
 use crate::timing::{self, Timed};
 use crate::{Setting, TOKENS, gpu, networks};
 use anyhow::{Result, ensure};
 use ella_model::cost;
-use ella_proto::config::Train;
+use ella_proto::config::{Reduction, Train};
+use ella_worker::precision::Precision;
 use ella_worker::reduce::fixed::{self, FixedPoint};
 use ella_worker::reduce::{Collective, Solo};
 use ella_worker::train::lane::{LaneBatch, Networks};
@@ -32,7 +33,10 @@ impl Trainer {
         let (networks, state) = networks::step(setting, seed)?;
         let batches = (0..CACHED_BATCHES).map(|_| networks::samples(setting)).collect::<Result<Vec<_>>>()?;
         let samples = setting.micro_batch as usize;
-        let config = Train { global_batch: samples, micro_batch: samples, ..Train::default() };
+        let reduction = setting.reduction;
+        // As a run of this reduction has it.
+        Precision { tf32: false, deterministic: reduction == Reduction::Exact }.set(setting.device)?;
+        let config = Train { global_batch: samples, micro_batch: samples, reduction, ..Train::default() };
         Ok(Self { networks, state, config, device: setting.device, batches, solo: Solo::default() })
     }
 
@@ -45,16 +49,27 @@ impl Trainer {
     pub(crate) fn step(&mut self, batch: &LaneBatch) -> Result<f64> {
         let samples = batch.len() as u64;
         let gradient = self.networks.gradient(batch, samples)?;
-        let mut sum = fixed::zeros(self.state.layout.total(), self.device)?;
-        FixedPoint::new(1).add(&mut sum, &gradient.grad)?;
-        self.solo.sum_tensor(&mut sum)?;
-        let mut grad = fixed::to_f32(&sum)?;
-        optimizer::clip(&mut grad, self.config.grad_clip)?;
+        let mut grad = self.sum(gradient.grad)?;
+        let loss = gradient.loss_sum.f_to_kind(Kind::Double)?;
+        let told = Tensor::f_stack(&[&optimizer::square_norm(&grad)?, &loss], 0)?.f_to_device(Device::Cpu)?;
+        let (norm, loss) = (told.f_double_value(&[0])?.sqrt(), told.f_double_value(&[1])? / samples as f64);
         self.state.step += 1;
+        ensure!(norm.is_finite() && loss.is_finite(), "step {} has loss {loss}, norm {norm}: nothing is measured", self.state.step);
+        optimizer::clip(&mut grad, norm, self.config.grad_clip)?;
         optimizer::update(&mut self.state.buffers, &grad, &self.config, self.state.step)?;
-        let loss = gradient.loss_sum / samples as f64;
-        ensure!(loss.is_finite(), "the loss of step {} is {loss}: nothing is measured", self.state.step);
         Ok(loss)
+    }
+
+    /// The gradient's sum over the one lane and the one rank that there are.
+    fn sum(&mut self, mut grad: Tensor) -> Result<Tensor> {
+        if self.config.reduction == Reduction::Fast {
+            self.solo.sum_tensor(&mut grad)?;
+            return Ok(grad);
+        }
+        let mut sum = fixed::zeros(self.state.layout.total(), self.device)?;
+        let _ = FixedPoint::new(1).add(&mut sum, &grad)?;
+        self.solo.sum_tensor(&mut sum)?;
+        Ok(fixed::to_f32(&sum)?)
     }
 }
 
@@ -72,7 +87,7 @@ pub(crate) fn peak(setting: &Setting) -> Result<f64> {
     let random = || Tensor::f_randn([n, n], (Kind::Float, setting.device))?.f_to_kind(setting.kind);
     let (a, b) = (random()?, random()?);
     let timed = timing::time(setting.device, Duration::from_millis(500), || {
-        a.f_matmul(&b)?;
+        let _ = a.f_matmul(&b)?;
         Ok(())
     })?;
     Ok(2.0 * (n as f64).powi(3) / timed.median())
@@ -100,6 +115,7 @@ pub(crate) fn run(setting: &Setting) -> Result<Value> {
     })?;
     let mut result = figures(&timed, setting.micro_batch as f64, flops, peak);
     result["micro_batch"] = json!(setting.micro_batch);
+    result["reduction"] = json!(format!("{:?}", setting.reduction).to_lowercase());
     result["first_loss"] = json!(losses.first());
     result["last_loss"] = json!(losses.last());
     result["memory"] = gpu::memory(setting.device);
@@ -113,7 +129,14 @@ mod tests {
     use crate::Sizes;
 
     fn setting(sizes: Sizes) -> Setting {
-        Setting { sizes, device: Device::Cpu, kind: Kind::Float, micro_batch: 2, measure: Duration::from_millis(50) }
+        Setting {
+            sizes,
+            device: Device::Cpu,
+            kind: Kind::Float,
+            reduction: Reduction::Exact,
+            micro_batch: 2,
+            measure: Duration::from_millis(50),
+        }
     }
 
     #[test]

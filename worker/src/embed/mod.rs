@@ -9,14 +9,17 @@ use std::path::Path;
 
 use async_trait::async_trait;
 use ella_dataset::{DataError, DataSet, FeatureSet, FeatureSpec};
-use ella_proto::config::{Device as Choice, Dtype, Features, JobConfig, Layers, Padding, Text};
+use ella_proto::config::{Bytes, Device as Choice, Dtype, Features, JobConfig, Layers, Padding, Text};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use crate::device::{self, NoDevice};
 use crate::feed::{self, FeedError};
+use crate::gpu;
+use crate::gpu::fault::{Fault, first_line};
 use crate::job::{Job, JobError, PLAN, Tell};
 use crate::models;
+use crate::precision::Precision;
 use crate::text::identity;
 
 /// The settings of an embed job: `[embed]`.
@@ -40,6 +43,11 @@ pub struct EmbedSettings {
     pub batch: usize,
     /// Threads that compute.
     pub threads: usize,
+    /// The most that is taken of a GPU's memory, which leaves the rest to others there; none: all of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_memory: Option<Bytes>,
+    /// Whether a batch that runs out of a GPU's memory is halved.
+    pub split_on_oom: bool,
 }
 
 impl Default for EmbedSettings {
@@ -53,6 +61,8 @@ impl Default for EmbedSettings {
             captions: Vec::new(),
             batch: BATCH,
             threads: 1,
+            gpu_memory: None,
+            split_on_oom: false,
         }
     }
 }
@@ -60,7 +70,7 @@ impl Default for EmbedSettings {
 impl EmbedSettings {
     /// Settings in which every key is there.
     fn full() -> Self {
-        Self { captions: vec![String::new()], ..Self::default() }
+        Self { captions: vec![String::new()], gpu_memory: Some(Bytes(1)), ..Self::default() }
     }
 
     /// The encoder's settings as a run's config has them.
@@ -99,11 +109,14 @@ impl EmbedJob {
     /// Opens the data set and loads the encoder. Blocks, in a tokio runtime.
     pub fn open(data: &str, settings: &EmbedSettings, choice: Choice) -> Result<Self, JobError> {
         let device = device::set_up(choice, settings.threads)?;
+        Precision::OF_FILES.set(device).map_err(JobError::passing)?;
+        gpu::limit(device, settings.gpu_memory).map_err(JobError::passing)?;
         // Another machine may have the model.
         let model = models::locate("--text", &settings.text).map_err(JobError::passing)?;
         let (text, load) = (settings.text(), (settings.batch, settings.threads));
         let spec = feed::spec(&text, &identity(&model, settings.max_tokens).map_err(JobError::passing)?)?;
-        let encoder = ShardEncoder::load(&text, model, spec.clone(), device, load).map_err(JobError::passing)?;
+        let encoder =
+            ShardEncoder::load(&text, model, spec.clone(), device, load).map_err(JobError::passing)?.splitting(settings.split_on_oom);
         let runtime = Handle::current();
         let data = runtime.block_on(DataSet::open(data))?;
         let own = || data.manifest().captions.iter().map(|column| column.name.clone()).collect();
@@ -166,7 +179,14 @@ impl Job for EmbedJob {
 
 impl From<FeedError> for JobError {
     fn from(error: FeedError) -> Self {
-        if error.is_permanent() { Self::permanent(error) } else { Self::passing(error) }
+        match Fault::of(&error) {
+            // Others may have a GPU that works: the unit is theirs.
+            Some(fault) if fault.ends_the_process() => {
+                Self::passing(format_args!("{}: {}", first_line(&error), fault.hint())).of_a_broken_worker()
+            }
+            _ if error.is_permanent() => Self::permanent(error),
+            _ => Self::passing(error),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The captions of one shard to its file of features: the unit of `ella embed`, and of a run that encodes ahead.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -11,11 +12,16 @@ use tch::{Device, Tensor};
 
 use crate::device;
 use crate::feed::{FeedError, stored_kind};
+use crate::gpu::fault::{Fault, first_line};
+use crate::gpu::pieces::in_pieces;
 use crate::job::Tell;
 use crate::text::{TextEncoder, TextOptions};
 
 /// Most captions that go through the encoder at once, unless a job says otherwise.
 pub const BATCH: usize = 32;
+
+/// A caption's features as they are stored, and its tokens.
+type Stored = (Vec<u8>, u32);
 
 /// A text encoder that makes whole files of features.
 #[derive(Debug)]
@@ -24,6 +30,10 @@ pub struct ShardEncoder {
     spec: FeatureSpec,
     batch: usize,
     threads: usize,
+    /// Whether a batch that a GPU's memory does not hold is halved.
+    split: bool,
+    /// The most captions that were found to fit.
+    most: AtomicUsize,
 }
 
 impl ShardEncoder {
@@ -37,7 +47,13 @@ impl ShardEncoder {
     ) -> Result<Self, ModelError> {
         let Text { max_tokens, padding, layers, dtype, .. } = *text;
         let encoder = Mutex::new(TextEncoder::load(&TextOptions { model, max_tokens, padding, layers, dtype }, device)?);
-        Ok(Self { encoder, spec, batch, threads })
+        Ok(Self { encoder, spec, batch, threads, split: false, most: AtomicUsize::new(usize::MAX) })
+    }
+
+    /// The same, that halves batches for which a GPU's memory does not suffice, if `split`. A smaller batch may round elsewhere, so that the bytes
+    /// depend on the GPU then.
+    pub fn splitting(self, split: bool) -> Self {
+        Self { split, ..self }
     }
 
     /// The feature file of some captions, in their order. Batches are of like length, so that little is computed for padding; which
@@ -56,7 +72,7 @@ impl ShardEncoder {
                 return Err(FeedError::Died);
             }
             let texts: Vec<&str> = group.iter().map(|(_, row)| captions[*row].as_str()).collect();
-            for ((_, row), (features, tokens)) in group.iter().zip(self.encode(&encoder, &texts, &mut counts)?) {
+            for ((_, row), (features, tokens)) in group.iter().zip(self.encode_within(&encoder, &texts, &mut counts)?) {
                 spool.put(*row, &features, tokens)?;
             }
             tell.samples(group.len() as u64);
@@ -81,8 +97,23 @@ impl ShardEncoder {
         self.encoder.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The stored features and tokens of some captions: as one batch, or as several where memory does not suffice (KNOWN) and that is allowed.
+    fn encode_within(&self, encoder: &TextEncoder, texts: &[&str], counts: &mut Counts) -> Result<Vec<Stored>, FeedError> {
+        let mut most = self.most.load(Relaxed);
+        let pieces = in_pieces(texts.len(), &mut most, self.split, |piece| self.encode(encoder, &texts[piece], counts));
+        self.most.store(most, Relaxed);
+        let pieces = pieces.map_err(|error| match Fault::of(&error) {
+            Some(Fault::OutOfMemory) => FeedError::Batch { said: first_line(&error), batch: texts.len().min(most) },
+            _ => error,
+        })?;
+        if pieces.len() > 1 {
+            *counts.entry("batches_split_for_memory".to_owned()).or_default() += 1;
+        }
+        Ok(pieces.into_iter().flatten().collect())
+    }
+
     /// The stored features and tokens of some captions, as one batch.
-    fn encode(&self, encoder: &TextEncoder, texts: &[&str], counts: &mut Counts) -> Result<Vec<(Vec<u8>, u32)>, FeedError> {
+    fn encode(&self, encoder: &TextEncoder, texts: &[&str], counts: &mut Counts) -> Result<Vec<Stored>, FeedError> {
         let rows = encoder.encode(texts)?;
         let kept: usize = rows.tokens.iter().sum();
         let computed = (rows.features.size()[0] * rows.features.size()[1]) as u64;

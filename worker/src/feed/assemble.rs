@@ -2,7 +2,8 @@
 
 use super::encoding::EncodingAhead;
 use super::features::{LaneFeatures, Wanted};
-use super::staging::Staging;
+use super::side::Side;
+use super::staging::{Input, Staging};
 use super::{Captions, Encoding, FeatureSource, FeedError, Identity, LaneInput, StepInput};
 use crate::noise::{HELD_OUT, SampleNoise, Stream};
 use crate::train::lane::LaneBatch;
@@ -49,6 +50,7 @@ pub struct Sources {
     parts: Parts,
     order: Arc<BucketOrder>,
     identity: Identity,
+    side: Side,
     staging: Staging,
     ahead: Option<Ahead>,
     encoding: Option<EncodingAhead>,
@@ -71,7 +73,7 @@ struct Picked {
 enum Pictures {
     /// `[b, 2c, h, w]` on the device: means and log-variances.
     Moments(Tensor),
-    /// `[b, 3, H, W]` float32 in −1…1.
+    /// `[b, 3, H, W]` float32 in −1…1, on the device.
     Rgb(Tensor),
 }
 
@@ -89,8 +91,10 @@ impl Sources {
         };
         let order = Arc::new(BucketOrder::new(config, &manifest.order_shards())?);
         let identity = Identity { data: parts.captions.identity(&parts.data), models: parts.models_digest.clone() };
-        let staging = Staging::new(parts.device);
-        Ok(Self { parts, order, identity, staging, ahead: None, encoding: None, held_out: None })
+        // All models are loaded by now.
+        let side = Side::new(parts.device)?;
+        let staging = Staging::new(parts.device, side);
+        Ok(Self { parts, order, identity, side, staging, ahead: None, encoding: None, held_out: None })
     }
 
     /// Begins to read ahead of a step, for these lanes and no others any more.
@@ -105,7 +109,7 @@ impl Sources {
         match (self.parts.features.encoding(), &self.encoding) {
             (Some(_), Some(ahead)) => ahead.turn_to(reading.clone(), step),
             (Some(encoding), None) => {
-                self.encoding = Some(EncodingAhead::start(encoding, reading.clone(), step).map_err(FeedError::Thread)?);
+                self.encoding = Some(EncodingAhead::start(encoding, self.parts.device, reading.clone(), step)?);
             }
             (None, _) => {}
         }
@@ -134,6 +138,11 @@ impl Sources {
                  the data set to this machine"
             );
         }
+    }
+
+    /// The stream that the thread which makes steps is to be on.
+    pub(super) fn side(&self) -> Side {
+        self.side
     }
 
     /// What encodes captions ahead, if anything does.
@@ -169,7 +178,8 @@ impl Sources {
         }
         let held_out = if self.measures(step) { self.held_out(lanes)? } else { Vec::new() };
         let step_samples = self.order.batch_len(step);
-        Ok(StepInput { step, epoch, step_samples, lanes: inputs, held_out, encode, waited: Duration::ZERO })
+        let made = self.side.mark()?;
+        Ok(StepInput { step, epoch, step_samples, lanes: inputs, held_out, encode, waited: Duration::ZERO, made })
     }
 
     fn measures(&self, step: u64) -> bool {
@@ -181,7 +191,7 @@ impl Sources {
         let samples = self.order.lane(step, lane);
         let mut tally = Tally::default();
         if samples.is_empty() {
-            return Ok(LaneInput { lane, batch: None, tally, dropped: 0, truncated: 0 });
+            return Ok(LaneInput { lane, batch: None, keys: Vec::new(), tally, dropped: 0, truncated: 0 });
         }
         let (picked, pictures) = self.pick(&samples, epoch)?;
         for sample in &picked {
@@ -191,7 +201,8 @@ impl Sources {
         let wanted: Vec<Wanted> = picked.iter().map(|p| self.wanted(p, p.noise.dropped(dropout))).collect();
         let dropped = wanted.iter().filter(|w| w.place.is_none()).count() as i64;
         let (batch, truncated) = self.batch(&picked, pictures, &wanted, encode)?;
-        Ok(LaneInput { lane, batch: Some(batch), tally, dropped, truncated })
+        let keys = picked.into_iter().map(|sample| sample.key).collect();
+        Ok(LaneInput { lane, batch: Some(batch), keys, tally, dropped, truncated })
     }
 
     /// The first samples of the data set under noise that no epoch has; each lane's share of them.
@@ -239,9 +250,10 @@ impl Sources {
                 let size = samples.first().and_then(|at| parts.data.manifest().shards.get(at.shard as usize)?.size).unwrap_or_default();
                 let [channels, height, width] = spec.shape(size).map(|side| side as i64);
                 let shape = [samples.len() as i64, channels, height, width];
-                Pictures::Moments(self.staging.assemble(&shape, Kind::Half, |bytes| copy_moments(parts, samples, bytes, &mut note))?)
+                let copy = |bytes: &mut [u8]| copy_moments(parts, samples, bytes, &mut note);
+                Pictures::Moments(self.staging.assemble(Input::Moments, (&shape, Kind::Half), copy)?)
             }
-            None => Pictures::Rgb(decode(parts, samples, &mut note)?),
+            None => Pictures::Rgb(decode(parts, samples, &mut self.staging, &mut note)?),
         };
         let mut picked: Vec<Picked> = picked.into_iter().flatten().collect();
         for sample in &mut picked {
@@ -270,7 +282,7 @@ impl Sources {
         let latents = self.latents(picked, pictures)?;
         let features = self.parts.features.lane(wanted, &mut self.staging, &self.parts.runtime)?;
         *encode += begin.elapsed();
-        let noise = normals(picked, Stream::Noise, &latents.size())?.f_to_device(device)?;
+        let noise = self.normals(picked, Stream::Noise, &latents.size())?;
         let timesteps: Vec<i64> = picked.iter().map(|p| p.noise.timestep(self.parts.timesteps)).collect();
         let timesteps = Tensor::f_from_slice(&timesteps)?.f_to_device(device)?;
         let time_ids = self.time_ids(picked, &latents)?;
@@ -294,22 +306,30 @@ impl Sources {
     }
 
     /// Scaled latents `[b, 4, h, w]` float32, drawn from the VAE's posterior (paper §2: latents are samples, not means).
-    fn latents(&self, picked: &[Picked], pictures: Pictures) -> Result<Tensor, FeedError> {
-        let Parts { vae, device, .. } = &self.parts;
+    fn latents(&mut self, picked: &[Picked], pictures: Pictures) -> Result<Tensor, FeedError> {
         let (mean, logvar) = match pictures {
             Pictures::Moments(both) => {
                 let half = both.size()[1] / 2;
                 (both.f_narrow(1, 0, half)?, both.f_narrow(1, half, half)?)
             }
-            Pictures::Rgb(images) => {
-                let images = images.f_to_device(*device)?;
-                tch::no_grad(|| vae.encode(&images))?
-            }
+            Pictures::Rgb(images) => tch::no_grad(|| self.parts.vae.encode(&images))?,
         };
         let (mean, logvar) = (mean.f_to_kind(Kind::Float)?, logvar.f_to_kind(Kind::Float)?);
-        let noise = normals(picked, Stream::Posterior, &mean.size())?.f_to_device(*device)?;
+        let noise = self.normals(picked, Stream::Posterior, &mean.size())?;
         let sample = mean.f_add(&logvar.f_mul_scalar(0.5)?.f_exp()?.f_mul(&noise)?)?;
-        Ok(vae.scale(&sample)?)
+        Ok(self.parts.vae.scale(&sample)?)
+    }
+
+    /// Each sample's own normal numbers, `[b, ...]` float32 on the device.
+    fn normals(&mut self, picked: &[Picked], stream: Stream, shape: &[i64]) -> Result<Tensor, FeedError> {
+        let each = shape[1..].iter().product::<i64>() as usize;
+        self.staging.assemble(Input::Normals, (shape, Kind::Float), |bytes| {
+            let numbers: &mut [f32] = bytemuck::cast_slice_mut(bytes);
+            for (sample, slot) in picked.iter().zip(numbers.chunks_mut(each.max(1))) {
+                sample.noise.normals(stream, slot);
+            }
+            Ok(())
+        })
     }
 }
 
@@ -326,18 +346,36 @@ fn copy_moments(parts: &Parts, samples: &[SampleRef], out: &mut [u8], note: &mut
     }))
 }
 
-/// The samples' pictures `[b, 3, H, W]` float32 in −1…1; each row is shown to `note`.
-fn decode(parts: &Parts, samples: &[SampleRef], note: &mut impl FnMut(usize, &RowRef<'_>)) -> Result<Tensor, FeedError> {
-    let mut pictures: Vec<Tensor> = samples.iter().map(|_| Tensor::new()).collect();
+/// The samples' pictures `[b, 3, H, W]` float32 in −1…1, on the device; each row is shown to `note`.
+fn decode(
+    parts: &Parts,
+    samples: &[SampleRef],
+    staging: &mut Staging,
+    note: &mut impl FnMut(usize, &RowRef<'_>),
+) -> Result<Tensor, FeedError> {
+    let mut pictures: Vec<(Vec<u8>, [i64; 3])> = samples.iter().map(|_| Default::default()).collect();
     parts.runtime.block_on(parts.data.rows(samples, |i, row| {
         let bytes = row.image.ok_or_else(|| bad_row(parts, row.key, "it has no picture"))?;
         let (rgb, width, height) = decode_rgb(bytes).map_err(|refusal| bad_row(parts, row.key, &format!("its picture is {refusal}")))?;
-        let shape = [i64::from(height), i64::from(width), 3];
-        pictures[i] = Tensor::f_from_slice(&rgb)?.f_reshape(shape)?.f_permute([2, 0, 1])?;
+        pictures[i] = (rgb, [i64::from(height), i64::from(width), 3]);
         note(i, &row);
         Ok::<_, FeedError>(())
     }))?;
-    Ok(Tensor::f_stack(&pictures, 0)?.f_to_kind(Kind::Float)?.f_div_scalar(127.5)?.f_sub_scalar(1.0)?)
+    let [height, width, channels] = pictures.first().map_or([0; 3], |(_, shape)| *shape);
+    let shape = [pictures.len() as i64, height, width, channels];
+    // As bytes, which are a quarter of what they become there.
+    let pixels = staging.assemble(Input::Pictures, (&shape, Kind::Uint8), |bytes| {
+        let each = (bytes.len() / pictures.len().max(1)).max(1);
+        for ((rgb, found), slot) in pictures.iter().zip(bytes.chunks_mut(each)) {
+            if rgb.len() != slot.len() || *found != [height, width, channels] {
+                let what = format!("pictures of one lane have several sizes ({found:?} and {:?})", [height, width, channels]);
+                return Err(FeedError::Unsuited { data: parts.data.store().url().to_owned(), what });
+            }
+            slot.copy_from_slice(rgb);
+        }
+        Ok(())
+    })?;
+    Ok(pixels.f_permute([0, 3, 1, 2])?.f_contiguous()?.f_to_kind(Kind::Float)?.f_div_scalar(127.5)?.f_sub_scalar(1.0)?)
 }
 
 fn bad_row(parts: &Parts, key: &str, what: &str) -> FeedError {
@@ -369,14 +407,4 @@ fn check_suited(parts: &Parts) -> Result<(), FeedError> {
         }
         _ => Ok(()),
     }
-}
-
-/// Each sample's own normal numbers, `[b, ...]` float32.
-fn normals(picked: &[Picked], stream: Stream, shape: &[i64]) -> Result<Tensor, tch::TchError> {
-    let each = shape[1..].iter().product::<i64>() as usize;
-    let mut numbers = vec![0f32; each * picked.len()];
-    for (sample, slot) in picked.iter().zip(numbers.chunks_mut(each.max(1))) {
-        sample.noise.normals(stream, slot);
-    }
-    Tensor::f_from_slice(&numbers)?.f_reshape(shape)
 }

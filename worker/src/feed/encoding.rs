@@ -2,8 +2,10 @@
 //!
 //! It encodes whole shards, as `ella embed` does and to the same bytes, in the order in which the steps come to them, and writes them through
 //! to their sidecars: the first epoch is the precompute. What is trained on is read back from there, so that it makes no difference who
-//! encoded a shard, and when: in this run or before, on this worker or another. On a GPU it shares torch's stream with the step as yet.
+//! encoded a shard, and when: in this run or before, on this worker or another. On a GPU each thread has a stream of low priority ([`super::side`]), and
+//! the encoder leaves its memory once every shard has its features.
 
+use super::side::Side;
 use super::{Captions, FeedError};
 use crate::embed::ShardEncoder;
 use crate::job::Tell;
@@ -12,7 +14,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use tch::Device;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +24,8 @@ use tokio_util::sync::CancellationToken;
 const THREADS: usize = 2;
 /// The count of shards that could not be made ahead.
 pub(super) const FAILED: &str = "failed_ahead";
+/// How often the store is asked whether others have made what this worker has not.
+const ASK: Duration = Duration::from_secs(60);
 /// How often a wait for a shard that another thread makes looks whether it is over.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -31,7 +36,10 @@ pub struct Encoding {
     captions: Arc<Captions>,
     /// One for each column.
     features: Vec<Arc<Features>>,
-    encoder: ShardEncoder,
+    /// None once it has nothing to do any more.
+    encoder: Mutex<Option<Arc<ShardEncoder>>>,
+    /// When the store was last asked whether others have made the rest.
+    asked: Mutex<Option<Instant>>,
     runtime: Handle,
     /// Shards that threads are at.
     busy: Mutex<HashSet<u32>>,
@@ -77,7 +85,8 @@ impl Encoding {
             data: Arc::clone(data),
             captions: Arc::clone(captions),
             features,
-            encoder,
+            encoder: Mutex::new(Some(Arc::new(encoder))),
+            asked: Mutex::default(),
             runtime: runtime.clone(),
             busy: Mutex::default(),
             freed: Condvar::new(),
@@ -157,7 +166,8 @@ impl Encoding {
                 continue;
             }
             let captions = self.runtime.block_on(self.captions.of_shard(&self.data, column, shard))?;
-            let (file, counts) = self.encoder.embed(&captions, &self.tell)?;
+            let encoder = self.encoder().clone().ok_or(FeedError::Died)?;
+            let (file, counts) = encoder.embed(&captions, &self.tell)?;
             self.storing.fetch_add(1, Relaxed);
             let stored = self.runtime.block_on(features.write(shard, captions.len() as u64, file, counts.clone()));
             self.storing.fetch_sub(1, Relaxed);
@@ -165,6 +175,39 @@ impl Encoding {
             counts.iter().for_each(|(name, count)| self.tell.count(name, *count));
         }
         Ok(())
+    }
+
+    fn encoder(&self) -> MutexGuard<'_, Option<Arc<ShardEncoder>>> {
+        self.encoder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is in memory.
+    pub(super) fn holds_encoder(&self) -> bool {
+        self.encoder().is_some()
+    }
+
+    /// Lets the encoder go if every shard has its features now, whoever made them.
+    fn rest(&self) {
+        if !self.holds_encoder() || !self.is_whole() {
+            return;
+        }
+        // Another thread may still hold it, at a shard that is there by now.
+        drop(self.encoder().take());
+        let _ = ella_cuda::memory::empty_cache();
+        tracing::info!("every caption has its features: the text encoder leaves the memory");
+    }
+
+    fn is_whole(&self) -> bool {
+        let missing = (0..self.data.manifest().shards.len()).find(|shard| !self.has(*shard as u32));
+        let Some(first) = missing else { return true };
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if asked.is_some_and(|asked| asked.elapsed() < ASK) {
+            return false;
+        }
+        *asked = Some(Instant::now());
+        // What the store does not answer now it may answer later.
+        let there = |shard| self.features.iter().all(|features| self.runtime.block_on(features.find(shard)).unwrap_or(false));
+        (first..self.data.manifest().shards.len()).all(there)
     }
 
     fn failed(&self) -> MutexGuard<'_, HashSet<u32>> {
@@ -177,9 +220,14 @@ impl Encoding {
             let Plan { reading, step } = plans.borrow_and_update().clone();
             let planned = reading.shards(step).into_iter().filter(|shard| !self.failed().contains(shard));
             match planned.filter_map(|shard| self.claim(shard)).next() {
-                Some(claim) => self.make_ahead(&claim),
-                None if self.runtime.block_on(plans.changed()).is_err() => return,
-                None => {}
+                Some(claim) => {
+                    self.make_ahead(&claim);
+                    continue;
+                }
+                None => self.rest(),
+            }
+            if self.runtime.block_on(plans.changed()).is_err() {
+                return;
             }
         }
     }
@@ -211,13 +259,17 @@ pub(super) struct EncodingAhead {
 }
 
 impl EncodingAhead {
-    pub(super) fn start(encoding: &Arc<Encoding>, reading: Reading, step: u64) -> std::io::Result<Self> {
+    pub(super) fn start(encoding: &Arc<Encoding>, device: Device, reading: Reading, step: u64) -> Result<Self, FeedError> {
         let (plan, plans) = watch::channel(Plan { reading, step });
         let mut ahead = Self { encoding: Arc::clone(encoding), plan: Some(plan), threads: Vec::new() };
         for _ in 0..THREADS {
             let (encoding, plans) = (Arc::clone(encoding), plans.clone());
-            let work = move || encoding.work(plans);
-            ahead.threads.push(std::thread::Builder::new().name("encode".into()).spawn(work)?);
+            let side = Side::new(device)?;
+            let work = move || match side.enter() {
+                Ok(_entered) => encoding.work(plans),
+                Err(error) => tracing::warn!("features are not made ahead, but by the steps that need them: {error}"),
+            };
+            ahead.threads.push(std::thread::Builder::new().name("encode".into()).spawn(work).map_err(FeedError::Thread)?);
         }
         Ok(ahead)
     }

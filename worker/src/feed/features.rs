@@ -1,6 +1,6 @@
 //! Where a step's features come from: sidecars, or the encoder itself.
 
-use super::staging::Staging;
+use super::staging::{Input, Staging};
 use super::{Captions, Encoding, FeedError};
 use crate::embed::{BATCH, ShardEncoder};
 use crate::models;
@@ -105,7 +105,8 @@ impl FeatureSource {
             Choice::Ahead => {
                 let sets = runtime.block_on(begin(data, captions, &spec))?;
                 if !runtime.block_on(are_whole(&sets))? {
-                    let encoder = ShardEncoder::load(text, model()?, spec, device, (BATCH, config.workers.threads))?;
+                    let encoder = ShardEncoder::load(text, model()?, spec, device, (BATCH, config.workers.threads))?
+                        .splitting(config.workers.split_on_oom);
                     return Ok(Self::Ahead(Arc::new(Encoding::open((data, captions), sets, encoder, runtime)?)));
                 }
             }
@@ -192,7 +193,7 @@ fn cached(columns: &[Arc<Features>], wanted: &[Wanted], staging: &mut Staging, r
         }
         Ok(())
     };
-    let rows = staging.assemble(&shape, stored_kind(spec.dtype), copy)?;
+    let rows = staging.assemble(Input::Features, (&shape, stored_kind(spec.dtype)), copy)?;
     let mask = match spec.padding {
         Stored::Fixed => None,
         Stored::None => {

@@ -3,12 +3,16 @@
 //! One thread reads and decodes, and encodes what is not encoded ahead ([`Encoding`]); it stays at most `AHEAD` steps ahead. Meanwhile files are opened, or fetched, for the windows that
 //! come next. Memory is bounded: `AHEAD` + 1 steps of assembled lanes, and `data.memory_bytes` of fetched files (mapped ones take none, local
 //! or in this machine's cache).
+//!
+//! On a GPU all of that is on a stream of low priority, and so is what encodes ahead: the step's stream never waits for more than its own
+//! input. There too `AHEAD` bounds it in bytes: the lanes that are ready lie in the GPU's memory, where [`crate::memory`] counts them.
 
 mod assemble;
 mod cache;
 mod captions;
 mod encoding;
 mod features;
+mod side;
 mod staging;
 
 pub use assemble::{Parts, Sources};
@@ -16,6 +20,7 @@ pub use cache::cache;
 pub use captions::Captions;
 pub use encoding::Encoding;
 pub use features::{FeatureSource, spec, stored_kind};
+pub use side::Mark;
 
 use crate::control::Flags;
 use crate::train::lane::LaneBatch;
@@ -31,7 +36,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Steps that are ready or being made ahead of the one that is computed.
-const AHEAD: usize = 2;
+pub const AHEAD: usize = 2;
 
 /// Why there are no samples for a step.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +53,19 @@ pub enum FeedError {
     /// libtorch's own error.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
+    /// A GPU's streams.
+    #[error("the GPU: {0}")]
+    Gpu(#[from] ella_cuda::Error),
+    /// A GPU's memory does not hold a batch of captions.
+    #[error(
+        "{said}; {batch} captions were encoded at once: fewer may fit (ella embed --batch), or let batches be halved (--split-on-oom, in a run workers.split_on_oom)"
+    )]
+    Batch {
+        /// In libtorch's words.
+        said: String,
+        /// How many they were.
+        batch: usize,
+    },
     /// A row that cannot be used, though its shard is whole.
     #[error("{data}: sample `{key}`: {what}; prepare the data set again")]
     Row {
@@ -103,6 +121,8 @@ impl FeedError {
             Self::Model(ModelError::Unavailable { passes, .. }) => !passes,
             Self::Model(ModelError::Torch(_))
             | Self::Torch(_)
+            | Self::Gpu(_)
+            | Self::Batch { .. }
             | Self::Late { .. }
             | Self::Stalled { .. }
             | Self::Thread(_)
@@ -119,7 +139,9 @@ pub struct LaneInput {
     pub lane: u32,
     /// Its samples; `None` if the lane has none left in this epoch.
     pub batch: Option<LaneBatch>,
-    /// Their keys (ONCE).
+    /// Their keys, in the batch's order.
+    pub keys: Vec<String>,
+    /// The same as ONCE has them.
     pub tally: Tally,
     /// Captions replaced by the empty one, by chance or because the sample has none.
     pub dropped: i64,
@@ -144,6 +166,16 @@ pub struct StepInput {
     pub encode: Duration,
     /// Time that the step waited for this.
     pub waited: Duration,
+    /// From where on it is there, on a GPU.
+    pub(crate) made: Mark,
+}
+
+impl StepInput {
+    /// Has the calling thread's stream come after the making of all this.
+    fn hand_over(&self) -> Result<(), FeedError> {
+        let lanes = self.lanes.iter().filter_map(|lane| lane.batch.as_ref());
+        Ok(self.made.hand_over(lanes.chain(&self.held_out))?)
+    }
 }
 
 /// What identifies the data of a run.
@@ -214,8 +246,14 @@ impl Feed {
         let reads = Reads::of(sources.data(), encoding.as_ref());
         let sent = Arc::new(Mutex::new((0, 0)));
         let counted = Arc::clone(&sent);
+        let side = sources.side();
         std::thread::Builder::new().name("feed".into()).spawn(move || {
             set_up();
+            let entered = side.enter();
+            if let Err(error) = &entered {
+                // Whoever waits finds that this thread is gone; all of it on the step's stream would be wrong.
+                return tracing::error!("the feeding thread cannot have a stream of its own: {error}");
+            }
             serve(sources, steps, &dealt, |made| {
                 let deal = made.deal;
                 let there = send.send(made).is_ok();
@@ -261,7 +299,7 @@ impl Feed {
         }
     }
 
-    /// The next step's samples.
+    /// The next step's samples. The stream that the calling thread is on may read them from here on: it is to be the step's.
     pub fn next_step(&mut self) -> Result<StepInput, FeedError> {
         let begin = Instant::now();
         let mut input = match self.next.take() {
@@ -270,6 +308,7 @@ impl Feed {
         };
         input.waited = std::mem::take(&mut self.waited) + begin.elapsed();
         self.moved = None;
+        input.hand_over()?;
         Ok(input)
     }
 
@@ -317,6 +356,11 @@ impl Feed {
     /// Captions encoded ahead so far.
     pub fn encoded(&self) -> u64 {
         self.encoding.as_ref().map_or(0, |encoding| encoding.encoded())
+    }
+
+    /// Whether an encoder for what is encoded ahead is in memory: it goes once all its features are there.
+    pub fn holds_encoder(&self) -> bool {
+        self.encoding.as_ref().is_some_and(|encoding| encoding.holds_encoder())
     }
 
     /// Has captions no longer encoded ahead.
@@ -411,7 +455,8 @@ pub(crate) mod tests {
     /// A step without a sample.
     pub(crate) fn nothing() -> StepInput {
         let (encode, waited) = (Duration::ZERO, Duration::ZERO);
-        StepInput { step: 0, epoch: 0, step_samples: 0, lanes: Vec::new(), held_out: Vec::new(), encode, waited }
+        let made = Mark::default();
+        StepInput { step: 0, epoch: 0, step_samples: 0, lanes: Vec::new(), held_out: Vec::new(), encode, waited, made }
     }
 
     /// ONCE: a rank that lost the first step of its lanes would train on the next one's samples in its place, and nobody would know.

@@ -11,17 +11,24 @@ pub struct JobError {
     pub message: String,
     /// It would fail in the same way anywhere: input that cannot be used. Else others get their try.
     pub permanent: bool,
+    /// This worker can do no unit any more: its GPU is broken. It ends, and others go on.
+    pub breaks_the_worker: bool,
 }
 
 impl JobError {
     /// Input that cannot be used, wherever it is tried.
     pub fn permanent(message: impl ToString) -> Self {
-        Self { message: message.to_string(), permanent: true }
+        Self { message: message.to_string(), permanent: true, breaks_the_worker: false }
     }
 
     /// What may pass: a store that is away, a full disk.
     pub fn passing(message: impl ToString) -> Self {
-        Self { message: message.to_string(), permanent: false }
+        Self { message: message.to_string(), permanent: false, breaks_the_worker: false }
+    }
+
+    /// The same, of a worker that can do nothing more.
+    pub fn of_a_broken_worker(self) -> Self {
+        Self { breaks_the_worker: true, ..self }
     }
 }
 
@@ -37,6 +44,9 @@ pub enum JobEnd {
     /// This worker cannot do the job.
     #[error("this worker cannot do the job: {0}")]
     Unfit(JobError),
+    /// This worker can do nothing more.
+    #[error("this worker ends, because its GPU does not work any more: {0}")]
+    Broken(JobError),
     /// The job failed.
     #[error("the job failed: {reason}")]
     Failed {
@@ -73,7 +83,7 @@ impl JobEnd {
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Control(error) => error.is_permanent(),
-            Self::Unfit(error) => error.permanent,
+            Self::Unfit(error) | Self::Broken(error) => error.permanent,
             Self::Failed { permanent, .. } => *permanent,
             Self::Config(_) => true,
             Self::Orphaned { .. } | Self::OtherConfig { .. } | Self::System(_) => false,

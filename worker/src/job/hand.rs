@@ -136,8 +136,8 @@ fn messages(unit: String, lease: &Lease, done: Done) -> Vec<from_worker::Body> {
     let (then, error, permanent) = match done {
         Ok(then) => (then, String::new(), false),
         // An empty error would mean that there is none.
-        Err(JobError { message, permanent }) if message.is_empty() => (Vec::new(), "it failed without a word".to_owned(), permanent),
-        Err(JobError { message, permanent }) => (Vec::new(), clipped(message), permanent),
+        Err(JobError { message, permanent, .. }) if message.is_empty() => (Vec::new(), "it failed without a word".to_owned(), permanent),
+        Err(JobError { message, permanent, .. }) => (Vec::new(), clipped(message), permanent),
     };
     let mut parts = parts(then);
     let last = parts.pop().unwrap_or_default();

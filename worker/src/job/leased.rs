@@ -88,6 +88,7 @@ impl Leased {
             match serve(link, hand, &self.stop).await {
                 Served::Over(over) => return ending(over),
                 Served::Stopped => return Ok(Ending::Preempted),
+                Served::Broken(error) => return Err(JobEnd::Broken(error)),
                 Served::Silent(orphan) => {
                     let why = "its stream stands, but it answers nothing".to_owned();
                     return Err(JobEnd::Orphaned { url: self.access.url.clone(), seconds: orphan.as_secs(), why });
@@ -163,6 +164,8 @@ pub(super) enum Served {
     Lost(String),
     /// The stream stands, but nobody answers.
     Silent(Duration),
+    /// This worker can do nothing more.
+    Broken(JobError),
 }
 
 /// Does what one coordinator grants.
@@ -181,7 +184,15 @@ pub(super) async fn serve(link: &mut Link, hand: &mut Hand, stop: &CancellationT
                 farewell(link, from_worker::Body::Finished(Finished { step: 0, outcome: Outcome::Preempted.into() })).await;
                 return Served::Stopped;
             }
-            ended = hand.next() => heard = hand.report(link, ended),
+            ended = hand.next() => {
+                let broken = ended.1.as_ref().err().filter(|error| error.breaks_the_worker).cloned();
+                heard = hand.report(link, ended);
+                if let Some(error) = broken {
+                    // What else is in hand waits for others at once.
+                    confess(link, &error).await;
+                    return Served::Broken(error);
+                }
+            }
             message = link.incoming.next() => match message {
                 None => return Served::Lost("its stream ended".to_owned()),
                 Some(Err(status)) => return Served::Lost(status.message().to_owned()),

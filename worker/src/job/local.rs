@@ -48,6 +48,7 @@ pub async fn run_local(
     match served {
         Served::Over(over) => ending(over),
         Served::Stopped => Ok(Ending::Preempted),
+        Served::Broken(error) => Err(JobEnd::Broken(error)),
         Served::Lost(why) => Err(ControlError::Orphaned { seconds: 0, why }.into()),
         Served::Silent(orphan) => Err(ControlError::Orphaned { seconds: orphan.as_secs(), why: "it answers nothing".to_owned() }.into()),
     }

@@ -38,7 +38,7 @@ impl From<PrepareError> for JobError {
         match error {
             PrepareError::Data(error) => error.into(),
             // Another machine may have the model, or the device.
-            PrepareError::Model(_) | PrepareError::Device(_) => Self::passing(error),
+            PrepareError::Model(_) | PrepareError::Device(_) | PrepareError::Gpu(_) => Self::passing(error),
             PrepareError::Digest(_) | PrepareError::KeyList { .. } | PrepareError::Usage(_) => Self::permanent(error),
         }
     }

@@ -19,6 +19,7 @@ use ella_store::{Digest, Store, StoreError};
 use crate::device::{self, NoDevice};
 use crate::latents::VaeLatents;
 use crate::models;
+use crate::precision::Precision;
 pub use job::{CONFIG, PrepareJob, make};
 pub use settings::{CropAt, Format, PrepareSettings, Twice};
 
@@ -37,6 +38,9 @@ pub enum PrepareError {
     /// The device to compute on.
     #[error(transparent)]
     Device(#[from] NoDevice),
+    /// How it is to round.
+    #[error("the GPU: {0}")]
+    Gpu(#[from] ella_cuda::Error),
     /// A digest that is none.
     #[error(transparent)]
     Digest(#[from] BadDigest),
@@ -120,6 +124,7 @@ impl PrepareSettings {
         let Some(model) = &self.latents else { return Ok(None) };
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let device = device::set_up(choice, threads)?;
+        Precision::OF_FILES.set(device)?;
         let encoder = VaeLatents::load(&models::locate("--latents", model)?, device, threads)?;
         let downscale = encoder.spec().downscale;
         let odd =

@@ -5,7 +5,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{AbortHandle, Collective, CollectiveError, InProcess, Listener, Membership, Result, Solo, Tcp};
+use half::bf16;
+use tch::{Device, Kind, Tensor};
+
+use super::{AbortHandle, Collective, CollectiveError, InProcess, Listener, Membership, Nccl, Result, Solo, Tcp};
 
 /// Longer than anything here takes, on any machine.
 pub(super) const LONG: Duration = Duration::from_secs(60);
@@ -54,10 +57,34 @@ fn on_all<R: Send>(ranks: Vec<Rank>, work: impl Fn(&mut dyn Collective) -> R + S
 
 /// Every engine with every small world.
 fn everywhere(test: impl Fn(&str, u32, Vec<Rank>)) {
-    test("solo", 1, vec![Box::new(Solo::default())]);
+    everywhere_on(|name, world, ranks, _| test(name, world, ranks));
+}
+
+/// The same, with the device whose tensors the engine is for.
+fn everywhere_on(test: impl Fn(&str, u32, Vec<Rank>, Device)) {
+    test("solo", 1, vec![Box::new(Solo::default())], Device::Cpu);
     for (name, engine) in ENGINES {
         for world in 1..=5 {
-            test(&format!("{name}, world {world}"), world, engine(world));
+            test(&format!("{name}, world {world}"), world, engine(world), Device::Cpu);
+        }
+    }
+    // NCCL takes one rank for each GPU, and tests have one at most.
+    if let Some(alone) = nccl() {
+        test("nccl, world 1", 1, vec![Box::new(alone)], Device::Cuda(0));
+    }
+}
+
+/// NCCL, where this machine has it and a GPU.
+fn nccl() -> Option<Nccl> {
+    if !crate::device::set_up(ella_proto::config::Device::Auto, 1).is_ok_and(Device::is_cuda) {
+        eprintln!("NCCL is skipped: no GPU that libtorch can use");
+        return None;
+    }
+    match crate::device::nccl() {
+        Ok(library) => Some(Nccl::connect(Box::new(Solo::default()), &library, 0, LONG).expect("one rank on one GPU")),
+        Err(error) => {
+            eprintln!("NCCL is skipped: {error}");
+            None
         }
     }
 }
@@ -123,6 +150,83 @@ fn sums_of_floats_are_close_to_the_serial_sum_with_equal_bits_on_all_ranks() {
             assert!(sums[0][which].iter().zip(&serial).all(close), "{name}, {n} elements");
         }
     });
+}
+
+/// Each addition rounds to the nearest of 8 bits, so that N ranks are off by at most (N - 1) · 2⁻⁸ of the absolute sum; half the bytes go over.
+#[test]
+fn sums_of_bfloat16_are_within_their_rounding_with_equal_bits_on_all_ranks() {
+    everywhere(|name, world, ranks| {
+        let halves = |rank, n| floats(rank, n).into_iter().map(bf16::from_f32).collect::<Vec<_>>();
+        let sums = on_all(ranks, |rank| {
+            LENGTHS.map(|n| {
+                let mut data = halves(rank.rank(), n);
+                rank.sum_bf16(&mut data).expect(name);
+                data
+            })
+        });
+        for (which, n) in LENGTHS.into_iter().enumerate() {
+            let parts: Vec<_> = (0..world).map(|rank| halves(rank, n)).collect();
+            assert!(sums.iter().all(|sum| sum[which] == sums[0][which]), "{name}, {n} elements");
+            for (i, sum) in sums[0][which].iter().enumerate() {
+                let exact: f64 = parts.iter().map(|part| part[i].to_f64()).sum();
+                let size: f64 = parts.iter().map(|part| part[i].to_f64().abs()).sum();
+                // What was rounded away before grows what is rounded next, a little.
+                let bound = f64::from(world - 1) * size * 2f64.powi(-8) * 1.02;
+                assert!((sum.to_f64() - exact).abs() <= bound, "{name}, element {i} of {n}: {sum}, exactly {exact}");
+            }
+        }
+    });
+}
+
+/// What ranks sum while something else goes on is what they sum at once; of integers to the last bit, however they are cut.
+#[test]
+fn sums_that_are_begun_are_there_when_they_have_settled() {
+    const N: i64 = 10_000;
+    const CUTS: [i64; 5] = [0, 3, 4_096, 4_097, N];
+    everywhere_on(|name, world, ranks, device| {
+        let results = on_all(ranks, |rank| {
+            [Kind::Int64, Kind::Float, Kind::BFloat16].map(|kind| {
+                let own = Tensor::arange(N, (kind, Device::Cpu)).remainder(40) + i64::from(rank.rank());
+                let (mut whole, cut) = (own.copy().to_device(device), own.copy().to_device(device));
+                rank.sum_tensor(&mut whole).expect(name);
+                // The last part first, as gradients come.
+                for part in CUTS.windows(2).rev() {
+                    rank.begin_sum(cut.narrow(0, part[0], part[1] - part[0])).expect(name);
+                }
+                rank.settle().expect(name);
+                rank.settle().expect("nothing is under way");
+                assert!(cut.equal(&whole), "{name}, {kind:?}: small integers are exact in every kind and order");
+                whole.to_device(Device::Cpu)
+            })
+        });
+        for rank in &results {
+            assert!(rank.iter().zip(&results[0]).all(|(a, b)| a.equal(b)), "{name}");
+            let last = i64::from(world) * 39 + i64::from(world * (world - 1) / 2);
+            assert_eq!(rank[0].int64_value(&[N - 1]), last, "{name}");
+        }
+    });
+}
+
+/// Of NCCL, whose sums run on a stream of their own: they come after what was computed before, and an abort ends them for good.
+#[test]
+fn sums_on_a_gpu_follow_what_was_computed_before() {
+    let Some(mut alone) = nccl() else { return };
+    let gpu = Device::Cuda(0);
+    let big = Tensor::ones([4096, 4096], (Kind::Float, gpu));
+    let mut tensor = Tensor::zeros([4096, 4096], (Kind::Float, gpu));
+    for _ in 0..20 {
+        // Takes a while; the sum must not begin before.
+        let _ = tensor.copy_(&big.matmul(&big));
+        alone.begin_sum(tensor.shallow_clone()).expect("a world of one");
+        assert!(alone.settle().expect("it ends") < LONG);
+        assert_eq!(tensor.double_value(&[4095, 4095]), 4096.0);
+        let _ = tensor.zero_();
+    }
+    let refused = alone.begin_sum(Tensor::zeros([2], (Kind::Half, gpu)));
+    assert!(matches!(refused, Err(CollectiveError::Tensor { .. })));
+    alone.abort_handle().abort().expect("aborted");
+    assert!(matches!(alone.sum_tensor(&mut tensor), Err(CollectiveError::Aborted)));
+    assert!(matches!(alone.barrier(), Err(CollectiveError::Aborted)), "its other engine too");
 }
 
 #[test]

@@ -158,6 +158,7 @@ impl fmt::Display for Op {
         match kind {
             OpKind::SumI64 => write!(f, "a sum of {elements} i64"),
             OpKind::SumF32 => write!(f, "a sum of {elements} f32"),
+            OpKind::SumBf16 => write!(f, "a sum of {elements} bf16"),
             OpKind::Broadcast { root } => write!(f, "a broadcast of {elements} bytes from rank {root}"),
             OpKind::Barrier => write!(f, "a barrier"),
         }?;
@@ -172,6 +173,8 @@ pub enum OpKind {
     SumI64,
     /// Sum of 32-bit floats.
     SumF32,
+    /// Sum of bfloat16s.
+    SumBf16,
     /// Copy of one rank's bytes.
     Broadcast {
         /// The rank whose bytes they are.

@@ -4,8 +4,9 @@
 //! lanes, in what order they came, and how the ring cut them, cannot be seen in the sum.
 //!
 //! # Range and resolution
-//! - An element of one lane may be up to 2¹⁸ / lanes; larger ones, infinities and NaNs are refused with their index ([`FixedError::Range`]). So the sum of all
-//!   lanes stays below 2⁶² in units of 2⁻⁴⁴, half of what 64 bits hold: it cannot wrap. A gradient of that size is a run that has diverged.
+//! - An element of one lane may be up to 2¹⁸ / lanes; larger ones, infinities and NaNs are left out of the sum, and told of ([`LeftOut`]): whoever
+//!   sums must then drop the step. So the sum of all lanes stays below 2⁶² in units of 2⁻⁴⁴, half of what 64 bits hold: it cannot wrap. A
+//!   gradient of that size is a run that has diverged.
 //! - The error is at most 2⁻⁴⁵ ≈ 2.8·10⁻¹⁴ per lane and element, absolute. An `f32` has 24 bits, so elements above 2⁻²⁰ ≈ 10⁻⁶ lose nothing at all
 //!   (their last bit is worth 2⁻⁴⁴ or more); below that the relative error is 2⁻⁴⁵ / |g|: 3·10⁻⁶ at 10⁻⁸, 3·10⁻⁴ at 10⁻¹⁰.
 //! - Adam does not care about the scale of gradients, except through its `eps` (10⁻⁸), and that draws the line: what is much
@@ -28,7 +29,7 @@ const RANGE: f64 = (1 << 18) as f64;
 /// Elements that are checked before they are added; few enough to stay in the cache.
 const BLOCK: usize = 4096;
 
-/// Why gradients could not be added up in fixed point. The accumulator then holds part of the lane: drop it.
+/// Why gradients cannot be added up in fixed point.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FixedError {
@@ -59,6 +60,35 @@ pub enum FixedError {
     Torch(#[from] tch::TchError),
 }
 
+/// What was left out of a sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LeftOut {
+    /// How many elements.
+    pub elements: usize,
+    /// The index of the first.
+    pub index: usize,
+    /// Its value.
+    pub value: f32,
+}
+
+impl LeftOut {
+    /// As a tensor `[3]` float64, which holds every index.
+    fn tensor(self) -> Result<Tensor, tch::TchError> {
+        Tensor::f_from_slice(&[self.elements as f64, self.index as f64, f64::from(self.value)])
+    }
+
+    /// From what [`FixedPoint::add`] returned. Waits for its device.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn read(tensor: &Tensor) -> Result<Option<Self>, tch::TchError> {
+        let mut told = [0.0; 3];
+        tensor.f_to_device(Device::Cpu)?.f_copy_data(&mut told, 3)?;
+        let [elements, index, value] = told;
+        Ok((elements > 0.0).then_some(Self { elements: elements as usize, index: index as usize, value: value as f32 }))
+    }
+}
+
 /// Adds up the gradients of a fixed number of lanes.
 #[derive(Clone, Copy, Debug)]
 pub struct FixedPoint {
@@ -71,16 +101,23 @@ impl FixedPoint {
         Self { limit: (RANGE / f64::from(lanes.max(1))) as f32 }
     }
 
-    /// Elements at or above this magnitude are refused.
+    /// Elements at or above this magnitude are left out.
     pub fn limit(&self) -> f32 {
         self.limit
     }
 
-    /// Adds one lane's gradient `grad` (`f32`) to `acc` (`i64`), both contiguous, of one length and on one device.
+    /// An element of that index and value, as the error that it is.
+    pub fn refusal(&self, index: usize, value: f32) -> FixedError {
+        FixedError::Range { index, value, limit: self.limit }
+    }
+
+    /// Adds one lane's gradient `grad` (`f32`) to `acc` (`i64`), both contiguous, of one length and on one device. Tells what it left out, for
+    /// [`LeftOut::read`] and as numbers on the device: `[3]` float64, how many elements, the index of the first and its value. It does not wait for
+    /// a device.
     ///
     /// # Errors
-    /// [`FixedError::Range`] for an element that is not finite or too large; [`FixedError::Tensor`].
-    pub fn add(&self, acc: &mut Tensor, grad: &Tensor) -> Result<(), FixedError> {
+    /// [`FixedError::Tensor`].
+    pub fn add(&self, acc: &mut Tensor, grad: &Tensor) -> Result<Tensor, FixedError> {
         check("accumulator", acc, Kind::Int64)?;
         check("gradient", grad, Kind::Float)?;
         let place = |tensor: &Tensor| format!("{} elements on {:?}", tensor.numel(), tensor.device());
@@ -91,7 +128,7 @@ impl FixedPoint {
             return self.add_by_tensor_operations(acc, grad);
         }
         if acc.numel() == 0 {
-            return Ok(());
+            return Ok(LeftOut::default().tensor()?);
         }
         let n = acc.numel();
         // SAFETY: both are contiguous, on the CPU, of these dtypes and this length (checked above) and initialised by torch. They cannot overlap where it
@@ -100,48 +137,54 @@ impl FixedPoint {
             let acc = std::slice::from_raw_parts_mut(acc.data_ptr().cast::<i64>(), n);
             (acc, std::slice::from_raw_parts(grad.data_ptr().cast::<f32>().cast_const(), n))
         };
-        self.add_slice(acc, grad)
+        Ok(self.add_slice(acc, grad).tensor()?)
     }
 
     /// Adds `grad` to `acc`, element by element; what is left over at the end of the longer one is not looked at.
-    ///
-    /// # Errors
-    /// [`FixedError::Range`].
-    pub fn add_slice(&self, acc: &mut [i64], grad: &[f32]) -> Result<(), FixedError> {
+    pub fn add_slice(&self, acc: &mut [i64], grad: &[f32]) -> LeftOut {
         let bound = self.limit.to_bits();
+        let mut left_out = LeftOut::default();
         for (number, (acc, grad)) in acc.chunks_mut(BLOCK).zip(grad.chunks(BLOCK)).enumerate() {
             // Without its sign, a float's bits order as its values do, with infinity and the NaNs above all: one comparison finds all that is wrong.
             let worst = grad.iter().fold(0, |worst, x| worst.max(x.to_bits() & 0x7fff_ffff));
-            if worst >= bound {
-                return Err(self.refuse(grad, number * BLOCK));
+            if worst < bound {
+                acc.iter_mut().zip(grad).for_each(|(sum, x)| *sum += to_fixed(*x));
+            } else {
+                self.add_what_is_admitted((acc, grad), number * BLOCK, &mut left_out);
             }
-            acc.iter_mut().zip(grad).for_each(|(sum, x)| *sum += to_fixed(*x));
         }
-        Ok(())
+        left_out
     }
 
-    fn refuse(&self, grad: &[f32], offset: usize) -> FixedError {
-        let index = grad.iter().position(|x| !self.admits(*x)).unwrap_or(0);
-        FixedError::Range { index: offset + index, value: grad[index], limit: self.limit }
-    }
-
-    fn admits(&self, x: f32) -> bool {
-        x.abs() < self.limit
+    fn add_what_is_admitted(&self, (acc, grad): (&mut [i64], &[f32]), offset: usize, left_out: &mut LeftOut) {
+        for (index, (sum, x)) in acc.iter_mut().zip(grad).enumerate() {
+            if x.abs() < self.limit {
+                *sum += to_fixed(*x);
+                continue;
+            }
+            if left_out.elements == 0 {
+                (left_out.index, left_out.value) = (offset + index, *x);
+            }
+            left_out.elements += 1;
+        }
     }
 
     /// The same where the memory is not the processor's.
-    fn add_by_tensor_operations(&self, acc: &mut Tensor, grad: &Tensor) -> Result<(), FixedError> {
+    fn add_by_tensor_operations(&self, acc: &mut Tensor, grad: &Tensor) -> Result<Tensor, FixedError> {
         let _no_grad = tch::no_grad_guard();
         let grad = grad.f_flatten(0, -1)?;
         // NaN is not below anything.
         let bad = grad.f_abs()?.f_lt(f64::from(self.limit))?.f_logical_not()?;
-        if bad.f_any()?.f_int64_value(&[])? != 0 {
-            let index = bad.f_to_kind(Kind::Int)?.f_argmax(0, false)?.f_int64_value(&[])?;
-            return Err(FixedError::Range { index: index as usize, value: grad.f_double_value(&[index])? as f32, limit: self.limit });
-        }
-        let units = grad.f_mul_scalar(SCALE)?.f_round_()?.f_to_kind(Kind::Int64)?;
+        let units = grad.f_masked_fill(&bad, 0.0)?.f_mul_scalar_(SCALE)?.f_round_()?.f_to_kind(Kind::Int64)?;
         let _ = acc.f_view([-1])?.f_add_(&units)?;
-        Ok(())
+        let wide = |tensor: Tensor| tensor.f_to_kind(Kind::Double)?.f_reshape([1]);
+        if grad.numel() == 0 {
+            return Ok(Tensor::f_zeros([3], (Kind::Double, grad.device()))?);
+        }
+        // Of several largest ones, the first.
+        let index = bad.f_to_kind(Kind::Uint8)?.f_argmax(0, true)?;
+        let told = [wide(bad.f_sum(Kind::Int64)?)?, wide(index.shallow_clone())?, wide(grad.f_index_select(0, &index)?)?];
+        Ok(Tensor::f_cat(&told, 0)?)
     }
 }
 
@@ -233,8 +276,10 @@ mod tests {
             let fixed = FixedPoint::new(1);
             let grad = Tensor::from_slice(&grad);
             let [mut by_slice, mut by_tensor] = [0; 2].map(|_| zeros(300, Device::Cpu).expect("memory"));
-            fixed.add(&mut by_slice, &grad).expect("in range");
-            fixed.add_by_tensor_operations(&mut by_tensor, &grad).expect("in range");
+            let told = fixed.add(&mut by_slice, &grad).expect("memory");
+            prop_assert_eq!(LeftOut::read(&told).expect("on the processor"), None);
+            let told = fixed.add_by_tensor_operations(&mut by_tensor, &grad).expect("memory");
+            prop_assert_eq!(LeftOut::read(&told).expect("on the processor"), None);
             prop_assert_eq!(by_slice, by_tensor);
         }
 
@@ -249,14 +294,14 @@ mod tests {
             let fixed = FixedPoint::new(8);
             let mut serial = vec![0; 17];
             for lane in &lanes {
-                fixed.add_slice(&mut serial, lane).expect("in range");
+                prop_assert_eq!(fixed.add_slice(&mut serial, lane), LeftOut::default());
             }
             let dealt = std::thread::scope(|scope| {
                 let (lanes, owners, order) = (&lanes, &owners, &order);
                 let started: Vec<_> = InProcess::group(3).into_iter().map(|mut rank| scope.spawn(move || {
                     let mut acc = vec![0; 17];
                     for lane in order.iter().filter(|lane| owners[**lane] == rank.rank() as usize) {
-                        fixed.add_slice(&mut acc, &lanes[*lane]).expect("in range");
+                        assert_eq!(fixed.add_slice(&mut acc, &lanes[*lane]).elements, 0);
                     }
                     rank.sum_i64(&mut acc).expect("all take part");
                     acc
@@ -275,7 +320,7 @@ mod tests {
             let fixed = FixedPoint::new(4);
             let mut acc = vec![0; 5];
             for lane in &lanes {
-                fixed.add_slice(&mut acc, lane).expect("in range");
+                prop_assert_eq!(fixed.add_slice(&mut acc, lane), LeftOut::default());
             }
             for (i, units) in acc.iter().enumerate() {
                 let exact: f64 = lanes.iter().map(|lane| f64::from(lane[i])).sum();
@@ -304,7 +349,7 @@ mod tests {
             for sign in [1.0, -1.0] {
                 let mut acc = [0];
                 for _ in 0..lanes {
-                    fixed.add_slice(&mut acc, &[sign * largest]).expect("just below the limit");
+                    assert_eq!(fixed.add_slice(&mut acc, &[sign * largest]).elements, 0, "just below the limit");
                 }
                 assert_eq!(acc[0], reference(sign * largest) * i64::from(lanes));
                 assert!(acc[0].unsigned_abs() < 1 << 63);
@@ -313,22 +358,29 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_or_too_large_is_refused_by_index_by_both() {
+    fn what_is_not_finite_or_too_large_is_left_out_and_told_by_index_by_both() {
         let fixed = FixedPoint::new(16);
         for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 16384.0, -1e30] {
             for index in [0, BLOCK - 1, BLOCK, 9000] {
                 let mut grad = vec![1.0; 9001];
                 grad[index] = bad;
+                // It is not the only one.
+                grad[if index == 9000 { 8999 } else { 9000 }] = if index == 9000 { 1.0 } else { f32::INFINITY };
                 let grad = Tensor::from_slice(&grad);
                 let mut acc = zeros(9001, Device::Cpu).expect("memory");
-                for result in [fixed.add(&mut acc, &grad), fixed.add_by_tensor_operations(&mut acc, &grad)] {
-                    match result {
-                        Err(FixedError::Range { index: found, value, limit }) => {
-                            assert_eq!((found, value.to_bits() << 1, limit), (index, bad.to_bits() << 1, 16384.0));
-                        }
-                        other => panic!("expected a refusal of {bad} at {index}, found {other:?}"),
-                    }
+                for told in [fixed.add(&mut acc, &grad), fixed.add_by_tensor_operations(&mut acc, &grad)] {
+                    let found = LeftOut::read(&told.expect("tensors that fit")).expect("on the processor");
+                    let found = found.unwrap_or_else(|| panic!("{bad} at {index} went in"));
+                    assert_eq!((found.index, found.value.to_bits() << 1), (index, bad.to_bits() << 1));
+                    let others = grad.slice(0, index as i64 + 1, None, 1).abs().lt(16384.0).logical_not().sum(Kind::Int64);
+                    assert_eq!(found.elements as i64, 1 + others.int64_value(&[]));
+                    assert!(fixed.refusal(found.index, found.value).to_string().contains(&format!("element {index} is {}", found.value)));
                 }
+                // All others are there, twice.
+                assert_eq!(acc.int64_value(&[index as i64]), 0);
+                let there = 9001 - if index == 9000 { 1 } else { 2 };
+                let sum: f64 = acc.to_kind(Kind::Double).sum(Kind::Double).double_value(&[]);
+                assert_eq!(sum, f64::from(2 * there) * SCALE);
             }
         }
     }
@@ -338,7 +390,8 @@ mod tests {
         let fixed = FixedPoint::new(2);
         let grad = Tensor::from_slice(&[0.0_f32, 1.0, -2.5, 1e-6, 3.25e-13, 1000.125]);
         let mut acc = zeros(6, Device::Cpu).expect("memory");
-        fixed.add(&mut acc, &grad).expect("in range");
+        let told = fixed.add(&mut acc, &grad).expect("memory");
+        assert_eq!(LeftOut::read(&told).expect("on the processor"), None);
         let back = Vec::<f32>::try_from(to_f32(&acc).expect("memory")).expect("f32");
         assert_eq!(back[..4], [0.0, 1.0, -2.5, 1e-6]);
         assert!((back[4] - 3.25e-13).abs() <= 2.9e-14 && back[5] == 1000.125);
@@ -357,6 +410,6 @@ mod tests {
         let mut wrong = float(&[6]);
         assert!(matches!(fixed.add(&mut wrong, &float(&[6])), Err(FixedError::Tensor { what: "accumulator", .. })));
         assert!(to_f32(&wrong).is_err());
-        fixed.add(&mut acc, &float(&[2, 3])).expect("shapes may differ where lengths agree");
+        let _ = fixed.add(&mut acc, &float(&[2, 3])).expect("shapes may differ where lengths agree");
     }
 }

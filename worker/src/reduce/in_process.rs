@@ -3,8 +3,11 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use half::bf16;
+use half::slice::HalfFloatSliceExt as _;
+
 use super::error::Steps;
-use super::{AbortHandle, Collective, CollectiveError, DEFAULT_TIMEOUT, Op, OpKind, Result};
+use super::{AbortHandle, Collective, CollectiveError, DEFAULT_TIMEOUT, Op, OpKind, Result, add_bf16};
 
 /// What one rank laid down.
 type Share = (Op, Arc<[u8]>);
@@ -132,6 +135,11 @@ impl Collective for InProcess {
 
     fn sum_f32(&mut self, data: &mut [f32]) -> Result<()> {
         self.sum(OpKind::SumF32, data, |a, b| a + b)
+    }
+
+    fn sum_bf16(&mut self, data: &mut [bf16]) -> Result<()> {
+        let add = |a, b| add_bf16(bf16::from_bits(a), bf16::from_bits(b)).to_bits();
+        self.sum(OpKind::SumBf16, data.reinterpret_cast_mut(), add)
     }
 
     fn broadcast(&mut self, root: u32, data: &mut [u8]) -> Result<()> {

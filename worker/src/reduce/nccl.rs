@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use nccl_rs::cuda::{Device, Driver, Stream};
+use half::bf16;
+use nccl_rs::cuda::{Device, Driver, Event, OwnedStream, Stream};
 use nccl_rs::{Buffer, Communicator, Dtype, Library, UniqueId};
 use tch::{Kind, Tensor};
 
@@ -13,14 +14,27 @@ const ABORT: Duration = Duration::from_secs(10);
 
 /// An engine for host memory, joined by NCCL for tensors on this rank's GPU.
 ///
-/// Tensors are reduced in the order of torch's default stream: what was put there before is summed, and what comes there later sees the sum.
+/// NCCL works on a stream of its own, of the highest priority: events have it begin after what the calling thread's current stream had been given
+/// before, and what is computed meanwhile goes on beside it.
 #[derive(Debug)]
 pub struct Nccl {
     host: Box<dyn Collective>,
+    // Dropped before its stream.
     communicator: Communicator,
+    stream: OwnedStream,
     device: Device,
     ordinal: u32,
     timeout: Duration,
+    begun: Vec<Begun>,
+}
+
+/// A sum under way.
+#[derive(Debug)]
+struct Begun {
+    /// Nothing else may get its memory before the sum is done.
+    _tensor: Tensor,
+    from: Event,
+    to: Event,
 }
 
 impl Nccl {
@@ -34,27 +48,58 @@ impl Nccl {
         refuse_shared_gpus(host.as_mut(), device.uuid())?;
         let id = agree_on_id(host.as_mut(), || library.unique_id())?;
         let communicator = Communicator::init(library, &id, (host.rank(), host.world()), timeout)?;
-        Ok(Self { host, communicator, device, ordinal, timeout: DEFAULT_TIMEOUT })
+        let stream = device.urgent_stream()?;
+        Ok(Self { host, communicator, stream, device, ordinal, timeout: DEFAULT_TIMEOUT, begun: Vec::new() })
     }
 
-    /// Runs one collective on the memory of `tensor` and waits for it. Whatever goes wrong, nothing is left running on that memory.
-    fn on_device(&self, tensor: &Tensor, dtype: Dtype) -> Result<()> {
-        let deadline = Instant::now() + self.timeout;
+    /// Puts a sum on NCCL's stream, behind what the current stream has been given so far.
+    fn begin(&self, tensor: &Tensor, dtype: Dtype) -> std::result::Result<[Event; 2], nccl_rs::Error> {
+        self.device.make_current()?;
+        let own = self.stream.stream();
+        self.device.wait(own, &self.device.record(current_stream())?)?;
+        let from = self.device.record(own)?;
         let buffer = Buffer { ptr: tensor.data_ptr(), count: tensor.numel(), dtype };
-        let run = || -> std::result::Result<(), nccl_rs::Error> {
-            self.device.make_current()?;
-            // SAFETY: the tensor is contiguous, of this type, and on the communicator's GPU (the caller checked); it is borrowed until this function
-            // returns, which is after the event or after the abort; torch's own work on it is in the order of the same stream.
-            unsafe { self.communicator.all_reduce(buffer, Stream::DEFAULT, deadline) }?;
-            self.communicator.wait(&self.device.record(Stream::DEFAULT)?, deadline)
-        };
-        run().map_err(|error| match self.communicator.abort_handle().abort(ABORT) {
+        // SAFETY: the tensor is contiguous, of this type, and on the communicator's GPU (the caller checked). Its memory is kept until the event
+        // is done or the communicator aborted. What was put on the current stream before is waited for there, and `begin_sum`'s caller touches
+        // the tensor no more until `settle` has returned.
+        unsafe { self.communicator.all_reduce(buffer, own, Instant::now() + self.timeout) }?;
+        Ok([from, self.device.record(own)?])
+    }
+
+    /// Waits for the sums under way, on this thread: so that a peer's death, an abort and the deadline are seen (LIVE).
+    fn wait(&self) -> std::result::Result<Duration, nccl_rs::Error> {
+        let mut at_them = Duration::ZERO;
+        for sum in &self.begun {
+            self.communicator.wait(&sum.to, Instant::now() + self.timeout)?;
+            at_them += sum.to.since(&sum.from)?;
+        }
+        Ok(at_them)
+    }
+
+    /// Ends everything after a failure, so that nothing is left running on anybody's memory.
+    fn fail(&self, error: nccl_rs::Error) -> CollectiveError {
+        match self.communicator.abort_handle().abort(ABORT) {
             // NCCL's abort came back and the failure was an abort: that is what happened.
             Ok(()) if matches!(error, nccl_rs::Error::Aborted { .. }) => CollectiveError::Aborted,
             Ok(()) => error.into(),
             Err(hung) => hung.into(),
-        })
+        }
     }
+}
+
+impl Drop for Nccl {
+    /// Sums that nobody has waited for, because their step failed, must not outlive their memory.
+    fn drop(&mut self) {
+        if !self.begun.is_empty() && self.communicator.abort_handle().abort(ABORT).is_err() {
+            tracing::error!("NCCL's abort hangs; the memory of its sums is not given back");
+            std::mem::forget(std::mem::take(&mut self.begun));
+        }
+    }
+}
+
+/// The stream on which torch puts this thread's work.
+pub(crate) fn current_stream() -> Stream {
+    Stream::DEFAULT
 }
 
 impl Collective for Nccl {
@@ -72,6 +117,10 @@ impl Collective for Nccl {
 
     fn sum_f32(&mut self, data: &mut [f32]) -> Result<()> {
         self.host.sum_f32(data)
+    }
+
+    fn sum_bf16(&mut self, data: &mut [bf16]) -> Result<()> {
+        self.host.sum_bf16(data)
     }
 
     fn broadcast(&mut self, root: u32, data: &mut [u8]) -> Result<()> {
@@ -96,14 +145,31 @@ impl Collective for Nccl {
     }
 
     fn sum_tensor(&mut self, tensor: &mut Tensor) -> Result<()> {
-        let tch::Device::Cuda(found) = tensor.device() else { return self.host.sum_tensor(tensor) };
-        tensor::check_sum(tensor)?;
+        self.begin_sum(tensor.shallow_clone())?;
+        self.settle().map(drop)
+    }
+
+    fn begin_sum(&mut self, mut tensor: Tensor) -> Result<()> {
+        let tch::Device::Cuda(found) = tensor.device() else { return self.host.sum_tensor(&mut tensor) };
+        tensor::check_sum(&tensor)?;
         if found != self.ordinal as usize {
             let found = format!("GPU {found}, where this rank has GPU {}", self.ordinal);
-            return Err(tensor::refused(tensor, "a tensor on this rank's GPU", found));
+            return Err(tensor::refused(&tensor, "a tensor on this rank's GPU", found));
         }
-        let dtype = if tensor.f_kind()? == Kind::Int64 { Dtype::I64 } else { Dtype::F32 };
-        self.on_device(tensor, dtype)
+        let dtype = match tensor.f_kind()? {
+            Kind::Int64 => Dtype::I64,
+            Kind::BFloat16 => Dtype::Bf16,
+            _ => Dtype::F32,
+        };
+        let [from, to] = self.begin(&tensor, dtype).map_err(|error| self.fail(error))?;
+        self.begun.push(Begun { _tensor: tensor, from, to });
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<Duration> {
+        let at_them = self.wait().map_err(|error| self.fail(error))?;
+        self.begun.clear();
+        Ok(at_them)
     }
 }
 
@@ -140,7 +206,7 @@ fn refuse_shared_gpus(host: &mut dyn Collective, uuid: [u8; 16]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reduce::{InProcess, Solo};
+    use crate::reduce::InProcess;
 
     fn on_all<R: Send>(world: u32, work: impl Fn(&mut InProcess) -> R + Sync) -> Vec<R> {
         std::thread::scope(|scope| {
@@ -189,21 +255,5 @@ mod tests {
         });
         assert!(matches!(results[0], Err(CollectiveError::Nccl(_))), "{results:?}");
         assert!(matches!(results[1], Err(CollectiveError::PeerLost { rank: 0, .. })), "{results:?}");
-    }
-
-    #[test]
-    fn sums_on_a_gpu_where_there_is_one() {
-        let library = match Library::load(&[]) {
-            Ok(library) if tch::Cuda::is_available() => library,
-            Ok(_) => return eprintln!("skipped: no GPU"),
-            Err(error) => return eprintln!("skipped: {error}"),
-        };
-        let mut ranks = Nccl::connect(Box::new(Solo::default()), &library, 0, Duration::from_secs(60)).expect("one rank, one GPU");
-        let mut tensor = Tensor::arange(1000, (Kind::Float, tch::Device::Cuda(0)));
-        let expected = tensor.copy();
-        ranks.sum_tensor(&mut tensor).expect("a world of one");
-        assert_eq!(tensor, expected);
-        ranks.abort_handle().abort().expect("aborted");
-        assert!(matches!(ranks.sum_tensor(&mut tensor), Err(CollectiveError::Aborted)));
     }
 }

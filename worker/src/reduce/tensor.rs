@@ -1,5 +1,6 @@
 //! Tensors through operations on host memory: in place where they lie there, through a copy where they do not.
 
+use half::slice::HalfBitsSliceExt as _;
 use tch::{Device, Kind, Tensor};
 
 use super::{Collective, CollectiveError, Result};
@@ -10,6 +11,7 @@ pub(super) fn sum_in_host_memory<C: Collective + ?Sized>(ranks: &mut C, tensor: 
     check_sum(tensor)?;
     in_host_memory(tensor, |kind, bytes| match kind {
         Kind::Int64 => ranks.sum_i64(bytemuck::cast_slice_mut(bytes)),
+        Kind::BFloat16 => ranks.sum_bf16(bytemuck::cast_slice_mut::<u8, u16>(bytes).reinterpret_cast_mut()),
         _ => ranks.sum_f32(bytemuck::cast_slice_mut(bytes)),
     })
 }
@@ -24,8 +26,8 @@ pub(super) fn broadcast_in_host_memory<C: Collective + ?Sized>(ranks: &mut C, ro
 pub(super) fn check_sum(tensor: &Tensor) -> Result<()> {
     check_contiguous(tensor)?;
     match tensor.f_kind()? {
-        Kind::Float | Kind::Int64 => Ok(()),
-        other => Err(refused(tensor, "dtype f32 or i64", format!("{other:?}"))),
+        Kind::Float | Kind::BFloat16 | Kind::Int64 => Ok(()),
+        other => Err(refused(tensor, "dtype f32, bf16 or i64", format!("{other:?}"))),
     }
 }
 
@@ -73,8 +75,8 @@ mod tests {
     }
 
     #[test]
-    fn sums_tensors_in_place_of_both_kinds_and_any_shape() {
-        for kind in [Kind::Float, Kind::Int64] {
+    fn sums_tensors_in_place_of_all_kinds_and_any_shape() {
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Int64] {
             for shape in [vec![], vec![0], vec![3], vec![2, 3, 5]] {
                 let n: i64 = shape.iter().product();
                 let a = Tensor::arange(n, (kind, Device::Cpu)).reshape(&shape);

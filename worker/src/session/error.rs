@@ -3,7 +3,9 @@
 use crate::control::ControlError;
 use crate::device::NoDevice;
 use crate::feed::FeedError;
+use crate::gpu::fault::{Fault, first_line};
 use crate::job::JobEnd;
+use crate::memory::{Needs, OutOfMemory, Room};
 use crate::reduce::CollectiveError;
 use crate::train::TrainError;
 use crate::train::state::StateError;
@@ -66,6 +68,20 @@ pub enum WorkError {
         /// As it was started.
         found: &'static str,
     },
+    /// A GPU's memory was full.
+    #[error(transparent)]
+    Memory(#[from] OutOfMemory),
+    /// The GPU does not work any more, for this process at least.
+    #[error("{said}: this worker's GPU is of no more use to it, and it ends; {}", fault.hint())]
+    Broken {
+        /// In libtorch's or the driver's words.
+        said: String,
+        /// What it is taken for.
+        fault: Fault,
+    },
+    /// A GPU's streams, or its memory's bound.
+    #[error("the GPU: {0}")]
+    Gpu(#[from] ella_cuda::Error),
     /// Something the coordinator should not have sent.
     #[error("the coordinator sent {0}, which makes no sense here")]
     Protocol(&'static str),
@@ -104,15 +120,35 @@ impl WorkError {
             Self::Control(error) => (FailureKind::Internal, error.is_permanent()),
             Self::Job(error) => (FailureKind::Internal, error.is_permanent()),
             Self::Device(_) | Self::OtherDevice { .. } => (FailureKind::Internal, true),
+            Self::Memory(error) => (FailureKind::Internal, error.is_permanent()),
+            // A GPU that has no kernels here has none the next time; the others may well work in a new process.
+            Self::Broken { fault, .. } => (FailureKind::Internal, *fault == Fault::Generation),
+            Self::Gpu(_) => (FailureKind::Internal, false),
             Self::Peer { .. } | Self::Protocol(_) | Self::OtherState { .. } | Self::Spent | Self::Torch(_) | Self::System { .. } => {
                 (FailureKind::Internal, false)
             }
         }
     }
 
+    /// The same error where it tells of a GPU that broke or is full, in whatever it was wrapped, with what is known of it.
+    pub(super) fn explained(self, needs: Option<&Needs>, room: impl FnOnce() -> Option<Room>) -> Self {
+        match Fault::of(&self) {
+            Some(Fault::OutOfMemory) if !matches!(self, Self::Memory(_)) => match OutOfMemory::of(&self, needs, room()) {
+                Some(error) => Self::Memory(error),
+                None => self,
+            },
+            Some(fault) if fault.ends_the_process() && !matches!(self, Self::Broken { .. }) => {
+                Self::Broken { said: first_line(&self), fault }
+            }
+            _ => self,
+        }
+    }
+
     /// Whether it only ends the generation: this worker is as fit for the next one as ever.
     pub(super) fn spares_the_rank(&self) -> bool {
         match self {
+            // In NCCL's words or a peer's: this process's GPU may be what broke.
+            _ if Fault::of(self).is_some() => false,
             Self::Train(error) => error.spares_the_rank(),
             Self::Collective(error) => error.is_of_peers(),
             Self::Peer { .. } | Self::OtherState { .. } => true,
@@ -123,5 +159,55 @@ impl WorkError {
     /// Whether starting again would fail in the same way.
     pub fn is_permanent(&self) -> bool {
         self.failure().1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::TchError;
+
+    fn torch(text: &str) -> TchError {
+        TchError::Torch(format!("{text}\nException raised from c10_cuda_check_implementation at CUDAException.cpp:44"))
+    }
+
+    /// In whatever it is wrapped: the step's, the feed's, a collective's own.
+    #[test]
+    fn a_gpu_that_broke_ends_its_worker_and_nothing_else_does() {
+        let assert = "CUDA error: device-side assert triggered";
+        let nccl = nccl_rs::Error::Nccl {
+            call: "ncclAllReduce",
+            code: 1,
+            text: "unhandled cuda error".into(),
+            detail: "Cuda failure 719 'unspecified launch failure'".into(),
+        };
+        for error in [
+            WorkError::Torch(torch(assert)),
+            WorkError::Train(TrainError::Torch(torch(assert))),
+            WorkError::Train(TrainError::Feed(FeedError::Torch(torch("CUDA error: uncorrectable ECC error encountered")))),
+            WorkError::Train(TrainError::Collective(nccl.into())),
+        ] {
+            assert!(!error.spares_the_rank(), "{error}");
+            let error = error.explained(None, || None);
+            assert!(matches!(error, WorkError::Broken { .. }) && !error.spares_the_rank(), "{error}");
+            // Exit code 1: another process may do well.
+            assert_eq!(error.failure(), (FailureKind::Internal, false));
+            let text = error.to_string();
+            assert!(text.contains("of no more use to it, and it ends") && !text.contains("Exception raised"), "{text}");
+        }
+        let old = WorkError::Torch(torch("CUDA error: no kernel image is available for execution on the device"));
+        assert!(old.explained(None, || None).is_permanent());
+        let lost = WorkError::Train(TrainError::Collective(CollectiveError::Aborted)).explained(None, || None);
+        assert!(matches!(lost, WorkError::Train(_)) && lost.spares_the_rank());
+    }
+
+    #[test]
+    fn a_full_gpu_is_told_as_such_and_spares_nobody() {
+        let full = || WorkError::Train(TrainError::Torch(torch("CUDA out of memory. Tried to allocate 2.00 GiB.")));
+        assert!(!full().spares_the_rank());
+        let room = Room { total: 80 << 30, free: 1 << 30, mine: 78 << 30, limit: None };
+        let error = full().explained(None, || Some(room));
+        assert!(matches!(error, WorkError::Memory(_)) && error.is_permanent() && !error.spares_the_rank(), "{error}");
+        assert!(!full().explained(None, || None).is_permanent(), "unknown: another try");
     }
 }

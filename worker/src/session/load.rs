@@ -6,6 +6,7 @@ use crate::control::{Flags, Outbox};
 use crate::device;
 use crate::feed::{self, Captions, FeatureSource, Feed, FeedError, Parts, Sources};
 use crate::leave;
+use crate::memory::{Needs, Room};
 use crate::models::Loaded;
 use crate::reduce::{AbortHandle, Collective, CollectiveError, Listener, Membership, Nccl, Solo, Tcp};
 use crate::train::Trainer;
@@ -82,13 +83,17 @@ pub(super) fn assemble(
     device: Device,
     (outbox, runtime): (&Outbox, &Handle),
     run: Store,
-) -> Result<Trainer, WorkError> {
+) -> Result<(Trainer, Option<Needs>), WorkError> {
     let Loaded { networks, state, vae, text, vae_weights, digest } = loaded;
     let limits = CacheLimits { bytes: config.data.memory_bytes, ..CacheLimits::default() };
     let store = Store::open(&config.data.path)?;
     let cache = runtime.block_on(feed::cache(&config.data, &store)).map_err(FeedError::from)?;
     let data = runtime.block_on(DataSet::open_through(store, limits, cache)).map_err(FeedError::from)?;
     let data = Arc::new(data);
+    let needs = device.is_cuda().then(|| Needs::read(config, data.manifest())).transpose()?;
+    if let Some(needs) = &needs {
+        tell_plan(needs, device);
+    }
     let captions = Arc::new(runtime.block_on(Captions::open(&data, &config.data.captions))?);
     let features = FeatureSource::open(config, (&data, &captions), (&text, device), runtime)?;
     let sources = Sources::new(Parts {
@@ -110,7 +115,7 @@ pub(super) fn assemble(
     let patience = config.workers.start_timeout.duration();
     let committer = Committer::start(run, patience, outbox.clone(), runtime.clone())
         .map_err(|source| WorkError::System { what: "a committing thread", source })?;
-    Ok(Trainer {
+    let trainer = Trainer {
         config: config.clone(),
         saved: state.step,
         state,
@@ -123,8 +128,24 @@ pub(super) fn assemble(
         cadence: Cadence::new(&config.checkpoint, Instant::now()),
         committing: Duration::ZERO,
         supplied: false,
+        not_finite: 0,
         seat: Seat::default(),
-    })
+    };
+    Ok((trainer, needs))
+}
+
+/// What of the GPU's memory is planned for, against what there is.
+fn tell_plan(needs: &Needs, device: Device) {
+    let plan = needs.plan(needs.config.train.micro_batch as u64);
+    let limit = needs.config.workers.gpu_memory.map(|most| most.0);
+    match Room::look(device, limit).map(|room| room.total.min(limit.unwrap_or(u64::MAX))) {
+        Some(there) if plan.bytes > there => {
+            let would = needs.fit(there).of_the_batch.map(|samples| format!("train.micro_batch = {samples} would fit"));
+            let would = would.unwrap_or_else(|| "no train.micro_batch would fit".to_owned());
+            tracing::warn!(there, "the GPU's memory may not suffice: planned are {plan}; {would}");
+        }
+        _ => tracing::info!("of the GPU's memory, planned are {plan}"),
+    }
 }
 
 /// The commit to resume from; none for a fresh start.

@@ -9,8 +9,11 @@ use crate::commit::{CommitError, Seat};
 use crate::control::{self, Control, Era, Flags, Link, Message, Said};
 use crate::device;
 use crate::feed::lanes_of;
+use crate::gpu;
 use crate::job;
+use crate::memory::{Needs, Room};
 use crate::models;
+use crate::precision::Precision;
 use crate::reduce::{Listener, Solo};
 use crate::train::state::part_names;
 use crate::train::{Ending, Halt, TrainError, Trainer};
@@ -136,6 +139,8 @@ fn peer_address(advertised: &str, listens_on: u16) -> String {
 /// A worker that holds its models, and a state once it has been given one.
 struct Rank<'a> {
     trainer: Trainer,
+    /// What it takes of a GPU's memory.
+    needs: Option<Needs>,
     /// Whether the trainer's state is whole: it was begun anew, restored or copied.
     holds_state: bool,
     /// Whether its state was ever changed: it is of no use for a fresh start then.
@@ -160,15 +165,25 @@ impl<'a> Rank<'a> {
         let config = Arc::new(RunConfig::parse(&welcome.config_toml, "run.toml", &[])?);
         let device = device::set_up(options.device, config.workers.threads)?;
         check_device(&config, device)?;
+        Precision::of(&config).set(device)?;
+        gpu::limit(device, config.workers.gpu_memory)?;
         let run = Store::open(&welcome.run_url)?;
-        let loaded = models::load(&config, device)?;
-        let trainer = load::assemble(&config, loaded, device, (control.outbox(), runtime), run.clone())?;
+        let limit = config.workers.gpu_memory.map(|most| most.0);
+        let explained = |error: WorkError| error.explained(None, || Room::look(device, limit));
+        let loaded = models::load(&config, device).map_err(|error| explained(error.into()))?;
+        let (trainer, needs) = load::assemble(&config, loaded, device, (control.outbox(), runtime), run.clone()).map_err(explained)?;
         control.flags().limit_computing(config.workers.step_timeout.duration(), config.workers.start_timeout.duration());
-        Ok(Self { trainer, holds_state: false, touched: false, listener, device, control, runtime, run, farewell: None })
+        Ok(Self { trainer, needs, holds_state: false, touched: false, listener, device, control, runtime, run, farewell: None })
     }
 
     /// Trains in one generation after the other, as the coordinator has it.
     fn obey(mut self, train: &mut Train<'_>) -> Result<Ending, WorkError> {
+        let ending = self.obeying(train);
+        let limit = self.trainer.config.workers.gpu_memory.map(|most| most.0);
+        ending.map_err(|error| error.explained(self.needs.as_ref(), || Room::look(self.device, limit)))
+    }
+
+    fn obeying(&mut self, train: &mut Train<'_>) -> Result<Ending, WorkError> {
         self.idle(String::new());
         loop {
             let Some(Said { era, body }) = self.control.next(LOOK)? else { continue };
@@ -215,6 +230,8 @@ impl<'a> Rank<'a> {
                 Ok(())
             }
             Err(error) if error.spares_the_rank() => {
+                // What looks like a late peer may be this rank's own GPU.
+                gpu::answers(self.device).map_err(|broken| WorkError::Collective(broken.into()))?;
                 let interrupted = self.trainer.flags.interrupted();
                 tracing::info!(interrupted, "the generation is over: {error}");
                 self.idle(error.to_string());

@@ -1,8 +1,11 @@
 //! Training: the loop, and one step of it. Everything that is trained lies in flat buffers: one collective, one update, one file each.
 
 pub mod cadence;
+mod fault;
 pub mod lane;
+mod mark;
 pub mod optimizer;
+pub mod split;
 pub mod state;
 pub mod stats;
 mod sum;
@@ -18,14 +21,18 @@ use ella_dataset::ledger::LedgerError;
 use ella_model::ModelError;
 use ella_proto::config::{Features, RunConfig};
 use ella_proto::v1::{Activity, FailureKind, Progress, StepParts};
-use lane::Networks;
+pub use fault::Bad;
+use lane::{Follow, Networks};
+use mark::Mark;
 use state::TrainState;
-use stats::StepStats;
+use stats::{StepStats, WORDS};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use sum::Sum;
+use sum::{Reduced, Sum};
 use supply::Supply;
+use tch::{Device, Kind, Tensor};
 
 /// Why training stopped short.
 #[derive(Debug, thiserror::Error)]
@@ -42,29 +49,24 @@ pub enum TrainError {
     /// A peer is gone, or late, or does something else.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
-    /// A gradient outside what `exact` reduction holds, or not finite.
-    #[error("step {step}, lane {lane}: {source}; lower train.optimizer.lr, or look at the samples of this step")]
-    Gradient {
+    /// The GPU's driver failed.
+    #[error(transparent)]
+    Gpu(#[from] nccl_rs::Error),
+    /// A loss or gradient that is not finite, or outside what `exact` reduction holds. Nothing was updated from it.
+    #[error("step {step}{}: {bad}; lower train.optimizer.lr, or look at the samples of this step: {samples}", fault::of_lane(*.lane))]
+    NotFinite {
         /// The step.
         step: u64,
-        /// The lane.
-        lane: u32,
-        /// What is wrong with it.
-        source: FixedError,
+        /// The lane, where it is of one.
+        lane: Option<u32>,
+        /// What is wrong.
+        bad: Bad,
+        /// Where the samples are listed.
+        samples: String,
     },
     /// The sums of a step cannot be formed.
     #[error(transparent)]
     Sum(#[from] FixedError),
-    /// A loss or the summed gradient is not finite.
-    #[error("step {step}: the {what} is {value}; lower train.optimizer.lr, or look at the samples of this step")]
-    NotFinite {
-        /// The step.
-        step: u64,
-        /// Of what.
-        what: &'static str,
-        /// The value.
-        value: f64,
-    },
     /// The ranks together have not used what makes up the step (ONCE).
     #[error("step {step}: {what} of all ranks are {found} (expected {expected}); all ranks must run the same program on the same data")]
     Dealt {
@@ -97,12 +99,12 @@ impl TrainError {
     /// What to tell the coordinator: the kind, and whether starting again would fail in the same way.
     pub fn failure(&self) -> (FailureKind, bool) {
         match self {
-            Self::Torch(_) | Self::Sum(_) => (FailureKind::Internal, false),
+            Self::Torch(_) | Self::Gpu(_) | Self::Sum(_) => (FailureKind::Internal, false),
             Self::Model(_) => (FailureKind::Input, true),
             Self::Feed(error) => (FailureKind::Input, error.is_permanent()),
             Self::Collective(_) => (FailureKind::Collective, false),
             // The same step gives the same numbers (SAME), so a restart would end here again.
-            Self::Gradient { .. } | Self::NotFinite { .. } | Self::Ledger { .. } | Self::Dealt { .. } => (FailureKind::Numeric, true),
+            Self::NotFinite { .. } | Self::Ledger { .. } | Self::Dealt { .. } => (FailureKind::Numeric, true),
             Self::Commit(CommitError::Store { source, .. }) => (FailureKind::Store, source.is_permanent()),
             Self::Commit(CommitError::Late { .. }) => (FailureKind::Store, false),
             Self::Commit(CommitError::Died | CommitError::Interrupted) | Self::Interrupted => (FailureKind::Internal, false),
@@ -166,6 +168,8 @@ pub struct Trainer {
     pub saved: u64,
     /// Whether all ranks are known to have the next step's samples.
     pub supplied: bool,
+    /// How many steps in a row, up to now and in this generation, were left out because a number was not finite.
+    pub not_finite: usize,
     /// This rank's place in its generation.
     pub seat: Seat,
 }
@@ -174,6 +178,8 @@ impl Trainer {
     /// Trains in one generation: until the last step, or until it ends. Nothing is lost of the state, whatever ends it.
     pub fn run(&mut self) -> Result<Halt, TrainError> {
         self.supplied = false;
+        // All ranks must count alike, those that have just joined too.
+        self.not_finite = 0;
         let last = self.config.train.steps;
         if self.state.step >= last {
             // Its commit did not live to see its record.
@@ -262,26 +268,40 @@ impl Trainer {
                 found: input.step,
             });
         }
-        let (sum, mut mine) = self.lanes(&input, &mut times)?;
+        let device = self.state.buffers.params.device();
+        let Lanes { mut sum, mut mine, marks } = self.lanes(&input)?;
         mine.supplied = i64::from(self.feed.has_next());
         let due = self.cadence.is_due(self.state.step, self.flags.committed.load(Ordering::Relaxed), Instant::now());
         mine.due = i64::from(due && self.collective.rank() == 0);
 
-        let reducing = Instant::now();
+        // Up to here a GPU was only given work. Now it is waited for, and then what its sums take longer.
+        let computed = Mark::now(device)?;
         self.flags.at(Activity::Reduce);
-        let (mut grad, words) = sum.reduce(self.collective.as_mut(), mine.words())?;
+        sum.begin_rest(self.collective.as_mut(), &mine)?;
         self.flags.at(Activity::Compute);
-        times.reduce = reducing.elapsed();
+        computed.wait()?;
+        self.flags.at(Activity::Reduce);
+        let (settling, held) = (Instant::now(), sum.held);
+        let reduced = sum.settle(self.collective.as_mut())?;
+        self.flags.at(Activity::Compute);
+        times.took(&marks, settling.elapsed(), reduced.beside)?;
+        if device == Device::Cpu {
+            times.reduce += held;
+        }
+
+        let updating = Instant::now();
+        let (words, norm) = read(&reduced)?;
         let all = StepStats::from_words(&words).map_err(|source| TrainError::Ledger { step: number, source })?;
         self.check_dealt(&all, input.step_samples)?;
         self.supplied = all.supplied == all.ranks;
-
-        let updating = Instant::now();
-        let norm = optimizer::clip(&mut grad, self.config.train.grad_clip)?;
-        if !norm.is_finite() {
-            return Err(TrainError::NotFinite { step: number, what: "gradient's norm", value: norm });
+        let Reduced { mut grad, lanes, .. } = reduced;
+        if all.lost > 0 || all.refused_lanes > 0 || !norm.is_finite() {
+            self.leave_out(&input, &lanes, norm)?;
+        } else {
+            self.not_finite = 0;
+            optimizer::clip(&mut grad, norm, self.config.train.grad_clip)?;
+            optimizer::update(&mut self.state.buffers, &grad, &self.config.train, number)?;
         }
-        optimizer::update(&mut self.state.buffers, &grad, &self.config.train, number)?;
         self.state.step = number;
         self.state.ledger.add_tally(input.epoch, &all.tally);
         self.flags.step.store(number, Ordering::Relaxed);
@@ -290,21 +310,24 @@ impl Trainer {
         Ok(all)
     }
 
-    /// The gradients of this rank's lanes, summed, and what it has to tell of them.
-    fn lanes(&mut self, input: &StepInput, times: &mut Times) -> Result<(Sum, StepStats), TrainError> {
-        let step = self.state.step + 1;
+    /// The gradients of this rank's lanes, summed, and what it has to tell of them. The last one's is on its way to the other ranks when it returns, but
+    /// for what is known last.
+    fn lanes(&mut self, input: &StepInput) -> Result<Lanes, TrainError> {
+        let device = self.state.buffers.params.device();
         // Whoever coordinates now, if all ranks are found to have the same, records what is committed after this step.
         let attended = self.flags.attended();
         self.seat.era = attended.unwrap_or_default();
         let mut mine = StepStats::of_one_rank(attended);
         mine.leaving = i64::from(self.flags.drain.is_cancelled());
         mine.boundary = i64::from(self.flags.at_boundary());
+        let segments: Vec<_> = self.networks.connector.segments().iter().map(|segment| segment.elements.clone()).collect();
+        let mut sum = Sum::new(&self.config.train, &segments, device)?;
         for batch in &input.held_out {
             self.flags.at(Activity::Compute);
-            mine.add_held_out(self.networks.evaluate(batch)?, batch.len());
+            sum.add_held_out(&self.networks.evaluate(batch)?, batch.len())?;
         }
-        let mut sum = Sum::new(&self.config.train, self.state.layout.total(), self.state.buffers.params.device())?;
-        for lane in &input.lanes {
+        let (last, mut marks) = (input.lanes.iter().rposition(|lane| lane.batch.is_some()), Vec::new());
+        for (number, lane) in input.lanes.iter().enumerate() {
             mine.tally.merge(&lane.tally);
             mine.dropped += lane.dropped;
             mine.truncated += lane.truncated;
@@ -313,16 +336,18 @@ impl Trainer {
                 return Err(TrainError::Interrupted);
             }
             self.flags.at(Activity::Compute);
-            let gradient = self.networks.gradient(batch, input.step_samples)?;
-            if !gradient.loss_sum.is_finite() {
-                return Err(TrainError::NotFinite { step, what: "loss", value: gradient.loss_sum });
+            let (begin, held) = (Mark::now(device)?, sum.held);
+            let others = if Some(number) == last { Some(self.collective.as_mut()) } else { None };
+            let mut adding = Adding { sum: &mut sum, others, flags: &self.flags, device, halfway: None };
+            let loss = self.networks.gradient_in_parts(batch, input.step_samples, &mut adding)?;
+            let halfway = adding.halfway.take();
+            sum.end_lane(lane.lane, &loss, batch.len())?;
+            mine.split += i64::from(self.networks.split.cuts(batch.len()));
+            if let Some(halfway) = halfway {
+                marks.push(Passes { begin, halfway, end: Mark::now(device)?, held: sum.held - held });
             }
-            mine.add_loss(gradient.loss_sum);
-            times.forward += gradient.forward;
-            times.backward += gradient.backward;
-            sum.add(&gradient.grad).map_err(|source| TrainError::Gradient { step, lane: lane.lane, source })?;
         }
-        Ok((sum, mine))
+        Ok(Lanes { sum, mine, marks })
     }
 
     /// All ranks took part, and together used every sample of the step (ONCE).
@@ -349,8 +374,13 @@ impl Trainer {
             return self.outbox.progress(timing);
         }
         let mut skipped = std::collections::HashMap::new();
-        let counts =
-            [("captions_dropped", all.dropped), ("captions_truncated", all.truncated), ("held_out_samples_not_finite", all.held_out_lost)];
+        let counts = [
+            ("captions_dropped", all.dropped),
+            ("captions_truncated", all.truncated),
+            ("held_out_samples_not_finite", all.held_out_lost),
+            ("steps_not_finite", i64::from(self.not_finite > 0)),
+            ("lanes_split_for_memory", all.split),
+        ];
         for (name, count) in counts {
             if count > 0 {
                 skipped.insert(name.to_owned(), count as u64);
@@ -368,6 +398,59 @@ impl Trainer {
     }
 }
 
+/// A rank's lanes of a step.
+struct Lanes {
+    sum: Sum,
+    mine: StepStats,
+    marks: Vec<Passes>,
+}
+
+/// When a lane was computed.
+struct Passes {
+    begin: Mark,
+    /// The forward pass is done.
+    halfway: Mark,
+    end: Mark,
+    /// How long sums over ranks held this thread up meanwhile.
+    held: Duration,
+}
+
+/// Adds a lane's gradient up as it comes, and begins to sum it over ranks if it is the last.
+struct Adding<'a> {
+    sum: &'a mut Sum,
+    others: Option<&'a mut (dyn Collective + 'static)>,
+    flags: &'a Flags,
+    device: Device,
+    halfway: Option<Mark>,
+}
+
+impl Follow for Adding<'_> {
+    fn forward_done(&mut self) -> Result<(), TrainError> {
+        self.halfway = Some(Mark::now(self.device)?);
+        Ok(())
+    }
+
+    fn part(&mut self, elements: Range<i64>, gradient: &Tensor) -> Result<(), TrainError> {
+        let low = elements.start;
+        self.sum.add(elements, gradient)?;
+        if let Some(others) = &mut self.others {
+            self.flags.at(Activity::Reduce);
+            self.sum.finished(low, &mut **others)?;
+            self.flags.at(Activity::Compute);
+        }
+        Ok(())
+    }
+}
+
+/// The step's sums, and the 2-norm of its gradient: in one copy, the only one that a step takes from the device.
+fn read(reduced: &Reduced) -> Result<([i64; WORDS], f64), tch::TchError> {
+    let square = optimizer::square_norm(&reduced.grad)?.f_reshape([1])?.f_view_dtype(Kind::Int64)?;
+    let mut numbers = [0; WORDS + 1];
+    Tensor::f_cat(&[&reduced.words, &square], 0)?.f_to_device(Device::Cpu)?.f_copy_data(&mut numbers, WORDS + 1)?;
+    let [words @ .., square] = numbers;
+    Ok((words, f64::from_bits(square as u64).sqrt()))
+}
+
 /// Where the time of a step went.
 #[derive(Clone, Copy, Debug, Default)]
 struct Times {
@@ -376,11 +459,26 @@ struct Times {
     forward: Duration,
     backward: Duration,
     reduce: Duration,
+    /// Beside the backward pass.
+    reduce_hidden: Duration,
     update: Duration,
     commit: Duration,
 }
 
 impl Times {
+    /// The passes of all lanes, and what sums over ranks took after them: `settling`. They were `beside` it and the passes in all, on a GPU; on a
+    /// processor they hold the passes up, and count as their own.
+    fn took(&mut self, lanes: &[Passes], settling: Duration, beside: Duration) -> Result<(), TrainError> {
+        self.reduce = settling;
+        self.reduce_hidden = beside.saturating_sub(settling);
+        for Passes { begin, halfway, end, held } in lanes {
+            let on_processor = matches!(end, Mark::Host(_));
+            self.forward += halfway.since(begin)?;
+            self.backward += end.since(halfway)?.saturating_sub(if on_processor { *held } else { Duration::ZERO });
+        }
+        Ok(())
+    }
+
     fn parts(&self) -> StepParts {
         StepParts {
             data: self.data.as_secs_f64(),
@@ -388,6 +486,7 @@ impl Times {
             forward: self.forward.as_secs_f64(),
             backward: self.backward.as_secs_f64(),
             reduce: self.reduce.as_secs_f64(),
+            reduce_hidden: self.reduce_hidden.as_secs_f64(),
             update: self.update.as_secs_f64(),
             commit: self.commit.as_secs_f64(),
         }

@@ -29,19 +29,23 @@ pub fn ema_decay(train: &Train, step: u64) -> f64 {
 /// Elements whose squares are summed at a time.
 const NORM_PIECE: i64 = 1 << 17;
 
-/// Scales `grad` in place so that its 2-norm is at most `limit` (0: no limit). Returns the norm before.
-pub fn clip(grad: &mut Tensor, limit: f64) -> Result<f64, tch::TchError> {
+/// The square of the 2-norm of `grad`, `[]` float64 on its device: nothing is waited for.
+pub fn square_norm(grad: &Tensor) -> Result<Tensor, tch::TchError> {
     // In pieces: the whole in float64 would be twice the gradient's memory.
     let mut square = Tensor::f_zeros([], (Kind::Double, grad.device()))?;
     for piece in grad.f_split(NORM_PIECE, 0)? {
         let _ = square.f_add_(&piece.f_to_kind(Kind::Double)?.f_square_()?.f_sum(Kind::Double)?)?;
     }
-    let norm = square.f_double_value(&[])?.sqrt();
+    Ok(square)
+}
+
+/// Scales `grad`, whose 2-norm is `norm`, in place so that it is at most `limit` (0: no limit).
+pub fn clip(grad: &mut Tensor, norm: f64, limit: f64) -> Result<(), tch::TchError> {
     if limit > 0.0 && norm > limit {
         // The small constant is torch.nn.utils.clip_grad_norm_'s.
         let _ = grad.f_mul_scalar_(limit / (norm + 1e-6))?;
     }
-    Ok(norm)
+    Ok(())
 }
 
 /// The flat buffers of one trained module, each `[P]` float32 in the layout's order.
@@ -169,10 +173,13 @@ mod tests {
     #[test]
     fn clipping_scales_to_the_limit_and_leaves_small_gradients_alone() {
         let mut grad = Tensor::from_slice(&[3f32, 4.0]);
-        assert_eq!(clip(&mut grad, 0.0).unwrap(), 5.0);
-        assert_eq!(clip(&mut grad, 10.0).unwrap(), 5.0);
-        assert_eq!(Vec::<f32>::try_from(&grad).unwrap(), [3.0, 4.0]);
-        assert_eq!(clip(&mut grad, 1.0).unwrap(), 5.0);
-        assert!((clip(&mut grad, 0.0).unwrap() - 1.0).abs() < 1e-5);
+        let norm = |grad: &Tensor| square_norm(grad).unwrap().double_value(&[]).sqrt();
+        assert_eq!(norm(&grad), 5.0);
+        for limit in [0.0, 10.0] {
+            clip(&mut grad, 5.0, limit).unwrap();
+            assert_eq!(Vec::<f32>::try_from(&grad).unwrap(), [3.0, 4.0]);
+        }
+        clip(&mut grad, 5.0, 1.0).unwrap();
+        assert!((norm(&grad) - 1.0).abs() < 1e-5);
     }
 }

@@ -74,3 +74,16 @@ async fn what_fails_is_tried_three_times_and_everything_broken_is_named() {
     assert_eq!(["unit-00001", "unit-00002", "unit-00004"].map(|unit| stage.begun(unit)), [3, 1, 3]);
     assert_eq!((files(out.path()).len(), last.job.unwrap().given_up.len()), (6, 2), "the others were done");
 }
+
+/// Its GPU broke, say: the other units are not tried on it.
+#[tokio::test]
+async fn a_worker_that_can_do_nothing_more_ends_at_once() {
+    let out = tempfile::tempdir().unwrap();
+    let error = JobError::passing("CUDA error: unspecified launch failure").of_a_broken_worker();
+    let broken = BTreeMap::from([("unit-00000".to_owned(), Broken::Always(error))]);
+    let stage = Arc::new(Stage { broken, ..Stage::default() });
+    let (ended, _) = run(out.path(), &stage, CancellationToken::new()).await;
+    let Err(error @ JobEnd::Broken(_)) = ended else { panic!("{ended:?}") };
+    assert!(!error.is_permanent() && error.to_string().contains("GPU does not work any more: CUDA error: unspecified"), "{error}");
+    assert_eq!(stage.begun("unit-00000"), 1);
+}

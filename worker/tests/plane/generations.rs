@@ -29,7 +29,7 @@ async fn alone(config: &RunConfig) -> v1::StateDigest {
 }
 
 /// Workers that have loaded their models.
-async fn idle(coordinator: &mut Scripted, config: &RunConfig, url: &str, count: usize) -> Vec<Worker> {
+pub(crate) async fn idle(coordinator: &mut Scripted, config: &RunConfig, url: &str, count: usize) -> Vec<Worker> {
     let mut workers = Vec::new();
     for _ in 0..count {
         let mut worker = coordinator.worker().await;
@@ -46,7 +46,7 @@ fn peers(workers: &[Worker]) -> Vec<String> {
 }
 
 /// Has them train from a fresh start.
-async fn begin(workers: &mut [Worker]) {
+pub(crate) async fn begin(workers: &mut [Worker]) {
     let peers = peers(workers);
     (0..).zip(workers.iter_mut()).for_each(|(rank, worker)| worker.assign(rank, peers.clone(), None));
     for worker in workers.iter_mut() {

@@ -10,5 +10,6 @@ mod families;
 mod feed;
 mod generations;
 mod gradient;
+mod not_finite;
 mod session;
 mod world;

@@ -154,7 +154,7 @@ pub(crate) fn embedded(config: &RunConfig) -> BTreeMap<String, u64> {
 pub(crate) fn embedded_by(config: &RunConfig, batch: usize) -> BTreeMap<String, u64> {
     let _alone = EMBEDDING.lock().unwrap_or_else(PoisonError::into_inner);
     let config::Text { model, max_tokens, padding, layers, dtype, .. } = config.text.clone();
-    let settings = EmbedSettings { text: model, max_tokens, padding, layers, dtype, captions: Vec::new(), batch, threads: 1 };
+    let settings = EmbedSettings { text: model, max_tokens, padding, layers, dtype, batch, ..EmbedSettings::default() };
     let config = JobConfig::new(JobTable::new(JobKind::Embed, config.data.path.clone()), &settings).unwrap();
     let mut results = BTreeMap::new();
     wait(async {

@@ -107,6 +107,7 @@ pub(super) fn encode_op(op: &Op) -> [u8; HEADER] {
         OpKind::SumF32 => (1, 0),
         OpKind::Broadcast { root } => (2, root),
         OpKind::Barrier => (3, 0),
+        OpKind::SumBf16 => (4, 0),
     };
     let mut out = [0; HEADER];
     out[..8].copy_from_slice(&MAGIC.to_ne_bytes());
@@ -127,6 +128,7 @@ pub(super) fn decode_op(bytes: &[u8; HEADER]) -> Option<Op> {
         1 => OpKind::SumF32,
         2 => OpKind::Broadcast { root },
         3 => OpKind::Barrier,
+        4 => OpKind::SumBf16,
         _ => return None,
     };
     (magic == MAGIC).then_some(Op { sequence, kind, elements })
@@ -190,7 +192,7 @@ mod tests {
 
     #[test]
     fn headers_come_back_as_they_were_sent_and_others_do_not() {
-        for kind in [OpKind::SumI64, OpKind::SumF32, OpKind::Broadcast { root: 3 }, OpKind::Barrier] {
+        for kind in [OpKind::SumI64, OpKind::SumF32, OpKind::SumBf16, OpKind::Broadcast { root: 3 }, OpKind::Barrier] {
             let op = Op { sequence: 12, kind, elements: 1 << 40 };
             let mut bytes = encode_op(&op);
             assert_eq!(decode_op(&bytes), Some(op));

@@ -18,6 +18,9 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use half::bf16;
+use half::slice::HalfFloatSliceExt as _;
+
 use self::ring::{Add, Links, Plan, Transfer};
 use super::abort::Wake;
 use super::error::Steps;
@@ -151,6 +154,10 @@ impl Collective for Tcp {
 
     fn sum_f32(&mut self, data: &mut [f32]) -> Result<()> {
         self.sum(OpKind::SumF32, bytemuck::cast_slice_mut(data), 4, ring::add_f32)
+    }
+
+    fn sum_bf16(&mut self, data: &mut [bf16]) -> Result<()> {
+        self.sum(OpKind::SumBf16, bytemuck::cast_slice_mut(data.reinterpret_cast_mut()), 2, ring::add_bf16)
     }
 
     fn broadcast(&mut self, root: u32, data: &mut [u8]) -> Result<()> {

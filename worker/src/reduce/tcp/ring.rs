@@ -12,6 +12,7 @@ use std::net::TcpStream;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use half::bf16;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 
@@ -27,6 +28,13 @@ pub(super) type Add = fn(&mut [u8], &[u8]);
 pub(super) fn add_f32(sum: &mut [u8], more: &[u8]) {
     for (a, b) in sum.as_chunks_mut().0.iter_mut().zip(more.as_chunks().0) {
         *a = (f32::from_ne_bytes(*a) + f32::from_ne_bytes(*b)).to_ne_bytes();
+    }
+}
+
+/// Adds bfloat16s, each sum rounded to the nearest: what goes round is bfloat16 all the way, half of float32's bytes.
+pub(super) fn add_bf16(sum: &mut [u8], more: &[u8]) {
+    for (a, b) in sum.as_chunks_mut().0.iter_mut().zip(more.as_chunks().0) {
+        *a = crate::reduce::add_bf16(bf16::from_ne_bytes(*a), bf16::from_ne_bytes(*b)).to_ne_bytes();
     }
 }
 
