@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 pub(crate) fn run(setting: &Setting) -> Result<Value> {
     let peak = train::peak(setting)?;
     let (text, (ids, mask)) = (networks::text(setting)?, networks::captions(setting)?);
-    gpu::reset_peak(setting.device);
     let encode = || {
         let _ = tch::no_grad(|| text.features(&ids, &mask, Layers::Last))?;
         Ok(())

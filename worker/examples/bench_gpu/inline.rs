@@ -45,7 +45,6 @@ impl Encoders {
 pub(crate) fn run(setting: &Setting) -> Result<Value> {
     let (peak, flops) = (train::peak(setting)?, train::flops(setting)?);
     let (mut trainer, encoders) = (Trainer::new(setting, 1)?, Encoders::new(setting)?);
-    gpu::reset_peak(setting.device);
     let mut measure = |make: &dyn Fn(&mut LaneBatch) -> Result<()>| -> Result<Value> {
         let timed = timing::time(setting.device, setting.measure, || {
             let mut batch = trainer.batch()?;

@@ -1,5 +1,6 @@
 //! Windows of time on a device that works behind the program's back.
 
+use crate::gpu;
 use anyhow::{Result, ensure};
 use std::time::{Duration, Instant};
 use tch::{Cuda, Device};
@@ -50,6 +51,8 @@ pub(crate) fn time(device: Device, measure: Duration, mut work: impl FnMut() -> 
         Ok(begin.elapsed().as_secs_f64() / calls as f64)
     };
     window(WARM_UP)?;
+    // What choosing kernels took is not the work's.
+    gpu::reset_peak(device);
     let one = window(1)?;
     let calls = ((measure.as_secs_f64() / WINDOWS as f64 / one) as usize).max(1);
     let windows = (0..WINDOWS).map(|_| window(calls)).collect::<Result<Vec<_>>>()?;

@@ -106,7 +106,6 @@ pub(crate) fn figures(timed: &Timed, images: f64, flops: f64, peak: f64) -> Valu
 pub(crate) fn run(setting: &Setting) -> Result<Value> {
     let (peak, flops) = (peak(setting)?, flops(setting)?);
     let mut trainer = Trainer::new(setting, 1)?;
-    gpu::reset_peak(setting.device);
     let mut losses = Vec::new();
     let timed = timing::time(setting.device, setting.measure, || {
         let batch = trainer.batch()?;
