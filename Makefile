@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
 # that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-stores chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare lint libtorch proto parity-full
+.PHONY: build demo test test-stores chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack lint libtorch proto parity-full
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -22,6 +22,7 @@ demo: build
 	@scripts/demo.sh
 
 test: build
+	python3 -m unittest discover -q -s bench
 	$(CARGO) test $(FLAGS) --no-fail-fast
 
 # Stores on real servers: moto (S3) and azurite (Azure Blob), which are installed into .stores/ once. Opt-in: it needs Node.js, and half a GB.
@@ -61,6 +62,18 @@ bench-feed: libtorch
 bench-prepare: build
 	$(CARGO) run --release --locked -p ella-tests --bin bench_prepare
 
+# On a machine with a GPU: correctness on it, ella's step beside PyTorch's, the text encoder, a profile; ten minutes. BENCH_OUT: where results go.
+# PEERS_PYTHON names a Python that has torch 2.11 and diffusers.
+bench-gpu: build
+	$(CARGO) build --release --locked -p ella-worker --example bench_gpu
+	bench/gpu.sh $(or $(BENCH_OUT),target/bench-gpu)
+
+# What a GPU machine needs to run that without building: target/bench-gpu-pack/, a few MiB; with PEER_PYTHON=3.12 the peer's wheels too.
+bench-gpu-pack: build
+	$(CARGO) build --release --locked -p ella-worker --example bench_gpu
+	rm -rf target/bench-gpu-pack
+	bench/pack.sh target/bench-gpu-pack
+
 # ella beside diffusers and transformers at full size (SD 1.5's U-Net, Flan-T5-XL's encoder): errors, seconds, peak memory. Opt-in: it
 # installs both, unless PARITY_PYTHON names a Python that has them, and needs 14 GiB of memory.
 parity-full: build
@@ -75,3 +88,4 @@ lint: libtorch
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(FLAGS) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(FLAGS) --no-deps
+	python3 bench/draw.py --check

@@ -165,7 +165,9 @@ class Trainer:
         self.optimizer.step()
         self.step_number += 1
         decay = min(EMA_DECAY, (1 + self.step_number) / (10 + self.step_number))
-        torch._foreach_lerp_(self.ema, self.params, 1 - decay)
+        with torch.no_grad():
+            # Without it every average would hang on a graph that grows by a node a step.
+            torch._foreach_lerp_(self.ema, self.params, 1 - decay)
         if self.args.accumulate == 1:
             self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
@@ -276,6 +278,9 @@ def measure(args, preset, device):
         wait()
         seconds.append(time.perf_counter() - begin)
         losses.append(loss.item())
+        if device.type == "cuda" and not window:
+            # What compiling and choosing kernels took is not the step's.
+            torch.cuda.reset_peak_memory_stats()
         if not math.isfinite(losses[-1]):
             sys.exit(f"peer_trainer: the loss is {losses[-1]} after {trainer.step_number} updates: nothing is measured")
         images = args.micro_batch * args.accumulate * args.steps / seconds[-1]
@@ -293,7 +298,10 @@ def main():
     try:
         with kernels:
             seconds, losses, trainer = measure(args, preset, device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # The compiler wraps the allocator's error in its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            raise
         sys.exit(f"peer_trainer: --micro-batch {args.micro_batch} does not fit this GPU's memory: take a smaller one")
     batch = args.micro_batch * args.accumulate
     rates = [batch * args.steps / taken for taken in seconds[1:]]

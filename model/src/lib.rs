@@ -9,6 +9,7 @@ pub mod clip;
 pub mod clip_tokenizer;
 pub mod config;
 pub mod connector;
+pub mod cost;
 pub mod decoder;
 pub mod decoder_tokenizer;
 pub mod error;

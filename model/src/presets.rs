@@ -14,9 +14,11 @@ use tch::{Device, Kind, Tensor};
 
 use crate::bpe::{self, END};
 use crate::clip::{Clip, ClipConfig};
+use crate::config::ConfigFile;
 use crate::error::{ModelError, Result};
 use crate::params::Params;
 use crate::rng::CounterRng;
+use crate::schedule::Schedule;
 use crate::t5::{T5, T5Config};
 use crate::unet::{UNet, UNetConfig};
 use crate::vae::{Vae, VaeConfig};
@@ -47,6 +49,34 @@ pub fn init_base(preset: Preset, seed: u64, captions: &[String], out: &Path) -> 
     t5(&text, &spec, seed("text"))?;
     write(&text.join("tokenizer.json"), tokenizer.as_bytes())?;
     write_json(&text.join("tokenizer_config.json"), &tokenizer_config())
+}
+
+impl Preset {
+    /// The U-Net's shape.
+    pub fn unet(self) -> Result<UNetConfig> {
+        UNetConfig::read(in_memory(self.spec().unet))
+    }
+
+    /// The VAE's shape.
+    pub fn vae(self) -> Result<VaeConfig> {
+        VaeConfig::read(in_memory(self.spec().vae))
+    }
+
+    /// The text encoder's shape.
+    pub fn text(self) -> Result<T5Config> {
+        T5Config::read(in_memory(self.spec().text))
+    }
+
+    /// The noise schedule.
+    pub fn schedule(self, device: Device) -> Result<Schedule> {
+        Schedule::read(in_memory(self.spec().scheduler), device)
+    }
+}
+
+/// A preset's configuration as if it had been read.
+fn in_memory(config: Value) -> ConfigFile {
+    let fields = if let Value::Object(fields) = config { fields } else { serde_json::Map::new() };
+    ConfigFile::from_map(Path::new("the preset"), fields)
 }
 
 fn unet(folder: &Path, spec: &Spec, seed: u64) -> Result<()> {
@@ -200,9 +230,7 @@ fn write(file: &Path, bytes: &[u8]) -> Result<()> {
 mod tests {
     use super::*;
     use crate::base::Base;
-    use crate::config::ConfigFile;
     use crate::connector::{Conditions, Connector, ConnectorConfig, ConnectorKind};
-    use crate::schedule::Schedule;
     use crate::tokenizer::{Padding, TextTokenizer};
     use crate::unet::Added;
 
@@ -276,17 +304,13 @@ mod tests {
     #[test]
     fn presets_have_the_true_sizes_where_they_say_so() {
         let parameters = |preset: Preset| {
-            let config = |value: Value| match value {
-                Value::Object(fields) => ConfigFile::from_map(Path::new("config.json"), fields),
-                other => panic!("not an object: {other}"),
-            };
             let (spec, unet, vae) = (preset.spec(), Params::shapes(), Params::shapes());
-            UNet::new(&UNetConfig::read(config(spec.unet)).unwrap(), &unet).unwrap();
-            Vae::new(&VaeConfig::read(config(spec.vae)).unwrap(), &vae).unwrap();
+            UNet::new(&preset.unet().unwrap(), &unet).unwrap();
+            Vae::new(&preset.vae().unwrap(), &vae).unwrap();
             let clip = Params::shapes();
             for mut one in spec.clips {
                 one["eos_token_id"] = json!(9);
-                Clip::new(&ClipConfig::read(config(one)).unwrap(), &clip.at("x")).unwrap();
+                Clip::new(&ClipConfig::read(in_memory(one)).unwrap(), &clip.at("x")).unwrap();
             }
             [unet, vae, clip].map(|p| p.taken().iter().map(|(_, tensor)| tensor.numel()).sum::<usize>())
         };

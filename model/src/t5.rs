@@ -93,6 +93,23 @@ pub struct T5Config {
 }
 
 impl T5Config {
+    /// Of `google/flan-t5-xl`, whose features the released connectors take (paper §1.5).
+    pub fn flan_t5_xl() -> Self {
+        T5Config {
+            vocab_size: 32128,
+            d_model: 2048,
+            d_kv: 64,
+            d_ff: 5120,
+            num_layers: 24,
+            num_heads: 32,
+            buckets: 32,
+            max_distance: 128,
+            eps: 1e-6,
+            activation: Activation::GeluTanh,
+            gated: true,
+        }
+    }
+
     /// Reads `config.json` in a transformers folder.
     pub fn load(folder: &Path) -> Result<Self> {
         Self::read(ConfigFile::open(&folder.join("config.json"))?)

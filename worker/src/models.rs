@@ -112,7 +112,10 @@ fn lora(named: &config::Lora) -> Result<Lora, ModelError> {
 }
 
 /// The connector's kind and sizes: the config's, completed by what the base and the text encoder ask for.
-pub(crate) fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> Result<ConnectorConfig, ModelError> {
+///
+/// # Errors
+/// `connector.width` is another than the base's.
+pub fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) -> Result<ConnectorConfig, ModelError> {
     let c = &config.connector;
     let wanted = unet.cross_attention_dim;
     let width = c.width.map_or(wanted, |w| w as i64);

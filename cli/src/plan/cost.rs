@@ -18,13 +18,6 @@ pub(super) const GPUS: [(&str, f64); 9] = [
     ("t4", 65.0),
 ];
 
-/// FLOP of the SD family's VAE encoder for a picture of 512 × 512 (onnx-tool counts 566.4 GMAC); convolutions grow with the area.
-const VAE_ENCODE: f64 = 1.133e12;
-const SQUARE: f64 = 512.0 * 512.0;
-/// A step through a frozen U-Net over its forward pass: the backward pass needs gradients of the inputs only, and those down to the first
-/// cross-attention (2 × (401 + 445) GMAC over 2 × 401).
-const STEP_OVER_FORWARD: f64 = 2.11;
-
 /// What the figures are made of.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Facts {
@@ -37,15 +30,17 @@ pub(super) struct Facts {
     pub(super) has_latents: bool,
     /// Columns of captions that are trained on.
     pub(super) columns: u64,
-    /// Of the text encoder, without its embedding.
-    pub(super) text_parameters: u64,
+    /// FLOP of the text encoder on an average caption.
+    pub(super) caption_flop: f64,
     pub(super) text_width: u64,
     /// Positions of a caption that are stored: all with fixed padding, the average caption's own without.
     pub(super) positions: f64,
     /// Bytes of a number of the features.
     pub(super) number: u64,
-    /// FLOP of the U-Net's forward pass on an average picture, if it is of a known family.
-    pub(super) unet_forward: Option<f64>,
+    /// FLOP of the VAE's encoder on an average picture.
+    pub(super) vae_flop: f64,
+    /// FLOP of a sample's step on an average picture: through the U-Net and back to its conditions, through the connector and back.
+    pub(super) step_flop: f64,
     pub(super) steps: u64,
     pub(super) steps_per_epoch: u64,
     pub(super) global_batch: u64,
@@ -104,15 +99,6 @@ pub(super) struct Costs {
     pub(super) why: String,
 }
 
-/// FLOP of a U-Net's forward pass on a picture of so many pixels, by its number of parameters: SD 1.x and 2.x, and SDXL.
-pub(super) fn unet_forward(parameters: u64, pixels: f64) -> Option<f64> {
-    match parameters / 1_000_000 {
-        855..=870 => Some(0.802e12 * pixels / SQUARE),
-        2_550..=2_580 => Some(6.76e12 * pixels / (4.0 * SQUARE)),
-        _ => None,
-    }
-}
-
 /// Reckons.
 pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
     let mut figures = Vec::new();
@@ -159,31 +145,26 @@ pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
     let rate = assumed.peak * assumed.efficiency * 1e12;
     let hours = |flop: f64| flop / rate / 3600.0;
     let at = format!("{:.0} TFLOP/s × {:.2} of {}", assumed.peak, assumed.efficiency, assumed.gpu);
-    let caption_flop = 2.0 * facts.text_parameters as f64 * positions;
-    let embed_flop = captions * caption_flop;
+    let Facts { caption_flop, vae_flop, step_flop, .. } = *facts;
     let embed = add(
         "embed",
-        hours(embed_flop),
+        hours(captions * caption_flop),
         "hours",
-        format!("{captions:.0} captions × 2 × {} parameters × {positions:.0} positions / ({at})", facts.text_parameters),
+        format!("{captions:.0} captions of {positions:.0} positions × {:.4} TFLOP / ({at})", caption_flop / 1e12),
     );
-    let vae_flop = samples * VAE_ENCODE * facts.pixels / SQUARE;
     let vae = add(
         "latents",
-        hours(vae_flop),
+        hours(samples * vae_flop),
         "hours",
-        format!("{samples:.0} pictures × 1.133 TFLOP × {:.0} pixels / 512² / ({at})", facts.pixels),
+        format!("{samples:.0} pictures of {:.0} pixels × {:.4} TFLOP / ({at})", facts.pixels, vae_flop / 1e12),
     );
     let trained = facts.steps as f64 * batch;
     let mut all = if facts.features_cached { embed } else { hours(trained * caption_flop) };
-    all += if facts.has_latents { vae } else { hours(trained * VAE_ENCODE * facts.pixels / SQUARE) };
-    if let Some(forward) = facts.unet_forward {
-        let step = hours(trained * forward * STEP_OVER_FORWARD);
-        add("training", step, "hours", format!("{trained:.0} samples × {STEP_OVER_FORWARD} × {:.3} TFLOP / ({at})", forward / 1e12));
-        let total =
-            add("GPU-hours in all", all + step, "hours", "training, features and latents, each made where this config makes it".into());
-        add("price of the GPUs", total * assumed.gpu_hour, "price", format!("{total:.1} h × {}", assumed.gpu_hour));
-    }
+    all += if facts.has_latents { vae } else { hours(trained * vae_flop) };
+    let step = hours(trained * step_flop);
+    add("training", step, "hours", format!("{trained:.0} samples × {:.4} TFLOP, there and back / ({at})", step_flop / 1e12));
+    let total = add("GPU-hours in all", all + step, "hours", "training, features and latents, each made where this config makes it".into());
+    add("price of the GPUs", total * assumed.gpu_hour, "price", format!("{total:.1} h × {}", assumed.gpu_hour));
     let gb = features / 1e9;
     let keep = gb * assumed.gb_month * assumed.months;
     let once = embed * assumed.gpu_hour;
@@ -213,21 +194,28 @@ pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ella_model::connector::{ConnectorConfig, ConnectorKind};
+    use ella_model::cost;
+    use ella_model::presets::Preset;
+    use ella_model::t5::T5Config;
 
     fn paper() -> Facts {
+        let unet = cost::unet(&Preset::Sd15.unet().unwrap(), (64, 64), 64);
+        let connector = cost::connector(&ConnectorConfig::new(ConnectorKind::Tsc, 768, 2048), 128);
         // ELLA's own run: 34 million pairs, Flan-T5-XL's encoder, 280,000 steps of 243.
         Facts {
             samples: 34_000_000,
-            pixels: SQUARE,
+            pixels: 512.0 * 512.0,
             shard_bytes: 34_000_000 * 65_536,
             shards: 17_000,
             has_latents: true,
             columns: 1,
-            text_parameters: 1_157_800_000,
+            caption_flop: cost::total(&cost::t5(&T5Config::flan_t5_xl(), 128)).flops(),
             text_width: 2048,
             positions: 128.0,
             number: 2,
-            unet_forward: unet_forward(859_520_964, SQUARE),
+            vae_flop: cost::total(&cost::vae_encoder(&Preset::Sd15.vae().unwrap(), (512, 512))).flops(),
+            step_flop: cost::total(&unet).flops() + cost::total(&connector).flops(),
             steps: 280_000,
             steps_per_epoch: 140_000,
             global_batch: 243,
@@ -253,8 +241,8 @@ mod tests {
         assert_eq!(value(&costs, "features of a caption"), 524_288.0, "512 KiB at T5-XL");
         assert!((value(&costs, "features of the data set") / 17.8e12 - 1.0).abs() < 0.01, "17.8 TB");
         assert_eq!(value(&costs, "epochs"), 2.0);
-        // 0.296 TFLOP a caption (0.300 with its attention).
-        assert!((value(&costs, "embed") - 34e6 * 0.2964 / (989.0 * 0.35) / 3600.0).abs() < 0.1);
+        // 0.300 TFLOP a caption.
+        assert!((value(&costs, "embed") - 34e6 * 0.2996 / (989.0 * 0.35) / 3600.0).abs() < 0.1);
         // About 1.7 TFLOP an image: 195 images a second at that efficiency.
         let rate = 280_000.0 * 243.0 / value(&costs, "training") / 3600.0;
         assert!((195.0..210.0).contains(&rate), "{rate}");

@@ -6,13 +6,17 @@ mod memory;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use cost::{Assumed, Costs, Facts, GPUS, costs, unet_forward};
+use cost::{Assumed, Costs, Facts, GPUS, costs};
 use ella_dataset::order::{BucketOrder, OrderConfig};
 use ella_dataset::{DataSet, Manifest};
 use ella_model::base::Base;
+use ella_model::connector::{ConnectorConfig, ConnectorKind};
+use ella_model::cost::{connector, t5, total, unet, vae_encoder};
 use ella_model::part::Part;
 use ella_model::text::TextConfig;
 use ella_model::tokenizer::{Padding as Rule, TextTokenizer};
+use ella_model::unet::UNetConfig;
+use ella_model::vae::VaeConfig;
 use ella_proto::config::{Bytes, Dtype, Features, Padding, RunConfig};
 use ella_worker::memory::Needs;
 use ella_worker::models;
@@ -116,7 +120,13 @@ fn facts(config: &RunConfig, data: &Manifest, (text, positions): (&Path, f64), b
     let part = Part::open(text)?;
     let parameters = parameters(&part);
     let text = TextConfig::read(part.config)?;
-    let (width, vocabulary) = (text.width().unsigned_abs(), text.vocab_size().unsigned_abs());
+    let base = Base::open(base)?;
+    let networks = Networks {
+        unet: UNetConfig::read(base.unet_part()?.config)?,
+        vae: VaeConfig::read(base.vae_part()?.config)?,
+        positions: positions.round() as i64,
+    };
+    let connector = models::connector_config(config, &networks.unet, text.width())?;
     let train = &config.train;
     let order = OrderConfig {
         seed: config.run.seed,
@@ -125,21 +135,24 @@ fn facts(config: &RunConfig, data: &Manifest, (text, positions): (&Path, f64), b
         window: config.data.window as u32,
     };
     let order = BucketOrder::new(order, &data.order_shards()).map_err(Fail::failed)?;
-    let area = |size: Option<(u32, u32)>| size.map_or(0.0, |(width, height)| f64::from(width) * f64::from(height));
-    let pixels = data.shards.iter().map(|shard| area(shard.size) * shard.rows as f64).sum::<f64>() / data.samples.max(1) as f64;
+    let average = |of: &dyn Fn(i64, i64) -> f64| {
+        let shard = |size: Option<(u32, u32)>| size.map_or(0.0, |(width, height)| of(i64::from(height), i64::from(width)));
+        data.shards.iter().map(|each| shard(each.size) * each.rows as f64).sum::<f64>() / data.samples.max(1) as f64
+    };
     let columns = if config.data.captions.is_empty() { data.captions.len() } else { config.data.captions.len() };
     Ok(Facts {
         samples: data.samples,
-        pixels,
+        pixels: average(&|height, width| (height * width) as f64),
         shard_bytes: data.bytes,
         shards: data.shards.len() as u64,
         has_latents: data.latents.is_some(),
         columns: columns as u64,
-        text_parameters: parameters.saturating_sub(width * vocabulary),
-        text_width: width,
+        caption_flop: caption_flop(&text, parameters, positions),
+        text_width: text.width().unsigned_abs(),
         positions,
         number: if config.text.dtype == Dtype::Fp32 { 4 } else { 2 },
-        unet_forward: unet_forward(self::parameters(&Base::open(base)?.unet_part()?), pixels),
+        vae_flop: average(&|height, width| total(&vae_encoder(&networks.vae, (height, width))).flops()),
+        step_flop: average(&|height, width| networks.step_flop(&connector, (height, width))),
         steps: train.steps,
         steps_per_epoch: order.steps_per_epoch(),
         global_batch: train.global_batch as u64,
@@ -149,6 +162,35 @@ fn facts(config: &RunConfig, data: &Manifest, (text, positions): (&Path, f64), b
         features_cached: config.text.features != Features::Inline,
         room: None,
     })
+}
+
+/// What a step goes through.
+struct Networks {
+    unet: UNetConfig,
+    vae: VaeConfig,
+    /// Of a caption.
+    positions: i64,
+}
+
+impl Networks {
+    /// FLOP of a sample's step on a picture of (height, width).
+    fn step_flop(&self, sizes: &ConnectorConfig, (height, width): (i64, i64)) -> f64 {
+        let (down, positions) = (self.vae.downscale(), self.positions);
+        let states = if sizes.kind == ConnectorKind::Mlp { positions } else { sizes.latents };
+        let operations = unet(&self.unet, (height / down, width / down), states);
+        total(&operations).flops() + total(&connector(sizes, positions)).flops()
+    }
+}
+
+/// FLOP of a caption in a text encoder of so many parameters: T5's to the last one, of others without what attention does.
+fn caption_flop(text: &TextConfig, parameters: u64, positions: f64) -> f64 {
+    match text {
+        TextConfig::T5(config) => total(&t5(config, positions.round() as i64)).flops(),
+        _ => {
+            let embedding = text.width().unsigned_abs() * text.vocab_size().unsigned_abs();
+            2.0 * parameters.saturating_sub(embedding) as f64 * positions
+        }
+    }
 }
 
 fn parameters(part: &Part) -> u64 {
@@ -177,9 +219,6 @@ fn table(planned: &Planned) -> String {
     let mut text = String::new();
     for figure in figures {
         text += &format!("{:width$}  {:>shown$}  = {}\n", figure.name, figure.shown(), figure.formula);
-    }
-    if planned.facts.unet_forward.is_none() {
-        text += "training is not reckoned: the base is none of SD 1.x, 2.x or SDXL, whose FLOP are known\n";
     }
     let what = if *cheaper == "cache" {
         "caching features (text.features = \"cached\" or \"ahead\")"

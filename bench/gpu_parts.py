@@ -1,0 +1,345 @@
+"""What bench/gpu.sh runs, part by part, by importance, until its minutes are over. The standard library only.
+
+After every part result.json and table.md are written anew: a run that is cut off leaves what it has measured. A part that cannot run, runs
+out of its time or fails is in them with its reason, and the others go on.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+SCHEMA = 1
+HERE = pathlib.Path(__file__).resolve().parent
+MICRO_BATCHES = {"sd15": "32,64,128,16", "nano": "2,4"}
+# The peer's batch that its slowest and, in the end, fastest compilation is tried on.
+TUNED = 64
+# Seconds: what a part may take, and what must be left for it to be begun.
+CAPS = {"check": 150, "train": 75, "embed": 60, "inline": 120, "profile": 60, "peer": 150}
+LEAST = 10
+PARTS = [*CAPS]
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("out", "binary", "libtorch", "libraries"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--goldens", default="")
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--minutes", type=float, default=9.5, help="after these it ends, whatever is left (%(default)s)")
+    parser.add_argument("--preset", choices=[*MICRO_BATCHES], default="sd15", help="nano: to try it on a processor (%(default)s)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--micro-batch", help="of training, by importance (32,64,128,16)")
+    parser.add_argument("--only", help=f"these parts alone, of {', '.join(PARTS)}")
+    args = parser.parse_args()
+    if not 0 < args.minutes < 24 * 60:
+        parser.error(f"--minutes {args.minutes} is not above 0")
+    try:
+        args.batches = [int(text) for text in (args.micro_batch or MICRO_BATCHES[args.preset]).split(",")]
+    except ValueError:
+        parser.error(f"--micro-batch {args.micro_batch}: whole numbers with commas between them")
+    if min(args.batches) < 1:
+        parser.error("--micro-batch: at least 1")
+    args.parts = args.only.split(",") if args.only else PARTS
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"--only {', '.join(sorted(unknown))}: not of {', '.join(PARTS)}")
+    return args
+
+
+def asked(*command):
+    """What a program says, or nothing if it cannot."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+GPU_FACTS = ["name", "uuid", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.memory", "mig.mode.current"]
+
+
+def gpus():
+    """The machine's GPUs by nvidia-smi."""
+    rows = asked("nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader") or ""
+    return [dict(zip(GPU_FACTS, (field.strip() for field in row.split(",")))) for row in rows.splitlines() if row]
+
+
+def cpu():
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def versions(libtorch):
+    """Of what is measured with; the peer's own are in its results."""
+    lines = []
+    for name in ("version.py", "build-version"):
+        path = pathlib.Path(libtorch) / name
+        if path.is_file():
+            lines += path.read_text().splitlines()
+    quoted = {line.split("=")[0].split(":")[0].strip(): line.rsplit("=", 1)[1].strip().strip("'\"") for line in lines if "=" in line}
+    return {
+        "libtorch": quoted.get("__version__") or (lines[0] if lines else None), "cuda": quoted.get("cuda"),
+        "python": platform.python_version(), "glibc": "-".join(platform.libc_ver()), "kernel": platform.release(),
+    }
+
+
+class Run:
+    def __init__(self, args):
+        self.args, self.begin, self.at = args, time.monotonic(), pathlib.Path(args.out)
+        self.log = open(self.at / "log", "w", buffering=1)
+        self.result = {
+            "schema": SCHEMA, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": args.commit,
+            "preset": args.preset, "gpus": gpus(), "cpu": cpu(), "cores": os.cpu_count(), "versions": versions(args.libtorch),
+            "train": {}, "exact": None, "peer": {}, "check": {}, "skipped": [], "seconds": {},
+        }
+        self.unpacked, self.peer_path = None, None
+
+    def left(self):
+        return 60 * self.args.minutes - (time.monotonic() - self.begin)
+
+    def skip(self, part, reason):
+        self.result["skipped"].append({"part": part, "reason": reason})
+        self.say(f"{part}: skipped: {reason}")
+
+    def say(self, text):
+        print(text, file=sys.stderr, flush=True)
+        print(text, file=self.log)
+
+    def write(self):
+        """Replaces both files; a reader never sees half of one."""
+        self.result["summary"] = summary(self.result)
+        for name, text in (("result.json", json.dumps(self.result, indent=1) + "\n"), ("table.md", table(self.result))):
+            part = self.at / f".{name}"
+            part.write_text(text)
+            part.replace(self.at / name)
+
+    def part(self, name, kind, command, env=None):
+        """The JSON object of a part's program, or None with the reason told."""
+        seconds = min(CAPS[kind], self.left())
+        if seconds < LEAST:
+            return self.skip(name, f"the {self.args.minutes:g} minutes are over")
+        self.say(f"{name} ({self.left():.0f} s are left)")
+        begin = time.monotonic()
+        done = finished(command, os.environ | (env or {}), seconds, self.log)
+        self.result["seconds"][name] = round(time.monotonic() - begin, 1)
+        found, reason = read(done, seconds)
+        if found is None or "skipped" in found:
+            self.skip(name, found["skipped"] if found else reason)
+        if found is not None:
+            self.say(f"  {brief(found)}")
+        return found
+
+    def ella(self, name, kind, *options, fused=None):
+        args = self.args
+        command = [args.binary, kind, "--json", "--preset", args.preset, "--device", args.device, "--threads", str(os.cpu_count()), *options]
+        env = {"LD_LIBRARY_PATH": args.libraries} | ({"ELLA_FUSED": fused} if fused else {})
+        return self.part(name, kind, command, env)
+
+    def peer(self, batch, mode):
+        """The peer at a micro-batch, compiled in one of torch.compile's modes, or "eager"."""
+        if "peer" not in self.args.parts:
+            return
+        # A window is of about 256 images.
+        steps = str(max(2, 256 // batch) if self.args.preset == "sd15" else 2)
+        command = [sys.executable, str(HERE / "peer_trainer.py"), "--json", "--preset", self.args.preset, "--device", self.args.device]
+        command += ["--micro-batch", str(batch), "--steps", steps, "--windows", "5"]
+        command += ["--eager"] if mode == "eager" else ["--compile", mode]
+        path = os.pathsep.join(filter(None, [self.peer_path, os.environ.get("PYTHONPATH")]))
+        if found := self.part(f"peer {mode} {batch}", "peer", command, {"PYTHONPATH": path} if path else None):
+            self.result["peer"].setdefault(str(batch), {})[mode] = found
+        self.write()
+
+    def unpack_wheels(self):
+        """Puts the wheels that the peer lacks where it finds them; they go when the run ends."""
+        folder = os.environ.get("PEER_WHEELS") or HERE / "wheels"
+        wheels = sorted(map(str, pathlib.Path(folder).glob("*.whl")))
+        if not wheels or "peer" not in self.args.parts:
+            return
+        self.unpacked = tempfile.TemporaryDirectory()
+        if asked(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", self.unpacked.name, *wheels) is None:
+            return self.skip("peer's wheels", f"pip cannot install those of {folder}")
+        self.peer_path = self.unpacked.name
+
+    def all(self):
+        """Every part, the more important first."""
+        self.unpack_wheels()
+        first, *rest = self.args.batches
+        self.check("fused", "all")
+        for batch in self.args.batches:
+            self.train(batch)
+        self.peer(first, "default")
+        for kind in ("profile", "embed", "inline"):
+            self.once(kind, first)
+        self.exact(first)
+        for batch in rest:
+            self.peer(batch, "default")
+        self.peer(first, "eager")
+        self.peer(TUNED if TUNED in rest else first, "max-autotune-no-cudagraphs")
+        self.check("plain", "none")
+        for batch in rest:
+            self.peer(batch, "eager")
+
+    def check(self, name, fused):
+        if "check" in self.args.parts:
+            goldens = ["--goldens", self.args.goldens] if self.args.goldens else []
+            self.result["check"][name] = self.ella(f"check {name}", "check", *goldens, fused=fused)
+            self.write()
+
+    def train(self, batch):
+        if "train" in self.args.parts:
+            found = self.ella(f"train {batch}", "train", "--micro-batch", str(batch), "--seconds", self.seconds(8))
+            self.result["train"][str(batch)] = found
+            self.write()
+
+    def exact(self, batch):
+        """The step as SAME asks for it: sums in fixed point, kernels that give the same bits each time."""
+        if "train" in self.args.parts:
+            options = ["--micro-batch", str(batch), "--seconds", self.seconds(8), "--reduction", "exact"]
+            self.result["exact"] = self.ella(f"train exact {batch}", "train", *options)
+            self.write()
+
+    def once(self, kind, batch):
+        """What is measured at one micro-batch only."""
+        if kind in self.args.parts:
+            self.result[kind] = self.ella(kind, kind, "--micro-batch", str(batch), "--seconds", self.seconds(5))
+            self.write()
+
+    def seconds(self, of_a_gpu):
+        return str(of_a_gpu if self.args.preset == "sd15" else 0.3)
+
+def finished(command, env, seconds, log):
+    """Runs a program with its helpers to its end, or until its time is over, and ends all of them then."""
+    try:
+        child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    except OSError as error:
+        return None, "", str(error)
+    try:
+        out, err = child.communicate(timeout=seconds)
+        code = child.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        out, err = child.communicate()
+        code = "late"
+    print(f"$ {' '.join(map(str, command))}\n{err}{out}", file=log)
+    return code, out, err
+
+
+def read(done, seconds):
+    """(The object that a program printed, or None; why there is none)."""
+    code, out, err = done
+    if code == "late":
+        return None, f"it took longer than the {seconds:.0f} s that it had"
+    lines = [line for line in err.splitlines() if line.strip()]
+    if code != 0:
+        return None, lines[-1] if lines else f"it ended with {code}"
+    try:
+        return json.loads(out.splitlines()[-1]), ""
+    except (ValueError, IndexError):
+        return None, "it printed no JSON object"
+
+
+def brief(found):
+    """A part's result in a line."""
+    names = ["ok", "failed", "images_per_second", "captions_per_second", "tflops", "share_of_peak", "kernel_ms", "over_cached", "skipped"]
+    shown = lambda value: f"{value:.4g}" if isinstance(value, float) else value
+    return ", ".join(f"{name} {shown(found[name])}" for name in names if found.get(name) is not None)
+
+
+def rate(found):
+    return found.get("images_per_second") if found else None
+
+
+def summary(result):
+    """By micro-batch: ella's images a second, those of the compiled peer (its fastest way) and of the eager one, and ella's ratio to each."""
+    rows = []
+    for batch in sorted({*result["train"], *result["peer"]}, key=int):
+        own, peers = result["train"].get(batch), result["peer"].get(batch, {})
+        compiled = max((rate(found) for mode, found in peers.items() if mode != "eager"), default=None)
+        eager = rate(peers.get("eager"))
+        over = lambda other: rate(own) / other if rate(own) and other else None
+        of_own = own or {}
+        memory = of_own.get("memory") or {}
+        rows.append({
+            "micro_batch": int(batch), "ella": rate(own), "compiled": compiled, "eager": eager, "over_compiled": over(compiled),
+            "over_eager": over(eager), "tflops": of_own.get("tflops"), "share_of_peak": of_own.get("share_of_peak"),
+            "peak_memory_bytes": memory.get("peak_allocated_bytes") or memory.get("peak_resident_bytes"),
+        })
+    return rows
+
+
+def number(value, form=".1f", unit=""):
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def table(result):
+    """The result for people."""
+    device = ", ".join(gpu["name"] for gpu in result["gpus"]) or f"no GPU; {result['cpu']}, {result['cores']} cores"
+    parts = [f"# {device}\n\n{result['date']}, commit {result['commit']}, preset {result['preset']}, libtorch {result['versions']['libtorch']}\n"]
+    for name, found in result["check"].items():
+        if found:
+            same = "yes" if found["same"].get("ok") else "NO"
+            parts.append(
+                f"Correctness, {name}: {found['tried'] - found['failed']} of {found['tried']} within bounds; two runs have the same bits: {same}; "
+                f"NCCL in a world of one: {found['nccl'].get('ok', found['nccl'].get('skipped'))}\n"
+            )
+    rows = ["| micro-batch | ella, images/s | compiled peer | eager peer | ella / compiled | ella / eager | TFLOP/s | of measured peak | memory |"]
+    rows.append("|---" * 9 + "|")
+    for row in result["summary"]:
+        share, memory = row["share_of_peak"], row["peak_memory_bytes"]
+        cells = [
+            str(row["micro_batch"]), *(number(row[of]) for of in ("ella", "compiled", "eager")),
+            *(number(row[of], ".2f") for of in ("over_compiled", "over_eager")), number(row["tflops"]),
+            number(share and 100 * share, ".1f", " %"), number(memory and memory / 2**30, ".1f", " GiB"),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    parts.append("\n".join(rows) + "\n")
+    parts += more(result)
+    for skipped in result["skipped"]:
+        parts.append(f"- skipped: {skipped['part']}: {skipped['reason']}")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def more(result):
+    """Embedding, inline features, and the profile."""
+    found, texts = result.get("embed"), []
+    if exact := rate(result.get("exact")):
+        texts.append(f"In exact reduction, at {result['exact']['micro_batch']}: {exact:.1f} images/s\n")
+    if rate_of := (found or {}).get("tokens_per_second"):
+        texts.append(f"Text encoder: {rate_of:.0f} tokens/s at {found['tokens']} a caption, {100 * found['share_of_peak']:.1f} % of the peak\n")
+    if ratios := (result.get("inline") or {}).get("over_cached"):
+        shown = ", ".join(f"{name.replace('_', ' ')} {number(value, '.2f')}" for name, value in ratios.items())
+        texts.append(f"Inline over cached features, images/s: {shown}\n")
+    if families := (result.get("profile") or {}).get("families"):
+        profile = result["profile"]
+        rows = [f"One step at {profile['micro_batch']}: {profile['kernel_ms']:.1f} ms in kernels, {profile['idle_ms']:.1f} ms idle\n"]
+        rows += ["| family | ms | share | calls |", "|---|---|---|---|"]
+        rows += [f"| {row['name']} | {row['ms']:.2f} | {100 * row['share']:.1f} % | {row['calls']} |" for row in families]
+        texts.append("\n".join(rows) + "\n")
+    return texts
+
+
+def main():
+    args = arguments()
+    run = Run(args)
+    run.write()
+    try:
+        run.all()
+    finally:
+        run.write()
+    print((run.at / "table.md").read_text(), end="")
+    checks = [found for found in run.result["check"].values() if found]
+    sys.exit(1 if any(found["ok"] is False for found in checks) else 0)
+
+
+if __name__ == "__main__":
+    main()

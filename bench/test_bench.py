@@ -1,0 +1,82 @@
+"""Of what bench/gpu.sh and bench/draw.py make of results. `python3 -m unittest discover -s bench`; no GPU, no torch."""
+
+import contextlib
+import io
+import json
+import pathlib
+import sys
+import tempfile
+import time
+import unittest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import draw
+import gpu_parts
+
+
+def result():
+    own = {"images_per_second": 210.0, "share_of_peak": 0.45, "tflops": 355.0, "memory": {"peak_allocated_bytes": 2**34}}
+    rates = {"default": 140.0, "max-autotune-no-cudagraphs": 150.0, "eager": 105.0}
+    peer = {mode: {"images_per_second": rate} for mode, rate in rates.items()}
+    return {
+        "schema": 1, "date": "2027-01-02T03:04:05+00:00", "commit": "a" * 40, "preset": "sd15", "gpus": [{"name": "NVIDIA H200"}], "cpu": "x",
+        "cores": 16, "versions": {"libtorch": "2.11.0"}, "train": {"32": own, "128": {"skipped": "it does not fit"}}, "peer": {"32": peer, "16": {}},
+        "check": {}, "skipped": [{"part": "embed", "reason": "no time"}], "seconds": {},
+    }
+
+
+class Parts(unittest.TestCase):
+    def test_ratios_are_to_the_fastest_compiled_peer(self):
+        rows = gpu_parts.summary(result())
+        self.assertEqual([row["micro_batch"] for row in rows], [16, 32, 128])
+        self.assertEqual((rows[1]["compiled"], rows[1]["over_compiled"], rows[1]["over_eager"]), (150.0, 1.4, 2.0))
+        self.assertEqual((rows[0]["ella"], rows[2]["ella"], rows[2]["over_eager"]), (None, None, None))
+
+    def test_the_table_has_what_is_missing(self):
+        text = gpu_parts.table(result() | {"summary": gpu_parts.summary(result())})
+        self.assertIn("| 32 | 210.0 | 150.0 | 105.0 | 1.40 | 2.00 | 355.0 | 45.0 % | 16.0 GiB |", text)
+        self.assertIn("| 128 | – | – |", text)
+        self.assertIn("skipped: embed: no time", text)
+
+    def test_a_program_that_fails_says_why(self):
+        self.assertEqual(gpu_parts.read((1, "", "first\nlast line\n\n"), 5), (None, "last line"))
+        self.assertEqual(gpu_parts.read(("late", "", ""), 5)[1], "it took longer than the 5 s that it had")
+        self.assertEqual(gpu_parts.read((0, "words", ""), 5), (None, "it printed no JSON object"))
+        self.assertEqual(gpu_parts.read((0, 'words\n{"a": 1}\n', ""), 5), ({"a": 1}, ""))
+
+    def test_a_program_ends_with_its_time_and_its_helpers_with_it(self):
+        begin = time.monotonic()
+        code, out, _ = gpu_parts.finished(["sh", "-c", "echo begun; sleep 60 & sleep 60"], None, 0.5, io.StringIO())
+        self.assertEqual((code, out), ("late", "begun\n"))
+        self.assertLess(time.monotonic() - begin, 20)
+        self.assertEqual(gpu_parts.read(gpu_parts.finished(["/no/such/program"], None, 1, io.StringIO()), 1)[0], None)
+
+
+class Page(unittest.TestCase):
+    def drawn(self, *results):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = pathlib.Path(folder)
+            for number, each in enumerate(results):
+                (folder / f"{number}.json").write_text(json.dumps(each))
+            runs = draw.results(folder)
+            return draw.page(runs), draw.svg(runs)
+
+    def test_no_results_are_said_to_be_none(self):
+        self.assertIn("There are none yet", self.drawn()[0])
+
+    def test_runs_are_drawn_in_the_order_of_their_dates(self):
+        first = result() | {"summary": gpu_parts.summary(result())}
+        page, svg = self.drawn(first | {"date": "2027-02-01T00:00:00+00:00"}, first)
+        self.assertLess(page.index("2027-02-01"), page.index("2027-01-02"))
+        self.assertLess(svg.index("2027-01-02"), svg.index("2027-02-01"))
+        self.assertEqual(svg.count("<polyline"), len(draw.PANELS))
+
+    def test_what_is_no_result_of_a_gpu_is_refused(self):
+        for change, said in (({"schema": 2}, "schema 2"), ({"gpus": []}, "not measured on a GPU"), ({"date": 3}, "`date`")):
+            with self.assertRaises(SystemExit) as ended, contextlib.redirect_stderr(io.StringIO()):
+                self.drawn(result() | {"summary": []} | change)
+            self.assertIn(said, str(ended.exception))
+
+
+if __name__ == "__main__":
+    unittest.main()

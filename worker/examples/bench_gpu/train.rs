@@ -1,0 +1,158 @@
+//! The step itself, by the code that a worker trains with: gradient, sum, clip, update. It waits for the device once.
+
+use crate::timing::{self, Timed};
+use crate::{Setting, TOKENS, gpu, networks};
+use anyhow::{Result, ensure};
+use ella_model::cost;
+use ella_proto::config::{Reduction, Train};
+use ella_worker::precision::Precision;
+use ella_worker::reduce::fixed::{self, FixedPoint};
+use ella_worker::reduce::{Collective, Solo};
+use ella_worker::train::lane::{LaneBatch, Networks};
+use ella_worker::train::optimizer;
+use ella_worker::train::state::TrainState;
+use serde_json::{Value, json};
+use std::time::Duration;
+use tch::{Device, Kind, Tensor};
+
+/// Batches in host memory, taken in turn.
+const CACHED_BATCHES: usize = 4;
+
+/// A worker's state, without a coordinator, a feed or others.
+pub(crate) struct Trainer {
+    pub(crate) networks: Networks,
+    pub(crate) state: TrainState,
+    config: Train,
+    device: Device,
+    batches: Vec<LaneBatch>,
+    solo: Solo,
+}
+
+impl Trainer {
+    pub(crate) fn new(setting: &Setting, seed: u64) -> Result<Self> {
+        let (networks, state) = networks::step(setting, seed)?;
+        let batches = (0..CACHED_BATCHES).map(|_| networks::samples(setting)).collect::<Result<Vec<_>>>()?;
+        let samples = setting.micro_batch as usize;
+        let reduction = setting.reduction;
+        // As a run of this reduction has it.
+        Precision { tf32: false, deterministic: reduction == Reduction::Exact }.set(setting.device)?;
+        let config = Train { global_batch: samples, micro_batch: samples, reduction, ..Train::default() };
+        Ok(Self { networks, state, config, device: setting.device, batches, solo: Solo::default() })
+    }
+
+    /// The next batch, on the device.
+    pub(crate) fn batch(&self) -> Result<LaneBatch> {
+        networks::to_device(&self.batches[self.state.step as usize % self.batches.len()], self.device)
+    }
+
+    /// One update on these samples; their mean loss.
+    pub(crate) fn step(&mut self, batch: &LaneBatch) -> Result<f64> {
+        let samples = batch.len() as u64;
+        let gradient = self.networks.gradient(batch, samples)?;
+        let mut grad = self.sum(gradient.grad)?;
+        let loss = gradient.loss_sum.f_to_kind(Kind::Double)?;
+        let told = Tensor::f_stack(&[&optimizer::square_norm(&grad)?, &loss], 0)?.f_to_device(Device::Cpu)?;
+        let (norm, loss) = (told.f_double_value(&[0])?.sqrt(), told.f_double_value(&[1])? / samples as f64);
+        self.state.step += 1;
+        ensure!(norm.is_finite() && loss.is_finite(), "step {} has loss {loss}, norm {norm}: nothing is measured", self.state.step);
+        optimizer::clip(&mut grad, norm, self.config.grad_clip)?;
+        optimizer::update(&mut self.state.buffers, &grad, &self.config, self.state.step)?;
+        Ok(loss)
+    }
+
+    /// The gradient's sum over the one lane and the one rank that there are.
+    fn sum(&mut self, mut grad: Tensor) -> Result<Tensor> {
+        if self.config.reduction == Reduction::Fast {
+            self.solo.sum_tensor(&mut grad)?;
+            return Ok(grad);
+        }
+        let mut sum = fixed::zeros(self.state.layout.total(), self.device)?;
+        let _ = FixedPoint::new(1).add(&mut sum, &grad)?;
+        self.solo.sum_tensor(&mut sum)?;
+        Ok(fixed::to_f32(&sum)?)
+    }
+}
+
+/// FLOP of an image's step, by the cost model: through the U-Net and back to its conditions, through the connector and back to its
+/// parameters.
+pub(crate) fn flops(setting: &Setting) -> Result<f64> {
+    let sizes = networks::connector_config(setting)?;
+    let unet = cost::unet(&setting.preset().unet()?, (setting.latent(), setting.latent()), sizes.latents);
+    Ok(cost::total(&unet).flops() + cost::total(&cost::connector(&sizes, TOKENS)).flops())
+}
+
+/// FLOP/s of a product of random square matrices in the setting's dtype: 8192 wide on a GPU.
+pub(crate) fn peak(setting: &Setting) -> Result<f64> {
+    let n: i64 = if setting.device.is_cuda() { 8192 } else { 256 };
+    let random = || Tensor::f_randn([n, n], (Kind::Float, setting.device))?.f_to_kind(setting.kind);
+    let (a, b) = (random()?, random()?);
+    let timed = timing::time(setting.device, Duration::from_millis(500), || {
+        let _ = a.f_matmul(&b)?;
+        Ok(())
+    })?;
+    Ok(2.0 * (n as f64).powi(3) / timed.median())
+}
+
+/// Figures of `images` at once in this time.
+pub(crate) fn figures(timed: &Timed, images: f64, flops: f64, peak: f64) -> Value {
+    let rate = images / timed.median();
+    json!({
+        "images_per_second": rate, "step_ms": 1e3 * timed.median(), "windows": timed.windows.len(), "steps_per_window": timed.calls,
+        "window_images_per_second": timed.windows.iter().map(|seconds| images / seconds).collect::<Vec<_>>(), "spread": timed.spread(),
+        "tflops": rate * flops / 1e12, "tflop_per_image": flops / 1e12, "peak_tflops": peak / 1e12, "share_of_peak": rate * flops / peak,
+    })
+}
+
+pub(crate) fn run(setting: &Setting) -> Result<Value> {
+    let (peak, flops) = (peak(setting)?, flops(setting)?);
+    let mut trainer = Trainer::new(setting, 1)?;
+    let mut losses = Vec::new();
+    let timed = timing::time(setting.device, setting.measure, || {
+        let batch = trainer.batch()?;
+        losses.push(trainer.step(&batch)?);
+        Ok(())
+    })?;
+    let mut result = figures(&timed, setting.micro_batch as f64, flops, peak);
+    result["micro_batch"] = json!(setting.micro_batch);
+    result["reduction"] = json!(format!("{:?}", setting.reduction).to_lowercase());
+    result["first_loss"] = json!(losses.first());
+    result["last_loss"] = json!(losses.last());
+    result["memory"] = gpu::memory(setting.device);
+    result["connector_parameters"] = json!(trainer.state.layout.total());
+    Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Sizes;
+
+    fn setting(sizes: Sizes) -> Setting {
+        Setting {
+            sizes,
+            device: Device::Cpu,
+            kind: Kind::Float,
+            reduction: Reduction::Exact,
+            micro_batch: 2,
+            measure: Duration::from_millis(50),
+        }
+    }
+
+    #[test]
+    fn a_step_is_of_1_69_tflop() {
+        assert!((flops(&setting(Sizes::Sd15)).unwrap() / 1e12 - 1.69).abs() < 0.005);
+    }
+
+    #[test]
+    fn the_nano_step_is_measured_and_learns_from_random_data() {
+        let result = run(&setting(Sizes::Nano)).unwrap();
+        assert!(result["images_per_second"].as_f64().unwrap() > 0.0);
+        assert_eq!(result["windows"], timing::WINDOWS);
+        assert!(result["last_loss"].as_f64().unwrap().is_finite());
+        let mut trainer = Trainer::new(&setting(Sizes::Nano), 1).unwrap();
+        let before = trainer.state.buffers.params.copy();
+        let batch = trainer.batch().unwrap();
+        trainer.step(&batch).unwrap();
+        assert_ne!(trainer.state.buffers.params, before);
+    }
+}
