@@ -16,6 +16,9 @@ use ella_proto::config::Reduction;
 use ella_worker::device;
 use ella_worker::precision::Precision;
 use ella_worker::reduce::{Collective as _, Nccl, Solo};
+use ella_worker::train::TrainError;
+use ella_worker::train::graph::Graphs;
+use ella_worker::train::lane::{Follow, LaneBatch};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -43,8 +46,10 @@ pub(crate) fn run(setting: &Setting, goldens: Option<&Path>) -> Result<Value> {
     random_unet(setting, &mut cases)?;
     let failed = cases.iter().filter(|case| case["ok"] == json!(false)).count();
     let same = same(setting)?;
-    let ok = failed == 0 && same["ok"] != json!(false);
-    Ok(json!({ "ok": ok, "failed": failed, "tried": cases.len(), "same": same, "nccl": nccl(setting), "cases": cases }))
+    let graphs = graphs(setting).unwrap_or_else(|error| json!({ "ok": false, "error": format!("{error:#}") }));
+    let ok = failed == 0 && [&same, &graphs].iter().all(|each| each["ok"] != json!(false));
+    let (nccl, tried) = (nccl(setting), cases.len());
+    Ok(json!({ "ok": ok, "failed": failed, "tried": tried, "same": same, "graphs": graphs, "nccl": nccl, "cases": cases }))
 }
 
 /// A golden: what to run on what, and what must come out.
@@ -225,6 +230,44 @@ fn same(setting: &Setting) -> Result<Value> {
         // An operator that has no deterministic form says so.
         Err(error) => json!({ "ok": false, "error": format!("{error:#}") }),
     })
+}
+
+/// A recorded lane's gradient has the bits of the plain one, again and again, from samples that were not there when it was recorded.
+fn graphs(setting: &Setting) -> Result<Value> {
+    if !setting.device.is_cuda() {
+        return Ok(json!({ "skipped": "a processor records no lanes" }));
+    }
+    let small = Setting { micro_batch: setting.micro_batch.min(4), ..*setting };
+    let (networks, _) = networks::step(&small, 1)?;
+    let batches = (0..6).map(|_| networks::to_device(&networks::samples(&small)?, setting.device)).collect::<Result<Vec<_>>>()?;
+    Precision { tf32: false, deterministic: true }.set(setting.device)?;
+    let mut recorded = Graphs::new(setting.device);
+    let compare = |batch: &LaneBatch| -> Result<bool> {
+        let plain = networks.gradient(batch, 4)?;
+        let mut parts = Parts::default();
+        let loss = recorded.gradient_in_parts(&networks, batch, 4, &mut parts)?;
+        parts.0.reverse();
+        Ok(Tensor::f_cat(&parts.0, 0)?.f_equal(&plain.grad)? && loss.f_equal(&plain.loss_sum)?)
+    };
+    let same = batches.iter().map(compare).collect::<Result<Vec<_>>>();
+    Precision { tf32: false, deterministic: false }.set(setting.device)?;
+    let (same, count) = (same?, recorded.count());
+    Ok(json!({ "ok": count == 1 && same.iter().all(|same| *same), "recorded": count, "same_bits": same }))
+}
+
+/// A gradient's stretches, the last first.
+#[derive(Default)]
+struct Parts(Vec<Tensor>);
+
+impl Follow for Parts {
+    fn forward_done(&mut self) -> Result<(), TrainError> {
+        Ok(())
+    }
+
+    fn part(&mut self, _: std::ops::Range<i64>, gradient: &Tensor) -> Result<(), TrainError> {
+        self.0.push(gradient.copy());
+        Ok(())
+    }
 }
 
 /// A sum of the connector's size by ella's own NCCL engine, in a world of one.

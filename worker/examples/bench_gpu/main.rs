@@ -141,6 +141,7 @@ fn main() -> Result<()> {
     // SAFETY: no thread has been started yet.
     unsafe { device::set_environment() };
     let device = device::set_up(arguments.device, arguments.threads)?;
+    let _stream = device::own_stream(device)?;
     tch::manual_seed(1);
     let kind = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
     let setting = Setting {

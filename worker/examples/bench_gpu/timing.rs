@@ -8,8 +8,8 @@ use tch::{Cuda, Device};
 /// Windows that a median is made of, at least.
 pub(crate) const WINDOWS: usize = 5;
 
-/// Calls before them, at least: the first ones choose kernels and take memory.
-const WARM_UP: usize = 3;
+/// Calls before them, at least: the first ones choose kernels, take memory, and are recorded.
+const WARM_UP: usize = 4;
 
 /// Waits for the device.
 pub(crate) fn wait(device: Device) {

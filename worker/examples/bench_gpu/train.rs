@@ -1,4 +1,4 @@
-//! The step itself, by the code that a worker trains with: gradient, sum, clip, update. It waits for the device once.
+//! The step itself, by the code that a worker trains with: gradient, sum, clip, update.
 
 use crate::timing::{self, Timed};
 use crate::{Setting, TOKENS, gpu, networks};
@@ -6,11 +6,11 @@ use anyhow::{Result, ensure};
 use ella_model::cost;
 use ella_proto::config::{Reduction, Train};
 use ella_worker::precision::Precision;
-use ella_worker::reduce::fixed::{self, FixedPoint};
-use ella_worker::reduce::{Collective, Solo};
+use ella_worker::reduce::Solo;
+use ella_worker::train::graph::Graphs;
 use ella_worker::train::lane::{LaneBatch, Networks};
-use ella_worker::train::optimizer;
 use ella_worker::train::state::TrainState;
+use ella_worker::train::step_alone;
 use serde_json::{Value, json};
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
@@ -22,6 +22,7 @@ const CACHED_BATCHES: usize = 4;
 pub(crate) struct Trainer {
     pub(crate) networks: Networks,
     pub(crate) state: TrainState,
+    graphs: Graphs,
     config: Train,
     device: Device,
     batches: Vec<LaneBatch>,
@@ -37,7 +38,7 @@ impl Trainer {
         // As a run of this reduction has it.
         Precision { tf32: false, deterministic: reduction == Reduction::Exact }.set(setting.device)?;
         let config = Train { global_batch: samples, micro_batch: samples, reduction, ..Train::default() };
-        Ok(Self { networks, state, config, device: setting.device, batches, solo: Solo::default() })
+        Ok(Self { networks, state, graphs: Graphs::new(setting.device), config, device: setting.device, batches, solo: Solo::default() })
     }
 
     /// The next batch, on the device.
@@ -47,29 +48,10 @@ impl Trainer {
 
     /// One update on these samples; their mean loss.
     pub(crate) fn step(&mut self, batch: &LaneBatch) -> Result<f64> {
-        let samples = batch.len() as u64;
-        let gradient = self.networks.gradient(batch, samples)?;
-        let mut grad = self.sum(gradient.grad)?;
-        let loss = gradient.loss_sum.f_to_kind(Kind::Double)?;
-        let told = Tensor::f_stack(&[&optimizer::square_norm(&grad)?, &loss], 0)?.f_to_device(Device::Cpu)?;
-        let (norm, loss) = (told.f_double_value(&[0])?.sqrt(), told.f_double_value(&[1])? / samples as f64);
-        self.state.step += 1;
-        ensure!(norm.is_finite() && loss.is_finite(), "step {} has loss {loss}, norm {norm}: nothing is measured", self.state.step);
-        optimizer::clip(&mut grad, norm, self.config.grad_clip)?;
-        optimizer::update(&mut self.state.buffers, &grad, &self.config, self.state.step)?;
+        let lanes = [batch.shallow_clone()];
+        let loss = step_alone((&self.networks, &mut self.graphs), &mut self.state, &self.config, &lanes, &mut self.solo)?;
+        ensure!(loss.is_finite(), "step {} has loss {loss}: nothing is measured", self.state.step);
         Ok(loss)
-    }
-
-    /// The gradient's sum over the one lane and the one rank that there are.
-    fn sum(&mut self, mut grad: Tensor) -> Result<Tensor> {
-        if self.config.reduction == Reduction::Fast {
-            self.solo.sum_tensor(&mut grad)?;
-            return Ok(grad);
-        }
-        let mut sum = fixed::zeros(self.state.layout.total(), self.device)?;
-        let _ = FixedPoint::new(1).add(&mut sum, &grad)?;
-        self.solo.sum_tensor(&mut sum)?;
-        Ok(fixed::to_f32(&sum)?)
     }
 }
 

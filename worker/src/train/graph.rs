@@ -66,6 +66,11 @@ impl Graphs {
         Self { on: device.is_cuda() && !off, seen: Vec::new(), recorded: Vec::new() }
     }
 
+    /// Shapes that are recorded.
+    pub fn count(&self) -> usize {
+        self.recorded.len()
+    }
+
     /// [`Networks::gradient_in_parts`], recorded or played where that is possible.
     ///
     /// # Errors
