@@ -150,19 +150,19 @@ pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
         "embed",
         hours(captions * caption_flop),
         "hours",
-        format!("{captions:.0} captions of {positions:.0} positions × {:.4} TFLOP / ({at})", caption_flop / 1e12),
+        format!("{captions:.0} captions of {positions:.0} positions × {:.3} GFLOP / ({at})", caption_flop / 1e9),
     );
     let vae = add(
         "latents",
         hours(samples * vae_flop),
         "hours",
-        format!("{samples:.0} pictures of {:.0} pixels × {:.4} TFLOP / ({at})", facts.pixels, vae_flop / 1e12),
+        format!("{samples:.0} pictures of {:.0} pixels × {:.3} GFLOP / ({at})", facts.pixels, vae_flop / 1e9),
     );
     let trained = facts.steps as f64 * batch;
     let mut all = if facts.features_cached { embed } else { hours(trained * caption_flop) };
     all += if facts.has_latents { vae } else { hours(trained * vae_flop) };
     let step = hours(trained * step_flop);
-    add("training", step, "hours", format!("{trained:.0} samples × {:.4} TFLOP, there and back / ({at})", step_flop / 1e12));
+    add("training", step, "hours", format!("{trained:.0} samples × {:.3} GFLOP, there and back / ({at})", step_flop / 1e9));
     let total = add("GPU-hours in all", all + step, "hours", "training, features and latents, each made where this config makes it".into());
     add("price of the GPUs", total * assumed.gpu_hour, "price", format!("{total:.1} h × {}", assumed.gpu_hour));
     let gb = features / 1e9;
