@@ -62,7 +62,16 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
         ConnectorDtype::Fp32 => Kind::Float,
         ConnectorDtype::Bf16 => Kind::BFloat16,
     };
-    let networks = Networks { connector, unet, kind, connector_kind, schedule, snr_gamma: train.snr_gamma, checkpointing, split: Split::new(config.workers.split_on_oom) };
+    let networks = Networks {
+        connector,
+        unet,
+        kind,
+        connector_kind,
+        schedule,
+        snr_gamma: train.snr_gamma,
+        checkpointing,
+        split: Split::new(config.workers.split_on_oom),
+    };
     let vae_weights = base.vae_part()?.weights.digest();
     Ok(Loaded { networks, state, vae, text, vae_weights, digest })
 }
