@@ -216,7 +216,7 @@ fn sums_on_a_gpu_follow_what_was_computed_before() {
     let mut tensor = Tensor::zeros([4096, 4096], (Kind::Float, gpu));
     for _ in 0..20 {
         // Takes a while; the sum must not begin before.
-        let _ = tensor.copy_(&big.matmul(&big));
+        tensor.copy_(&big.matmul(&big));
         alone.begin_sum(tensor.shallow_clone()).expect("a world of one");
         assert!(alone.settle().expect("it ends") < LONG);
         assert_eq!(tensor.double_value(&[4095, 4095]), 4096.0);
