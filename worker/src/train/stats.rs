@@ -2,7 +2,7 @@
 //! Integers do not care about order, so every rank ends with the same numbers whatever the dealing of lanes (SAME), and the ledger
 //! is known to all (ONCE).
 //!
-//! What the processor knows is put into the vector by [`StepStats::words`]; what only the device knows, the losses, is added to it there ([`Losses`]).
+//! What the processor knows is put into the vector by [`StepStats::words`]; what only the device knows, the losses, is added to it there (`Losses`).
 
 use crate::control::Era;
 use ella_dataset::ledger::{LedgerError, TALLY_WORDS, Tally};
