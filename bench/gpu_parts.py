@@ -7,6 +7,7 @@ out of its time or fails is in them with its reason, and the others go on.
 import argparse
 import datetime
 import json
+import lzma
 import os
 import pathlib
 import platform
@@ -22,9 +23,14 @@ MICRO_BATCHES = {"sd15": "32,64,128,16", "nano": "2,4"}
 # The peer's batch that its slowest and, in the end, fastest compilation is tried on.
 TUNED = 64
 # Seconds: what a part may take, and what must be left for it to be begun.
-CAPS = {"check": 150, "train": 75, "embed": 60, "inline": 120, "profile": 60, "peer": 150}
+CAPS = {"check": 150, "tests": 60, "train": 75, "without": 40, "embed": 60, "inline": 120, "profile": 60, "peer": 150}
 LEAST = 10
 PARTS = [*CAPS]
+# What the step is measured without, one at a time, and how it is turned off.
+FUSED = ["norm", "conv", "gate", "attention"]
+WITHOUT = {name: {"ELLA_FUSED": ",".join(other for other in FUSED if other != name)} for name in FUSED} | {"graphs": {"ELLA_GRAPHS": "off"}}
+# Programs of ella-cuda's tests, beside this script where bench/pack.sh has put them.
+TESTS = ["cuda_fused", "cuda_gpu"]
 
 
 def arguments():
@@ -100,7 +106,7 @@ class Run:
         self.result = {
             "schema": SCHEMA, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": args.commit,
             "preset": args.preset, "gpus": gpus(), "cpu": cpu(), "cores": os.cpu_count(), "versions": versions(args.libtorch),
-            "train": {}, "exact": None, "peer": {}, "check": {}, "skipped": [], "seconds": {},
+            "train": {}, "exact": None, "without": {}, "peer": {}, "check": {}, "tests": {}, "skipped": [], "seconds": {},
         }
         self.unpacked, self.peer_path = None, None
 
@@ -139,11 +145,30 @@ class Run:
             self.say(f"  {brief(found)}")
         return found
 
-    def ella(self, name, kind, *options, fused=None):
+    def ella(self, name, kind, *options, env=None):
         args = self.args
         command = [args.binary, kind, "--json", "--preset", args.preset, "--device", args.device, "--threads", str(os.cpu_count()), *options]
-        env = {"LD_LIBRARY_PATH": args.libraries} | ({"ELLA_FUSED": fused} if fused else {})
-        return self.part(name, kind, command, env)
+        return self.part(name, kind, command, {"LD_LIBRARY_PATH": args.libraries} | (env or {}))
+
+    def tests(self):
+        """Programs of tests, for which the one thing to tell is whether all passed."""
+        if "tests" not in self.args.parts or self.args.preset != "sd15":
+            return
+        for name in TESTS:
+            packed, program = HERE / f"{name}.xz", self.at / name
+            if not packed.is_file():
+                self.skip(name, f"{packed.name} is not beside the script: bench/pack.sh puts it there")
+                continue
+            program.write_bytes(lzma.open(packed).read())
+            program.chmod(0o755)
+            seconds = min(CAPS["tests"], self.left())
+            env = os.environ | {"LD_LIBRARY_PATH": self.args.libraries}
+            code, out, err = finished([str(program), "--nocapture"], env, max(seconds, 1), self.log)
+            program.unlink()
+            lines = [line for line in (out + err).splitlines() if line.startswith("test result:") or "panicked" in line or "FAILED" in line]
+            self.result["tests"][name] = {"ok": code == 0, "code": code, "lines": lines[-20:]}
+            self.say(f"{name}: {'passed' if code == 0 else f'FAILED ({code})'}")
+            self.write()
 
     def peer(self, batch, mode):
         """The peer at a micro-batch, compiled in one of torch.compile's modes, or "eager"."""
@@ -174,6 +199,7 @@ class Run:
         """Every part, the more important first."""
         self.unpack_wheels()
         first, *rest = self.args.batches
+        self.tests()
         self.check("fused", "all")
         for batch in self.args.batches:
             self.train(batch)
@@ -181,6 +207,7 @@ class Run:
         for kind in ("profile", "embed", "inline"):
             self.once(kind, first)
         self.exact(first)
+        self.without(first)
         for batch in rest:
             self.peer(batch, "default")
         self.peer(first, "eager")
@@ -192,7 +219,7 @@ class Run:
     def check(self, name, fused):
         if "check" in self.args.parts:
             goldens = ["--goldens", self.args.goldens] if self.args.goldens else []
-            self.result["check"][name] = self.ella(f"check {name}", "check", *goldens, fused=fused)
+            self.result["check"][name] = self.ella(f"check {name}", "check", *goldens, env={"ELLA_FUSED": fused})
             self.write()
 
     def train(self, batch):
@@ -206,6 +233,13 @@ class Run:
         if "train" in self.args.parts:
             options = ["--micro-batch", str(batch), "--seconds", self.seconds(8), "--reduction", "exact"]
             self.result["exact"] = self.ella(f"train exact {batch}", "train", *options)
+            self.write()
+
+    def without(self, batch):
+        """What each optimisation is worth: the step without it."""
+        for name, env in WITHOUT.items() if "without" in self.args.parts else ():
+            options = ["--micro-batch", str(batch), "--seconds", self.seconds(4)]
+            self.result["without"][name] = self.ella(f"without {name} {batch}", "train", *options, env=env)
             self.write()
 
     def once(self, kind, batch):
@@ -314,6 +348,11 @@ def more(result):
     found, texts = result.get("embed"), []
     if exact := rate(result.get("exact")):
         texts.append(f"In exact reduction, at {result['exact']['micro_batch']}: {exact:.1f} images/s\n")
+    own = {name: rate(without) for name, without in result.get("without", {}).items() if rate(without)}
+    if own:
+        texts.append("Without, images/s: " + ", ".join(f"{name} {value:.1f}" for name, value in own.items()) + "\n")
+    for name, tests in result.get("tests", {}).items():
+        texts.append(f"{name}: {'passed' if tests['ok'] else 'FAILED: ' + '; '.join(tests['lines'])}\n")
     if rate_of := (found or {}).get("tokens_per_second"):
         texts.append(f"Text encoder: {rate_of:.0f} tokens/s at {found['tokens']} a caption, {100 * found['share_of_peak']:.1f} % of the peak\n")
     if ratios := (result.get("inline") or {}).get("over_cached"):
@@ -338,7 +377,7 @@ def main():
         run.write()
     print((run.at / "table.md").read_text(), end="")
     checks = [found for found in run.result["check"].values() if found]
-    sys.exit(1 if any(found["ok"] is False for found in checks) else 0)
+    sys.exit(1 if any(found["ok"] is False for found in [*checks, *run.result["tests"].values()]) else 0)
 
 
 if __name__ == "__main__":

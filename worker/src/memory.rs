@@ -155,7 +155,7 @@ impl Needs {
             figure("the step's sum", sum * params, format!("{params} parameters × {sum} bytes (train.reduction)")),
             figure("the step's gradient", 4 * params, format!("{params} parameters × 4 bytes, once it is summed")),
         ];
-        if self.config.connector.dtype == ConnectorDtype::Bf16 {
+        if self.config.connector_dtype() == ConnectorDtype::Bf16 {
             parts.push(weights("the connector's weights as it computes", params, 2));
         }
         if self.config.text.features != Features::Cached {
@@ -172,7 +172,7 @@ impl Needs {
         let pass = Pass { samples, size: self.latents, states, kind: device::kind(base.dtype), fused: self.fused };
         let kept = if train.gradient_checkpointing { unet_checkpointed(&self.unet, pass) } else { unet_activations(&self.unet, pass) };
         let mut parts: Vec<Figure> = kept.into_iter().map(|part| Figure { name: format!("kept of {}", part.name), ..part }).collect();
-        let number = if connector.dtype == ConnectorDtype::Bf16 { 2 } else { 4 };
+        let number = if self.config.connector_dtype() == ConnectorDtype::Bf16 { 2 } else { 4 };
         let connector = connector_activations(&self.connector, (samples, text.max_tokens as u64), number);
         parts.push(Figure { name: format!("kept of the {}", connector.name), ..connector });
         parts.push(unet_workspace(&self.unet, pass));

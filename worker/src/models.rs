@@ -58,7 +58,7 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let digest = models_digest(&base, &loras, &text)?;
     let train = &config.train;
     let checkpointing = train.gradient_checkpointing;
-    let connector_kind = match config.connector.dtype {
+    let connector_kind = match config.connector_dtype() {
         ConnectorDtype::Fp32 => Kind::Float,
         ConnectorDtype::Bf16 => Kind::BFloat16,
     };

@@ -29,7 +29,7 @@ pub(super) fn full() -> RunConfig {
             cache: Some(PathBuf::new()),
             cache_bytes: 1,
         },
-        connector: Connector { width: Some(1), ..Connector::default() },
+        connector: Connector { width: Some(1), dtype: Some(ConnectorDtype::Fp32), ..Connector::default() },
         train: Train { snr_gamma: Some(1.0), ..Train::default() },
         checkpoint: Checkpoint { every: Some(1), max_lost_work: Some(Millis(1)), ..Checkpoint::default() },
         workers: Workers { max: Some(1), gpu_memory: Some(Bytes(1)), ..Workers::default() },

@@ -287,11 +287,10 @@ pub enum ConnectorKind {
 }
 
 /// The formats that the connector computes in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ConnectorDtype {
     /// 32-bit floats.
-    #[default]
     Fp32,
     /// bfloat16 for matrix products and attention; weights, their gradients and moments, norms and sums stay float32.
     Bf16,
@@ -312,13 +311,14 @@ pub struct Connector {
     pub heads: usize,
     /// Learned queries: the sequence length that the U-Net sees.
     pub latents: usize,
-    /// What it computes in.
-    pub dtype: ConnectorDtype,
+    /// What it computes in; left out: bfloat16 if the base does, else float32 ([`RunConfig::connector_dtype`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<ConnectorDtype>,
 }
 
 impl Default for Connector {
     fn default() -> Self {
-        Self { kind: ConnectorKind::Tsc, width: None, layers: 6, heads: 8, latents: 64, dtype: ConnectorDtype::Fp32 }
+        Self { kind: ConnectorKind::Tsc, width: None, layers: 6, heads: 8, latents: 64, dtype: None }
     }
 }
 
@@ -570,6 +570,12 @@ impl RunConfig {
         let (config, origin) = read(text, origin, overrides, &keys::full())?;
         check::values(&config, &origin)?;
         Ok(config)
+    }
+
+    /// What the connector computes in. float16 has too little range for gradients that nobody scales: with a base in it the connector stays in float32.
+    pub fn connector_dtype(&self) -> ConnectorDtype {
+        let by_base = if self.base.dtype == Dtype::Bf16 { ConnectorDtype::Bf16 } else { ConnectorDtype::Fp32 };
+        self.connector.dtype.unwrap_or(by_base)
     }
 
     /// The effective config, as it stands in the run folder.
