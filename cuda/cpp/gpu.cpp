@@ -3,6 +3,7 @@
 
 #include "gpu.h"
 
+#include <ATen/Context.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -57,8 +58,10 @@ void set_kernels(int device, const void* image) {
     find(driver, "cuModuleLoadData", load_module);
     find(driver, "cuModuleGetFunction", find_function);
     find(driver, "cuLaunchKernel", launch_kernel);
+    // libtorch's own start: without it the allocator knows no device. Then the device's context, if it has none yet.
+    at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
     const c10::cuda::CUDAGuard on(static_cast<c10::DeviceIndex>(device));
-    C10_CUDA_CHECK(cudaFree(nullptr));  // makes the device's context, if it has none yet
+    C10_CUDA_CHECK(cudaFree(nullptr));
     const int code = load_module(&modules[device], image);
     TORCH_CHECK(code == 0, "cuModuleLoadData: error ", code);
 }

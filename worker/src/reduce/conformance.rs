@@ -222,6 +222,12 @@ fn sums_on_a_gpu_follow_what_was_computed_before() {
         assert_eq!(tensor.double_value(&[4095, 4095]), 4096.0);
         let _ = tensor.zero_();
     }
+    for kind in [Kind::Float, Kind::Int64, Kind::BFloat16, Kind::Half] {
+        let mut tensor = Tensor::arange(1000, (Kind::Float, gpu)).to_kind(kind);
+        let before = tensor.copy();
+        alone.broadcast_tensor(0, &mut tensor).expect("a world of one");
+        assert_eq!(tensor, before, "{kind:?}");
+    }
     let refused = alone.begin_sum(Tensor::zeros([2], (Kind::Half, gpu)));
     assert!(matches!(refused, Err(CollectiveError::Tensor { .. })));
     alone.abort_handle().abort().expect("aborted");

@@ -52,18 +52,36 @@ impl Nccl {
         Ok(Self { host, communicator, stream, device, ordinal, timeout: DEFAULT_TIMEOUT, begun: Vec::new() })
     }
 
-    /// Puts a sum on NCCL's stream, behind what the stream `current` has been given so far.
-    fn begin(&self, tensor: &Tensor, dtype: Dtype, current: Stream) -> std::result::Result<[Event; 2], nccl_rs::Error> {
+    /// Puts a sum, or a copy of rank `root`'s, on NCCL's stream, behind what the stream `current` has been given so far.
+    fn begin(&self, tensor: &Tensor, dtype: Dtype, current: Stream, root: Option<u32>) -> std::result::Result<[Event; 2], nccl_rs::Error> {
         self.device.make_current()?;
         let own = self.stream.stream();
         self.device.wait(own, &self.device.record(current)?)?;
         let from = self.device.record(own)?;
         let buffer = Buffer { ptr: tensor.data_ptr(), count: tensor.numel(), dtype };
         // SAFETY: the tensor is contiguous, of this type, and on the communicator's GPU (the caller checked). Its memory is kept until the event
-        // is done or the communicator aborted. What was put on the current stream before is waited for there, and `begin_sum`'s caller touches
-        // the tensor no more until `settle` has returned.
-        unsafe { self.communicator.all_reduce(buffer, own, Instant::now() + self.timeout) }?;
+        // is done or the communicator aborted. What was put on the current stream before is waited for there, and the caller touches the tensor no
+        // more until `settle` has returned.
+        unsafe {
+            let deadline = Instant::now() + self.timeout;
+            match root {
+                None => self.communicator.all_reduce(buffer, own, deadline),
+                Some(root) => self.communicator.broadcast(buffer, root, own, deadline),
+            }
+        }?;
         Ok([from, self.device.record(own)?])
+    }
+
+    /// The same with a tensor on this rank's GPU, until [`Collective::settle`].
+    fn put(&mut self, tensor: Tensor, dtype: Dtype, root: Option<u32>) -> Result<()> {
+        let place = tensor.device();
+        if place != tch::Device::Cuda(self.ordinal as usize) {
+            let found = format!("{place:?}, where this rank has GPU {}", self.ordinal);
+            return Err(tensor::refused(&tensor, "a tensor on this rank's GPU", found));
+        }
+        let [from, to] = self.begin(&tensor, dtype, current_stream(place)?, root).map_err(|error| self.fail(error))?;
+        self.begun.push(Begun { _tensor: tensor, from, to });
+        Ok(())
     }
 
     /// Waits for the sums under way, on this thread: so that a peer's death, an abort and the deadline are seen (LIVE).
@@ -159,21 +177,22 @@ impl Collective for Nccl {
     }
 
     fn begin_sum(&mut self, mut tensor: Tensor) -> Result<()> {
-        let tch::Device::Cuda(found) = tensor.device() else { return self.host.sum_tensor(&mut tensor) };
-        tensor::check_sum(&tensor)?;
-        if found != self.ordinal as usize {
-            let found = format!("GPU {found}, where this rank has GPU {}", self.ordinal);
-            return Err(tensor::refused(&tensor, "a tensor on this rank's GPU", found));
+        if !tensor.device().is_cuda() {
+            return self.host.sum_tensor(&mut tensor);
         }
-        let dtype = match tensor.f_kind()? {
-            Kind::Int64 => Dtype::I64,
-            Kind::BFloat16 => Dtype::Bf16,
-            _ => Dtype::F32,
-        };
-        let current = current_stream(tensor.device())?;
-        let [from, to] = self.begin(&tensor, dtype, current).map_err(|error| self.fail(error))?;
-        self.begun.push(Begun { _tensor: tensor, from, to });
-        Ok(())
+        tensor::check_sum(&tensor)?;
+        let dtype = dtype(&tensor)?.unwrap_or(Dtype::F32);
+        self.put(tensor, dtype, None)
+    }
+
+    fn broadcast_tensor(&mut self, root: u32, tensor: &mut Tensor) -> Result<()> {
+        match dtype(tensor)? {
+            Some(dtype) if tensor.device().is_cuda() && tensor.is_contiguous() => {
+                self.put(tensor.shallow_clone(), dtype, Some(root))?;
+                self.settle().map(drop)
+            }
+            _ => tensor::broadcast_in_host_memory(self, root, tensor),
+        }
     }
 
     fn settle(&mut self) -> Result<Duration> {
@@ -181,6 +200,16 @@ impl Collective for Nccl {
         self.begun.clear();
         Ok(at_them)
     }
+}
+
+/// NCCL's name of a tensor's kind, for those that it is given.
+fn dtype(tensor: &Tensor) -> Result<Option<Dtype>> {
+    Ok(match tensor.f_kind()? {
+        Kind::Float => Some(Dtype::F32),
+        Kind::Int64 => Some(Dtype::I64),
+        Kind::BFloat16 => Some(Dtype::Bf16),
+        _ => None,
+    })
 }
 
 /// Rank 0 makes the identifier, the others get it from there.
