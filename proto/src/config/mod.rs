@@ -733,7 +733,7 @@ mod tests {
             ("[train]\nsteps = 0", "train.steps"),
             ("[train]\nglobal_batch = 30", "train.global_batch"),
             ("[train]\ncompression = \"bf16\"", "train.compression"),
-            ("[connector]\ndtype = \"fp16\"", "`fp32` or `bf16`"),
+            ("[connector]\ndtype = \"fp16\"", "bf16"),
             ("[train]\ncaption_dropout = 1.5", "train.caption_dropout"),
             ("[train]\ncaption_dropout = nan", "train.caption_dropout"),
             ("[train.optimizer]\nlr = -1.0", "train.optimizer.lr"),

@@ -374,8 +374,7 @@ fn bad_input_is_told_with_its_name_and_for_good() {
             let (_folder, url) = run_folder();
             let mut worker = Scripted::start().await.worker().await;
             worker.say(welcome(&config, &url));
-            let peers = vec![worker.address.clone()];
-            worker.assign(0, peers, None);
+            // It loads before it has a place.
             let failed = worker.failed().await;
             worker.hang_up();
             assert_eq!((failed.kind(), failed.permanent), (kind, true), "{failed:?}");
