@@ -40,6 +40,9 @@ for folder in "$libtorch"/../nvidia/*/lib; do
     [ ! -d "$folder" ] || libraries=$libraries:$(cd "$folder" && pwd)
 done
 
+# Where a machine has its driver's libraries by this variable alone.
+libraries=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+
 target=${CARGO_TARGET_DIR:-$here/../target}
 binary=
 for file in "${BENCH_GPU:-}" "$here/bench_gpu" "$target/release/examples/bench_gpu"; do
