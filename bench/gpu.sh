@@ -52,7 +52,9 @@ for file in "${BENCH_GPU:-}" "$here/bench_gpu" "$target/release/examples/bench_g
     fi
 done
 if [ -z "$binary" ] && [ -f "$here/bench_gpu.xz" ]; then
-    binary=$out/bench_gpu
+    unpacked=$(mktemp -d)
+    trap 'rm -rf "$unpacked"' EXIT
+    binary=$unpacked/bench_gpu
     # xz itself is not everywhere.
     "$python" -c 'import lzma, sys; open(sys.argv[2], "wb").write(lzma.open(sys.argv[1]).read())' "$here/bench_gpu.xz" "$binary"
 fi
@@ -68,5 +70,5 @@ done
 described() { git -C "$here" describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || echo unknown; }
 commit=${ELLA_COMMIT:-$(cat "$here/commit" 2>/dev/null || described)}
 
-exec "$python" "$here/gpu_parts.py" --out "$out" --binary "$binary" --libtorch "$libtorch" --libraries "$libraries" --goldens "$goldens" \
+"$python" "$here/gpu_parts.py" --out "$out" --binary "$binary" --libtorch "$libtorch" --libraries "$libraries" --goldens "$goldens" \
     --commit "$commit" "$@"

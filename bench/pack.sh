@@ -24,7 +24,7 @@ strip -o "$folder/bench_gpu" "$binary"
 python3 -c 'import lzma, sys; lzma.open(sys.argv[1] + ".xz", "wb").write(open(sys.argv[1], "rb").read())' "$folder/bench_gpu"
 rm "$folder/bench_gpu"
 # ella-cuda's tests, of operators and of what only a GPU can do.
-cargo test --release --locked -p ella-cuda --no-run --message-format json 2>/dev/null | python3 -c '
+cargo test --release --locked -p ella-cuda --no-run --message-format json | python3 -c '
 import json, lzma, subprocess, sys
 for line in sys.stdin:
     built = json.loads(line)
@@ -34,6 +34,7 @@ for line in sys.stdin:
         lzma.open(name + ".xz", "wb").write(open(name, "rb").read())
         subprocess.run(["rm", name], check=True)
 ' "$folder"
+[ -e "$folder/cuda_fused.xz" ] && [ -e "$folder/cuda_gpu.xz" ] || die "ella-cuda's tests were not built"
 # Those of the networks that bench_gpu check runs.
 mkdir "$folder/goldens"
 for of in unet tsc resampler t5 clip-l clip-g vae; do cp -r "model/tests/goldens/$of"* "$folder/goldens/"; done

@@ -50,7 +50,8 @@ const FIRST: c_int = 0;
 static TABLE: OnceLock<&'static Table> = OnceLock::new();
 
 /// Loads the GPU's part, once, and compiles the kernels for the first GPU (1 to 2 s); `libtorch` is the folder of the libtorch that runs, and its CUDA
-/// part must be loaded already, with its symbols for all.
+/// part must be loaded already, with its symbols for all. Nothing may have asked libtorch for a GPU before that, as seeding does: it asks for its CUDA
+/// part once, and takes it for absent from then on.
 ///
 /// # Errors
 /// This program was built without GPU support; the loader's words; the kernels' compiler is missing or refuses.

@@ -192,8 +192,8 @@ pub enum ModelError {
     /// An operation that libtorch refused.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
-    /// A fused operator's own error.
-    #[error("libtorch: {0}")]
+    /// A fused operator's own error, or that of the variable that chooses them.
+    #[error(transparent)]
     Fused(#[from] ella_cuda::Error),
 }
 

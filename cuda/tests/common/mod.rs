@@ -23,8 +23,15 @@ pub(crate) fn gpu() -> Option<Device> {
         std::mem::forget(library.unwrap());
         ella_cuda::load(&folder).unwrap();
         assert!(Cuda::is_available());
+        ella_cuda::precision::set_tf32(false).unwrap();
         Some(Device::Cuda(0))
     })
+}
+
+/// Seeds libtorch. Not before the GPU's libraries are loaded: it asks for them once, and takes them for absent from then on.
+pub(crate) fn seed(number: i64) {
+    let _ = gpu();
+    tch::manual_seed(number);
 }
 
 pub(crate) fn devices() -> Vec<Device> {

@@ -2,16 +2,20 @@
 
 /// Families, and what names of their kernels contain, in lower case. The first row that fits counts: convolutions come before the products
 /// that they are made of, changes of layout and copies before the element-wise loops that do them, random normal numbers before norms.
-const FAMILIES: [(&str, &[&str]); 9] = [
-    ("attention", &["flash", "fmha", "sdpa", "attention", "softmax", "_mha_"]),
-    ("copy", &["nchwtonhwc", "nhwctonchw", "tensortransform"]),
+const FAMILIES: [(&str, &[&str]); 10] = [
+    ("attention", &["flash", "fmha", "sdpa", "attention", "softmax", "_mha_", "dot_do_o", "convert_dq"]),
+    ("copy", &["nchwtonhwc", "nhwctonchw", "tensortransform", "converttensor"]),
     ("convolution", &["implicit", "fprop", "dgrad", "wgrad", "conv2d", "convolve", "convolution", "winograd", "im2col", "col2im"]),
     ("gemm", &["gemm", "nvjet", "cublas", "cutlass", "gemv", "splitk", "matmul"]),
     ("elementwise", &["distribution"]),
+    ("reduce", &["reduce_kernel"]),
     ("norm", &["norm", "rowwisemoments", "computefusedparams", "internalgradient"]),
     ("reduce", &["reduce", "nccl"]),
     ("copy", &["memcpy", "memset", "copy", "catarray", "fill", "transpose", "pad_nd"]),
-    ("elementwise", &["elementwise", "vectorized", "unrolled", "foreach", "multi_tensor", "upsample", "index", "geglu", "bias"]),
+    (
+        "elementwise",
+        &["elementwise", "vectorized", "unrolled", "foreach", "multi_tensor", "upsample", "index", "gelu", "geglu", "bias", "adamw"],
+    ),
 ];
 
 /// What fits no family.

@@ -140,6 +140,8 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     // SAFETY: no thread has been started yet.
     unsafe { device::set_environment() };
+    // What is said of a GPU that does not start, or of lanes that are not recorded.
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
     let device = device::set_up(arguments.device, arguments.threads)?;
     let _stream = device::own_stream(device)?;
     tch::manual_seed(1);

@@ -32,6 +32,7 @@ pub(crate) fn run(setting: &Setting) -> Result<Value> {
     })
     .map_err(|reported| reported.0)?;
     let mut result = by_family(events.iter().filter(|event| event.on_device));
+    result["recorded_lanes"] = json!(trainer.graphs.count());
     result["micro_batch"] = json!(setting.micro_batch);
     result["memory"] = gpu::memory(setting.device);
     Ok(result)

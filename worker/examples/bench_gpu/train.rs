@@ -22,7 +22,7 @@ const CACHED_BATCHES: usize = 4;
 pub(crate) struct Trainer {
     pub(crate) networks: Networks,
     pub(crate) state: TrainState,
-    graphs: Graphs,
+    pub(crate) graphs: Graphs,
     config: Train,
     device: Device,
     batches: Vec<LaneBatch>,
@@ -100,6 +100,7 @@ pub(crate) fn run(setting: &Setting) -> Result<Value> {
     result["first_loss"] = json!(losses.first());
     result["last_loss"] = json!(losses.last());
     result["memory"] = gpu::memory(setting.device);
+    result["recorded_lanes"] = json!(trainer.graphs.count());
     result["connector_parameters"] = json!(trainer.state.layout.total());
     Ok(result)
 }
