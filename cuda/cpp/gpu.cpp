@@ -4,6 +4,7 @@
 #include "gpu.h"
 
 #include <ATen/Context.h>
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -79,7 +80,12 @@ void* function_of(int device, const char* name) {
 }
 
 void launch(const char* name, int device, int pieces, int rows, int threads, void** args) {
-    const c10::cuda::CUDAGuard on(static_cast<c10::DeviceIndex>(device));
+    // The driver's calls want the device's context on this thread, which the runtime's make on demand.
+    thread_local int bound = -1;
+    if (bound != device) {
+        C10_CUDA_CHECK(cudaSetDevice(device));
+        bound = device;
+    }
     void* stream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream();
     const int code = launch_kernel(function_of(device, name), pieces, rows, 1, threads, 1, 1, 0, stream, args, nullptr);
     TORCH_CHECK(code == 0, "kernel ", name, " (", pieces, " × ", rows, " blocks of ", threads, "): error ", code);
@@ -93,7 +99,48 @@ const at::Tensor& tensor_of(const void* tensor) { return *static_cast<const at::
 int64_t now(const c10::CachingAllocator::StatArray& stat) { return stat[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].current; }
 int64_t peak(const c10::CachingAllocator::StatArray& stat) { return stat[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak; }
 
-at::cuda::CUDAGraph* graph_of(void* graph) { return static_cast<at::cuda::CUDAGraph*>(graph); }
+// libtorch 2.11 leaves its allocators recording when a capture cannot begin or end (mended in 2.12, pytorch #180395): every allocation would then
+// ask a graph that is gone.
+struct Graph : at::cuda::CUDAGraph {
+    void begin(c10::MempoolId_t pool) {
+        try {
+            // Other threads go on with their own streams meanwhile: only what this thread does is held to the rules of a capture.
+            capture_begin(pool, cudaStreamCaptureModeThreadLocal);
+        } catch (...) {
+            abandon();
+            throw;
+        }
+    }
+
+    void end() {
+        try {
+            capture_end();
+        } catch (...) {
+            abandon();
+            throw;
+        }
+    }
+
+ private:
+    template <class F>
+    static void quietly(F work) {
+        try {
+            work();
+        } catch (...) {  // it had not begun
+        }
+    }
+
+    void abandon() {
+        if (capture_ended_ || capture_dev_ < 0) return;
+        auto* host = at::getHostAllocator(at::kCUDA);
+        quietly([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(capture_dev_, mempool_id_); });
+        quietly([&] { c10::cuda::CUDACachingAllocator::releasePool(capture_dev_, mempool_id_); });
+        quietly([&] { host->end_allocate_to_pool(mempool_id_); });
+        quietly([&] { host->release_pool(mempool_id_); });
+    }
+};
+
+Graph* graph_of(void* graph) { return static_cast<Graph*>(graph); }
 
 const EllaGpu table = {
     .error = [] { return ella_last_error.c_str(); },
@@ -154,14 +201,13 @@ const EllaGpu table = {
     },
     .graph_begin = [](void* beside, void** graph) {
         return guarded([&] {
-            auto made = std::make_unique<at::cuda::CUDAGraph>();
+            auto made = std::make_unique<Graph>();
             const auto pool = beside ? graph_of(beside)->pool() : c10::MempoolId_t{0, 0};
-            // Other threads go on with their own streams meanwhile: only what this thread does is held to the rules of a capture.
-            made->capture_begin(pool, cudaStreamCaptureModeThreadLocal);
+            made->begin(pool);
             *graph = made.release();
         });
     },
-    .graph_end = [](void* graph) { return guarded([&] { graph_of(graph)->capture_end(); }); },
+    .graph_end = [](void* graph) { return guarded([&] { graph_of(graph)->end(); }); },
     .graph_replay = [](void* graph) { return guarded([&] { graph_of(graph)->replay(); }); },
     .graph_free = [](void* graph) { return guarded([&] { delete graph_of(graph); }); },
     .memory = [](int device, int64_t* counters) {

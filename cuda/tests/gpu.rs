@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::gpu;
+use common::{alone, gpu};
 use ella_cuda::graph::Recording;
 use ella_cuda::stream::{Priority, Stream};
 use ella_cuda::{Error, memory, profile};
@@ -16,6 +16,7 @@ fn floats(count: i64, value: f64, device: Device) -> Tensor {
 
 #[test]
 fn work_on_one_stream_waits_for_an_event_of_another() {
+    let _alone = alone();
     let Some(device) = gpu() else { return };
     let [low, high] = [Priority::Low, Priority::High].map(|priority| Stream::new(device, priority).unwrap());
     assert_ne!(low, high);
@@ -42,6 +43,7 @@ fn work_on_one_stream_waits_for_an_event_of_another() {
 /// Two graphs in one memory, as the parts of a step: the second goes on from what the first left, backward passes included.
 #[test]
 fn graphs_compute_again_from_new_numbers() {
+    let _alone = alone();
     let Some(device) = gpu() else { return };
     let stream = Stream::new(device, Priority::Normal).unwrap();
     let _on = stream.enter().unwrap();
@@ -71,8 +73,33 @@ fn graphs_compute_again_from_new_numbers() {
     assert_eq!((&x + 1.0).min().double_value(&[]), 8.0);
 }
 
+/// What waits for the device inside a recording spoils it; neither the allocator nor the next recording is hurt by that.
+#[test]
+fn a_recording_that_fails_leaves_everything_usable() {
+    let _alone = alone();
+    let Some(device) = gpu() else { return };
+    let stream = Stream::new(device, Priority::Normal).unwrap();
+    let _on = stream.enter().unwrap();
+    let x = floats(1000, 1.0, device);
+    let _ = (&x + 1.0).sum(Kind::Float).double_value(&[]);
+    let recording = Recording::begin(None).unwrap();
+    let y = &x + 1.0;
+    assert!(y.f_double_value(&[0]).is_err());
+    assert!(recording.end().is_err());
+    drop(y);
+    memory::empty_cache().unwrap();
+    let y = floats(MANY, 2.0, device);
+    assert_eq!(y.max().double_value(&[]), 2.0);
+    let recording = Recording::begin(None).unwrap();
+    let z = &x + 2.0;
+    let graph = recording.end().unwrap();
+    graph.replay().unwrap();
+    assert_eq!(z.max().double_value(&[]), 3.0);
+}
+
 #[test]
 fn memory_is_counted_and_bounded() {
+    let _alone = alone();
     let Some(device) = gpu() else { return };
     memory::reset_peak(device).unwrap();
     let before = memory::counters(device).unwrap();
@@ -90,6 +117,7 @@ fn memory_is_counted_and_bounded() {
 
 #[test]
 fn kernels_are_seen_by_name() {
+    let _alone = alone();
     let Some(device) = gpu() else { return };
     let a = Tensor::ones([512, 512], (Kind::BFloat16, device));
     let ((), events) = profile::profile(|| {

@@ -4,7 +4,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libloading::os::unix::Library;
 use tch::{Cuda, Device};
@@ -26,6 +26,12 @@ pub(crate) fn gpu() -> Option<Device> {
         ella_cuda::precision::set_tf32(false).unwrap();
         Some(Device::Cuda(0))
     })
+}
+
+/// One test at a time: what is measured, limited and recorded is the whole process's.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Seeds libtorch. Not before the GPU's libraries are loaded: it asks for them once, and takes them for absent from then on.

@@ -100,6 +100,7 @@ impl Graphs {
                 Err(error) => {
                     tracing::warn!("lanes are not recorded from here on, which costs time: {error}");
                     self.on = false;
+                    self.forget()?;
                 }
             }
         }
@@ -133,16 +134,24 @@ impl Graphs {
         step_samples: u64,
         follow: &mut dyn Follow,
     ) -> Result<Tensor, TrainError> {
+        if self.recorded.is_empty() {
+            return networks.gradient_in_parts(batch, step_samples, follow);
+        }
         let mut told = Told { follow, of_parts: false };
-        match networks.gradient_in_parts(batch, step_samples, &mut told) {
-            Err(error) if !told.of_parts && !self.recorded.is_empty() && Fault::of(&error) == Some(Fault::OutOfMemory) => {
+        match networks.split.settled(|| networks.gradient_in_parts(batch, step_samples, &mut told)) {
+            Err(error) if !told.of_parts && Fault::of(&error) == Some(Fault::OutOfMemory) => {
                 tracing::info!("recorded lanes are given up: the memory does not hold {} samples beside them", batch.len());
-                (self.recorded, self.seen) = (Vec::new(), Vec::new());
-                ella_cuda::memory::empty_cache()?;
+                self.forget()?;
                 networks.gradient_in_parts(batch, step_samples, follow)
             }
             result => result,
         }
+    }
+
+    /// Gives back what recordings keep.
+    fn forget(&mut self) -> Result<(), TrainError> {
+        (self.recorded, self.seen) = (Vec::new(), Vec::new());
+        Ok(ella_cuda::memory::empty_cache()?)
     }
 }
 
@@ -172,7 +181,8 @@ impl Recorded {
         Stream::current(batch.latents.device())?.synchronize()?;
         ella_cuda::memory::empty_cache()?;
         let mut recorder = Recorder { beside, recording: Some(Recording::begin(beside)?), parts: Vec::new() };
-        let loss_sum = networks.gradient_in_parts(&batch, step_samples, &mut recorder)?;
+        // Out of memory here, beside what the plain way has, is no reason to cut lanes.
+        let loss_sum = networks.split.settled(|| networks.gradient_in_parts(&batch, step_samples, &mut recorder))?;
         Ok(Self { shape, batch, parts: recorder.parts, loss_sum })
     }
 

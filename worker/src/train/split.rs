@@ -6,7 +6,7 @@
 use super::TrainError;
 use crate::gpu::pieces::in_pieces;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 /// How a rank's lanes are split, if they are.
 #[derive(Debug)]
@@ -14,17 +14,19 @@ pub struct Split {
     allowed: bool,
     /// The most samples that were found to fit.
     most: AtomicUsize,
+    /// For now nothing more is split.
+    settled: AtomicBool,
 }
 
 impl Split {
     /// Nothing is split yet, or ever.
     pub fn new(allowed: bool) -> Self {
-        Self { allowed, most: AtomicUsize::new(usize::MAX) }
+        Self { allowed, most: AtomicUsize::new(usize::MAX), settled: AtomicBool::new(false) }
     }
 
     /// As if no more than so many samples were found to fit.
     pub fn found(most: usize) -> Self {
-        Self { allowed: true, most: AtomicUsize::new(most) }
+        Self { allowed: true, most: AtomicUsize::new(most), settled: AtomicBool::new(false) }
     }
 
     /// Whether a lane of so many samples is computed in pieces.
@@ -32,10 +34,18 @@ impl Split {
         usize::try_from(samples).is_ok_and(|samples| samples > self.most.load(Relaxed))
     }
 
+    /// Does `work` with lanes cut as they are by now: what does not fit is an error. For work with less memory than a step has otherwise.
+    pub(super) fn settled<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.settled.store(true, Relaxed);
+        let made = work();
+        self.settled.store(false, Relaxed);
+        made
+    }
+
     /// What `work` makes of all of a lane's samples, in order: all at once, unless that does not fit.
     pub(super) fn pieces<T>(&self, samples: i64, work: impl FnMut(Range<usize>) -> Result<T, TrainError>) -> Result<Vec<T>, TrainError> {
         let mut most = self.most.load(Relaxed);
-        let pieces = in_pieces(usize::try_from(samples).unwrap_or(0), &mut most, self.allowed, work);
+        let pieces = in_pieces(usize::try_from(samples).unwrap_or(0), &mut most, self.allowed && !self.settled.load(Relaxed), work);
         // One thread computes.
         self.most.store(most, Relaxed);
         pieces
@@ -70,6 +80,15 @@ mod tests {
             assert_eq!((split.cuts(7), split.cuts(1)), (room < 7, false));
             assert!(run().1.iter().all(|size| *size <= room));
         }
+    }
+
+    #[test]
+    fn what_is_settled_is_not_cut_further() {
+        let split = Split::new(true);
+        let run = |room| split.pieces(8, |piece| fits(&piece, room)).map(|pieces| pieces.len());
+        assert!(split.settled(|| run(4)).is_err() && !split.cuts(8));
+        assert_eq!(run(4).unwrap(), 2);
+        assert_eq!(split.settled(|| run(4)).unwrap(), 2);
     }
 
     #[test]
