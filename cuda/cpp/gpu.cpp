@@ -38,6 +38,7 @@ cudaEvent_t event_of(void* event) { return static_cast<cudaEvent_t>(event); }
 // --- Kernels ------------------------------------------------------------------------------------------------------------------------------
 
 // Of cuda.h 13: the driver, which libtorch has loaded.
+int (*error_text)(int code, const char** text);
 int (*load_module)(void** module, const void* image);
 int (*find_function)(void** function, void* module, const char* name);
 int (*launch_kernel)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared, void* stream, void** args, void**);
@@ -52,10 +53,18 @@ void find(void* library, const char* name, F& function) {
     TORCH_CHECK(function, "the driver lacks ", name);
 }
 
+// In libtorch's form, by which faults are known.
+std::string words(int code) {
+    const char* text = nullptr;
+    error_text(code, &text);
+    return std::string("CUDA driver error: ") + (text ? text : "unknown error");
+}
+
 void set_kernels(int device, const void* image) {
     const std::lock_guard guard(lock);
     void* driver = dlopen("libcuda.so.1", RTLD_NOW);
     TORCH_CHECK(driver, "the driver cannot be loaded: ", dlerror());
+    find(driver, "cuGetErrorString", error_text);
     find(driver, "cuModuleLoadData", load_module);
     find(driver, "cuModuleGetFunction", find_function);
     find(driver, "cuLaunchKernel", launch_kernel);
@@ -64,7 +73,7 @@ void set_kernels(int device, const void* image) {
     const c10::cuda::CUDAGuard on(static_cast<c10::DeviceIndex>(device));
     C10_CUDA_CHECK(cudaFree(nullptr));
     const int code = load_module(&modules[device], image);
-    TORCH_CHECK(code == 0, "cuModuleLoadData: error ", code);
+    TORCH_CHECK(code == 0, "the kernels: ", words(code));
 }
 
 void* function_of(int device, const char* name) {
@@ -75,7 +84,7 @@ void* function_of(int device, const char* name) {
     TORCH_CHECK(module != modules.end(), "no kernels are loaded on GPU ", device);
     void* function = nullptr;
     const int code = find_function(&function, module->second, name);
-    TORCH_CHECK(code == 0, "kernel ", name, ": error ", code);
+    TORCH_CHECK(code == 0, "kernel ", name, ": ", words(code));
     return functions[key] = function;
 }
 
@@ -88,7 +97,7 @@ void launch(const char* name, int device, int pieces, int rows, int threads, voi
     }
     void* stream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream();
     const int code = launch_kernel(function_of(device, name), pieces, rows, 1, threads, 1, 1, 0, stream, args, nullptr);
-    TORCH_CHECK(code == 0, "kernel ", name, " (", pieces, " × ", rows, " blocks of ", threads, "): error ", code);
+    TORCH_CHECK(code == 0, "kernel ", name, " (", pieces, " × ", rows, " blocks of ", threads, "): ", words(code));
 }
 
 // --- The table ----------------------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,21 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::Timeout`] when a rank stays away; [`Error::Nccl`], [`Error::BadRank`].
-    pub fn init(library: &Library, id: &UniqueId, (rank, world): (u32, u32), timeout: Duration) -> Result<Self, Error> {
+    pub fn init(library: &Library, id: &UniqueId, place: (u32, u32), timeout: Duration) -> Result<Self, Error> {
+        Self::init_telling(library, id, place, timeout, |_| ())
+    }
+
+    /// The same, where `begun` gets the handle that aborts it before the other ranks are waited for.
+    ///
+    /// # Errors
+    /// As for [`Communicator::init`]; [`Error::Aborted`].
+    pub fn init_telling(
+        library: &Library,
+        id: &UniqueId,
+        (rank, world): (u32, u32),
+        timeout: Duration,
+        begun: impl FnOnce(AbortHandle),
+    ) -> Result<Self, Error> {
         let bad = Error::BadRank { rank, world };
         let (Ok(n), Ok(r)) = (c_int::try_from(world), c_int::try_from(rank)) else { return Err(bad) };
         if rank >= world {
@@ -73,8 +87,9 @@ impl Communicator {
         let code = unsafe { (library.table().comm_init_rank_config)(&raw mut comm, n, RawId(id.0), r, &raw mut config) };
         let shared = Shared { library: library.clone(), comm: Mutex::new(Handle(comm)), aborted: AtomicBool::new(false) };
         let new = Self { shared: Arc::new(shared), rank, world };
-        let begun = library.check(call, code, comm);
-        begun.and_then(|()| new.shared.settle(call, Instant::now() + timeout)).inspect_err(|_| new.give_up())?;
+        let started = library.check(call, code, comm);
+        begun(new.abort_handle());
+        started.and_then(|()| new.shared.settle(call, Instant::now() + timeout)).inspect_err(|_| new.give_up())?;
         Ok(new)
     }
 

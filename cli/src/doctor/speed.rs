@@ -96,7 +96,7 @@ fn copy(device: Device, bytes: i64) -> Kept<f64> {
 
 fn upload(device: Device, bytes: i64) -> Kept<f64> {
     let run = || -> Result<f64, TchError> {
-        let from = Tensor::f_randint(256, [bytes], (Kind::Uint8, Device::Cpu))?.f_pin_memory(device)?;
+        let from = Tensor::f_randint(256, [bytes], (Kind::Uint8, Device::Cpu))?.f_internal_pin_memory(device)?;
         let mut to = Tensor::f_empty([bytes], (Kind::Uint8, device))?;
         let seconds = median(device, || to.f_copy_(&from).map(drop))?;
         Ok(bytes as f64 / seconds / 1e9)

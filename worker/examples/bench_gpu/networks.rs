@@ -107,7 +107,7 @@ pub(crate) fn step(setting: &Setting, seed: u64) -> Result<(Networks, TrainState
 pub(crate) fn samples(setting: &Setting) -> Result<LaneBatch> {
     let (b, size, width) = (setting.micro_batch, setting.latent(), setting.text()?.d_model);
     let host = |tensor: Tensor| match setting.device.is_cuda() {
-        true => tensor.f_pin_memory(setting.device),
+        true => tensor.f_internal_pin_memory(setting.device),
         false => Ok(tensor),
     };
     let random = |shape: &[i64]| Tensor::f_randn(shape, (Kind::Float, Device::Cpu));

@@ -85,7 +85,10 @@ impl Pair {
         let there = place.take().filter(|piece| piece.pinned.size()[0] >= length);
         let piece = match there {
             Some(piece) => piece,
-            None => Piece { pinned: Tensor::f_zeros([length], (Kind::Uint8, Device::Cpu))?.f_pin_memory(device)?, copied: Mark::default() },
+            None => Piece {
+                pinned: Tensor::f_zeros([length], (Kind::Uint8, Device::Cpu))?.f_internal_pin_memory(device)?,
+                copied: Mark::default(),
+            },
         };
         Ok(place.insert(piece))
     }

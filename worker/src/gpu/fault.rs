@@ -22,7 +22,7 @@ pub enum Fault {
 }
 
 /// Texts of the CUDA runtime (`cudaGetErrorString`), of libtorch's allocator, and of the kernel's log; the first that is found counts.
-const TEXTS: [(&str, Fault); 30] = [
+const TEXTS: [(&str, Fault); 35] = [
     ("CUDA out of memory", Fault::OutOfMemory),
     ("would exceed allowed memory", Fault::OutOfMemory),
     ("CUDA error: out of memory", Fault::OutOfMemory),
@@ -53,6 +53,13 @@ const TEXTS: [(&str, Fault); 30] = [
     ("CUDA error: unknown error", Fault::Launch),
     ("CUBLAS_STATUS_EXECUTION_FAILED", Fault::Launch),
     ("CUDNN_STATUS_EXECUTION_FAILED", Fault::Launch),
+    ("CUDA driver error: unknown error", Fault::Launch),
+    // NCCL's own, which may stand beside one of the above.
+    ("Cuda failure 'out of memory'", Fault::OutOfMemory),
+    ("Failed to CUDA calloc", Fault::OutOfMemory),
+    ("Failed to CUDA malloc", Fault::OutOfMemory),
+    // What libtorch says where no workspace of cuDNN's fits; of a shape that cuDNN does not take, it says the same.
+    ("unable to find an engine to execute this computation", Fault::OutOfMemory),
 ];
 
 impl Fault {

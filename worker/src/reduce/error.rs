@@ -140,7 +140,12 @@ pub enum CollectiveError {
 impl CollectiveError {
     /// Whether it comes from others, or from the end of the generation: this rank is as well as ever.
     pub fn is_of_peers(&self) -> bool {
-        !matches!(self, Self::SharedGpu { .. } | Self::Tensor { .. } | Self::Torch(_) | Self::Stream(_) | Self::Bind { .. })
+        match self {
+            // The GPU may be at its tensors still: only the end of this process frees them.
+            Self::Nccl(nccl_rs::Error::Timeout { call: "ncclCommAbort", .. } | nccl_rs::Error::Thread { .. }) => false,
+            Self::SharedGpu { .. } | Self::Tensor { .. } | Self::Torch(_) | Self::Stream(_) | Self::Bind { .. } => false,
+            _ => true,
+        }
     }
 }
 

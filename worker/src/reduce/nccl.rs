@@ -1,5 +1,6 @@
 //! Sums of tensors in GPU memory, by NCCL; everything in host memory goes through another engine.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use half::bf16;
@@ -26,6 +27,8 @@ pub struct Nccl {
     ordinal: u32,
     timeout: Duration,
     begun: Vec<Begun>,
+    /// NCCL's abort did not come back: the GPU may be at its tensors still.
+    hung: AtomicBool,
 }
 
 /// A sum under way.
@@ -42,14 +45,29 @@ impl Nccl {
     ///
     /// # Errors
     /// [`CollectiveError::SharedGpu`] when two ranks are on one GPU; [`CollectiveError::Nccl`]; what `host` reports.
-    pub fn connect(mut host: Box<dyn Collective>, library: &Library, ordinal: u32, timeout: Duration) -> Result<Self> {
+    pub fn connect(host: Box<dyn Collective>, library: &Library, ordinal: u32, timeout: Duration) -> Result<Self> {
+        Self::connect_telling(host, library, ordinal, timeout, |_| ())
+    }
+
+    /// The same, where `begun` gets the handle that aborts both engines before NCCL waits for the other ranks.
+    ///
+    /// # Errors
+    /// As for [`Nccl::connect`]; [`CollectiveError::Aborted`].
+    pub fn connect_telling(
+        mut host: Box<dyn Collective>,
+        library: &Library,
+        ordinal: u32,
+        timeout: Duration,
+        begun: impl FnOnce(AbortHandle),
+    ) -> Result<Self> {
         let device = Driver::load()?.device(ordinal)?;
         device.make_current()?;
         refuse_shared_gpus(host.as_mut(), device.uuid())?;
         let id = agree_on_id(host.as_mut(), || library.unique_id())?;
-        let communicator = Communicator::init(library, &id, (host.rank(), host.world()), timeout)?;
+        let (place, of_host) = ((host.rank(), host.world()), host.abort_handle());
+        let communicator = Communicator::init_telling(library, &id, place, timeout, |nccl| begun(both(of_host, nccl)))?;
         let stream = device.urgent_stream()?;
-        Ok(Self { host, communicator, stream, device, ordinal, timeout: DEFAULT_TIMEOUT, begun: Vec::new() })
+        Ok(Self { host, communicator, stream, device, ordinal, timeout: DEFAULT_TIMEOUT, begun: Vec::new(), hung: AtomicBool::new(false) })
     }
 
     /// Puts a sum, or a copy of rank `root`'s, on NCCL's stream, behind what the stream `current` has been given so far.
@@ -79,8 +97,15 @@ impl Nccl {
             let found = format!("{place:?}, where this rank has GPU {}", self.ordinal);
             return Err(tensor::refused(&tensor, "a tensor on this rank's GPU", found));
         }
-        let [from, to] = self.begin(&tensor, dtype, current_stream(place)?, root).map_err(|error| self.fail(error))?;
-        self.begun.push(Begun { _tensor: tensor, from, to });
+        match self.begin(&tensor, dtype, current_stream(place)?, root).map_err(|error| self.fail(error)) {
+            Ok([from, to]) => self.begun.push(Begun { _tensor: tensor, from, to }),
+            Err(error) => {
+                if self.hung.load(Ordering::Relaxed) {
+                    std::mem::forget(tensor);
+                }
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
@@ -100,7 +125,10 @@ impl Nccl {
             // NCCL's abort came back and the failure was an abort: that is what happened.
             Ok(()) if matches!(error, nccl_rs::Error::Aborted { .. }) => CollectiveError::Aborted,
             Ok(()) => error.into(),
-            Err(hung) => hung.into(),
+            Err(hung) => {
+                self.hung.store(true, Ordering::Relaxed);
+                hung.into()
+            }
         }
     }
 }
@@ -108,7 +136,8 @@ impl Nccl {
 impl Drop for Nccl {
     /// Sums that nobody has waited for, because their step failed, must not outlive their memory.
     fn drop(&mut self) {
-        if !self.begun.is_empty() && self.communicator.abort_handle().abort(ABORT).is_err() {
+        let hung = self.hung.load(Ordering::Relaxed);
+        if !self.begun.is_empty() && (hung || self.communicator.abort_handle().abort(ABORT).is_err()) {
             tracing::error!("NCCL's abort hangs; the memory of its sums is not given back");
             std::mem::forget(std::mem::take(&mut self.begun));
         }
@@ -164,11 +193,7 @@ impl Collective for Nccl {
     }
 
     fn abort_handle(&self) -> AbortHandle {
-        let (host, communicator) = (self.host.abort_handle(), self.communicator.abort_handle());
-        AbortHandle::new(move || {
-            host.abort()?;
-            Ok(communicator.abort(ABORT)?)
-        })
+        both(self.host.abort_handle(), self.communicator.abort_handle())
     }
 
     fn sum_tensor(&mut self, tensor: &mut Tensor) -> Result<()> {
@@ -200,6 +225,14 @@ impl Collective for Nccl {
         self.begun.clear();
         Ok(at_them)
     }
+}
+
+/// Aborts both engines.
+fn both(host: AbortHandle, nccl: nccl_rs::AbortHandle) -> AbortHandle {
+    AbortHandle::new(move || {
+        host.abort()?;
+        Ok(nccl.abort(ABORT)?)
+    })
 }
 
 /// NCCL's name of a tensor's kind, for those that it is given.

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use half::bf16;
 
-use super::{AbortHandle, Collective, CollectiveError, Result};
+use tch::Tensor;
+
+use super::{AbortHandle, Collective, CollectiveError, Result, tensor};
 
 /// The only rank there is.
 #[derive(Debug, Default)]
@@ -46,6 +48,16 @@ impl Collective for Solo {
             return Err(CollectiveError::Rank { rank: root, world: 1 });
         }
         self.done()
+    }
+
+    // Wherever it lies: a GPU's is not moved.
+    fn sum_tensor(&mut self, tensor: &mut Tensor) -> Result<()> {
+        tensor::check_sum(tensor)?;
+        self.done()
+    }
+
+    fn broadcast_tensor(&mut self, root: u32, _: &mut Tensor) -> Result<()> {
+        self.broadcast(root, &mut [])
     }
 
     fn barrier(&mut self) -> Result<()> {

@@ -21,7 +21,7 @@ use ella_store::{Commit, Store};
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 
 /// Joins the other ranks of the generation. From here on, the end of the generation frees a rank that waits for others.
@@ -39,7 +39,7 @@ pub(super) fn connect(
     // Others may still be restoring.
     let patience = config.workers.start_timeout.duration();
     let ring: Box<dyn Collective> = Box::new(Tcp::connect(listener, &membership, patience)?);
-    let mut collective = if device.is_cuda() { over_nccl(ring, patience)? } else { ring };
+    let mut collective = if device.is_cuda() { over_nccl(ring, patience, flags)? } else { ring };
     collective.set_timeout(config.workers.step_timeout.duration());
     // The handle may be another engine's now.
     free_at_the_end(flags, collective.abort_handle());
@@ -64,10 +64,20 @@ fn free_at_the_end(flags: &Flags, abort: AbortHandle) {
     }));
 }
 
+/// Elements of the first sum: as many bytes as a bucket's, so that NCCL chooses the same way.
+const FIRST_SUM: i64 = 4 << 20;
+
 /// The same ranks over NCCL, for tensors in GPU memory.
-fn over_nccl(ring: Box<dyn Collective>, patience: Duration) -> Result<Box<dyn Collective>, WorkError> {
+fn over_nccl(ring: Box<dyn Collective>, patience: Duration, flags: &Flags) -> Result<Box<dyn Collective>, WorkError> {
     let library = device::nccl().map_err(CollectiveError::from)?;
-    Ok(Box::new(Nccl::connect(ring, &library, 0, patience)?))
+    // NCCL takes memory of its own, which libtorch's allocator may hold from the generation before. What it still needs then is no reason to fail.
+    let _ = ella_cuda::memory::empty_cache();
+    let mut ranks = Nccl::connect_telling(ring, &library, 0, patience, |abort| free_at_the_end(flags, abort))?;
+    ranks.set_timeout(patience);
+    // NCCL connects at the first sum: now, and not where a step needs the most memory.
+    let mut sum = Tensor::f_zeros([FIRST_SUM], (Kind::Int64, Device::Cuda(0))).map_err(CollectiveError::from)?;
+    ranks.sum_tensor(&mut sum)?;
+    Ok(Box::new(ranks))
 }
 
 /// The address of a peer, which may be given by host name.

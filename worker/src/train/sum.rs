@@ -204,7 +204,7 @@ fn to_device(words: &[i64; WORDS], device: Device) -> Result<Tensor, tch::TchErr
     let words = Tensor::f_from_slice(words)?;
     match device {
         Device::Cpu => Ok(words),
-        _ => words.f_pin_memory(device)?.f_to_device_(device, Kind::Int64, true, false),
+        _ => words.f_internal_pin_memory(device)?.f_to_device_(device, Kind::Int64, true, false),
     }
 }
 
