@@ -18,3 +18,8 @@ pub(crate) fn told(text: unsafe extern "C" fn() -> *const c_char) -> Error {
     let words = unsafe { CStr::from_ptr(text()) };
     Error(words.to_string_lossy().into_owned())
 }
+
+/// The loader's own words, which name the path: the error itself only says that the loader failed.
+pub(crate) fn reason(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), ToString::to_string)
+}

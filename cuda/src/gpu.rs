@@ -94,7 +94,7 @@ fn open() -> Result<&'static Table> {
     if LIBRARY.is_empty() {
         return Err(Error("this program was built without GPU support: there were no CUDA headers beside its libtorch".into()));
     }
-    let failed = |what: &str, error: &dyn std::fmt::Display| Error(format!("{what}: {error}"));
+    let failed = |what: &str, error: &dyn std::error::Error| Error(format!("{what}: {}", error::reason(error)));
     let memory = memfd_create("libella_gpu.so", MemfdFlags::CLOEXEC).map_err(|e| failed("memory for the GPU's part", &e))?;
     let mut file = std::fs::File::from(memory);
     file.write_all(LIBRARY).map_err(|e| failed("memory for the GPU's part", &e))?;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use libloading::os::unix::Library;
 
+use crate::error::reason;
 use crate::{Error, Result};
 
 const KERNELS: &str = include_str!("../cpp/kernels.h");
@@ -121,8 +122,8 @@ fn builtins(folder: &Path) -> Option<PathBuf> {
 
 fn load(path: &Path) -> Result<Library> {
     // SAFETY: NVRTC is made to be opened this way, and its initialisers ask nothing of the program.
-    unsafe { Library::open(Some(path), libc::RTLD_NOW | libc::RTLD_GLOBAL) }
-        .map_err(|error| Error(format!("the kernels' compiler: {error}")))
+    let library = unsafe { Library::open(Some(path), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    library.map_err(|error| Error(format!("the kernels' compiler: {}", reason(&error))))
 }
 
 #[cfg(test)]
