@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use libloading::os::unix::Library;
 use rustix::fs::{MemfdFlags, memfd_create};
+use tch::Device;
 use torch_sys::C_tensor;
 
 use crate::{Error, Result, error, nvrtc, ops};
@@ -81,6 +82,14 @@ pub fn is_loaded() -> bool {
 /// The table, or an error that says that it is not there.
 pub(crate) fn table() -> Result<&'static Table> {
     TABLE.get().copied().ok_or_else(|| Error("there is no GPU here, or libtorch's CUDA part is not loaded".into()))
+}
+
+/// A GPU's number, as CUDA has it.
+pub(crate) fn ordinal(device: Device) -> Result<c_int> {
+    match device {
+        Device::Cuda(ordinal) => c_int::try_from(ordinal).map_err(|_| Error(format!("there is no GPU {ordinal}"))),
+        other => Err(Error(format!("{other:?} is no GPU"))),
+    }
 }
 
 /// Calls one function of the table.

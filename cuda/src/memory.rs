@@ -1,10 +1,8 @@
 //! libtorch's allocator of GPU memory.
 
-use std::ffi::c_int;
-
 use tch::Device;
 
-use crate::{Error, Result, gpu};
+use crate::{Result, gpu};
 
 /// Bytes of a device that this process has by libtorch's allocator.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,7 +23,7 @@ pub struct Counters {
 /// `device` is no GPU, or the GPU's part is not loaded; the same for every function here.
 pub fn counters(device: Device) -> Result<Counters> {
     let mut bytes = [0_i64; 4];
-    let device = ordinal(device)?;
+    let device = gpu::ordinal(device)?;
     // SAFETY: the pointer is to four live integers, which the call fills.
     gpu::call(|gpu| unsafe { (gpu.memory)(device, bytes.as_mut_ptr()) })?;
     let [allocated, reserved, peak_allocated, peak_reserved] = bytes.map(i64::unsigned_abs);
@@ -37,7 +35,7 @@ pub fn counters(device: Device) -> Result<Counters> {
 /// # Errors
 /// See [`counters`].
 pub fn reset_peak(device: Device) -> Result<()> {
-    let device = ordinal(device)?;
+    let device = gpu::ordinal(device)?;
     // SAFETY: takes a number.
     gpu::call(|gpu| unsafe { (gpu.memory_reset_peak)(device) })
 }
@@ -57,14 +55,7 @@ pub fn empty_cache() -> Result<()> {
 /// # Errors
 /// See [`counters`].
 pub fn limit(device: Device, bytes: u64) -> Result<()> {
-    let device = ordinal(device)?;
+    let device = gpu::ordinal(device)?;
     // SAFETY: takes numbers.
     gpu::call(|gpu| unsafe { (gpu.memory_limit)(device, i64::try_from(bytes).unwrap_or(i64::MAX)) })
-}
-
-fn ordinal(device: Device) -> Result<c_int> {
-    match device {
-        Device::Cuda(ordinal) => c_int::try_from(ordinal).map_err(|_| Error(format!("there is no GPU {ordinal}"))),
-        other => Err(Error(format!("{other:?} has no memory of its own"))),
-    }
 }

@@ -41,7 +41,7 @@ impl Stream {
     /// # Errors
     /// `device` is no GPU; the GPU's part is not loaded; CUDA's own.
     pub fn new(device: Device, priority: Priority) -> Result<Self> {
-        let mut stream = Self { device: ordinal(device)?, id: 0 };
+        let mut stream = Self { device: gpu::ordinal(device)?, id: 0 };
         // SAFETY: the pointer is to a live integer, which the call fills.
         gpu::call(|gpu| unsafe { (gpu.stream_new)(stream.device, priority.level(), &raw mut stream.id) })?;
         Ok(stream)
@@ -52,7 +52,7 @@ impl Stream {
     /// # Errors
     /// As for [`Stream::new`].
     pub fn current(device: Device) -> Result<Self> {
-        let mut stream = Self { device: ordinal(device)?, id: 0 };
+        let mut stream = Self { device: gpu::ordinal(device)?, id: 0 };
         // SAFETY: the pointer is to a live integer, which the call fills.
         gpu::call(|gpu| unsafe { (gpu.stream_current)(stream.device, &raw mut stream.id) })?;
         Ok(stream)
@@ -133,13 +133,6 @@ impl Stream {
     }
 }
 
-fn ordinal(device: Device) -> Result<c_int> {
-    match device {
-        Device::Cuda(ordinal) => c_int::try_from(ordinal).map_err(|_| Error(format!("there is no GPU {ordinal}"))),
-        other => Err(Error(format!("{other:?} has no streams"))),
-    }
-}
-
 /// Gives this thread its stream back when it is dropped.
 #[derive(Debug)]
 #[must_use = "the stream is left as soon as this is dropped"]
@@ -204,7 +197,7 @@ mod tests {
     #[test]
     fn a_processor_has_no_streams() {
         let error = Stream::new(Device::Cpu, Priority::Low).unwrap_err().to_string();
-        assert_eq!(error, "Cpu has no streams");
+        assert_eq!(error, "Cpu is no GPU");
         if !gpu::is_loaded() {
             assert!(Stream::current(Device::Cuda(0)).unwrap_err().to_string().contains("no GPU here"));
         }
