@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
 # that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-stores chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack lint libtorch proto parity-full
+.PHONY: build demo test test-stores test-cluster chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint libtorch proto parity-full
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -28,6 +28,11 @@ test: build
 # Stores on real servers: moto (S3) and azurite (Azure Blob), which are installed into .stores/ once. Opt-in: it needs Node.js, and half a GB.
 test-stores: build
 	@scripts/test-stores.sh
+
+# A run in containers of one Docker network (coordinator, three workers, an S3 server), killed, paused and cut off: the bytes of the run without them.
+# Opt-in: it needs root, a Docker engine (Debian: docker.io), and debootstrap or a BASE image.
+test-cluster: build
+	@scripts/test-cluster.sh
 
 # Jobs under kills and failing stores at full size: 200 tars, 4 workers, 40 kills, in a folder and on both servers. ELLA_CHAOS_SEED draws others.
 chaos: build
@@ -73,6 +78,11 @@ bench-gpu-pack: build
 	$(CARGO) build --release --locked -p ella-worker --example bench_gpu
 	rm -rf target/bench-gpu-pack
 	bench/pack.sh target/bench-gpu-pack
+
+# ella-coordinator, ella-worker and ella-worker-cuda, with the Docker of this machine. TAG, BASE, RUST, PREBUILT=1: see the script.
+# IMAGES="coordinator worker" builds some of them.
+images:
+	@scripts/images.sh $(IMAGES)
 
 # ella beside diffusers and transformers at full size (SD 1.5's U-Net, Flan-T5-XL's encoder): errors, seconds, peak memory. Opt-in: it
 # installs both, unless PARITY_PYTHON names a Python that has them, and needs 14 GiB of memory.

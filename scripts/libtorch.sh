@@ -17,9 +17,14 @@ if [ -n "${LIBTORCH:-}" ]; then
 fi
 
 lists=(scripts/libtorch-requirements.txt)
-if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    lists+=(scripts/libtorch-cuda-requirements.txt)
-fi
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+# An image for machines with a GPU is built on one that has none.
+case "${ELLA_LIBTORCH:-auto}" in
+    cpu) ;;
+    cuda) lists+=(scripts/libtorch-cuda-requirements.txt) ;;
+    auto) ! has_gpu || lists+=(scripts/libtorch-cuda-requirements.txt) ;;
+    *) die "ELLA_LIBTORCH=$ELLA_LIBTORCH: cpu, cuda or auto" ;;
+esac
 stamp=.libtorch/installed
 want=$(cat "${lists[@]}" | cksum)
 if [ "$(cat $stamp 2>/dev/null)" = "$want" ]; then exit 0; fi

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
+use ella_coordinator::core::Outcome;
 use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
 use ella_proto::access::{Token, TokenError};
 use ella_proto::config::{Config, ConfigError, RunConfig};
@@ -99,18 +100,30 @@ async fn run(args: &Args) -> anyhow::Result<u8> {
     let (listen, http, drain_timeout) = (args.listen, args.http, Duration::from_secs(args.drain_timeout));
     let token = args.token_file.as_deref().map(Token::load).transpose()?;
     let options = Options { listen, http, drain_timeout, token, ..Options::default() };
-    let coordinator = match Config::load(&args.config, &args.set)? {
-        Config::Job(config) => Coordinator::open_job(&config, &options).await?,
-        Config::Run(config) => match open_run(&config, &options).await? {
+    // Before anything else: a container's first process is not ended by a signal that it does not catch.
+    let mut stops = stops()?;
+    let config = Config::load(&args.config, &args.set)?;
+    let coordinator = tokio::select! {
+        opened = open(&config, &options) => match opened? {
             Some(coordinator) => coordinator,
             None => return Ok(0),
         },
+        Some(reason) = stops.recv() => {
+            tracing::info!("{reason} while it started");
+            return Ok(Outcome::Preempted { reason }.exit_code());
+        }
     };
-    // Before anyone knows where to find this process, it must be ready to be told to stop.
-    let stops = stops()?;
     announce(&Serving { addresses: coordinator.addresses(), fell_back: coordinator.fell_back() }, args.address_file.as_deref())?;
     let outcome = coordinator.run(stops).await?;
     Ok(outcome.exit_code())
+}
+
+/// What the config says is to be coordinated, unless it is a run that is done already.
+async fn open(config: &Config, options: &Options) -> anyhow::Result<Option<Coordinator>> {
+    match config {
+        Config::Job(config) => Ok(Some(Coordinator::open_job(config, options).await?)),
+        Config::Run(config) => open_run(config, options).await,
+    }
 }
 
 /// The run, unless it is done already.

@@ -101,6 +101,21 @@ async fn sigterm_while_it_waits_is_preemption() {
 }
 
 #[tokio::test]
+async fn sigterm_while_the_store_does_not_answer_is_preemption() {
+    let folder = tempfile::tempdir().unwrap();
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    let mut command = command(folder.path(), &["--set", "run.output=s3://bucket/run"]);
+    command.envs([("AWS_ENDPOINT", endpoint.as_str()), ("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "us-east-1")]);
+    command.envs([("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret")]);
+    let process = Process { child: command.spawn().unwrap(), grpc: String::new() };
+    // It has begun to open its run, and will wait for long.
+    let _connection = soon("a request to the store", silent.accept()).await.unwrap();
+    process.signal(libc::SIGTERM);
+    assert_eq!(process.code().await, 3);
+}
+
+#[tokio::test]
 async fn sigterm_twice_leaves_without_waiting_for_the_workers() {
     let folder = tempfile::tempdir().unwrap();
     let process = Process::start(folder.path(), &["--set", "workers.count=1"]).await;
