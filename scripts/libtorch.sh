@@ -27,6 +27,8 @@ case "${ELLA_LIBTORCH:-auto}" in
 esac
 stamp=.libtorch/installed
 want=$(cat "${lists[@]}" | cksum)
+# An earlier version of this script left NVIDIA's folder incomplete where there was a GPU.
+[ ${#lists[@]} = 1 ] || want+=" CUDA"
 if [ "$(cat $stamp 2>/dev/null)" = "$want" ]; then exit 0; fi
 
 need python3 "install Python 3 (Debian: apt-get install python3 python3-pip)"
@@ -42,14 +44,16 @@ for glibc in $(seq 17 28); do platforms+=(--platform "manylinux_2_${glibc}_$arch
 platforms+=(--platform "manylinux2014_$arch")
 log=$(mktemp)
 rm -rf .libtorch.new
-for list in "${lists[@]}"; do
-    say "fetching libtorch ($list), once"
-    # One wheel for every Python: its libraries are the same, and no Python ever imports it.
-    python3 -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --no-compile --only-binary=:all: \
-        --implementation cp --python-version 3.11 --abi cp311 --abi none "${platforms[@]}" \
-        --target .libtorch.new --requirement "$list" >"$log" 2>&1 \
-        || { tail -n 5 "$log" >&2; rm -rf .libtorch.new; die "pip could not install libtorch: see above (a network, and PyPI or a mirror of it, is needed once)"; }
-done
+say "fetching libtorch (${lists[*]}), once"
+# All at once: into a folder that is there, pip adds nothing to NVIDIA's. One wheel for every Python: its libraries are the same, and no Python ever
+# imports it.
+python3 -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --no-compile --only-binary=:all: \
+    --implementation cp --python-version 3.11 --abi cp311 --abi none "${platforms[@]}" \
+    --target .libtorch.new "${lists[@]/#/--requirement=}" >"$log" 2>&1 \
+    || { tail -n 5 "$log" >&2; rm -rf .libtorch.new; die "pip could not install libtorch: see above (a network, and PyPI or a mirror of it, is needed once)"; }
+if [ ${#lists[@]} -gt 1 ]; then
+    [ -d .libtorch.new/nvidia/cudnn ] || die "pip left libtorch's CUDA libraries out of .libtorch.new/nvidia: see $log"
+fi
 rm -f "$log"
 printf '%s\n' "$want" >.libtorch.new/installed
 rm -rf .libtorch
