@@ -50,7 +50,7 @@ take() {
         done
     )
 }
-take "torch/lib/lib"{c10,gomp,torch_cpu}".so*" "nvidia/cu13/lib/lib"{cudart,cupti}".so.*" {torch,nvidia_cuda_runtime,nvidia_cuda_cupti}"-*.dist-info/METADATA"
+take torch/version.py "torch/lib/lib"{c10,gomp,torch_cpu}".so*" "nvidia/cu13/lib/lib"{cudart,cupti}".so.*" {torch,nvidia_cuda_runtime,nvidia_cuda_cupti}"-*.dist-info/METADATA"
 if [ "$kind" = worker-cuda ]; then
     [ -e "$wheels/nvidia/cudnn" ] || die "libtorch's CUDA libraries are not there: ELLA_LIBTORCH=cuda make libtorch"
     take "torch/lib/lib"{c10_cuda,torch_cuda,torch_cuda_linalg,torch_nvshmem}".so" "nvidia/**/lib/*.so*" "nvidia*.dist-info/METADATA"
