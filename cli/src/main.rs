@@ -13,6 +13,7 @@ mod init_base;
 mod inspect;
 mod jobs;
 mod lora;
+mod metrics;
 mod plan;
 mod prepare;
 mod report;
@@ -83,6 +84,8 @@ enum Command {
     Inspect(inspect::Inspect),
     /// Write random models to try things on
     InitBase(init_base::InitBase),
+    /// Write what a run measured as a table (Parquet, CSV, JSON lines), or for TensorBoard
+    Metrics(metrics::Metrics),
     /// Show a run on one self-contained HTML page
     Report(report::Report),
 }
@@ -115,6 +118,7 @@ fn main() -> ExitCode {
         Command::Forward(command) => command.run(out),
         Command::Inspect(command) => command.run(out),
         Command::InitBase(command) => command.run(out),
+        Command::Metrics(command) => command.run(out),
         Command::Report(command) => command.run(out),
     };
     ella_worker::leave(result.unwrap_or_else(|fail| out.fail(&fail)))

@@ -164,6 +164,10 @@ pub(crate) struct Metric {
     #[serde(default)]
     pub(crate) held_out_loss: Option<f64>,
     #[serde(default)]
+    pub(crate) grad_norm: Option<f64>,
+    #[serde(default)]
+    pub(crate) lr: Option<f64>,
+    #[serde(default)]
     pub(crate) step_seconds: f64,
     #[serde(default)]
     pub(crate) parts: Option<Parts>,

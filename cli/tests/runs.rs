@@ -6,9 +6,11 @@ mod common;
 
 use std::path::Path;
 
-use common::{Ran, ella, world};
+use common::collector::Collector;
+use common::{Ran, ella, ella_with, world};
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
 use ella_model::weights::Weights;
+use opentelemetry_proto::tonic::trace::v1::Span;
 use serde_json::json;
 
 const CONFIG: &str = r#"
@@ -41,21 +43,24 @@ device = "cpu"
 "#;
 
 /// The binaries that `ella train` starts are built with the workspace; a test of this crate alone may lack them.
-fn trained(here: &Path) -> Option<Ran> {
+fn trained(here: &Path, collector: &Collector) -> Option<Ran> {
     let folder = Path::new(env!("CARGO_BIN_EXE_ella")).parent().unwrap();
     if !folder.join("ella-worker").is_file() || !folder.join("ella-coordinator").is_file() {
         println!("skipped: ella-coordinator and ella-worker are not built");
         return None;
     }
     std::fs::write(here.join("run.toml"), CONFIG).unwrap();
-    Some(ella(here, &["train", "run.toml", "--json"]))
+    let traced = [("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url.as_str()), ("OTEL_TRACES_SAMPLER_ARG", "0.5")];
+    Some(ella_with(here, &traced, &["train", "run.toml", "--json"]))
 }
 
 #[test]
 fn a_run_is_trained_told_audited_exported_and_reported() {
     let dir = world();
     let here = dir.path();
-    let Some(done) = trained(here) else { return };
+    let collector = Collector::start();
+    let Some(done) = trained(here, &collector) else { return };
+    traces(&collector.spans());
     let done = done.ok().json();
     assert_eq!((&done["outcome"], &done["step"], &done["commits"]), (&json!("done"), &json!(7), &json!(2)));
     assert!(done["loss"].as_f64().unwrap() > 0.0);
@@ -83,7 +88,50 @@ fn a_run_is_trained_told_audited_exported_and_reported() {
     assert_eq!(audit["epochs"], epochs);
     export(here);
     report(here, &audit);
+    metrics(here);
     damage(here);
+}
+
+/// Each commit is one trace of coordinator and both ranks, though no message carries its id; every second step is one of both ranks.
+fn traces(spans: &[(String, Span)]) {
+    let named = |name: &str| spans.iter().filter(|(_, span)| span.name == name).collect::<Vec<_>>();
+    let commits = named("commit");
+    assert_eq!(commits.len(), 4, "after steps 2, 4, 6 and 7");
+    for (service, commit) in commits {
+        assert!(service.contains("ella-coordinator"), "{service}");
+        for part in ["save", "snapshot"] {
+            let of_it = |span: &Span| span.trace_id == commit.trace_id && span.parent_span_id == commit.span_id;
+            let parts: Vec<_> = named(part).into_iter().filter(|(_, span)| of_it(span)).collect();
+            assert!(parts.len() == 2 && parts.iter().all(|(service, _)| service.contains("ella-worker")), "{part}: {parts:?}");
+        }
+    }
+    let (steps, ranks) = (named("step"), named("rank"));
+    assert_eq!((steps.len(), ranks.len()), (3, 6), "steps 2, 4 and 6");
+    for (_, rank) in ranks {
+        assert!(steps.iter().any(|(_, step)| step.span_id == rank.parent_span_id && step.trace_id == rank.trace_id), "{rank:?}");
+        let forward = named("forward").into_iter().filter(|(_, span)| span.parent_span_id == rank.span_id).count();
+        assert_eq!(forward, 1);
+    }
+    assert_eq!(named("generation").len(), 1);
+}
+
+fn metrics(here: &Path) {
+    let kept = std::fs::read(here.join("run/metrics.parquet")).unwrap();
+    assert!(kept.starts_with(b"PAR1") && kept.ends_with(b"PAR1"), "written at the run's end");
+    let made = ella(here, &["metrics", "run", "--json"]).ok().json();
+    assert_eq!((&made["steps"], std::fs::read(here.join("run/metrics.parquet")).unwrap() == kept), (&json!(7), true));
+    ella(here, &["metrics", "run", "--out", "m.csv"]).ok();
+    let csv = std::fs::read_to_string(here.join("m.csv")).unwrap();
+    let lines: Vec<&str> = csv.lines().collect();
+    assert!(
+        lines.len() == 8 && lines[0].starts_with("step,time,term,samples,loss,held_out_loss,grad_norm,lr,") && lines[7].starts_with("7,"),
+        "{csv}"
+    );
+    let made = ella(here, &["metrics", "run", "--tensorboard", "tb", "--json"]).ok().json();
+    assert!(here.join(made["file"].as_str().unwrap()).is_file() && made["pictures"] == 0, "{made}");
+    ella(here, &["metrics", "run", "--out", "m.xlsx", "--json"]).fails(2, &["m.xlsx", ".parquet"]);
+    ella(here, &["metrics", "run", "--out", "no/m.csv"]).fails(1, &["no/m.csv"]);
+    ella(here, &["metrics", "data"]).fails(1, &["data/run.toml"]);
 }
 
 fn export(here: &Path) {

@@ -24,6 +24,16 @@ const LEASE: Duration = Duration::from_secs(10);
 /// Every rank tells of a step so often.
 const STEP: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(300);
+/// What every worker says of its process.
+const VITALS: v1::Vitals = v1::Vitals {
+    memory_bytes: 40 << 30,
+    cpu_seconds: 1e5,
+    feed_bytes: 64 << 20,
+    gpu_memory_used_bytes: 70 << 30,
+    gpu_memory_total_bytes: 80 << 30,
+    gpu_memory_allocated_bytes: 60 << 30,
+    gpu_busy: Some(0.9),
+};
 /// Connections that are opened at once.
 const OPENING: usize = 64;
 
@@ -274,7 +284,7 @@ impl Worker {
                         _ => continue,
                     }
                 }
-                _ = beats.tick() => Say::Heartbeat(v1::Heartbeat { step, ..v1::Heartbeat::default() }),
+                _ = beats.tick() => Say::Heartbeat(v1::Heartbeat { step, vitals: Some(VITALS), ..v1::Heartbeat::default() }),
                 changed = self.steps.changed() => {
                     changed?;
                     if !training {

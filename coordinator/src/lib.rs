@@ -7,12 +7,16 @@
 //! - [`shell`]: what connects them to gRPC, HTTP and a run's folder in an object store, which is its only memory.
 //! - [`client`]: asking a coordinator for its status, and to stop.
 //! - [`status`]: the status of either as JSON.
+//! - [`metrics`]: the same as Prometheus reads it; [`logs`] and [`trace`]: lines on stderr and spans over OTLP, for workers too.
 
 pub mod client;
 pub mod core;
 pub mod job;
+pub mod logs;
 pub mod machine;
+pub mod metrics;
 #[cfg(test)]
 mod random;
 pub mod shell;
 pub mod status;
+pub mod trace;

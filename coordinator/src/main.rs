@@ -4,6 +4,7 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use ella_coordinator::core::Outcome;
 use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
+use ella_coordinator::{logs, trace};
 use ella_proto::access::{Token, TokenError};
 use ella_proto::config::{Config, ConfigError, RunConfig};
 use ella_store::Store;
@@ -15,7 +16,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tracing_subscriber::EnvFilter;
+
+/// How long the last spans of traces may take.
+const FLUSH: Duration = Duration::from_secs(3);
 
 /// Coordinates one training run, or one job of leased units. Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 preempted and resumable, 4 do not retry.
 #[derive(Debug, Parser)]
@@ -42,7 +45,7 @@ struct Args {
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     drain_timeout: u64,
     /// How the log on stderr looks.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "ELLA_LOG_FORMAT")]
     log_format: LogFormat,
 }
 
@@ -54,13 +57,20 @@ enum LogFormat {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    log_to_stderr(args.log_format);
+    logs::start(args.log_format.into());
     let run = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("the async runtime could not start")
-        .and_then(|runtime| runtime.block_on(run(&args)));
+        .and_then(|runtime| {
+            runtime.block_on(async {
+                trace::start("ella-coordinator")?;
+                let code = run(&args).await;
+                trace::finish(FLUSH).await;
+                code
+            })
+        });
     match run {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -70,12 +80,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn log_to_stderr(format: LogFormat) {
-    let filter = EnvFilter::try_from_env("ELLA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
-    match format {
-        LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
-        LogFormat::Json => builder.json().init(),
+impl From<LogFormat> for logs::Look {
+    fn from(format: LogFormat) -> Self {
+        match format {
+            LogFormat::Text => Self::Text,
+            LogFormat::Json => Self::Json,
+        }
     }
 }
 
@@ -91,7 +101,7 @@ fn said(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<RunError>() {
         Some(error) => error.exit_code(),
-        None if error.is::<ConfigError>() || error.is::<TokenError>() => 2,
+        None if error.is::<ConfigError>() || error.is::<TokenError>() || error.is::<trace::TraceError>() => 2,
         None => 1,
     }
 }

@@ -34,6 +34,18 @@ pub struct StatusReport {
     pub last_commit_step: u64,
     /// Commits written by this coordinator.
     pub commits: u64,
+    /// Seconds since the newest commit of this coordinator, or since it began.
+    #[serde(default)]
+    pub commit_age_seconds: f64,
+    /// Of the newest step, beside its loss; null before the first.
+    #[serde(default)]
+    pub newest: Option<NewestReport>,
+    /// What only rises, since this coordinator began.
+    #[serde(default)]
+    pub totals: TotalsReport,
+    /// How many workers the run begins with.
+    #[serde(default)]
+    pub workers_wanted: u32,
     /// Who takes part.
     pub workers: Vec<WorkerReport>,
     /// What was refused, retried or skipped, by name (KNOWN).
@@ -43,6 +55,51 @@ pub struct StatusReport {
     /// Set if this is a job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job: Option<JobReport>,
+}
+
+/// The newest step, beside its loss (see `Newest` in the wire contract). What is not finite is null.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NewestReport {
+    /// The gradient's norm, before clipping.
+    pub grad_norm: Option<f64>,
+    /// The learning rate.
+    pub learning_rate: f64,
+    /// What it took, by rank 0's clock.
+    pub step_seconds: f64,
+    /// Mean loss on the held-out noise, where that was measured last.
+    pub held_out_loss: Option<f64>,
+    /// Since it was told.
+    pub age_seconds: f64,
+}
+
+/// Numbers that only rise (see `Totals` in the wire contract).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)] // the names of `Totals`
+pub struct TotalsReport {
+    pub steps: u64,
+    pub step_seconds: f64,
+    pub parts: PartsReport,
+    pub step_buckets: Vec<u64>,
+    pub samples: u64,
+    pub commit_bytes: u64,
+    pub commit_seconds: f64,
+    pub workers_joined: u64,
+    pub generations: u64,
+    pub steps_missed: u64,
+}
+
+/// How a worker's process is (see `Vitals` in the wire contract).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)] // the names of `Vitals`
+pub struct VitalsReport {
+    pub memory_bytes: u64,
+    pub cpu_seconds: f64,
+    pub feed_bytes: u64,
+    pub gpu_memory_used_bytes: u64,
+    pub gpu_memory_total_bytes: u64,
+    pub gpu_memory_allocated_bytes: u64,
+    pub gpu_busy: Option<f64>,
 }
 
 /// A job (see `JobStatus` in the wire contract).
@@ -95,6 +152,9 @@ pub struct JobWorkerReport {
     pub units_done: u64,
     /// Milliseconds since it was last heard of.
     pub silent_ms: u64,
+    /// How its process is, once it has told.
+    #[serde(default)]
+    pub vitals: Option<VitalsReport>,
 }
 
 /// A unit in a worker's hands.
@@ -144,6 +204,9 @@ pub struct WorkerReport {
     pub silent_ms: u64,
     /// Seconds of its newest step, by what they were spent on.
     pub parts: Option<PartsReport>,
+    /// How its process is, once it has told.
+    #[serde(default)]
+    pub vitals: Option<VitalsReport>,
 }
 
 /// Seconds of one step, by what they were spent on.
@@ -167,11 +230,63 @@ impl From<v1::StepParts> for PartsReport {
     }
 }
 
+impl From<v1::Newest> for NewestReport {
+    fn from(newest: v1::Newest) -> Self {
+        let v1::Newest { grad_norm, learning_rate, step_seconds, held_out_loss, age_ms } = newest;
+        let finite = |value: f64| Some(value).filter(|value| value.is_finite());
+        let age_seconds = age_ms as f64 / 1000.0;
+        Self { grad_norm: finite(grad_norm), learning_rate, step_seconds, held_out_loss: held_out_loss.and_then(finite), age_seconds }
+    }
+}
+
+impl From<v1::Totals> for TotalsReport {
+    fn from(totals: v1::Totals) -> Self {
+        Self {
+            steps: totals.steps,
+            step_seconds: totals.step_seconds,
+            parts: totals.parts.unwrap_or_default().into(),
+            step_buckets: totals.step_buckets,
+            samples: totals.samples,
+            commit_bytes: totals.commit_bytes,
+            commit_seconds: totals.commit_seconds,
+            workers_joined: totals.workers_joined,
+            generations: totals.generations,
+            steps_missed: totals.steps_missed,
+        }
+    }
+}
+
+impl From<v1::Vitals> for VitalsReport {
+    fn from(vitals: v1::Vitals) -> Self {
+        Self {
+            memory_bytes: vitals.memory_bytes,
+            cpu_seconds: vitals.cpu_seconds,
+            feed_bytes: vitals.feed_bytes,
+            gpu_memory_used_bytes: vitals.gpu_memory_used_bytes,
+            gpu_memory_total_bytes: vitals.gpu_memory_total_bytes,
+            gpu_memory_allocated_bytes: vitals.gpu_memory_allocated_bytes,
+            gpu_busy: vitals.gpu_busy,
+        }
+    }
+}
+
 impl From<v1::WorkerStatus> for WorkerReport {
     fn from(worker: v1::WorkerStatus) -> Self {
-        let v1::WorkerStatus { worker_id, rank, host, pid, device, step, parts, silent_ms, state, leaving } = worker;
+        let v1::WorkerStatus { worker_id, rank, host, pid, device, step, parts, silent_ms, state, leaving, vitals } = worker;
         let rank = (state == "rank").then_some(rank);
-        Self { worker_id, state, rank, leaving, host, pid, device, step, silent_ms, parts: parts.map(Into::into) }
+        Self {
+            worker_id,
+            state,
+            rank,
+            leaving,
+            host,
+            pid,
+            device,
+            step,
+            silent_ms,
+            parts: parts.map(Into::into),
+            vitals: vitals.map(Into::into),
+        }
     }
 }
 
@@ -191,6 +306,10 @@ impl From<v1::RunStatus> for StatusReport {
             epoch: status.epoch,
             last_commit_step: status.last_commit_step,
             commits: status.commits,
+            commit_age_seconds: status.commit_age_ms as f64 / 1000.0,
+            newest: status.newest.map(Into::into),
+            totals: status.totals.map(Into::into).unwrap_or_default(),
+            workers_wanted: status.workers_wanted,
             workers: status.workers.into_iter().map(Into::into).collect(),
             counts: status.counts.into_iter().collect(),
             permanent_failure: status.permanent_failure,
@@ -221,8 +340,9 @@ impl From<v1::JobStatus> for JobReport {
 
 impl From<v1::JobWorker> for JobWorkerReport {
     fn from(worker: v1::JobWorker) -> Self {
-        let v1::JobWorker { worker_id, host, pid, device, slots, held, units_done, silent_ms } = worker;
-        Self { worker_id, host, pid, device, slots, held: held.into_iter().map(Into::into).collect(), units_done, silent_ms }
+        let v1::JobWorker { worker_id, host, pid, device, slots, held, units_done, silent_ms, vitals } = worker;
+        let vitals = vitals.map(Into::into);
+        Self { worker_id, host, pid, device, slots, held: held.into_iter().map(Into::into).collect(), units_done, silent_ms, vitals }
     }
 }
 

@@ -236,7 +236,7 @@ pub struct Ready {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Start {}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Heartbeat {
     #[prost(uint64, tag = "1")]
     pub step: u64,
@@ -245,6 +245,36 @@ pub struct Heartbeat {
     pub encoding: ::core::option::Option<u64>,
     #[prost(enumeration = "Activity", tag = "3")]
     pub activity: i32,
+    #[prost(message, optional, tag = "4")]
+    pub vitals: ::core::option::Option<Vitals>,
+    /// What its stores tried again (store_retried_OPERATION_REASON), gave up (store_failed_OPERATION_REASON) and moved (store_read_bytes,
+    /// store_written_bytes), and what else is counted in its process, since its last message, by name (KNOWN).
+    #[prost(map = "string, uint64", tag = "5")]
+    pub counts: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+}
+/// How a worker's process is.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct Vitals {
+    /// In memory.
+    #[prost(uint64, tag = "1")]
+    pub memory_bytes: u64,
+    /// Of processors, since it began.
+    #[prost(double, tag = "2")]
+    pub cpu_seconds: f64,
+    /// Samples that are made and wait for their step.
+    #[prost(uint64, tag = "3")]
+    pub feed_bytes: u64,
+    /// Of the GPU that it computes on; 0 where there is none, or its driver does not tell. By all processes.
+    #[prost(uint64, tag = "4")]
+    pub gpu_memory_used_bytes: u64,
+    #[prost(uint64, tag = "5")]
+    pub gpu_memory_total_bytes: u64,
+    /// In this process's tensors.
+    #[prost(uint64, tag = "6")]
+    pub gpu_memory_allocated_bytes: u64,
+    /// Of the time, 0 to 1, in which anything ran on the GPU.
+    #[prost(double, optional, tag = "7")]
+    pub gpu_busy: ::core::option::Option<f64>,
 }
 /// One applied step, from rank 0; other ranks send theirs with `parts` only, for timing.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -276,6 +306,9 @@ pub struct Progress {
     /// What reading the data set through a cache on the worker's machine came to since its last message, by name (KNOWN).
     #[prost(map = "string, uint64", tag = "11")]
     pub read: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// It was applied while no coordinator listened, or none that lived to write it down: only to be kept, by whoever coordinates now.
+    #[prost(bool, tag = "12")]
+    pub missed: bool,
 }
 /// Seconds of one step, by what they were spent on.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
@@ -480,6 +513,61 @@ pub struct RunStatus {
     /// Set if this is a job. Its workers are here, not in `workers`; `run_url` is its data set.
     #[prost(message, optional, tag = "17")]
     pub job: ::core::option::Option<JobStatus>,
+    /// How many workers the run begins with.
+    #[prost(uint32, tag = "19")]
+    pub workers_wanted: u32,
+    /// Absent before the first step that this coordinator heard of.
+    #[prost(message, optional, tag = "20")]
+    pub newest: ::core::option::Option<Newest>,
+    #[prost(message, optional, tag = "21")]
+    pub totals: ::core::option::Option<Totals>,
+    /// Since the newest commit of this coordinator, or since it began.
+    #[prost(uint64, tag = "22")]
+    pub commit_age_ms: u64,
+}
+/// Of the newest step, beside its loss.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct Newest {
+    #[prost(double, tag = "1")]
+    pub grad_norm: f64,
+    #[prost(double, tag = "2")]
+    pub learning_rate: f64,
+    #[prost(double, tag = "3")]
+    pub step_seconds: f64,
+    /// Of the newest step at which it was measured.
+    #[prost(double, optional, tag = "4")]
+    pub held_out_loss: ::core::option::Option<f64>,
+    /// Since it was told.
+    #[prost(uint64, tag = "5")]
+    pub age_ms: u64,
+}
+/// What has come about since this coordinator began: numbers that only rise.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Totals {
+    /// Steps that rank 0 told of, and what they took by its clock.
+    #[prost(uint64, tag = "1")]
+    pub steps: u64,
+    #[prost(double, tag = "2")]
+    pub step_seconds: f64,
+    #[prost(message, optional, tag = "3")]
+    pub parts: ::core::option::Option<StepParts>,
+    /// How many of them took at most 2^(i-7) seconds, and longer than those of the element before; the last: longer than all that.
+    #[prost(uint64, repeated, tag = "4")]
+    pub step_buckets: ::prost::alloc::vec::Vec<u64>,
+    #[prost(uint64, tag = "5")]
+    pub samples: u64,
+    #[prost(uint64, tag = "6")]
+    pub commit_bytes: u64,
+    /// From the first rank's report to the record.
+    #[prost(double, tag = "7")]
+    pub commit_seconds: f64,
+    #[prost(uint64, tag = "8")]
+    pub workers_joined: u64,
+    #[prost(uint64, tag = "9")]
+    pub generations: u64,
+    /// Steps that nobody had written down, told later.
+    #[prost(uint64, tag = "10")]
+    pub steps_missed: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct JobStatus {
@@ -537,6 +625,8 @@ pub struct JobWorker {
     pub units_done: u64,
     #[prost(uint64, tag = "8")]
     pub silent_ms: u64,
+    #[prost(message, optional, tag = "9")]
+    pub vitals: ::core::option::Option<Vitals>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HeldUnit {
@@ -583,6 +673,8 @@ pub struct WorkerStatus {
     /// It was asked to leave, and stays until others can go on without it.
     #[prost(bool, tag = "10")]
     pub leaving: bool,
+    #[prost(message, optional, tag = "11")]
+    pub vitals: ::core::option::Option<Vitals>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StopRequest {

@@ -8,7 +8,8 @@
 //!   with its digest.
 //! - **TERM** one log per run, numbers contiguous from 0, each created only if absent; whoever finds its next number taken stops.
 //! - **LIVE** every call has a deadline per attempt and overall, and a typed error.
-//! - **KNOWN** retries are counted by operation and reason ([`Store::retries`], [`Store::retry_report`]).
+//! - **KNOWN** retries are counted by operation and reason ([`Store::retries`], [`Store::retry_report`]), and over the process, with failures
+//!   and bytes ([`totals`]).
 
 mod cache;
 mod chance;
@@ -30,6 +31,7 @@ mod read;
 mod record;
 mod state;
 mod store;
+mod tally;
 mod write;
 
 pub use cache::{CacheCounts, DiskCache};
@@ -43,4 +45,5 @@ pub use probe::probe;
 pub use record::{Body, Commit, LedgerEpoch, Outcome, Part, Record, Term};
 pub use state::{Ended, RunState};
 pub use store::{Meta, RetryCount, Store};
+pub use tally::{StoreTotals, totals};
 pub use write::Created;

@@ -8,6 +8,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::error::{Place, StoreError};
 use crate::store::Store;
+use crate::tally;
 
 /// How long a call may take. A call that moves bytes gets more time in proportion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,14 +99,18 @@ impl Retries {
 
     /// Pauses before the next attempt, or gives the error back if there is to be none.
     pub(crate) async fn pause(&mut self, store: &Store, place: Place<'_>, error: StoreError) -> Result<(), StoreError> {
+        let ends = |error: StoreError| {
+            tally::failed(place.operation, &error);
+            Err(error)
+        };
         if !error.is_retryable() {
-            return Err(error);
+            return ends(error);
         }
         let deadline = if error.is_unreachable() && !store.is_met() { self.contact.min(self.deadline) } else { self.deadline };
         let left = deadline.saturating_duration_since(Instant::now());
         // Jitter on top of what the store asks for: else all that it sent away come back at once.
         let asked = error.retry_after().unwrap_or_default();
-        let Some(pause) = self.pauses.next().map(|pause| asked + pause).filter(|pause| *pause < left) else { return Err(error) };
+        let Some(pause) = self.pauses.next().map(|pause| asked + pause).filter(|pause| *pause < left) else { return ends(error) };
         tracing::warn!(%error, ?pause, "store call is retried");
         store.count_retry(place.operation, error.kind());
         sleep(pause).await;

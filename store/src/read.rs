@@ -14,6 +14,7 @@ use crate::digest::Digest;
 use crate::error::{Operation, Place, StoreError};
 use crate::limits::Retries;
 use crate::store::{Store, stamp};
+use crate::tally;
 
 /// Local files are streamed in chunks of this many bytes.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -145,6 +146,7 @@ impl Reader {
                 Ok(Some(chunk)) if chunk.is_empty() => continue,
                 Ok(Some(chunk)) => {
                     self.next += chunk.len() as u64;
+                    tally::read(chunk.len() as u64);
                     self.retries = None;
                     return Ok(Some(chunk));
                 }

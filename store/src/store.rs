@@ -147,6 +147,7 @@ impl Store {
     }
 
     pub(crate) fn count_retry(&self, operation: Operation, reason: &'static str) {
+        crate::tally::retried(operation, reason);
         *self.shared.retries.lock().unwrap_or_else(PoisonError::into_inner).entry((operation, reason)).or_default() += 1;
     }
 

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use crate::error::{Operation, Place, StoreError};
 use crate::limits::retrying;
 use crate::store::Store;
+use crate::tally;
 
 /// Objects above this many bytes are written in parts of it.
 const PART_BYTES: usize = 16 << 20;
@@ -71,6 +72,7 @@ impl Store {
         retrying(self, place, bytes.content_length() as u64, |_| async {
             let _writing = self.writing(key, place).await?;
             self.object().put(&path, bytes.clone()).await.map_err(|error| place.error(error))?;
+            tally::written(bytes.content_length() as u64);
             Ok(())
         })
         .await
@@ -106,7 +108,10 @@ impl Store {
             self.object().put_opts(path, PutPayload::from_bytes(bytes.clone()), PutMode::Create.into()).await
         };
         match put {
-            Ok(_) => Ok(Created::Yes),
+            Ok(_) => {
+                tally::written(bytes.len() as u64);
+                Ok(Created::Yes)
+            }
             Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
                 self.whose(path, bytes, unsure, place).await
             }
@@ -155,13 +160,14 @@ impl Store {
         }
         let (path, place) = self.at(Operation::Upload, key)?;
         if let Some(parts) = self.parts() {
-            return self.upload_parts(parts, &path, pieces, place).await;
+            return self.upload_parts(parts, &path, pieces, place).await.inspect(|()| tally::written(bytes as u64));
         }
         retrying(self, place, bytes as u64, |_| async {
             let _writing = self.writing(key, place).await?;
             self.try_upload(&path, pieces).await.map_err(|error| place.error(error))
         })
         .await
+        .inspect(|()| tally::written(bytes as u64))
     }
 
     /// Uploads at once, to a backend whose parts can't be sent again one by one.

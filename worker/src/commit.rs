@@ -3,6 +3,7 @@
 
 use crate::control::{Era, Flags, Outbox};
 use crate::train::state::{Snapshot, part_names};
+use ella_coordinator::trace::{self, About, Trace};
 use ella_dataset::order::Position;
 use ella_proto::v1::{LedgerEpoch, PartSaved, StateDigest, from_worker};
 use ella_store::{Store, StoreError, commit_folder};
@@ -10,7 +11,7 @@ use futures::future::join_all;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 /// A commit could not be saved. Training must not go on as if it had.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,17 @@ pub struct Seat {
     pub world: u32,
     /// The term under which the commit is made, and the generation.
     pub era: Era,
+}
+
+impl Seat {
+    /// Tells of this rank's part of a commit, as a trace: it has just been done, and took so long.
+    pub(crate) fn tell(&self, run: &str, step: u64, part: &'static str, took: Duration, error: Option<String>) {
+        if trace::is_on(None) {
+            let trace = Trace::of(About::Commit, run, &[self.era.term, self.era.generation, step]);
+            let span = trace.within(part, self.rank.into()).took(SystemTime::now() - took, took);
+            trace::tell(span.with("ella.rank", i64::from(self.rank)).failed(error));
+        }
+    }
 }
 
 /// Commits that may be under way while training goes on: one being saved, and one waiting. Each has a copy of the state in memory, from which
@@ -86,7 +98,11 @@ impl Committer {
                 let step = job.snapshot.step;
                 // Of a generation that is over nobody would record it.
                 if outbox.flags().era() == job.seat.era {
-                    save(&job, &store, &outbox, &runtime).map_err(|source| CommitError::Store { step, source })?;
+                    let begin = Instant::now();
+                    let saved = save(&job, &store, &outbox, &runtime);
+                    let error = saved.as_ref().err().map(ToString::to_string);
+                    job.seat.tell(store.url(), step, "save", begin.elapsed(), error);
+                    saved.map_err(|source| CommitError::Store { step, source })?;
                 }
                 // Nobody waits any more when the run has ended.
                 let _ = tell.send(job.snapshot);
@@ -118,6 +134,11 @@ impl Committer {
     /// The store's.
     pub fn put(&self, key: &str, bytes: Vec<u8>) -> Result<(), StoreError> {
         self.runtime.block_on(self.store.put(key, bytes.into()))
+    }
+
+    /// The run folder's URL.
+    pub(crate) fn run(&self) -> &str {
+        self.store.url()
     }
 
     /// A snapshot that is saved, if there is one: its memory is free.
@@ -214,7 +235,6 @@ mod tests {
     use ella_proto::v1::FromWorker;
     use ella_store::Operation;
     use ella_store::faulty::{Failure, Faults};
-    use std::time::Instant;
     use tokio::sync::mpsc;
 
     const START: Position = Position { epoch: 0, step_in_epoch: 0 };

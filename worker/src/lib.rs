@@ -25,5 +25,6 @@ pub mod session;
 pub mod supervise;
 pub mod text;
 pub mod train;
+mod vitals;
 
 pub use leave::leave;

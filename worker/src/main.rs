@@ -2,6 +2,7 @@
 //! `ella train` starts it on a laptop.
 
 use clap::Parser;
+use ella_coordinator::{logs, trace};
 use ella_proto::access::{Access, Token};
 use ella_proto::config::Device;
 use ella_worker::control::Flags;
@@ -22,6 +23,8 @@ use tokio::signal::unix::{SignalKind, signal};
 /// How often it is looked whether this worker's part in the run is over, and how long it may take to leave then.
 const LOOK: Duration = Duration::from_millis(500);
 const LEAVING: Duration = Duration::from_secs(30);
+/// How long the last spans of traces may take.
+const FLUSH: Duration = Duration::from_secs(3);
 /// The exit code of bad usage.
 const USAGE: u8 = 2;
 /// The exit code of what can be resumed.
@@ -86,7 +89,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    start_log(&arguments.log_format);
+    logs::start(if arguments.log_format == "json" { logs::Look::Json } else { logs::Look::Text });
     let token = match arguments.token_file.as_deref().map(Token::load).transpose() {
         Ok(token) => token,
         Err(error) => {
@@ -101,6 +104,14 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let traced = {
+        let _within = runtime.enter();
+        trace::start("ella-worker")
+    };
+    if let Err(error) = traced {
+        tracing::error!("{error}");
+        return ExitCode::from(USAGE);
+    }
     let flags = Arc::new(Flags::default());
     runtime.spawn(watch_signals(flags.clone()));
     runtime.spawn(pulse.beat());
@@ -108,6 +119,7 @@ fn main() -> ExitCode {
     let Arguments { coordinator: url, listen, advertise, device, slots, connect_timeout, .. } = arguments;
     let (coordinator, patience) = (Access { url, token }, Duration::from_secs(connect_timeout));
     let ending = work(&Options { coordinator, listen, advertise, device, slots, patience }, flags, runtime.handle());
+    runtime.block_on(trace::finish(FLUSH));
     // What a store still does for a worker that has failed is not waited for.
     runtime.shutdown_background();
     leave(match ending {
@@ -153,10 +165,4 @@ async fn watch_signals(flags: Arc<Flags>) {
         flags.parting.cancel();
         tracing::info!("signal: leave at the next step boundary, with a commit unless others go on, or give back what is in hand");
     }
-}
-
-fn start_log(format: &str) {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("ELLA_LOG").unwrap_or_else(|_| "info".into());
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
-    if format == "json" { log.json().init() } else { log.init() }
 }

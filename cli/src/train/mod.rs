@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::children::{Children, Logs, Member, binary, ending};
+use crate::metrics;
 use clap::Args;
 use ella_coordinator::client;
 use ella_coordinator::status::StatusReport;
@@ -210,6 +211,7 @@ impl Train {
             _ => return Err(failure(children, last.as_ref(), recorded(config).await, code)),
         };
         let trained = read(config, name, restarts).await?;
+        keep_metrics(config).await;
         out.result(&trained, || human(&trained));
         Ok(code)
     }
@@ -226,6 +228,14 @@ impl Train {
             code => code,
         };
         Fail { code, message: said.unwrap_or_else(|| format!("the coordinator did not open the run: {how}")) }
+    }
+}
+
+/// Leaves the run's measurements as a table in its folder. It is made of what stays there, so that a failure is only told.
+async fn keep_metrics(config: &RunConfig) {
+    let kept = async { metrics::keep(&RunFolder::open(&config.run.output).await?).await };
+    if let Err(fail) = kept.await {
+        note(format_args!("metrics.parquet is not written: {}; ella metrics writes it later", fail.message));
     }
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, clippy::unwrap_used)] // each test program uses some of it; helpers of tests are tests
 
+pub(crate) mod collector;
+
 use std::path::Path;
 use std::process::{Command, Stdio};
 

@@ -26,6 +26,7 @@ impl Core {
         let (worker, device) = (hello.worker_id.clone(), device(&hello));
         let held = if place.is_some() { Held::Busy(None) } else { Held::Loading };
         self.members.insert(conn, Member::new(hello, held, now));
+        self.joined += 1;
         self.send(conn, to_worker::Body::Welcome(self.config.welcome.clone()));
         let (have, need) = (self.attached(), self.need());
         self.note(Note::Attached { worker, device, have, need });

@@ -34,13 +34,17 @@ pub(super) struct Commits {
     /// Not given up, oldest first.
     live: Vec<Commit>,
     pending: BTreeMap<Step, Pending>,
-    /// Written by this incarnation.
+    /// Written by this incarnation: how many, their bytes, and milliseconds from the first report to the record.
     written: u64,
+    written_bytes: u64,
+    written_ms: u64,
+    /// When the newest of them was recorded.
+    last_at: Time,
 }
 
 impl Commits {
     pub(super) fn new(live: Vec<Commit>) -> Self {
-        Self { live, pending: BTreeMap::new(), written: 0 }
+        Self { live, pending: BTreeMap::new(), written: 0, written_bytes: 0, written_ms: 0, last_at: Time(0) }
     }
 
     pub(super) fn last(&self) -> Option<&Commit> {
@@ -49,6 +53,17 @@ impl Commits {
 
     pub(super) fn written(&self) -> u64 {
         self.written
+    }
+
+    /// Adds what was written to the numbers that only rise.
+    pub(super) fn total(&self, totals: &mut v1::Totals) {
+        totals.commit_bytes = self.written_bytes;
+        totals.commit_seconds = self.written_ms as f64 / 1000.0;
+    }
+
+    /// Milliseconds since the newest of this incarnation, or since that began.
+    pub(super) fn age(&self, now: Time) -> u64 {
+        now.since(self.last_at)
     }
 
     pub(super) fn has_pending(&self) -> bool {
@@ -249,13 +264,17 @@ impl Core {
     }
 
     fn committed(&mut self, now: Time, commit: Commit) {
-        let (step, folder) = (commit.step, commit.folder.clone());
-        let bytes = commit.parts.iter().map(|part| part.bytes).sum();
-        self.commits.pending.remove(&Step(step));
+        let (step, generation, folder) = (commit.step, commit.generation, commit.folder.clone());
+        let bytes: u64 = commit.parts.iter().map(|part| part.bytes).sum();
+        let pending = self.commits.pending.remove(&Step(step));
+        let took_ms = pending.map_or(0, |pending| now.since(pending.since));
+        self.commits.written_ms += took_ms;
+        self.commits.written_bytes += bytes;
+        self.commits.last_at = now;
         self.progress.correct(&commit);
         self.commits.live.push(commit);
         self.commits.written += 1;
-        self.note(Note::Committed { step, folder, bytes });
+        self.note(Note::Committed { step, generation, folder, bytes, took_ms });
         if self.phase.is_over() {
             return;
         }

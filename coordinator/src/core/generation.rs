@@ -159,6 +159,7 @@ impl Core {
         let copy = newest.is_some() && !chosen.iter().all(holder);
         let commit = self.commits.last().cloned();
         self.generation = Generation(self.generation.0 + 1);
+        self.formed += 1;
         (self.adopts, self.join_at) = (false, None);
         self.commits.drop_unrecorded();
         self.progress.restart(from, commit.as_ref());

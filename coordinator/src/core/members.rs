@@ -30,6 +30,8 @@ pub(super) struct Member {
     pub(super) heard: Time,
     pub(super) step: u64,
     pub(super) parts: Option<v1::StepParts>,
+    /// How its process is.
+    pub(super) vitals: Option<v1::Vitals>,
     /// Captions that it has encoded, while its next step waits for more.
     pub(super) encoding: Option<u64>,
     /// What it said last that it is at, and when.
@@ -53,6 +55,7 @@ impl Member {
             heard: now,
             step: 0,
             parts: None,
+            vitals: None,
             encoding: None,
             activity: None,
             timing: RankTiming::default(),

@@ -50,6 +50,7 @@ mod wait;
 pub use commit::PARTS;
 pub use failure::{Failure, Field, Loss, Than, Who};
 pub use phase::{Outcome, Phase};
+pub(crate) use progress::step_bounds;
 pub use refusal::Refusal;
 pub(crate) use refusal::{check_identity, device, shown};
 pub use timing::RankTiming;
@@ -134,7 +135,7 @@ pub enum Note {
     /// All ranks are loaded and agree; training begins.
     Started { generation: u64, step: u64 },
     /// A commit stands in the log.
-    Committed { step: u64, folder: String, bytes: u64 },
+    Committed { step: u64, generation: u64, folder: String, bytes: u64, took_ms: u64 },
     /// Commits were given up by the keep rule.
     Retired { folders: Vec<String> },
     /// A commit is not what its record says: the run goes on from the one before.
@@ -182,6 +183,9 @@ pub struct Core {
     /// What all ranks reported when they were ready last.
     agreed: Option<v1::Ready>,
     counts: Counts,
+    /// Workers that were taken in, and generations that were formed.
+    joined: u64,
+    formed: u64,
     effects: Vec<Effect>,
     #[cfg(test)]
     mutation: Option<Mutation>,
@@ -269,6 +273,8 @@ impl Core {
             last_loss: None,
             agreed: None,
             counts: Counts::default(),
+            joined: 0,
+            formed: 0,
             effects: Vec::new(),
             config,
             #[cfg(test)]
@@ -317,7 +323,7 @@ impl Core {
         }
         let of_generation = message.generation == self.generation.0;
         // A worker without a place says that it is idle whatever it was in before.
-        let judged = is_of_generation(&body) || (matches!(body, B::Idle(_)) && self.members.rank(conn).is_some());
+        let judged = is_of_generation(&body) && !is_missed(&body) || (matches!(body, B::Idle(_)) && self.members.rank(conn).is_some());
         if judged && !of_generation {
             return self.counts.add("refused_other_generation", 1);
         }
@@ -384,6 +390,11 @@ impl Core {
     fn last_commit(&self) -> Step {
         self.commits.last().map_or(Step(0), |commit| Step(commit.step))
     }
+}
+
+/// A step that is told of later, by who is in another generation by now.
+fn is_missed(body: &from_worker::Body) -> bool {
+    matches!(body, from_worker::Body::Progress(progress) if progress.missed)
 }
 
 /// Whether a message speaks of a generation's work. The others speak of the worker itself, and may cross an `Assign` on the way.

@@ -2,7 +2,7 @@
 
 use super::members::{Held, Member};
 use super::{Core, Phase, Time};
-use ella_proto::v1::{RunStatus, WorkerStatus};
+use ella_proto::v1::{self, RunStatus, WorkerStatus};
 
 impl Core {
     /// What the run is doing now.
@@ -30,7 +30,17 @@ impl Core {
             counts: self.counts.to_map(),
             permanent_failure,
             job: None,
+            workers_wanted: u32::try_from(self.config.workers).unwrap_or(u32::MAX),
+            newest: self.progress.newest(now),
+            totals: Some(self.totals()),
+            commit_age_ms: self.commits.age(now),
         }
+    }
+
+    fn totals(&self) -> v1::Totals {
+        let mut totals = v1::Totals { workers_joined: self.joined, generations: self.formed, ..self.progress.totals() };
+        self.commits.total(&mut totals);
+        totals
     }
 
     fn worker_status(&self, now: Time) -> Vec<WorkerStatus> {
@@ -45,6 +55,7 @@ impl Core {
             silent_ms: now.since(member.heard),
             state: state(member).to_owned(),
             leaving: member.parting.is_some(),
+            vitals: member.vitals,
         };
         self.members.iter().map(|(_, member)| worker(member)).collect()
     }

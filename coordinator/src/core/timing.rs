@@ -1,6 +1,7 @@
 //! Where the time of each rank's steps goes, summed over some steps at a time.
 
 use super::members::Member;
+use super::progress::add_parts;
 use super::{Core, Effect};
 use ella_proto::v1;
 
@@ -34,19 +35,7 @@ impl RankTiming {
         self.step = progress.step;
         self.steps += 1;
         self.seconds += progress.step_seconds;
-        let sum = &mut self.parts;
-        for (sum, part) in [
-            (&mut sum.data, parts.data),
-            (&mut sum.encode, parts.encode),
-            (&mut sum.forward, parts.forward),
-            (&mut sum.backward, parts.backward),
-            (&mut sum.reduce, parts.reduce),
-            (&mut sum.update, parts.update),
-            (&mut sum.commit, parts.commit),
-            (&mut sum.reduce_hidden, parts.reduce_hidden),
-        ] {
-            *sum += part;
-        }
+        add_parts(&mut self.parts, &parts);
     }
 
     /// What is summed of a member, if there are so many steps or `all` is wanted; it begins anew.

@@ -83,6 +83,8 @@ pub struct JobCore {
     units: Units,
     /// What was refused, retried or lost.
     counts: Counts,
+    /// Workers that were taken in.
+    joined: u64,
     /// What came of the samples.
     results: Counts,
     /// Of the units that are done.
@@ -131,6 +133,7 @@ impl JobCore {
             alone: Some(now),
             units: Units::new(PLAN, settings.welcome.lease_ms),
             counts: Counts::default(),
+            joined: 0,
             results: Counts::default(),
             samples: 0,
             sample_rate: Rate::new(now),
@@ -172,7 +175,8 @@ impl JobCore {
             B::LeaseDone(done) => self.lease_done(now, conn, done),
             B::Finished(_) => self.left(now, conn),
             B::Failed(failed) => self.worker_failed(now, conn, failed),
-            B::Hello(_) | B::Heartbeat(_) => {}
+            B::Heartbeat(beat) => self.beat(conn, &beat),
+            B::Hello(_) => {}
             B::Ready(_) | B::Progress(_) | B::State(_) | B::Part(_) | B::Idle(_) | B::Leaving(_) => self.counts.add("refused_of_a_run", 1),
         }
     }

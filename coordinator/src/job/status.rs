@@ -3,7 +3,7 @@
 use super::workers::Worker;
 use super::{GivenUp, JobCore};
 use crate::machine::{ConnId, Time};
-use ella_proto::v1::{FailedUnit, HeldUnit, JobStatus, JobWorker, RunStatus};
+use ella_proto::v1::{FailedUnit, HeldUnit, JobStatus, JobWorker, RunStatus, Totals};
 
 /// Units that were given up, as many as are listed.
 const MOST_LISTED: usize = 1_000;
@@ -24,6 +24,7 @@ impl JobCore {
             counts: self.counts.to_map(),
             permanent_failure: self.outcome.as_ref().is_some_and(crate::core::Outcome::is_permanent),
             job: Some(self.job_status(now)),
+            totals: Some(Totals { workers_joined: self.joined, ..Totals::default() }),
             ..RunStatus::default()
         }
     }
@@ -65,6 +66,7 @@ impl JobCore {
             held: mine.map(|lease| HeldUnit { unit: lease.unit.to_string(), done: lease.done, held_ms: now.since(lease.since) }).collect(),
             units_done: worker.units_done,
             silent_ms: now.since(worker.heard),
+            vitals: worker.vitals,
         }
     }
 }

@@ -15,6 +15,8 @@ pub(super) struct Worker {
     /// Units that it may hold at once; 0 until it asks.
     pub(super) slots: u32,
     pub(super) units_done: u64,
+    /// How its process is.
+    pub(super) vitals: Option<v1::Vitals>,
     /// Units that follow one whose end it has not told yet, by lease.
     named: BTreeMap<u64, Vec<String>>,
 }
@@ -90,13 +92,24 @@ impl JobCore {
             return self.refuse(conn, shown(&hello.worker_id), &refusal);
         }
         let (worker, host, pid) = (hello.worker_id.clone(), hello.host.clone(), hello.pid);
-        self.workers.0.insert(conn, Worker { hello, heard: now, slots: 0, units_done: 0, named: BTreeMap::new() });
+        self.workers.0.insert(conn, Worker { hello, heard: now, slots: 0, units_done: 0, vitals: None, named: BTreeMap::new() });
         if self.alone.take().is_some() {
             self.sample_rate.restart(now);
             self.unit_rate.restart(now);
         }
         self.send(conn, to_worker::Body::Welcome(self.settings.welcome.clone()));
+        self.joined += 1;
         self.note(JobNote::Joined { worker, host, pid, workers: self.workers.0.len() });
+    }
+
+    /// A sign of life, with how the worker's process is.
+    pub(super) fn beat(&mut self, conn: ConnId, beat: &v1::Heartbeat) {
+        for (name, n) in &beat.counts {
+            self.counts.add(name, *n);
+        }
+        if let Some(worker) = self.workers.get_mut(conn) {
+            worker.vitals = beat.vitals.or(worker.vitals);
+        }
     }
 
     fn admit(&self, hello: &v1::Hello) -> Result<(), Refusal> {

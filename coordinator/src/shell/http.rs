@@ -4,9 +4,10 @@ use super::driver::Input;
 use super::grpc::ask_status;
 use super::{RunError, page};
 use crate::core::Outcome;
+use crate::metrics::{self, Format};
 use crate::status::StatusReport;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -26,7 +27,7 @@ pub(super) async fn serve(
         .route("/", get(index))
         .route("/api/v1/status", get(status))
         .route("/healthz", get(|| async { "ok\n" }))
-        .route("/metrics", get(metrics))
+        .route("/metrics", get(prometheus))
         .route("/readyz", get(ready))
         .with_state(inputs);
     let served = axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await;
@@ -50,7 +51,8 @@ async fn ready(State(inputs): Inputs) -> Result<&'static str, Response> {
     report(&inputs).await.map(|_| "ok\n")
 }
 
-async fn metrics(State(inputs): Inputs) -> Result<impl IntoResponse, Response> {
-    let text = page::prometheus(&report(&inputs).await?);
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text))
+async fn prometheus(State(inputs): Inputs, headers: HeaderMap) -> Result<impl IntoResponse, Response> {
+    let format = Format::accepted(headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()));
+    let text = metrics::render(&report(&inputs).await?, format);
+    Ok(([(header::CONTENT_TYPE, format.content_type())], text))
 }

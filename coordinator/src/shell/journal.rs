@@ -3,9 +3,11 @@
 //! Nothing depends on it, so its failures are counted and told, and never end a run.
 
 use super::RunError;
+use super::spans::Spans;
 use super::start::unix_ms;
 use crate::core::{Note, RankTiming};
 use crate::job::JobNote;
+use crate::logs;
 use crate::status::PartsReport;
 use ella_proto::v1;
 use ella_store::Store;
@@ -37,6 +39,7 @@ enum Line {
 pub(super) struct Journal {
     lines: mpsc::Sender<Line>,
     counts: Arc<JournalCounts>,
+    spans: Spans,
 }
 
 #[derive(Debug, Default)]
@@ -89,6 +92,9 @@ struct Stamped<'a> {
 impl Journal {
     /// Keeps a step's measurements.
     pub(super) fn metric(&self, progress: &v1::Progress) {
+        if !progress.missed {
+            logs::at_step(progress.step);
+        }
         let line = Metric {
             at_unix_ms: progress.at_unix_ms,
             step: progress.step,
@@ -125,6 +131,7 @@ impl Journal {
     /// Keeps what happened, and logs it.
     pub(super) fn note(&self, note: &Note) {
         log(note);
+        self.spans.noted(note);
         let line = serde_json::to_string(&Stamped { at_unix_ms: unix_ms(), note });
         self.send(line.map(Line::Event));
         if matches!(note, Note::Committed { .. }) {
@@ -146,6 +153,10 @@ impl Journal {
 
 /// Tells what happened in this process's log.
 pub(super) fn log(note: &Note) {
+    if let Note::Generation { generation, from_step: step, .. } | Note::Adopted { generation, step, .. } = note {
+        logs::in_generation(*generation);
+        logs::at_step(*step);
+    }
     // What cannot be written as JSON the journal counts.
     let text = serde_json::to_string(note).unwrap_or_default();
     match note {
@@ -164,7 +175,8 @@ pub(super) fn journal(store: Store, term: u64) -> (Journal, impl Future<Output =
     let counts = Arc::new(JournalCounts::default());
     let files =
         ["metrics", "timing", "events"].map(|folder| File { folder, term, next: 1, lines: Vec::new(), counts: Arc::clone(&counts) });
-    (Journal { lines, counts }, write(store, files, inbox))
+    let spans = Spans::new(store.url().to_owned(), term);
+    (Journal { lines, counts, spans }, write(store, files, inbox))
 }
 
 struct File {

@@ -12,6 +12,7 @@ mod journal;
 mod keeper;
 mod local;
 mod page;
+mod spans;
 mod start;
 
 pub use error::RunError;
@@ -19,6 +20,7 @@ pub use local::LocalJob;
 
 use crate::core::{Core, CoreConfig, History, Note, Outcome};
 use crate::job::{JobCore, JobSettings};
+use crate::logs;
 use crate::machine::{Event, Machine, Time};
 use driver::{Driver, Input};
 use ella_proto::access::Token;
@@ -121,6 +123,7 @@ impl Coordinator {
     /// If an address is taken.
     pub async fn open_job(config: &JobConfig, options: &Options) -> Result<Self, RunError> {
         let listeners = (bind(options.listen).await?, bind(options.http).await?);
+        logs::in_run(&config.job.data);
         Self::with(Box::new(JobCore::new(job_settings(config), Time(0))), None, listeners, options)
     }
 

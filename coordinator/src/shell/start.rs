@@ -1,6 +1,7 @@
 //! Opening a run: its config, its log, its newest commit; and claiming the next term (TERM).
 
 use super::{RunError, keeper};
+use crate::logs;
 use ella_proto::config::RunConfig;
 use ella_store::{Body, Fault, Outcome, RunLog, RunState, Store, StoreError, Term, collect_leftovers, probe, verify_commit};
 use std::collections::hash_map::RandomState;
@@ -29,6 +30,7 @@ pub(super) struct Damaged {
 
 /// Opens the run. Nothing is written to it before its config and log have been found fit.
 pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, RunError> {
+    logs::in_run(store.url());
     let written = check_config(config, store).await?;
     let state = RunState::from_records(&RunLog::read(store).await?);
     if let Some(step) = complete(&state, config) {
@@ -42,6 +44,7 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     let (mut log, records) = RunLog::claim(store, term(config)?, &nonce(), unix_ms()).await?;
     let before = state.last_commit().map(|commit| commit.step);
     let mut state = Box::new(RunState::from_records(&records));
+    logs::in_term(log.term());
     tracing::info!(term = log.term(), commits = state.commits.len(), run = store.url(), "term claimed");
     let effective = config.to_toml();
     if written.as_deref() != Some(&effective) {

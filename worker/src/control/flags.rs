@@ -5,7 +5,7 @@ use super::hang::Stretches;
 use ella_proto::v1::Activity;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -34,6 +34,8 @@ pub struct Flags {
     pub step: AtomicU64,
     /// The step of the newest commit whose record stands.
     pub committed: AtomicU64,
+    /// Bytes of samples that are made and wait for their step.
+    pub feed_bytes: Arc<AtomicU64>,
     /// Messages of progress that were dropped because nobody read them.
     pub dropped_progress: AtomicU64,
     activity: AtomicI32,
@@ -200,7 +202,6 @@ impl Flags {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
 
     fn era(term: u64, generation: u64) -> Era {
         Era { term, generation }

@@ -2,6 +2,7 @@
 
 use super::ControlError;
 use super::Message;
+use crate::vitals;
 use ella_proto::access::{Access, Client};
 use ella_proto::v1::{FromWorker, Heartbeat, Hello, Refused, RefusedReason, StatusRequest, ToWorker, Welcome, from_worker};
 use futures::StreamExt as _;
@@ -112,9 +113,14 @@ impl Link {
         let (out, term) = (self.out.clone(), self.term);
         let every = Duration::from_millis(self.welcome.heartbeat_ms.max(1));
         AbortOnDropHandle::new(tokio::spawn(ticking(every, move || {
-            let body = Some(from_worker::Body::Heartbeat(Heartbeat::default()));
             // What is behind already needs no signs of life.
-            out.capacity() > BACKLOG / 2 && out.try_send(FromWorker { term, generation: 0, body }).is_ok() || !out.is_closed()
+            if out.capacity() <= BACKLOG / 2 {
+                return !out.is_closed();
+            }
+            let counts = vitals::news();
+            let beat = Heartbeat { vitals: Some(vitals::look(0)), counts: counts.clone(), ..Heartbeat::default() };
+            let told = out.try_send(FromWorker { term, generation: 0, body: Some(from_worker::Body::Heartbeat(beat)) });
+            told.inspect_err(|_| vitals::untold(&counts)).is_ok() || !out.is_closed()
         })))
     }
 }

@@ -14,6 +14,8 @@ pub use outbox::Outbox;
 #[cfg(test)]
 pub(crate) use outbox::unread;
 
+use crate::vitals;
+use ella_coordinator::logs;
 use ella_proto::access::Access;
 use ella_proto::v1::{Heartbeat, Hello, Leaving, Outcome, RefusedReason, ToWorker, Welcome, from_worker, to_worker};
 use futures::StreamExt as _;
@@ -52,6 +54,7 @@ impl Control {
     /// raises and looks at. Call it within the runtime.
     pub(crate) fn over(link: Link, (access, hello): (Access, Hello), flags: Arc<Flags>) -> (Self, Welcome) {
         let welcome = link.welcome.clone();
+        logs::in_run(&welcome.run_url);
         let (inbound, inbox) = std::sync::mpsc::channel();
         let outbox = Outbox::new(flags);
         // It goes on with the run that it has begun with, and with no other.
@@ -174,12 +177,16 @@ impl Server {
         let silent = link.silent(patience);
         tokio::pin!(silent);
         let (term, welcome) = (link.term, link.welcome);
+        logs::in_term(term);
         self.outbox.attach(link.out, Era { term, generation: link.generation });
         let outbox = self.outbox.clone();
         let beats = ticking(Duration::from_millis(welcome.heartbeat_ms.max(1)), move || {
             let flags = outbox.flags();
             let (step, encoding, activity) = (flags.step.load(Ordering::Relaxed), flags.encoded(), flags.activity());
-            outbox.offer(from_worker::Body::Heartbeat(Heartbeat { step, encoding, activity }));
+            let (vitals, counts) = (Some(vitals::look(flags.feed_bytes.load(Ordering::Relaxed))), vitals::news());
+            if !outbox.offer(from_worker::Body::Heartbeat(Heartbeat { step, encoding, activity, vitals, counts: counts.clone() })) {
+                vitals::untold(&counts);
+            }
             true
         });
         let _beats = AbortOnDropHandle::new(tokio::spawn(beats));

@@ -4,6 +4,7 @@ use super::flags::{Era, Flags};
 use super::link::BACKLOG;
 use ella_proto::v1::{Failed, Finished, FromWorker, Idle, Place, Progress, from_worker};
 use from_worker::Body;
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::Sender;
@@ -37,7 +38,12 @@ struct Wire {
     doing: Doing,
     /// The newest generation that it has given this worker a place in.
     assigned: Era,
+    /// The newest steps that this worker has spoken of for all ranks: whoever comes next may not have them.
+    spoken: VecDeque<Progress>,
 }
+
+/// Steps that are told again to the next coordinator. They must leave room in the queue.
+const SPOKEN: usize = BACKLOG / 4;
 
 /// Sends to the coordinator from any thread. Never waits (LIVE).
 #[derive(Clone, Debug)]
@@ -69,23 +75,35 @@ impl Outbox {
         }
     }
 
-    /// Sends progress, unless nobody reads it.
+    /// Sends progress, unless nobody reads it. What is said for all ranks is kept for the next coordinator: this one may not be there, or not live
+    /// to write it down.
     pub fn progress(&self, progress: Progress) {
         let era = self.flags.era();
-        let wire = self.wire();
+        let mut wire = self.wire();
+        if progress.samples > 0 {
+            // It goes on from an older state.
+            while wire.spoken.back().is_some_and(|spoken| spoken.step >= progress.step) {
+                wire.spoken.pop_back();
+            }
+            if wire.spoken.len() == SPOKEN {
+                wire.spoken.pop_front();
+            }
+            wire.spoken.push_back(Progress { missed: true, ..progress.clone() });
+        }
+        let wire = &*wire;
         if let Doing::Placed(place) = &wire.doing
             && wire.out.is_some()
-            && !offer(&wire, era.generation.max(place.generation), Body::Progress(progress))
+            && !offer(wire, era.generation.max(place.generation), Body::Progress(progress))
             && self.flags.dropped_progress.fetch_add(1, Ordering::Relaxed) == 0
         {
             tracing::warn!("the coordinator reads nothing: progress is dropped until it does");
         }
     }
 
-    /// Sends what speaks of no generation and may be lost, while much room is left.
-    pub(super) fn offer(&self, body: Body) {
+    /// Sends what speaks of no generation and may be lost, while much room is left. False if it is.
+    pub(super) fn offer(&self, body: Body) -> bool {
         let wire = self.wire();
-        offer(&wire, wire.generation, body);
+        offer(&wire, wire.generation, body)
     }
 
     /// Sends what speaks of this worker, if there is a coordinator.
@@ -128,7 +146,14 @@ impl Outbox {
 
     /// It is in a generation from here on.
     pub fn placed(&self, place: Place) {
-        self.wire().doing = Doing::Placed(place);
+        let mut wire = self.wire();
+        if place.rank != 0 {
+            // Another one speaks from here on, and what it tells again must not come before what is older.
+            wire.spoken.clear();
+        }
+        let step = place.ready.as_ref().map_or(0, |ready| ready.step);
+        wire.spoken.retain(|spoken| spoken.step <= step);
+        wire.doing = Doing::Placed(place);
     }
 
     /// It has applied the run's last step, or the one at which the run leaves, under the coordinator of `era`: says farewell to that one. Another
@@ -174,6 +199,10 @@ impl Outbox {
             Doing::Idle(idle) => self.put(&wire, wire.generation, Body::Idle(idle)),
             Doing::Failed(failed) => self.put(&wire, wire.generation, Body::Failed(failed)),
             _ => {}
+        }
+        // Before any newer step: lines of the journal are in the order of the steps.
+        for step in &wire.spoken {
+            offer(&wire, wire.generation, Body::Progress(step.clone()));
         }
     }
 
@@ -310,6 +339,44 @@ mod tests {
         let (out, mut queue) = tokio::sync::mpsc::channel(9);
         outbox.attach(out, Era { term: 5, generation: 2 });
         assert_eq!(said(&mut queue), [(5, 2, Body::Failed(failed))]);
+    }
+
+    /// KNOWN: steps that are applied while nobody listens, or whoever did has not written down, are told to the next coordinator before any other.
+    #[test]
+    fn the_next_coordinator_is_told_of_the_last_steps_again() {
+        let step = |step: u64, samples: u64| Progress { step, samples, ..Progress::default() };
+        let told = |queue: &mut _| -> Vec<_> {
+            let steps = said(queue).into_iter().map(|(term, _, body)| match body {
+                Body::Progress(progress) => (term, progress.step, progress.missed),
+                other => panic!("{other:?}"),
+            });
+            steps.collect()
+        };
+        let (outbox, mut first) = unread();
+        outbox.progress(step(1, 4));
+        outbox.detach();
+        outbox.progress(step(2, 4));
+        let (out, mut second) = tokio::sync::mpsc::channel(BACKLOG);
+        outbox.attach(out, Era { term: 5, generation: 1 });
+        outbox.progress(step(3, 4));
+        assert_eq!((told(&mut first), told(&mut second)), (vec![(4, 1, false)], vec![(5, 1, true), (5, 2, true), (5, 3, false)]));
+
+        // What is only of this rank's time is not, nor what another rank speaks of from here on.
+        outbox.placed(Place { rank: 1, ..Place::default() });
+        outbox.progress(step(4, 0));
+        outbox.detach();
+        let (out, mut third) = tokio::sync::mpsc::channel(BACKLOG);
+        outbox.attach(out, Era { term: 6, generation: 2 });
+        assert_eq!(told(&mut third), []);
+
+        // So many at most, the newest.
+        outbox.placed(Place::default());
+        outbox.detach();
+        (1..=2 * SPOKEN as u64).for_each(|number| outbox.progress(step(number, 4)));
+        let (out, mut fourth) = tokio::sync::mpsc::channel(BACKLOG);
+        outbox.attach(out, Era { term: 7, generation: 2 });
+        let steps = told(&mut fourth);
+        assert_eq!((steps.len(), steps[0], steps[SPOKEN - 1]), (SPOKEN, (7, SPOKEN as u64 + 1, true), (7, 2 * SPOKEN as u64, true)));
     }
 
     /// The next coordinator would wait for ranks that never begin.

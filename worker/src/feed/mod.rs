@@ -31,6 +31,7 @@ use ella_dataset::order::{BucketOrder, OrderError, Position};
 use ella_model::ModelError;
 use ella_store::digest::BadDigest;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -171,6 +172,12 @@ pub struct StepInput {
 }
 
 impl StepInput {
+    /// Bytes of its tensors.
+    fn bytes(&self) -> u64 {
+        let batches = self.lanes.iter().filter_map(|lane| lane.batch.as_ref()).chain(&self.held_out);
+        batches.flat_map(LaneBatch::tensors).map(|tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64).sum()
+    }
+
     /// Has the calling thread's stream come after the making of all this.
     fn hand_over(&self) -> Result<(), FeedError> {
         let lanes = self.lanes.iter().filter_map(|lane| lane.batch.as_ref());
@@ -200,6 +207,28 @@ struct Deal {
 pub(crate) struct Made {
     deal: u64,
     input: Result<StepInput, FeedError>,
+    _waiting: Waiting,
+}
+
+/// Samples that wait for their step: counted as long as this lives.
+#[derive(Debug, Default)]
+struct Waiting {
+    bytes: u64,
+    all: Arc<AtomicU64>,
+}
+
+impl Waiting {
+    fn of(input: &Result<StepInput, FeedError>, all: &Arc<AtomicU64>) -> Self {
+        let bytes = input.as_ref().map_or(0, StepInput::bytes);
+        all.fetch_add(bytes, Relaxed);
+        Self { bytes, all: Arc::clone(all) }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.bytes, Relaxed);
+    }
 }
 
 /// A running feed.
@@ -246,6 +275,7 @@ impl Feed {
         let reads = Reads::of(sources.data(), encoding.as_ref());
         let sent = Arc::new(Mutex::new((0, 0)));
         let counted = Arc::clone(&sent);
+        let waiting = Arc::clone(&flags.feed_bytes);
         let side = sources.side();
         std::thread::Builder::new().name("feed".into()).spawn(move || {
             set_up();
@@ -254,8 +284,8 @@ impl Feed {
                 // Whoever waits finds that this thread is gone; all of it on the step's stream would be wrong.
                 return tracing::error!("the feeding thread cannot have a stream of its own: {error}");
             }
-            serve(sources, steps, &dealt, |made| {
-                let deal = made.deal;
+            serve(sources, steps, &dealt, |deal, input| {
+                let made = Made { deal, _waiting: Waiting::of(&input, &waiting), input };
                 let there = send.send(made).is_ok();
                 let mut sent = lock(&counted);
                 if sent.0 == deal {
@@ -342,7 +372,7 @@ impl Feed {
         let until = Instant::now() + patience;
         loop {
             match self.flags.receive(&self.ready, until.saturating_duration_since(Instant::now())) {
-                Ok(Made { deal, input }) if deal == self.deal => {
+                Ok(Made { deal, input, .. }) if deal == self.deal => {
                     self.received += 1;
                     return Ok(Some(input));
                 }
@@ -395,7 +425,7 @@ impl Feed {
 }
 
 /// Sends the steps of one deal after the other, each until a step fails, until nobody listens any more.
-fn serve(mut sources: Sources, steps: u64, deals: &Receiver<Deal>, mut send: impl FnMut(Made) -> bool) {
+fn serve(mut sources: Sources, steps: u64, deals: &Receiver<Deal>, mut send: impl FnMut(u64, Result<StepInput, FeedError>) -> bool) {
     let mut next = deals.recv().ok();
     while let Some(mut deal) = next.take() {
         // Only the newest is of interest.
@@ -407,7 +437,7 @@ fn serve(mut sources: Sources, steps: u64, deals: &Receiver<Deal>, mut send: imp
         for step in deal.first..steps {
             let input = failed.take().map_or_else(|| sources.step(step, &deal.lanes), Err);
             let is_last = input.is_err();
-            if !send(Made { deal: number, input }) {
+            if !send(number, input) {
                 return;
             }
             next = deals.try_recv().ok();
@@ -437,7 +467,7 @@ pub(crate) mod tests {
 
     /// What a feed sends.
     pub(crate) fn made(input: Result<StepInput, FeedError>) -> Made {
-        Made { deal: 0, input }
+        Made { deal: 0, input, _waiting: Waiting::default() }
     }
 
     /// A feed of what a test sends, which is waited for so long.
@@ -464,15 +494,36 @@ pub(crate) mod tests {
     fn what_is_made_before_the_deal_has_returned_is_kept() {
         let (send, mut feed) = fed_by_hand(Duration::from_secs(5));
         // The thread is faster than who deals.
-        send.send(Made { deal: 1, input: Ok(StepInput { epoch: 3, ..nothing() }) }).unwrap();
+        let dealt = |epoch| Made { deal: 1, ..made(Ok(StepInput { epoch, ..nothing() })) };
+        send.send(dealt(3)).unwrap();
         feed.deal(0..1, 7);
         assert!(feed.has_next());
-        send.send(Made { deal: 1, input: Ok(StepInput { epoch: 4, ..nothing() }) }).unwrap();
+        send.send(dealt(4)).unwrap();
         assert_eq!((feed.next_step().unwrap().epoch, feed.next_step().unwrap().epoch), (3, 4));
         // What was made for others is dropped.
-        send.send(Made { deal: 1, input: Ok(nothing()) }).unwrap();
+        send.send(dealt(5)).unwrap();
         feed.deal(0..1, 9);
         assert!(feed.next.is_none() && feed.ready.try_recv().is_err());
+    }
+
+    #[test]
+    fn samples_are_counted_as_long_as_they_wait() {
+        use tch::{Device, Kind, Tensor};
+        let zeros = |kind| Tensor::zeros([2, 8], (kind, Device::Cpu));
+        let batch = LaneBatch {
+            latents: zeros(Kind::Float),
+            noise: zeros(Kind::Float),
+            timesteps: zeros(Kind::Int64),
+            features: zeros(Kind::Half),
+            mask: None,
+            time_ids: zeros(Kind::Float),
+        };
+        let all = Arc::new(AtomicU64::new(0));
+        let input = Ok(StepInput { held_out: vec![batch], ..nothing() });
+        let waiting = Waiting::of(&input, &all);
+        assert_eq!(all.load(Relaxed), 16 * (4 + 4 + 8 + 2 + 4));
+        drop((waiting, Waiting::of(&Err(FeedError::Died), &all)));
+        assert_eq!(all.load(Relaxed), 0);
     }
 
     /// LIVE: neither a feed that hangs nor one whose thread has died is waited for in vain.

@@ -2,12 +2,13 @@
 
 use super::{Job, JobError, Tell};
 use crate::control::Link;
+use ella_coordinator::trace::{self, About, Trace};
 use ella_proto::v1::{FromWorker, LeaseDone, LeaseGrant, LeaseRenew, LeaseThen, from_worker};
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -56,8 +57,11 @@ impl Hand {
         let (job, permits, handle, told, name) = (self.job.clone(), self.permits.clone(), Handle::current(), tell.clone(), unit.clone());
         // On a thread of its own, so that a unit that blocks holds up neither renewals nor other units.
         self.tasks.spawn_blocking(move || {
+            let begin = Instant::now();
             let done = catch_unwind(AssertUnwindSafe(|| handle.block_on(one(&*job, &name, &told, &permits))));
-            (name, done.unwrap_or_else(|panic| Err(JobError::passing(panicked(&*panic)))))
+            let done = done.unwrap_or_else(|panic| Err(JobError::passing(panicked(&*panic))));
+            trace_unit(&name, (session, lease_id), begin.elapsed(), &done);
+            (name, done)
         });
         self.leases.insert(unit, Lease { id: lease_id, session, tell });
     }
@@ -118,6 +122,15 @@ async fn one(job: &dyn Job, unit: &str, tell: &Tell, permits: &Semaphore) -> Don
         biased;
         () = tell.stop() => Err(JobError::passing("this worker leaves")),
         done = work => done,
+    }
+}
+
+/// Tells of a unit as a trace, from its grant on.
+fn trace_unit(unit: &str, (session, lease): (u64, u64), took: Duration, done: &Done) {
+    if trace::is_on(None) {
+        let span = Trace::of(About::Unit, unit, &[session, lease]).root().took(SystemTime::now() - took, took);
+        let span = span.with("ella.unit", unit.to_owned()).with("ella.lease", lease.cast_signed());
+        trace::tell(span.failed(done.as_ref().err().map(|error| error.message.clone())));
     }
 }
 

@@ -17,6 +17,8 @@ use crate::precision::Precision;
 use crate::reduce::{Listener, Solo};
 use crate::train::state::part_names;
 use crate::train::{Ending, Halt, TrainError, Trainer};
+use crate::vitals;
+use ella_coordinator::logs;
 use ella_cuda::stream::Entered;
 use ella_proto::access::Access;
 use ella_proto::config::{Config, Device as Choice, RunConfig};
@@ -64,6 +66,7 @@ pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<En
 #[doc(hidden)]
 pub fn work_by(train: &mut Train<'_>, options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<Ending, WorkError> {
     let device = device::set_up(options.device, 1)?;
+    vitals::computes_on(device);
     let listener = Listener::bind(options.listen)?;
     let hello = hello(options, device, &listener)?;
     let link = match runtime.block_on(Link::open_patiently(&options.coordinator, &hello, options.patience)) {
@@ -73,6 +76,8 @@ pub fn work_by(train: &mut Train<'_>, options: &Options, flags: Arc<Flags>, runt
     // What is neither is taken for a run's, and told to the coordinator as such.
     if let Ok(Config::Job(config)) = Config::parse(&link.welcome.config_toml, "the coordinator's config", &[]) {
         flags.working.store(true, Ordering::Relaxed);
+        logs::in_run(&link.welcome.run_url);
+        logs::in_term(link.term);
         let choice = options.device;
         let leased = job::Leased { access: options.coordinator.clone(), slots: options.slots, stop: flags.parting.clone() };
         return Ok(runtime.block_on(leased.work(link, move || job::kinds::make(&config, choice)))?);
@@ -215,6 +220,7 @@ impl<'a> Rank<'a> {
     /// Waits for a place.
     fn idle(&self, broken: String) {
         self.trainer.flags.at(Activity::Unspecified);
+        logs::as_rank(None);
         self.control.outbox().idle(Idle { broken, ..self.waits() });
     }
 
@@ -264,6 +270,9 @@ impl<'a> Rank<'a> {
         let recorded = commit.as_ref().map_or(0, |commit| commit.step);
         let world = assign.world;
         self.trainer.seat = Seat { rank: assign.rank, world, era };
+        logs::in_generation(era.generation);
+        logs::as_rank(Some(assign.rank));
+        logs::at_step(assign.step);
         self.trainer.flags.committed.store(recorded, Ordering::Relaxed);
         match assign.source {
             None => self.restore(commit.as_ref())?,

@@ -18,6 +18,8 @@ use crate::feed::{Feed, FeedError, StepInput};
 use crate::reduce::fixed::FixedError;
 use crate::reduce::{Collective, CollectiveError};
 use cadence::Cadence;
+use ella_coordinator::logs;
+use ella_coordinator::trace::{self, About, Trace};
 use ella_dataset::ledger::LedgerError;
 use ella_model::ModelError;
 use ella_proto::config::{Features, RunConfig};
@@ -244,7 +246,9 @@ impl Trainer {
             self.cadence.taken(step, Instant::now());
             self.committer.save(snapshot, self.feed.position(step), self.seat)?;
             self.saved = step;
-            self.committing += begin.elapsed();
+            let took = begin.elapsed();
+            self.seat.tell(self.committer.run(), step, "snapshot", took, None);
+            self.committing += took;
         }
         Ok(())
     }
@@ -377,6 +381,10 @@ impl Trainer {
     /// Rank 0 speaks for all; of the others only the timing, and what they read, is of interest.
     fn report(&mut self, all: &StepStats, norm: f64, took: Duration, times: &Times) {
         let (step, read) = (self.state.step, self.feed.reads());
+        logs::at_step(step);
+        if trace::is_on(Some(step)) {
+            self.trace(all, took, times);
+        }
         let at_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         // The only trace of a step that is applied while there is no coordinator.
         tracing::debug!(step, at_unix_ms, "applied");
@@ -407,6 +415,29 @@ impl Trainer {
             held_out_loss: all.mean_held_out(),
             ..timing
         });
+    }
+}
+
+impl Trainer {
+    /// Tells of the step as a trace: this rank's part of it, and rank 0 the whole. Its parts are sums over the lanes, shown one after the other.
+    fn trace(&self, all: &StepStats, took: Duration, times: &Times) {
+        let (step, rank, era) = (self.state.step, self.collective.rank(), self.flags.era());
+        let trace = Trace::of(About::Step, self.committer.run(), &[era.term, era.generation, step]);
+        let begun = SystemTime::now() - took;
+        let mine = trace.within("rank", rank.into()).took(begun, took).with("ella.rank", i64::from(rank));
+        let mine = mine
+            .with("ella.encode_seconds", times.encode.as_secs_f64())
+            .with("ella.reduce_hidden_seconds", times.reduce_hidden.as_secs_f64());
+        let parts = [("commit", times.commit), ("data", times.data), ("forward", times.forward), ("backward", times.backward)];
+        let parts = [parts.as_slice(), &[("reduce", times.reduce), ("update", times.update)]].concat();
+        mine.parts(&parts).into_iter().for_each(trace::tell);
+        trace::tell(mine);
+        if rank == 0 {
+            let root = trace.root().took(begun, took).with("ella.run", self.committer.run().to_owned());
+            let root = root.with("ella.term", era.term.cast_signed()).with("ella.generation", era.generation.cast_signed());
+            let root = root.with("ella.step", step.cast_signed()).with("ella.samples", all.tally.samples.cast_signed());
+            trace::tell(root.with("ella.loss", all.mean_loss()).with("ella.world", i64::from(self.collective.world())));
+        }
     }
 }
 

@@ -380,7 +380,7 @@ impl World {
         if !worker.lives() || worker.link != Link::Live(stream) {
             return;
         }
-        let beat = v1::Heartbeat { step: worker.step, encoding: None, activity: worker.activity.into() };
+        let beat = v1::Heartbeat { step: worker.step, encoding: None, activity: worker.activity.into(), ..v1::Heartbeat::default() };
         self.say_of_self(w, from_worker::Body::Heartbeat(beat));
         self.after(self.setup.lease / 4, Happening::Beat { worker: w, stream });
     }

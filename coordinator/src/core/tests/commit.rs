@@ -8,7 +8,7 @@ fn committed(run: &Run, n: u64, step: u64) -> Effect {
 }
 
 fn committed_note(step: u64) -> Effect {
-    Effect::Note(Note::Committed { step, folder: ella_store::commit_folder(step, TERM, 1), bytes: 15 })
+    Effect::Note(Note::Committed { step, generation: 1, folder: ella_store::commit_folder(step, TERM, 1), bytes: 15, took_ms: 0 })
 }
 
 #[test]

@@ -136,3 +136,46 @@ fn the_count_goes_back_to_where_a_generation_begins() {
     let status = run.core.status(run.now);
     assert_eq!((status.step, status.samples), (4, 16));
 }
+
+/// Steps that were applied while nobody listened are kept once, and do not hold up those that come after.
+#[test]
+fn steps_that_nobody_wrote_down_are_kept_when_they_are_told() {
+    let mut run = Run::training(vec![]);
+    let missed = |step| from_worker::Body::Progress(v1::Progress { missed: true, ..progress(step, 4) });
+    let kept = |effects: Vec<Effect>| effects.into_iter().filter(|effect| matches!(effect, Effect::Metric(_))).count();
+    assert_eq!(kept(run.say(1, from_worker::Body::Progress(progress(1, 4)))), 1);
+    let told: Vec<usize> = [1, 2, 3, 3].map(|step| kept(run.say(1, missed(step)))).to_vec();
+    assert_eq!(told, [0, 1, 1, 0], "what is written down already is not again");
+    assert_eq!(
+        kept(run.event(Event::Message(conn(1), FromWorker { term: TERM, generation: 99, body: Some(missed(4)) }))),
+        1,
+        "whatever generation its teller is in now"
+    );
+    assert_eq!(kept(run.say(1, from_worker::Body::Progress(progress(5, 4)))), 1);
+    assert_eq!(kept(run.say(1, missed(1_000_000))), 0, "no step of the run");
+    assert_eq!(kept(run.say(2, missed(7))), 0, "a state that the run has not come to");
+    assert_eq!(kept(run.say(2, missed(5))), 0);
+    let status = run.core.status(run.now);
+    let totals = status.totals.unwrap();
+    assert_eq!((status.step, status.samples, totals.steps, totals.steps_missed, totals.samples), (5, 20, 2, 3, 8));
+}
+
+#[test]
+fn what_only_rises_is_summed_up() {
+    let mut run = Run::training(vec![]);
+    let parts = v1::StepParts { forward: 0.25, commit: 0.5, ..v1::StepParts::default() };
+    for (step, seconds) in [(1, 0.75), (2, 0.001), (3, 5000.0)] {
+        let told = v1::Progress { parts: Some(parts), step_seconds: seconds, grad_norm: 2.0, ..progress(step, 4) };
+        run.say(1, from_worker::Body::Progress(told));
+    }
+    let vitals = v1::Vitals { memory_bytes: 7, ..v1::Vitals::default() };
+    let counts = [("store_retried_get_timeout".to_owned(), 2)].into();
+    run.say(2, from_worker::Body::Heartbeat(v1::Heartbeat { vitals: Some(vitals), counts, ..v1::Heartbeat::default() }));
+    let status = run.core.status(run.now);
+    let totals = status.totals.unwrap();
+    assert_eq!((totals.steps, totals.samples, totals.workers_joined, totals.generations), (3, 12, 2, 1));
+    assert_eq!((totals.step_seconds, totals.parts.unwrap().forward, totals.parts.unwrap().commit), (5000.751, 0.75, 1.5));
+    assert_eq!((totals.step_buckets[0], totals.step_buckets[7], totals.step_buckets[17]), (1, 1, 1), "{:?}", totals.step_buckets);
+    assert_eq!((status.newest.unwrap().grad_norm, status.workers_wanted), (2.0, 2));
+    assert_eq!((status.workers[1].vitals.unwrap().memory_bytes, status.counts["store_retried_get_timeout"]), (7, 2));
+}

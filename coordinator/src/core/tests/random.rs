@@ -353,7 +353,7 @@ impl Sim {
             let worker = &self.workers[&n];
             let (Some(conn), true) = (worker.conn, worker.alive) else { continue };
             let activity = self.random.below(4) as i32;
-            let beat = v1::Heartbeat { step: worker.held.unwrap_or_default(), encoding: None, activity };
+            let beat = v1::Heartbeat { step: worker.held.unwrap_or_default(), encoding: None, activity, ..v1::Heartbeat::default() };
             let message = FromWorker { term: worker.term, generation: worker.generation, body: Some(from_worker::Body::Heartbeat(beat)) };
             self.feed(Event::Message(ConnId(conn), message));
         }

@@ -16,7 +16,7 @@ fn at_pace(config: CoreConfig) -> Run {
 }
 
 fn at(activity: A) -> from_worker::Body {
-    from_worker::Body::Heartbeat(v1::Heartbeat { step: 3, encoding: None, activity: activity.into() })
+    from_worker::Body::Heartbeat(v1::Heartbeat { step: 3, encoding: None, activity: activity.into(), ..v1::Heartbeat::default() })
 }
 
 /// Until then, while each says what it is at.
@@ -57,7 +57,7 @@ fn nobody_straggles_if_nobody_waits_or_all_do() {
 #[test]
 fn one_that_waits_for_captions_to_be_encoded_is_none() {
     let mut run = at_pace(config(2));
-    let encodes = v1::Heartbeat { step: 3, encoding: Some(7), activity: A::Data.into() };
+    let encodes = v1::Heartbeat { step: 3, encoding: Some(7), activity: A::Data.into(), ..v1::Heartbeat::default() };
     while run.now < Time(9_000) {
         run.now = Time(run.now.0 + LEASE / 4);
         run.say(1, at(A::Reduce));
