@@ -31,7 +31,7 @@ impl TraceService for Collector {
             self.resources.lock().unwrap().extend(attributes.iter().map(|attribute| format!("{}={:?}", attribute.key, attribute.value)));
             self.spans.lock().unwrap().extend(resource.scope_spans.into_iter().flat_map(|scope| scope.spans));
         }
-        Ok(Response::default())
+        Ok(Response::new(ExportTraceServiceResponse::default()))
     }
 }
 

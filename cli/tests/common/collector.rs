@@ -30,7 +30,7 @@ impl TraceService for Service {
             let spans = told.scope_spans.into_iter().flat_map(|scope| scope.spans);
             self.0.lock().unwrap().extend(spans.map(|span| (service.clone(), span)));
         }
-        Ok(Response::default())
+        Ok(Response::new(ExportTraceServiceResponse::default()))
     }
 }
 

@@ -30,7 +30,7 @@ pub const PROCESSES: &[&str] = &["coordinator", "worker"];
 /// What is done to stores.
 pub const OPERATIONS: &[&str] = &["get", "head", "list", "put", "create", "upload", "delete"];
 /// What became of captions that were encoded on the way.
-pub const ENCODED: &[&str] = &["embedded", "truncated", "absent", "failed"];
+pub const ENCODED: &[&str] = &["embedded", "truncated", "absent", "failed_ahead"];
 /// What became of traces' spans.
 pub const SPANS: &[&str] = &["sent", "dropped", "failed"];
 
