@@ -88,7 +88,7 @@ impl Grid {
             count(self.total, "step"),
             escape(&self.how)
         );
-        self.columns.iter().for_each(|step| drop(write!(html, "<th class=\"n\">{step}</th>")));
+        html += &self.columns.iter().map(|step| format!("<th class=\"n\">{step}</th>")).collect::<String>();
         html += "</tr>\n";
         for (prompt, seed, pictures) in &self.rows {
             let columns = self.columns.len();
