@@ -158,12 +158,14 @@ pub struct PartsReport {
     pub update: f64,
     pub commit: f64,
     pub reduce_hidden: f64,
+    #[serde(default)]
+    pub draw: f64,
 }
 
 impl From<v1::StepParts> for PartsReport {
     fn from(parts: v1::StepParts) -> Self {
-        let v1::StepParts { data, encode, forward, backward, reduce, update, commit, reduce_hidden } = parts;
-        Self { data, encode, forward, backward, reduce, update, commit, reduce_hidden }
+        let v1::StepParts { data, encode, forward, backward, reduce, update, commit, reduce_hidden, draw } = parts;
+        Self { data, encode, forward, backward, reduce, update, commit, reduce_hidden, draw }
     }
 }
 

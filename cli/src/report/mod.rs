@@ -4,6 +4,7 @@ mod chart;
 mod facts;
 mod numbers;
 mod page;
+mod samples;
 
 use std::path::PathBuf;
 

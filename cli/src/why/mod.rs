@@ -14,13 +14,14 @@ use crate::run::{Parts, RunFolder};
 use crate::ui::{DONE, Fail, Out, count};
 
 /// The parts that are shown, by their names and titles, in the order of a step; the last two are beside it.
-const SHOWN: [(&str, &str); 8] = [
+const SHOWN: [(&str, &str); 9] = [
     ("data", "data"),
     ("forward", "forward"),
     ("backward", "backward"),
     ("reduce", "reduce"),
     ("update", "update"),
     ("commit", "commit"),
+    ("draw", "draw"),
     ("reduce_hidden", "hidden"),
     ("encode", "encode"),
 ];

@@ -14,7 +14,7 @@ const EVEN: f64 = 0.05;
 /// Parts of a step that say what to do about them, from this much of it on.
 const MUCH: f64 = 0.15;
 /// What a rank does before it meets the others.
-const OWN: [&str; 5] = ["data", "forward", "backward", "update", "commit"];
+const OWN: [&str; 6] = ["data", "forward", "backward", "update", "commit", "draw"];
 
 /// Where the mean step of a rank goes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -81,7 +81,7 @@ fn largest(ranks: &[Rank], step: f64) -> String {
     let parts: BTreeMap<&str, f64> = OWN.into_iter().chain(["reduce"]).map(|part| (part, mean(ranks, |rank| rank.part(part)))).collect();
     let of_step = |part: &str| parts.get(part).copied().unwrap_or_default() / step;
     let even = if ranks.len() > 1 { "no rank waits for another; " } else { "" };
-    for part in ["data", "reduce", "commit"] {
+    for part in ["data", "reduce", "commit", "draw"] {
         if of_step(part) > MUCH {
             return format!("{even}{:.0} % of a step is {}; {}", 100.0 * of_step(part), name(part), advice(part));
         }
@@ -102,6 +102,7 @@ fn name(part: &str) -> &str {
         "backward" => "the backward pass",
         "update" => "the optimizer's update",
         "commit" => "copying its state for a commit",
+        "draw" => "drawing samples",
         "reduce" => "the all-reduce",
         other => other,
     }
@@ -114,6 +115,7 @@ fn advice(part: &str) -> &str {
         }
         "reduce" => "use a faster network between the workers, or larger lanes (train.micro_batch)",
         "commit" => "commit less often (checkpoint.every, checkpoint.max_lost_work)",
+        "draw" => "draw less often (sample.every), or fewer pictures in fewer steps (sample.prompts, sample.images, sample.steps)",
         "update" => "look at what else runs on its device",
         _ => "look at its device: what else runs there, its clock and its temperature",
     }
@@ -157,6 +159,7 @@ mod tests {
             ([("data", 0.5), ("backward", 0.3), ("reduce", 0.02)], ["waiting for samples", "text.features"]),
             ([("backward", 0.3), ("update", 0.1), ("reduce", 0.4)], ["the all-reduce", "network"]),
             ([("backward", 0.3), ("commit", 0.4), ("reduce", 0.02)], ["a commit", "checkpoint.every"]),
+            ([("backward", 0.3), ("draw", 0.4), ("reduce", 0.02)], ["drawing samples", "sample.every"]),
         ] {
             for world in [1, 3] {
                 let mut ranks: Vec<Rank> = (0..world).map(|number| rank(number, &parts)).collect();

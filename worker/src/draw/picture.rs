@@ -1,32 +1,32 @@
 //! 8-bit pictures, and the files that they become.
 
 use std::borrow::Cow;
-use std::path::Path;
 
 use ella_model::ModelError;
 use tch::{Device, Kind, Tensor};
-
-use crate::ui::Fail;
 
 /// Where a PNG says how it was made: the name that other programs look for.
 const PARAMETERS: &str = "parameters";
 
 /// 8-bit RGB, row by row.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Picture {
-    pub(super) width: u32,
-    pub(super) height: u32,
-    pub(super) rgb: Vec<u8>,
+pub struct Picture {
+    /// Pixels.
+    pub width: u32,
+    /// Pixels.
+    pub height: u32,
+    /// `3 · width · height` bytes.
+    pub rgb: Vec<u8>,
 }
 
 impl Picture {
     /// An empty sheet.
-    pub(super) fn white(width: u32, height: u32) -> Self {
+    pub fn white(width: u32, height: u32) -> Self {
         Self { width, height, rgb: vec![255; 3 * width as usize * height as usize] }
     }
 
     /// Lays another picture on this one, its left top corner at (x, y); what is outside is left out.
-    pub(super) fn paste(&mut self, other: &Picture, (x, y): (u32, u32)) {
+    pub fn paste(&mut self, other: &Picture, (x, y): (u32, u32)) {
         let wide = 3 * other.width.min(self.width.saturating_sub(x)) as usize;
         if wide == 0 {
             return;
@@ -38,14 +38,11 @@ impl Picture {
         }
     }
 
-    /// Writes a PNG that says how it was made.
-    pub(super) fn save(&self, file: &Path, parameters: &str) -> Result<(), Fail> {
-        let bytes = self.png(parameters);
-        let bytes = bytes.map_err(|error| Fail::failed(format_args!("{}: cannot be encoded ({error})", file.display())))?;
-        std::fs::write(file, bytes).map_err(|error| Fail::io(file, "written", &error))
-    }
-
-    fn png(&self, parameters: &str) -> Result<Vec<u8>, png::EncodingError> {
+    /// A PNG that says how it was made. Equal pictures made in the same way have equal bytes.
+    ///
+    /// # Errors
+    /// The picture has no pixels, or more bytes than it should.
+    pub fn png(&self, parameters: &str) -> Result<Vec<u8>, png::EncodingError> {
         let mut bytes = Vec::new();
         let mut encoder = png::Encoder::new(&mut bytes, self.width, self.height);
         encoder.set_color(png::ColorType::Rgb);
@@ -89,18 +86,16 @@ mod tests {
 
     #[test]
     fn a_picture_and_how_it_was_made_read_back_from_its_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("x.png");
         for parameters in ["a café\nSeed: 7", "漢字 “quoted”"] {
-            plain(200).save(&file, parameters).unwrap();
-            let read = image::open(&file).unwrap().into_rgb8();
+            let file = plain(200).png(parameters).unwrap();
+            let read = image::load_from_memory(&file).unwrap().into_rgb8();
             assert_eq!((read.width(), read.height(), read.into_raw()), (4, 3, plain(200).rgb));
-            let reader = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&file).unwrap())).read_info().unwrap();
+            let reader = png::Decoder::new(std::io::Cursor::new(&file)).read_info().unwrap();
             let (latin, wide) = (&reader.info().uncompressed_latin1_text, &reader.info().utf8_text);
             let text = latin.first().map(|chunk| chunk.text.clone()).or_else(|| wide.first().map(|chunk| chunk.get_text().unwrap()));
             assert_eq!(text.unwrap(), parameters);
         }
-        assert!(plain(1).save(&dir.path().join("no/x.png"), "").unwrap_err().message.contains("no/x.png"));
+        assert!(Picture::white(0, 0).png("").is_err());
     }
 
     #[test]

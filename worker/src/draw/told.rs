@@ -3,58 +3,61 @@
 use ella_model::ModelError;
 use ella_model::connector::{Conditions, Connector};
 use ella_proto::config::Padding;
-use ella_worker::text::TextEncoder;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::clip::BaseText;
+use crate::text::TextEncoder;
 
 /// What one text tells, as far as that is the same at every timestep. float32.
 #[derive(Debug, Default)]
-pub(super) struct Told {
+pub struct Told {
     /// What the connector takes: features of the positions that count, `[S, E]`.
-    pub(super) features: Option<Tensor>,
+    pub features: Option<Tensor>,
     /// CLIP's states.
-    pub(super) clip: Option<ClipTold>,
+    pub clip: Option<ClipTold>,
 }
 
 /// What CLIP says of one text.
 #[derive(Debug)]
-pub(super) struct ClipTold {
+pub struct ClipTold {
     /// What the U-Net attends to, `[77, D]`.
-    pub(super) states: Tensor,
+    pub states: Tensor,
     /// The pooled text `[P]`, which SDXL takes besides.
-    pub(super) pooled: Option<Tensor>,
+    pub pooled: Option<Tensor>,
 }
 
 /// All texts that the pictures need, each worked out once, and which of them were too long.
 #[derive(Debug)]
-pub(super) struct Script {
+pub struct Script {
     /// The prompts, in the order of the plan's texts.
-    pub(super) prompts: Vec<Told>,
+    pub prompts: Vec<Told>,
     /// What guidance leads away from.
-    pub(super) negative: Told,
+    pub negative: Told,
     /// Prompts that lost their end.
-    pub(super) cut: usize,
+    pub cut: usize,
     /// Whether the negative prompt did.
-    pub(super) negative_cut: bool,
+    pub negative_cut: bool,
     /// The longest text in tokens.
-    pub(super) most: usize,
+    pub most: usize,
     /// Whether features may differ in length, so that a mask has to tell them from what fills them up.
-    pub(super) ragged: bool,
+    pub ragged: bool,
 }
 
 /// How long a text counts (paper §4).
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Reading {
+pub struct Reading {
     /// What becomes of the positions after its end.
-    pub(super) padding: Padding,
+    pub padding: Padding,
     /// The longest in tokens.
-    pub(super) most: usize,
+    pub most: usize,
 }
 
 impl Script {
     /// By the text encoder that a connector was trained with.
-    pub(super) fn features(
+    ///
+    /// # Errors
+    /// The encoder's.
+    pub fn features(
         encoder: &TextEncoder,
         (texts, prompt): (&[String], Reading),
         (nothing, negative): (&str, Reading),
@@ -67,27 +70,39 @@ impl Script {
         };
         let ragged = [prompt.padding, negative.padding].contains(&Padding::None);
         let prompts = texts.iter().map(|text| tell(text, prompt)).collect::<Result<_, _>>()?;
-        Ok(Self { ragged, ..Self::of(prompts, tell(nothing, negative)?, prompt.most) })
+        Ok(Self { ragged, ..Self::told(prompts, tell(nothing, negative)?, prompt.most) })
     }
 
     /// By the base's own CLIP. SDXL's takes zeros where no negative prompt is given at all.
-    pub(super) fn clip(base: &BaseText, texts: &[String], negative: Option<&str>) -> Result<Self, ModelError> {
+    ///
+    /// # Errors
+    /// CLIP's.
+    pub fn clip(base: &BaseText, texts: &[String], negative: Option<&str>) -> Result<Self, ModelError> {
         let tell = |text: &str| base.tell(text).map(|(clip, cut)| (Told { features: None, clip: Some(clip) }, cut));
         let prompts = texts.iter().map(|text| tell(text)).collect::<Result<_, _>>()?;
         let mut nothing = tell(negative.unwrap_or_default())?;
         if negative.is_none() && base.zeros_for_nothing() {
             nothing.0.clip = nothing.0.clip.map(|clip| clip.zeros()).transpose()?;
         }
-        Ok(Self::of(prompts, nothing, base.most_tokens()))
+        Ok(Self::told(prompts, nothing, base.most_tokens()))
     }
 
-    fn of(prompts: Vec<(Told, bool)>, (negative, negative_cut): (Told, bool), most: usize) -> Self {
+    /// What some of the prompts tell, and the negative one, on a device: a script of its own.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn of(&self, prompts: std::ops::Range<usize>, device: Device) -> Result<Self, ModelError> {
+        let prompts = self.prompts[prompts].iter().map(|told| told.to_device(device)).collect::<Result<_, _>>()?;
+        Ok(Self { prompts, negative: self.negative.to_device(device)?, ..*self })
+    }
+
+    fn told(prompts: Vec<(Told, bool)>, (negative, negative_cut): (Told, bool), most: usize) -> Self {
         let cut = prompts.iter().filter(|(_, cut)| *cut).count();
         Self { prompts: prompts.into_iter().map(|(told, _)| told).collect(), negative, cut, negative_cut, most, ragged: false }
     }
 
     /// Adds what CLIP says of as many texts.
-    pub(super) fn with_clip(mut self, clip: Self) -> Self {
+    pub fn with_clip(mut self, clip: Self) -> Self {
         let own = self.prompts.iter_mut().chain([&mut self.negative]);
         for (told, more) in own.zip(clip.prompts.into_iter().chain([clip.negative])) {
             told.clip = more.clip;
@@ -96,7 +111,20 @@ impl Script {
     }
 }
 
+impl Told {
+    fn to_device(&self, device: Device) -> Result<Self, ModelError> {
+        let features = self.features.as_ref().map(|features| features.f_to_device(device)).transpose()?;
+        let clip = self.clip.as_ref().map(|clip| clip.to_device(device)).transpose()?;
+        Ok(Self { features, clip })
+    }
+}
+
 impl ClipTold {
+    fn to_device(&self, device: Device) -> Result<Self, ModelError> {
+        let pooled = self.pooled.as_ref().map(|pooled| pooled.f_to_device(device)).transpose()?;
+        Ok(Self { states: self.states.f_to_device(device)?, pooled })
+    }
+
     fn zeros(&self) -> Result<Self, ModelError> {
         let pooled = self.pooled.as_ref().map(Tensor::f_zeros_like).transpose()?;
         Ok(Self { states: self.states.f_zeros_like()?, pooled })
@@ -105,7 +133,7 @@ impl ClipTold {
 
 /// What some texts tell, a row for each.
 #[derive(Debug)]
-pub(super) struct Rows {
+pub struct Rows {
     /// `[B, S, E]` and where a row's own positions are, `[B, S]` bool.
     features: Option<(Tensor, Option<Tensor>)>,
     /// `[B, 77, D]`.
@@ -115,7 +143,11 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    pub(super) fn of(told: &[&Told], ragged: bool) -> Result<Self, ModelError> {
+    /// Of these texts, a row for each. `ragged`: they may differ in length, and need a mask.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn of(told: &[&Told], ragged: bool) -> Result<Self, ModelError> {
         let features: Vec<&Tensor> = told.iter().filter_map(|one| one.features.as_ref()).collect();
         let clip = || told.iter().filter_map(|one| one.clip.as_ref());
         let (states, pooled): (Vec<_>, Vec<_>) = (clip().map(|c| &c.states).collect(), clip().filter_map(|c| c.pooled.as_ref()).collect());
@@ -126,7 +158,10 @@ impl Rows {
 
     /// What the U-Net is told at these timesteps. CLIP's states come before the connector's; the U-Net's attention has no positions, so it
     /// would be the same the other way round. Of two pooled texts the connector's counts.
-    pub(super) fn at(&self, connector: &Connector, timesteps: &Tensor) -> Result<Conditions, ModelError> {
+    ///
+    /// # Errors
+    /// The connector's.
+    pub fn at(&self, connector: &Connector, timesteps: &Tensor) -> Result<Conditions, ModelError> {
         let own = self.features.as_ref().map(|(features, mask)| connector.forward(features, timesteps, mask.as_ref())).transpose()?;
         let states: Vec<&Tensor> = self.states.iter().chain(own.iter().map(|own| &own.states)).collect();
         let states = Tensor::f_cat(&states, 1)?; // [B, 77 + L, D]
@@ -153,7 +188,6 @@ fn side_by_side(rows: &[&Tensor], ragged: bool) -> Result<(Tensor, Option<Tensor
 mod tests {
     use super::*;
     use ella_model::connector::{ConnectorConfig, ConnectorKind};
-    use tch::Device;
 
     fn numbers(name: &str, shape: &[i64]) -> Tensor {
         let count = shape.iter().product::<i64>() as usize;

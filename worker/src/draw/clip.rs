@@ -12,7 +12,7 @@ use super::told::ClipTold;
 
 /// The base's text encoders with their tokenizers.
 #[derive(Debug)]
-pub(super) struct BaseText {
+pub struct BaseText {
     encoders: Vec<(Clip, TextTokenizer)>,
     /// Whether the base is of SDXL's kind, which takes other states of two encoders, and the pooled text.
     two: bool,
@@ -25,7 +25,7 @@ impl BaseText {
     ///
     /// # Errors
     /// The base lacks one of them, or a tokenizer does not fit its encoder.
-    pub(super) fn load(base: &Base, two: bool, (kind, device): (Kind, Device)) -> Result<Self, ModelError> {
+    pub fn load(base: &Base, two: bool, (kind, device): (Kind, Device)) -> Result<Self, ModelError> {
         let parts = base.text_encoders()?;
         let expected = if two { &["text_encoder", "text_encoder_2"][..] } else { &["text_encoder"] };
         if let Some(missing) = expected.get(parts.len()) {
@@ -46,22 +46,25 @@ impl BaseText {
     }
 
     /// Width D of the states.
-    pub(super) fn width(&self) -> i64 {
+    pub fn width(&self) -> i64 {
         self.encoders.iter().map(|(clip, _)| clip.config().hidden_size).sum()
     }
 
     /// The longest text in tokens, start and end among them.
-    pub(super) fn most_tokens(&self) -> usize {
+    pub fn most_tokens(&self) -> usize {
         self.encoders.iter().map(|(clip, _)| clip.config().max_positions as usize).min().unwrap_or(0)
     }
 
     /// Whether a negative prompt that is not given at all stands for zeros, not for the empty text.
-    pub(super) fn zeros_for_nothing(&self) -> bool {
+    pub fn zeros_for_nothing(&self) -> bool {
         self.zeros_for_nothing
     }
 
     /// What CLIP says of a text, and whether the text was too long for it.
-    pub(super) fn tell(&self, text: &str) -> Result<(ClipTold, bool), ModelError> {
+    ///
+    /// # Errors
+    /// libtorch's, or the tokenizer's.
+    pub fn tell(&self, text: &str) -> Result<(ClipTold, bool), ModelError> {
         let (mut states, mut pooled, mut cut) = (Vec::new(), None, false);
         for (clip, tokenizer) in &self.encoders {
             let tokens = tokenizer.encode(&[text], clip.config().max_positions as usize, Padding::Fixed)?;
