@@ -8,6 +8,7 @@ mod page;
 use std::path::PathBuf;
 
 use base64::Engine;
+pub(crate) use chart::short;
 use clap::Args;
 use facts::Facts;
 pub(crate) use page::{document, escape};

@@ -301,7 +301,8 @@ mod tests {
     fn check(view: &View, points: &[Point], from: u64, to: u64) {
         for bucket in &view.buckets {
             let (start, end) = (bucket.index * view.width, (bucket.index + 1) * view.width);
-            let within: Vec<&Point> = points.iter().filter(|point| (start..end).contains(&point.step)).collect();
+            let at = |step: u64| points.partition_point(|point| point.step < step);
+            let within = &points[at(start)..at(end)];
             let losses: Vec<f64> = within.iter().filter_map(|point| point.loss).collect();
             // At the edges of the range only a part of a group may have been asked for.
             if start < from || end > to + 1 {
@@ -317,17 +318,17 @@ mod tests {
 
     #[test]
     fn every_view_has_the_right_extremes_and_means_and_no_more_buckets_than_asked_for() {
-        for seed in 0..8 {
+        for seed in 0..4 {
             let mut random = Random::new(seed);
             let mut step = random.below(50);
-            let points: Vec<Point> = (0..40_000)
+            let points: Vec<Point> = (0..20_000)
                 .map(|_| {
                     step += 1 + random.below(20) / 19;
                     point(step, random.below(1_000_000) as f64 / 1000.0)
                 })
                 .collect();
             let curves = curves(&points);
-            for _ in 0..30 {
+            for _ in 0..16 {
                 let (from, most) = (random.below(step), 1 + random.below(1500) as usize);
                 let to = from + random.below(step);
                 let view = curves.view(from, to, most);

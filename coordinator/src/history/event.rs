@@ -141,7 +141,9 @@ fn words(event: &str, line: &Value) -> String {
         "left" => format!("{} left: {}", text("worker"), text("why")),
         "lost" => format!("{rank}{} was lost: {}", text("worker"), text("why")),
         "generation" => format!("generation {} from step {}, {} workers", number("generation"), number("from_step"), people()),
-        "adopted" => format!("generation {} goes on under this coordinator at step {}, {} workers", number("generation"), number("step"), people()),
+        "adopted" => {
+            format!("generation {} goes on under this coordinator at step {}, {} workers", number("generation"), number("step"), people())
+        }
         "regroup" if line["at_boundary"].as_bool() == Some(true) => {
             format!("generation {} ends with its next step: {}", number("generation"), text("reason"))
         }

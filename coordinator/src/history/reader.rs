@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use bytes::Bytes;
 use ella_store::{Meta, Store, StoreError};
 use futures::StreamExt;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -135,8 +134,7 @@ async fn read<T: DeserializeOwned + Send + 'static>(store: &Store, file: &Meta) 
 fn parse<T: DeserializeOwned>(text: &Bytes, place: &str) -> (Vec<T>, Faults) {
     let (mut lines, mut faults) = (Vec::new(), Faults::default());
     for (number, line) in text.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
-        let mut read = serde_json::Deserializer::from_slice(line);
-        match T::deserialize(&mut read).and_then(|value| read.end().map(|()| value)) {
+        match serde_json::from_slice(line) {
             Ok(value) => lines.push(value),
             Err(error) => {
                 faults.damaged_lines += 1;
@@ -153,7 +151,9 @@ mod tests {
     use ella_store::{Operation, faulty};
 
     fn metric(step: u64, loss: f64) -> String {
-        format!("{{\"at_unix_ms\":{step}000,\"step\":{step},\"samples\":4,\"loss\":{loss},\"lr\":0.1,\"parts\":null,\"skipped\":{{\"odd\":1}}}}\n")
+        format!(
+            "{{\"at_unix_ms\":{step}000,\"step\":{step},\"samples\":4,\"loss\":{loss},\"lr\":0.1,\"parts\":null,\"skipped\":{{\"odd\":1}}}}\n"
+        )
     }
 
     async fn put(store: &Store, key: &str, text: String) {
