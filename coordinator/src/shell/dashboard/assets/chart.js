@@ -15,7 +15,7 @@ export class Model {
   /** The first and the last step that are shown. */
   get domain() {
     const first = this.columns?.first_step ?? 1;
-    const newest = this.tail.length ? this.tail[this.tail.length - 1].step : this.columns?.last_step ?? 2;
+    const newest = this.tail.length ? this.tail[this.tail.length - 1].step : (this.columns?.last_step ?? 2);
     const from = Math.max(this.from, first);
     return [from, Math.max(Math.min(this.to, newest), from + 1)];
   }
@@ -25,13 +25,17 @@ export class Model {
     const points = { x: [], lo: [], mid: [], hi: [] };
     const push = (x, lo, mid, hi) => {
       if (mid === null || mid === undefined || !Number.isFinite(mid)) return;
-      points.x.push(x); points.lo.push(lo); points.mid.push(mid); points.hi.push(hi);
+      points.x.push(x);
+      points.lo.push(lo);
+      points.mid.push(mid);
+      points.hi.push(hi);
     };
     const add = (columns) => {
       const half = (columns.width - 1) / 2;
       const found = columns[key];
-      columns.step.forEach((step, at) => (Array.isArray(found) ? push(step + half, found[at], found[at], found[at])
-        : push(step + half, found.min[at], found.mean[at], found.max[at])));
+      columns.step.forEach((step, at) =>
+        Array.isArray(found) ? push(step + half, found[at], found[at], found[at]) : push(step + half, found.min[at], found.mean[at], found.max[at]),
+      );
     };
     if (this.columns) add(this.columns);
     if (this.to >= (this.columns?.last_step ?? 0)) {
@@ -70,7 +74,11 @@ export class Model {
   redraw() {
     if (this.due) return;
     this.due = true;
-    requestAnimationFrame(() => { this.due = false; this.plots.forEach((plot) => plot.draw()); this.changed(); });
+    requestAnimationFrame(() => {
+      this.due = false;
+      this.plots.forEach((plot) => plot.draw());
+      this.changed();
+    });
   }
 }
 
@@ -96,20 +104,51 @@ function ticks(from, to, most) {
 export class Plot {
   /** `spec`: title, unit, wide, log, series: [{key, label, color, band, smooth, dots}]. */
   constructor(model, spec) {
-    Object.assign(this, { model, spec, log: false, drag: null });
+    Object.assign(this, { model, spec, log: false, peaks: false, drag: null });
     model.plots.push(this);
-    this.canvas = h("canvas", { tabindex: "0", role: "slider", "aria-label": `${spec.title}: read values with the arrow keys`, "aria-valuenow": "0" });
+    this.canvas = h("canvas", {
+      tabindex: "0",
+      role: "slider",
+      "aria-label": `${spec.title}: read values with the arrow keys`,
+      "aria-valuenow": "0",
+    });
     this.read = h("span", { class: "read" });
     this.details = h("details", { ontoggle: () => this.tabulate() }, h("summary", {}, `${spec.title} as a table`));
     const keys = spec.series.map((one) => h("span", { class: "key", "data-key": one.label }, h("i", {}), one.label));
-    const log = spec.log && h("span", { class: "tools" }, h("button", { type: "button", "aria-pressed": "false", onclick: (event) => {
-      this.log = !this.log;
-      event.currentTarget.setAttribute("aria-pressed", String(this.log));
-      this.draw();
-    } }, "log"));
-    this.root = h("figure", { class: spec.wide ? "plot wide" : "plot" },
-      h("figcaption", {}, h("b", {}, spec.title), keys, log || null, this.read), h("div", { class: "canvas" }, this.canvas), this.details);
-    keys.forEach((key, at) => { key.firstChild.style.background = `var(${spec.series[at].color})`; });
+    const turn = (name, title) =>
+      h(
+        "button",
+        {
+          type: "button",
+          "aria-pressed": "false",
+          title,
+          onclick: (event) => {
+            this[name] = !this[name];
+            event.currentTarget.setAttribute("aria-pressed", String(this[name]));
+            this.draw();
+          },
+        },
+        name,
+      );
+    const banded = spec.series.some((one) => one.band);
+    const log =
+      (spec.log || banded) &&
+      h(
+        "span",
+        { class: "tools" },
+        spec.log && turn("log", "a logarithmic scale"),
+        banded && turn("peaks", "a scale that holds the highest peaks; else ▴ marks those above it"),
+      );
+    this.root = h(
+      "figure",
+      { class: spec.wide ? "plot wide" : "plot" },
+      h("figcaption", {}, h("b", {}, spec.title), keys, log || null, this.read),
+      h("div", { class: "canvas" }, this.canvas),
+      this.details,
+    );
+    keys.forEach((key, at) => {
+      key.firstChild.style.background = `var(${spec.series[at].color})`;
+    });
     new ResizeObserver(() => this.draw()).observe(this.canvas);
     this.listen();
   }
@@ -117,9 +156,16 @@ export class Plot {
   listen() {
     const at = (event) => this.step(event.clientX - this.canvas.getBoundingClientRect().left);
     const on = (name, work) => this.canvas.addEventListener(name, work);
-    on("pointerdown", (event) => { if (event.pointerType === "mouse" && event.button === 0) this.drag = [at(event), at(event)]; });
-    on("pointermove", (event) => { if (this.drag) this.drag[1] = at(event); this.model.point(at(event)); });
-    on("pointerleave", () => { if (!this.drag && document.activeElement !== this.canvas) this.model.point(null); });
+    on("pointerdown", (event) => {
+      if (event.pointerType === "mouse" && event.button === 0) this.drag = [at(event), at(event)];
+    });
+    on("pointermove", (event) => {
+      if (this.drag) this.drag[1] = at(event);
+      this.model.point(at(event));
+    });
+    on("pointerleave", () => {
+      if (!this.drag && document.activeElement !== this.canvas) this.model.point(null);
+    });
     on("dblclick", () => this.model.zoom(0, Infinity));
     const end = () => {
       if (!this.drag) return;
@@ -130,9 +176,13 @@ export class Plot {
       else this.model.redraw();
     };
     addEventListener("pointerup", end);
-    addEventListener("pointercancel", () => { this.drag = null; });
+    addEventListener("pointercancel", () => {
+      this.drag = null;
+    });
     on("keydown", (event) => this.key(event));
-    on("focus", () => { if (this.model.cursor === null) this.model.point(this.model.domain[1]); });
+    on("focus", () => {
+      if (this.model.cursor === null) this.model.point(this.model.domain[1]);
+    });
   }
 
   key(event) {
@@ -143,8 +193,15 @@ export class Plot {
     const go = (at) => model.point(xs[Math.max(0, Math.min(xs.length - 1, at))] ?? here);
     const wide = event.shiftKey ? 10 : 1;
     const done = {
-      ArrowLeft: () => go(near - wide), ArrowRight: () => go(near + wide), Home: () => go(0), End: () => go(xs.length - 1),
-      "+": () => model.scale(0.5), "=": () => model.scale(0.5), "-": () => model.scale(2), Escape: () => model.zoom(0, Infinity), 0: () => model.zoom(0, Infinity),
+      ArrowLeft: () => go(near - wide),
+      ArrowRight: () => go(near + wide),
+      Home: () => go(0),
+      End: () => go(xs.length - 1),
+      "+": () => model.scale(0.5),
+      "=": () => model.scale(0.5),
+      "-": () => model.scale(2),
+      Escape: () => model.zoom(0, Infinity),
+      0: () => model.zoom(0, Infinity),
     }[event.key];
     if (!done || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
@@ -171,12 +228,21 @@ export class Plot {
   }
 
   extent(all) {
-    let [low, high] = [Infinity, -Infinity];
+    let [low, high, mean] = [Infinity, -Infinity, -Infinity];
     for (const { one, points, line } of all) {
       const [below, above] = one.band ? [points.lo, points.hi] : [line, line];
-      below.forEach((y) => { if (!this.log || y > 0) low = Math.min(low, y); });
-      above.forEach((y) => { high = Math.max(high, y); });
+      below.forEach((y) => {
+        if (!this.log || y > 0) low = Math.min(low, y);
+      });
+      above.forEach((y) => {
+        high = Math.max(high, y);
+      });
+      points.mid.forEach((y) => {
+        mean = Math.max(mean, y);
+      });
     }
+    // A few peaks of single steps must not press everything else flat.
+    if (!this.peaks && !this.log && low >= 0 && high > 2 * mean) high = mean * 1.25;
     if (!Number.isFinite(low) || !Number.isFinite(high)) return [this.log ? 0.1 : 0, 1];
     if (this.log) return high > low ? [low * 0.95, high * 1.05] : [low / 2, high * 2];
     const gap = high > low ? (high - low) * 0.06 : Math.abs(high) * 0.1 || 1;
@@ -202,7 +268,12 @@ export class Plot {
     const y = (value) => height - PAD.bottom - ((scale(value) - scale(low)) / (scale(high) - scale(low))) * (height - PAD.top - PAD.bottom);
     this.axes(ink, x, y, { from, to, low, high, width, height });
     this.marks(ink, x, { from, to, height });
-    for (const series of this.shown) this.curve(ink, x, y, series);
+    ink.save();
+    ink.beginPath();
+    ink.rect(PAD.left - 3, PAD.top - 3, width - PAD.left - PAD.right + 6, height - PAD.top - PAD.bottom + 4);
+    ink.clip();
+    for (const series of this.shown) this.curve(ink, x, y, series, high);
+    ink.restore();
     if (!this.shown.some((series) => series.points.x.length)) {
       ink.fillStyle = style("--muted");
       ink.textAlign = "center";
@@ -219,12 +290,18 @@ export class Plot {
     ink.textBaseline = "middle";
     const logs = () => {
       const all = [];
-      for (let ten = 10 ** Math.floor(Math.log10(low)); ten <= high; ten *= 10) [1, 2, 5].forEach((n) => { if (n * ten >= low && n * ten <= high) all.push(n * ten); });
+      for (let ten = 10 ** Math.floor(Math.log10(low)); ten <= high; ten *= 10)
+        [1, 2, 5].forEach((n) => {
+          if (n * ten >= low && n * ten <= high) all.push(n * ten);
+        });
       return all.length > 1 ? all : [low, high];
     };
     for (const value of this.log ? logs() : ticks(low, high, height / 45)) {
       const at = Math.round(y(value)) + 0.5;
-      ink.beginPath(); ink.moveTo(PAD.left, at); ink.lineTo(width - PAD.right, at); ink.stroke();
+      ink.beginPath();
+      ink.moveTo(PAD.left, at);
+      ink.lineTo(width - PAD.right, at);
+      ink.stroke();
       ink.fillText(num(value), PAD.left - 7, at);
     }
     ink.textBaseline = "alphabetic";
@@ -244,13 +321,16 @@ export class Plot {
       ink.strokeStyle = style({ lost: "--bad", joined: "--good", trouble: "--warn", generation: "--accent" }[mark.kind] || "--muted");
       ink.globalAlpha = small ? 0.8 : 0.65;
       ink.setLineDash(mark.kind === "generation" ? [3, 3] : []);
-      ink.beginPath(); ink.moveTo(at, small ? height - PAD.bottom - 5 : PAD.top); ink.lineTo(at, height - PAD.bottom); ink.stroke();
+      ink.beginPath();
+      ink.moveTo(at, small ? height - PAD.bottom - 5 : PAD.top);
+      ink.lineTo(at, height - PAD.bottom);
+      ink.stroke();
     }
     ink.setLineDash([]);
     ink.globalAlpha = 1;
   }
 
-  curve(ink, x, y, { one, points, line }) {
+  curve(ink, x, y, { one, points, line }, high) {
     const color = style(one.color);
     ink.lineJoin = "round";
     const path = (values) => {
@@ -270,6 +350,18 @@ export class Plot {
       ink.stroke();
       ink.globalAlpha = 1;
     }
+    if (one.band) {
+      ink.fillStyle = color;
+      points.hi.forEach((value, at) => {
+        if (value <= high) return;
+        const [px, py] = [x(points.x[at]), PAD.top - 2];
+        ink.beginPath();
+        ink.moveTo(px - 2.5, py + 5);
+        ink.lineTo(px, py);
+        ink.lineTo(px + 2.5, py + 5);
+        ink.fill();
+      });
+    }
     ink.strokeStyle = color;
     ink.lineWidth = one.smooth || !one.band ? 2 : 1.4;
     ink.setLineDash(one.other ? [6, 4] : []);
@@ -278,7 +370,11 @@ export class Plot {
     ink.setLineDash([]);
     if (one.dots && points.x.length < 150) {
       ink.fillStyle = color;
-      points.x.forEach((step, at) => { ink.beginPath(); ink.arc(x(step), y(points.mid[at]), 2.4, 0, 7); ink.fill(); });
+      points.x.forEach((step, at) => {
+        ink.beginPath();
+        ink.arc(x(step), y(points.mid[at]), 2.4, 0, 7);
+        ink.fill();
+      });
     }
   }
 
@@ -293,13 +389,18 @@ export class Plot {
     const at = this.model.cursor;
     const said = this.say(at, (step, value, color) => {
       ink.fillStyle = style(color);
-      ink.beginPath(); ink.arc(x(step), y(value), 3.5, 0, 7); ink.fill();
+      ink.beginPath();
+      ink.arc(x(step), y(value), 3.5, 0, 7);
+      ink.fill();
     });
     fill(this.read, said);
     if (at === null) return;
     ink.strokeStyle = style("--muted");
     ink.lineWidth = 1;
-    ink.beginPath(); ink.moveTo(Math.round(x(at)) + 0.5, PAD.top); ink.lineTo(Math.round(x(at)) + 0.5, height - PAD.bottom); ink.stroke();
+    ink.beginPath();
+    ink.moveTo(Math.round(x(at)) + 0.5, PAD.top);
+    ink.lineTo(Math.round(x(at)) + 0.5, height - PAD.bottom);
+    ink.stroke();
     this.canvas.setAttribute("aria-valuenow", String(Math.round(at)));
     this.canvas.setAttribute("aria-valuetext", said);
   }
@@ -310,22 +411,29 @@ export class Plot {
     let named = step;
     for (const { one, points, line } of this.shown) {
       if (!points.x.length) continue;
-      const near = points.x.reduce((best, x, at) => (Math.abs(x - (step ?? Infinity)) < Math.abs(points.x[best] - (step ?? Infinity)) ? at : best),
-        step === null ? points.x.length - 1 : 0);
-      if (step !== null) { dot(points.x[near], line[near], one.color); if (!words.length) named = points.x[near]; }
+      const near = points.x.reduce(
+        (best, x, at) => (Math.abs(x - (step ?? Infinity)) < Math.abs(points.x[best] - (step ?? Infinity)) ? at : best),
+        step === null ? points.x.length - 1 : 0,
+      );
+      if (step !== null) {
+        dot(points.x[near], line[near], one.color);
+        if (!words.length) named = points.x[near];
+      }
       const wide = one.band && points.hi[near] > points.lo[near] ? ` (${num(points.lo[near])} … ${num(points.hi[near])})` : "";
-      words.push(`${this.spec.series.length > 1 ? `${one.label} ` : ""}${num(one.smooth && !wide ? points.mid[near] : points.mid[near])}${wide}`);
+      words.push(`${this.spec.series.length > 1 ? `${one.label} ` : ""}${num(points.mid[near])}${wide}`);
     }
     if (!words.length) return "";
     const where = step === null ? "" : this.model.seconds ? `after ${span(named)}: ` : `step ${int(named)}: `;
-    const mark = step === null ? null : this.nearby(step);
+    const mark = step === null || !this.spec.tells ? null : this.nearby(step);
     return `${where}${words.join(", ")}${this.spec.unit ? ` ${this.spec.unit}` : ""}${mark ? ` — ${mark.text}` : ""}`;
   }
 
   nearby(step) {
     const [from, to] = this.model.domain;
     const reach = ((to - from) / this.canvas.clientWidth) * 5;
-    return this.model.marks.filter((mark) => Math.abs(mark.step - step) <= reach).sort((a, b) => Math.abs(a.step - step) - Math.abs(b.step - step))[0];
+    return this.model.marks
+      .filter((mark) => Math.abs(mark.step - step) <= reach)
+      .sort((a, b) => Math.abs(a.step - step) - Math.abs(b.step - step))[0];
   }
 
   tabulate() {
@@ -333,12 +441,23 @@ export class Plot {
     const [main] = this.collect();
     const { points } = main;
     const stride = Math.max(1, Math.ceil(points.x.length / 60));
-    const rows = points.x.map((step, at) => [this.model.seconds ? span(step) : int(step), num(points.mid[at]), num(points.lo[at]), num(points.hi[at])])
+    const rows = points.x
+      .map((step, at) => [this.model.seconds ? span(step) : int(step), num(points.mid[at]), num(points.lo[at]), num(points.hi[at])])
       .filter((_, at) => at % stride === 0 || at === points.x.length - 1);
-    const place = h("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": `${this.spec.title} as a table` },
-      table(this.spec.title, [[this.model.seconds ? "Time" : "Step", "n"], ["Mean", "n"], ["Least", "n"], ["Largest", "n"]], rows));
+    const place = h(
+      "div",
+      { class: "scroll tall", tabindex: "0", role: "region", "aria-label": `${this.spec.title} as a table` },
+      table(
+        this.spec.title,
+        [
+          [this.model.seconds ? "Time" : "Step", "n"],
+          ["Mean", "n"],
+          ["Least", "n"],
+          ["Largest", "n"],
+        ],
+        rows,
+      ),
+    );
     fill(this.details, this.details.firstElementChild, place);
   }
 }
-
-

@@ -23,10 +23,31 @@ export function fill(element, ...children) {
 /** A table; a column is [title, class]. */
 export function table(caption, columns, rows) {
   const cell = (tag, content, kind, more) => h(tag, { class: kind, ...more }, ...[content ?? "–"].flat());
-  return h("table", {},
+  return h(
+    "table",
+    {},
     h("caption", { class: "sr" }, caption),
-    h("thead", {}, h("tr", {}, columns.map(([title, kind]) => cell("th", title, kind, { scope: "col" })))),
-    h("tbody", {}, rows.map((row) => h("tr", { class: row.kind }, (row.cells || row).map((content, at) => cell("td", content, columns[at][1]))))));
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        columns.map(([title, kind]) => cell("th", title, kind, { scope: "col" })),
+      ),
+    ),
+    h(
+      "tbody",
+      {},
+      rows.map((row) =>
+        h(
+          "tr",
+          { class: row.kind },
+          (row.cells || row).map((content, at) => cell("td", content, columns[at][1])),
+        ),
+      ),
+    ),
+  );
 }
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
@@ -36,8 +57,8 @@ export const int = (n) => (Number.isFinite(n) ? whole.format(n) : "–");
 export function num(x) {
   if (!Number.isFinite(x)) return "–";
   const size = Math.abs(x);
-  if (size !== 0 && (size < 1e-3 || size >= 1e7)) return x.toExponential(2).replace("e+", "e").replace("e-", "e−").replace("-", "−");
-  return x.toLocaleString("en", { maximumFractionDigits: size >= 1000 ? 0 : size >= 100 ? 1 : size >= 10 ? 2 : 4 });
+  if (size !== 0 && (size < 1e-3 || size >= 1e7)) return Number(x.toPrecision(3)).toExponential().replace("e+", "e").replaceAll("-", "−");
+  return x.toLocaleString("en", { maximumFractionDigits: size >= 1000 ? 0 : size >= 100 ? 1 : size >= 10 ? 2 : size >= 1 ? 3 : 4 });
 }
 
 /** A step on an axis. */
@@ -87,8 +108,14 @@ export function lazily(work, pause) {
     timer = null;
     if (busy) return call();
     busy = true;
-    try { await work(); } finally { busy = false; }
+    try {
+      await work();
+    } finally {
+      busy = false;
+    }
   };
-  const call = () => { timer ??= setTimeout(run, pause); };
+  const call = () => {
+    timer ??= setTimeout(run, pause);
+  };
   return call;
 }

@@ -7,10 +7,26 @@ export class Samples {
     this.steps = [];
     this.at = null;
     this.known = new Map();
-    this.slider = h("input", { type: "range", min: "0", max: "0", value: "0", "aria-label": "Step", oninput: () => { this.at = Number(this.slider.value); this.draw(); } });
+    this.slider = h("input", {
+      type: "range",
+      min: "0",
+      max: "0",
+      value: "0",
+      "aria-label": "Step",
+      oninput: () => {
+        this.at = Number(this.slider.value);
+        this.draw();
+      },
+    });
     this.where = h("output", { class: "muted" });
     this.grid = h("div", { class: "grid" });
-    this.dialog = h("dialog", { "aria-label": "Picture", onkeydown: (event) => this.key(event), onclick: (event) => { if (event.target === this.dialog) this.dialog.close(); } });
+    this.dialog = h("dialog", {
+      "aria-label": "Picture",
+      onkeydown: (event) => this.key(event),
+      onclick: (event) => {
+        if (event.target === this.dialog) this.dialog.close();
+      },
+    });
     document.body.append(this.dialog);
   }
 
@@ -52,22 +68,45 @@ export class Samples {
     this.where.textContent = `step ${int(this.steps[last])}`;
     this.slider.setAttribute("aria-valuetext", this.where.textContent);
     const rows = new Map();
-    indexes.forEach((index, column) => index.images.forEach((image) => {
-      const key = `${image.seed ?? ""}\n${image.prompt}`;
-      if (!rows.has(key)) rows.set(key, { prompt: image.prompt, seed: image.seed, cells: [] });
-      rows.get(key).cells[column] ??= image.file;
-    }));
+    indexes.forEach((index, column) =>
+      index.images.forEach((image) => {
+        const key = `${image.seed ?? ""}\n${image.prompt}`;
+        if (!rows.has(key)) rows.set(key, { prompt: image.prompt, seed: image.seed, cells: [] });
+        rows.get(key).cells[column] ??= image.file;
+      }),
+    );
     const left = indexes.reduce((sum, index) => sum + (index.left_out || 0), 0);
-    $("samples-of").textContent = `${int(this.steps.length)} steps, ${int(rows.size)} prompts${left ? `, ${int(left)} pictures with odd names left out` : ""}`;
+    $("samples-of").textContent =
+      `${int(this.steps.length)} steps, ${int(rows.size)} prompts${left ? `, ${int(left)} pictures with odd names left out` : ""}`;
     this.grid.style.gridTemplateColumns = `minmax(5.5rem, 1.1fr) repeat(${steps.length}, minmax(0, 1fr))`;
-    const head = [h("span", {}), ...steps.map((step, at) => h("span", { class: from + at === last ? "at now" : "at" }, `step ${int(step)}`,
-      indexes[at].problem ? h("span", { class: "sr" }, indexes[at].problem) : null))];
+    const head = [
+      h("span", {}),
+      ...steps.map((step, at) =>
+        h(
+          "span",
+          { class: from + at === last ? "at now" : "at" },
+          `step ${int(step)}`,
+          indexes[at].problem ? h("span", { class: "sr" }, indexes[at].problem) : null,
+        ),
+      ),
+    ];
     this.rows = [...rows.values()];
     this.shown = steps;
-    fill(this.grid, head, this.rows.map((row, at) => [
-      h("div", { class: "prompt" }, h("span", { title: row.prompt }, row.prompt || "(no prompt)"), row.seed === null || row.seed === undefined ? null : h("small", { class: "muted" }, `seed ${row.seed}`)),
-      ...steps.map((step, column) => this.cell(at, column, step, row)),
-    ]).flat());
+    fill(
+      this.grid,
+      head,
+      this.rows
+        .map((row, at) => [
+          h(
+            "div",
+            { class: "prompt" },
+            h("span", { title: row.prompt }, row.prompt || "(no prompt)"),
+            row.seed === null || row.seed === undefined ? null : h("small", { class: "muted" }, `seed ${row.seed}`),
+          ),
+          ...steps.map((step, column) => this.cell(at, column, step, row)),
+        ])
+        .flat(),
+    );
   }
 
   source(step, file) {
@@ -88,9 +127,13 @@ export class Samples {
     const { prompt, seed, cells } = this.rows[row];
     const step = this.shown[column];
     const close = h("button", { type: "button", onclick: () => this.dialog.close() }, "Close");
-    fill(this.dialog, cells[column] ? h("img", { src: this.source(step, cells[column]), alt: `step ${step}: ${prompt.slice(0, 200)}` }) : h("p", {}, "none"),
-      h("p", {}, h("strong", {}, `Step ${int(step)}`), seed === null || seed === undefined ? "" : `, seed ${seed}`, ". ", prompt), h("p", { class: "muted" },
-        "← → other steps, ↑ ↓ other prompts "), close);
+    fill(
+      this.dialog,
+      cells[column] ? h("img", { src: this.source(step, cells[column]), alt: `step ${step}: ${prompt.slice(0, 200)}` }) : h("p", {}, "none"),
+      h("p", {}, h("strong", {}, `Step ${int(step)}`), seed === null || seed === undefined ? "" : `, seed ${seed}`, ". ", prompt),
+      h("p", { class: "muted" }, "← → other steps, ↑ ↓ other prompts "),
+      close,
+    );
     if (!this.dialog.open) this.dialog.showModal();
     close.focus();
   }
