@@ -237,7 +237,14 @@ async fn train(args: &Args, config: &RunConfig, store: &Store, written: f64) {
             Life::new(fake, &config, &store, Script::default()).telling(told).up_to(limits).live().await;
         })
     };
-    let mut workers: Vec<_> = (0..args.world).map(|n| live(format!("worker{n}"))).collect();
+    let mut workers = Vec::new();
+    for n in 0..args.world {
+        workers.push(live(format!("worker{n}")));
+        // More than a few at once are more than a listener's queue has room for.
+        if n % 16 == 15 {
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
     let mut next = args.world;
     let (mut ticks, mut losses) = (tokio::time::interval(args.pace), tokio::time::interval(Duration::from_secs(7)));
     losses.tick().await;

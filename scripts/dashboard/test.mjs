@@ -128,7 +128,11 @@ async function open(browser, base, path, options) {
   });
   const began = performance.now();
   await page.goto(base + path, { waitUntil: "commit" });
-  await page.waitForFunction(() => document.querySelector("#range")?.textContent.includes("to") || document.querySelector("#job:not([hidden]) .bar"));
+  await page.waitForFunction(
+    () => document.querySelector("#range")?.textContent.includes("to") || document.querySelector("#job:not([hidden]) .bar"),
+    null,
+    { timeout: 90_000 },
+  );
   await page.evaluate(
     () =>
       new Promise((done) => {

@@ -11,7 +11,7 @@ use crate::ui::{count, span};
 /// Points of a curve, left to right.
 pub(super) type Curve = Vec<(f64, f64)>;
 
-/// By step; of a job, by the second since it is looked at.
+/// By step; of a job, by how often it was looked at.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(super) struct Curves {
     pub(super) loss: Curve,

@@ -95,7 +95,7 @@ impl Source {
         if self.read.is_none_or(|at| at.elapsed() >= FOLDER) || (status.is_none() && self.last.is_some()) {
             self.read_folder().await;
         }
-        let gone = status.is_none() && self.access.is_some();
+        let gone = status.is_none() && self.access.is_some() && !self.state.is_over();
         let snapshot = match (status, &self.folder) {
             (Some(status), _) => {
                 self.last = Some(status.clone());
@@ -111,14 +111,15 @@ impl Source {
     }
 
     fn note(&mut self, status: &StatusReport) {
-        let known = self.past.curves.last().map_or(0, |last| last.step);
-        self.recent.retain(|seen| seen.step > known && seen.step < status.step);
-        if status.step > known && status.job.is_none() {
-            self.recent.push_back(Seen { step: status.step, loss: status.loss, rate: status.samples_per_second });
-        }
         if let Some(job) = &status.job {
-            let second = self.recent.back().map_or(1, |seen| seen.step + 1);
-            self.recent.push_back(Seen { step: second, loss: None, rate: job.samples_per_second });
+            let look = self.recent.back().map_or(1, |seen| seen.step + 1);
+            self.recent.push_back(Seen { step: look, loss: None, rate: job.samples_per_second });
+        } else {
+            let known = self.past.curves.last().map_or(0, |last| last.step);
+            self.recent.retain(|seen| seen.step > known && seen.step < status.step);
+            if status.step > known {
+                self.recent.push_back(Seen { step: status.step, loss: status.loss, rate: status.samples_per_second });
+            }
         }
         if self.recent.len() > RECENT {
             self.recent.pop_front();

@@ -137,11 +137,24 @@ impl Spreads {
     }
 }
 
+/// Samples a second at each bucket, over this many steps at least: the times of single steps are as coarse as a clock's milliseconds.
+const RATE_STEPS: u64 = 16;
+
+fn rates(width: u64, buckets: &[Bucket]) -> Vec<Option<f32>> {
+    let reach = usize::try_from(RATE_STEPS / 2 / width).unwrap_or(0);
+    let around = |at: usize| &buckets[at.saturating_sub(reach)..buckets.len().min(at + reach + 1)];
+    let rate = |at: usize| {
+        let (samples, millis) =
+            around(at).iter().fold((0, 0), |(samples, millis), bucket| (samples + bucket.samples, millis + bucket.millis));
+        (millis > 0).then(|| (samples as f64 * 1000.0 / millis as f64) as f32)
+    };
+    (0..buckets.len()).map(rate).collect()
+}
+
 impl Columns {
     fn push(&mut self, bucket: &Bucket) {
         self.step.push(bucket.index * self.width);
         self.at_unix_ms.push(bucket.end_ms);
-        self.samples_per_second.push(bucket.samples_per_second().map(|rate| rate as f32));
         self.loss.push(&bucket.loss);
         self.held_out.push(&bucket.held_out);
         self.grad_norm.push(&bucket.grad_norm);
@@ -159,6 +172,7 @@ pub(super) async fn curves(State(dashboard): Shared, Query(range): Query<Range>)
     drop(past);
     let mut columns = Columns { width: found.width, first_step, last_step, ..Columns::default() };
     found.buckets.iter().for_each(|bucket| columns.push(bucket));
+    columns.samples_per_second = rates(found.width, &found.buckets);
     Ok(Json(columns))
 }
 
@@ -331,6 +345,15 @@ mod tests {
         assert_eq!(few.ranks.iter().map(|row| row.rank.rank).collect::<Vec<_>>(), [0, 1]);
         assert_eq!((few.others.len(), few.ranks[0].live_step), (1, Some(0)));
         assert!(few.verdict.contains("rank 0"), "{}", few.verdict);
+    }
+
+    #[test]
+    fn throughput_is_taken_over_some_steps_as_samples_by_time() {
+        let bucket = |index: u64| Bucket { index, samples: 4, millis: 2 * (index % 2), ..Bucket::default() };
+        let buckets: Vec<Bucket> = (0..100).map(bucket).collect();
+        let rates = rates(1, &buckets);
+        assert!(rates.iter().all(|rate| rate.is_some_and(|rate| (3_000.0..5_200.0).contains(&rate))), "{rates:?}");
+        assert_eq!(super::rates(64, &buckets[..2]), [None, Some(2_000.0)], "wide buckets stand for themselves");
     }
 
     #[test]

@@ -305,7 +305,7 @@ export class Plot {
       ink.fillText(num(value), PAD.left - 7, at);
     }
     ink.textBaseline = "alphabetic";
-    for (const step of ticks(from, to, width / 110)) {
+    for (const step of ticks(from, to, Math.min(width / 110, to - from))) {
       const name = this.model.seconds ? span(step) : short(step);
       const half = ink.measureText(name).width / 2;
       ink.textAlign = "left";
@@ -393,7 +393,8 @@ export class Plot {
       ink.arc(x(step), y(value), 3.5, 0, 7);
       ink.fill();
     });
-    fill(this.read, said);
+    // The large plot names the step; the small ones have no room for it.
+    fill(this.read, this.spec.tells || this.model.seconds ? said : said.replace(/^step [^:]*: /, ""));
     if (at === null) return;
     ink.strokeStyle = style("--muted");
     ink.lineWidth = 1;

@@ -77,7 +77,11 @@ export function span(seconds) {
   return `${(s / 86400).toFixed(1)} days`;
 }
 
-export const ms = (seconds) => (Number.isFinite(seconds) ? `${num(seconds * 1000)} ms` : "–");
+export const ms = (seconds) => {
+  if (!Number.isFinite(seconds)) return "–";
+  const millis = seconds * 1000;
+  return `${millis.toLocaleString("en", { maximumFractionDigits: millis >= 100 ? 0 : millis >= 10 ? 1 : 2 })} ms`;
+};
 
 /** A time of day, with the date if it is not today's. */
 export function clock(unixMs) {
