@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
 # that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-stores test-cluster chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint libtorch proto parity-full
+.PHONY: build demo test test-stores test-dashboard test-cluster chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint libtorch proto parity-full
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -33,6 +33,12 @@ test-stores: build
 # Opt-in: it needs root, a Docker engine (Debian: docker.io), and debootstrap or a BASE image.
 test-cluster: build
 	@scripts/test-cluster.sh
+
+# The dashboard in a real Chromium, with 10^6 steps of history. Opt-in: it needs chromium, Node.js with npm (playwright-core, axe-core), and 400 MB of
+# disk. Pictures are in target/dashboard/shots/ afterwards.
+test-dashboard:
+	$(CARGO) build --release --locked -p ella-coordinator --example dashboard
+	@scripts/test-dashboard.sh
 
 # Jobs under kills and failing stores at full size: 200 tars, 4 workers, 40 kills, in a folder and on both servers. ELLA_CHAOS_SEED draws others.
 chaos: build

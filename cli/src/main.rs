@@ -21,6 +21,7 @@ mod sample;
 mod scenes;
 mod status;
 mod token;
+mod top;
 mod train;
 mod ui;
 mod verify;
@@ -65,6 +66,8 @@ enum Command {
     Train(train::Train),
     /// Say what a run is doing, or what became of it
     Status(status::Status),
+    /// Watch a run or job in the terminal: curves, ranks and what they wait for, events
+    Top(top::Top),
     /// Ask one worker of a run to leave; the others go on
     Drain(drain::Drain),
     /// Prove from a run's folder that its commits are whole and that every sample was used exactly once
@@ -106,6 +109,7 @@ fn main() -> ExitCode {
         Command::Doctor(command) => command.run(out),
         Command::Train(command) => command.run(out),
         Command::Status(command) => command.run(out),
+        Command::Top(command) => command.run(out),
         Command::Drain(command) => command.run(out),
         Command::Audit(command) => command.run(out),
         Command::Chaos(command) => command.run(out),

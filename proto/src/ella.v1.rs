@@ -484,6 +484,9 @@ pub struct RunStatus {
     /// Set if this is a job. Its workers are here, not in `workers`; `run_url` is its data set.
     #[prost(message, optional, tag = "17")]
     pub job: ::core::option::Option<JobStatus>,
+    /// Samples of one epoch; 0 until the workers have told.
+    #[prost(uint64, tag = "18")]
+    pub samples_per_epoch: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct JobStatus {

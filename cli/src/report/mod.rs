@@ -9,6 +9,7 @@ mod samples;
 use std::path::PathBuf;
 
 use base64::Engine;
+pub(crate) use chart::short;
 use clap::Args;
 use facts::Facts;
 pub(crate) use page::{document, escape};

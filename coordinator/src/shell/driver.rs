@@ -1,5 +1,6 @@
 //! The one task that owns the state machine: inputs in, effects out, in order.
 
+use super::dashboard::Recorder;
 use super::guard::Strangers;
 use super::journal::{self, Journal};
 use super::keeper::Work;
@@ -54,6 +55,8 @@ pub(super) struct Driver {
     inbox: mpsc::Receiver<Input>,
     /// A job has none.
     outlets: Option<Outlets>,
+    /// What people look at. A job in this process has none.
+    recorder: Option<Arc<Recorder>>,
     /// Who never came as far as the inbox.
     strangers: Arc<Strangers>,
     streams: BTreeMap<ConnId, Stream>,
@@ -67,12 +70,18 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) fn new(machine: Box<dyn Machine>, inbox: mpsc::Receiver<Input>, outlets: Option<Outlets>, linger: Duration) -> Self {
         let (strangers, streams, stuck) = (Arc::default(), BTreeMap::new(), Vec::new());
-        Self { machine, inbox, outlets, strangers, streams, began: Instant::now(), linger, over: None, stuck }
+        let recorder = None;
+        Self { machine, inbox, outlets, recorder, strangers, streams, began: Instant::now(), linger, over: None, stuck }
     }
 
     /// Has its status say how many these were.
     pub(super) fn with_strangers(self, strangers: Arc<Strangers>) -> Self {
         Self { strangers, ..self }
+    }
+
+    /// Has what happens taken down for people.
+    pub(super) fn with_recorder(self, recorder: Arc<Recorder>) -> Self {
+        Self { recorder: Some(recorder), ..self }
     }
 
     /// Runs until the outcome is decided and has had time to be read.
@@ -131,11 +140,13 @@ impl Driver {
                 if let Some(outlets) = &self.outlets {
                     outlets.journal.metric(&progress);
                 }
+                self.record(|recorder| recorder.measured(&progress));
             }
             Effect::Timing(timing) => {
                 if let Some(outlets) = &self.outlets {
                     outlets.journal.timing(&timing);
                 }
+                self.record(|recorder| recorder.timed(&timing));
             }
             Effect::Note(note) => self.note(&note),
             Effect::Finish(outcome) => self.over = Some((outcome, Instant::now() + self.linger + CLOSING)),
@@ -154,6 +165,11 @@ impl Driver {
             Some(outlets) => outlets.journal.note(note),
             None => journal::log(note),
         }
+        self.record(|recorder| recorder.noted(note));
+    }
+
+    fn record(&self, take_down: impl FnOnce(&Recorder)) {
+        self.recorder.as_deref().map(take_down).unwrap_or_default();
     }
 
     /// Ends both halves of a stream; what was sent before still goes out.

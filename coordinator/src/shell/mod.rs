@@ -3,6 +3,7 @@
 //! One task, the driver, owns the machine; all others send it inputs and carry out its effects. Every task is tracked, and the first
 //! error ends them all.
 
+mod dashboard;
 mod driver;
 mod error;
 mod grpc;
@@ -20,6 +21,7 @@ pub use local::LocalJob;
 use crate::core::{Core, CoreConfig, History, Note, Outcome};
 use crate::job::{JobCore, JobSettings};
 use crate::machine::{Event, Machine, Time};
+use dashboard::{Dashboard, Recorder};
 use driver::{Driver, Input};
 use ella_proto::access::Token;
 use ella_proto::config::{JobConfig, RunConfig, Straggler};
@@ -156,6 +158,8 @@ impl Coordinator {
         let shutdown = CancellationToken::new();
         let (inputs, inbox) = mpsc::channel(INPUTS);
         let mut tasks = JoinSet::new();
+        let (run, term) = (self.memory.as_ref().map(|(_, store)| store.clone()), self.memory.as_ref().map_or(0, |(log, _)| log.term()));
+        let (recorder, past) = Recorder::new(run, term);
         let outlets = self.memory.map(|(log, store)| {
             let (journal, journal_task) = journal::journal(store.clone(), log.term());
             let (work, keeper_task) = keeper::keeper(log, store.clone(), inputs.clone());
@@ -167,12 +171,19 @@ impl Coordinator {
             driver::Outlets { work, journal, store }
         });
         let strangers = Arc::<Strangers>::default();
-        let driver = Driver::new(self.machine, inbox, outlets, self.linger).with_strangers(strangers.clone());
+        let driver =
+            Driver::new(self.machine, inbox, outlets, self.linger).with_strangers(strangers.clone()).with_recorder(recorder.clone());
         let guard = Guard { token: self.token, strangers, inputs: inputs.clone() };
         let token = shutdown.clone();
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
         tasks.spawn(grpc::serve(self.grpc, guard, shutdown.clone()));
-        tasks.spawn(http::serve(self.http, inputs.clone(), shutdown.clone()));
+        let dashboard = Dashboard::new(inputs.clone(), &recorder, shutdown.clone());
+        tasks.spawn(http::serve(self.http, inputs.clone(), dashboard, shutdown.clone()));
+        let (told, until) = (inputs.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            recorder.keep(past, told, until).await;
+            Ok(None)
+        });
         tasks.spawn(forward_stops(stops, inputs, shutdown.clone()));
         supervise(tasks, shutdown).await
     }

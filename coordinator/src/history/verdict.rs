@@ -1,13 +1,20 @@
-//! Who waits for whom, and for what, from sums over the ranks' steps. Nothing here reads a file.
+//! Where each rank's time goes; who waits for whom, and for what.
 //!
 //! All ranks of a step meet in its all-reduce: who comes first waits longest, and who comes last waits for the transfer only. So the rank that waits
 //! least is the one that the others wait for, and what it needs more of than they do is the reason.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use crate::run::Parts;
+use crate::core::RankTiming;
+use crate::status::PartsReport;
+
+/// Seconds of one step, by what they were spent on.
+type Parts = BTreeMap<String, f64>;
+
+/// Sums that are kept: the newest.
+const MOST: usize = 16_384;
 
 /// Waits of less than this part of a step are no news.
 const EVEN: f64 = 0.05;
@@ -18,34 +25,156 @@ const OWN: [&str; 6] = ["data", "forward", "backward", "update", "commit", "draw
 
 /// Where the mean step of a rank goes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub(super) struct Rank {
-    pub(super) rank: u32,
-    pub(super) worker: String,
-    pub(super) host: String,
+pub struct Rank {
+    /// The rank.
+    pub rank: u32,
+    /// Who it is.
+    pub worker: String,
+    /// Its machine.
+    pub host: String,
     /// Over how many steps.
-    pub(super) steps: u64,
+    pub steps: u64,
     /// Seconds of a step.
-    pub(super) seconds: f64,
+    pub seconds: f64,
     /// Seconds by part; `encode` and `reduce_hidden` run beside the step.
-    pub(super) parts: Parts,
+    pub parts: Parts,
     /// Seconds of each step that it waits for ranks that come later.
-    pub(super) waits: f64,
+    pub waits: f64,
 }
 
 impl Rank {
-    pub(super) fn part(&self, name: &str) -> f64 {
+    /// Seconds of one part.
+    pub fn part(&self, name: &str) -> f64 {
         self.parts.get(name).copied().unwrap_or_default()
     }
 
     /// What no part accounts for.
-    pub(super) fn other(&self) -> f64 {
+    pub fn other(&self) -> f64 {
         let told: f64 = OWN.iter().chain(&["reduce"]).map(|part| self.part(part)).sum();
         (self.seconds - told).max(0.0)
     }
 }
 
+/// Sums over some steps of a rank, as `timing/` keeps them.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Timing {
+    /// Of the coordinator that kept it.
+    #[serde(skip)]
+    pub term: u64,
+    /// The rank, in its generation.
+    pub rank: u32,
+    /// Its generation.
+    pub generation: u64,
+    /// Who it is.
+    pub worker: String,
+    /// Its machine.
+    pub host: String,
+    /// The last of the steps.
+    pub step: u64,
+    /// How many.
+    pub steps: u64,
+    /// Seconds in all.
+    pub seconds: f64,
+    /// Seconds by part.
+    pub parts: PartsReport,
+}
+
+impl Timing {
+    /// As the core has it.
+    pub fn of(term: u64, timing: &RankTiming) -> Self {
+        let RankTiming { rank, generation, worker_id, host, step, steps, seconds, parts } = timing;
+        Self {
+            term,
+            rank: *rank,
+            generation: *generation,
+            worker: worker_id.clone(),
+            host: host.clone(),
+            step: *step,
+            steps: *steps,
+            seconds: *seconds,
+            parts: (*parts).into(),
+        }
+    }
+}
+
+/// The newest sums of all ranks.
+#[derive(Clone, Debug, Default)]
+pub struct Timings {
+    lines: VecDeque<Timing>,
+}
+
+impl Timings {
+    /// Takes in some steps of a rank.
+    pub fn add(&mut self, timing: Timing) {
+        self.lines.push_back(timing);
+        if self.lines.len() > MOST {
+            self.lines.pop_front();
+        }
+    }
+
+    /// Takes in all that came after.
+    pub(super) fn append(&mut self, later: Self) {
+        later.lines.into_iter().for_each(|line| self.add(line));
+    }
+
+    /// The newest step that was told of.
+    pub fn newest(&self) -> Option<u64> {
+        self.lines.iter().map(|timing| timing.step).max()
+    }
+
+    /// The steps at which sums end, in order: at most so many, the newest.
+    pub fn windows(&self, most: usize) -> Vec<u64> {
+        let mut steps: Vec<u64> = self.lines.iter().map(|timing| timing.step).collect();
+        steps.sort_unstable();
+        steps.dedup();
+        steps.split_off(steps.len().saturating_sub(most))
+    }
+
+    /// Each rank's mean step over about the newest `most` steps until `until`, of the generation that was the newest then.
+    pub fn ranks(&self, until: u64, most: u64) -> Vec<Rank> {
+        let lines = || self.lines.iter().filter(|timing| timing.step <= until);
+        let newest = lines().map(|timing| (timing.term, timing.generation)).max();
+        let of_newest = || lines().filter(|timing| Some((timing.term, timing.generation)) == newest);
+        let last = of_newest().map(|timing| timing.step).max().unwrap_or(0);
+        let mut ranks = BTreeMap::<u32, Rank>::new();
+        for timing in of_newest().filter(|timing| timing.step > last.saturating_sub(most)) {
+            ranks.entry(timing.rank).or_insert_with(|| Rank::named(timing.rank, &timing.worker, &timing.host)).add(timing);
+        }
+        ranks.into_values().map(Rank::per_step).collect()
+    }
+}
+
+impl Rank {
+    /// One of which nothing is known yet.
+    pub fn named(rank: u32, worker: &str, host: &str) -> Self {
+        Self { rank, worker: worker.to_owned(), host: host.to_owned(), ..Self::default() }
+    }
+
+    /// One of which the newest step is known, by its parts only.
+    pub fn of_step(self, parts: &PartsReport) -> Self {
+        let parts: Parts = parts.named().map(|(part, seconds)| (part.to_owned(), seconds)).into();
+        let seconds = OWN.iter().chain(&["reduce"]).filter_map(|part| parts.get(*part)).sum();
+        Self { steps: 1, seconds, parts, ..self }
+    }
+
+    fn add(&mut self, timing: &Timing) {
+        self.steps += timing.steps;
+        self.seconds += timing.seconds;
+        for (part, seconds) in timing.parts.named() {
+            *self.parts.entry(part.to_owned()).or_default() += seconds;
+        }
+    }
+
+    fn per_step(mut self) -> Self {
+        let steps = self.steps.max(1) as f64;
+        self.seconds /= steps;
+        self.parts.values_mut().for_each(|seconds| *seconds /= steps);
+        self
+    }
+}
+
 /// Fills in what each rank waits for others, and says in one sentence what there is to say.
-pub(super) fn of(ranks: &mut [Rank]) -> String {
+pub fn judge(ranks: &mut [Rank]) -> String {
     let Some(slowest) = ranks.iter().min_by(|a, b| a.part("reduce").total_cmp(&b.part("reduce"))).cloned() else {
         return "no rank has told of its steps yet: it does every 64 steps, and when the run ends".to_owned();
     };
@@ -136,7 +265,7 @@ mod tests {
         let even = [("forward", 0.2), ("backward", 0.3), ("reduce", 0.45)];
         let slow = [("data", 0.4), ("forward", 0.2), ("backward", 0.3), ("reduce", 0.05)];
         let mut ranks = [rank(0, &even), rank(1, &slow), rank(2, &even)];
-        let said = of(&mut ranks);
+        let said = judge(&mut ranks);
         assert!(said.contains("rank 1 on h1") && said.contains("waiting for samples takes it 400 ms, and them 0.0"), "{said}");
         assert!(said.contains("400 ms of each step (42 %)"), "{said}");
         assert_eq!(ranks.iter().map(|rank| (rank.waits * 1000.0).round()).collect::<Vec<_>>(), [400.0, 0.0, 400.0]);
@@ -148,7 +277,7 @@ mod tests {
             rank(0, &[("forward", 0.5), ("backward", 0.9), ("reduce", 0.02)]),
             rank(1, &[("forward", 0.2), ("backward", 0.3), ("reduce", 0.92)]),
         ];
-        let said = of(&mut ranks);
+        let said = judge(&mut ranks);
         assert!(said.contains("rank 0") && said.contains("the backward pass takes it 900 ms, and them 300"), "{said}");
     }
 
@@ -163,12 +292,50 @@ mod tests {
         ] {
             for world in [1, 3] {
                 let mut ranks: Vec<Rank> = (0..world).map(|number| rank(number, &parts)).collect();
-                let said = of(&mut ranks);
+                let said = judge(&mut ranks);
                 assert!(words.iter().all(|word| said.contains(word)), "{parts:?}: {said}");
                 assert_eq!(said.starts_with("no rank waits"), world > 1);
                 assert!(ranks.iter().all(|rank| rank.waits == 0.0));
             }
         }
-        assert!(of(&mut []).contains("yet"));
+        assert!(judge(&mut []).contains("yet"));
+    }
+
+    fn line(term: u64, generation: u64, rank: u32, step: u64, seconds: f64) -> Timing {
+        let parts = PartsReport { forward: seconds / 2.0, ..PartsReport::default() };
+        Timing { term, rank, generation, worker: format!("w{rank}"), host: "h".into(), step, steps: 64, seconds, parts }
+    }
+
+    #[test]
+    fn the_newest_generation_counts_and_of_it_the_newest_steps() {
+        let mut timings = Timings::default();
+        for line in [
+            line(1, 1, 0, 64, 900.0),
+            line(2, 1, 0, 64, 640.0),
+            line(2, 1, 0, 128, 64.0),
+            line(2, 1, 1, 128, 128.0),
+            line(2, 1, 0, 192, 192.0),
+            line(2, 1, 1, 192, 128.0),
+        ] {
+            timings.add(line);
+        }
+        let seen = |until, most| -> Vec<_> {
+            let ranks = timings.ranks(until, most);
+            ranks.iter().map(|rank| (rank.rank, rank.steps, rank.seconds, rank.part("forward"))).collect()
+        };
+        assert_eq!(seen(u64::MAX, 100), [(0, 128, 2.0, 1.0), (1, 128, 2.0, 1.0)]);
+        assert_eq!(seen(u64::MAX, 1000)[0].1, 192);
+        assert_eq!(seen(128, 64), [(0, 64, 1.0, 0.5), (1, 64, 2.0, 1.0)], "as it was then");
+        assert_eq!((timings.windows(2), timings.newest()), (vec![128, 192], Some(192)));
+        assert!(Timings::default().ranks(u64::MAX, 10).is_empty());
+    }
+
+    #[test]
+    fn a_thousand_ranks_keep_their_newest_steps() {
+        let mut timings = Timings::default();
+        for window in 1..=40 {
+            (0..1000).for_each(|rank| timings.add(line(1, 1, rank, 64 * window, 64.0)));
+        }
+        assert!(timings.lines.len() <= MOST && timings.ranks(u64::MAX, 64).len() == 1000);
     }
 }

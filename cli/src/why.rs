@@ -1,16 +1,10 @@
-//! `ella why`: where the time of a run's steps goes, rank by rank, and who waits for whom.
-//!
-//! This file reads and shows; [`verdict`] judges.
-
-mod verdict;
-
-use std::collections::BTreeMap;
+//! `ella why`: where the time of a run's steps goes, rank by rank, and who waits for whom. The folder is read here; the coordinator's own code judges.
 
 use clap::Args;
-use serde::{Deserialize, Serialize};
-use verdict::Rank;
+use ella_coordinator::history::{Rank, Timing, Timings, judge};
+use serde::Serialize;
 
-use crate::run::{Parts, RunFolder};
+use crate::run::RunFolder;
 use crate::ui::{DONE, Fail, Out, count};
 
 /// The parts that are shown, by their names and titles, in the order of a step; the last two are beside it.
@@ -35,19 +29,6 @@ pub(crate) struct Why {
     steps: u64,
 }
 
-/// Sums over some steps of a rank, as the coordinator kept them.
-#[derive(Clone, Debug, Deserialize)]
-struct Timing {
-    rank: u32,
-    generation: u64,
-    worker: String,
-    host: String,
-    step: u64,
-    steps: u64,
-    seconds: f64,
-    parts: Parts,
-}
-
 /// What was found.
 #[derive(Debug, Serialize)]
 struct Found {
@@ -68,38 +49,13 @@ impl Why {
     async fn look(&self) -> Result<Found, Fail> {
         let run = RunFolder::open(&self.run).await?;
         let lines: Vec<(u64, Timing)> = run.lines("timing").await?;
-        let mut ranks = summed(&lines, self.steps);
-        let verdict = verdict::of(&mut ranks);
-        let step = lines.iter().map(|(_, timing)| timing.step).max().unwrap_or(0);
+        let mut timings = Timings::default();
+        lines.into_iter().for_each(|(term, timing)| timings.add(Timing { term, ..timing }));
+        let mut ranks = timings.ranks(u64::MAX, self.steps);
+        let verdict = judge(&mut ranks);
+        let step = timings.newest().unwrap_or(0);
         Ok(Found { run: run.store.url().to_owned(), step, ranks, verdict })
     }
-}
-
-/// Each rank's mean step over about the newest `most` steps of the newest generation.
-fn summed(lines: &[(u64, Timing)], most: u64) -> Vec<Rank> {
-    let newest = lines.iter().map(|(term, timing)| (*term, timing.generation)).max();
-    let of_newest = || lines.iter().filter(|(term, timing)| Some((*term, timing.generation)) == newest).map(|(_, timing)| timing);
-    let last = of_newest().map(|timing| timing.step).max().unwrap_or(0);
-    let mut ranks = BTreeMap::<u32, Rank>::new();
-    for timing in of_newest().filter(|timing| timing.step > last.saturating_sub(most)) {
-        let rank = ranks.entry(timing.rank).or_insert_with(|| Rank {
-            rank: timing.rank,
-            worker: timing.worker.clone(),
-            host: timing.host.clone(),
-            ..Rank::default()
-        });
-        rank.steps += timing.steps;
-        rank.seconds += timing.seconds;
-        for (part, seconds) in &timing.parts {
-            *rank.parts.entry(part.clone()).or_default() += seconds;
-        }
-    }
-    for rank in ranks.values_mut() {
-        let steps = rank.steps.max(1) as f64;
-        rank.seconds /= steps;
-        rank.parts.values_mut().for_each(|seconds| *seconds /= steps);
-    }
-    ranks.into_values().collect()
 }
 
 fn text(found: &Found) -> String {
@@ -138,27 +94,5 @@ mod tests {
             let column = header.iter().position(|found| *found == title).unwrap();
             assert_eq!(row[column], value, "{shown}");
         }
-    }
-
-    fn line(term: u64, generation: u64, rank: u32, step: u64, seconds: f64) -> (u64, Timing) {
-        let parts = [("forward".to_owned(), seconds / 2.0)].into();
-        (term, Timing { rank, generation, worker: format!("w{rank}"), host: "h".into(), step, steps: 64, seconds, parts })
-    }
-
-    #[test]
-    fn the_newest_generation_counts_and_of_it_the_newest_steps() {
-        let lines = [
-            line(1, 1, 0, 64, 900.0),
-            line(2, 1, 0, 64, 640.0),
-            line(2, 1, 0, 128, 64.0),
-            line(2, 1, 1, 128, 128.0),
-            line(2, 1, 0, 192, 192.0),
-            line(2, 1, 1, 192, 128.0),
-        ];
-        let ranks = summed(&lines, 100);
-        let seen: Vec<_> = ranks.iter().map(|rank| (rank.rank, rank.steps, rank.seconds, rank.part("forward"))).collect();
-        assert_eq!(seen, [(0, 128, 2.0, 1.0), (1, 128, 2.0, 1.0)]);
-        assert_eq!(summed(&lines, 1000)[0].steps, 192);
-        assert!(summed(&[], 10).is_empty());
     }
 }
