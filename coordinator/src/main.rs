@@ -40,6 +40,12 @@ struct Args {
     /// How long the workers may take to commit and leave when told to, in seconds.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     drain_timeout: u64,
+    /// Go on to serve the status of a run or job that is done, or failed for good, until told to leave: for who starts it again whenever it ends.
+    #[arg(long)]
+    stay: bool,
+    /// Told to leave, leave the workers to the coordinator that is started next; else they commit and leave first.
+    #[arg(long)]
+    hand_over: bool,
     /// How the log on stderr looks.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -98,7 +104,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 async fn run(args: &Args) -> anyhow::Result<u8> {
     let (listen, http, drain_timeout) = (args.listen, args.http, Duration::from_secs(args.drain_timeout));
     let token = args.token_file.as_deref().map(Token::load).transpose()?;
-    let options = Options { listen, http, drain_timeout, token, ..Options::default() };
+    let options = Options { listen, http, drain_timeout, token, stay: args.stay, hand_over: args.hand_over, ..Options::default() };
     let coordinator = match Config::load(&args.config, &args.set)? {
         Config::Job(config) => Coordinator::open_job(&config, &options).await?,
         Config::Run(config) => match open_run(&config, &options).await? {

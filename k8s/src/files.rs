@@ -8,6 +8,7 @@ macro_rules! files {
 }
 
 files![
+    "base/access.toml",
     "base/access.yaml",
     "base/config.toml",
     "base/coordinator.yaml",
@@ -26,6 +27,12 @@ files![
     "components/jobset/kustomization.yaml",
     "components/kueue/kustomization.yaml",
     "components/local/kustomization.yaml",
+    "components/mtls/access.yaml",
+    "components/mtls/coordinator.yaml",
+    "components/mtls/kustomization.yaml",
+    "components/mtls/workers.yaml",
+    "components/prometheus/access.yaml",
+    "components/prometheus/coordinator.yaml",
     "components/prometheus/kustomization.yaml",
     "components/prometheus/monitor.yaml",
     "components/s3-secret/kustomization.yaml",
@@ -43,6 +50,7 @@ files![
     "overlays/jobset/kustomization.yaml",
     "overlays/kueue/kustomization.yaml",
     "overlays/local/kustomization.yaml",
+    "overlays/mtls/kustomization.yaml",
     "overlays/prometheus/kustomization.yaml",
     "overlays/s3-secret/kustomization.yaml",
     "overlays/s3/kustomization.yaml",

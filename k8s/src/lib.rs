@@ -4,6 +4,8 @@
 //! and each overlay is base with a component, for `kubectl apply -k`. The same files are built into this crate, and [`render`] applies a
 //! run's config to them.
 
+#[cfg(feature = "client")]
+pub mod client;
 mod error;
 mod files;
 mod kustomize;

@@ -38,7 +38,9 @@ fn walk(value: &mut Value, key: &str, name: &str, namespace: &str) {
 fn renamed(text: &str, name: &str, namespace: &str) -> String {
     let text = replace(text, &format!("{NAMESPACE}-{OURS}-"), &format!("{namespace}-{name}-"));
     let text = replace(&text, &format!("{OURS}-"), &format!("{name}-"));
-    text.replace(&format!("/namespaces/{NAMESPACE}/"), &format!("/namespaces/{namespace}/"))
+    let text = text.replace(&format!("/namespaces/{NAMESPACE}/"), &format!("/namespaces/{namespace}/"));
+    // Service accounts, in TOML.
+    text.replace(&format!("\"{NAMESPACE}/"), &format!("\"{namespace}/"))
 }
 
 /// Replaces `from` where a name begins with it.

@@ -112,6 +112,12 @@ impl Options {
                 return Err(field("--overlay", overlay, &format!("it must be one of {}", known.join(", "))));
             }
         }
+        let both = |a: &str, b: &str| [a, b].iter().all(|name| self.overlays.iter().any(|overlay| overlay == name));
+        if both("mtls", "prometheus") {
+            let rule =
+                "the coordinator asks for certificates by mtls, and Prometheus is given none; let it in by an access file of your own";
+            return Err(field("--overlay", "mtls with prometheus", rule));
+        }
         for image in [&self.coordinator_image, &self.worker_image].into_iter().flatten() {
             check_image(image)?;
         }

@@ -40,6 +40,10 @@ pub(crate) fn strategic(target: &mut Value, patch: &Value) {
 fn merge_items(items: &mut Vec<Value>, changes: &[Value], by: &str) {
     let mut new = Vec::new();
     for change in changes {
+        if change["$patch"] == "delete" {
+            items.retain(|item| item[by] != change[by]);
+            continue;
+        }
         match items.iter_mut().find(|item| item[by] == change[by]) {
             Some(item) => strategic(item, change),
             None => new.push(without_nulls(change)),
@@ -83,8 +87,8 @@ mod tests {
 
     #[test]
     fn lists_are_merged_where_kubernetes_does_and_replaced_elsewhere() {
-        let mut target = json!({ "env": [{ "name": "A", "value": "1" }, { "name": "B", "value": "2" }], "args": ["x", "y"], "gone": 1 });
-        let patch = json!({ "env": [{ "name": "B", "value": "3" }, { "name": "C", "value": "4" }], "args": ["z"], "gone": null, "new": { "n": null } });
+        let mut target = json!({ "env": [{ "name": "A", "value": "1" }, { "name": "B", "value": "2" }, { "name": "D" }], "args": ["x", "y"], "gone": 1 });
+        let patch = json!({ "env": [{ "name": "B", "value": "3" }, { "name": "C", "value": "4" }, { "name": "D", "$patch": "delete" }], "args": ["z"], "gone": null, "new": { "n": null } });
         strategic(&mut target, &patch);
         let env = json!([{ "name": "C", "value": "4" }, { "name": "A", "value": "1" }, { "name": "B", "value": "3" }]);
         assert_eq!(target, json!({ "env": env, "args": ["z"], "new": {} }));

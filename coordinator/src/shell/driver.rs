@@ -29,6 +29,8 @@ pub(super) enum Input {
     Status(oneshot::Sender<RunStatus>),
     /// Something that does not concern the machine is to be told to people.
     Note(Note),
+    /// This process is to leave, and nobody else: the coordinator that follows takes the workers over.
+    HandOver(String),
 }
 
 /// The driver's end of a worker's stream.
@@ -49,6 +51,12 @@ pub(super) struct Outlets {
     pub(super) store: Store,
 }
 
+/// The outcome, and until when it is told to whoever asks: to the end of the process, if no time is given.
+struct Over {
+    outcome: Outcome,
+    until: Option<Instant>,
+}
+
 pub(super) struct Driver {
     machine: Box<dyn Machine>,
     inbox: mpsc::Receiver<Input>,
@@ -59,7 +67,9 @@ pub(super) struct Driver {
     streams: BTreeMap<ConnId, Stream>,
     began: Instant,
     linger: Duration,
-    over: Option<(Outcome, Instant)>,
+    /// Whether an outcome that another start would not change is served until this process is told to leave.
+    stays: bool,
+    over: Option<Over>,
     /// Streams that turned out not to be read, to be told to the machine.
     stuck: Vec<ConnId>,
 }
@@ -67,7 +77,13 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) fn new(machine: Box<dyn Machine>, inbox: mpsc::Receiver<Input>, outlets: Option<Outlets>, linger: Duration) -> Self {
         let (strangers, streams, stuck) = (Arc::default(), BTreeMap::new(), Vec::new());
-        Self { machine, inbox, outlets, strangers, streams, began: Instant::now(), linger, over: None, stuck }
+        Self { machine, inbox, outlets, strangers, streams, began: Instant::now(), linger, stays: false, over: None, stuck }
+    }
+
+    /// Has it stay after an outcome that another start would not change; `done`: the machine's run is done already.
+    pub(super) fn staying(self, stays: bool, done: bool) -> Self {
+        let over = done.then_some(Over { outcome: Outcome::Done, until: None });
+        Self { stays, over, ..self }
     }
 
     /// Has its status say how many these were.
@@ -78,8 +94,8 @@ impl Driver {
     /// Runs until the outcome is decided and has had time to be read.
     pub(super) async fn run(mut self, shutdown: CancellationToken) -> Outcome {
         loop {
-            if let Some((outcome, _)) = self.over.take_if(|(_, at)| Instant::now() >= *at) {
-                return outcome;
+            if let Some(over) = self.over.take_if(|over| over.until.is_some_and(|at| Instant::now() >= at)) {
+                return over.outcome;
             }
             let wake = self.wake();
             let input = tokio::select! {
@@ -93,11 +109,25 @@ impl Driver {
                 Input::Status(reply) => drop(reply.send(self.status())),
                 Input::Event(event) => self.handle(event),
                 Input::Note(note) => self.note(&note),
+                Input::HandOver(reason) => self.hand_over(reason),
             }
         }
     }
 
+    /// Leaves without a word to the workers, as a death would, but with everything written that is known: they train on and look for the
+    /// coordinator that follows.
+    fn hand_over(&mut self, reason: String) {
+        let outcome = self.over.take().map_or(Outcome::Preempted { reason }, |over| over.outcome);
+        self.over = Some(Over { outcome, until: Some(Instant::now()) });
+        for stream in std::mem::take(&mut self.streams).into_values() {
+            stream.gate.cancel();
+        }
+    }
+
     fn handle(&mut self, event: Event) {
+        if let (Event::Stop(_) | Event::Leave(_), Some(over)) = (&event, &mut self.over) {
+            over.until = Some(over.until.unwrap_or_else(Instant::now));
+        }
         if let Event::Closed(conn, _) = &event {
             self.streams.remove(conn);
         }
@@ -109,7 +139,7 @@ impl Driver {
             next = self.stuck.pop().map(|conn| Event::Closed(conn, Closed::Stuck));
         }
         // Once the workers are gone too, only the linger is waited for.
-        if let Some((_, at)) = &mut self.over
+        if let Some(Over { until: Some(at), .. }) = &mut self.over
             && self.streams.is_empty()
         {
             *at = (*at).min(Instant::now() + self.linger);
@@ -138,7 +168,11 @@ impl Driver {
                 }
             }
             Effect::Note(note) => self.note(&note),
-            Effect::Finish(outcome) => self.over = Some((outcome, Instant::now() + self.linger + CLOSING)),
+            Effect::Finish(outcome) => {
+                let final_word = outcome == Outcome::Done || outcome.is_permanent();
+                let until = (!(self.stays && final_word)).then(|| Instant::now() + self.linger + CLOSING);
+                self.over = Some(Over { outcome, until });
+            }
         }
     }
 
@@ -169,7 +203,7 @@ impl Driver {
 
     fn wake(&self) -> Instant {
         let deadline = self.machine.next_deadline().map(|at| self.began + Duration::from_millis(at.0));
-        let over = self.over.as_ref().map(|(_, at)| *at);
+        let over = self.over.as_ref().and_then(|over| over.until);
         deadline.into_iter().chain(over).min().unwrap_or_else(|| Instant::now() + Duration::from_secs(60))
     }
 

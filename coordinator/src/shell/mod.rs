@@ -52,6 +52,10 @@ pub struct Options {
     pub drain_timeout: Duration,
     /// How long the final status stays readable.
     pub linger: Duration,
+    /// Whether it goes on to serve the final status of a run or job that is done, or failed for good, until it is told to leave.
+    pub stay: bool,
+    /// Whether, told to leave, it leaves its workers to the coordinator that follows, and does not ask them to commit and leave.
+    pub hand_over: bool,
     /// What every call must show; none is asked for otherwise.
     pub token: Option<Token>,
 }
@@ -59,7 +63,15 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let local = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self { listen: local, http: local, drain_timeout: Duration::from_secs(300), linger: Duration::from_secs(1), token: None }
+        Self {
+            listen: local,
+            http: local,
+            drain_timeout: Duration::from_secs(300),
+            linger: Duration::from_secs(1),
+            stay: false,
+            hand_over: false,
+            token: None,
+        }
     }
 }
 
@@ -96,18 +108,29 @@ pub struct Coordinator {
     http: TcpListener,
     addresses: Addresses,
     linger: Duration,
+    stay: bool,
+    hand_over: bool,
+    /// The run was complete when it was opened: only that is told.
+    done: bool,
     token: Option<Token>,
 }
 
 impl Coordinator {
-    /// Opens the run in `store` (`run.output` is not looked at) and claims its next term. A run that is complete is left alone.
+    /// Opens the run in `store` (`run.output` is not looked at) and claims its next term. A run that is complete is left alone; with
+    /// [`Options::stay`] that is served.
     ///
     /// # Errors
     /// If the run has another config, its store or log can't be used, its last commit is damaged, or an address is taken.
     pub async fn open(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
         let (grpc, http) = (bind(options.listen).await?, bind(options.http).await?);
         let (log, state, damaged) = match start::open_run(config, &store).await? {
-            start::Run::Done { step } => return Ok(Opened::Done { step }),
+            start::Run::Done { step, .. } if !options.stay => return Ok(Opened::Done { step }),
+            start::Run::Done { state, .. } => {
+                let history = History { term: Term(state.term), commits: state.commits };
+                let core = Core::done(core_config(config, store.url(), options), history, Time(0));
+                let run = Self::with(Box::new(core), None, (grpc, http), options)?;
+                return Ok(Opened::Ready(Box::new(Self { done: true, ..run })));
+            }
             start::Run::Claimed { log, state, damaged } => (log, state, damaged),
         };
         let core = Core::new(core_config(config, store.url(), options), history(&log, *state), Time(0));
@@ -131,8 +154,9 @@ impl Coordinator {
         options: &Options,
     ) -> Result<Self, RunError> {
         let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
-        let (damaged, linger, token) = (Vec::new(), options.linger, options.token.clone());
-        Ok(Self { machine, memory, damaged, grpc, http, addresses, linger, token })
+        let Options { linger, stay, hand_over, .. } = *options;
+        let (damaged, done, token) = (Vec::new(), false, options.token.clone());
+        Ok(Self { machine, memory, damaged, grpc, http, addresses, linger, stay, hand_over, done, token })
     }
 
     /// What to tell people of commits that were given up because they are damaged, if any were.
@@ -147,7 +171,7 @@ impl Coordinator {
         self.addresses
     }
 
-    /// Serves until the outcome is decided. The first reason from `stops` asks a run's workers to commit and leave, a second one ends
+    /// Serves until the outcome is decided, or with [`Options::stay`] until told to leave. The first reason from `stops` asks a run's workers to commit and leave, a second one ends
     /// the run at once. A job has nothing to commit: the first ends it.
     ///
     /// # Errors
@@ -167,13 +191,13 @@ impl Coordinator {
             driver::Outlets { work, journal, store }
         });
         let strangers = Arc::<Strangers>::default();
-        let driver = Driver::new(self.machine, inbox, outlets, self.linger).with_strangers(strangers.clone());
+        let driver = Driver::new(self.machine, inbox, outlets, self.linger).with_strangers(strangers.clone()).staying(self.stay, self.done);
         let guard = Guard { token: self.token, strangers, inputs: inputs.clone() };
         let token = shutdown.clone();
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
         tasks.spawn(grpc::serve(self.grpc, guard, shutdown.clone()));
         tasks.spawn(http::serve(self.http, inputs.clone(), shutdown.clone()));
-        tasks.spawn(forward_stops(stops, inputs, shutdown.clone()));
+        tasks.spawn(forward_stops(stops, self.hand_over, inputs, shutdown.clone()));
         supervise(tasks, shutdown).await
     }
 }
@@ -209,14 +233,19 @@ async fn supervise(mut tasks: JoinSet<Result<Option<Outcome>, RunError>>, shutdo
 
 async fn forward_stops(
     mut stops: mpsc::Receiver<String>,
+    hand_over: bool,
     inputs: mpsc::Sender<Input>,
     shutdown: CancellationToken,
 ) -> Result<Option<Outcome>, RunError> {
     let mut asked = false;
     while let Some(Some(reason)) = shutdown.run_until_cancelled(stops.recv()).await {
-        let event = if asked { Event::Leave(reason) } else { Event::Stop(reason) };
+        let input = match (hand_over, asked) {
+            (true, _) => Input::HandOver(reason),
+            (false, false) => Input::Event(Event::Stop(reason)),
+            (false, true) => Input::Event(Event::Leave(reason)),
+        };
         asked = true;
-        if inputs.send(Input::Event(event)).await.is_err() {
+        if inputs.send(input).await.is_err() {
             break;
         }
     }

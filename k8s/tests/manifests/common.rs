@@ -81,6 +81,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("run-s3-secret", RUN, &sized),
         case("run-spot", RUN, &spot),
         case("run-queued", RUN, &queued),
+        case("run-mtls", RUN, &options(&["mtls", "s3-secret"])),
         case("run-gcs", RUN, &cloud("gcs")),
         case("run-azure", RUN, &cloud("azure")),
         case("run-local", SHARED, &options(&["local"])),

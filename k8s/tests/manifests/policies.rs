@@ -161,6 +161,8 @@ fn resolve_pod(told: &str, pod: &Value, is: &dyn Fn(&str, &str) -> bool, namespa
     for volume in items(pod, "/volumes") {
         let config = text(volume, "/configMap/name");
         assert!(config.is_empty() || is("ConfigMap", config), "{told}: {config}");
+        let secret = text(volume, "/secret/secretName");
+        assert!(secret.is_empty() || ["ella-viewer", "ella-coordinator-tls", "ella-worker-tls"].contains(&secret), "{told}: {secret}");
         let claim = text(volume, "/persistentVolumeClaim/claimName");
         assert!(claim.is_empty() || claim == "shared" || is("PersistentVolumeClaim", claim), "{told}: {claim}");
     }

@@ -133,3 +133,30 @@ fn what_people_should_know_is_told() {
     assert!(notes(RUN, &Options { gpus: Some(1), ..options(&["s3-secret"]) }).contains("takes a GPU, and does not use it"));
     assert_eq!(notes(SHARED, &options(&["local"])), "");
 }
+
+/// Where kubectl is: KUBECTL, or on the path.
+fn kubectl() -> Option<std::process::Command> {
+    let command = || std::process::Command::new(std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into()));
+    command().args(["version", "--client"]).output().ok().filter(|ran| ran.status.success()).map(|_| command())
+}
+
+#[test]
+fn kubectl_makes_the_same_of_every_overlay_where_it_is_there() {
+    for overlay in ella_k8s::overlays() {
+        let Some(mut kubectl) = kubectl() else {
+            return eprintln!("kubectl is not there: not compared (make test-k8s does)");
+        };
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("overlays").join(overlay);
+        let ran = kubectl.arg("kustomize").arg(folder).output().unwrap();
+        assert!(ran.status.success(), "{overlay}: {}", String::from_utf8_lossy(&ran.stderr));
+        let mut theirs: Vec<Value> = serde_saphyr::from_multiple(&String::from_utf8(ran.stdout).unwrap()).unwrap();
+        let mut ours = ella_k8s::build(&format!("overlays/{overlay}"), &[]).unwrap();
+        for objects in [&mut theirs, &mut ours] {
+            objects.sort_by_key(|object| format!("{} {}", text(object, "/kind"), text(object, "/metadata/name")));
+        }
+        for (theirs, ours) in theirs.iter().zip(&ours) {
+            assert_eq!(theirs, ours, "{overlay}");
+        }
+        assert_eq!(theirs.len(), ours.len(), "{overlay}");
+    }
+}

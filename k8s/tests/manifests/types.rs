@@ -72,6 +72,7 @@ struct Endpoint {
     path: String,
     interval: String,
     scrape_timeout: String,
+    authorization: Value,
 }
 
 fn check(object: &Value) -> Result<(), String> {
