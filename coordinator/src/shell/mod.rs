@@ -3,6 +3,7 @@
 //! One task, the driver, owns the machine; all others send it inputs and carry out its effects. Every task is tracked, and the first
 //! error ends them all.
 
+pub mod cluster;
 mod driver;
 mod error;
 mod grpc;
