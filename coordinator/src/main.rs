@@ -2,7 +2,8 @@
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
-use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
+use ella_coordinator::shell::cluster::{Cluster, ClusterError};
+use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, ProgressTo, RunError};
 use ella_proto::access::{Token, TokenError};
 use ella_proto::config::{Config, ConfigError, RunConfig};
 use ella_store::Store;
@@ -46,6 +47,9 @@ struct Args {
     /// Told to leave, leave the workers to the coordinator that is started next; else they commit and leave first.
     #[arg(long)]
     hand_over: bool,
+    /// Write how far it is as annotations of this object of the Kubernetes cluster, as in /apis/batch/v1/namespaces/NS/jobs/NAME.
+    #[arg(long, value_name = "PATH", env = "ELLA_PROGRESS_TO")]
+    progress_to: Option<String>,
     /// How the log on stderr looks.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -96,7 +100,7 @@ fn said(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<RunError>() {
         Some(error) => error.exit_code(),
-        None if error.is::<ConfigError>() || error.is::<TokenError>() => 2,
+        None if error.is::<ConfigError>() || error.is::<TokenError>() || error.is::<ClusterError>() => 2,
         None => 1,
     }
 }
@@ -104,7 +108,16 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 async fn run(args: &Args) -> anyhow::Result<u8> {
     let (listen, http, drain_timeout) = (args.listen, args.http, Duration::from_secs(args.drain_timeout));
     let token = args.token_file.as_deref().map(Token::load).transpose()?;
-    let options = Options { listen, http, drain_timeout, token, stay: args.stay, hand_over: args.hand_over, ..Options::default() };
+    let options = Options {
+        listen,
+        http,
+        drain_timeout,
+        token,
+        stay: args.stay,
+        hand_over: args.hand_over,
+        progress_to: progress_to(args)?,
+        ..Options::default()
+    };
     let coordinator = match Config::load(&args.config, &args.set)? {
         Config::Job(config) => Coordinator::open_job(&config, &options).await?,
         Config::Run(config) => match open_run(&config, &options).await? {
@@ -117,6 +130,12 @@ async fn run(args: &Args) -> anyhow::Result<u8> {
     announce(&Serving { addresses: coordinator.addresses(), fell_back: coordinator.fell_back() }, args.address_file.as_deref())?;
     let outcome = coordinator.run(stops).await?;
     Ok(outcome.exit_code())
+}
+
+/// Where the cluster's tools are told how far it is: what was asked for, and the TrainJob that this process belongs to.
+fn progress_to(args: &Args) -> Result<Vec<ProgressTo>, ClusterError> {
+    let annotated = args.progress_to.as_ref().map(|path| Ok::<_, ClusterError>(ProgressTo::annotations(Cluster::here()?, path)));
+    Ok(annotated.transpose()?.into_iter().chain(ProgressTo::trainer()).collect())
 }
 
 /// The run, unless it is done already.

@@ -36,20 +36,19 @@ pub(crate) fn strategic(target: &mut Value, patch: &Value) {
     }
 }
 
-/// Items that are new come first, as Kustomize has it.
+/// Items that the patch names come first, in its order, as Kustomize has it.
 fn merge_items(items: &mut Vec<Value>, changes: &[Value], by: &str) {
-    let mut new = Vec::new();
+    let mut named = Vec::new();
     for change in changes {
+        let there = items.iter().position(|item| item[by] == change[by]).map(|at| items.remove(at));
         if change["$patch"] == "delete" {
-            items.retain(|item| item[by] != change[by]);
             continue;
         }
-        match items.iter_mut().find(|item| item[by] == change[by]) {
-            Some(item) => strategic(item, change),
-            None => new.push(without_nulls(change)),
-        }
+        let mut item = there.unwrap_or_default();
+        strategic(&mut item, change);
+        named.push(item);
     }
-    items.splice(0..0, new);
+    items.splice(0..0, named);
 }
 
 fn without_nulls(value: &Value) -> Value {
@@ -90,7 +89,7 @@ mod tests {
         let mut target = json!({ "env": [{ "name": "A", "value": "1" }, { "name": "B", "value": "2" }, { "name": "D" }], "args": ["x", "y"], "gone": 1 });
         let patch = json!({ "env": [{ "name": "B", "value": "3" }, { "name": "C", "value": "4" }, { "name": "D", "$patch": "delete" }], "args": ["z"], "gone": null, "new": { "n": null } });
         strategic(&mut target, &patch);
-        let env = json!([{ "name": "C", "value": "4" }, { "name": "A", "value": "1" }, { "name": "B", "value": "3" }]);
+        let env = json!([{ "name": "B", "value": "3" }, { "name": "C", "value": "4" }, { "name": "A", "value": "1" }]);
         assert_eq!(target, json!({ "env": env, "args": ["z"], "new": {} }));
     }
 

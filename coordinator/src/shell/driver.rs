@@ -9,6 +9,7 @@ use ella_proto::v1::{RunStatus, ToWorker};
 use ella_store::Store;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -64,6 +65,8 @@ pub(super) struct Driver {
     outlets: Option<Outlets>,
     /// Who never came as far as the inbox.
     strangers: Arc<Strangers>,
+    /// How often the cluster's tools could not be told how far it is.
+    untold: Arc<AtomicU64>,
     streams: BTreeMap<ConnId, Stream>,
     began: Instant,
     linger: Duration,
@@ -76,8 +79,8 @@ pub(super) struct Driver {
 
 impl Driver {
     pub(super) fn new(machine: Box<dyn Machine>, inbox: mpsc::Receiver<Input>, outlets: Option<Outlets>, linger: Duration) -> Self {
-        let (strangers, streams, stuck) = (Arc::default(), BTreeMap::new(), Vec::new());
-        Self { machine, inbox, outlets, strangers, streams, began: Instant::now(), linger, stays: false, over: None, stuck }
+        let (strangers, untold, streams, stuck) = (Arc::default(), Arc::default(), BTreeMap::new(), Vec::new());
+        Self { machine, inbox, outlets, strangers, untold, streams, began: Instant::now(), linger, stays: false, over: None, stuck }
     }
 
     /// Has it stay after an outcome that another start would not change; `done`: the machine's run is done already.
@@ -91,6 +94,11 @@ impl Driver {
         Self { strangers, ..self }
     }
 
+    /// Has its status say how often progress could not be told.
+    pub(super) fn with_untold(self, untold: Arc<AtomicU64>) -> Self {
+        Self { untold, ..self }
+    }
+
     /// Runs until the outcome is decided and has had time to be read.
     pub(super) async fn run(mut self, shutdown: CancellationToken) -> Outcome {
         loop {
@@ -100,7 +108,7 @@ impl Driver {
             let wake = self.wake();
             let input = tokio::select! {
                 biased;
-                () = shutdown.cancelled(), if self.over.is_none() => Input::Event(Event::Leave("the coordinator broke".into())),
+                () = shutdown.cancelled(), if self.over.as_ref().is_none_or(|over| over.until.is_none()) => Input::Event(Event::Leave("the coordinator broke".into())),
                 Some(input) = self.inbox.recv() => input,
                 () = tokio::time::sleep_until(wake) => Input::Event(Event::Tick),
             };
@@ -210,7 +218,7 @@ impl Driver {
     /// The machine's status, with what the shell counts.
     fn status(&self) -> RunStatus {
         let mut status = self.machine.status(self.now());
-        let mut own = vec![self.strangers.count()];
+        let mut own = vec![self.strangers.count(), ("progress_pushes_failed", self.untold.load(Relaxed))];
         if let Some(outlets) = &self.outlets {
             own.extend(outlets.journal.counts());
             own.push(("store_retries", outlets.store.retries()));

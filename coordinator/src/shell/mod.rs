@@ -13,10 +13,12 @@ mod journal;
 mod keeper;
 mod local;
 mod page;
+mod push;
 mod start;
 
 pub use error::RunError;
 pub use local::LocalJob;
+pub use push::ProgressTo;
 
 use crate::core::{Core, CoreConfig, History, Note, Outcome};
 use crate::job::{JobCore, JobSettings};
@@ -31,6 +33,7 @@ use guard::{Guard, Strangers};
 use start::Damaged;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -57,6 +60,8 @@ pub struct Options {
     pub stay: bool,
     /// Whether, told to leave, it leaves its workers to the coordinator that follows, and does not ask them to commit and leave.
     pub hand_over: bool,
+    /// Where the cluster's tools are told how far it is.
+    pub progress_to: Vec<ProgressTo>,
     /// What every call must show; none is asked for otherwise.
     pub token: Option<Token>,
 }
@@ -113,6 +118,7 @@ pub struct Coordinator {
     hand_over: bool,
     /// The run was complete when it was opened: only that is told.
     done: bool,
+    progress_to: Vec<ProgressTo>,
     token: Option<Token>,
 }
 
@@ -156,8 +162,8 @@ impl Coordinator {
     ) -> Result<Self, RunError> {
         let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
         let Options { linger, stay, hand_over, .. } = *options;
-        let (damaged, done, token) = (Vec::new(), false, options.token.clone());
-        Ok(Self { machine, memory, damaged, grpc, http, addresses, linger, stay, hand_over, done, token })
+        let (damaged, done, token, progress_to) = (Vec::new(), false, options.token.clone(), options.progress_to.clone());
+        Ok(Self { machine, memory, damaged, grpc, http, addresses, linger, stay, hand_over, done, progress_to, token })
     }
 
     /// What to tell people of commits that were given up because they are damaged, if any were.
@@ -193,11 +199,16 @@ impl Coordinator {
         });
         let strangers = Arc::<Strangers>::default();
         let driver = Driver::new(self.machine, inbox, outlets, self.linger).with_strangers(strangers.clone()).staying(self.stay, self.done);
+        let untold = Arc::<AtomicU64>::default();
+        let driver = driver.with_untold(untold.clone());
         let guard = Guard { token: self.token, strangers, inputs: inputs.clone() };
         let token = shutdown.clone();
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
         tasks.spawn(grpc::serve(self.grpc, guard, shutdown.clone()));
         tasks.spawn(http::serve(self.http, inputs.clone(), shutdown.clone()));
+        if !self.progress_to.is_empty() {
+            tasks.spawn(push::push(self.progress_to, inputs.clone(), untold, shutdown.clone()));
+        }
         tasks.spawn(forward_stops(stops, self.hand_over, inputs, shutdown.clone()));
         supervise(tasks, shutdown).await
     }
