@@ -76,8 +76,13 @@ struct Options {
 pub fn build(folder: &str, components: &[&str]) -> Result<Vec<Value>, KustomizeError> {
     let mut objects = Vec::new();
     apply(folder, &mut objects)?;
-    components.iter().try_for_each(|name| apply(&format!("components/{name}"), &mut objects))?;
+    components.iter().try_for_each(|name| change(&mut objects, name))?;
     Ok(objects)
+}
+
+/// Applies one more component to what was built.
+pub(crate) fn change(objects: &mut Vec<Value>, component: &str) -> Result<(), KustomizeError> {
+    apply(&format!("components/{component}"), objects)
 }
 
 /// The objects of a YAML text.

@@ -68,7 +68,9 @@ pub fn render(text: &str, origin: &str, set: &[String], options: &Options) -> Re
         fill(object, options);
         workers::surround(object, options);
     }
-    workers::as_jobset(&mut objects);
+    if options.overlays.iter().any(|overlay| overlay == "jobset") {
+        workers::as_jobset(&mut objects)?;
+    }
     naming::rename(&mut objects, &name, &namespace);
     put_config(&mut objects, &config);
     settle_identity(&mut objects, options)?;
@@ -111,15 +113,14 @@ fn with_local(options: &Options) -> Options {
     Options { volume, ..options.clone() }
 }
 
-/// The components of the overlays, each once.
+/// The components of the overlays, each once; but for the JobSet, which is made of what the others make of the Job.
 fn components(options: &Options) -> Vec<&str> {
     let mut components: Vec<&str> = options.volume.iter().map(|_| "volume").collect();
     for overlay in &options.overlays {
-        if !components.contains(&overlay.as_str()) {
+        if !components.contains(&overlay.as_str()) && overlay != "jobset" {
             components.push(overlay);
         }
     }
-    components.sort_by_key(|name| *name == "jobset");
     components
 }
 

@@ -1,7 +1,7 @@
 //! What becomes of the pods: how many there are, of which image, with what of a node.
 
 use crate::error::RenderError;
-use crate::kustomize::id;
+use crate::kustomize::{self, KustomizeError, id};
 use crate::options::{Options, Volume};
 use crate::render::device;
 use ella_proto::config::{Config, Device};
@@ -126,18 +126,19 @@ pub(crate) fn share(objects: &mut Vec<Value>, volume: &Volume, mounted: &str) {
     }
 }
 
-/// Where there is a JobSet, the Job that the overlays made of the base's is its.
-pub(crate) fn as_jobset(objects: &mut Vec<Value>) {
-    let Some(at) = objects.iter().position(|object| id(object)[0] == "Job") else { return };
-    let Some(set) = objects.iter().position(|object| id(object)[0] == "JobSet") else { return };
-    let mut job = objects[at].take();
-    let own = &mut objects[set];
-    if let Some(suspend) = job["spec"].as_object_mut().and_then(|spec| spec.remove("suspend")) {
-        own["spec"]["suspend"] = suspend;
+/// Makes the workers' Job, as the overlays have it, that of a JobSet.
+pub(crate) fn as_jobset(objects: &mut Vec<Value>) -> Result<(), KustomizeError> {
+    let job = objects.iter().find(|object| id(object)[0] == "Job").cloned().unwrap_or_default();
+    kustomize::change(objects, "jobset")?;
+    for set in objects.iter_mut().filter(|object| id(object)[0] == "JobSet") {
+        let mut spec = job["spec"].clone();
+        if let Some(suspend) = spec.as_object_mut().and_then(|spec| spec.remove("suspend")) {
+            set["spec"]["suspend"] = suspend;
+        }
+        set["metadata"]["labels"] = job["metadata"]["labels"].clone();
+        set["spec"]["replicatedJobs"][0]["template"]["spec"] = spec;
     }
-    own["metadata"]["labels"] = job["metadata"]["labels"].take();
-    own["spec"]["replicatedJobs"][0]["template"]["spec"] = job["spec"].take();
-    objects.remove(at);
+    Ok(())
 }
 
 fn item<'a>(items: &'a mut Value, key: &str, value: &str) -> Option<&'a mut Value> {

@@ -28,7 +28,7 @@ enum Command {
     /// Write the manifests of a run, or of a job that --write-job wrote: pipe them into kubectl apply -f -
     Render(Box<Render>),
     /// Make a run or job in the cluster, or change it to what its config says now
-    Submit(Submit),
+    Submit(Box<Submit>),
     /// Show the logs of a run's pods
     Logs(Logs),
     /// Have a run trained by another number of workers
@@ -108,6 +108,7 @@ struct What {
 }
 
 #[derive(Debug, Args)]
+#[cfg_attr(not(feature = "k8s-client"), allow(dead_code))] // it is parsed all the same, so that a wrong use is told first
 struct Submit {
     #[command(flatten)]
     what: What,
@@ -118,6 +119,7 @@ struct Submit {
 
 /// A run that is there.
 #[derive(Debug, Args)]
+#[cfg_attr(not(feature = "k8s-client"), allow(dead_code))] // it is parsed all the same, so that a wrong use is told first
 struct There {
     /// Its name
     name: String,
@@ -130,6 +132,7 @@ struct There {
 }
 
 #[derive(Debug, Args)]
+#[cfg_attr(not(feature = "k8s-client"), allow(dead_code))] // it is parsed all the same, so that a wrong use is told first
 struct Logs {
     #[command(flatten)]
     there: There,
@@ -142,6 +145,7 @@ struct Logs {
 }
 
 #[derive(Debug, Args)]
+#[cfg_attr(not(feature = "k8s-client"), allow(dead_code))] // it is parsed all the same, so that a wrong use is told first
 struct Scale {
     #[command(flatten)]
     there: There,
@@ -151,6 +155,7 @@ struct Scale {
 }
 
 #[derive(Debug, Args)]
+#[cfg_attr(not(feature = "k8s-client"), allow(dead_code))] // it is parsed all the same, so that a wrong use is told first
 struct Cancel {
     #[command(flatten)]
     there: There,

@@ -69,15 +69,8 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let local = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self {
-            listen: local,
-            http: local,
-            drain_timeout: Duration::from_secs(300),
-            linger: Duration::from_secs(1),
-            stay: false,
-            hand_over: false,
-            token: None,
-        }
+        let (drain_timeout, linger) = (Duration::from_secs(300), Duration::from_secs(1));
+        Self { listen: local, http: local, drain_timeout, linger, stay: false, hand_over: false, progress_to: Vec::new(), token: None }
     }
 }
 

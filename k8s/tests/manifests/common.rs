@@ -86,10 +86,57 @@ pub(crate) fn cases() -> Vec<Case> {
         case("run-azure", RUN, &cloud("azure")),
         case("run-local", SHARED, &options(&["local"])),
         case("run-claim", SHARED, &claimed),
-        case("run-gpu", SHARED, &shared(Options { gpus: Some(1), egress: vec![9443], ..options(&["kueue"]) })),
+        case("run-gpu", SHARED, &shared(Options { gpus: Some(1), egress: vec![9443], env: odd(), ..options(&["kueue"]) })),
         case("prepare", PREPARE, &shared(Options { workers: Some(3), ..options(&[]) })),
         case("embed", EMBED, &Options { name: text("embed-2"), gpus: Some(1), ..options(&["s3-secret"]) }),
     ]
+}
+
+/// Values that a reader of YAML 1.1 or 1.2 may take for something else than text.
+fn odd() -> Vec<(String, String)> {
+    let values = [
+        "yes",
+        "no",
+        "on",
+        "y",
+        "true",
+        "null",
+        "~",
+        "",
+        "012",
+        "0x1f",
+        "0o17",
+        "1e3",
+        "1_000",
+        ".5",
+        ".inf",
+        "12:30:45",
+        "2026-01-01",
+        "=",
+        "<<",
+        "a: b",
+        "- x",
+        "#",
+        "a #b",
+        "'",
+        "\"",
+        "*a",
+        "&a",
+        "!a",
+        "%a",
+        "@a",
+        "`a",
+        "{",
+        "[",
+        ",",
+        "?",
+        "|",
+        ">",
+        " a ",
+        "a\nb\n",
+        "\u{e9}",
+    ];
+    values.iter().enumerate().map(|(at, value)| (format!("ODD_{at}"), (*value).to_owned())).collect()
 }
 
 /// All renderings, and all overlays as they are, by name.

@@ -134,6 +134,18 @@ fn what_people_should_know_is_told() {
     assert_eq!(notes(SHARED, &options(&["local"])), "");
 }
 
+#[test]
+fn a_jobset_has_the_job_that_the_other_overlays_and_the_config_make() {
+    let others = ["jobset", "s3-secret", "kueue", "spot-gpu"];
+    let set = rendered(RUN, &[], &options(&others)).unwrap();
+    let job = rendered(RUN, &[], &options(&others[1..])).unwrap();
+    assert!(find(&set, "Job").is_none());
+    let (set, job) = (find(&set, "JobSet").unwrap(), find(&job, "Job").unwrap());
+    assert_eq!(template(set), template(job));
+    assert_eq!(set["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"], json!(4));
+    assert_eq!((&set["spec"]["suspend"], &set["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]), (&json!(true), &json!("ella")));
+}
+
 /// Where kubectl is: KUBECTL, or on the path.
 fn kubectl() -> Option<std::process::Command> {
     let command = || std::process::Command::new(std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into()));
