@@ -12,6 +12,7 @@ mod forward;
 mod init_base;
 mod inspect;
 mod jobs;
+mod k8s;
 mod lora;
 mod plan;
 mod prepare;
@@ -84,6 +85,8 @@ enum Command {
     Forward(forward::Forward),
     /// Say what a model's folder or file is, and whether it can be used
     Inspect(inspect::Inspect),
+    /// Make a run's or job's manifests for a Kubernetes cluster, and handle it there
+    K8s(k8s::K8s),
     /// Write random models to try things on
     InitBase(init_base::InitBase),
     /// Show a run on one self-contained HTML page
@@ -118,6 +121,7 @@ fn main() -> ExitCode {
         Command::Export(command) => command.run(out),
         Command::Forward(command) => command.run(out),
         Command::Inspect(command) => command.run(out),
+        Command::K8s(command) => command.run(out),
         Command::InitBase(command) => command.run(out),
         Command::Report(command) => command.run(out),
     };

@@ -190,7 +190,7 @@ fn told(step: u64, rank: u32) -> v1::Progress {
     let (data, forward, backward) =
         (slow * (0.5 + noise(step + u64::from(rank))), 0.03 + 0.004 * noise(step * 11 + u64::from(rank)), 0.045);
     let reduce = (0.155 - data - forward - backward).max(0.01);
-    let parts = v1::StepParts { data, forward, backward, reduce, update: 0.006, commit: 0.0, encode: 0.01, reduce_hidden: 0.02 };
+    let parts = v1::StepParts { data, forward, backward, reduce, update: 0.006, commit: 0.0, encode: 0.01, reduce_hidden: 0.02, draw: 0.0 };
     v1::Progress {
         step,
         samples: SAMPLES,
