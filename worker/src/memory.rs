@@ -208,7 +208,11 @@ impl Needs {
         let each = 2 * VAE_CHANNELS * (4 + 2 * number);
         let formula = format!("{height} × {width} pixels × {each} bytes: the decoder's last level; or the U-Net's, {unet}");
         vec![
-            figure("the VAE that draws samples", self.vae_parameters * number, format!("{} parameters × {number} bytes", self.vae_parameters)),
+            figure(
+                "the VAE that draws samples",
+                self.vae_parameters * number,
+                format!("{} parameters × {number} bytes", self.vae_parameters),
+            ),
             figure("drawing a sample", unet.max(height * width * each), formula),
         ]
     }
@@ -429,8 +433,11 @@ mod tests {
         assert_eq!(part(&ahead, "text encoder, until all features are there"), 2 * 1_222_655_488);
         assert_eq!(plan.bytes, plan.parts.iter().map(|part| part.bytes).sum::<u64>());
         assert_eq!(part(&plan, "drawing a sample") + part(&plan, "the VAE that draws samples"), 0);
-        let draws = paper(&["sample.every=100", "sample.prompts=[\"a\"]", "sample.size=512"]).plan(32);
-        assert_eq!((part(&draws, "the VAE that draws samples"), part(&draws, "drawing a sample")), (2 * 83_653_863, 512 * 512 * 2 * 128 * 8));
+        let draws = paper(&["sample.every=100", "sample.prompts=[\"a\"]", "sample.size=512x512"]).plan(32);
+        assert_eq!(
+            (part(&draws, "the VAE that draws samples"), part(&draws, "drawing a sample")),
+            (2 * 83_653_863, 512 * 512 * 2 * 128 * 8)
+        );
         // 0.8 GB of the U-Net are kept for each sample; the connector's, what is at work and what lies idle come to a tenth and more.
         let sample = (needs.plan(33).bytes - plan.bytes) as f64;
         assert!((0.85e9..1.1e9).contains(&sample), "{sample}");

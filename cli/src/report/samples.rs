@@ -88,11 +88,11 @@ impl Grid {
             count(self.total, "step"),
             escape(&self.how)
         );
-        self.columns.iter().for_each(|step| drop(write!(html, "<th class=\"n\">{step}</th>")));
+        html += &self.columns.iter().map(|step| format!("<th>{step}</th>")).collect::<String>();
         html += "</tr>\n";
         for (prompt, seed, pictures) in &self.rows {
             let columns = self.columns.len();
-            let _ = write!(html, "<tr><td colspan=\"{columns}\" title=\"seed {seed}\">{}</td></tr>\n<tr>", escape(prompt));
+            let _ = write!(html, "<tr><td colspan=\"{columns}\">{} <small>seed {seed}</small></td></tr>\n<tr>", escape(prompt));
             for (step, png) in self.columns.iter().zip(pictures) {
                 html += &png.as_ref().map_or("<td></td>".to_owned(), |png| {
                     format!("<td><img alt=\"Step {step}\" src=\"data:image/png;base64,{png}\"></td>")

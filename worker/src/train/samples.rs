@@ -244,8 +244,8 @@ impl Trainer {
         let is_last = self.state.step >= self.config.train.steps;
         match drawn? {
             Drawn::All => {}
-            // Whoever goes on from this step draws what is left of its pictures. But a generation without a step would count as one that came to nothing.
-            Drawn::Boundary if self.state.step > self.began => return Ok(Some(Halt::Boundary)),
+            // Whoever goes on from this step draws what is left of its pictures.
+            Drawn::Boundary => return Ok(Some(Halt::Boundary)),
             Drawn::Leave if !is_last => {
                 if self.state.step > self.saved {
                     self.seat.era = self.flags.era();
@@ -253,11 +253,11 @@ impl Trainer {
                 }
                 return Ok(Some(Halt::Drained));
             }
-            Drawn::Boundary | Drawn::Leave if left > 0 => {
-                tracing::warn!(step = self.state.step, left, "samples are not drawn, because a worker or the run leaves");
+            Drawn::Leave if left > 0 => {
+                tracing::warn!(step = self.state.step, left, "samples of the last step are not drawn: the run leaves");
                 self.committer.give_up(left);
             }
-            Drawn::Boundary | Drawn::Leave => {}
+            Drawn::Leave => {}
         }
         Ok(None)
     }
@@ -285,7 +285,7 @@ impl Trainer {
         loop {
             self.committer.check()?;
             let idle = self.studio.as_ref().is_none_or(Studio::is_idle);
-            let (leaving, boundary) = (self.flags.drain.is_cancelled(), self.flags.at_boundary());
+            let (leaving, boundary) = (self.flags.drain.is_cancelled(), self.may_end());
             let mut all = [i64::from(idle), i64::from(leaving), i64::from(boundary), mine, table];
             self.flags.at(Activity::Reduce);
             self.collective.sum_i64(&mut all)?;
@@ -304,7 +304,12 @@ impl Trainer {
         }
     }
 
-    /// Draws for a second, or until there is reason to ask the others.
+    /// Whether the generation is to end, and may: one without a step would count as one that came to nothing.
+    fn may_end(&self) -> bool {
+        self.flags.at_boundary() && self.state.step > self.began
+    }
+
+    /// Draws for a second, or until there is reason to ask the others; one sampler's step in any case.
     fn draw_a_while(&mut self) -> Result<(), TrainError> {
         let begin = Instant::now();
         let slice = ASK.min(self.config.workers.step_timeout.duration() / 4);
@@ -312,14 +317,14 @@ impl Trainer {
             if self.flags.interrupted() {
                 return Err(TrainError::Interrupted);
             }
-            if begin.elapsed() > slice || self.flags.drain.is_cancelled() || self.flags.at_boundary() {
-                break;
-            }
             // Each anew, so that one that never ends is seen to hang.
             self.flags.at(Activity::Draw);
             match studio.advance(&self.networks.unet) {
                 Ok(page) => page.into_iter().for_each(|page| self.committer.keep(page)),
                 Err(error) => self.give_up_sheet(&error.to_string()),
+            }
+            if begin.elapsed() > slice || self.flags.drain.is_cancelled() || self.may_end() {
+                break;
             }
         }
         Ok(())
