@@ -10,6 +10,7 @@
 
 pub mod client;
 pub mod core;
+pub mod credentials;
 pub mod job;
 pub mod machine;
 #[cfg(test)]

@@ -176,7 +176,7 @@ impl Driver {
     /// The machine's status, with what the shell counts.
     fn status(&self) -> RunStatus {
         let mut status = self.machine.status(self.now());
-        let mut own = vec![self.strangers.count()];
+        let mut own = self.strangers.counts();
         if let Some(outlets) = &self.outlets {
             own.extend(outlets.journal.counts());
             own.push(("store_retries", outlets.store.retries()));

@@ -3,31 +3,41 @@
 //! One task, the driver, owns the machine; all others send it inputs and carry out its effects. Every task is tracked, and the first
 //! error ends them all.
 
+mod access;
 pub mod cluster;
+mod door;
 mod driver;
 mod error;
+mod flood;
+mod gate;
 mod grpc;
 mod guard;
 mod http;
 mod journal;
 mod keeper;
+mod limits;
 mod local;
 mod page;
+mod porch;
+mod review;
 mod start;
 
+pub use access::{AccessControl, AccessError};
 pub use error::RunError;
 pub use local::LocalJob;
 
 use crate::core::{Core, CoreConfig, History, Note, Outcome};
 use crate::job::{JobCore, JobSettings};
 use crate::machine::{Event, Machine, Time};
+use door::Room;
 use driver::{Driver, Input};
-use ella_proto::access::Token;
+use ella_proto::access::tls::{self, Clients, Reloaded};
 use ella_proto::config::{JobConfig, RunConfig, Straggler};
 use ella_proto::ids::Term;
 use ella_proto::v1::Welcome;
 use ella_store::{RunLog, RunState, Store};
 use guard::{Guard, Strangers};
+use rustls::ServerConfig;
 use start::Damaged;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -53,14 +63,20 @@ pub struct Options {
     pub drain_timeout: Duration,
     /// How long the final status stays readable.
     pub linger: Duration,
-    /// What every call must show; none is asked for otherwise.
-    pub token: Option<Token>,
+    /// Who may do what. Without rules whoever reaches it may do everything, and it listens on loopback addresses only.
+    pub access: AccessControl,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let local = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self { listen: local, http: local, drain_timeout: Duration::from_secs(300), linger: Duration::from_secs(1), token: None }
+        Self {
+            listen: local,
+            http: local,
+            drain_timeout: Duration::from_secs(300),
+            linger: Duration::from_secs(1),
+            access: AccessControl::default(),
+        }
     }
 }
 
@@ -97,7 +113,9 @@ pub struct Coordinator {
     http: TcpListener,
     addresses: Addresses,
     linger: Duration,
-    token: Option<Token>,
+    access: AccessControl,
+    /// Of both ports, if there are certificates.
+    tls: Option<[Arc<Reloaded<ServerConfig>>; 2]>,
 }
 
 impl Coordinator {
@@ -106,12 +124,12 @@ impl Coordinator {
     /// # Errors
     /// If the run has another config, its store or log can't be used, its last commit is damaged, or an address is taken.
     pub async fn open(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
-        let (grpc, http) = (bind(options.listen).await?, bind(options.http).await?);
+        let (grpc, http) = (bind(options.listen, &options.access).await?, bind(options.http, &options.access).await?);
         let (log, state, damaged) = match start::open_run(config, &store).await? {
             start::Run::Done { step } => return Ok(Opened::Done { step }),
             start::Run::Claimed { log, state, damaged } => (log, state, damaged),
         };
-        let core = Core::new(core_config(config, store.url(), options), history(&log, *state), Time(0));
+        let core = Core::new(core_config(config, store.url(), options)?, history(&log, *state), Time(0));
         let run = Self::with(Box::new(core), Some((log, store)), (grpc, http), options)?;
         Ok(Opened::Ready(Box::new(Self { damaged, ..run })))
     }
@@ -121,7 +139,7 @@ impl Coordinator {
     /// # Errors
     /// If an address is taken.
     pub async fn open_job(config: &JobConfig, options: &Options) -> Result<Self, RunError> {
-        let listeners = (bind(options.listen).await?, bind(options.http).await?);
+        let listeners = (bind(options.listen, &options.access).await?, bind(options.http, &options.access).await?);
         Self::with(Box::new(JobCore::new(job_settings(config), Time(0))), None, listeners, options)
     }
 
@@ -132,8 +150,9 @@ impl Coordinator {
         options: &Options,
     ) -> Result<Self, RunError> {
         let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
-        let (damaged, linger, token) = (Vec::new(), options.linger, options.token.clone());
-        Ok(Self { machine, memory, damaged, grpc, http, addresses, linger, token })
+        let (damaged, linger, access) = (Vec::new(), options.linger, options.access.clone());
+        let tls = certificates(&access)?;
+        Ok(Self { machine, memory, damaged, grpc, http, addresses, linger, access, tls })
     }
 
     /// What to tell people of commits that were given up because they are damaged, if any were.
@@ -169,11 +188,16 @@ impl Coordinator {
         });
         let strangers = Arc::<Strangers>::default();
         let driver = Driver::new(self.machine, inbox, outlets, self.linger).with_strangers(strangers.clone());
-        let guard = Guard { token: self.token, strangers, inputs: inputs.clone() };
+        let guard = Guard::new(self.access, strangers.clone(), inputs.clone());
+        let [for_grpc, for_http] = self.tls.map_or([None, None], |both| both.map(Some));
+        watch_reloads(&strangers, &guard, [&for_grpc, &for_http]);
+        let room = Arc::<Room>::default();
+        let callers = door::open(self.grpc, for_grpc, (guard.clone(), room.clone()), shutdown.clone());
+        let visitors = door::open(self.http, for_http, (guard.clone(), room), shutdown.clone());
         let token = shutdown.clone();
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
-        tasks.spawn(grpc::serve(self.grpc, guard, shutdown.clone()));
-        tasks.spawn(http::serve(self.http, inputs.clone(), shutdown.clone()));
+        tasks.spawn(grpc::serve(callers, guard.clone(), shutdown.clone()));
+        tasks.spawn(porch::serve(http::router(inputs.clone()), visitors, guard, shutdown.clone()));
         tasks.spawn(forward_stops(stops, inputs, shutdown.clone()));
         supervise(tasks, shutdown).await
     }
@@ -224,9 +248,9 @@ async fn forward_stops(
     Ok(None)
 }
 
-fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> CoreConfig {
+fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> Result<CoreConfig, RunError> {
     let workers = &config.workers;
-    CoreConfig {
+    Ok(CoreConfig {
         welcome: Welcome {
             run_url: run_url.to_owned(),
             config_toml: config.to_toml(),
@@ -247,8 +271,8 @@ fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> CoreConf
         start_timeout: workers.start_timeout.0,
         commit_timeout: workers.start_timeout.0,
         drain_timeout: u64::try_from(options.drain_timeout.as_millis()).unwrap_or(u64::MAX),
-        session: start::random_bytes(),
-    }
+        session: start::secret()?,
+    })
 }
 
 fn job_settings(config: &JobConfig) -> JobSettings {
@@ -274,7 +298,36 @@ fn history(log: &RunLog, state: RunState) -> History {
     History { term: Term(log.term()), commits: state.commits }
 }
 
-async fn bind(address: SocketAddr) -> Result<TcpListener, RunError> {
+/// The TLS configs of the gRPC and the HTTP port. Browsers and probes have no certificates to show.
+fn certificates(access: &AccessControl) -> Result<Option<[Arc<Reloaded<ServerConfig>>; 2]>, RunError> {
+    if access.tls().is_empty() {
+        return Ok(None);
+    }
+    let clients = if access.needs_certificates() { Clients::Required } else { Clients::Optional };
+    let grpc = tls::server(access.tls(), clients, "h2").map_err(AccessError::from)?;
+    let http = tls::server(access.tls(), Clients::Optional, "http/1.1").map_err(AccessError::from)?;
+    Ok(Some([grpc, http].map(Arc::new)))
+}
+
+/// Has files that become such that will not do counted: tokens', and certificates', of which both ports read the same.
+fn watch_reloads(strangers: &Strangers, guard: &Guard, tls: [&Option<Arc<Reloaded<ServerConfig>>>; 2]) {
+    let access = guard.access.clone();
+    strangers.watch(move || access.failed_reloads());
+    if let Some(tls) = tls[0].clone() {
+        strangers.watch(move || tls.failed_reloads());
+    }
+}
+
+/// Nobody else's machine is let in unasked.
+async fn bind(address: SocketAddr, access: &AccessControl) -> Result<TcpListener, RunError> {
+    if !address.ip().to_canonical().is_loopback() {
+        match (access.is_on(), access.is_insecure(), access.tls().is_empty()) {
+            (false, false, _) => return Err(RunError::Unguarded { address }),
+            (false, true, _) => tracing::warn!("{address}: --insecure: whoever reaches this address may attach, stop and drain"),
+            (true, _, true) => tracing::warn!("{address}: without --tls-cert, tokens cross the network in clear text"),
+            (true, _, false) => {}
+        }
+    }
     TcpListener::bind(address).await.map_err(|source| RunError::Bind { address, source })
 }
 
