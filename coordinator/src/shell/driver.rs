@@ -247,7 +247,8 @@ impl Driver {
     /// The machine's status, with what the shell counts.
     fn status(&self) -> RunStatus {
         let mut status = self.machine.status(self.now());
-        let mut own = vec![self.strangers.count(), ("progress_pushes_failed", self.untold.load(Relaxed))];
+        let mut own = self.strangers.counts();
+        own.push(("progress_pushes_failed", self.untold.load(Relaxed)));
         if let Some(outlets) = &self.outlets {
             own.extend(outlets.journal.counts());
             own.push(("store_retries", outlets.store.retries()));
