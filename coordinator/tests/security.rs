@@ -85,7 +85,7 @@ async fn only_certificates_of_its_ca_that_are_valid_are_let_in_and_all_else_is_c
 
     // It trusts another CA than the coordinator's.
     let error = client::status(over(&served, &other.client(folder.path(), "other.lab"))).await.unwrap_err();
-    assert!(error.to_string().contains("UnknownIssuer"), "{error}");
+    assert!(error.to_string().contains("invalid peer certificate"), "{error}");
     counted(&ours, "refused_handshake", 2).await;
 
     // Its own is of another CA; has ended; is not there.
@@ -178,8 +178,8 @@ async fn people_look_with_a_viewers_token_and_change_nothing() {
         let answer = http(&served, &format!("{method} /api/v1/status HTTP/1.1\r\n{bearer}\r\ncontent-length: 0")).await;
         assert!(answer.starts_with("HTTP/1.1 405"), "{answer}");
     }
-    let long = http(&served, &format!("GET / HTTP/1.1\r\nx: {}", "x".repeat(100_000))).await;
-    assert!(long.starts_with("HTTP/1.1 431") || long.is_empty(), "{long}");
+    let long = http(&served, &format!("GET / HTTP/1.1\r\nx: {}", "x".repeat(20_000))).await;
+    assert!(long.starts_with("HTTP/1.1 431"), "{long}");
     counted(&with_token(&served, &viewer), "refused_token", 8).await;
 }
 
@@ -383,6 +383,7 @@ fn a_scan_of_a_coordinators_ports_finds_two() {
     use std::io::BufRead as _;
     let folder = tempfile::tempdir().unwrap();
     let config = CONFIG.replace("\"unused\"", &format!("\"{}\"", folder.path().join("run").display()));
+    let config = config.replace("start_timeout = \"10s\"", "start_timeout = \"600s\"");
     std::fs::write(folder.path().join("run.toml"), config).unwrap();
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ella-coordinator"));
     let command = command.arg(folder.path().join("run.toml")).stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null());

@@ -198,7 +198,7 @@ impl Core {
     }
 
     /// The same bytes for all of a generation, others for the next: whoever was in one learns nothing of another's.
-    fn session(&self) -> Vec<u8> {
+    pub(super) fn session(&self) -> Vec<u8> {
         let own = blake3::derive_key("ella 2026-11-26 a coordinator's sessions", &self.config.session);
         blake3::keyed_hash(&own, &self.generation.0.to_le_bytes()).as_bytes()[..self.config.session.len()].to_vec()
     }

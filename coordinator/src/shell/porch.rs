@@ -5,9 +5,9 @@
 
 use super::RunError;
 use super::door::{Connection, Peer};
-use super::gate::bearer;
-use super::guard::{Denied, Guard};
-use super::limits::{HEADERS_AT_MOST, HTTP_HEADERS, HTTP_LEAVING};
+use super::gate::{bearer, length};
+use super::guard::{Denied, Guard, Refusal};
+use super::limits::{HEADERS, HEADERS_AT_MOST, HTTP_HEADERS, HTTP_LEAVING};
 use crate::core::Outcome;
 use axum::Router;
 use axum::body::Body;
@@ -88,6 +88,10 @@ async fn check(guard: &Guard, request: &Parts) -> Result<(), Response> {
     }
     // Every connection of the door's has one.
     let peer = request.extensions.get::<Arc<Peer>>().ok_or_else(|| StatusCode::INTERNAL_SERVER_ERROR.into_response())?;
+    if length(&request.headers) > HEADERS {
+        guard.turn_away(peer.address, Refusal::Headers, "its headers are too long");
+        return Err(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE.into_response());
+    }
     let secret = secret(&request.headers);
     guard.admit(peer, secret.as_deref(), Role::Viewer).await.map_err(refused)?;
     let is_asked = guard.access.is_on() || guard.access.is_insecure();
