@@ -2,6 +2,7 @@
 
 mod audit;
 mod caption;
+mod certs;
 mod chaos;
 mod children;
 mod doctor;
@@ -12,6 +13,7 @@ mod forward;
 mod init_base;
 mod inspect;
 mod jobs;
+mod k8s;
 mod lora;
 mod metrics;
 mod plan;
@@ -21,7 +23,7 @@ mod run;
 mod sample;
 mod scenes;
 mod status;
-mod token;
+mod top;
 mod train;
 mod ui;
 mod verify;
@@ -66,10 +68,14 @@ enum Command {
     Train(train::Train),
     /// Say what a run is doing, or what became of it
     Status(status::Status),
+    /// Watch a run or job in the terminal: curves, ranks and what they wait for, events
+    Top(top::Top),
     /// Ask one worker of a run to leave; the others go on
     Drain(drain::Drain),
     /// Prove from a run's folder that its commits are whole and that every sample was used exactly once
     Audit(audit::Audit),
+    /// Make a CA of your own and certificates for a coordinator and those that speak to it
+    Certs(certs::Certs),
     /// Try a run under faults, with processes of this machine, and say whether what must hold did
     Chaos(chaos::Command),
     /// Say where the time of a run's steps goes, and who waits for whom
@@ -82,6 +88,8 @@ enum Command {
     Forward(forward::Forward),
     /// Say what a model's folder or file is, and whether it can be used
     Inspect(inspect::Inspect),
+    /// Make a run's or job's manifests for a Kubernetes cluster, and handle it there
+    K8s(k8s::K8s),
     /// Write random models to try things on
     InitBase(init_base::InitBase),
     /// Write what a run measured as a table (Parquet, CSV, JSON lines), or for TensorBoard
@@ -109,14 +117,17 @@ fn main() -> ExitCode {
         Command::Doctor(command) => command.run(out),
         Command::Train(command) => command.run(out),
         Command::Status(command) => command.run(out),
+        Command::Top(command) => command.run(out),
         Command::Drain(command) => command.run(out),
         Command::Audit(command) => command.run(out),
+        Command::Certs(command) => command.run(out),
         Command::Chaos(command) => command.run(out),
         Command::Why(command) => command.run(out),
         Command::Sample(command) => command.run(out),
         Command::Export(command) => command.run(out),
         Command::Forward(command) => command.run(out),
         Command::Inspect(command) => command.run(out),
+        Command::K8s(command) => command.run(out),
         Command::InitBase(command) => command.run(out),
         Command::Metrics(command) => command.run(out),
         Command::Report(command) => command.run(out),

@@ -3,6 +3,7 @@
 
 use clap::Args;
 use ella_coordinator::client;
+use ella_coordinator::credentials::Credentials;
 use ella_coordinator::status::{JobReport, StatusReport};
 use ella_dataset::{Progress, progress};
 use ella_store::{RunState, Store};
@@ -11,7 +12,6 @@ use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::run::{Membership, Metric, RUN_TOML, RunFolder, samples};
-use crate::token::TokenFile;
 use crate::ui::{DONE, Fail, Out, bytes, span};
 
 /// Characters of a worker's id that are shown.
@@ -27,7 +27,7 @@ pub(crate) struct Status {
     #[arg(long, value_name = "URL", conflicts_with = "what")]
     coordinator: Option<String>,
     #[command(flatten)]
-    token: TokenFile,
+    credentials: Credentials,
 }
 
 /// A data set by its folder.
@@ -54,6 +54,10 @@ struct FolderStatus {
     step: u64,
     samples: u64,
     loss: Option<f64>,
+    /// The newest that was measured on held-out noise.
+    held_out_loss: Option<f64>,
+    /// The newest step whose samples are all in the folder.
+    sampled_step: Option<u64>,
     membership: Membership,
 }
 
@@ -61,8 +65,7 @@ struct FolderStatus {
 pub(crate) fn coordinator_of(what: Option<&str>, coordinator: Option<&str>) -> Option<String> {
     let is_url = |what: &&str| what.starts_with("http://") || what.starts_with("https://");
     match coordinator {
-        Some(url) if url.contains("://") => Some(url.to_owned()),
-        Some(address) => Some(format!("http://{address}")),
+        Some(address) => Some(address.to_owned()),
         None => what.filter(is_url).map(str::to_owned),
     }
 }
@@ -72,7 +75,7 @@ impl Status {
         let runtime = crate::runtime()?;
         let folder_or_url = self.what.as_deref().unwrap_or_default();
         if let Some(url) = coordinator_of(self.what.as_deref(), self.coordinator.as_deref()) {
-            let status = StatusReport::from(runtime.block_on(client::status(self.token.access(&url)?))?);
+            let status = StatusReport::from(runtime.block_on(client::status(self.credentials.access(&url)?))?);
             out.result(&status, || match &status.job {
                 Some(job) => live_job(&status, job),
                 None => live(&status),
@@ -105,11 +108,27 @@ async fn read(url: &str) -> Result<FolderStatus, Fail> {
     let samples = samples(&state, &metrics);
     let membership = Membership::of(&run.events().await?);
     let Metric { step, loss, .. } = metrics.last().cloned().unwrap_or_default();
+    let held_out_loss = metrics.iter().rev().find_map(|metric| metric.held_out_loss);
+    let sampled_step = run.sampled_steps().await?.last().copied();
     let (outcome, reason) = outcome(&state);
     let last_commit_step = state.last_commit().map_or(0, |commit| commit.step);
     let (steps, commits) = (run.config.train.steps, state.commits.len());
     let run_url = run.store.url().to_owned();
-    Ok(FolderStatus { run_url, term: state.term, outcome, reason, last_commit_step, commits, steps, step, samples, loss, membership })
+    Ok(FolderStatus {
+        run_url,
+        term: state.term,
+        outcome,
+        reason,
+        last_commit_step,
+        commits,
+        steps,
+        step,
+        samples,
+        loss,
+        held_out_loss,
+        sampled_step,
+        membership,
+    })
 }
 
 /// How the newest coordinator ended, and why.
@@ -151,12 +170,14 @@ fn data(status: &DataStatus) -> String {
 }
 
 fn folder(status: &FolderStatus) -> String {
-    let FolderStatus { run_url, term, outcome, reason, last_commit_step, commits, steps, step, samples, loss, membership } = status;
+    let FolderStatus { run_url, term, outcome, reason, last_commit_step, commits, steps, step, samples, membership, .. } = status;
     let reason = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
-    let loss = loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
+    let loss = status.loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
+    let held_out = status.held_out_loss.map_or_else(String::new, |loss| format!(", on held-out noise {loss:.4}"));
+    let drawn = status.sampled_step.map_or_else(String::new, |step| format!("\ndrawn    samples up to step {step}"));
     format!(
-        "run      {run_url}\noutcome  {outcome}{reason}\nterm     {term}\nstep     {step} of {steps}, {samples} samples{loss}\n\
-         commits  {commits} kept, the newest of step {last_commit_step}\nworkers  {membership}"
+        "run      {run_url}\noutcome  {outcome}{reason}\nterm     {term}\nstep     {step} of {steps}, {samples} samples{loss}{held_out}\n\
+         commits  {commits} kept, the newest of step {last_commit_step}\nworkers  {membership}{drawn}"
     )
 }
 

@@ -3,9 +3,10 @@
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use ella_coordinator::core::Outcome;
-use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
+use ella_coordinator::credentials::Credentials;
+use ella_coordinator::shell::cluster::{Cluster, ClusterError};
+use ella_coordinator::shell::{AccessControl, Addresses, Coordinator, Opened, Options, ProgressTo, RunError};
 use ella_coordinator::{logs, trace};
-use ella_proto::access::{Token, TokenError};
 use ella_proto::config::{Config, ConfigError, RunConfig};
 use ella_store::Store;
 use serde::Serialize;
@@ -38,12 +39,30 @@ struct Args {
     /// Also write the addresses to this file, as JSON.
     #[arg(long, value_name = "PATH")]
     address_file: Option<PathBuf>,
-    /// Ask every worker and client for the token in this file; without one, whoever reaches the address is let in.
-    #[arg(long, value_name = "PATH", env = "ELLA_TOKEN_FILE")]
-    token_file: Option<PathBuf>,
+    /// Certificates, and a token that lets everyone who shows it do everything.
+    #[command(flatten)]
+    credentials: Credentials,
+    /// Who may do what, by a TOML file of [[allow]] tables (docs/security.md); certificates and tokens that it does not name may nothing.
+    #[arg(long, value_name = "PATH", env = "ELLA_ACCESS")]
+    access: Option<PathBuf>,
+    /// Have the Kubernetes API review tokens of service accounts that were made for this audience.
+    #[arg(long, value_name = "AUDIENCE", env = "ELLA_TOKEN_REVIEW")]
+    token_review: Option<String>,
+    /// Listen on addresses that other machines reach, even if nothing is asked of them.
+    #[arg(long)]
+    insecure: bool,
     /// How long the workers may take to commit and leave when told to, in seconds.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     drain_timeout: u64,
+    /// Go on to serve the status of a run or job that is done, or failed for good, until told to leave: for who starts it again whenever it ends.
+    #[arg(long)]
+    stay: bool,
+    /// Told to leave, leave the workers to the coordinator that is started next; else they commit and leave first.
+    #[arg(long)]
+    hand_over: bool,
+    /// Write how far it is as annotations of this object of the Kubernetes cluster, as in /apis/batch/v1/namespaces/NS/jobs/NAME.
+    #[arg(long, value_name = "PATH", env = "ELLA_PROGRESS_TO")]
+    progress_to: Option<String>,
     /// How the log on stderr looks.
     #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "ELLA_LOG_FORMAT")]
     log_format: LogFormat,
@@ -101,15 +120,27 @@ fn said(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<RunError>() {
         Some(error) => error.exit_code(),
-        None if error.is::<ConfigError>() || error.is::<TokenError>() || error.is::<trace::TraceError>() => 2,
+        None if error.is::<ConfigError>() || error.is::<ClusterError>() || error.is::<trace::TraceError>() => 2,
         None => 1,
     }
 }
 
 async fn run(args: &Args) -> anyhow::Result<u8> {
     let (listen, http, drain_timeout) = (args.listen, args.http, Duration::from_secs(args.drain_timeout));
-    let token = args.token_file.as_deref().map(Token::load).transpose()?;
-    let options = Options { listen, http, drain_timeout, token, ..Options::default() };
+    let (token, tls) = (args.credentials.token_file.as_deref(), args.credentials.tls_files());
+    let access = AccessControl::load(args.access.as_deref(), token, tls, args.token_review.as_deref())
+        .map_err(RunError::from)?
+        .insecure(args.insecure);
+    let options = Options {
+        listen,
+        http,
+        drain_timeout,
+        access,
+        stay: args.stay,
+        hand_over: args.hand_over,
+        progress_to: progress_to(args)?,
+        ..Options::default()
+    };
     // Before anything else: a container's first process is not ended by a signal that it does not catch.
     let mut stops = stops()?;
     let config = Config::load(&args.config, &args.set)?;
@@ -134,6 +165,12 @@ async fn open(config: &Config, options: &Options) -> anyhow::Result<Option<Coord
         Config::Job(config) => Ok(Some(Coordinator::open_job(config, options).await?)),
         Config::Run(config) => open_run(config, options).await,
     }
+}
+
+/// Where the cluster's tools are told how far it is: what was asked for, and the TrainJob that this process belongs to.
+fn progress_to(args: &Args) -> Result<Vec<ProgressTo>, ClusterError> {
+    let annotated = args.progress_to.as_ref().map(|path| Ok::<_, ClusterError>(ProgressTo::annotations(Cluster::here()?, path)));
+    Ok(annotated.transpose()?.into_iter().chain(ProgressTo::trainer()).collect())
 }
 
 /// The run, unless it is done already.

@@ -5,6 +5,7 @@ pub mod access;
 mod codec;
 pub mod config;
 pub mod ids;
+pub mod samples;
 
 /// An error with its causes, which transports keep to themselves.
 pub fn with_causes(error: &dyn std::error::Error) -> String {

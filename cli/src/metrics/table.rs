@@ -124,7 +124,7 @@ pub(super) mod tests {
     use super::*;
 
     pub(in super::super) fn table() -> Table {
-        let parts = |forward: f64| Some([("forward".to_owned(), forward), ("draw".to_owned(), 0.5)].into());
+        let parts = |forward: f64| Some([("forward".to_owned(), forward), ("polish".to_owned(), 0.5)].into());
         let metrics = [
             Metric {
                 term: 1,
@@ -159,7 +159,7 @@ pub(super) mod tests {
         assert_eq!(table.column("time"), Some(&Values::Time(vec![1_000, 3_000])));
         assert_eq!(table.column("loss"), Some(&Values::Real(vec![Some(2.0), None])));
         assert_eq!(table.column("seconds.forward"), Some(&Values::Real(vec![Some(0.25), None])));
-        assert_eq!(table.column("seconds.draw"), Some(&Values::Real(vec![Some(0.5), None])), "a part of another version");
+        assert_eq!(table.column("seconds.polish"), Some(&Values::Real(vec![Some(0.5), None])), "a part of another version");
         assert_eq!(table.column("skipped.a,b"), Some(&Values::Whole(vec![0, 7])));
     }
 

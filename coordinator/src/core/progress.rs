@@ -164,6 +164,7 @@ pub(super) fn add_parts(sum: &mut v1::StepParts, parts: &v1::StepParts) {
     sum.update += parts.update;
     sum.commit += parts.commit;
     sum.reduce_hidden += parts.reduce_hidden;
+    sum.draw += parts.draw;
 }
 
 impl Core {
@@ -175,6 +176,9 @@ impl Core {
         }
         if let Some(member) = self.members.get_mut(conn) {
             member.vitals = beat.vitals.or(member.vitals);
+        }
+        if of_generation && beat.activity() == v1::Activity::Draw {
+            self.keep_pace_of_drawing(now);
         }
         if let Some(member) = self.members.get_mut(conn).filter(|_| of_generation) {
             member.step = member.step.max(beat.step.min(steps));
@@ -208,7 +212,7 @@ impl Core {
         let rank = member.rank();
         self.keep_timing(conn, false);
         self.keep_pace(now, progress.step);
-        if rank != Some(Rank(0)) {
+        if rank != Some(Rank(0)) || (progress.parts.is_none() && progress.samples == 0) {
             return;
         }
         if progress.step <= self.progress.step {

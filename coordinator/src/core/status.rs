@@ -30,6 +30,7 @@ impl Core {
             counts: self.counts.to_map(),
             permanent_failure,
             job: None,
+            samples_per_epoch: self.agreed.as_ref().map_or(0, |ready| ready.samples_per_epoch),
             workers_wanted: u32::try_from(self.config.workers).unwrap_or(u32::MAX),
             newest: self.progress.newest(now),
             totals: Some(self.totals()),

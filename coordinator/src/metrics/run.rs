@@ -75,8 +75,8 @@ fn run_metrics(all: &mut Exposition, report: &StatusReport) {
 
 /// The parts in the order of [`PARTS`].
 fn parts(parts: &PartsReport) -> impl Iterator<Item = (&'static str, f64)> {
-    let PartsReport { data, encode, forward, backward, reduce, update, commit, reduce_hidden } = *parts;
-    PARTS.iter().copied().zip([data, encode, forward, backward, reduce, update, commit, reduce_hidden])
+    let PartsReport { data, encode, forward, backward, reduce, update, commit, reduce_hidden, draw } = *parts;
+    PARTS.iter().copied().zip([data, encode, forward, backward, reduce, update, commit, reduce_hidden, draw])
 }
 
 fn workers(all: &mut Exposition, workers: &[WorkerReport]) {

@@ -20,7 +20,7 @@ pub const STATES: &[&str] = &["loading", "spare", "rank", "returning", "working"
 /// What has befallen workers.
 pub const EVENTS: &[&str] = &["joined", "lost", "left", "failed", "released", "stuck", "reattached"];
 /// What the time of a step is spent on; `reduce_hidden` and `encode` are beside the rest.
-pub const PARTS: &[&str] = &["data", "encode", "forward", "backward", "reduce", "update", "commit", "reduce_hidden"];
+pub const PARTS: &[&str] = &["data", "encode", "forward", "backward", "reduce", "update", "commit", "reduce_hidden", "draw"];
 /// What is told of the workers together.
 pub const STATS: &[&str] = &["least", "mean", "most"];
 /// Where a job's units are.

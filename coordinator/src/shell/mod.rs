@@ -3,35 +3,50 @@
 //! One task, the driver, owns the machine; all others send it inputs and carry out its effects. Every task is tracked, and the first
 //! error ends them all.
 
+mod access;
+pub mod cluster;
+mod dashboard;
+mod door;
 mod driver;
 mod error;
+mod flood;
+mod gate;
 mod grpc;
 mod guard;
 mod http;
 mod journal;
 mod keeper;
+mod limits;
 mod local;
-mod page;
+mod porch;
+mod push;
+mod review;
 mod spans;
 mod start;
 
+pub use access::{AccessControl, AccessError};
 pub use error::RunError;
 pub use local::LocalJob;
+pub use push::ProgressTo;
 
 use crate::core::{Core, CoreConfig, History, Note, Outcome};
 use crate::job::{JobCore, JobSettings};
 use crate::logs;
 use crate::machine::{Event, Machine, Time};
+use dashboard::{Dashboard, Recorder};
+use door::Room;
 use driver::{Driver, Input};
-use ella_proto::access::Token;
+use ella_proto::access::tls::{self, Clients, Reloaded};
 use ella_proto::config::{JobConfig, RunConfig, Straggler};
 use ella_proto::ids::Term;
 use ella_proto::v1::Welcome;
 use ella_store::{RunLog, RunState, Store};
 use guard::{Guard, Strangers};
+use rustls::ServerConfig;
 use start::Damaged;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -54,14 +69,29 @@ pub struct Options {
     pub drain_timeout: Duration,
     /// How long the final status stays readable.
     pub linger: Duration,
-    /// What every call must show; none is asked for otherwise.
-    pub token: Option<Token>,
+    /// Whether it goes on to serve the final status of a run or job that is done, or failed for good, until it is told to leave.
+    pub stay: bool,
+    /// Whether, told to leave, it leaves its workers to the coordinator that follows, and does not ask them to commit and leave.
+    pub hand_over: bool,
+    /// Where the cluster's tools are told how far it is.
+    pub progress_to: Vec<ProgressTo>,
+    /// Who may do what. Without rules whoever reaches it may do everything, and it listens on loopback addresses only.
+    pub access: AccessControl,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let local = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self { listen: local, http: local, drain_timeout: Duration::from_secs(300), linger: Duration::from_secs(1), token: None }
+        Self {
+            listen: local,
+            http: local,
+            drain_timeout: Duration::from_secs(300),
+            linger: Duration::from_secs(1),
+            stay: false,
+            hand_over: false,
+            progress_to: Vec::new(),
+            access: AccessControl::default(),
+        }
     }
 }
 
@@ -92,27 +122,44 @@ pub struct Coordinator {
     machine: Box<dyn Machine>,
     /// Of a run.
     memory: Option<(RunLog, Store)>,
+    /// The run's folder and newest term, for people to look at.
+    shown: Option<(Store, u64)>,
     /// Commits that were given up as the run was opened.
     damaged: Vec<Damaged>,
     grpc: TcpListener,
     http: TcpListener,
     addresses: Addresses,
     linger: Duration,
-    token: Option<Token>,
+    stay: bool,
+    hand_over: bool,
+    /// The run was complete when it was opened: only that is told.
+    done: bool,
+    progress_to: Vec<ProgressTo>,
+    access: AccessControl,
+    /// Of both ports, if there are certificates.
+    tls: Option<[Arc<Reloaded<ServerConfig>>; 2]>,
 }
 
 impl Coordinator {
-    /// Opens the run in `store` (`run.output` is not looked at) and claims its next term. A run that is complete is left alone.
+    /// Opens the run in `store` (`run.output` is not looked at) and claims its next term. A run that is complete is left alone; with
+    /// [`Options::stay`] that is served.
     ///
     /// # Errors
     /// If the run has another config, its store or log can't be used, its last commit is damaged, or an address is taken.
     pub async fn open(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
-        let (grpc, http) = (bind(options.listen).await?, bind(options.http).await?);
+        let (grpc, http) = (bind(options.listen, &options.access).await?, bind(options.http, &options.access).await?);
         let (log, state, damaged) = match start::open_run(config, &store).await? {
-            start::Run::Done { step } => return Ok(Opened::Done { step }),
+            start::Run::Done { step, .. } if !options.stay => return Ok(Opened::Done { step }),
+            start::Run::Done { state, .. } => {
+                let term = state.term;
+                let history = History { term: Term(term), commits: state.commits };
+                let core = Core::done(core_config(config, store.url(), options)?, history, Time(0));
+                let run = Self::with(Box::new(core), None, (grpc, http), options)?;
+                return Ok(Opened::Ready(Box::new(Self { done: true, shown: Some((store, term)), ..run })));
+            }
             start::Run::Claimed { log, state, damaged } => (log, state, damaged),
         };
-        let core = Core::new(core_config(config, store.url(), options), history(&log, *state), Time(0));
+        let core = Core::new(core_config(config, store.url(), options)?, history(&log, *state), Time(0));
         let run = Self::with(Box::new(core), Some((log, store)), (grpc, http), options)?;
         Ok(Opened::Ready(Box::new(Self { damaged, ..run })))
     }
@@ -122,7 +169,7 @@ impl Coordinator {
     /// # Errors
     /// If an address is taken.
     pub async fn open_job(config: &JobConfig, options: &Options) -> Result<Self, RunError> {
-        let listeners = (bind(options.listen).await?, bind(options.http).await?);
+        let listeners = (bind(options.listen, &options.access).await?, bind(options.http, &options.access).await?);
         logs::in_run(&config.job.data);
         Self::with(Box::new(JobCore::new(job_settings(config), Time(0))), None, listeners, options)
     }
@@ -134,8 +181,11 @@ impl Coordinator {
         options: &Options,
     ) -> Result<Self, RunError> {
         let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
-        let (damaged, linger, token) = (Vec::new(), options.linger, options.token.clone());
-        Ok(Self { machine, memory, damaged, grpc, http, addresses, linger, token })
+        let Options { linger, stay, hand_over, .. } = *options;
+        let (damaged, done, access, progress_to) = (Vec::new(), false, options.access.clone(), options.progress_to.clone());
+        let tls = certificates(&access)?;
+        let shown = memory.as_ref().map(|(log, store)| (store.clone(), log.term()));
+        Ok(Self { machine, memory, shown, damaged, grpc, http, addresses, linger, stay, hand_over, done, progress_to, access, tls })
     }
 
     /// What to tell people of commits that were given up because they are damaged, if any were.
@@ -150,7 +200,7 @@ impl Coordinator {
         self.addresses
     }
 
-    /// Serves until the outcome is decided. The first reason from `stops` asks a run's workers to commit and leave, a second one ends
+    /// Serves until the outcome is decided, or with [`Options::stay`] until told to leave. The first reason from `stops` asks a run's workers to commit and leave, a second one ends
     /// the run at once. A job has nothing to commit: the first ends it.
     ///
     /// # Errors
@@ -159,6 +209,8 @@ impl Coordinator {
         let shutdown = CancellationToken::new();
         let (inputs, inbox) = mpsc::channel(INPUTS);
         let mut tasks = JoinSet::new();
+        let (run, term) = self.shown.unzip();
+        let (recorder, past) = Recorder::new(run, term.unwrap_or_default());
         let outlets = self.memory.map(|(log, store)| {
             let (journal, journal_task) = journal::journal(store.clone(), log.term());
             let (work, keeper_task) = keeper::keeper(log, store.clone(), inputs.clone());
@@ -170,13 +222,29 @@ impl Coordinator {
             driver::Outlets { work, journal, store }
         });
         let strangers = Arc::<Strangers>::default();
-        let driver = Driver::new(self.machine, inbox, outlets, self.linger).with_strangers(strangers.clone());
-        let guard = Guard { token: self.token, strangers, inputs: inputs.clone() };
+        let untold = Arc::<AtomicU64>::default();
+        let driver = Driver::new(self.machine, inbox, outlets, self.linger).staying(self.stay, self.done);
+        let driver = driver.with_strangers(strangers.clone()).with_untold(untold.clone()).with_recorder(recorder.clone());
+        let guard = Guard::new(self.access, strangers.clone(), inputs.clone());
+        let [for_grpc, for_http] = self.tls.map_or([None, None], |both| both.map(Some));
+        watch_reloads(&strangers, &guard, [&for_grpc, &for_http]);
+        let room = Arc::<Room>::default();
+        let callers = door::open(self.grpc, for_grpc, (guard.clone(), room.clone()), shutdown.clone());
+        let visitors = door::open(self.http, for_http, (guard.clone(), room), shutdown.clone());
+        let dashboard = Dashboard::new(inputs.clone(), &recorder, shutdown.clone());
         let token = shutdown.clone();
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
-        tasks.spawn(grpc::serve(self.grpc, guard, shutdown.clone()));
-        tasks.spawn(http::serve(self.http, inputs.clone(), shutdown.clone()));
-        tasks.spawn(forward_stops(stops, inputs, shutdown.clone()));
+        tasks.spawn(grpc::serve(callers, guard.clone(), shutdown.clone()));
+        tasks.spawn(porch::serve(http::router(inputs.clone(), dashboard), visitors, guard, shutdown.clone()));
+        let (told, until) = (inputs.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            recorder.keep(past, told, until).await;
+            Ok(None)
+        });
+        if !self.progress_to.is_empty() {
+            tasks.spawn(push::push(self.progress_to, inputs.clone(), untold, shutdown.clone()));
+        }
+        tasks.spawn(forward_stops(stops, self.hand_over, inputs, shutdown.clone()));
         supervise(tasks, shutdown).await
     }
 }
@@ -212,23 +280,28 @@ async fn supervise(mut tasks: JoinSet<Result<Option<Outcome>, RunError>>, shutdo
 
 async fn forward_stops(
     mut stops: mpsc::Receiver<String>,
+    hand_over: bool,
     inputs: mpsc::Sender<Input>,
     shutdown: CancellationToken,
 ) -> Result<Option<Outcome>, RunError> {
     let mut asked = false;
     while let Some(Some(reason)) = shutdown.run_until_cancelled(stops.recv()).await {
-        let event = if asked { Event::Leave(reason) } else { Event::Stop(reason) };
+        let input = match (hand_over, asked) {
+            (true, _) => Input::HandOver(reason),
+            (false, false) => Input::Event(Event::Stop(reason)),
+            (false, true) => Input::Event(Event::Leave(reason)),
+        };
         asked = true;
-        if inputs.send(Input::Event(event)).await.is_err() {
+        if inputs.send(input).await.is_err() {
             break;
         }
     }
     Ok(None)
 }
 
-fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> CoreConfig {
+fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> Result<CoreConfig, RunError> {
     let workers = &config.workers;
-    CoreConfig {
+    Ok(CoreConfig {
         welcome: Welcome {
             run_url: run_url.to_owned(),
             config_toml: config.to_toml(),
@@ -249,8 +322,8 @@ fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> CoreConf
         start_timeout: workers.start_timeout.0,
         commit_timeout: workers.start_timeout.0,
         drain_timeout: u64::try_from(options.drain_timeout.as_millis()).unwrap_or(u64::MAX),
-        session: start::random_bytes(),
-    }
+        session: start::secret()?,
+    })
 }
 
 fn job_settings(config: &JobConfig) -> JobSettings {
@@ -276,7 +349,36 @@ fn history(log: &RunLog, state: RunState) -> History {
     History { term: Term(log.term()), commits: state.commits }
 }
 
-async fn bind(address: SocketAddr) -> Result<TcpListener, RunError> {
+/// The TLS configs of the gRPC and the HTTP port. Browsers and probes have no certificates to show.
+fn certificates(access: &AccessControl) -> Result<Option<[Arc<Reloaded<ServerConfig>>; 2]>, RunError> {
+    if access.tls().is_empty() {
+        return Ok(None);
+    }
+    let clients = if access.needs_certificates() { Clients::Required } else { Clients::Optional };
+    let grpc = tls::server(access.tls(), clients, "h2").map_err(AccessError::from)?;
+    let http = tls::server(access.tls(), Clients::Optional, "http/1.1").map_err(AccessError::from)?;
+    Ok(Some([grpc, http].map(Arc::new)))
+}
+
+/// Has files that become such that will not do counted: tokens', and certificates', of which both ports read the same.
+fn watch_reloads(strangers: &Strangers, guard: &Guard, tls: [&Option<Arc<Reloaded<ServerConfig>>>; 2]) {
+    let access = guard.access.clone();
+    strangers.watch(move || access.failed_reloads());
+    if let Some(tls) = tls[0].clone() {
+        strangers.watch(move || tls.failed_reloads());
+    }
+}
+
+/// Nobody else's machine is let in unasked.
+async fn bind(address: SocketAddr, access: &AccessControl) -> Result<TcpListener, RunError> {
+    if !address.ip().to_canonical().is_loopback() {
+        match (access.is_on(), access.is_insecure(), access.tls().is_empty()) {
+            (false, false, _) => return Err(RunError::Unguarded { address }),
+            (false, true, _) => tracing::warn!("{address}: --insecure: whoever reaches this address may attach, stop and drain"),
+            (true, _, true) => tracing::warn!("{address}: without --tls-cert, tokens cross the network in clear text"),
+            (true, _, false) => {}
+        }
+    }
     TcpListener::bind(address).await.map_err(|source| RunError::Bind { address, source })
 }
 

@@ -14,7 +14,7 @@ const RUN_TOML: &str = "run.toml";
 /// What a run folder holds.
 pub(super) enum Run {
     /// A complete run.
-    Done { step: u64 },
+    Done { step: u64, state: Box<RunState> },
     /// A run to begin or resume, in a term that is ours.
     Claimed { log: RunLog, state: Box<RunState>, damaged: Vec<Damaged> },
 }
@@ -34,7 +34,7 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     let written = check_config(config, store).await?;
     let state = RunState::from_records(&RunLog::read(store).await?);
     if let Some(step) = complete(&state, config) {
-        return Ok(Run::Done { step });
+        return Ok(Run::Done { step, state: Box::new(state) });
     }
     if let (None, Some(commit)) = (&written, state.last_commit().filter(|commit| commit.config_digest.to_string() != config.digest())) {
         return Err(RunError::OtherDigest { url: store.url().to_owned(), step: commit.step });
@@ -71,7 +71,8 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     // The last coordinator was cut off between the last commit and its own end.
     let step = commit.step;
     log.append(Body::End { outcome: Outcome::Done, step, reason: String::new() }, unix_ms()).await?;
-    Ok(Run::Done { step })
+    state.term = log.term();
+    Ok(Run::Done { step, state })
 }
 
 /// The step at which the run was completed, if it was and no further steps are asked for.
@@ -132,18 +133,18 @@ fn term(config: &RunConfig) -> Result<Term, RunError> {
     Ok(Term { host, version: env!("CARGO_PKG_VERSION").into(), config_digest })
 }
 
-/// Unique to this incarnation.
+/// Unique to this incarnation: the standard library seeds each hasher from the system's randomness.
 fn nonce() -> String {
-    random_bytes().iter().map(|byte| format!("{byte:02x}")).collect()
+    let half = || RandomState::new().build_hasher().finish();
+    format!("{:016x}{:016x}", half(), half())
 }
 
-/// Bytes that no other process will have: the standard library seeds each hasher from the system's randomness.
-pub(super) fn random_bytes() -> [u8; 16] {
+/// Bytes that nobody can guess.
+pub(super) fn secret() -> Result<[u8; 16], RunError> {
     let mut bytes = [0; 16];
-    for half in bytes.chunks_exact_mut(8) {
-        half.copy_from_slice(&RandomState::new().build_hasher().finish().to_le_bytes());
-    }
-    bytes
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes));
+    read.map_err(RunError::NoRandomness)?;
+    Ok(bytes)
 }
 
 /// A number that no other process will have, never 0, and small enough that every reader of JSON takes it as it is.
