@@ -198,7 +198,7 @@ mod tests {
         let worker = || "a1 on h".to_owned();
         let lost = told(&Note::Lost { worker: worker(), rank: Some(2), why: "silent".into() });
         assert_eq!((lost.kind, lost.text.as_str()), (Kind::Lost, "rank 2, a1 on h was lost: silent"));
-        let committed = told(&Note::Committed { step: 7, folder: "commits/7.1".into(), bytes: 2_500_000 });
+        let committed = told(&Note::Committed { step: 7, generation: 1, folder: "commits/7.1".into(), bytes: 2_500_000, took_ms: 900 });
         assert_eq!((committed.kind, committed.step), (Kind::Commit, Some(7)));
         assert_eq!(committed.text, "step 7 is committed: commits/7.1, 2.5 MB");
         let failed = JobNote::UnitFailed { unit: "a.tar".into(), worker: worker(), error: "cut".into(), permanent: true, given_up: true };

@@ -108,7 +108,7 @@ fn family_problems(name: &str, family: &Family, open: bool, problems: &mut Vec<S
     if help.as_ref().is_none_or(String::is_empty) {
         wrong("no HELP");
     }
-    if !["counter", "gauge", "histogram"].contains(&kind) && !(open && kind == "info") {
+    if !["counter", "gauge", "histogram"].contains(&kind) && (!open || kind != "info") {
         wrong("no TYPE, or an odd one");
     }
     if series.is_empty() {

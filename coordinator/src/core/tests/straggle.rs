@@ -61,7 +61,7 @@ fn one_that_waits_for_captions_to_be_encoded_is_none() {
     while run.now < Time(9_000) {
         run.now = Time(run.now.0 + LEASE / 4);
         run.say(1, at(A::Reduce));
-        assert_eq!(run.say(2, from_worker::Body::Heartbeat(encodes)), vec![]);
+        assert_eq!(run.say(2, from_worker::Body::Heartbeat(encodes.clone())), vec![]);
     }
     // One that waits for samples, and does not say that they are made, is.
     assert_eq!(beat_until(&mut run, 9_250, &[(1, A::Reduce), (2, A::Data)]).len(), 1 + 5, "named, and past its time let go");
