@@ -112,6 +112,8 @@ class Check:
             target = (page.path.parent / name).resolve() if name else page.path
             if not target.exists():
                 self.fault(page, f"{link}: there is no {name}")
+            elif page.name.startswith("docs/") and not target.is_relative_to(self.root / "docs"):
+                self.fault(page, f"{link}: the site has docs/ alone; name the file as code")
             elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text(encoding="utf-8")):
                 self.fault(page, f"{link}: no heading of {target.name} has the anchor {anchor}")
 

@@ -41,6 +41,7 @@ class CheckDocs(unittest.TestCase):
         self.found("# A\n\n[x](#b)", "anchor b")
         self.found("![x](a.svg)", "there is no a.svg")
         self.found("[x](https://nowhere)", "is no URL")
+        self.found("", "the site has docs/ alone", {"docs/SUMMARY.md": "[a](reference/commands.md)\n[b](reference/config.md)\n[r](../README.md)\n"})
 
     def test_names(self):
         self.found("`worker/src/b.rs`", "is not there")
