@@ -6,6 +6,7 @@ use ella_coordinator::core::Outcome;
 use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
 use ella_proto::access::{Token, TokenError};
 use ella_proto::config::{Config, ConfigError, RunConfig};
+use ella_proto::exit::Exit;
 use ella_store::Store;
 use serde::Serialize;
 use std::io::Write;
@@ -91,8 +92,8 @@ fn said(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<RunError>() {
         Some(error) => error.exit_code(),
-        None if error.is::<ConfigError>() || error.is::<TokenError>() => 2,
-        None => 1,
+        None if error.is::<ConfigError>() || error.is::<TokenError>() => Exit::Usage.code(),
+        None => Exit::Failed.code(),
     }
 }
 
@@ -106,7 +107,7 @@ async fn run(args: &Args) -> anyhow::Result<u8> {
     let coordinator = tokio::select! {
         opened = open(&config, &options) => match opened? {
             Some(coordinator) => coordinator,
-            None => return Ok(0),
+            None => return Ok(Exit::Done.code()),
         },
         Some(reason) = stops.recv() => {
             tracing::info!("{reason} while it started");
