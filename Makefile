@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
 # that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo docs test test-stores test-cluster chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint libtorch proto parity-full reference
+.PHONY: build demo docs test test-k8s test-stores test-dashboard test-cluster chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint libtorch proto parity-full reference
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -34,6 +34,16 @@ test-stores: build
 # Opt-in: it needs root, a Docker engine (Debian: docker.io), and debootstrap or a BASE image.
 test-cluster: build
 	@scripts/test-cluster.sh
+
+# The dashboard in a real Chromium, with 10^6 steps of history. Opt-in: it needs chromium, Node.js with npm (playwright-core, axe-core), and 400 MB of
+# disk. Pictures are in target/dashboard/shots/ afterwards.
+test-dashboard:
+	$(CARGO) build --release --locked -p ella-coordinator --example dashboard
+	@scripts/test-dashboard.sh
+
+# The Kubernetes manifests against kubectl 1.36 and the API's schemas, and the API's client. Opt-in: it installs both into .k8s/ (150 MB).
+test-k8s:
+	@scripts/test-k8s.sh
 
 # Jobs under kills and failing stores at full size: 200 tars, 4 workers, 40 kills, in a folder and on both servers. ELLA_CHAOS_SEED draws others.
 chaos: build

@@ -173,7 +173,7 @@ class Check:
         ran = [set(line.replace('"', "").split()) for line in script.splitlines()]
         for line in (line for block in page.blocks for line in block.splitlines() if line.startswith("ella ")):
             words = set(re.sub(r"(--prompt|--out) \"?.*", "", line).replace('"', "").split())
-            if line.split()[1] not in ("status", "why", "doctor") and not any(words <= other for other in ran):
+            if line.split()[1] not in ("status", "top", "why", "doctor") and not any(words <= other for other in ran):
                 self.fault(page, f"`{line}` is not what scripts/demo.sh runs")
         shown = next((block for block in page.blocks if "[run]" in block), "")
         config = re.search(r"run\.toml\" <<EOF\n(.*?)^EOF$", script.replace(f"demo/run.toml <<", "run.toml\" <<"), re.M | re.S)

@@ -64,6 +64,16 @@ warmup = 20
 [checkpoint]
 every = 50
 
+[sample]
+every = 100
+prompts = [
+    "A large red circle on the left of a small blue square, on a plain grey background.",
+    "Three green triangles in a row above a yellow star on a white background.",
+]
+seed = 1
+steps = 20
+guidance = 3.0
+
 [workers]
 count = 2
 EOF

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds ella's images with the Docker of this machine: scripts/images.sh [coordinator|worker|worker-cuda]..., all three if none is named.
 #
-#   TAG         theirs: ella-coordinator:TAG ...; left out: the version and the commit, as in 0.1.0-1a2b3c4
+#   TAG         theirs: ella-coordinator:TAG ...; left out: ella's version
 #   BASE        what they stand on (debian:12-slim): any image with Debian 12's libc or a newer one
 #   RUST        what ella is compiled in (rust:1.95-slim-bookworm)
 #   PREBUILT=1  compile here, on this machine, instead: it must have a libc no newer than the base's
@@ -19,7 +19,7 @@ kinds=("$@")
 [ $# -gt 0 ] || kinds=(coordinator worker worker-cuda)
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
-tag=${TAG:-$version-${revision:0:7}}
+tag=${TAG:-$version}
 base=${BASE:-debian:12-slim}
 
 label() { labels+=(--label "org.opencontainers.image.$1=$2"); }

@@ -12,6 +12,7 @@ mod forward;
 mod init_base;
 mod inspect;
 mod jobs;
+mod k8s;
 mod lora;
 mod plan;
 mod prepare;
@@ -21,6 +22,7 @@ mod sample;
 mod scenes;
 mod status;
 mod token;
+mod top;
 mod train;
 mod ui;
 mod verify;
@@ -65,6 +67,8 @@ enum Command {
     Train(train::Train),
     /// Say what a run is doing, or what became of it
     Status(status::Status),
+    /// Watch a run or job in the terminal: curves, ranks and what they wait for, events
+    Top(top::Top),
     /// Ask one worker of a run to leave; the others go on
     Drain(drain::Drain),
     /// Prove from a run's folder that its commits are whole and that every sample was used exactly once
@@ -81,6 +85,8 @@ enum Command {
     Forward(forward::Forward),
     /// Say what a model's folder or file is, and whether it can be used
     Inspect(inspect::Inspect),
+    /// Make a run's or job's manifests for a Kubernetes cluster, and handle it there
+    K8s(k8s::K8s),
     /// Write random models to try things on
     InitBase(init_base::InitBase),
     /// Show a run on one self-contained HTML page
@@ -106,6 +112,7 @@ fn main() -> ExitCode {
         Command::Doctor(command) => command.run(out),
         Command::Train(command) => command.run(out),
         Command::Status(command) => command.run(out),
+        Command::Top(command) => command.run(out),
         Command::Drain(command) => command.run(out),
         Command::Audit(command) => command.run(out),
         Command::Chaos(command) => command.run(out),
@@ -114,6 +121,7 @@ fn main() -> ExitCode {
         Command::Export(command) => command.run(out),
         Command::Forward(command) => command.run(out),
         Command::Inspect(command) => command.run(out),
+        Command::K8s(command) => command.run(out),
         Command::InitBase(command) => command.run(out),
         Command::Report(command) => command.run(out),
     };

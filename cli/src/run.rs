@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use ella_proto::config::RunConfig;
+use ella_proto::samples::{self, Index};
 use ella_store::{LogError, Record, RunLog, RunState, Store, StoreError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -70,6 +71,20 @@ impl RunFolder {
             events.extend(lines.map(|event| (term, event)));
         }
         Ok(events)
+    }
+
+    /// The steps whose samples are all there, in order.
+    pub(crate) async fn sampled_steps(&self) -> Result<Vec<u64>, Fail> {
+        let files = self.store.list(samples::FOLDER).await?;
+        let indices = files.iter().filter_map(|file| file.key.strip_suffix(samples::INDEX)?.strip_suffix('/'));
+        Ok(indices.filter_map(samples::step_of).collect())
+    }
+
+    /// What the index of a step's samples says.
+    pub(crate) async fn samples(&self, step: u64) -> Result<Index, Fail> {
+        let key = format!("{}/{}", samples::folder(step), samples::INDEX);
+        let wrong = |error| Fail::failed(format_args!("{}/{key}: {error}; delete the folder, and its step is not shown", self.store.url()));
+        serde_json::from_slice(&self.store.get(&key).await?).map_err(wrong)
     }
 
     /// The lines of the files in one of the run's folders, in order, each with the term that wrote it.

@@ -54,6 +54,10 @@ struct FolderStatus {
     step: u64,
     samples: u64,
     loss: Option<f64>,
+    /// The newest that was measured on held-out noise.
+    held_out_loss: Option<f64>,
+    /// The newest step whose samples are all in the folder.
+    sampled_step: Option<u64>,
     membership: Membership,
 }
 
@@ -105,11 +109,27 @@ async fn read(url: &str) -> Result<FolderStatus, Fail> {
     let samples = samples(&state, &metrics);
     let membership = Membership::of(&run.events().await?);
     let Metric { step, loss, .. } = metrics.last().cloned().unwrap_or_default();
+    let held_out_loss = metrics.iter().rev().find_map(|metric| metric.held_out_loss);
+    let sampled_step = run.sampled_steps().await?.last().copied();
     let (outcome, reason) = outcome(&state);
     let last_commit_step = state.last_commit().map_or(0, |commit| commit.step);
     let (steps, commits) = (run.config.train.steps, state.commits.len());
     let run_url = run.store.url().to_owned();
-    Ok(FolderStatus { run_url, term: state.term, outcome, reason, last_commit_step, commits, steps, step, samples, loss, membership })
+    Ok(FolderStatus {
+        run_url,
+        term: state.term,
+        outcome,
+        reason,
+        last_commit_step,
+        commits,
+        steps,
+        step,
+        samples,
+        loss,
+        held_out_loss,
+        sampled_step,
+        membership,
+    })
 }
 
 /// How the newest coordinator ended, and why.
@@ -151,12 +171,14 @@ fn data(status: &DataStatus) -> String {
 }
 
 fn folder(status: &FolderStatus) -> String {
-    let FolderStatus { run_url, term, outcome, reason, last_commit_step, commits, steps, step, samples, loss, membership } = status;
+    let FolderStatus { run_url, term, outcome, reason, last_commit_step, commits, steps, step, samples, membership, .. } = status;
     let reason = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
-    let loss = loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
+    let loss = status.loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
+    let held_out = status.held_out_loss.map_or_else(String::new, |loss| format!(", on held-out noise {loss:.4}"));
+    let drawn = status.sampled_step.map_or_else(String::new, |step| format!("\ndrawn    samples up to step {step}"));
     format!(
-        "run      {run_url}\noutcome  {outcome}{reason}\nterm     {term}\nstep     {step} of {steps}, {samples} samples{loss}\n\
-         commits  {commits} kept, the newest of step {last_commit_step}\nworkers  {membership}"
+        "run      {run_url}\noutcome  {outcome}{reason}\nterm     {term}\nstep     {step} of {steps}, {samples} samples{loss}{held_out}\n\
+         commits  {commits} kept, the newest of step {last_commit_step}\nworkers  {membership}{drawn}"
     )
 }
 

@@ -3,6 +3,7 @@
 //!
 //! - [`core`]: every decision on a run, as a state machine without I/O, clock or randomness.
 //! - [`job`]: the same for a job of leased units.
+//! - [`history`]: what a run has been through, in bounded memory, for people.
 //! - [`machine`]: what the two share, and what the shell knows of them.
 //! - [`shell`]: what connects them to gRPC, HTTP and a run's folder in an object store, which is its only memory.
 //! - [`client`]: asking a coordinator for its status, and to stop.
@@ -10,6 +11,7 @@
 
 pub mod client;
 pub mod core;
+pub mod history;
 pub mod job;
 pub mod machine;
 #[cfg(test)]

@@ -3,7 +3,8 @@
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use ella_coordinator::core::Outcome;
-use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
+use ella_coordinator::shell::cluster::{Cluster, ClusterError};
+use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, ProgressTo, RunError};
 use ella_proto::access::{Token, TokenError};
 use ella_proto::config::{Config, ConfigError, RunConfig};
 use ella_proto::exit::Exit;
@@ -42,6 +43,15 @@ struct Args {
     /// How long the workers may take to commit and leave when told to, in seconds.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     drain_timeout: u64,
+    /// Go on to serve the status of a run or job that is done, or failed for good, until told to leave: for who starts it again whenever it ends.
+    #[arg(long)]
+    stay: bool,
+    /// Told to leave, leave the workers to the coordinator that is started next; else they commit and leave first.
+    #[arg(long)]
+    hand_over: bool,
+    /// Write how far it is as annotations of this object of the Kubernetes cluster, as in /apis/batch/v1/namespaces/NS/jobs/NAME.
+    #[arg(long, value_name = "PATH", env = "ELLA_PROGRESS_TO")]
+    progress_to: Option<String>,
     /// How the log on stderr looks.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -92,7 +102,7 @@ fn said(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<RunError>() {
         Some(error) => error.exit_code(),
-        None if error.is::<ConfigError>() || error.is::<TokenError>() => Exit::Usage.code(),
+        None if error.is::<ConfigError>() || error.is::<TokenError>() || error.is::<ClusterError>() => Exit::Usage.code(),
         None => Exit::Failed.code(),
     }
 }
@@ -100,7 +110,16 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 async fn run(args: &Args) -> anyhow::Result<u8> {
     let (listen, http, drain_timeout) = (args.listen, args.http, Duration::from_secs(args.drain_timeout));
     let token = args.token_file.as_deref().map(Token::load).transpose()?;
-    let options = Options { listen, http, drain_timeout, token, ..Options::default() };
+    let options = Options {
+        listen,
+        http,
+        drain_timeout,
+        token,
+        stay: args.stay,
+        hand_over: args.hand_over,
+        progress_to: progress_to(args)?,
+        ..Options::default()
+    };
     // Before anything else: a container's first process is not ended by a signal that it does not catch.
     let mut stops = stops()?;
     let config = Config::load(&args.config, &args.set)?;
@@ -125,6 +144,12 @@ async fn open(config: &Config, options: &Options) -> anyhow::Result<Option<Coord
         Config::Job(config) => Ok(Some(Coordinator::open_job(config, options).await?)),
         Config::Run(config) => open_run(config, options).await,
     }
+}
+
+/// Where the cluster's tools are told how far it is: what was asked for, and the TrainJob that this process belongs to.
+fn progress_to(args: &Args) -> Result<Vec<ProgressTo>, ClusterError> {
+    let annotated = args.progress_to.as_ref().map(|path| Ok::<_, ClusterError>(ProgressTo::annotations(Cluster::here()?, path)));
+    Ok(annotated.transpose()?.into_iter().chain(ProgressTo::trainer()).collect())
 }
 
 /// The run, unless it is done already.

@@ -30,6 +30,9 @@ pub struct StatusReport {
     pub samples_per_second: f64,
     /// The epoch, from 0.
     pub epoch: u64,
+    /// Samples of one epoch; 0 until the workers have told.
+    #[serde(default)]
+    pub samples_per_epoch: u64,
     /// The step of the newest commit; 0 if there is none.
     pub last_commit_step: u64,
     /// Commits written by this coordinator.
@@ -149,6 +152,7 @@ pub struct WorkerReport {
 /// Seconds of one step, by what they were spent on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)] // the names of `StepParts`
+#[serde(default)]
 pub struct PartsReport {
     pub data: f64,
     pub encode: f64,
@@ -158,12 +162,30 @@ pub struct PartsReport {
     pub update: f64,
     pub commit: f64,
     pub reduce_hidden: f64,
+    #[serde(default)]
+    pub draw: f64,
+}
+
+impl PartsReport {
+    /// Each part's name and seconds, in the order of a step; the last two are beside it.
+    pub fn named(&self) -> [(&'static str, f64); 8] {
+        [
+            ("data", self.data),
+            ("forward", self.forward),
+            ("backward", self.backward),
+            ("reduce", self.reduce),
+            ("update", self.update),
+            ("commit", self.commit),
+            ("reduce_hidden", self.reduce_hidden),
+            ("encode", self.encode),
+        ]
+    }
 }
 
 impl From<v1::StepParts> for PartsReport {
     fn from(parts: v1::StepParts) -> Self {
-        let v1::StepParts { data, encode, forward, backward, reduce, update, commit, reduce_hidden } = parts;
-        Self { data, encode, forward, backward, reduce, update, commit, reduce_hidden }
+        let v1::StepParts { data, encode, forward, backward, reduce, update, commit, reduce_hidden, draw } = parts;
+        Self { data, encode, forward, backward, reduce, update, commit, reduce_hidden, draw }
     }
 }
 
@@ -189,6 +211,7 @@ impl From<v1::RunStatus> for StatusReport {
             loss: (status.step > 0 && status.loss.is_finite()).then_some(status.loss),
             samples_per_second: status.samples_per_second,
             epoch: status.epoch,
+            samples_per_epoch: status.samples_per_epoch,
             last_commit_step: status.last_commit_step,
             commits: status.commits,
             workers: status.workers.into_iter().map(Into::into).collect(),

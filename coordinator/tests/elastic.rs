@@ -7,6 +7,7 @@ mod common;
 use common::*;
 use ella_coordinator::client::{self, ClientError};
 use ella_coordinator::core::{Failure, Outcome};
+use ella_coordinator::shell::Options;
 use ella_proto::config::RunConfig;
 use ella_proto::v1;
 use ella_store::{Body, Commit, RunLog, Store};
@@ -221,4 +222,48 @@ async fn a_spare_is_told_how_the_run_ended() {
     cluster.limit.send_replace(u64::MAX);
     assert_eq!((ended(a).await, ended(b).await, ended(c).await), (Ended::Finished, Ended::Finished, Ended::Over(v1::Outcome::Done)));
     assert_eq!(cluster.served.outcome().await, Outcome::Done);
+}
+
+#[tokio::test]
+async fn a_coordinator_that_hands_over_says_nothing_and_its_workers_train_on_under_the_next() {
+    let (config, store) = (config(&["train.steps=8"]), memory());
+    let served = Served::start_with(&config, &store, Options { hand_over: true, ..options() }).await;
+    let (url, limit) = (watch::channel(served.url()).0, watch::channel(2).0);
+    let cluster = Cluster { config, store, served, url, limit };
+    let workers = cluster.two_at(2).await;
+    cluster.served.status_when(|status| status.last_commit_step == 2).await;
+    let Cluster { config, store, served, url, limit } = cluster;
+    served.stops.send("the coordinator got SIGTERM".into()).await.unwrap();
+    assert_eq!(served.outcome().await, Outcome::Preempted { reason: "the coordinator got SIGTERM".into() });
+    assert!(!store.list("metrics").await.unwrap().is_empty(), "what it knew is written");
+    limit.send_replace(u64::MAX);
+    let next = Served::start(&config, &store).await;
+    url.send_replace(next.url());
+    for worker in workers {
+        assert_eq!(ended(worker).await, Ended::Finished);
+    }
+    assert_eq!(next.outcome().await, Outcome::Done);
+    assert_eq!(bits(&commits(&store).await), calm(&config).await);
+    let ends: Vec<u64> =
+        RunLog::read(&store).await.unwrap().iter().filter(|r| matches!(r.body, Body::End { .. })).map(|r| r.term).collect();
+    assert_eq!(ends, [2], "the first left the run open");
+}
+
+#[tokio::test]
+async fn a_coordinator_that_stays_tells_of_a_run_that_is_done_until_it_is_told_to_leave() {
+    let (config, store) = (config(&[]), memory());
+    let staying = || Options { stay: true, ..options() };
+    let served = Served::start_with(&config, &store, staying()).await;
+    assert_eq!(train_two(&served, &config, &store, [Script::default(); 2]).await, [Ended::Finished, Ended::Finished]);
+    // And so does one that is started again: it claims no term for it.
+    for served in [served, Served::start_with(&config, &store, staying()).await] {
+        let status = served.status_when(|status| status.phase == "done").await;
+        assert_eq!((status.step, status.last_commit_step, status.samples), (5, 5, 160));
+        let late = Fake::attach(&served.url(), hello("late")).await.err().unwrap();
+        assert_eq!(late.outcome(), v1::Outcome::Done, "{}", late.detail);
+        served.stops.send("the coordinator got SIGTERM".into()).await.unwrap();
+        assert_eq!(served.outcome().await, Outcome::Done);
+    }
+    let terms = RunLog::read(&store).await.unwrap().iter().filter(|record| matches!(record.body, Body::Term(_))).count();
+    assert_eq!(terms, 1);
 }

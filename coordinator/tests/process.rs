@@ -232,3 +232,14 @@ async fn bad_usage_and_bad_config_are_told_on_stderr_with_exit_code_2() {
     let missing = Command::new(BINARY).arg(folder.path().join("none.toml")).output().await.unwrap();
     assert_eq!(missing.status.code(), Some(2));
 }
+
+#[tokio::test]
+async fn one_that_is_supervised_leaves_at_once_and_leaves_its_workers_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let process = Process::start(folder.path(), &["--set", "workers.count=1", "--stay", "--hand-over"]).await;
+    let mut worker = Fake::attach(&process.grpc, hello("a")).await.unwrap();
+    worker.get_ready().await.unwrap();
+    process.signal(libc::SIGTERM);
+    assert_eq!(worker.next().await, None, "its stream ends, without a word");
+    assert_eq!(process.code().await, 3);
+}

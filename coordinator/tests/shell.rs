@@ -8,7 +8,8 @@ use bytes::{Buf, BufMut, Bytes};
 use common::*;
 use ella_coordinator::client::{self, ClientError};
 use ella_coordinator::core::{Failure, Outcome};
-use ella_coordinator::shell::{Coordinator, Opened, RunError};
+use ella_coordinator::shell::cluster::Cluster;
+use ella_coordinator::shell::{Coordinator, Opened, Options, ProgressTo, RunError};
 use ella_coordinator::status::StatusReport;
 use ella_proto::config::RunConfig;
 use ella_proto::v1::from_worker::Body as Say;
@@ -254,8 +255,6 @@ async fn people_and_probes_read_the_status_over_http() {
     assert_eq!((code, report.step, report.phase.as_str()), (200, 1, "training"));
     let (code, body) = get(http, "/metrics").await;
     assert!(code == 200 && body.contains("\nella_step 1\n") && body.contains("ella_phase{phase=\"training\"} 1"), "{body}");
-    let (code, body) = get(http, "/").await;
-    assert!(code == 200 && body.contains("&lt;b&gt;w&lt;/b&gt;") && !body.contains("<b>w"), "{body}");
     for path in ["/healthz", "/readyz"] {
         assert_eq!(get(http, path).await.0, 200);
     }
@@ -287,4 +286,33 @@ async fn a_client_says_what_is_wrong_with_an_address() {
     let options = ella_coordinator::shell::Options { http: taken.local_addr().unwrap(), ..options() };
     let error = Coordinator::open(&config(&[]), Store::open("memory://").unwrap(), &options).await.unwrap_err();
     assert!(matches!(error, RunError::Bind { .. }) && error.exit_code() == 2, "{error}");
+}
+
+/// Takes patches for annotations, the first of them badly.
+async fn fake_cluster() -> (String, tokio::sync::mpsc::Receiver<(String, serde_json::Value)>) {
+    use axum::http::{StatusCode, Uri};
+    let (patches, received) = tokio::sync::mpsc::channel(16);
+    let answer = move |uri: Uri, axum::Json(body): axum::Json<serde_json::Value>| async move {
+        let code = if patches.capacity() == 16 { StatusCode::FORBIDDEN } else { StatusCode::OK };
+        patches.send((uri.path().to_owned(), body)).await.unwrap();
+        (code, axum::Json(serde_json::json!({})))
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, axum::Router::new().fallback(axum::routing::patch(answer))).await });
+    (url, received)
+}
+
+#[tokio::test]
+async fn what_the_cluster_cannot_be_told_is_counted_and_holds_nobody_up() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("token"), "of this pod").unwrap();
+    let (url, mut patches) = fake_cluster().await;
+    let path = "/apis/batch/v1/namespaces/ella/jobs/first-workers";
+    let progress_to = vec![ProgressTo::annotations(Cluster::at(url, folder.path()), path)];
+    let served = Served::start_with(&config(&[]), &Store::open("memory://").unwrap(), Options { progress_to, ..options() }).await;
+    let (told, body) = soon("a patch", patches.recv()).await.unwrap();
+    assert_eq!((told.as_str(), &body["metadata"]["annotations"]["ella/phase"]), (path, &serde_json::json!("waiting")));
+    let status = served.status_when(|status| status.counts.contains_key("progress_pushes_failed")).await;
+    assert_eq!((status.counts["progress_pushes_failed"], status.phase.as_str()), (1, "waiting"));
 }

@@ -273,7 +273,8 @@ pub struct Progress {
     /// When the step was applied, by the worker's clock, in milliseconds since 1970: it may be read much later (LIVE).
     #[prost(uint64, tag = "10")]
     pub at_unix_ms: u64,
-    /// What reading the data set through a cache on the worker's machine came to since its last message, by name (KNOWN).
+    /// What reading the data set through a cache on the worker's machine, and storing samples that were drawn, came to since its last message, by name
+    /// (KNOWN). A message without `samples` and `parts` has nothing else.
     #[prost(map = "string, uint64", tag = "11")]
     pub read: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
 }
@@ -297,6 +298,9 @@ pub struct StepParts {
     /// Of the all-reduce, beside the backward pass; what `reduce` has is what came on top.
     #[prost(double, tag = "8")]
     pub reduce_hidden: f64,
+    /// Drawing samples, and waiting until all ranks have drawn theirs.
+    #[prost(double, tag = "9")]
+    pub draw: f64,
 }
 /// A rank's digest of its whole state at a commit step. They must agree; a rank that differs is named.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -480,6 +484,9 @@ pub struct RunStatus {
     /// Set if this is a job. Its workers are here, not in `workers`; `run_url` is its data set.
     #[prost(message, optional, tag = "17")]
     pub job: ::core::option::Option<JobStatus>,
+    /// Samples of one epoch; 0 until the workers have told.
+    #[prost(uint64, tag = "18")]
+    pub samples_per_epoch: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct JobStatus {
@@ -663,6 +670,8 @@ pub enum Activity {
     Reduce = 3,
     /// It copies its state for a commit, or waits for an earlier one to be saved.
     Commit = 4,
+    /// It draws samples (sample.every), or waits for others that do.
+    Draw = 5,
 }
 impl Activity {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -676,6 +685,7 @@ impl Activity {
             Self::Compute => "ACTIVITY_COMPUTE",
             Self::Reduce => "ACTIVITY_REDUCE",
             Self::Commit => "ACTIVITY_COMMIT",
+            Self::Draw => "ACTIVITY_DRAW",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -686,6 +696,7 @@ impl Activity {
             "ACTIVITY_COMPUTE" => Some(Self::Compute),
             "ACTIVITY_REDUCE" => Some(Self::Reduce),
             "ACTIVITY_COMMIT" => Some(Self::Commit),
+            "ACTIVITY_DRAW" => Some(Self::Draw),
             _ => None,
         }
     }

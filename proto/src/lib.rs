@@ -6,6 +6,7 @@ mod codec;
 pub mod config;
 pub mod exit;
 pub mod ids;
+pub mod samples;
 
 /// An error with its causes, which transports keep to themselves.
 pub fn with_causes(error: &dyn std::error::Error) -> String {

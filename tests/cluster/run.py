@@ -20,7 +20,7 @@ import urllib.request
 from containers import DOCKER, PREEMPTED, Cluster, Failed, docker, until
 
 NETWORK, WORKERS = "ella-test-cluster", 3
-GRPC, HTTP, PEERS = 7000, 8080, 7001
+GRPC, HTTP, PEERS = 7000, 7001, 7100
 GRACE = 60
 S3 = {"AWS_ENDPOINT": "http://s3:5000", "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
       "AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "correct-horse-battery"}

@@ -1,13 +1,17 @@
 //! COMMIT, the worker's part: a snapshot's digests go to the coordinator, and this rank's share of its files to the store, in the
-//! background. The coordinator writes the record.
+//! background. The coordinator writes the record. Samples go the same way ([`crate::album`]).
 
+use crate::album::{self, Album, Page};
 use crate::control::{Era, Flags, Outbox};
 use crate::train::state::{Snapshot, part_names};
 use ella_dataset::order::Position;
+use ella_proto::samples::Index;
 use ella_proto::v1::{LedgerEpoch, PartSaved, StateDigest, from_worker};
 use ella_store::{Store, StoreError, commit_folder};
 use futures::future::join_all;
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -58,15 +62,25 @@ struct Job {
     seat: Seat,
 }
 
+/// What is stored in its turn.
+enum Turn {
+    Commit(Box<Job>),
+    Page(Page),
+}
+
 /// Saves snapshots, one after the other, while training goes on.
 #[derive(Debug)]
 pub struct Committer {
-    jobs: Option<Sender<Job>>,
-    /// The snapshot of each commit that is saved, or came to nothing, whose memory may be used again; closed when the thread has ended.
-    saved: Receiver<Snapshot>,
+    jobs: Option<Sender<Turn>>,
+    /// The snapshot of each commit that is saved, or came to nothing, whose memory may be used again, and none for each picture; closed when the
+    /// thread has ended.
+    saved: Receiver<Option<Snapshot>>,
     /// One of them. Of two that are not needed, one is given back to the system.
     kept: Option<Snapshot>,
     under_way: usize,
+    /// Pictures under way.
+    pages: usize,
+    pictures: Arc<album::Counts>,
     thread: Option<JoinHandle<Result<(), CommitError>>>,
     flags: Arc<Flags>,
     patience: Duration,
@@ -77,39 +91,90 @@ pub struct Committer {
 impl Committer {
     /// Starts the committing thread, into the run folder `store`. One commit may take `patience`: the coordinator does not wait longer.
     pub fn start(store: Store, patience: Duration, outbox: Outbox, runtime: tokio::runtime::Handle) -> std::io::Result<Self> {
-        let (jobs, queue) = channel::<Job>();
+        let (jobs, queue) = channel::<Turn>();
         let (tell, saved) = channel();
         let flags = outbox.flags().clone();
         let (run, handle) = (store.clone(), runtime.clone());
+        let pictures = Arc::new(album::Counts::default());
+        let (counts, mut album) = (pictures.clone(), Album::new(store.clone(), runtime.clone()));
         let serve = move || {
-            for job in queue {
+            for turn in queue {
+                let job = match turn {
+                    Turn::Commit(job) => job,
+                    Turn::Page(page) => {
+                        album.keep(page, &counts);
+                        let _ = tell.send(None);
+                        continue;
+                    }
+                };
                 let step = job.snapshot.step;
                 // Of a generation that is over nobody would record it.
                 if outbox.flags().era() == job.seat.era {
                     save(&job, &store, &outbox, &runtime).map_err(|source| CommitError::Store { step, source })?;
                 }
                 // Nobody waits any more when the run has ended.
-                let _ = tell.send(job.snapshot);
+                let _ = tell.send(Some(job.snapshot));
             }
             Ok(())
         };
         let thread = std::thread::Builder::new().name("commit".into()).spawn(serve)?;
-        Ok(Self { jobs: Some(jobs), saved, kept: None, under_way: 0, thread: Some(thread), flags, patience, store: run, runtime: handle })
+        Ok(Self {
+            jobs: Some(jobs),
+            saved,
+            kept: None,
+            under_way: 0,
+            pages: 0,
+            pictures,
+            thread: Some(thread),
+            flags,
+            patience,
+            store: run,
+            runtime: handle,
+        })
     }
 
     /// Hands a snapshot over. `position` is where the data goes on after it. Waits only if two commits are still under way, and not
     /// beyond the end of the generation.
     pub fn save(&mut self, snapshot: Snapshot, position: Position, seat: Seat) -> Result<(), CommitError> {
         self.take_back();
-        if self.under_way == UNDER_WAY {
+        while self.under_way == UNDER_WAY {
             self.one_more()?;
         }
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(Job { snapshot, position, seat }).is_ok());
-        if !sent {
+        if !self.send(Turn::Commit(Box::new(Job { snapshot, position, seat }))) {
             return Err(self.failure());
         }
         self.under_way += 1;
         Ok(())
+    }
+
+    fn send(&self, turn: Turn) -> bool {
+        self.jobs.as_ref().is_some_and(|jobs| jobs.send(turn).is_ok())
+    }
+
+    /// Hands a picture over, which is stored before commits that are handed over later. If too much waits already, it is given up.
+    pub(crate) fn keep(&mut self, page: Page) {
+        let (step, bytes) = (page.step, page.png.len() as u64);
+        if self.pictures.waiting.load(Ordering::Relaxed) + bytes > album::MOST_WAITING {
+            tracing::warn!(step, number = page.number, "a sample is given up: the store is far behind");
+            return self.give_up(1);
+        }
+        self.pictures.waiting.fetch_add(bytes, Ordering::Relaxed);
+        self.pages += usize::from(self.send(Turn::Page(page)));
+    }
+
+    /// So many pictures are not to come.
+    pub(crate) fn give_up(&self, pictures: usize) {
+        self.pictures.give_up(pictures);
+    }
+
+    /// What became of pictures since the last call, by name (KNOWN).
+    pub fn pictures(&self) -> HashMap<String, u64> {
+        self.pictures.news()
+    }
+
+    /// Whether all pictures of a step stand in the run folder, made in this way. A store that does not answer soon has none.
+    pub(crate) fn has_samples(&self, index: &Index) -> bool {
+        album::is_there(&self.store, &self.runtime, index)
     }
 
     /// Puts a small file into the run folder, and waits for it.
@@ -127,9 +192,18 @@ impl Committer {
     }
 
     fn take_back(&mut self) {
-        while let Ok(snapshot) = self.saved.try_recv() {
-            self.under_way -= 1;
-            self.kept = Some(snapshot);
+        while let Ok(done) = self.saved.try_recv() {
+            self.done(done);
+        }
+    }
+
+    fn done(&mut self, snapshot: Option<Snapshot>) {
+        match snapshot {
+            Some(snapshot) => {
+                self.under_way -= 1;
+                self.kept = Some(snapshot);
+            }
+            None => self.pages -= 1,
         }
     }
 
@@ -140,18 +214,17 @@ impl Committer {
 
     /// Waits for what is under way, but not beyond the end of the generation.
     pub fn settle(&mut self) -> Result<(), CommitError> {
-        while self.under_way > 0 {
+        while self.under_way + self.pages > 0 {
             self.one_more()?;
         }
         self.check()
     }
 
-    /// Waits until one more commit is saved.
+    /// Waits until one more commit or picture is saved.
     fn one_more(&mut self) -> Result<(), CommitError> {
         match self.flags.receive(&self.saved, self.patience) {
-            Ok(snapshot) => {
-                self.under_way -= 1;
-                self.kept = Some(snapshot);
+            Ok(done) => {
+                self.done(done);
                 Ok(())
             }
             Err(RecvTimeoutError::Disconnected) => Err(self.failure()),

@@ -2,10 +2,12 @@
 //! coordinator ([`control`], [`session`]); units of a job, alone or under a coordinator ([`job`]): data sets ([`prepare`]), features
 //! ([`embed`], [`text`]), and captions from a model elsewhere ([`caption`]).
 
+mod album;
 pub mod caption;
 pub mod commit;
 pub mod control;
 pub mod device;
+pub mod draw;
 pub mod embed;
 pub mod feed;
 pub mod gpu;

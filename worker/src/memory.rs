@@ -116,6 +116,7 @@ impl Needs {
         let mut parts = self.fixed();
         parts.extend(self.of_a_lane(micro_batch));
         parts.push(self.staged(micro_batch));
+        parts.extend(self.of_a_sample());
         let tensors: u64 = parts.iter().map(|part| part.bytes).sum();
         let idle = (tensors as f64 * IDLE) as u64;
         parts.push(figure("between the allocator's blocks", idle, format!("{:.0} % of the above, assumed", 100.0 * IDLE)));
@@ -190,6 +191,30 @@ impl Needs {
             parts.push(figure("the text encoder at work", at_once * tokens * each, formula));
         }
         parts
+    }
+
+    /// What drawing a sample takes between steps, beside what recorded lanes keep (`sample.every`).
+    fn of_a_sample(&self) -> Vec<Figure> {
+        let RunConfig { base, connector, sample, text, .. } = &self.config;
+        if sample.every == 0 {
+            return Vec::new();
+        }
+        let (number, own) = (bytes(base.dtype), self.unet.sample_size.unsigned_abs() * self.downscale);
+        let (width, height) = sample.size.map_or((own, own), |size| (size.width.unsigned_abs(), size.height.unsigned_abs()));
+        let states = if self.connector.kind == ConnectorKind::Mlp { text.max_tokens } else { connector.latents } as u64;
+        let (samples, size) = (1 + u64::from(sample.guidance != 1.0), (height / self.downscale.max(1), width / self.downscale.max(1)));
+        let unet = unet_workspace(&self.unet, Pass { samples, size, states, kind: device::kind(base.dtype), fused: self.fused }).bytes;
+        // One picture at a time, whose widest maps have twice the encoder's channels.
+        let each = 2 * VAE_CHANNELS * (4 + 2 * number);
+        let formula = format!("{height} × {width} pixels × {each} bytes: the decoder's last level; or the U-Net's, {unet}");
+        vec![
+            figure(
+                "the VAE that draws samples",
+                self.vae_parameters * number,
+                format!("{} parameters × {number} bytes", self.vae_parameters),
+            ),
+            figure("drawing a sample", unet.max(height * width * each), formula),
+        ]
     }
 
     /// The steps that lie ready on the device.
@@ -407,6 +432,12 @@ mod tests {
         let ahead = paper(&["text.features=ahead"]).plan(32);
         assert_eq!(part(&ahead, "text encoder, until all features are there"), 2 * 1_222_655_488);
         assert_eq!(plan.bytes, plan.parts.iter().map(|part| part.bytes).sum::<u64>());
+        assert_eq!(part(&plan, "drawing a sample") + part(&plan, "the VAE that draws samples"), 0);
+        let draws = paper(&["sample.every=100", "sample.prompts=[\"a\"]", "sample.size=512x512"]).plan(32);
+        assert_eq!(
+            (part(&draws, "the VAE that draws samples"), part(&draws, "drawing a sample")),
+            (2 * 83_653_863, 512 * 512 * 2 * 128 * 8)
+        );
         // 0.8 GB of the U-Net are kept for each sample; the connector's, what is at work and what lies idle come to a tenth and more.
         let sample = (needs.plan(33).bytes - plan.bytes) as f64;
         assert!((0.85e9..1.1e9).contains(&sample), "{sample}");

@@ -38,7 +38,7 @@ pub struct Loaded {
 
 /// Loads everything that `config` names onto `device`.
 pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
-    let base = Base::open(&locate("base.model", &config.base.model)?)?.predicting(config.base.prediction.map(prediction));
+    let base = Base::open(&locate("base.model", &config.base.model)?)?.predicting(predicts(config));
     let text_model = locate("text.model", &config.text.model)?;
     let text = text::identity(&text_model, config.text.max_tokens)?;
     let kind = device::kind(config.base.dtype);
@@ -94,12 +94,13 @@ pub fn locate(key: &'static str, model: &str) -> Result<PathBuf, ModelError> {
     }
 }
 
-fn prediction(named: config::Prediction) -> Prediction {
-    match named {
+/// What the base predicts, where the config says it.
+pub(crate) fn predicts(config: &RunConfig) -> Option<Prediction> {
+    config.base.prediction.map(|named| match named {
         config::Prediction::Epsilon => Prediction::Epsilon,
         config::Prediction::VPrediction => Prediction::Velocity,
         config::Prediction::Sample => Prediction::Sample,
-    }
+    })
 }
 
 /// Opens one of `base.loras`, and tells what of it is not used (KNOWN).

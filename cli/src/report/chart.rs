@@ -151,7 +151,7 @@ fn digits(ticks: &[f64]) -> usize {
 }
 
 /// A number without digits that say nothing.
-pub(super) fn short(value: f64) -> String {
+pub(crate) fn short(value: f64) -> String {
     let digits = match value.abs() {
         v if v >= 100.0 || v == 0.0 => 0,
         v if v >= 10.0 => 1,

@@ -7,6 +7,7 @@ use ella_store::{Body, Outcome, Record, RunState};
 use serde_json::Value;
 
 use super::numbers::{self, Numbers};
+use super::samples::Grid;
 use crate::audit::Verdict;
 use crate::run::{Membership, Metric, RunFolder, samples};
 use crate::ui::Fail;
@@ -46,6 +47,8 @@ pub(super) struct Facts {
     pub(super) devices: BTreeSet<String>,
     pub(super) membership: Membership,
     pub(super) audit: Option<Verdict>,
+    /// Pictures that it drew as it trained.
+    pub(super) grid: Grid,
     /// Base64 of a PNG.
     pub(super) samples: Option<String>,
 }
@@ -60,6 +63,7 @@ impl Facts {
         }
         let state = RunState::from_records(&records);
         let events = run.events().await?;
+        let grid = Grid::read(&run).await?;
         let commits = records.iter().filter_map(|record| if let Body::Commit(commit) = &record.body { Some(commit.step) } else { None });
         Ok(Self {
             title: String::new(),
@@ -73,6 +77,7 @@ impl Facts {
             membership: Membership::of(&events),
             config: run.config,
             audit: None,
+            grid,
             samples: None,
         })
     }

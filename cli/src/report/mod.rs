@@ -4,10 +4,12 @@ mod chart;
 mod facts;
 mod numbers;
 mod page;
+mod samples;
 
 use std::path::PathBuf;
 
 use base64::Engine;
+pub(crate) use chart::short;
 use clap::Args;
 use facts::Facts;
 pub(crate) use page::{document, escape};

@@ -19,6 +19,7 @@ const HUES: [&str; 7] = ["#1f5fa8", "#c4550e", "#1d7a46", "#8250a8", "#a8871f", 
 pub(super) fn page(facts: &Facts, numbers: &Numbers) -> String {
     let mut body = head(facts, numbers);
     body += &loss(facts, numbers);
+    body += &facts.grid.html();
     if let Some(png) = &facts.samples {
         let _ =
             write!(body, "<h2>Samples</h2>\n<img alt=\"Pictures drawn with the trained connector\" src=\"data:image/png;base64,{png}\">\n");
@@ -336,6 +337,7 @@ mod tests {
             devices: BTreeSet::from(["cpu".to_owned()]),
             membership: Membership { generations: 3, lost: 1, joined: 1, stragglers: 0 },
             audit: Some(Verdict { step: 20, epochs: vec![epoch], problems: vec!["a byte was <flipped>".into()], ..Verdict::default() }),
+            grid: super::super::samples::Grid::default(),
             samples: Some("QUJD".into()),
         };
         let page = page(&facts, &facts.numbers());

@@ -1,7 +1,8 @@
 //! Pictures of one size on one sheet, side by side without overlap.
 
+use ella_worker::draw::Picture;
+
 use super::label::Pen;
-use super::picture::Picture;
 
 /// Lines of a prompt under its pictures.
 const PROMPT_LINES: usize = 2;

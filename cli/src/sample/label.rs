@@ -2,7 +2,7 @@
 
 use font8x8::{BASIC_FONTS, GREEK_FONTS, HIRAGANA_FONTS, LATIN_FONTS, UnicodeFonts};
 
-use super::picture::Picture;
+use ella_worker::draw::Picture;
 
 /// Width and height of a letter.
 const LETTER: u32 = 8;

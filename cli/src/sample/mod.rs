@@ -1,34 +1,29 @@
 //! `ella sample`: pictures from prompts.
 
-mod clip;
 mod draw;
-mod frame;
 mod grid;
 mod label;
-mod picture;
 mod plan;
 mod result;
-mod told;
 
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clip::BaseText;
-use draw::{Drawer, Settings};
+use draw::{Settings, Studio};
 use ella_model::base::Base;
 use ella_model::connector::{Connector, DEFAULT_HEADS};
 use ella_model::sampler::Method;
 use ella_model::schedule::Prediction;
 use ella_model::text::TextConfig;
 use ella_model::unet::UNetConfig;
+use ella_proto::config::Size;
+use ella_worker::draw::{self as drawing, BaseText, Noise, NoiseError, Reading, Script};
 use ella_worker::text::{TextEncoder, TextOptions};
 use ella_worker::{device, models};
-use frame::Noise;
-use plan::{Plan, Seeds, Size};
+use plan::{Plan, Seeds};
 use result::Drawn;
 use tch::Kind;
-use told::{Reading, Script};
 
 use crate::embed::{Device, Layers, Padding};
 use crate::forward::Dtype;
@@ -147,23 +142,28 @@ impl Sample {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let place = (device::kind(self.dtype.into()), device::set_up(self.device.into(), threads)?);
         let noise = match &self.latents {
-            Some(file) => Noise::given(&base, file, plan.shots.len())?,
-            None => Noise::seeded(&base, self.size)?,
+            Some(file) => Noise::given(&base, file, plan.shots.len()),
+            None => Noise::seeded(&base, self.size),
         };
+        let noise = noise.map_err(|error| match error {
+            NoiseError::Size { .. } => Fail::usage(format_args!("--size: {error}")),
+            error => Fail::failed(error),
+        })?;
         let loras = self.loras.open()?;
         let connector = Connector::load(&self.connector, self.heads, Kind::Float, place.1)?;
         let (ella, clip) = self.scripts(&plan, (&base, &text), &connector, place)?;
-        let settings = Settings { method: self.sampler, steps: self.steps as usize, guidance: self.guidance, batch: self.batch as usize };
-        let mut drawer = Drawer::load((&base, &loras), connector, settings, place)?;
+        let how = drawing::Settings { method: self.sampler, steps: self.steps as usize, guidance: self.guidance };
+        let settings = Settings { how, batch: self.batch as usize };
+        let mut studio = Studio::load((&base, &loras), connector, &settings, place)?;
         let scripts = [clip.as_ref(), Some(&ella)];
         let columns = scripts.iter().flatten().count() as u64;
-        let mut meter = Meter::new("sample", columns * drawer.total_steps(plan.shots.len()));
+        let mut meter = Meter::new("sample", columns * studio.total_steps(plan.shots.len()));
         let mut done = 0;
         let mut step = || {
             done += 1;
             meter.at(done, "steps");
         };
-        let mut pictures = |script: &Script| drawer.draw(&plan.shots, script, &noise, &mut step);
+        let mut pictures = |script: &Script| studio.draw(&plan.shots, script, &noise, &mut step);
         let compared = clip.as_ref().map(&mut pictures).transpose()?;
         let drawn = Drawn { ella: pictures(&ella)?, clip: compared };
         drop(meter);

@@ -1,36 +1,9 @@
 //! Which pictures are drawn: of which text, from which seed.
 
-use std::str::FromStr;
-
+use ella_worker::draw::Shot;
 use serde_json::{Value, json};
 
 use crate::ui::{Fail, count};
-
-/// Width and height of a picture, in pixels: `768x512`, or one number for a square.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Size {
-    pub(super) width: i64,
-    pub(super) height: i64,
-}
-
-impl FromStr for Size {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let side = |text: &str| text.parse().map_err(|_| "expected WIDTHxHEIGHT in pixels, or one number for a square".to_owned());
-        let (width, height) = text.split_once(['x', 'X', '×']).unwrap_or((text, text));
-        Ok(Self { width: side(width)?, height: side(height)? })
-    }
-}
-
-/// A picture to draw.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shot {
-    /// The place of its prompt among [`Plan::texts`].
-    pub(super) text: usize,
-    /// What its noise is drawn from.
-    pub(super) seed: u64,
-}
 
 /// What seeds the pictures get.
 #[derive(Debug)]
@@ -115,15 +88,6 @@ mod tests {
         for (images, seeds) in [(None, &[1, 2, 3][..]), (Some(1), &[1, 2, 3, 4]), (None, &[1]), (Some(3), &[1, 2])] {
             let message = plan(&["a", "b"], images, &Seeds::Each(seeds)).unwrap_err();
             assert!(message.contains("one for each picture") && message.contains(&format!("found {}", seeds.len())), "{message}");
-        }
-    }
-
-    #[test]
-    fn sizes_are_squares_or_width_by_height() {
-        assert_eq!("512".parse(), Ok(Size { width: 512, height: 512 }));
-        assert_eq!("768x512".parse(), Ok(Size { width: 768, height: 512 }));
-        for wrong in ["", "x", "5x", "5x5x5", "wide", "5.5"] {
-            assert!(wrong.parse::<Size>().unwrap_err().contains("WIDTHxHEIGHT"), "{wrong}");
         }
     }
 }

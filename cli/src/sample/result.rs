@@ -3,14 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use ella_model::weights::Weights;
+use ella_worker::draw::{Made, Picture, Reader, Script, Shot};
 use serde_json::json;
 
 use super::Sample;
 use super::grid::{comparison, grid};
-use super::picture::Picture;
-use super::plan::{Plan, Shot};
-use super::told::Script;
-use crate::embed::{Layers, Padding};
+use super::plan::Plan;
 use crate::ui::{Fail, Out, count};
 
 /// The names of a comparison's columns.
@@ -28,7 +26,7 @@ pub(super) struct Drawn {
 impl Sample {
     /// Writes the files and gives the result.
     pub(super) fn write(&self, plan: &Plan, drawn: &Drawn, (ella, clip): (&Script, Option<&Script>), out: Out) -> Result<(), Fail> {
-        let made = Made { sample: self, plan, connector: Weights::open(&self.connector)?.digest() };
+        let made = Files { sample: self, plan, connector: Weights::open(&self.connector)?.digest() };
         let files = match &self.out_dir {
             None => vec![made.one(drawn, &self.out)?],
             Some(folder) => made.each(drawn, folder)?,
@@ -62,15 +60,15 @@ fn shortened(whose: &str, script: &Script) -> String {
     prompts + &negative
 }
 
-/// What a picture was made of.
-struct Made<'a> {
+/// What the pictures were made of.
+struct Files<'a> {
     sample: &'a Sample,
     plan: &'a Plan,
     /// BLAKE3 of the connector's file.
     connector: String,
 }
 
-impl Made<'_> {
+impl Files<'_> {
     /// One file of all.
     fn one(&self, drawn: &Drawn, file: &Path) -> Result<PathBuf, Fail> {
         let sheet = match &drawn.clip {
@@ -81,7 +79,7 @@ impl Made<'_> {
             }
         };
         let all: Vec<String> = self.plan.shots.iter().map(|shot| self.parameters(shot, true)).collect();
-        sheet.save(file, &all.join("\n\n"))?;
+        save(&sheet, file, &all.join("\n\n"))?;
         Ok(file.to_owned())
     }
 
@@ -90,7 +88,7 @@ impl Made<'_> {
         let mut files = Vec::new();
         let mut write = |name: String, picture: &Picture, parameters: &str| {
             let file = folder.join(name);
-            picture.save(&file, parameters).map(|()| files.push(file))
+            save(picture, &file, parameters).map(|()| files.push(file))
         };
         for (number, (shot, ella)) in self.plan.shots.iter().zip(&drawn.ella).enumerate() {
             match drawn.clip.as_ref().and_then(|clip| clip.get(number)) {
@@ -104,29 +102,34 @@ impl Made<'_> {
         Ok(files)
     }
 
-    /// How a picture was made, in the form that other programs read too.
+    /// How a picture was made.
     fn parameters(&self, shot: &Shot, by_ella: bool) -> String {
         let s = self.sample;
-        let mut text = self.plan.texts[shot.text].clone();
-        if let Some(negative) = s.negative.as_deref().filter(|text| !text.is_empty()) {
-            text += &format!("\nNegative prompt: {negative}");
-        }
-        text += &format!("\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}", s.steps, s.sampler, s.guidance, shot.seed);
-        if let Some(file) = &s.latents {
-            text += &format!(", Noise: {}", file.display());
-        }
-        text += &format!(", Base: {}", s.base);
-        text.extend(s.loras.named().map(|named| format!(", LoRA: {named}")));
-        if !by_ella {
-            return text;
-        }
-        let layers = if s.layers == Layers::Last { "last" } else { "average" };
-        let padding = if s.padding == Padding::Fixed { "fixed" } else { "none" };
-        text += &format!(", Text: {}, Layers: {layers}, Padding: {padding}, Connector: {}", s.text, self.connector);
-        match &s.clip_prompt {
-            Some(prompt) => text + &format!(", CLIP prompt: {prompt:?}"),
-            None if s.with_clip => text + ", CLIP: prompt",
-            None => text,
-        }
+        let connector = || match &s.clip_prompt {
+            Some(prompt) => format!("{}, CLIP prompt: {prompt:?}", self.connector),
+            None if s.with_clip => format!("{}, CLIP: prompt", self.connector),
+            None => self.connector.clone(),
+        };
+        let reader = || Reader { text: &s.text, layers: s.layers.into(), padding: s.padding.into(), connector: connector() };
+        let made = Made {
+            prompt: &self.plan.texts[shot.text],
+            negative: s.negative.as_deref(),
+            steps: s.steps,
+            sampler: s.sampler,
+            guidance: s.guidance,
+            seed: shot.seed,
+            noise: s.latents.as_ref().map(|file| file.display().to_string()),
+            base: &s.base,
+            loras: s.loras.named().collect(),
+            by: by_ella.then(reader),
+        };
+        made.to_string()
     }
+}
+
+/// Writes a PNG that says how it was made.
+fn save(picture: &Picture, file: &Path, parameters: &str) -> Result<(), Fail> {
+    let bytes = picture.png(parameters);
+    let bytes = bytes.map_err(|error| Fail::failed(format_args!("{}: cannot be encoded ({error})", file.display())))?;
+    std::fs::write(file, bytes).map_err(|error| Fail::io(file, "written", &error))
 }

@@ -133,7 +133,7 @@ impl Train {
             }
             None => return Err(self.refused(children).await),
         };
-        note(format_args!("run {}: coordinator at {grpc}, status page at http://{http}", store.url()));
+        note(format_args!("run {}: coordinator at {grpc}, dashboard at http://{http}", store.url()));
         // For commands that are given the folder. That it can't be written is no reason not to train.
         let address = store.local_path().map(|run| run.join(ADDRESS));
         let _ = address.as_ref().map(|file| std::fs::write(file, &grpc));

@@ -276,6 +276,11 @@ impl Core {
         }
     }
 
+    /// One of a run that is done: it tells so, and nothing else.
+    pub fn done(config: CoreConfig, history: History, now: Time) -> Self {
+        Self { phase: Phase::Over(Outcome::Done), ..Self::new(config, history, now) }
+    }
+
     /// Whether this bug is built in. None ever is outside tests.
     fn is_mutated(&self, mutation: Mutation) -> bool {
         #[cfg(test)]

@@ -98,6 +98,9 @@ impl Core {
     /// A sign of life, with how far the worker is.
     pub(super) fn beat(&mut self, now: Time, conn: ConnId, beat: v1::Heartbeat, of_generation: bool) {
         let steps = self.config.steps;
+        if of_generation && beat.activity() == v1::Activity::Draw {
+            self.keep_pace_of_drawing(now);
+        }
         if let Some(member) = self.members.get_mut(conn).filter(|_| of_generation) {
             member.step = member.step.max(beat.step.min(steps));
             member.encoding = beat.encoding;
@@ -127,7 +130,7 @@ impl Core {
         let rank = member.rank();
         self.keep_timing(conn, false);
         self.keep_pace(now, progress.step);
-        if rank != Some(Rank(0)) {
+        if rank != Some(Rank(0)) || (progress.parts.is_none() && progress.samples == 0) {
             return;
         }
         if progress.step <= self.progress.step {

@@ -30,6 +30,7 @@ impl Core {
             counts: self.counts.to_map(),
             permanent_failure,
             job: None,
+            samples_per_epoch: self.agreed.as_ref().map_or(0, |ready| ready.samples_per_epoch),
         }
     }
 

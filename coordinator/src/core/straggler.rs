@@ -18,9 +18,12 @@ pub(super) struct Pace {
     intervals: VecDeque<u64>,
     /// The newest step that a rank has applied, or the one that the generation began from.
     newest: u64,
+    /// Since it was applied, or samples were drawn after it.
     since: Time,
     /// No step of this generation has been applied yet.
     first: bool,
+    /// Ranks have drawn samples since the newest step: the time until the next one is no measure of steps.
+    drew: bool,
     /// When to look again if nothing happens.
     pub(super) alarm: Option<Time>,
     /// Who was named since the newest step.
@@ -38,7 +41,8 @@ impl Pace {
         if step <= self.newest {
             return false;
         }
-        if !std::mem::replace(&mut self.first, false) {
+        let drew = std::mem::take(&mut self.drew);
+        if !std::mem::replace(&mut self.first, false) && !drew {
             self.intervals.push_back(now.since(self.since));
             if self.intervals.len() > WINDOW {
                 self.intervals.pop_front();
@@ -55,14 +59,24 @@ impl Core {
         let newest = self.lineup.as_ref().map_or(0, |lineup| lineup.from.0);
         let intervals = std::mem::take(&mut self.pace.intervals);
         let alarm = Some(now.after(self.config.welcome.step_timeout_ms));
-        self.pace = Pace { intervals, newest, since: now, first: true, alarm, named: BTreeSet::new() };
+        self.pace = Pace { intervals, newest, since: now, first: true, drew: false, alarm, named: BTreeSet::new() };
+    }
+
+    /// A rank draws samples: until it has done so nobody is late.
+    pub(super) fn keep_pace_of_drawing(&mut self, now: Time) {
+        (self.pace.since, self.pace.drew) = (now, true);
+        self.set_pace_alarm(now);
+    }
+
+    fn set_pace_alarm(&mut self, now: Time) {
+        let usual = self.pace.usual(self.config.welcome.heartbeat_ms).unwrap_or(u64::MAX);
+        self.pace.alarm = Some(now.after(usual.min(self.config.welcome.step_timeout_ms)));
     }
 
     /// A rank has applied a step.
     pub(super) fn keep_pace(&mut self, now: Time, step: u64) {
         if self.pace.applied(now, step) {
-            let usual = self.pace.usual(self.config.welcome.heartbeat_ms).unwrap_or(u64::MAX);
-            self.pace.alarm = Some(now.after(usual.min(self.config.welcome.step_timeout_ms)));
+            self.set_pace_alarm(now);
         }
     }
 
@@ -105,7 +119,8 @@ impl Core {
         member.activity.filter(|(at, _)| *at > self.pace.since).map_or(Activity::Unspecified, |(_, activity)| activity)
     }
 
-    /// Ranks that do not wait, while others wait to sum with them. One that waits for captions to be encoded says how that goes on.
+    /// Ranks that do not wait, while others wait to sum with them. One that waits for captions to be encoded says how that goes on; of those that draw
+    /// samples some have more of them to draw than others.
     fn stragglers(&self) -> Vec<(ConnId, Activity)> {
         let ranks: Vec<(ConnId, &Member, Activity)> =
             self.members.placed().into_iter().map(|(_, conn, member)| (conn, member, self.activity(member))).collect();
@@ -114,7 +129,7 @@ impl Core {
         }
         let encodes = |member: &Member, activity: Activity| activity == Activity::Data && member.encoding.is_some();
         let straggles = |member: &Member, activity: Activity| {
-            member.open && member.finished.is_none() && activity != Activity::Reduce && !encodes(member, activity)
+            member.open && member.finished.is_none() && !matches!(activity, Activity::Reduce | Activity::Draw) && !encodes(member, activity)
         };
         ranks.into_iter().filter(|(_, member, activity)| straggles(member, *activity)).map(|(conn, _, activity)| (conn, activity)).collect()
     }

@@ -44,6 +44,7 @@ impl RankTiming {
             (&mut sum.update, parts.update),
             (&mut sum.commit, parts.commit),
             (&mut sum.reduce_hidden, parts.reduce_hidden),
+            (&mut sum.draw, parts.draw),
         ] {
             *sum += part;
         }

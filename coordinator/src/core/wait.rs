@@ -107,6 +107,7 @@ pub(super) fn activity_text(activity: v1::Activity) -> &'static str {
         v1::Activity::Compute => "computes",
         v1::Activity::Reduce => "waits for the others",
         v1::Activity::Commit => "waits for a commit to be saved",
+        v1::Activity::Draw => "draws samples",
     }
 }
 

@@ -1,5 +1,6 @@
 //! The one task that owns the state machine: inputs in, effects out, in order.
 
+use super::dashboard::Recorder;
 use super::guard::Strangers;
 use super::journal::{self, Journal};
 use super::keeper::Work;
@@ -9,6 +10,7 @@ use ella_proto::v1::{RunStatus, ToWorker};
 use ella_store::Store;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -29,6 +31,8 @@ pub(super) enum Input {
     Status(oneshot::Sender<RunStatus>),
     /// Something that does not concern the machine is to be told to people.
     Note(Note),
+    /// This process is to leave, and nobody else: the coordinator that follows takes the workers over.
+    HandOver(String),
 }
 
 /// The driver's end of a worker's stream.
@@ -49,25 +53,57 @@ pub(super) struct Outlets {
     pub(super) store: Store,
 }
 
+/// The outcome, and until when it is told to whoever asks: to the end of the process, if no time is given.
+struct Over {
+    outcome: Outcome,
+    until: Option<Instant>,
+}
+
 pub(super) struct Driver {
     machine: Box<dyn Machine>,
     inbox: mpsc::Receiver<Input>,
     /// A job has none.
     outlets: Option<Outlets>,
+    /// What people look at. A job in this process has none.
+    recorder: Option<Arc<Recorder>>,
     /// Who never came as far as the inbox.
     strangers: Arc<Strangers>,
+    /// How often the cluster's tools could not be told how far it is.
+    untold: Arc<AtomicU64>,
     streams: BTreeMap<ConnId, Stream>,
     began: Instant,
     linger: Duration,
-    over: Option<(Outcome, Instant)>,
+    /// Whether an outcome that another start would not change is served until this process is told to leave.
+    stays: bool,
+    over: Option<Over>,
     /// Streams that turned out not to be read, to be told to the machine.
     stuck: Vec<ConnId>,
 }
 
 impl Driver {
     pub(super) fn new(machine: Box<dyn Machine>, inbox: mpsc::Receiver<Input>, outlets: Option<Outlets>, linger: Duration) -> Self {
-        let (strangers, streams, stuck) = (Arc::default(), BTreeMap::new(), Vec::new());
-        Self { machine, inbox, outlets, strangers, streams, began: Instant::now(), linger, over: None, stuck }
+        let (strangers, untold, streams, stuck) = (Arc::default(), Arc::default(), BTreeMap::new(), Vec::new());
+        let recorder = None;
+        Self {
+            machine,
+            inbox,
+            outlets,
+            recorder,
+            strangers,
+            untold,
+            streams,
+            began: Instant::now(),
+            linger,
+            stays: false,
+            over: None,
+            stuck,
+        }
+    }
+
+    /// Has it stay after an outcome that another start would not change; `done`: the machine's run is done already.
+    pub(super) fn staying(self, stays: bool, done: bool) -> Self {
+        let over = done.then_some(Over { outcome: Outcome::Done, until: None });
+        Self { stays, over, ..self }
     }
 
     /// Has its status say how many these were.
@@ -75,16 +111,26 @@ impl Driver {
         Self { strangers, ..self }
     }
 
+    /// Has what happens taken down for people.
+    pub(super) fn with_recorder(self, recorder: Arc<Recorder>) -> Self {
+        Self { recorder: Some(recorder), ..self }
+    }
+
+    /// Has its status say how often progress could not be told.
+    pub(super) fn with_untold(self, untold: Arc<AtomicU64>) -> Self {
+        Self { untold, ..self }
+    }
+
     /// Runs until the outcome is decided and has had time to be read.
     pub(super) async fn run(mut self, shutdown: CancellationToken) -> Outcome {
         loop {
-            if let Some((outcome, _)) = self.over.take_if(|(_, at)| Instant::now() >= *at) {
-                return outcome;
+            if let Some(over) = self.over.take_if(|over| over.until.is_some_and(|at| Instant::now() >= at)) {
+                return over.outcome;
             }
             let wake = self.wake();
             let input = tokio::select! {
                 biased;
-                () = shutdown.cancelled(), if self.over.is_none() => Input::Event(Event::Leave("the coordinator broke".into())),
+                () = shutdown.cancelled(), if self.over.as_ref().is_none_or(|over| over.until.is_none()) => Input::Event(Event::Leave("the coordinator broke".into())),
                 Some(input) = self.inbox.recv() => input,
                 () = tokio::time::sleep_until(wake) => Input::Event(Event::Tick),
             };
@@ -93,11 +139,25 @@ impl Driver {
                 Input::Status(reply) => drop(reply.send(self.status())),
                 Input::Event(event) => self.handle(event),
                 Input::Note(note) => self.note(&note),
+                Input::HandOver(reason) => self.hand_over(reason),
             }
         }
     }
 
+    /// Leaves without a word to the workers, as a death would, but with everything written that is known: they train on and look for the
+    /// coordinator that follows.
+    fn hand_over(&mut self, reason: String) {
+        let outcome = self.over.take().map_or(Outcome::Preempted { reason }, |over| over.outcome);
+        self.over = Some(Over { outcome, until: Some(Instant::now()) });
+        for stream in std::mem::take(&mut self.streams).into_values() {
+            stream.gate.cancel();
+        }
+    }
+
     fn handle(&mut self, event: Event) {
+        if let (Event::Stop(_) | Event::Leave(_), Some(over)) = (&event, &mut self.over) {
+            over.until = Some(over.until.unwrap_or_else(Instant::now));
+        }
         if let Event::Closed(conn, _) = &event {
             self.streams.remove(conn);
         }
@@ -109,7 +169,7 @@ impl Driver {
             next = self.stuck.pop().map(|conn| Event::Closed(conn, Closed::Stuck));
         }
         // Once the workers are gone too, only the linger is waited for.
-        if let Some((_, at)) = &mut self.over
+        if let Some(Over { until: Some(at), .. }) = &mut self.over
             && self.streams.is_empty()
         {
             *at = (*at).min(Instant::now() + self.linger);
@@ -131,14 +191,20 @@ impl Driver {
                 if let Some(outlets) = &self.outlets {
                     outlets.journal.metric(&progress);
                 }
+                self.record(|recorder| recorder.measured(&progress));
             }
             Effect::Timing(timing) => {
                 if let Some(outlets) = &self.outlets {
                     outlets.journal.timing(&timing);
                 }
+                self.record(|recorder| recorder.timed(&timing));
             }
             Effect::Note(note) => self.note(&note),
-            Effect::Finish(outcome) => self.over = Some((outcome, Instant::now() + self.linger + CLOSING)),
+            Effect::Finish(outcome) => {
+                let final_word = outcome == Outcome::Done || outcome.is_permanent();
+                let until = (!(self.stays && final_word)).then(|| Instant::now() + self.linger + CLOSING);
+                self.over = Some(Over { outcome, until });
+            }
         }
     }
 
@@ -154,6 +220,11 @@ impl Driver {
             Some(outlets) => outlets.journal.note(note),
             None => journal::log(note),
         }
+        self.record(|recorder| recorder.noted(note));
+    }
+
+    fn record(&self, take_down: impl FnOnce(&Recorder)) {
+        self.recorder.as_deref().map(take_down).unwrap_or_default();
     }
 
     /// Ends both halves of a stream; what was sent before still goes out.
@@ -169,14 +240,14 @@ impl Driver {
 
     fn wake(&self) -> Instant {
         let deadline = self.machine.next_deadline().map(|at| self.began + Duration::from_millis(at.0));
-        let over = self.over.as_ref().map(|(_, at)| *at);
+        let over = self.over.as_ref().and_then(|over| over.until);
         deadline.into_iter().chain(over).min().unwrap_or_else(|| Instant::now() + Duration::from_secs(60))
     }
 
     /// The machine's status, with what the shell counts.
     fn status(&self) -> RunStatus {
         let mut status = self.machine.status(self.now());
-        let mut own = vec![self.strangers.count()];
+        let mut own = vec![self.strangers.count(), ("progress_pushes_failed", self.untold.load(Relaxed))];
         if let Some(outlets) = &self.outlets {
             own.extend(outlets.journal.counts());
             own.push(("store_retries", outlets.store.retries()));

@@ -1,5 +1,6 @@
 //! HTTP for people and probes. Read-only.
 
+use super::dashboard::{self, Dashboard};
 use super::driver::Input;
 use super::grpc::ask_status;
 use super::{RunError, page};
@@ -7,7 +8,7 @@ use crate::core::Outcome;
 use crate::status::StatusReport;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
-use axum::response::{Html, IntoResponse, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use tokio::net::TcpListener;
@@ -20,15 +21,16 @@ type Inputs = State<mpsc::Sender<Input>>;
 pub(super) async fn serve(
     listener: TcpListener,
     inputs: mpsc::Sender<Input>,
+    dashboard: Dashboard,
     shutdown: CancellationToken,
 ) -> Result<Option<Outcome>, RunError> {
     let router = Router::new()
-        .route("/", get(index))
         .route("/api/v1/status", get(status))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/metrics", get(metrics))
         .route("/readyz", get(ready))
-        .with_state(inputs);
+        .with_state(inputs)
+        .merge(dashboard::router(dashboard));
     let served = axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await;
     served.map(|()| None).map_err(|e| RunError::Server { name: "HTTP", reason: e.to_string() })
 }
@@ -36,10 +38,6 @@ pub(super) async fn serve(
 async fn report(inputs: &mpsc::Sender<Input>) -> Result<StatusReport, Response> {
     let status = ask_status(inputs).await;
     status.map(Into::into).ok_or_else(|| (StatusCode::SERVICE_UNAVAILABLE, "the coordinator does not answer\n").into_response())
-}
-
-async fn index(State(inputs): Inputs) -> Result<Html<String>, Response> {
-    report(&inputs).await.map(|report| Html(page::html(&report)))
 }
 
 async fn status(State(inputs): Inputs) -> Result<Json<StatusReport>, Response> {

@@ -3,6 +3,8 @@
 //! One task, the driver, owns the machine; all others send it inputs and carry out its effects. Every task is tracked, and the first
 //! error ends them all.
 
+pub mod cluster;
+mod dashboard;
 mod driver;
 mod error;
 mod grpc;
@@ -12,14 +14,17 @@ mod journal;
 mod keeper;
 mod local;
 mod page;
+mod push;
 mod start;
 
 pub use error::RunError;
 pub use local::LocalJob;
+pub use push::ProgressTo;
 
 use crate::core::{Core, CoreConfig, History, Note, Outcome};
 use crate::job::{JobCore, JobSettings};
 use crate::machine::{Event, Machine, Time};
+use dashboard::{Dashboard, Recorder};
 use driver::{Driver, Input};
 use ella_proto::access::Token;
 use ella_proto::config::{JobConfig, RunConfig, Straggler};
@@ -30,6 +35,7 @@ use guard::{Guard, Strangers};
 use start::Damaged;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -52,6 +58,12 @@ pub struct Options {
     pub drain_timeout: Duration,
     /// How long the final status stays readable.
     pub linger: Duration,
+    /// Whether it goes on to serve the final status of a run or job that is done, or failed for good, until it is told to leave.
+    pub stay: bool,
+    /// Whether, told to leave, it leaves its workers to the coordinator that follows, and does not ask them to commit and leave.
+    pub hand_over: bool,
+    /// Where the cluster's tools are told how far it is.
+    pub progress_to: Vec<ProgressTo>,
     /// What every call must show; none is asked for otherwise.
     pub token: Option<Token>,
 }
@@ -59,7 +71,8 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let local = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self { listen: local, http: local, drain_timeout: Duration::from_secs(300), linger: Duration::from_secs(1), token: None }
+        let (drain_timeout, linger) = (Duration::from_secs(300), Duration::from_secs(1));
+        Self { listen: local, http: local, drain_timeout, linger, stay: false, hand_over: false, progress_to: Vec::new(), token: None }
     }
 }
 
@@ -90,24 +103,39 @@ pub struct Coordinator {
     machine: Box<dyn Machine>,
     /// Of a run.
     memory: Option<(RunLog, Store)>,
+    /// The run's folder and newest term, for people to look at.
+    shown: Option<(Store, u64)>,
     /// Commits that were given up as the run was opened.
     damaged: Vec<Damaged>,
     grpc: TcpListener,
     http: TcpListener,
     addresses: Addresses,
     linger: Duration,
+    stay: bool,
+    hand_over: bool,
+    /// The run was complete when it was opened: only that is told.
+    done: bool,
+    progress_to: Vec<ProgressTo>,
     token: Option<Token>,
 }
 
 impl Coordinator {
-    /// Opens the run in `store` (`run.output` is not looked at) and claims its next term. A run that is complete is left alone.
+    /// Opens the run in `store` (`run.output` is not looked at) and claims its next term. A run that is complete is left alone; with
+    /// [`Options::stay`] that is served.
     ///
     /// # Errors
     /// If the run has another config, its store or log can't be used, its last commit is damaged, or an address is taken.
     pub async fn open(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
         let (grpc, http) = (bind(options.listen).await?, bind(options.http).await?);
         let (log, state, damaged) = match start::open_run(config, &store).await? {
-            start::Run::Done { step } => return Ok(Opened::Done { step }),
+            start::Run::Done { step, .. } if !options.stay => return Ok(Opened::Done { step }),
+            start::Run::Done { state, .. } => {
+                let term = state.term;
+                let history = History { term: Term(term), commits: state.commits };
+                let core = Core::done(core_config(config, store.url(), options), history, Time(0));
+                let run = Self::with(Box::new(core), None, (grpc, http), options)?;
+                return Ok(Opened::Ready(Box::new(Self { done: true, shown: Some((store, term)), ..run })));
+            }
             start::Run::Claimed { log, state, damaged } => (log, state, damaged),
         };
         let core = Core::new(core_config(config, store.url(), options), history(&log, *state), Time(0));
@@ -131,8 +159,10 @@ impl Coordinator {
         options: &Options,
     ) -> Result<Self, RunError> {
         let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
-        let (damaged, linger, token) = (Vec::new(), options.linger, options.token.clone());
-        Ok(Self { machine, memory, damaged, grpc, http, addresses, linger, token })
+        let Options { linger, stay, hand_over, .. } = *options;
+        let (damaged, done, token, progress_to) = (Vec::new(), false, options.token.clone(), options.progress_to.clone());
+        let shown = memory.as_ref().map(|(log, store)| (store.clone(), log.term()));
+        Ok(Self { machine, memory, shown, damaged, grpc, http, addresses, linger, stay, hand_over, done, progress_to, token })
     }
 
     /// What to tell people of commits that were given up because they are damaged, if any were.
@@ -147,7 +177,7 @@ impl Coordinator {
         self.addresses
     }
 
-    /// Serves until the outcome is decided. The first reason from `stops` asks a run's workers to commit and leave, a second one ends
+    /// Serves until the outcome is decided, or with [`Options::stay`] until told to leave. The first reason from `stops` asks a run's workers to commit and leave, a second one ends
     /// the run at once. A job has nothing to commit: the first ends it.
     ///
     /// # Errors
@@ -156,6 +186,8 @@ impl Coordinator {
         let shutdown = CancellationToken::new();
         let (inputs, inbox) = mpsc::channel(INPUTS);
         let mut tasks = JoinSet::new();
+        let (run, term) = self.shown.unzip();
+        let (recorder, past) = Recorder::new(run, term.unwrap_or_default());
         let outlets = self.memory.map(|(log, store)| {
             let (journal, journal_task) = journal::journal(store.clone(), log.term());
             let (work, keeper_task) = keeper::keeper(log, store.clone(), inputs.clone());
@@ -167,13 +199,24 @@ impl Coordinator {
             driver::Outlets { work, journal, store }
         });
         let strangers = Arc::<Strangers>::default();
-        let driver = Driver::new(self.machine, inbox, outlets, self.linger).with_strangers(strangers.clone());
+        let untold = Arc::<AtomicU64>::default();
+        let driver = Driver::new(self.machine, inbox, outlets, self.linger).staying(self.stay, self.done);
+        let driver = driver.with_strangers(strangers.clone()).with_untold(untold.clone()).with_recorder(recorder.clone());
         let guard = Guard { token: self.token, strangers, inputs: inputs.clone() };
         let token = shutdown.clone();
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
         tasks.spawn(grpc::serve(self.grpc, guard, shutdown.clone()));
-        tasks.spawn(http::serve(self.http, inputs.clone(), shutdown.clone()));
-        tasks.spawn(forward_stops(stops, inputs, shutdown.clone()));
+        let dashboard = Dashboard::new(inputs.clone(), &recorder, shutdown.clone());
+        tasks.spawn(http::serve(self.http, inputs.clone(), dashboard, shutdown.clone()));
+        let (told, until) = (inputs.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            recorder.keep(past, told, until).await;
+            Ok(None)
+        });
+        if !self.progress_to.is_empty() {
+            tasks.spawn(push::push(self.progress_to, inputs.clone(), untold, shutdown.clone()));
+        }
+        tasks.spawn(forward_stops(stops, self.hand_over, inputs, shutdown.clone()));
         supervise(tasks, shutdown).await
     }
 }
@@ -209,14 +252,19 @@ async fn supervise(mut tasks: JoinSet<Result<Option<Outcome>, RunError>>, shutdo
 
 async fn forward_stops(
     mut stops: mpsc::Receiver<String>,
+    hand_over: bool,
     inputs: mpsc::Sender<Input>,
     shutdown: CancellationToken,
 ) -> Result<Option<Outcome>, RunError> {
     let mut asked = false;
     while let Some(Some(reason)) = shutdown.run_until_cancelled(stops.recv()).await {
-        let event = if asked { Event::Leave(reason) } else { Event::Stop(reason) };
+        let input = match (hand_over, asked) {
+            (true, _) => Input::HandOver(reason),
+            (false, false) => Input::Event(Event::Stop(reason)),
+            (false, true) => Input::Event(Event::Leave(reason)),
+        };
         asked = true;
-        if inputs.send(Input::Event(event)).await.is_err() {
+        if inputs.send(input).await.is_err() {
             break;
         }
     }

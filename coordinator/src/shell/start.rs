@@ -13,7 +13,7 @@ const RUN_TOML: &str = "run.toml";
 /// What a run folder holds.
 pub(super) enum Run {
     /// A complete run.
-    Done { step: u64 },
+    Done { step: u64, state: Box<RunState> },
     /// A run to begin or resume, in a term that is ours.
     Claimed { log: RunLog, state: Box<RunState>, damaged: Vec<Damaged> },
 }
@@ -32,7 +32,7 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     let written = check_config(config, store).await?;
     let state = RunState::from_records(&RunLog::read(store).await?);
     if let Some(step) = complete(&state, config) {
-        return Ok(Run::Done { step });
+        return Ok(Run::Done { step, state: Box::new(state) });
     }
     if let (None, Some(commit)) = (&written, state.last_commit().filter(|commit| commit.config_digest.to_string() != config.digest())) {
         return Err(RunError::OtherDigest { url: store.url().to_owned(), step: commit.step });
@@ -68,7 +68,8 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     // The last coordinator was cut off between the last commit and its own end.
     let step = commit.step;
     log.append(Body::End { outcome: Outcome::Done, step, reason: String::new() }, unix_ms()).await?;
-    Ok(Run::Done { step })
+    state.term = log.term();
+    Ok(Run::Done { step, state })
 }
 
 /// The step at which the run was completed, if it was and no further steps are asked for.

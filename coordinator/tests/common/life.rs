@@ -63,6 +63,8 @@ pub struct Life {
     attached: bool,
     /// Where to go when the stream ends.
     coordinator: Option<watch::Receiver<String>>,
+    /// What every rank says of a step; rank 0 alone speaks otherwise.
+    tells: Option<fn(u64, u32) -> v1::Progress>,
     /// Takes no more steps than this.
     limit: watch::Receiver<u64>,
     _limit: watch::Sender<u64>,
@@ -95,7 +97,7 @@ impl Life {
         let (_limit, limit) = watch::channel(u64::MAX);
         let (config, store) = (config.clone(), store.clone());
         let _beats = beating(&fake);
-        Self { fake, config, store, script, held: None, attached: true, coordinator: None, limit, _limit, _beats }
+        Self { fake, config, store, script, held: None, attached: true, coordinator: None, tells: None, limit, _limit, _beats }
     }
 
     /// Goes to where this says when its stream ends.
@@ -106,6 +108,11 @@ impl Life {
     /// Takes no more steps than this says.
     pub fn up_to(self, limit: watch::Receiver<u64>) -> Self {
         Self { limit, ..self }
+    }
+
+    /// Says this of each step, whatever its rank.
+    pub fn telling(self, tells: fn(u64, u32) -> v1::Progress) -> Self {
+        Self { tells: Some(tells), ..self }
     }
 
     pub async fn live(mut self) -> Ended {
@@ -250,8 +257,10 @@ impl Life {
     async fn apply(&mut self, seat: &mut Seat, wishes: Wishes) -> Option<Left> {
         let step = self.held.unwrap_or_default() + 1;
         self.held = Some(step);
-        if self.fake.rank == 0 {
-            self.fake.progress(step).await;
+        match self.tells {
+            Some(tells) => self.fake.say(Say::Progress(tells(step, self.fake.rank))).await,
+            None if self.fake.rank == 0 => self.fake.progress(step).await,
+            None => {}
         }
         let last = step == self.config.train.steps;
         let due = self.config.checkpoint.steps().is_some_and(|every| step.is_multiple_of(every));

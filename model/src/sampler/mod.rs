@@ -21,7 +21,7 @@ use crate::error::{ModelError, Result};
 use crate::schedule::{Prediction, Schedule};
 
 /// A sampler of a fixed number of steps.
-pub trait Sampler: Debug {
+pub trait Sampler: Debug + Send {
     /// The timesteps, falling: the U-Net is asked at each of them, in this order. Not all methods keep to whole ones.
     fn timesteps(&self) -> &[f32];
 

@@ -1,12 +1,15 @@
 //! The rules for values, which types cannot hold. Each is checked once, and named with its file and key.
 
-use super::{Bytes, Compression, ConfigError, ConnectorKind, Padding, Reduction, RunConfig};
+use super::sample::MOST_PICTURES;
+use super::{Bytes, Compression, ConfigError, ConnectorKind, LONGEST_SIDE, Padding, Reduction, RunConfig};
 use std::ops::RangeInclusive;
 
 /// Most threads of a worker: more than any machine has, and fewer than a system refuses to start.
 const MOST_THREADS: u64 = 1024;
 /// Most positions of a caption: sizes that text encoders have, with room.
 const MOST_TOKENS: u64 = 1 << 16;
+/// Most steps from noise to picture: as many as diffusion schedules have.
+const MOST_SAMPLER_STEPS: u64 = 1000;
 /// Least memory of a GPU that anything can be computed in: CUDA's own libraries take about as much.
 const LEAST_GPU_MEMORY: Bytes = Bytes(1 << 30);
 
@@ -17,6 +20,7 @@ pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError
     check.rates()?;
     check.captions()?;
     check.memory()?;
+    check.sample()?;
     check.padding()?;
     check.compression()
 }
@@ -127,6 +131,27 @@ impl Check<'_> {
             let rule = "the halves of a lane are rounded elsewhere than the whole, so that train.reduction = \"exact\" would give other bits on a \
                         smaller GPU; use \"fast\", or a smaller train.micro_batch";
             return Err(self.wrong("workers.split_on_oom", true, rule.to_owned()));
+        }
+        Ok(())
+    }
+
+    fn sample(&self) -> Result<(), ConfigError> {
+        let sample = &self.config.sample;
+        self.within("sample.images", sample.images.into(), 1..=MOST_PICTURES)?;
+        self.within("sample.steps", sample.steps.into(), 1..=MOST_SAMPLER_STEPS)?;
+        self.holds("sample.guidance", sample.guidance, f64::is_finite, "it must be a finite number")?;
+        if let Some(size) = sample.size.filter(|size| [size.width, size.height].iter().any(|side| !(1..=LONGEST_SIDE).contains(side))) {
+            let rule = format!("width and height must lie from 1 to {LONGEST_SIDE} pixels");
+            return Err(self.wrong("sample.size", format!("\"{size}\""), rule));
+        }
+        if sample.every > 0 && sample.prompts.is_empty() {
+            let rule = "sample.every asks for pictures; give what to draw, or sample.prompts_file".to_owned();
+            return Err(self.wrong("sample.prompts", "[]", rule));
+        }
+        let pictures = sample.prompts.len() as u64 * u64::from(sample.images);
+        if pictures > MOST_PICTURES {
+            let rule = format!("that is {pictures} pictures with sample.prompts, and there may be {MOST_PICTURES}");
+            return Err(self.wrong("sample.images", sample.images, rule));
         }
         Ok(())
     }

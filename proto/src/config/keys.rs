@@ -31,6 +31,12 @@ pub(super) fn full() -> RunConfig {
         },
         connector: Connector { width: Some(1), dtype: Some(ConnectorDtype::Fp32), ..Connector::default() },
         train: Train { snr_gamma: Some(1.0), ..Train::default() },
+        sample: Sample {
+            prompts_file: Some(PathBuf::new()),
+            size: Some(Size { width: 1, height: 1 }),
+            negative: Some(String::new()),
+            ..Sample::default()
+        },
         checkpoint: Checkpoint { every: Some(1), max_lost_work: Some(Millis(1)), ..Checkpoint::default() },
         workers: Workers { max: Some(1), gpu_memory: Some(Bytes(1)), ..Workers::default() },
     }

@@ -4,9 +4,11 @@
 mod check;
 mod job;
 mod keys;
+mod sample;
 mod units;
 
 pub use job::{Config, JobConfig, JobKind, JobTable};
+pub use sample::{LONGEST_SIDE, Sample, Sampler, Size};
 pub use units::{Bytes, Millis};
 
 use serde::de::DeserializeOwned;
@@ -77,6 +79,9 @@ pub struct RunConfig {
     /// When commits are made, and how many are kept.
     #[serde(default)]
     pub checkpoint: Checkpoint,
+    /// What is drawn as it trains.
+    #[serde(default)]
+    pub sample: Sample,
     /// The processes that train.
     #[serde(default)]
     pub workers: Workers,
@@ -583,7 +588,8 @@ impl RunConfig {
 
     /// Parses TOML text. `origin` names it in errors.
     pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self, ConfigError> {
-        let (config, origin) = read(text, origin, overrides, &keys::full())?;
+        let (mut config, origin): (Self, String) = read(text, origin, overrides, &keys::full())?;
+        config.sample.read_prompts(&origin)?;
         check::values(&config, &origin)?;
         Ok(config)
     }
@@ -599,7 +605,7 @@ impl RunConfig {
         toml::to_string_pretty(self).unwrap_or_default()
     }
 
-    /// BLAKE3 over what determines the trained bits: everything but places, commits, the number of workers and their timeouts.
+    /// BLAKE3 over what determines the trained bits: everything but places, commits, samples, the number of workers and their timeouts.
     /// A run resumes only under the same digest (SAME).
     pub fn digest(&self) -> String {
         blake3::hash(&self.binding_json()).to_hex().to_string()
@@ -633,6 +639,7 @@ impl RunConfig {
         }
         for path in [
             "checkpoint",
+            "sample",
             "train.eval_every",
             "train.eval_samples",
             "workers.count",
@@ -774,6 +781,16 @@ mod tests {
             ("[workers]\nthreads = 100000", "workers.threads"),
             ("[workers]\ngpu_memory = \"1MiB\"", "workers.gpu_memory"),
             ("[workers]\nsplit_on_oom = true", "workers.split_on_oom"),
+            ("[sample]\nevery = 5", "sample.prompts"),
+            ("[sample]\nprompts_file = \"/no/such/file\"", "sample.prompts_file"),
+            ("[sample]\nprompts = [\"a\"]\nprompts_file = \"p\"", "sample.prompts_file"),
+            ("[sample]\nimages = 0", "sample.images"),
+            ("[sample]\nsteps = 0", "sample.steps"),
+            ("[sample]\nguidance = nan", "sample.guidance"),
+            ("[sample]\nsize = \"0x64\"", "sample.size"),
+            ("[sample]\nsize = \"64x20000\"", "sample.size"),
+            ("[sample]\nsampler = \"dpm\"", "dpm++2m"),
+            ("[sample]\nprompts = [\"a\", \"b\"]\nimages = 501", "sample.images"),
             ("[checkpoint]\nkeep = 0", "checkpoint.keep"),
             ("[checkpoint]\nmax_lost_work = \"0s\"", "checkpoint.max_lost_work"),
             ("[checkpoint]\nevery = 0", "checkpoint.every"),
@@ -798,6 +815,27 @@ mod tests {
         assert!(error.contains("\"lots\" is not a size; write one such as"), "{error}");
         let error = parse("", &["train.steps"]).unwrap_err().to_string();
         assert!(error.contains("section.key=value"), "{error}");
+    }
+
+    #[test]
+    fn prompts_of_a_file_stand_in_the_effective_config() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("prompts.txt");
+        std::fs::write(&file, "a red circle\n\n  two stars \n").unwrap();
+        let set = [format!("sample.prompts_file={}", file.display()), "sample.every=5".to_owned(), "sample.size=64x32".to_owned()];
+        let config = parse("", &set.each_ref().map(String::as_str)).unwrap();
+        assert_eq!(
+            (config.sample.prompts.clone(), &config.sample.prompts_file),
+            (vec!["a red circle".to_owned(), "two stars".to_owned()], &None)
+        );
+        assert_eq!(RunConfig::parse(&config.to_toml(), "x", &[]).unwrap(), config);
+        std::fs::write(&file, "\n").unwrap();
+        let error = parse("", &[&set[0]]).unwrap_err().to_string();
+        assert!(error.contains("`sample.prompts_file`") && error.contains("has none"), "{error}");
+        let error = parse("[sample]\nsize = \"wide\"", &[]).unwrap_err().to_string();
+        assert!(error.contains("line 12") && error.contains("\"wide\" is not a size; expected WIDTHxHEIGHT"), "{error}");
+        let error = parse("[sample]\nprompt = [\"a\"]", &[]).unwrap_err().to_string();
+        assert_eq!(error, "run.toml: unknown key `sample.prompt`; did you mean `sample.prompts`?");
     }
 
     #[test]
@@ -852,6 +890,8 @@ mod tests {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
             assert_eq!(base.on_resume(free.split('=').next().unwrap()), OnResume::Free, "{free}");
         }
+        let sampled = parse("[sample]\nevery = 5\nprompts = [\"a\"]", &[]).unwrap();
+        assert_eq!(sampled.digest(), base.digest(), "what is drawn changes no trained bit");
         let ahead = parse("", &["text.features=ahead"]).unwrap();
         assert_eq!(ahead.digest(), base.digest(), "a run that began so may go on with the features that it made");
         for bound in [

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 /// Where the types of a run's config are declared; those of a job's tables follow.
-const RUN: [&str; 2] = ["proto/src/config/mod.rs", "proto/src/config/units.rs"];
+const RUN: [&str; 3] = ["proto/src/config/mod.rs", "proto/src/config/sample.rs", "proto/src/config/units.rs"];
 const JOBS: [&str; 6] = [
     "proto/src/config/mod.rs",
     "proto/src/config/units.rs",

@@ -157,7 +157,7 @@ impl Flags {
     /// What this rank is at, for heartbeats; of what it computes, each part anew.
     pub fn at(&self, activity: Activity) {
         self.activity.store(activity.into(), Ordering::Relaxed);
-        self.stretches.next(Instant::now(), activity == Activity::Compute);
+        self.stretches.next(Instant::now(), matches!(activity, Activity::Compute | Activity::Draw));
     }
 
     /// From now on a part that is computed for longer than `least`, and far longer than any before, or the first one for longer than `first`,

@@ -12,6 +12,7 @@ use crate::reduce::{AbortHandle, Collective, CollectiveError, Listener, Membersh
 use crate::train::Trainer;
 use crate::train::cadence::Cadence;
 use crate::train::graph::Graphs;
+use crate::train::samples::Studio;
 use crate::train::state::{StateError, TrainState, part_names};
 use ella_dataset::ledger::{Ledger, Tally};
 use ella_dataset::{CacheLimits, DataSet};
@@ -105,6 +106,8 @@ pub(super) fn assemble(
     if let Some(needs) = &needs {
         tell_plan(needs, device);
     }
+    // The text encoder that reads its prompts is gone before the feed loads one.
+    let studio = Studio::load(config, device)?;
     let captions = Arc::new(runtime.block_on(Captions::open(&data, &config.data.captions))?);
     let features = FeatureSource::open(config, (&data, &captions), (&text, device), runtime)?;
     let sources = Sources::new(Parts {
@@ -139,6 +142,9 @@ pub(super) fn assemble(
         flags,
         cadence: Cadence::new(&config.checkpoint, Instant::now()),
         committing: Duration::ZERO,
+        studio,
+        drawing: Duration::ZERO,
+        began: 0,
         supplied: false,
         not_finite: 0,
         seat: Seat::default(),

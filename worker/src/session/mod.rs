@@ -351,7 +351,7 @@ impl<'a> Rank<'a> {
         // What is encoded from here on would only delay the commit.
         trainer.feed.stop_encoding();
         match trainer.committer.settle() {
-            Ok(()) => {}
+            Ok(()) => trainer.tell_pictures(),
             Err(CommitError::Interrupted) => {
                 self.idle(CommitError::Interrupted.to_string());
                 return Ok(());

@@ -6,6 +6,7 @@ pub mod graph;
 pub mod lane;
 mod mark;
 pub mod optimizer;
+pub mod samples;
 pub mod split;
 pub mod state;
 pub mod stats;
@@ -171,6 +172,12 @@ pub struct Trainer {
     pub cadence: Cadence,
     /// How long the last commit held up training: told with the step after it.
     pub committing: Duration,
+    /// What draws samples, if any are to be drawn.
+    pub studio: Option<samples::Studio>,
+    /// How long drawing samples held up training: told with the step after it.
+    pub drawing: Duration,
+    /// The step that the generation began with.
+    pub began: u64,
     /// The step of the newest commit, saved or being saved.
     pub saved: u64,
     /// Whether all ranks are known to have the next step's samples.
@@ -188,6 +195,13 @@ impl Trainer {
         // All ranks must count alike, those that have just joined too.
         self.not_finite = 0;
         let last = self.config.train.steps;
+        self.began = self.state.step;
+        // Whoever was to draw this step's samples may be gone.
+        if self.began > 0
+            && let Some(halt) = self.draw()?
+        {
+            return Ok(halt);
+        }
         if self.state.step >= last {
             // Its commit did not live to see its record.
             self.commit()?;
@@ -212,6 +226,14 @@ impl Trainer {
             // Ranks without one coordinator, which all of them then know, go on until they have one.
             let attended = stats.agree_on(Some(self.seat.era).filter(|era| *era != Era::default()));
             let leaving = stats.leaving > 0 && step < last;
+            let draws = stats.drawing > 0;
+            // Nobody would go on from the last commit, and draw them.
+            if draws
+                && step == last
+                && let Some(halt) = self.draw()?
+            {
+                return Ok(halt);
+            }
             if attended && (leaving || step == last || stats.due > 0 || self.cadence.names(step)) {
                 self.commit()?;
             }
@@ -220,6 +242,11 @@ impl Trainer {
                 () if step == last => return Ok(if attended { Halt::Done } else { Halt::Boundary }),
                 () if leaving && attended => return Ok(Halt::Drained),
                 () if stats.boundary > 0 => return Ok(Halt::Boundary),
+                () if draws => {
+                    if let Some(halt) = self.draw()? {
+                        return Ok(halt);
+                    }
+                }
                 () => {}
             }
         }
@@ -264,8 +291,8 @@ impl Trainer {
     /// Applies one step and returns its sums over all ranks.
     fn step(&mut self, input: StepInput) -> Result<StepStats, TrainError> {
         let begin = Instant::now();
-        let commit = std::mem::take(&mut self.committing);
-        let mut times = Times { data: input.waited, encode: input.encode, commit, ..Times::default() };
+        let (commit, draw) = (std::mem::take(&mut self.committing), std::mem::take(&mut self.drawing));
+        let mut times = Times { data: input.waited, encode: input.encode, commit, draw, ..Times::default() };
         let number = self.state.step + 1;
         if input.step + 1 != number {
             return Err(TrainError::Dealt {
@@ -279,6 +306,7 @@ impl Trainer {
         mine.supplied = i64::from(self.feed.has_next());
         let due = self.cadence.is_due(self.state.step, self.flags.committed.load(Ordering::Relaxed), Instant::now());
         mine.due = i64::from(due && self.collective.rank() == 0);
+        mine.drawing = i64::from(self.draws_after(number));
 
         let reduced = self.over_ranks(sum, &mine, &mut times)?;
         times.passes(&marks)?;
@@ -300,7 +328,7 @@ impl Trainer {
         self.state.ledger.add_tally(input.epoch, &all.tally);
         self.flags.step.store(number, Ordering::Relaxed);
         times.update = updating.elapsed();
-        self.report(&all, norm, begin.elapsed() + input.waited + commit, &times);
+        self.report(&all, norm, begin.elapsed() + input.waited + commit + draw, &times);
         Ok(all)
     }
 
@@ -376,7 +404,8 @@ impl Trainer {
 
     /// Rank 0 speaks for all; of the others only the timing, and what they read, is of interest.
     fn report(&mut self, all: &StepStats, norm: f64, took: Duration, times: &Times) {
-        let (step, read) = (self.state.step, self.feed.reads());
+        let (step, mut read) = (self.state.step, self.feed.reads());
+        read.extend(self.committer.pictures());
         let at_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         // The only trace of a step that is applied while there is no coordinator.
         tracing::debug!(step, at_unix_ms, "applied");
@@ -512,6 +541,7 @@ struct Times {
     reduce_hidden: Duration,
     update: Duration,
     commit: Duration,
+    draw: Duration,
 }
 
 impl Times {
@@ -536,6 +566,7 @@ impl Times {
             reduce_hidden: self.reduce_hidden.as_secs_f64(),
             update: self.update.as_secs_f64(),
             commit: self.commit.as_secs_f64(),
+            draw: self.draw.as_secs_f64(),
         }
     }
 }

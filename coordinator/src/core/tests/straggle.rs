@@ -99,6 +99,25 @@ fn it_is_let_go_at_once_if_that_is_asked_for_and_enough_remain() {
     assert_eq!(beat_until(&mut run, 6_000, &[(1, A::Reduce), (2, A::Compute)]).len(), 1, "named only");
 }
 
+/// Of ranks that draw samples one may have more of them to draw: neither it nor who computes first afterwards is late, however long that takes.
+#[test]
+fn ranks_that_draw_samples_are_waited_for_and_that_time_is_no_measure_of_steps() {
+    for evict in [false, true] {
+        let mut run = at_pace(CoreConfig { straggler_evict: evict, ..config(2) });
+        assert_eq!(beat_until(&mut run, 20_000, &[(1, A::Reduce), (2, A::Draw)]), vec![]);
+        assert_eq!(beat_until(&mut run, 21_000, &[(1, A::Reduce), (2, A::Compute)]), vec![]);
+        for n in [1, 2] {
+            run.say(n, from_worker::Body::Progress(progress(4, 4)));
+        }
+        // As soon as before the drawing, a straggler is one.
+        let effects = beat_until(&mut run, 22_500, &[(1, A::Reduce), (2, A::Compute)]);
+        assert!(
+            matches!(effects.first(), Some(Effect::Note(Note::Straggler { rank: 1, .. }))) || evict && !effects.is_empty(),
+            "{effects:?}"
+        );
+    }
+}
+
 /// What it said before the newest step is of no use: it may be stopped.
 #[test]
 fn a_rank_that_is_silent_is_one_too() {

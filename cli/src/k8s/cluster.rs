@@ -1,0 +1,72 @@
+//! What is asked of the cluster's API.
+
+use std::time::Duration;
+
+use ella_k8s::client::{ClientError, Cluster};
+use serde_json::json;
+
+use super::{Cancel, Logs, Scale, Submit, There};
+use crate::ui::{DONE, FAILED, Fail, Out, USAGE};
+
+impl From<ClientError> for Fail {
+    fn from(error: ClientError) -> Self {
+        let code = if matches!(error, ClientError::NoConfig(_)) { USAGE } else { FAILED };
+        Self { code, message: error.to_string() }
+    }
+}
+
+impl Submit {
+    pub(super) fn run(&self, out: Out) -> Result<u8, Fail> {
+        let rendered = self.what.render()?;
+        let made = crate::runtime()?.block_on(async {
+            let cluster = Cluster::connect(self.context.as_deref(), &rendered.namespace).await?;
+            cluster.submit(&rendered).await
+        })?;
+        let (name, namespace) = (&rendered.name, &rendered.namespace);
+        out.result(&json!({ "name": name, "namespace": namespace, "made": made }), || {
+            format!("{}\n{namespace}/{name} is in the cluster: ella k8s logs {name} --namespace {namespace} --follow", made.join("\n"))
+        });
+        Ok(DONE)
+    }
+}
+
+impl There {
+    async fn cluster(&self) -> Result<Cluster, ClientError> {
+        Cluster::connect(self.context.as_deref(), &self.namespace).await
+    }
+}
+
+impl Logs {
+    pub(super) fn run(&self, out: Out) -> Result<u8, Fail> {
+        crate::runtime()?.block_on(async {
+            let cluster = self.there.cluster().await?;
+            let mut told = |pod: &str, line: &str| match out.json {
+                true => println!("{}", json!({ "pod": pod, "line": line })),
+                false => println!("{pod}  {line}"),
+            };
+            cluster.logs(&self.there.name, &self.of, self.follow, &mut told).await
+        })?;
+        Ok(DONE)
+    }
+}
+
+impl Scale {
+    pub(super) fn run(&self, out: Out) -> Result<u8, Fail> {
+        let There { name, namespace, .. } = &self.there;
+        crate::runtime()?.block_on(async { self.there.cluster().await?.scale(name, self.workers).await })?;
+        out.result(&json!({ "name": name, "workers": self.workers }), || {
+            format!("{namespace}/{name}: {} workers from now on", self.workers)
+        });
+        Ok(DONE)
+    }
+}
+
+impl Cancel {
+    pub(super) fn run(&self, out: Out) -> Result<u8, Fail> {
+        let There { name, namespace, .. } = &self.there;
+        let patience = if self.now { Duration::ZERO } else { Duration::from_secs(self.timeout) };
+        let gone = crate::runtime()?.block_on(async { self.there.cluster().await?.cancel(name, patience).await })?;
+        out.result(&json!({ "name": name, "gone": gone }), || format!("{}\n{namespace}/{name} is gone; its folder stays", gone.join("\n")));
+        Ok(DONE)
+    }
+}

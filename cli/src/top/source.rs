@@ -1,0 +1,245 @@
+//! Where what is shown comes from: a coordinator, a run's folder, or both.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use ella_coordinator::client;
+use ella_coordinator::history::{Past, Rank, Reader, judge};
+use ella_coordinator::status::StatusReport;
+use ella_proto::access::Access;
+use ella_store::{RunLog, RunState, Store};
+use tokio::time::Instant;
+
+use super::snapshot::{Snapshot, clean};
+use crate::run::{ADDRESS, RUN_TOML, RunFolder};
+use crate::status::{coordinator_of, outcome};
+use crate::token::TokenFile;
+use crate::ui::Fail;
+
+/// A coordinator writes what it keeps this often, so the folder is read no more often.
+const FOLDER: Duration = Duration::from_secs(10);
+/// Points of a curve: more than a terminal has columns of dots.
+const POINTS: usize = 600;
+/// Steps seen by asking, that are not in the folder yet.
+const RECENT: usize = 600;
+/// Events that are shown.
+const EVENTS: usize = 200;
+
+/// A step as the coordinator told of it.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    step: u64,
+    loss: Option<f64>,
+    rate: f64,
+}
+
+pub(super) struct Source {
+    access: Option<Access>,
+    /// Of a run whose folder can be read from here.
+    folder: Option<(Store, Reader)>,
+    past: Past,
+    read: Option<Instant>,
+    /// What the log said when it was read last.
+    state: RunState,
+    /// In all, by the config.
+    steps: u64,
+    recent: VecDeque<Seen>,
+    last: Option<StatusReport>,
+}
+
+impl Source {
+    /// Finds out whether a coordinator is there, and whether the run's folder can be read.
+    pub(super) async fn open(what: Option<&str>, coordinator: Option<&str>, token: &TokenFile) -> Result<Self, Fail> {
+        if let Some(url) = coordinator_of(what, coordinator) {
+            let access = token.access(&url)?;
+            let status = StatusReport::from(client::status(&access).await?);
+            let store = if status.job.is_none() { readable(&status.run_url).await } else { None };
+            return Ok(Self::new(Some(access), store, status.steps));
+        }
+        let run = RunFolder::open(what.unwrap_or_default()).await?;
+        let address = run.store.local_path().and_then(|folder| std::fs::read_to_string(folder.join(ADDRESS)).ok());
+        let access = match address {
+            Some(url) => Some(token.access(&url)?),
+            None => None,
+        };
+        let steps = run.config.train.steps;
+        let mut source = Self::new(access, Some(run.store.clone()), steps);
+        // The port of one that was killed may be another's by now.
+        let answer = source.ask().await;
+        if answer.is_none_or(|status| status.run_url != run.store.url()) {
+            source.access = None;
+        }
+        Ok(source)
+    }
+
+    fn new(access: Option<Access>, store: Option<Store>, steps: u64) -> Self {
+        let folder = store.map(|store| (store.clone(), Reader::new(store, None)));
+        let (past, state) = (Past::default(), RunState::default());
+        Self { access, folder, past, read: None, state, steps, recent: VecDeque::new(), last: None }
+    }
+
+    async fn ask(&self) -> Option<StatusReport> {
+        let access = self.access.as_ref()?;
+        client::status(access).await.ok().map(StatusReport::from)
+    }
+
+    /// What there is now.
+    ///
+    /// # Errors
+    /// If neither a coordinator nor a folder has ever told of anything.
+    pub(super) async fn look(&mut self) -> Result<Snapshot, Fail> {
+        let status = self.ask().await;
+        if let Some(status) = &status {
+            self.note(status);
+        }
+        if self.read.is_none_or(|at| at.elapsed() >= FOLDER) || (status.is_none() && self.last.is_some()) {
+            self.read_folder().await;
+        }
+        let gone = status.is_none() && self.access.is_some() && !self.state.is_over();
+        let snapshot = match (status, &self.folder) {
+            (Some(status), _) => {
+                self.last = Some(status.clone());
+                self.live(&status)
+            }
+            (None, Some(_)) if self.access.is_none() || self.state.is_over() => self.still(),
+            (None, _) => {
+                let last = self.last.clone().ok_or_else(|| Fail::failed("the coordinator does not answer; is the run still going?"))?;
+                self.live(&last)
+            }
+        };
+        Ok(Snapshot { gone, ..snapshot })
+    }
+
+    fn note(&mut self, status: &StatusReport) {
+        if let Some(job) = &status.job {
+            let look = self.recent.back().map_or(1, |seen| seen.step + 1);
+            self.recent.push_back(Seen { step: look, loss: None, rate: job.samples_per_second });
+        } else {
+            let known = self.past.curves.last().map_or(0, |last| last.step);
+            self.recent.retain(|seen| seen.step > known && seen.step < status.step);
+            if status.step > known {
+                self.recent.push_back(Seen { step: status.step, loss: status.loss, rate: status.samples_per_second });
+            }
+        }
+        if self.recent.len() > RECENT {
+            self.recent.pop_front();
+        }
+    }
+
+    async fn read_folder(&mut self) {
+        self.read = Some(Instant::now());
+        let Some((store, reader)) = &mut self.folder else { return };
+        reader.read(&mut self.past).await;
+        match RunLog::read(store).await {
+            Ok(records) => self.state = RunState::from_records(&records),
+            Err(error) => self.past.faults.problems = vec![error.to_string()],
+        }
+    }
+
+    fn live(&self, status: &StatusReport) -> Snapshot {
+        let told: Vec<Rank> = status.workers.iter().filter_map(newest).collect();
+        let mut ranks = self.past.timings.ranks(u64::MAX, 1024);
+        if told.is_empty() || ranks.len() != told.len() {
+            ranks = told;
+        }
+        let placed = status.workers.iter().filter(|worker| worker.rank.is_some()).count();
+        let (step, left) = (status.step, status.steps.saturating_sub(status.step));
+        let seconds_left = match &status.job {
+            Some(job) => job.seconds_left,
+            None => self.pace().filter(|_| status.phase == "training").map(|pace| pace * left as f64),
+        };
+        let snapshot = Snapshot {
+            run: clean(&status.run_url),
+            live: true,
+            phase: clean(&status.phase),
+            reason: clean(&status.reason),
+            term: status.term,
+            generation: status.generation,
+            step,
+            steps: status.steps,
+            epoch: Some(status.epoch),
+            samples: status.samples,
+            samples_per_second: Some(status.samples_per_second),
+            loss: status.loss,
+            seconds_left,
+            last_commit_step: status.last_commit_step,
+            workers: placed,
+            waiting: status.workers.len() - placed,
+            counts: status.counts.iter().map(|(name, n)| (clean(name), *n)).collect(),
+            job: status.job.clone(),
+            ..Snapshot::default()
+        };
+        self.with_past(snapshot, ranks)
+    }
+
+    /// By the folder alone.
+    fn still(&self) -> Snapshot {
+        let (phase, reason) = outcome(&self.state);
+        let last = self.past.curves.last();
+        let committed = self.state.last_commit();
+        let snapshot = Snapshot {
+            run: self.folder.as_ref().map_or_else(String::new, |(store, _)| store.url().to_owned()),
+            phase: phase.to_owned(),
+            reason: clean(&reason),
+            term: self.state.term,
+            generation: committed.map_or(0, |commit| commit.generation),
+            step: last.map(|last| last.step).or(committed.map(|commit| commit.step)).unwrap_or(0),
+            steps: self.steps,
+            epoch: committed.map(|commit| commit.epoch),
+            samples: committed.map_or(0, |commit| commit.ledger.iter().map(|epoch| epoch.samples).sum()),
+            loss: last.and_then(|last| last.loss),
+            last_commit_step: committed.map_or(0, |commit| commit.step),
+            counts: self.past.skipped.iter().map(|(name, n)| (clean(&format!("skipped_{name}")), *n)).collect(),
+            ..Snapshot::default()
+        };
+        self.with_past(snapshot, self.past.timings.ranks(u64::MAX, 1024))
+    }
+
+    /// Seconds of a step, by the newest steps that were measured or seen.
+    fn pace(&self) -> Option<f64> {
+        let last = self.past.curves.last()?.step;
+        let recent = self.past.curves.view(last.saturating_sub(64), last, 1);
+        let bucket = recent.buckets.last().filter(|bucket| bucket.millis > 0)?;
+        Some(bucket.millis as f64 / 1000.0 / f64::from(bucket.steps))
+    }
+
+    fn with_past(&self, snapshot: Snapshot, mut ranks: Vec<Rank>) -> Snapshot {
+        let verdict = judge(&mut ranks);
+        let view = self.past.curves.view(0, u64::MAX, POINTS);
+        let at = |index: u64| (index * view.width) as f64 + (view.width - 1) as f64 / 2.0;
+        let mut curves = snapshot.curves;
+        for bucket in &view.buckets {
+            curves.loss.extend(bucket.loss.mean().map(|loss| (at(bucket.index), loss)));
+            curves.held_out.extend(bucket.held_out.mean().map(|loss| (at(bucket.index), loss)));
+            curves.rate.extend(bucket.samples_per_second().map(|rate| (at(bucket.index), rate)));
+        }
+        for seen in &self.recent {
+            curves.loss.extend(seen.loss.map(|loss| (seen.step as f64, loss)));
+            curves.rate.push((seen.step as f64, seen.rate));
+        }
+        let mut events: Vec<_> = self.past.events.commits().chain(self.past.events.others()).cloned().collect();
+        events.sort_by_key(|event| std::cmp::Reverse(event.at_unix_ms));
+        events.truncate(EVENTS);
+        for rank in &mut ranks {
+            (rank.worker, rank.host) = (clean(&rank.worker), clean(&rank.host));
+        }
+        let faults = &self.past.faults;
+        let mut problems: Vec<String> = faults.problems.iter().map(|problem| clean(problem)).collect();
+        if faults.damaged_lines + faults.unread_files > 0 {
+            problems
+                .insert(0, format!("{} damaged lines and {} files of the past are left out", faults.damaged_lines, faults.unread_files));
+        }
+        Snapshot { curves, ranks, verdict: clean(&verdict), events, problems, ..snapshot }
+    }
+}
+
+fn newest(worker: &ella_coordinator::status::WorkerReport) -> Option<Rank> {
+    Some(Rank::named(worker.rank?, &worker.worker_id, &worker.host).of_step(&worker.parts?))
+}
+
+/// The run's folder, if it can be read from this machine.
+async fn readable(url: &str) -> Option<Store> {
+    let store = Store::open(url).ok()?;
+    let there = store.head(RUN_TOML).await.ok()??;
+    (there.bytes > 0).then_some(store)
+}

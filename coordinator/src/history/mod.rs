@@ -1,0 +1,133 @@
+//! What a run has been through, in bounded memory: its curves, where its ranks' time went, what happened. For people: the dashboard and
+//! `ella top` show it, and no decision is taken by it.
+//!
+//! [`Past`] is fed with lines as a run folder's `metrics/`, `timing/` and `events/` hold them, by a coordinator as they come about and by
+//! [`Reader`] from the folder.
+
+mod curves;
+mod event;
+mod reader;
+mod verdict;
+
+pub use curves::{Bucket, Curves, MOST_BUCKETS, Spread, View};
+pub use event::{Events, Happening, Kind};
+pub use reader::{Gauge, Reader, term_of};
+pub use verdict::{Rank, Timing, Timings, judge};
+
+use serde::Deserialize;
+use std::collections::BTreeMap;
+
+/// Reasons beyond this many are counted together.
+const MOST_REASONS: usize = crate::machine::MOST_NAMES;
+/// Problems that are remembered in words.
+const MOST_PROBLEMS: usize = 8;
+
+/// What was measured of one step, as `metrics/` keeps it.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Point {
+    /// Of the coordinator that kept it.
+    #[serde(skip)]
+    pub term: u64,
+    /// When it was applied, in milliseconds since 1970.
+    pub at_unix_ms: u64,
+    /// The step, from 1.
+    pub step: u64,
+    /// Of this step.
+    pub samples: u64,
+    /// None: it is not finite.
+    pub loss: Option<f64>,
+    /// On held-out noise, where it was measured.
+    #[serde(default)]
+    pub held_out_loss: Option<f64>,
+    /// Before clipping.
+    #[serde(default)]
+    pub grad_norm: Option<f64>,
+    /// The learning rate.
+    #[serde(default)]
+    pub lr: Option<f64>,
+    /// Seconds, by the rank that reports.
+    #[serde(default)]
+    pub step_seconds: f64,
+    /// Samples that were skipped, by reason (KNOWN).
+    #[serde(default)]
+    pub skipped: BTreeMap<String, u64>,
+}
+
+impl Point {
+    /// From a rank's message.
+    pub fn of(term: u64, progress: &ella_proto::v1::Progress) -> Self {
+        let finite = |value: f64| value.is_finite().then_some(value);
+        Self {
+            term,
+            at_unix_ms: progress.at_unix_ms,
+            step: progress.step,
+            samples: progress.samples,
+            loss: finite(progress.loss),
+            held_out_loss: progress.held_out_loss.and_then(finite),
+            grad_norm: finite(progress.grad_norm),
+            lr: finite(progress.learning_rate),
+            step_seconds: progress.step_seconds,
+            skipped: progress.skipped.iter().map(|(reason, n)| (reason.clone(), *n)).collect(),
+        }
+    }
+}
+
+/// What a run has been through.
+#[derive(Clone, Debug, Default)]
+pub struct Past {
+    /// What was measured of its steps.
+    pub curves: Curves,
+    /// Where its ranks' time went.
+    pub timings: Timings,
+    /// What happened.
+    pub events: Events,
+    /// Samples that were skipped, by reason (KNOWN).
+    pub skipped: BTreeMap<String, u64>,
+    /// What could not be taken in.
+    pub faults: Faults,
+}
+
+/// What could not be read of a run's past (KNOWN).
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Faults {
+    /// Lines that are none.
+    pub damaged_lines: u64,
+    /// Files and listings that the store did not give.
+    pub unread_files: u64,
+    /// The first of them, in words.
+    pub problems: Vec<String>,
+}
+
+impl Faults {
+    fn tell(&mut self, problem: impl FnOnce() -> String) {
+        if self.problems.len() < MOST_PROBLEMS {
+            self.problems.push(problem());
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.damaged_lines += other.damaged_lines;
+        self.unread_files += other.unread_files;
+        other.problems.into_iter().for_each(|problem| self.tell(|| problem));
+    }
+}
+
+impl Past {
+    /// Takes in a step.
+    pub fn measured(&mut self, point: &Point) {
+        self.curves.add(point);
+        for (reason, n) in &point.skipped {
+            let fits = self.skipped.contains_key(reason) || (self.skipped.len() < MOST_REASONS && reason.len() <= 64);
+            *self.skipped.entry(if fits { reason.clone() } else { "other".to_owned() }).or_default() += n;
+        }
+    }
+
+    /// Takes in all that came after.
+    pub fn append(&mut self, later: Self) {
+        self.curves.append(later.curves);
+        self.timings.append(later.timings);
+        self.events.append(later.events);
+        later.skipped.into_iter().for_each(|(reason, n)| *self.skipped.entry(reason).or_default() += n);
+        self.faults.add(later.faults);
+    }
+}

@@ -1,0 +1,373 @@
+//! The runs beside this one: folders beside its own that have a `run.toml`. What is read of them is bounded and kept for a while, for pages ask
+//! often and stores answer slowly.
+
+use axum::Json;
+use axum::extract::{Query, State};
+use ella_store::{Body, Outcome, Record, Store, StoreError};
+use futures::StreamExt;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use super::view::RunView;
+use super::{Refusal, Shared};
+use crate::history::Point;
+use crate::status::StatusReport;
+
+const RUN_TOML: &str = "run.toml";
+/// Folders that are looked at.
+const MOST_RUNS: usize = 200;
+/// Runs that are read at once.
+const AT_ONCE: usize = 4;
+/// How long a list of runs stays as it is.
+const FRESH: Duration = Duration::from_secs(30);
+/// Other runs whose past is kept, the newest asked for.
+const MOST_VIEWS: usize = 2;
+/// The largest `run.toml`, log record and file of measurements that is read.
+const LARGEST: u64 = 64 << 20;
+
+/// The folder that this run's own lies in.
+#[derive(Debug)]
+pub(super) struct Siblings {
+    parent: Option<Store>,
+    own: String,
+    listed: Mutex<Option<(Instant, Arc<Listing>)>>,
+    views: Mutex<VecDeque<(String, Instant, Arc<RunView>)>>,
+}
+
+#[derive(Clone, Debug, Default, Serialize)]
+struct Listing {
+    runs: Vec<Listed>,
+    /// Folders that were not looked at, for there are too many.
+    left_off: usize,
+    /// Why the folder could not be listed.
+    problem: Option<String>,
+}
+
+/// One run, briefly.
+#[derive(Clone, Debug, Default, Serialize)]
+struct Listed {
+    name: String,
+    /// This coordinator's.
+    own: bool,
+    /// `done`, `preempted` or `failed`, as its newest coordinator recorded it; `open` if it has not; of this one its phase.
+    state: String,
+    reason: String,
+    term: u64,
+    /// The newest step that was measured.
+    step: u64,
+    steps: Option<u64>,
+    loss: Option<f64>,
+    at_unix_ms: u64,
+    /// What of it could not be read.
+    problem: Option<String>,
+}
+
+/// The last part of a URL or path.
+pub(super) fn name_of(url: &str) -> &str {
+    url.trim_end_matches('/').rsplit('/').next().unwrap_or_default()
+}
+
+/// A folder's name, and nothing that leads elsewhere.
+fn is_name(name: &str) -> bool {
+    let fits = !name.is_empty() && name.len() <= 255 && !name.starts_with('.');
+    fits && !name.chars().any(|c| matches!(c, '/' | '\\') || c.is_control())
+}
+
+fn parent(store: &Store) -> Option<Store> {
+    let url = match store.local_path() {
+        Some(path) => path.parent()?.to_str()?.to_owned(),
+        None => store.url().trim_end_matches('/').rsplit_once('/').map(|(parent, _)| parent.to_owned())?,
+    };
+    // Of a bucket's own URL nothing is left but the scheme; a store in memory has nothing beside it.
+    if url.ends_with('/') || url.ends_with(':') || store.url().starts_with("memory:") {
+        return None;
+    }
+    Store::open(&url).ok()
+}
+
+/// The run of this name, opened as whoever trains it does: a folder's name on this machine may have any character.
+fn beside(parent: &Store, name: &str) -> Result<Store, StoreError> {
+    match parent.local_path().map(|path| path.join(name)) {
+        Some(path) => Store::open(&path.to_string_lossy()),
+        None => Ok(parent.child(name)),
+    }
+}
+
+impl Siblings {
+    pub(super) fn of(store: Option<&Store>) -> Self {
+        let own = store.map_or_else(String::new, |store| name_of(store.url()).to_owned());
+        Self { parent: store.and_then(parent), own, listed: Mutex::default(), views: Mutex::default() }
+    }
+
+    pub(super) fn is_own(&self, name: &str) -> bool {
+        name == self.own
+    }
+
+    fn folder(&self, name: &str) -> Result<Store, Refusal> {
+        if !is_name(name) {
+            return Err(Refusal::bad("run: give the name of a folder beside this run's, as /api/v1/runs lists them"));
+        }
+        let parent = self.parent.as_ref().ok_or_else(|| Refusal::not_found("there is no folder of runs here"))?;
+        Ok(beside(parent, name)?)
+    }
+
+    /// Another run's past, which is read in the background.
+    pub(super) async fn view(&self, name: &str) -> Result<Arc<RunView>, Refusal> {
+        let store = self.folder(name)?;
+        let mut views = self.views.lock().await;
+        views.retain(|(_, since, _)| since.elapsed() < FRESH * 2);
+        if let Some((.., view)) = views.iter().find(|(known, ..)| known == name) {
+            return Ok(Arc::clone(view));
+        }
+        if store.head(RUN_TOML).await?.is_none() {
+            return Err(Refusal::not_found(format!("{name}: there is no such run beside this one")));
+        }
+        let (view, reader) = RunView::new(Some(store), None);
+        if let Some(reader) = reader {
+            let view = Arc::clone(&view);
+            tokio::spawn(async move { view.restore(reader).await });
+        }
+        views.push_back((name.to_owned(), Instant::now(), Arc::clone(&view)));
+        if views.len() > MOST_VIEWS {
+            views.pop_front();
+        }
+        Ok(view)
+    }
+
+    /// Where another run is, by its folder.
+    pub(super) async fn status(&self, view: &RunView) -> Result<StatusReport, Refusal> {
+        let store = view.store().ok_or_else(|| Refusal::not_found("a job has no folder"))?;
+        let listed = read(store).await?.ok_or_else(|| Refusal::not_found("there is no such run beside this one"))?;
+        let Listed { state: phase, reason, term, step, steps, loss, .. } = listed;
+        let steps = steps.unwrap_or(0);
+        Ok(StatusReport { run_url: store.url().to_owned(), phase, reason, term, step, steps, loss, ..StatusReport::default() })
+    }
+
+    async fn list(&self) -> Arc<Listing> {
+        let mut listed = self.listed.lock().await;
+        if let Some((_, listing)) = listed.as_ref().filter(|(since, _)| since.elapsed() < FRESH) {
+            return Arc::clone(listing);
+        }
+        let listing = Arc::new(match &self.parent {
+            None => Listing::default(),
+            Some(parent) => {
+                self.look(parent).await.unwrap_or_else(|error| Listing { problem: Some(error.to_string()), ..Listing::default() })
+            }
+        });
+        *listed = Some((Instant::now(), Arc::clone(&listing)));
+        listing
+    }
+
+    async fn look(&self, parent: &Store) -> Result<Listing, StoreError> {
+        let mut names: Vec<String> = parent.folders("").await?.into_iter().filter(|name| is_name(name) && !self.is_own(name)).collect();
+        let left_off = names.len().saturating_sub(MOST_RUNS);
+        names.truncate(MOST_RUNS);
+        let one = |name: String| async move {
+            let read = async { read(&beside(parent, &name)?).await };
+            let listed = read.await.transpose()?.unwrap_or_else(|error| Listed { problem: Some(error.to_string()), ..Listed::default() });
+            Some(Listed { name, ..listed })
+        };
+        let runs = futures::stream::iter(names).map(one).buffered(AT_ONCE).filter_map(std::future::ready).collect().await;
+        Ok(Listing { runs, left_off, problem: None })
+    }
+}
+
+/// What a run's folder says of it; none if it is no run's.
+async fn read(store: &Store) -> Result<Option<Listed>, StoreError> {
+    let Some(config) = config_of(store).await? else { return Ok(None) };
+    let steps = config.get("train").and_then(|train| train.get("steps")).and_then(toml::Value::as_integer);
+    let mut listed = Listed { steps: steps.and_then(|steps| u64::try_from(steps).ok()), state: "open".into(), ..Listed::default() };
+    if let Some(record) = newest::<Record>(store, "log").await? {
+        listed.term = record.term;
+        if let Body::End { outcome, reason, step } = record.body {
+            let state = match outcome {
+                Outcome::Done => "done",
+                Outcome::Preempted => "preempted",
+                Outcome::Failed => "failed",
+            };
+            (listed.state, listed.reason, listed.step) = (state.into(), reason, step);
+        }
+    }
+    if let Some(point) = newest::<Point>(store, "metrics").await? {
+        (listed.step, listed.loss, listed.at_unix_ms) = (point.step, point.loss, point.at_unix_ms);
+    }
+    Ok(Some(listed))
+}
+
+/// What the last whole line of the newest file in `folder` says.
+async fn newest<T: serde::de::DeserializeOwned>(store: &Store, folder: &str) -> Result<Option<T>, StoreError> {
+    let files = store.files(folder).await?;
+    let Some(file) = files.iter().rev().find(|file| file.key.contains(".json") && file.bytes <= LARGEST) else { return Ok(None) };
+    let text = store.get(&file.key).await?;
+    let whole = serde_json::from_slice(&text).ok();
+    Ok(whole.or_else(|| text.rsplit(|byte| *byte == b'\n').find_map(|line| serde_json::from_slice(line).ok())))
+}
+
+async fn config_of(store: &Store) -> Result<Option<toml::Table>, StoreError> {
+    let Some(file) = store.head(RUN_TOML).await? else { return Ok(None) };
+    let corrupt = |found: String| StoreError::Corrupt {
+        url: store.url().to_owned(),
+        key: RUN_TOML.to_owned(),
+        expected: "a run's config".to_owned(),
+        found,
+    };
+    if file.bytes > 1 << 20 {
+        return Err(corrupt(format!("{} bytes", file.bytes)));
+    }
+    let text = store.get(RUN_TOML).await?;
+    let text = std::str::from_utf8(&text).map_err(|_| corrupt("no UTF-8".to_owned()))?;
+    text.parse().map(Some).map_err(|error: toml::de::Error| corrupt(error.message().to_owned()))
+}
+
+/// Lists this run and those beside it.
+pub(super) async fn runs(State(dashboard): Shared) -> Result<Json<impl Serialize>, Refusal> {
+    let status = dashboard.status().await?;
+    let mut listing = Listing::clone(&*dashboard.siblings.list().await);
+    let own = Listed {
+        name: name_of(&status.run_url).to_owned(),
+        own: true,
+        state: status.phase,
+        reason: status.reason,
+        term: status.term,
+        step: status.step,
+        steps: Some(status.steps),
+        loss: status.loss,
+        ..Listed::default()
+    };
+    listing.runs.insert(0, own);
+    Ok(Json(listing))
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Pair {
+    run: Option<String>,
+    with: Option<String>,
+}
+
+/// A run's config by key, and another's beside it.
+#[derive(Debug, Serialize)]
+struct Compared {
+    run: String,
+    with: Option<String>,
+    keys: Vec<Key>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct Key {
+    key: String,
+    /// As in TOML; null: the key is not there.
+    value: Option<String>,
+    other: Option<String>,
+    differs: bool,
+}
+
+/// Gives a run's config by key, beside that of another.
+pub(super) async fn config(State(dashboard): Shared, Query(pair): Query<Pair>) -> Result<Json<impl Serialize>, Refusal> {
+    let siblings = &dashboard.siblings;
+    let of = async |name: &str| {
+        let own = dashboard.own.store().filter(|_| name.is_empty() || siblings.is_own(name));
+        let store = own.map_or_else(|| siblings.folder(name), |store| Ok(store.clone()))?;
+        config_of(&store).await?.ok_or_else(|| Refusal::not_found(format!("{name}: there is no such run beside this one")))
+    };
+    let run = pair.run.unwrap_or_else(|| siblings.own.clone());
+    let other = match &pair.with {
+        Some(with) => Some(of(with).await?),
+        None => None,
+    };
+    let keys = compared(&of(&run).await?, other.as_ref());
+    Ok(Json(Compared { run, with: pair.with, keys }))
+}
+
+/// Every key of either, in order.
+fn compared(one: &toml::Table, other: Option<&toml::Table>) -> Vec<Key> {
+    let (mut keys, mut others) = (BTreeMap::new(), BTreeMap::new());
+    flatten("", one, &mut keys);
+    other.into_iter().for_each(|other| flatten("", other, &mut others));
+    let names: std::collections::BTreeSet<String> = keys.keys().chain(others.keys()).cloned().collect();
+    let key = |key: String| {
+        let (value, beside) = (keys.get(&key).cloned(), others.get(&key).cloned());
+        let differs = other.is_some() && value != beside;
+        Key { key, value, other: beside, differs }
+    };
+    names.into_iter().map(key).collect()
+}
+
+fn flatten(prefix: &str, table: &toml::Table, into: &mut BTreeMap<String, String>) {
+    for (key, value) in table {
+        let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+        match value {
+            toml::Value::Table(table) => flatten(&key, table, into),
+            value => drop(into.insert(key, value.to_string())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configs_are_compared_by_key() {
+        let one: toml::Table = "[train]\nsteps = 5\nlr = 1e-4\n[train.schedule]\nkind = \"cosine\"\n".parse().unwrap();
+        let two: toml::Table = "[train]\nsteps = 6\nlr = 0.0001\n[run]\nseed = 1\n".parse().unwrap();
+        let keys = compared(&one, Some(&two));
+        let seen: Vec<_> = keys.iter().map(|k| (k.key.as_str(), k.value.as_deref(), k.other.as_deref(), k.differs)).collect();
+        assert_eq!(
+            seen,
+            [
+                ("run.seed", None, Some("1"), true),
+                ("train.lr", Some("0.0001"), Some("0.0001"), false),
+                ("train.schedule.kind", Some("\"cosine\""), None, true),
+                ("train.steps", Some("5"), Some("6"), true),
+            ]
+        );
+        assert!(compared(&one, None).iter().all(|key| !key.differs && key.other.is_none()));
+    }
+
+    #[test]
+    fn only_a_folders_own_name_is_one() {
+        assert!(["mine", "a b", "<script>", "x..y"].iter().all(|name| is_name(name)));
+        assert!(["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a\nb"].iter().all(|name| !is_name(name)));
+        assert_eq!(["s3://b/runs/a", "/x/y/", "memory:///", "a"].map(name_of), ["a", "y", "memory:", "a"]);
+        let parent = |url: &str| parent(&Store::open(url).unwrap()).map(|store| store.url().to_owned());
+        assert_eq!((parent("/tmp/runs/a").as_deref(), parent("memory://")), (Some("/tmp/runs"), None));
+    }
+
+    #[tokio::test]
+    async fn runs_are_listed_with_state_step_and_loss_whatever_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let runs = Store::open(dir.path().to_str().unwrap()).unwrap();
+        let put = async |key: &str, text: &str| runs.put(key, text.to_owned().into()).await.unwrap();
+        for name in ["own", "done", "open", "<b>odd"] {
+            put(&format!("{name}/run.toml"), "[train]\nsteps = 9\n").await;
+        }
+        put("data/manifest.json", "{}").await;
+        put("broken/run.toml", "[run").await;
+        let end = r#"{"seq":1,"term":3,"nonce":"n","at_unix_ms":1,"body":{"kind":"end","outcome":"done","step":9,"reason":""}}"#;
+        put("done/log/000000000001.json", end).await;
+        let line = r#"{"at_unix_ms":7,"step":8,"samples":4,"loss":0.5}"#;
+        put("done/metrics/000003-000001.jsonl", &format!("{line}\n{line}\n{{\"step\":9,")).await;
+        put("open/metrics/000001-000001.jsonl", "no line at all\n").await;
+        let siblings = Siblings::of(Some(&runs.child("own")));
+        let listing = siblings.list().await;
+        let seen: Vec<_> = listing.runs.iter().map(|r| (r.name.as_str(), r.state.as_str(), r.step, r.loss, r.problem.is_some())).collect();
+        assert_eq!(
+            seen,
+            [
+                ("<b>odd", "open", 0, None, false),
+                ("broken", "", 0, None, true),
+                ("done", "done", 8, Some(0.5), false),
+                ("open", "open", 0, None, false)
+            ]
+        );
+        assert_eq!((listing.runs[2].steps, listing.runs[2].term), (Some(9), 3));
+        assert!(siblings.view("data").await.is_err() && siblings.view("../x").await.is_err());
+        let done = siblings.view("done").await.unwrap();
+        assert_eq!(siblings.status(&done).await.unwrap().phase, "done");
+        assert!(Arc::ptr_eq(&done, &siblings.view("done").await.unwrap()), "it is kept");
+    }
+}

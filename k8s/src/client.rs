@@ -1,0 +1,262 @@
+//! A run in a cluster, for people without kubectl: made, looked at, resized and taken away.
+
+use crate::kustomize::id;
+use crate::render::{CLUSTER_SCOPED, Rendered};
+use futures::{AsyncBufReadExt, StreamExt, TryStreamExt};
+use k8s_openapi::api::core::v1::Pod;
+pub use kube::Client;
+use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, LogParams, Patch, PatchParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Config, ResourceExt};
+use serde_json::{Value, json};
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+/// Under this name the API server keeps which fields are ours.
+const MANAGER: &str = "ella";
+/// How often it is looked whether workers have left.
+const LOOK: Duration = Duration::from_secs(2);
+/// How long a request may take.
+const ANSWER: Duration = Duration::from_secs(30);
+/// What a run consists of, in the order in which it is taken away.
+const KINDS: [(&str, &str, &str); 14] = [
+    ("batch", "v1", "Job"),
+    ("jobset.x-k8s.io", "v1alpha2", "JobSet"),
+    ("apps", "v1", "Deployment"),
+    ("monitoring.coreos.com", "v1", "ServiceMonitor"),
+    ("", "v1", "Service"),
+    ("policy", "v1", "PodDisruptionBudget"),
+    ("networking.k8s.io", "v1", "NetworkPolicy"),
+    ("", "v1", "ConfigMap"),
+    ("rbac.authorization.k8s.io", "v1", "RoleBinding"),
+    ("rbac.authorization.k8s.io", "v1", "ClusterRoleBinding"),
+    ("rbac.authorization.k8s.io", "v1", "Role"),
+    ("", "v1", "ServiceAccount"),
+    ("", "v1", "PersistentVolumeClaim"),
+    ("", "v1", "PersistentVolume"),
+];
+
+/// Why a cluster did not do as it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// There is no cluster to ask.
+    #[error("no cluster is known ({0}); give --context, or set KUBECONFIG")]
+    NoConfig(String),
+    /// It refused, or did not answer.
+    #[error("{what}: {source}{}", hint(source))]
+    Api {
+        /// What was asked for.
+        what: String,
+        /// Its answer.
+        source: Box<kube::Error>,
+    },
+    /// There is no such run.
+    #[error("{namespace}/{name}: no workers of this name are in the cluster; see kubectl get jobs --namespace {namespace}")]
+    NoRun {
+        /// Where it was looked for.
+        namespace: String,
+        /// Its name.
+        name: String,
+    },
+    /// Workers have not left in time.
+    #[error(
+        "{namespace}/{name}: {left} workers are still there after {seconds} s; wait, or take it away without them having committed: --now"
+    )]
+    Late {
+        /// Where.
+        namespace: String,
+        /// Which run.
+        name: String,
+        /// How many.
+        left: u64,
+        /// For how long it was waited.
+        seconds: u64,
+    },
+}
+
+/// What to do about it, where that is known.
+fn hint(error: &kube::Error) -> &'static str {
+    match error {
+        kube::Error::Api(status) if status.code == 422 && status.message.contains("immutable") => {
+            "; workers that are there can only be resized (ella k8s scale): cancel the run first, it resumes from its last commit"
+        }
+        kube::Error::Api(status) if status.code == 403 => "; ask the cluster's administrator for this right",
+        _ => "",
+    }
+}
+
+/// One namespace of a cluster.
+#[derive(Clone)]
+pub struct Cluster {
+    client: Client,
+    namespace: String,
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cluster").field("namespace", &self.namespace).finish_non_exhaustive()
+    }
+}
+
+impl Cluster {
+    /// That of this kubeconfig context; left out: the current one, or the one that this process runs in.
+    ///
+    /// # Errors
+    /// If none is known.
+    pub async fn connect(context: Option<&str>, namespace: &str) -> Result<Self, ClientError> {
+        let wrong = |error: &dyn std::fmt::Display| ClientError::NoConfig(error.to_string());
+        let mut config = match context {
+            None => Config::infer().await.map_err(|error| wrong(&error))?,
+            Some(context) => {
+                let options = KubeConfigOptions { context: Some(context.to_owned()), ..KubeConfigOptions::default() };
+                let file = Kubeconfig::read().map_err(|error| wrong(&error))?;
+                Config::from_custom_kubeconfig(file, &options).await.map_err(|error| wrong(&error))?
+            }
+        };
+        config.connect_timeout = Some(ANSWER);
+        let client = Client::try_from(config).map_err(|error| wrong(&error))?;
+        Ok(Self::of(client, namespace))
+    }
+
+    /// Over a client that is there.
+    pub fn of(client: Client, namespace: &str) -> Self {
+        Self { client, namespace: namespace.to_owned() }
+    }
+
+    /// Makes all objects, or changes them to what was rendered (server-side apply). Gives their names.
+    ///
+    /// # Errors
+    /// If the cluster refuses one; those before it are made.
+    pub async fn submit(&self, rendered: &Rendered) -> Result<Vec<String>, ClientError> {
+        let mut made = Vec::new();
+        for object in &rendered.objects {
+            let [kind, namespace, name] = id(object);
+            let (group, version) = object["apiVersion"].as_str().and_then(|text| text.split_once('/')).unwrap_or(("", "v1"));
+            let api = self.api((group, version, kind), namespace);
+            let what = format!("{kind} {name}");
+            api.patch(name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(object)).await.map_err(|e| refused(&what, e))?;
+            made.push(what);
+        }
+        Ok(made)
+    }
+
+    /// Gives each line of the log of the run's pods to `told`, with the pod's name: of all that there is, or with `follow` as it comes.
+    ///
+    /// # Errors
+    /// If there are no such pods, or the cluster refuses.
+    pub async fn logs(&self, name: &str, component: &str, follow: bool, told: &mut dyn FnMut(&str, &str)) -> Result<(), ClientError> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
+        let labels = format!("app.kubernetes.io/instance={name},app.kubernetes.io/component={component}");
+        let found = pods.list(&ListParams::default().labels(&labels)).await.map_err(|e| refused("the list of pods", e))?;
+        if found.items.is_empty() {
+            return Err(self.no_run(name));
+        }
+        let mut streams = Vec::new();
+        for pod in found.items.iter().map(ResourceExt::name_any) {
+            let lines = pods.log_stream(&pod, &LogParams { follow, ..LogParams::default() }).await;
+            match lines {
+                Ok(lines) => streams.push(lines.lines().map_ok(move |line| (pod.clone(), line)).boxed()),
+                // One that has not started yet has no log.
+                Err(error) => told(&pod, &format!("(no log: {error})")),
+            }
+        }
+        let mut lines = futures::stream::select_all(streams);
+        while let Some(line) = lines.next().await {
+            match line {
+                Ok((pod, line)) => told(&pod, &line),
+                Err(error) => told("", &format!("(a log broke off: {error})")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the run trained by so many workers.
+    ///
+    /// # Errors
+    /// If there is no such run, or the cluster refuses.
+    pub async fn scale(&self, name: &str, workers: u32) -> Result<(), ClientError> {
+        let change = json!({ "spec": { "completions": workers, "parallelism": workers } });
+        self.change_job(name, &change).await.map(drop)
+    }
+
+    /// Takes the run away, once its workers have committed and left: they are given `patience` for that, or none with [`Duration::ZERO`].
+    /// The run's folder stays. Gives what was taken away.
+    ///
+    /// # Errors
+    /// If there is no such run, workers do not leave in time, or the cluster refuses.
+    pub async fn cancel(&self, name: &str, patience: Duration) -> Result<Vec<String>, ClientError> {
+        if patience > Duration::ZERO {
+            self.change_job(name, &json!({ "spec": { "suspend": true } })).await?;
+            self.workers_gone(name, patience).await?;
+        }
+        let mut gone = Vec::new();
+        let mine = ListParams::default().labels(&format!("app.kubernetes.io/instance={name}"));
+        for kind in KINDS {
+            let api = self.api(kind, &self.namespace);
+            let found = match api.list(&mine).await {
+                Err(error) if is_unknown(&error) => continue,
+                found => found.map_err(|e| refused(kind.2, e))?,
+            };
+            // What belongs to no namespace may be another's of the same name.
+            let ours = |object: &String| !CLUSTER_SCOPED.contains(&kind.2) || object.starts_with(&format!("{}-{name}-", self.namespace));
+            for object in found.items.iter().map(ResourceExt::name_any).filter(ours) {
+                let what = format!("{} {object}", kind.2);
+                match api.delete(&object, &DeleteParams::background()).await {
+                    Err(error) if is_unknown(&error) => {}
+                    done => drop(done.map_err(|e| refused(&what, e))?),
+                }
+                gone.push(what);
+            }
+        }
+        if gone.is_empty() { Err(self.no_run(name)) } else { Ok(gone) }
+    }
+
+    async fn change_job(&self, name: &str, change: &Value) -> Result<DynamicObject, ClientError> {
+        let jobs = self.api(KINDS[0], &self.namespace);
+        let own = format!("{name}-workers");
+        match jobs.patch(&own, &PatchParams::default(), &Patch::Merge(change)).await {
+            Err(error) if is_unknown(&error) => Err(self.no_run(name)),
+            answer => answer.map_err(|error| refused(&format!("Job {own}"), error)),
+        }
+    }
+
+    /// Waits until no pod of the workers is there any more.
+    async fn workers_gone(&self, name: &str, patience: Duration) -> Result<(), ClientError> {
+        let jobs = self.api(KINDS[0], &self.namespace);
+        let until = Instant::now() + patience;
+        loop {
+            let job = jobs.get(&format!("{name}-workers")).await.map_err(|e| refused("the workers' Job", e))?;
+            let number = |key: &str| job.data.pointer(&format!("/status/{key}")).and_then(Value::as_u64).unwrap_or(0);
+            let left = number("active") + number("terminating");
+            if left == 0 {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                let (namespace, name) = (self.namespace.clone(), name.to_owned());
+                return Err(ClientError::Late { namespace, name, left, seconds: patience.as_secs() });
+            }
+            sleep(LOOK.min(until - Instant::now())).await;
+        }
+    }
+
+    fn api(&self, (group, version, kind): (&str, &str, &str), namespace: &str) -> Api<DynamicObject> {
+        let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind));
+        match CLUSTER_SCOPED.contains(&kind) {
+            true => Api::all_with(self.client.clone(), &resource),
+            false => Api::namespaced_with(self.client.clone(), namespace, &resource),
+        }
+    }
+
+    fn no_run(&self, name: &str) -> ClientError {
+        ClientError::NoRun { namespace: self.namespace.clone(), name: name.to_owned() }
+    }
+}
+
+/// There is no such object, or the cluster does not know its kind.
+fn is_unknown(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 404)
+}
+
+fn refused(what: &str, source: kube::Error) -> ClientError {
+    ClientError::Api { what: what.to_owned(), source: Box::new(source) }
+}

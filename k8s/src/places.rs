@@ -1,0 +1,151 @@
+//! Whether what a config names can be reached from any node of a cluster.
+
+use crate::error::{RenderError, field};
+use ella_proto::config::Config;
+use std::path::Path;
+
+/// Where a path of this machine, or of one node, is of no use.
+const ADVICE: &str = "pods see no files of this machine; use a URL (s3://, gs://, az://), or name a folder that all nodes share: --volume \
+                      nfs:SERVER:/FOLDER, claim:NAME, or host:/FOLDER on a cluster of one node or where it is the same file system on all";
+
+/// Refuses what pods could not reach, and gives what people should know of the rest.
+pub(crate) fn check(config: &Config, mounted: Option<&str>, overlays: &[String]) -> Result<Vec<String>, RenderError> {
+    let named = named(config);
+    for place in &named {
+        place.check(mounted)?;
+    }
+    let mut notes: Vec<String> = named.iter().filter_map(|place| place.credentials(overlays)).collect();
+    notes.sort();
+    notes.dedup();
+    Ok(notes)
+}
+
+/// Something that a config names.
+struct Place {
+    key: &'static str,
+    value: String,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// Written to.
+    Output,
+    /// Only read.
+    Source,
+    /// A folder, a file, or an id on the model hub.
+    Model,
+}
+
+fn named(config: &Config) -> Vec<Place> {
+    let place = |key, kind| move |value: String| Place { key, value, kind };
+    let output = place("run.output", Kind::Output);
+    match config {
+        Config::Run(run) => {
+            let loras = run.base.loras.iter().map(|lora| place("base.loras", Kind::Model)(lora.file.clone()));
+            let own = [
+                output(run.run.output.clone()),
+                place("data.path", Kind::Output)(run.data.path.clone()),
+                place("base.model", Kind::Model)(run.base.model.clone()),
+                place("text.model", Kind::Model)(run.text.model.clone()),
+            ];
+            own.into_iter().chain(loras).collect()
+        }
+        Config::Job(job) => {
+            let table: toml::Table = job.to_toml().parse().unwrap_or_default();
+            let text = |kind: &str, key: &str| table.get(kind)?.get(key)?.as_str().map(str::to_owned);
+            let sources = table.get("prepare").and_then(|prepare| prepare.get("sources")?.as_array()).into_iter().flatten();
+            let sources = sources.filter_map(|source| Some(place("prepare.sources", Kind::Source)(source.as_str()?.to_owned())));
+            let models = [
+                text("prepare", "latents").map(place("prepare.latents", Kind::Model)),
+                text("embed", "text").map(place("embed.text", Kind::Model)),
+            ];
+            let data = place("job.data", Kind::Output)(job.job.data.clone());
+            [data].into_iter().chain(sources).chain(models.into_iter().flatten()).collect()
+        }
+    }
+}
+
+impl Place {
+    fn check(&self, mounted: Option<&str>) -> Result<(), RenderError> {
+        let wrong = |rule: &str| Err(field(self.key, format_args!("{:?}", self.value), rule));
+        let path = match self.value.split_once("://") {
+            Some(("s3" | "gs" | "az", _)) => return Ok(()),
+            Some(("http" | "https", _)) if self.kind == Kind::Source => return Ok(()),
+            Some(("file", path)) => path,
+            Some(_) => return wrong("pods can use no such URL; use s3://, gs:// or az://"),
+            None => &self.value,
+        };
+        match mounted {
+            Some(mounted) if path.starts_with('/') && !Path::new(path).starts_with(mounted) => {
+                wrong(&format!("the shared folder is at {mounted} in the pods, and other paths are not there; see --volume and --mount"))
+            }
+            Some(_) => Ok(()),
+            // An id on the hub, unless it is a folder here.
+            None if self.kind == Kind::Model && !path.starts_with(['/', '.', '~']) && !Path::new(path).exists() => Ok(()),
+            None => wrong(ADVICE),
+        }
+    }
+
+    /// Which overlay gives the pods what a store asks for, if none was named.
+    fn credentials(&self, overlays: &[String]) -> Option<String> {
+        let (scheme, known): (_, &[&str]) = match self.value.split_once("://")?.0 {
+            "s3" => ("s3", &["s3", "s3-secret"]),
+            "gs" => ("gs", &["gcs"]),
+            "az" => ("az", &["azure"]),
+            _ => return None,
+        };
+        let named = overlays.iter().any(|overlay| known.contains(&overlay.as_str()));
+        let note = || format!("{scheme}:// is used, and no overlay gives the pods credentials for it: --overlay {}", known.join(" or "));
+        (!named).then(note)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn run(output: &str, data: &str, base: &str) -> Config {
+        let text = format!("[run]\noutput = {output:?}\n[base]\nmodel = {base:?}\n[text]\nmodel = \"org/t5\"\n[data]\npath = {data:?}\n");
+        Config::parse(&text, "run.toml", &[]).unwrap()
+    }
+
+    fn said(config: &Config, mounted: Option<&str>) -> String {
+        check(config, mounted, &["s3".to_owned()]).map_or_else(|error| error.to_string(), |notes| notes.join("; "))
+    }
+
+    #[test]
+    fn what_no_pod_could_reach_is_refused_by_key() {
+        assert_eq!(said(&run("s3://b/r", "s3://b/d", "org/sd15"), None), "");
+        assert!(
+            said(&run("runs/a", "s3://b/d", "org/sd15"), None).starts_with("`run.output` is \"runs/a\", but pods see no files of this")
+        );
+        assert!(said(&run("file:///srv/r", "s3://b/d", "m/x"), None).starts_with("`run.output`"));
+        assert!(said(&run("s3://b/r", "/srv/ella/d", "m/x"), None).starts_with("`data.path`"));
+        assert!(said(&run("s3://b/r", "s3://b/d", "/models/sd"), None).starts_with("`base.model`"));
+        assert!(said(&run("s3://b/r", "s3://b/d", "src"), None).starts_with("`base.model`"), "a folder that is here");
+        assert!(said(&run("memory://r", "s3://b/d", "m/x"), None).contains("no such URL"));
+        let shared = Some("/srv/ella");
+        assert_eq!(said(&run("runs/a", "/srv/ella/d", "models/sd"), shared), "");
+        assert!(said(&run("/srv/ellas/a", "d", "m"), shared).contains("the shared folder is at /srv/ella"));
+    }
+
+    #[test]
+    fn a_store_without_credentials_is_told_of() {
+        let notes = check(&run("gs://b/r", "gs://b/d", "m/x"), None, &[]).unwrap();
+        assert_eq!(notes, ["gs:// is used, and no overlay gives the pods credentials for it: --overlay gcs"]);
+    }
+
+    #[test]
+    fn a_jobs_sources_and_models_are_looked_at_too() {
+        let job = |sources: &str| {
+            let text = format!("[job]\nkind = \"prepare\"\ndata = \"s3://b/d\"\n[prepare]\nsources = [{sources:?}]\n");
+            said(&Config::parse(&text, "job.toml", &[]).unwrap(), None)
+        };
+        assert_eq!(job("https://host/images.tar"), "");
+        assert!(job("images.tar").starts_with("`prepare.sources` is \"images.tar\""));
+        let embed = "[job]\nkind = \"embed\"\ndata = \"s3://b/d\"\n[embed]\ntext = \"/root/.cache/t5\"\n";
+        assert!(said(&Config::parse(embed, "job.toml", &[]).unwrap(), None).starts_with("`embed.text`"));
+    }
+}
