@@ -154,7 +154,6 @@ fn default(member: &Member, value: Option<&Value>) -> String {
         _ if !member.optional => "needed".to_owned(),
         None | Some(Value::Null) => "left out".to_owned(),
         Some(Value::String(text)) if text.is_empty() => "needed".to_owned(),
-        Some(Value::Array(list)) if list.is_empty() => "left out".to_owned(),
         Some(value) => format!("`{value}`").replace("\\n", " ").replace(['\n', '|'], " "),
     }
 }
@@ -175,7 +174,7 @@ fn rules(key: &str, kind: &Kind, refused: &dyn Fn(&str) -> Option<ConfigError>) 
     });
     // Rules that name other keys' values are those values' own.
     let general = said.filter(|rule| !rule.contains("= ") && !rule.contains("there are only"));
-    let words = general.map(|rule| rule.trim_start_matches("it must be ").trim_start_matches("it must ").to_owned());
+    let words = general.map(|rule| rule.trim_start_matches("it must be ").trim_start_matches("it must ").replace("lie from", "from"));
     words.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
