@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
 # that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo docs test test-k8s test-stores test-dashboard test-cluster chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint libtorch proto parity-full reference
+.PHONY: build demo docs test test-k8s test-stores test-dashboard test-cluster chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint audit libtorch proto parity-full reference
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -104,6 +104,10 @@ parity-full: build
 proto:
 	$(CARGO) run --quiet --manifest-path proto/codegen/Cargo.toml --target-dir target/codegen
 
+# What is known against the dependencies: RustSec's database, from its repository. Not in lint, which needs no network but the registries.
+audit:
+	@scripts/deny.sh advisories bans licenses sources
+
 # The pages and tables of docs/ that are made of the code, which are checked in; `make test` says if they are stale.
 reference: build
 	ELLA_WRITE_DOCS=1 $(CARGO) test --release --locked -p ella-tests --test reference
@@ -114,6 +118,7 @@ docs:
 
 lint: libtorch
 	python3 scripts/check_docs.py
+	@scripts/deny.sh
 	$(CARGO) run --quiet --manifest-path proto/codegen/Cargo.toml --target-dir target/codegen --locked -- --check
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(FLAGS) --all-targets -- -D warnings

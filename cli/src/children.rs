@@ -13,6 +13,8 @@ use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use ella_coordinator::credentials::VARIABLES;
+
 use crate::ui::{Fail, note};
 
 /// Lines of each process that are kept to be shown.
@@ -152,8 +154,10 @@ impl Member {
         logs: &Logs,
     ) -> Result<(Self, Option<ChildStdout>), Fail> {
         let mut command = Command::new(program);
-        // Whether it gets a token is decided here, and said by its arguments.
-        command.env_remove("ELLA_TOKEN_FILE");
+        // What it shows and asks for is decided here, and said by its arguments.
+        for name in VARIABLES.iter().chain(&["ELLA_ACCESS", "ELLA_TOKEN_REVIEW"]) {
+            command.env_remove(name);
+        }
         command.envs(environment.iter().map(|(key, value)| (key, value)));
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         // A group of its own: a terminal's ctrl-C comes to this process only, which passes it on once.

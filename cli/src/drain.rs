@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 use ella_coordinator::client;
+use ella_coordinator::credentials::Credentials;
 use ella_coordinator::status::{StatusReport, WorkerReport};
 use ella_proto::access::Access;
 use ella_store::Store;
@@ -12,7 +13,6 @@ use tokio::time::{Instant, sleep};
 
 use crate::run::ADDRESS;
 use crate::status::{SHOWN, coordinator_of};
-use crate::token::TokenFile;
 use crate::ui::{DONE, Fail, Out, count, note};
 
 /// How often it is asked whether the worker has left.
@@ -29,7 +29,7 @@ pub(crate) struct Drain {
     #[arg(long, value_name = "URL", conflicts_with = "what")]
     coordinator: Option<String>,
     #[command(flatten)]
-    token: TokenFile,
+    credentials: Credentials,
     /// How long it may take to leave: it computes its step first
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
@@ -77,7 +77,7 @@ impl Drain {
     /// The coordinator, and what it says.
     async fn find(&self) -> Result<(Access, StatusReport), Fail> {
         if let Some(url) = coordinator_of(self.what.as_deref(), self.coordinator.as_deref()) {
-            let access = self.token.access(&url)?;
+            let access = self.credentials.access(&url)?;
             let status = client::status(&access).await?.into();
             return Ok((access, status));
         }
@@ -87,7 +87,7 @@ impl Drain {
         let Some(url) = address else {
             return Err(Fail::failed(format_args!("{}: no `ella train` of this machine trains this run; {hint}", store.url())));
         };
-        let access = self.token.access(&url)?;
+        let access = self.credentials.access(&url)?;
         let status = StatusReport::from(client::status(&access).await?);
         // The port of one that was killed may be another's by now.
         if status.run_url != store.url() {

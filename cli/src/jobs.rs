@@ -1,14 +1,15 @@
 //! Leased work from the command line: alone in this process, by several worker processes of this machine under a coordinator, or joined to
 //! a job that is coordinated elsewhere.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use ella_coordinator::client;
 use ella_coordinator::core::Outcome;
-use ella_coordinator::shell::{Coordinator, Options};
+use ella_coordinator::credentials::Credentials;
+use ella_coordinator::shell::{AccessControl, Coordinator, Options};
 use ella_coordinator::status::{JobReport, StatusReport};
 use ella_proto::access::Access;
 use ella_proto::config::{Device, JobConfig};
@@ -20,7 +21,6 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::children::{Children, Logs, binary, ending};
-use crate::token::TokenFile;
 use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, PREEMPTED, note, span};
 
 /// How often the coordinator is asked for the status.
@@ -41,6 +41,9 @@ pub(crate) struct Who {
     /// Where that coordinator listens
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0", requires = "workers")]
     listen: SocketAddr,
+    /// Let it listen on an address that other machines reach, even if nothing is asked of them
+    #[arg(long, requires = "workers")]
+    insecure: bool,
     /// Join the job that is coordinated at this address, whatever it is, and leave when it is over
     #[arg(long, value_name = "URL", conflicts_with = "workers")]
     coordinator: Option<String>,
@@ -48,7 +51,7 @@ pub(crate) struct Who {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["workers", "coordinator"])]
     write_job: Option<PathBuf>,
     #[command(flatten)]
-    token: TokenFile,
+    credentials: Credentials,
 }
 
 /// What became of a job.
@@ -62,8 +65,8 @@ pub(crate) struct Ran {
 impl Who {
     /// This process alone.
     pub(crate) fn here() -> Self {
-        let (listen, token) = (SocketAddr::from(([127, 0, 0, 1], 0)), TokenFile::default());
-        Self { workers: None, listen, coordinator: None, write_job: None, token }
+        let (listen, credentials) = (SocketAddr::from(([127, 0, 0, 1], 0)), Credentials::default());
+        Self { workers: None, listen, insecure: false, coordinator: None, write_job: None, credentials }
     }
 
     /// Whether the work is another's: joined to, or only described.
@@ -85,8 +88,8 @@ impl Who {
             return Ok(Ran { status: None, code: DONE });
         }
         match (&self.coordinator, self.workers) {
-            (Some(url), _) => join(&runtime, self.token.access(url)?, device),
-            (None, Some(count)) => runtime.block_on(many(config, count, (self.listen, &self.token), device)),
+            (Some(url), _) => join(&runtime, self.credentials.access(url)?, device),
+            (None, Some(count)) => runtime.block_on(many(config, count, self, device)),
             (None, None) => alone(&runtime, config, device),
         }
     }
@@ -145,22 +148,26 @@ fn alone(runtime: &Runtime, config: &JobConfig, device: Device) -> Result<Ran, F
     Ok(Ran { code: ended.map_err(|fail| told(fail, shown.last.as_ref()))?, status: shown.last })
 }
 
-fn join(runtime: &Runtime, Access { url, token }: Access, device: Device) -> Result<Ran, Fail> {
+fn join(runtime: &Runtime, access: Access, device: Device) -> Result<Ran, Fail> {
     let stop = CancellationToken::new();
     runtime.spawn(stop_on_signals(stop.clone()));
-    let url = if url.contains("://") { url } else { format!("http://{url}") };
-    let ended = runtime.block_on(run_leased(Access { url, token }, 1, stop, move |config| kinds::make(config, device)));
+    let ended = runtime.block_on(run_leased(access, 1, stop, move |config| kinds::make(config, device)));
     Ok(Ran { status: None, code: code(ended)? })
 }
 
 /// A coordinator in this process, and workers in their own. One that dies is followed by another.
-async fn many(config: &JobConfig, count: u32, (listen, token): (SocketAddr, &TokenFile), device: Device) -> Result<Ran, Fail> {
-    let options = Options { listen, token: token.load()?, ..Options::default() };
-    let coordinator = Coordinator::open_job(config, &options).await.map_err(Fail::failed)?;
-    let (grpc, http) = (format!("http://{}", coordinator.addresses().grpc), coordinator.addresses().http);
-    let joins = [vec!["--coordinator".to_owned(), grpc.clone()], token.arguments()].concat();
-    note(format_args!("coordinator {grpc} (page http://{http}); more workers: ella-worker {}", joins.join(" ")));
-    let access = Access { url: grpc, token: options.token };
+async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Result<Ran, Fail> {
+    let (listen, credentials) = (who.listen, &who.credentials);
+    let control = AccessControl::load(None, credentials.token_file.as_deref(), credentials.tls_files(), None);
+    let options = Options { listen, access: control.map_err(Fail::usage)?.insecure(who.insecure), ..Options::default() };
+    let mut access = credentials.access("")?;
+    let opened = Coordinator::open_job(config, &options).await;
+    let coordinator = opened.map_err(|error| Fail { code: error.exit_code(), message: error.to_string() })?;
+    access.url = reachable(coordinator.addresses().grpc).to_string();
+    access.url = access.full_url();
+    let (http, scheme) = (coordinator.addresses().http, if access.tls.is_some() { "https" } else { "http" });
+    let joins = [vec!["--coordinator".to_owned(), access.url.clone()], credentials.arguments()].concat();
+    note(format_args!("coordinator {} (page {scheme}://{http}); more workers: ella-worker {}", access.url, joins.join(" ")));
     let (stops, stopping) = mpsc::channel(2);
     let stop = CancellationToken::new();
     tokio::spawn(stop_on_signals(stop.clone()));
@@ -197,6 +204,15 @@ async fn many(config: &JobConfig, count: u32, (listen, token): (SocketAddr, &Tok
         }
     };
     Ok(Ran { status: shown.last, code })
+}
+
+/// Where this machine reaches what listens there: an address that stands for all of a machine's is none to call.
+fn reachable(listens: SocketAddr) -> SocketAddr {
+    match (listens.ip().is_unspecified(), listens.is_ipv4()) {
+        (false, _) => listens,
+        (true, true) => (Ipv4Addr::LOCALHOST, listens.port()).into(),
+        (true, false) => (Ipv6Addr::LOCALHOST, listens.port()).into(),
+    }
 }
 
 /// The worker processes of a job.

@@ -2,6 +2,7 @@
 
 mod audit;
 mod caption;
+mod certs;
 mod chaos;
 mod children;
 mod doctor;
@@ -21,7 +22,6 @@ mod run;
 mod sample;
 mod scenes;
 mod status;
-mod token;
 mod top;
 mod train;
 mod ui;
@@ -73,6 +73,8 @@ enum Command {
     Drain(drain::Drain),
     /// Prove from a run's folder that its commits are whole and that every sample was used exactly once
     Audit(audit::Audit),
+    /// Make a CA of your own and certificates for a coordinator and those that speak to it
+    Certs(certs::Certs),
     /// Try a run under faults, with processes of this machine, and say whether what must hold did
     Chaos(chaos::Command),
     /// Say where the time of a run's steps goes, and who waits for whom
@@ -115,6 +117,7 @@ fn main() -> ExitCode {
         Command::Top(command) => command.run(out),
         Command::Drain(command) => command.run(out),
         Command::Audit(command) => command.run(out),
+        Command::Certs(command) => command.run(out),
         Command::Chaos(command) => command.run(out),
         Command::Why(command) => command.run(out),
         Command::Sample(command) => command.run(out),

@@ -3,6 +3,7 @@
 
 use clap::Args;
 use ella_coordinator::client;
+use ella_coordinator::credentials::Credentials;
 use ella_coordinator::status::{JobReport, StatusReport};
 use ella_dataset::{Progress, progress};
 use ella_store::{RunState, Store};
@@ -11,7 +12,6 @@ use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::run::{Membership, Metric, RUN_TOML, RunFolder, samples};
-use crate::token::TokenFile;
 use crate::ui::{DONE, Fail, Out, bytes, span};
 
 /// Characters of a worker's id that are shown.
@@ -27,7 +27,7 @@ pub(crate) struct Status {
     #[arg(long, value_name = "URL", conflicts_with = "what")]
     coordinator: Option<String>,
     #[command(flatten)]
-    token: TokenFile,
+    credentials: Credentials,
 }
 
 /// A data set by its folder.
@@ -65,8 +65,7 @@ struct FolderStatus {
 pub(crate) fn coordinator_of(what: Option<&str>, coordinator: Option<&str>) -> Option<String> {
     let is_url = |what: &&str| what.starts_with("http://") || what.starts_with("https://");
     match coordinator {
-        Some(url) if url.contains("://") => Some(url.to_owned()),
-        Some(address) => Some(format!("http://{address}")),
+        Some(address) => Some(address.to_owned()),
         None => what.filter(is_url).map(str::to_owned),
     }
 }
@@ -76,7 +75,7 @@ impl Status {
         let runtime = crate::runtime()?;
         let folder_or_url = self.what.as_deref().unwrap_or_default();
         if let Some(url) = coordinator_of(self.what.as_deref(), self.coordinator.as_deref()) {
-            let status = StatusReport::from(runtime.block_on(client::status(self.token.access(&url)?))?);
+            let status = StatusReport::from(runtime.block_on(client::status(self.credentials.access(&url)?))?);
             out.result(&status, || match &status.job {
                 Some(job) => live_job(&status, job),
                 None => live(&status),

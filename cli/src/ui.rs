@@ -4,10 +4,10 @@ use std::fmt::Display;
 use std::io::Write;
 
 use ella_coordinator::client::ClientError;
+use ella_coordinator::credentials::CredentialError;
 use ella_dataset::DataError;
 use ella_dataset::scenes::ScenesError;
 use ella_model::ModelError;
-use ella_proto::access::TokenError;
 use ella_proto::config::ConfigError;
 use ella_proto::exit::Exit;
 use ella_store::{LogError, StoreError};
@@ -100,8 +100,8 @@ impl From<ScenesError> for Fail {
     }
 }
 
-impl From<TokenError> for Fail {
-    fn from(error: TokenError) -> Self {
+impl From<CredentialError> for Fail {
+    fn from(error: CredentialError) -> Self {
         Self::usage(error)
     }
 }

@@ -1,7 +1,8 @@
 //! Something to look at: a run with a long past, trained on by workers that follow the protocol and compute nothing, or such a job. Prints where
 //! its dashboard is. For `make test-dashboard`, and for whoever works on the page.
 //!
-//!     cargo run --release -p ella-coordinator --example dashboard -- FOLDER [--past 1000000] [--steps 1200000] [--world 4] [--pace-ms 50] [--loss-of-workers] [--job]
+//!     cargo run --release -p ella-coordinator --example dashboard -- FOLDER [--past 1000000] [--steps 1200000] [--world 4]
+//!         [--pace-ms 50] [--loss-of-workers] [--job]
 //!
 //! With `--write-only` only the past is written.
 

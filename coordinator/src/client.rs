@@ -4,7 +4,6 @@ use ella_proto::access::{Access, Client};
 use ella_proto::v1::{DrainRequest, RunStatus, StatusRequest, StopRequest};
 use std::time::Duration;
 use tonic::Request;
-use tonic::transport::Endpoint;
 
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -15,7 +14,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The address is none.
-    #[error("{url}: not a coordinator's address ({reason}); write it as host:port")]
+    #[error("{url}: not a coordinator's address ({reason}); write it as host:port, or https://host:port where it has certificates")]
     BadUrl {
         /// As given.
         url: String,
@@ -23,19 +22,21 @@ pub enum ClientError {
         reason: String,
     },
     /// Nobody answers there.
-    #[error("{url}: no coordinator answers ({reason}); is the run still going, and is this its gRPC address?")]
+    #[error(
+        "{url}: no coordinator answers ({reason}); is the run still going, and is this its gRPC address (https:// where it has certificates)?"
+    )]
     Unreachable {
         /// As given.
         url: String,
         /// What the network said.
         reason: String,
     },
-    /// It asks for a token, and was shown none, or another.
+    /// What it was shown lets nobody in, or has too small a role.
     #[error("{url}: the coordinator refuses this command: {reason}")]
     NoEntry {
         /// As given.
         url: String,
-        /// What is wrong with the token, and what to do.
+        /// What is wrong, and what to do.
         reason: String,
     },
     /// It answers, but not as asked.
@@ -48,7 +49,7 @@ pub enum ClientError {
     },
 }
 
-/// What the run is doing. `access`: `host:port`, with or without `http://`, and the token if the coordinator asks for one.
+/// What the run is doing. `access`: `host:port`, with or without `http://`, and what the coordinator asks for.
 ///
 /// # Errors
 /// If no coordinator answers within a few seconds.
@@ -81,13 +82,11 @@ pub async fn drain(access: impl Into<Access>, worker: &str, reason: &str) -> Res
 
 async fn connect(access: &Access) -> Result<Client, ClientError> {
     let url = &access.url;
-    let full = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-    let endpoint = Endpoint::from_shared(full).map_err(|e| ClientError::BadUrl { url: url.to_owned(), reason: e.to_string() })?;
+    let endpoint = access.endpoint().map_err(|reason| ClientError::BadUrl { url: url.to_owned(), reason })?;
     let endpoint = endpoint.connect_timeout(CONNECT).timeout(ANSWER);
-    let channel = endpoint.connect();
     let unreachable = |reason: String| ClientError::Unreachable { url: url.to_owned(), reason };
-    match tokio::time::timeout(CONNECT, channel).await {
-        Ok(connected) => connected.map(|channel| access.client(channel)).map_err(|e| unreachable(ella_proto::with_causes(&e))),
+    match tokio::time::timeout(CONNECT, access.connect(&endpoint)).await {
+        Ok(connected) => connected.map_err(|e| unreachable(ella_proto::with_causes(&e))),
         Err(_) => Err(unreachable(format!("no connection within {CONNECT:?}"))),
     }
 }
@@ -103,9 +102,9 @@ fn failed(url: &str, status: tonic::Status) -> ClientError {
     use tonic::Code;
     match status.code() {
         Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Unknown => {
-            ClientError::Unreachable { url: url.to_owned(), reason: status.message().to_owned() }
+            ClientError::Unreachable { url: url.to_owned(), reason: ella_proto::with_causes(&status) }
         }
-        Code::Unauthenticated => ClientError::NoEntry { url: url.to_owned(), reason: status.message().to_owned() },
+        Code::Unauthenticated | Code::PermissionDenied => ClientError::NoEntry { url: url.to_owned(), reason: status.message().to_owned() },
         _ => ClientError::Refused { url: url.to_owned(), status: Box::new(status) },
     }
 }

@@ -11,6 +11,7 @@
 
 pub mod client;
 pub mod core;
+pub mod credentials;
 pub mod history;
 pub mod job;
 pub mod machine;

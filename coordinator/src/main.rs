@@ -3,9 +3,9 @@
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use ella_coordinator::core::Outcome;
+use ella_coordinator::credentials::Credentials;
 use ella_coordinator::shell::cluster::{Cluster, ClusterError};
-use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, ProgressTo, RunError};
-use ella_proto::access::{Token, TokenError};
+use ella_coordinator::shell::{AccessControl, Addresses, Coordinator, Opened, Options, ProgressTo, RunError};
 use ella_proto::config::{Config, ConfigError, RunConfig};
 use ella_proto::exit::Exit;
 use ella_store::Store;
@@ -37,9 +37,18 @@ struct Args {
     /// Also write the addresses to this file, as JSON.
     #[arg(long, value_name = "PATH")]
     address_file: Option<PathBuf>,
-    /// Ask every worker and client for the token in this file; without one, whoever reaches the address is let in.
-    #[arg(long, value_name = "PATH", env = "ELLA_TOKEN_FILE")]
-    token_file: Option<PathBuf>,
+    /// Certificates, and a token that lets everyone who shows it do everything.
+    #[command(flatten)]
+    credentials: Credentials,
+    /// Who may do what, by a TOML file of [[allow]] tables (docs/security.md); certificates and tokens that it does not name may nothing.
+    #[arg(long, value_name = "PATH", env = "ELLA_ACCESS")]
+    access: Option<PathBuf>,
+    /// Have the Kubernetes API review tokens of service accounts that were made for this audience.
+    #[arg(long, value_name = "AUDIENCE", env = "ELLA_TOKEN_REVIEW")]
+    token_review: Option<String>,
+    /// Listen on addresses that other machines reach, even if nothing is asked of them.
+    #[arg(long)]
+    insecure: bool,
     /// How long the workers may take to commit and leave when told to, in seconds.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     drain_timeout: u64,
@@ -102,19 +111,22 @@ fn said(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<RunError>() {
         Some(error) => error.exit_code(),
-        None if error.is::<ConfigError>() || error.is::<TokenError>() || error.is::<ClusterError>() => Exit::Usage.code(),
+        None if error.is::<ConfigError>() || error.is::<ClusterError>() => Exit::Usage.code(),
         None => Exit::Failed.code(),
     }
 }
 
 async fn run(args: &Args) -> anyhow::Result<u8> {
     let (listen, http, drain_timeout) = (args.listen, args.http, Duration::from_secs(args.drain_timeout));
-    let token = args.token_file.as_deref().map(Token::load).transpose()?;
+    let (token, tls) = (args.credentials.token_file.as_deref(), args.credentials.tls_files());
+    let access = AccessControl::load(args.access.as_deref(), token, tls, args.token_review.as_deref())
+        .map_err(RunError::from)?
+        .insecure(args.insecure);
     let options = Options {
         listen,
         http,
         drain_timeout,
-        token,
+        access,
         stay: args.stay,
         hand_over: args.hand_over,
         progress_to: progress_to(args)?,

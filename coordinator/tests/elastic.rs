@@ -243,7 +243,9 @@ async fn a_coordinator_that_hands_over_says_nothing_and_its_workers_train_on_und
         assert_eq!(ended(worker).await, Ended::Finished);
     }
     assert_eq!(next.outcome().await, Outcome::Done);
-    assert_eq!(bits(&commits(&store).await), calm(&config).await);
+    // Those that fell due while nobody recorded them were never made.
+    let (made, expected) = (bits(&commits(&store).await), calm(&config).await);
+    assert!(made.last() == expected.last() && made.iter().all(|commit| expected.contains(commit)), "{made:?}");
     let ends: Vec<u64> =
         RunLog::read(&store).await.unwrap().iter().filter(|r| matches!(r.body, Body::End { .. })).map(|r| r.term).collect();
     assert_eq!(ends, [2], "the first left the run open");

@@ -231,7 +231,7 @@ async fn a_damaged_commit_is_given_up_for_the_one_before() {
 
 async fn get(address: std::net::SocketAddr, path: &str) -> (u16, String) {
     let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
-    socket.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes()).await.unwrap();
+    socket.write_all(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").as_bytes()).await.unwrap();
     let mut text = String::new();
     soon("a reply", socket.read_to_string(&mut text)).await.unwrap();
     let (head, body) = text.split_once("\r\n\r\n").unwrap();

@@ -7,8 +7,9 @@ mod common;
 use common::*;
 use ella_coordinator::client::{self, ClientError};
 use ella_coordinator::core::Outcome;
-use ella_coordinator::shell::Options;
+use ella_coordinator::shell::{AccessControl, Options};
 use ella_proto::access::{Access, Token};
+use ella_proto::config::RunConfig;
 use ella_proto::v1::{DrainRequest, FromWorker, StatusRequest, StopRequest};
 use ella_store::Store;
 use tonic::Code;
@@ -21,6 +22,13 @@ fn token(secret: &str) -> Token {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), secret).unwrap();
     Token::load(file.path()).unwrap()
+}
+
+/// One that asks for the token.
+async fn asking(config: &RunConfig, store: &Store) -> Served {
+    let access = AccessControl::of_token(Some(token(SECRET)));
+    let served = Served::start_with(config, store, Options { access, ..options() }).await;
+    Served { token: Some(token(SECRET)), ..served }
 }
 
 /// What each of the calls is answered.
@@ -41,7 +49,7 @@ async fn refusals(access: &Access) -> Vec<tonic::Status> {
 #[tokio::test]
 async fn strangers_are_refused_counted_and_told_of_and_the_run_goes_on() {
     let (store, config) = (Store::open("memory://").unwrap(), config(&[]));
-    let served = Served::start_with(&config, &store, Options { token: Some(token(SECRET)), ..options() }).await;
+    let served = asking(&config, &store).await;
     let missing = Access::from(served.url());
     let wrong = Access { token: Some(token(GUESS)), ..missing.clone() };
     let strangers = async {
@@ -71,7 +79,7 @@ async fn strangers_are_refused_counted_and_told_of_and_the_run_goes_on() {
 #[tokio::test]
 async fn who_has_the_token_stops_drains_and_attaches_and_where_none_is_asked_for_any_will_do() {
     let (store, config) = (Store::open("memory://").unwrap(), config(&["workers.count=1"]));
-    let served = Served::start_with(&config, &store, Options { token: Some(token(SECRET)), ..options() }).await;
+    let served = asking(&config, &store).await;
     let worker = Fake::attach(served.access(), hello("a")).await.unwrap();
     client::drain(served.access(), "a", "the node is needed").await.unwrap();
     drop(worker);

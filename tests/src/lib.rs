@@ -255,7 +255,7 @@ pub struct Status(pub String);
 impl Status {
     fn get(&self) -> Result<Value> {
         let mut stream = TcpStream::connect(&self.0)?;
-        write!(stream, "GET /api/v1/status HTTP/1.1\r\nHost: ella\r\nConnection: close\r\n\r\n")?;
+        write!(stream, "GET /api/v1/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         let body = answer.find('{').context("no JSON")?;

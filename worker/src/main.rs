@@ -2,7 +2,7 @@
 //! `ella train` starts it on a laptop.
 
 use clap::Parser;
-use ella_proto::access::{Access, Token};
+use ella_coordinator::credentials::Credentials;
 use ella_proto::config::Device;
 use ella_proto::exit::Exit;
 use ella_worker::control::Flags;
@@ -13,7 +13,6 @@ use ella_worker::session::{Options, work};
 use ella_worker::supervise::{self, Side};
 use ella_worker::train::Ending;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,12 +29,11 @@ const LEAVING: Duration = Duration::from_secs(30);
 #[derive(Debug, Parser)]
 #[command(name = "ella-worker", version)]
 struct Arguments {
-    /// The coordinator's gRPC address, http://host:port
+    /// The coordinator's gRPC address, http://host:port or https://host:port
     #[arg(long, env = "ELLA_COORDINATOR")]
     coordinator: String,
-    /// Show the coordinator the token in this file, a copy of its own
-    #[arg(long, value_name = "PATH", env = "ELLA_TOKEN_FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    credentials: Credentials,
     /// Where this worker's collective listens; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:0", env = "ELLA_LISTEN")]
     listen: SocketAddr,
@@ -84,8 +82,8 @@ fn main() -> ExitCode {
         }
     };
     start_log(&arguments.log_format);
-    let token = match arguments.token_file.as_deref().map(Token::load).transpose() {
-        Ok(token) => token,
+    let coordinator = match arguments.credentials.access(&arguments.coordinator) {
+        Ok(access) => access,
         Err(error) => {
             tracing::error!("{error}");
             return ExitCode::from(Exit::Usage.code());
@@ -102,8 +100,8 @@ fn main() -> ExitCode {
     runtime.spawn(watch_signals(flags.clone()));
     runtime.spawn(pulse.beat());
     runtime.spawn(end_when_stuck(flags.clone()));
-    let Arguments { coordinator: url, listen, advertise, device, slots, connect_timeout, .. } = arguments;
-    let (coordinator, patience) = (Access { url, token }, Duration::from_secs(connect_timeout));
+    let Arguments { listen, advertise, device, slots, connect_timeout, .. } = arguments;
+    let patience = Duration::from_secs(connect_timeout);
     let ending = work(&Options { coordinator, listen, advertise, device, slots, patience }, flags, runtime.handle());
     // What a store still does for a worker that has failed is not waited for.
     runtime.shutdown_background();

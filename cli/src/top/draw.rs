@@ -327,7 +327,7 @@ mod tests {
     #[test]
     fn without_colour_parts_are_told_by_letters() {
         let (text, colored) = screen(120, 40, &training(), &Ui { plain: true, ..Ui::default() });
-        assert!(!colored && text.contains("w=waits") && text.contains("ffffwwww") || text.contains("fwww"), "{text}");
+        assert!(!colored && text.contains("w=waits") && text.contains("ffrwwww") && text.contains("ddff"), "{text}");
     }
 
     #[test]

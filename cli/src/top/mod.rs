@@ -14,9 +14,9 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use clap::Args;
+use ella_coordinator::credentials::Credentials;
 use source::Source;
 
-use crate::token::TokenFile;
 use crate::ui::{DONE, Fail, Out};
 
 #[derive(Debug, Args)]
@@ -28,7 +28,7 @@ pub(crate) struct Top {
     #[arg(long, value_name = "URL", conflicts_with = "what")]
     coordinator: Option<String>,
     #[command(flatten)]
-    token: TokenFile,
+    credentials: Credentials,
     /// Print what there is now, and end: what happens anyway where there is no terminal
     #[arg(long)]
     once: bool,
@@ -43,7 +43,7 @@ impl Top {
             return Err(Fail::usage(format_args!("--every {}: must be from 0.1 to 3600 seconds", self.every)));
         }
         let runtime = crate::runtime()?;
-        let mut source = runtime.block_on(Source::open(self.what.as_deref(), self.coordinator.as_deref(), &self.token))?;
+        let mut source = runtime.block_on(Source::open(self.what.as_deref(), self.coordinator.as_deref(), &self.credentials))?;
         let first = runtime.block_on(source.look())?;
         if self.once || out.json || !std::io::stdout().is_terminal() {
             out.result(&first, || snapshot::text(&first));

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use crate::children::{Children, Logs, Member, binary, ending};
 use clap::Args;
 use ella_coordinator::client;
+use ella_coordinator::credentials::Credentials;
 use ella_coordinator::status::StatusReport;
 use ella_model::ModelError;
 use ella_proto::access::Access;
@@ -26,7 +27,6 @@ pub(crate) use watch::{Opened, first_line};
 
 use crate::run::{ADDRESS, RunFolder};
 use crate::status::outcome;
-use crate::token::TokenFile;
 use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, Out, PREEMPTED, note, one_line};
 
 #[derive(Debug, Args)]
@@ -41,7 +41,7 @@ pub(crate) struct Train {
     #[arg(long, value_name = "URL")]
     coordinator: Option<String>,
     #[command(flatten)]
-    token: TokenFile,
+    credentials: Credentials,
     /// Start no process again that was killed: something else does it, or nothing
     #[arg(long)]
     no_restart: bool,
@@ -100,14 +100,14 @@ impl Train {
     /// A coordinator and workers.
     async fn whole(&self, config: &RunConfig, out: Out) -> Result<u8, Fail> {
         let (coordinator, worker) = (binary("ella-coordinator")?, binary("ella-worker")?);
-        let token = self.token.load()?;
+        let access = self.credentials.access("")?;
         have_models(config)?;
         let store = Store::open(&config.run.output)?;
         let logs = Logs { folder: store.local_path().map(|run| run.join("logs")), verbose: self.verbose };
         let mut signals = Signals::new()?;
         let mut children = Children::default();
         let mut arguments = vec![self.config.display().to_string()];
-        arguments.extend(self.token.arguments());
+        arguments.extend(self.credentials.arguments());
         arguments.extend(self.set.iter().flat_map(|set| ["--set".to_owned(), set.clone()]));
         let stdout = children.start("coordinator", &coordinator, &arguments, &logs)?;
         let opened = tokio::select! {
@@ -115,15 +115,17 @@ impl Train {
             () = signals.next() => None,
         };
         let same = same_config(config).ok();
-        let (grpc, http) = match opened {
+        let (access, http) = match opened {
             Some(Opened::Serving { grpc, http, fell_back }) => {
                 fell_back.iter().for_each(|told| note(format_args!("WARNING: {told}")));
                 // Whoever comes in its place is found where it was, and does what it did.
-                let own = |config: &tempfile::NamedTempFile| [vec![config.path().display().to_string()], self.token.arguments()].concat();
+                let own =
+                    |config: &tempfile::NamedTempFile| [vec![config.path().display().to_string()], self.credentials.arguments()].concat();
                 let mut again = same.as_ref().map_or(arguments, own);
                 again.extend(["--listen".to_owned(), grpc.to_string(), "--http".to_owned(), http.to_string()]);
                 children.arm(0, again);
-                (format!("http://{grpc}"), http)
+                let access = Access { url: grpc.to_string(), ..access };
+                (Access { url: access.full_url(), ..access }, http)
             }
             Some(Opened::Done { step }) => {
                 children.reap(LEAVING).await;
@@ -133,12 +135,13 @@ impl Train {
             }
             None => return Err(self.refused(children).await),
         };
-        note(format_args!("run {}: coordinator at {grpc}, dashboard at http://{http}", store.url()));
+        let (grpc, scheme) = (access.url.clone(), if access.tls.is_some() { "https" } else { "http" });
+        note(format_args!("run {}: coordinator at {grpc}, dashboard at {scheme}://{http}", store.url()));
         // For commands that are given the folder. That it can't be written is no reason not to train.
         let address = store.local_path().map(|run| run.join(ADDRESS));
         let _ = address.as_ref().map(|file| std::fs::write(file, &grpc));
         self.start_workers(&mut children, config, &worker, (&grpc, &logs))?;
-        let watched = self.watch(config, &mut children, (Access { url: grpc, token }, true), &mut signals).await;
+        let watched = self.watch(config, &mut children, (access, true), &mut signals).await;
         let _ = address.as_ref().map(std::fs::remove_file);
         self.conclude(config, &children, watched, out).await
     }
@@ -146,14 +149,13 @@ impl Train {
     /// Workers for a coordinator that runs elsewhere.
     async fn join(&self, config: &RunConfig, url: &str, out: Out) -> Result<u8, Fail> {
         let worker = binary("ella-worker")?;
-        let token = self.token.load()?;
-        client::status(Access { url: url.to_owned(), token: token.clone() }).await?;
+        let access = self.credentials.access(url)?;
+        client::status(&access).await?;
         have_models(config)?;
-        let grpc = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let grpc = access.full_url();
         let mut signals = Signals::new()?;
         let mut children = Children::default();
         self.start_workers(&mut children, config, &worker, (&grpc, &Logs { folder: None, verbose: self.verbose }))?;
-        let access = Access { url: grpc.clone(), token };
         let (last, restarts) = self.watch(config, &mut children, (access, false), &mut signals).await;
         let code = children.members().iter().map(exit_code).max().unwrap_or(FAILED);
         if code == DONE || code == PREEMPTED {
@@ -175,7 +177,7 @@ impl Train {
         (grpc, logs): (&str, &Logs),
     ) -> Result<(), Fail> {
         let mut arguments = ["--coordinator", grpc, "--device", device(config)].map(str::to_owned).to_vec();
-        arguments.extend(self.token.arguments());
+        arguments.extend(self.credentials.arguments());
         for number in 0..config.workers.count {
             children.start(&format!("worker-{number}"), worker, &arguments, logs)?;
         }

@@ -197,13 +197,10 @@ impl Core {
         self.note(Note::Generation { generation: self.generation.0, workers, from_step: lineup.from.0 });
     }
 
-    /// The same bytes for all of a generation, others for the next.
-    fn session(&self) -> Vec<u8> {
-        let mut session = self.config.session;
-        for (byte, mixed) in session.iter_mut().zip(self.generation.0.to_le_bytes()) {
-            *byte ^= mixed;
-        }
-        session.to_vec()
+    /// The same bytes for all of a generation, others for the next: whoever was in one learns nothing of another's.
+    pub(super) fn session(&self) -> Vec<u8> {
+        let own = blake3::derive_key("ella 2026-11-26 a coordinator's sessions", &self.config.session);
+        blake3::keyed_hash(&own, &self.generation.0.to_le_bytes()).as_bytes()[..self.config.session.len()].to_vec()
     }
 
     /// Counts generations that came to nothing. One that lost a worker before it could begin says nothing about the run.

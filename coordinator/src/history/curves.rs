@@ -238,9 +238,9 @@ impl Curves {
             let start = buckets.partition_point(|bucket| bucket.index < from >> shift);
             start..buckets.partition_point(|bucket| bucket.index <= to >> shift).max(start)
         };
-        let reaching = (0..LEVELS).filter(|level| self.levels[*level].reaches(from >> (2 * level)));
+        let mut reaching = (0..LEVELS).filter(|level| self.levels[*level].reaches(from >> (2 * level)));
         let fits = |level: &usize| range(*level).len() <= 4 * most;
-        let level = reaching.clone().find(fits).or(reaching.last()).unwrap_or(LEVELS - 1);
+        let level = reaching.clone().find(fits).or(reaching.next_back()).unwrap_or(LEVELS - 1);
         let buckets = self.levels[level].buckets.range(range(level));
         let group = grouping(buckets.clone().map(|bucket| bucket.index), most);
         let mut view = View { width: group << (2 * level), buckets: Vec::new() };

@@ -127,10 +127,10 @@ impl Driver {
             if let Some(over) = self.over.take_if(|over| over.until.is_some_and(|at| Instant::now() >= at)) {
                 return over.outcome;
             }
-            let wake = self.wake();
+            let (wake, serves) = (self.wake(), self.over.as_ref().is_none_or(|over| over.until.is_none()));
             let input = tokio::select! {
                 biased;
-                () = shutdown.cancelled(), if self.over.as_ref().is_none_or(|over| over.until.is_none()) => Input::Event(Event::Leave("the coordinator broke".into())),
+                () = shutdown.cancelled(), if serves => Input::Event(Event::Leave("the coordinator broke".into())),
                 Some(input) = self.inbox.recv() => input,
                 () = tokio::time::sleep_until(wake) => Input::Event(Event::Tick),
             };
@@ -247,7 +247,8 @@ impl Driver {
     /// The machine's status, with what the shell counts.
     fn status(&self) -> RunStatus {
         let mut status = self.machine.status(self.now());
-        let mut own = vec![self.strangers.count(), ("progress_pushes_failed", self.untold.load(Relaxed))];
+        let mut own = self.strangers.counts();
+        own.push(("progress_pushes_failed", self.untold.load(Relaxed)));
         if let Some(outlets) = &self.outlets {
             own.extend(outlets.journal.counts());
             own.push(("store_retries", outlets.store.retries()));

@@ -1,5 +1,6 @@
 //! Why a coordinator could not begin or go on, apart from what befalls the run itself.
 
+use super::AccessError;
 use ella_proto::exit::Exit;
 use ella_store::{LogError, StoreError};
 use std::net::SocketAddr;
@@ -55,6 +56,21 @@ pub enum RunError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Anyone on the network would be let in.
+    #[error(
+        "{address}: others than this machine reach this address, and nothing is asked of them: give --token-file, --access, or --tls-cert, --tls-key \
+         and --tls-ca (docs/security.md says how), or --insecure to let everyone in"
+    )]
+    Unguarded {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// Access can't be controlled as asked.
+    #[error(transparent)]
+    Access(#[from] AccessError),
+    /// No secret can be made.
+    #[error("/dev/urandom: cannot be read ({0}); a coordinator needs it for its workers' secrets")]
+    NoRandomness(std::io::Error),
     /// A server broke.
     #[error("the {name} server broke: {reason}")]
     Server {
@@ -75,10 +91,15 @@ impl RunError {
     /// The process's exit code (design.md §6).
     pub fn exit_code(&self) -> u8 {
         let exit = match self {
-            Self::OtherConfig { .. } | Self::OtherDigest { .. } | Self::BadRunToml { .. } | Self::Bind { .. } => Exit::Usage,
+            Self::OtherConfig { .. }
+            | Self::OtherDigest { .. }
+            | Self::BadRunToml { .. }
+            | Self::Bind { .. }
+            | Self::Unguarded { .. }
+            | Self::Access(_) => Exit::Usage,
             Self::Store(StoreError::BadUrl { .. } | StoreError::Unsupported { .. }) => Exit::Usage,
             Self::DamagedCommits { .. } | Self::Log(LogError::Gap { .. } | LogError::Bad { .. }) => Exit::NoRetry,
-            Self::Store(_) | Self::Log(_) | Self::Server { .. } | Self::Task(_) | Self::NoOutcome => Exit::Failed,
+            Self::Store(_) | Self::Log(_) | Self::Server { .. } | Self::Task(_) | Self::NoOutcome | Self::NoRandomness(_) => Exit::Failed,
         };
         exit.code()
     }

@@ -1,8 +1,11 @@
 //! The gRPC service: streams of workers, and clients' questions.
 
 use super::RunError;
+use super::door::Connection;
 use super::driver::{Input, Stream};
+use super::gate::Gate;
 use super::guard::Guard;
+use super::limits::{HEADERS_AT_MOST, LARGEST_MESSAGE, STREAMS_AT_MOST};
 use crate::core::Outcome;
 use crate::machine::{Closed, ConnId, Event};
 use ella_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
@@ -11,24 +14,17 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 /// Messages that may wait to be sent to one worker.
 const OUTGOING: usize = 64;
-/// The largest message that is taken. Control messages are far smaller.
-const LARGEST_MESSAGE: usize = 1 << 20;
 /// How long a stream may be open before its worker says who it is.
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
-/// When the kernel begins to ask whether an idle peer still lives.
-const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 /// How long the driver may take to answer.
 const ANSWER: Duration = Duration::from_secs(2);
 
@@ -40,18 +36,22 @@ struct Service {
 }
 
 /// Serves whom `guard` lets in, until `shutdown`.
-pub(super) async fn serve(listener: TcpListener, guard: Guard, shutdown: CancellationToken) -> Result<Option<Outcome>, RunError> {
+pub(super) async fn serve(
+    connections: mpsc::Receiver<Connection>,
+    guard: Guard,
+    shutdown: CancellationToken,
+) -> Result<Option<Outcome>, RunError> {
     let readers = TaskTracker::new();
     let inputs = guard.inputs.clone();
     let service = Service { inputs, next: AtomicU64::new(1), readers: readers.clone(), shutdown: shutdown.clone() };
-    let service = CoordinatorServer::new(service).max_decoding_message_size(LARGEST_MESSAGE);
+    let inner = CoordinatorServer::new(service).max_decoding_message_size(LARGEST_MESSAGE);
     // A worker behind a connection that silently breaks is found by its lease, and the kernel closes what remains. HTTP/2's own
     // keep-alive would do worse: after a stop of this process it finds its pings overdue before it reads the answers that wait (P-3).
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(TCP_KEEPALIVE));
     let served = Server::builder()
-        .max_concurrent_streams(1024)
-        .add_service(InterceptedService::new(service, guard))
-        .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned())
+        .max_concurrent_streams(STREAMS_AT_MOST)
+        .http2_max_header_list_size(HEADERS_AT_MOST)
+        .add_service(Gate { inner, guard })
+        .serve_with_incoming_shutdown(ReceiverStream::new(connections).map(Ok::<_, std::io::Error>), shutdown.cancelled_owned())
         .await;
     readers.close();
     readers.wait().await;

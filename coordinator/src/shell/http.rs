@@ -3,36 +3,26 @@
 use super::dashboard::{self, Dashboard};
 use super::driver::Input;
 use super::grpc::ask_status;
-use super::{RunError, page};
-use crate::core::Outcome;
+use super::page;
 use crate::status::StatusReport;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 
 type Inputs = State<mpsc::Sender<Input>>;
 
-/// Serves until `shutdown`.
-pub(super) async fn serve(
-    listener: TcpListener,
-    inputs: mpsc::Sender<Input>,
-    dashboard: Dashboard,
-    shutdown: CancellationToken,
-) -> Result<Option<Outcome>, RunError> {
-    let router = Router::new()
+/// What is served, before the guard.
+pub(super) fn router(inputs: mpsc::Sender<Input>, dashboard: Dashboard) -> Router {
+    Router::new()
         .route("/api/v1/status", get(status))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/metrics", get(metrics))
         .route("/readyz", get(ready))
         .with_state(inputs)
-        .merge(dashboard::router(dashboard));
-    let served = axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await;
-    served.map(|()| None).map_err(|e| RunError::Server { name: "HTTP", reason: e.to_string() })
+        .merge(dashboard::router(dashboard))
 }
 
 async fn report(inputs: &mpsc::Sender<Input>) -> Result<StatusReport, Response> {

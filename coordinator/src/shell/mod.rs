@@ -3,20 +3,28 @@
 //! One task, the driver, owns the machine; all others send it inputs and carry out its effects. Every task is tracked, and the first
 //! error ends them all.
 
+mod access;
 pub mod cluster;
 mod dashboard;
+mod door;
 mod driver;
 mod error;
+mod flood;
+mod gate;
 mod grpc;
 mod guard;
 mod http;
 mod journal;
 mod keeper;
+mod limits;
 mod local;
 mod page;
+mod porch;
 mod push;
+mod review;
 mod start;
 
+pub use access::{AccessControl, AccessError};
 pub use error::RunError;
 pub use local::LocalJob;
 pub use push::ProgressTo;
@@ -25,13 +33,15 @@ use crate::core::{Core, CoreConfig, History, Note, Outcome};
 use crate::job::{JobCore, JobSettings};
 use crate::machine::{Event, Machine, Time};
 use dashboard::{Dashboard, Recorder};
+use door::Room;
 use driver::{Driver, Input};
-use ella_proto::access::Token;
+use ella_proto::access::tls::{self, Clients, Reloaded};
 use ella_proto::config::{JobConfig, RunConfig, Straggler};
 use ella_proto::ids::Term;
 use ella_proto::v1::Welcome;
 use ella_store::{RunLog, RunState, Store};
 use guard::{Guard, Strangers};
+use rustls::ServerConfig;
 use start::Damaged;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -64,15 +74,23 @@ pub struct Options {
     pub hand_over: bool,
     /// Where the cluster's tools are told how far it is.
     pub progress_to: Vec<ProgressTo>,
-    /// What every call must show; none is asked for otherwise.
-    pub token: Option<Token>,
+    /// Who may do what. Without rules whoever reaches it may do everything, and it listens on loopback addresses only.
+    pub access: AccessControl,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let local = SocketAddr::from(([127, 0, 0, 1], 0));
-        let (drain_timeout, linger) = (Duration::from_secs(300), Duration::from_secs(1));
-        Self { listen: local, http: local, drain_timeout, linger, stay: false, hand_over: false, progress_to: Vec::new(), token: None }
+        Self {
+            listen: local,
+            http: local,
+            drain_timeout: Duration::from_secs(300),
+            linger: Duration::from_secs(1),
+            stay: false,
+            hand_over: false,
+            progress_to: Vec::new(),
+            access: AccessControl::default(),
+        }
     }
 }
 
@@ -116,7 +134,9 @@ pub struct Coordinator {
     /// The run was complete when it was opened: only that is told.
     done: bool,
     progress_to: Vec<ProgressTo>,
-    token: Option<Token>,
+    access: AccessControl,
+    /// Of both ports, if there are certificates.
+    tls: Option<[Arc<Reloaded<ServerConfig>>; 2]>,
 }
 
 impl Coordinator {
@@ -126,19 +146,19 @@ impl Coordinator {
     /// # Errors
     /// If the run has another config, its store or log can't be used, its last commit is damaged, or an address is taken.
     pub async fn open(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
-        let (grpc, http) = (bind(options.listen).await?, bind(options.http).await?);
+        let (grpc, http) = (bind(options.listen, &options.access).await?, bind(options.http, &options.access).await?);
         let (log, state, damaged) = match start::open_run(config, &store).await? {
             start::Run::Done { step, .. } if !options.stay => return Ok(Opened::Done { step }),
             start::Run::Done { state, .. } => {
                 let term = state.term;
                 let history = History { term: Term(term), commits: state.commits };
-                let core = Core::done(core_config(config, store.url(), options), history, Time(0));
+                let core = Core::done(core_config(config, store.url(), options)?, history, Time(0));
                 let run = Self::with(Box::new(core), None, (grpc, http), options)?;
                 return Ok(Opened::Ready(Box::new(Self { done: true, shown: Some((store, term)), ..run })));
             }
             start::Run::Claimed { log, state, damaged } => (log, state, damaged),
         };
-        let core = Core::new(core_config(config, store.url(), options), history(&log, *state), Time(0));
+        let core = Core::new(core_config(config, store.url(), options)?, history(&log, *state), Time(0));
         let run = Self::with(Box::new(core), Some((log, store)), (grpc, http), options)?;
         Ok(Opened::Ready(Box::new(Self { damaged, ..run })))
     }
@@ -148,7 +168,7 @@ impl Coordinator {
     /// # Errors
     /// If an address is taken.
     pub async fn open_job(config: &JobConfig, options: &Options) -> Result<Self, RunError> {
-        let listeners = (bind(options.listen).await?, bind(options.http).await?);
+        let listeners = (bind(options.listen, &options.access).await?, bind(options.http, &options.access).await?);
         Self::with(Box::new(JobCore::new(job_settings(config), Time(0))), None, listeners, options)
     }
 
@@ -160,9 +180,10 @@ impl Coordinator {
     ) -> Result<Self, RunError> {
         let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
         let Options { linger, stay, hand_over, .. } = *options;
-        let (damaged, done, token, progress_to) = (Vec::new(), false, options.token.clone(), options.progress_to.clone());
+        let (damaged, done, access, progress_to) = (Vec::new(), false, options.access.clone(), options.progress_to.clone());
+        let tls = certificates(&access)?;
         let shown = memory.as_ref().map(|(log, store)| (store.clone(), log.term()));
-        Ok(Self { machine, memory, shown, damaged, grpc, http, addresses, linger, stay, hand_over, done, progress_to, token })
+        Ok(Self { machine, memory, shown, damaged, grpc, http, addresses, linger, stay, hand_over, done, progress_to, access, tls })
     }
 
     /// What to tell people of commits that were given up because they are damaged, if any were.
@@ -202,12 +223,17 @@ impl Coordinator {
         let untold = Arc::<AtomicU64>::default();
         let driver = Driver::new(self.machine, inbox, outlets, self.linger).staying(self.stay, self.done);
         let driver = driver.with_strangers(strangers.clone()).with_untold(untold.clone()).with_recorder(recorder.clone());
-        let guard = Guard { token: self.token, strangers, inputs: inputs.clone() };
+        let guard = Guard::new(self.access, strangers.clone(), inputs.clone());
+        let [for_grpc, for_http] = self.tls.map_or([None, None], |both| both.map(Some));
+        watch_reloads(&strangers, &guard, [&for_grpc, &for_http]);
+        let room = Arc::<Room>::default();
+        let callers = door::open(self.grpc, for_grpc, (guard.clone(), room.clone()), shutdown.clone());
+        let visitors = door::open(self.http, for_http, (guard.clone(), room), shutdown.clone());
+        let dashboard = Dashboard::new(inputs.clone(), &recorder, shutdown.clone());
         let token = shutdown.clone();
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
-        tasks.spawn(grpc::serve(self.grpc, guard, shutdown.clone()));
-        let dashboard = Dashboard::new(inputs.clone(), &recorder, shutdown.clone());
-        tasks.spawn(http::serve(self.http, inputs.clone(), dashboard, shutdown.clone()));
+        tasks.spawn(grpc::serve(callers, guard.clone(), shutdown.clone()));
+        tasks.spawn(porch::serve(http::router(inputs.clone(), dashboard), visitors, guard, shutdown.clone()));
         let (told, until) = (inputs.clone(), shutdown.clone());
         tasks.spawn(async move {
             recorder.keep(past, told, until).await;
@@ -271,9 +297,9 @@ async fn forward_stops(
     Ok(None)
 }
 
-fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> CoreConfig {
+fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> Result<CoreConfig, RunError> {
     let workers = &config.workers;
-    CoreConfig {
+    Ok(CoreConfig {
         welcome: Welcome {
             run_url: run_url.to_owned(),
             config_toml: config.to_toml(),
@@ -294,8 +320,8 @@ fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> CoreConf
         start_timeout: workers.start_timeout.0,
         commit_timeout: workers.start_timeout.0,
         drain_timeout: u64::try_from(options.drain_timeout.as_millis()).unwrap_or(u64::MAX),
-        session: start::random_bytes(),
-    }
+        session: start::secret()?,
+    })
 }
 
 fn job_settings(config: &JobConfig) -> JobSettings {
@@ -321,7 +347,36 @@ fn history(log: &RunLog, state: RunState) -> History {
     History { term: Term(log.term()), commits: state.commits }
 }
 
-async fn bind(address: SocketAddr) -> Result<TcpListener, RunError> {
+/// The TLS configs of the gRPC and the HTTP port. Browsers and probes have no certificates to show.
+fn certificates(access: &AccessControl) -> Result<Option<[Arc<Reloaded<ServerConfig>>; 2]>, RunError> {
+    if access.tls().is_empty() {
+        return Ok(None);
+    }
+    let clients = if access.needs_certificates() { Clients::Required } else { Clients::Optional };
+    let grpc = tls::server(access.tls(), clients, "h2").map_err(AccessError::from)?;
+    let http = tls::server(access.tls(), Clients::Optional, "http/1.1").map_err(AccessError::from)?;
+    Ok(Some([grpc, http].map(Arc::new)))
+}
+
+/// Has files that become such that will not do counted: tokens', and certificates', of which both ports read the same.
+fn watch_reloads(strangers: &Strangers, guard: &Guard, tls: [&Option<Arc<Reloaded<ServerConfig>>>; 2]) {
+    let access = guard.access.clone();
+    strangers.watch(move || access.failed_reloads());
+    if let Some(tls) = tls[0].clone() {
+        strangers.watch(move || tls.failed_reloads());
+    }
+}
+
+/// Nobody else's machine is let in unasked.
+async fn bind(address: SocketAddr, access: &AccessControl) -> Result<TcpListener, RunError> {
+    if !address.ip().to_canonical().is_loopback() {
+        match (access.is_on(), access.is_insecure(), access.tls().is_empty()) {
+            (false, false, _) => return Err(RunError::Unguarded { address }),
+            (false, true, _) => tracing::warn!("{address}: --insecure: whoever reaches this address may attach, stop and drain"),
+            (true, _, true) => tracing::warn!("{address}: without --tls-cert, tokens cross the network in clear text"),
+            (true, _, false) => {}
+        }
+    }
     TcpListener::bind(address).await.map_err(|source| RunError::Bind { address, source })
 }
 

@@ -130,18 +130,18 @@ fn term(config: &RunConfig) -> Result<Term, RunError> {
     Ok(Term { host, version: env!("CARGO_PKG_VERSION").into(), config_digest })
 }
 
-/// Unique to this incarnation.
+/// Unique to this incarnation: the standard library seeds each hasher from the system's randomness.
 fn nonce() -> String {
-    random_bytes().iter().map(|byte| format!("{byte:02x}")).collect()
+    let half = || RandomState::new().build_hasher().finish();
+    format!("{:016x}{:016x}", half(), half())
 }
 
-/// Bytes that no other process will have: the standard library seeds each hasher from the system's randomness.
-pub(super) fn random_bytes() -> [u8; 16] {
+/// Bytes that nobody can guess.
+pub(super) fn secret() -> Result<[u8; 16], RunError> {
     let mut bytes = [0; 16];
-    for half in bytes.chunks_exact_mut(8) {
-        half.copy_from_slice(&RandomState::new().build_hasher().finish().to_le_bytes());
-    }
-    bytes
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes));
+    read.map_err(RunError::NoRandomness)?;
+    Ok(bytes)
 }
 
 /// A number that no other process will have, never 0, and small enough that every reader of JSON takes it as it is.

@@ -2,15 +2,17 @@
 
 #![allow(dead_code, unused_imports, unreachable_pub, clippy::unwrap_used)] // each test file uses its part
 
+mod certs;
 mod life;
 mod ring;
 
+pub use certs::Ca;
 pub use life::{Ended, Life, Script, train_two};
 
 use bytes::Bytes;
 use ella_coordinator::core::{Outcome, PARTS};
 use ella_coordinator::shell::{Addresses, Coordinator, Opened, Options, RunError};
-use ella_proto::access::{Access, Token};
+use ella_proto::access::{Access, ClientTls, Token};
 use ella_proto::config::RunConfig;
 use ella_proto::v1::from_worker::Body as Say;
 use ella_proto::v1::to_worker::Body as Told;
@@ -21,7 +23,6 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
-use tonic::transport::Endpoint;
 
 /// Nothing in these tests takes this long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -63,7 +64,9 @@ pub fn options() -> Options {
 pub struct Served {
     pub addresses: Addresses,
     pub stops: mpsc::Sender<String>,
+    /// What [`Self::access`] shows.
     pub token: Option<Token>,
+    pub tls: Option<ClientTls>,
     pub run: JoinHandle<Result<Outcome, RunError>>,
 }
 
@@ -76,17 +79,16 @@ impl Served {
         let opened = soon("an open run", Coordinator::open(config, store.clone(), &options)).await.unwrap();
         let Opened::Ready(coordinator) = opened else { panic!("the run is done: {opened:?}") };
         let (stops, receiver) = mpsc::channel(4);
-        let (addresses, token) = (coordinator.addresses(), options.token);
-        Self { addresses, stops, token, run: tokio::spawn(coordinator.run(receiver)) }
+        Self { addresses: coordinator.addresses(), stops, token: None, tls: None, run: tokio::spawn(coordinator.run(receiver)) }
     }
 
     pub fn url(&self) -> String {
         self.addresses.grpc.to_string()
     }
 
-    /// As those reach it who know its token.
+    /// As those reach it who are to be let in.
     pub fn access(&self) -> Access {
-        Access { url: self.url(), token: self.token.clone() }
+        Access { url: self.url(), token: self.token.clone(), tls: self.tls.clone() }
     }
 
     /// Ends it as a kill would: nothing more is written or said.
@@ -173,8 +175,7 @@ impl Fake {
     /// The same; an error if nobody answers.
     pub async fn try_attach(access: impl Into<Access>, hello: Hello) -> Result<Result<Self, v1::Refused>, String> {
         let access = access.into();
-        let endpoint = Endpoint::from_shared(format!("http://{}", access.url)).map_err(|e| e.to_string())?;
-        let mut client = access.client(endpoint.connect().await.map_err(|e| e.to_string())?);
+        let mut client = access.connect(&access.endpoint()?).await.map_err(|e| ella_proto::with_causes(&e))?;
         let (out, outgoing) = mpsc::channel(256);
         let first = FromWorker { term: 0, generation: 0, body: Some(Say::Hello(hello.clone())) };
         out.send(first).await.map_err(|e| e.to_string())?;

@@ -22,12 +22,12 @@ pub enum ControlError {
         /// In words.
         detail: String,
     },
-    /// The coordinator asks for a token, and was shown none, or another.
+    /// What the coordinator was shown lets nobody in, or has too small a role.
     #[error("{url}: the coordinator refused this worker: {reason}")]
     NoEntry {
         /// Where.
         url: String,
-        /// What is wrong with the token, and what to do.
+        /// What is wrong, and what to do.
         reason: String,
     },
     /// The run or job had ended before this worker came.

@@ -40,7 +40,7 @@ impl Link {
     /// The same, again and again for `patience` while nobody answers: a worker may be there before its coordinator.
     pub(crate) async fn open_patiently(access: &Access, hello: &Hello, patience: Duration) -> Result<Self, ControlError> {
         // What is no URL never will be one.
-        endpoint(&access.url)?;
+        endpoint(access)?;
         let (until, mut pause) = (Instant::now() + patience, PAUSES.0);
         loop {
             let error = match Self::open(access, hello.clone()).await {
@@ -144,22 +144,23 @@ pub(crate) fn identity() -> std::io::Result<Hello> {
     })
 }
 
-fn endpoint(url: &str) -> Result<Endpoint, ControlError> {
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|e| unreachable(url, &ella_proto::with_causes(&e)))?;
+fn endpoint(access: &Access) -> Result<Endpoint, ControlError> {
+    let endpoint = access.endpoint().map_err(|reason| unreachable(&access.url, &reason))?;
     Ok(endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true))
 }
 
 async fn connect(access: &Access) -> Result<Client, ControlError> {
-    let url = &access.url;
-    let channel = deadline("connection", CONNECT_TIMEOUT, endpoint(url)?.connect()).await?;
-    Ok(access.client(channel.map_err(|e| unreachable(url, &ella_proto::with_causes(&e)))?))
+    let client = deadline("connection", CONNECT_TIMEOUT, access.connect(&endpoint(access)?)).await?;
+    client.map_err(|e| unreachable(&access.url, &ella_proto::with_causes(&e)))
 }
 
 /// Why there is no stream: whoever answers does not let this worker in, or is no coordinator that can be spoken to.
 fn unanswered(url: &str, status: &Status) -> ControlError {
     match status.code() {
-        Code::Unauthenticated => ControlError::NoEntry { url: url.to_owned(), reason: status.message().to_owned() },
-        _ => unreachable(url, status.message()),
+        Code::Unauthenticated | Code::PermissionDenied => {
+            ControlError::NoEntry { url: url.to_owned(), reason: status.message().to_owned() }
+        }
+        _ => unreachable(url, &ella_proto::with_causes(status)),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Samples while it trains (`[sample]`): after a step that is due, ranks draw its pictures from the weights that all of them then have, picture *i* by
 //! rank *i* mod world, each by itself. So a picture depends on the weights, its prompt and its seed (SAME), and nothing that training reads is changed.
 //!
-//! All are drawn before the next step. That holds training up, but needs no copy of the weights, and no picture is of a step that a kill could
+//! All are drawn before the next step. That holds training up, but keeps no weights of earlier steps, and no picture is of a step that a kill could
 //! leave behind: who goes on from that step finds it without its pictures, and draws them. Meanwhile ranks ask each other, a little at a time,
 //! as they do when they wait for captions ([`super::supply`]): so nobody waits for long in one sum, and who is asked to leave does not draw on.
 
@@ -23,7 +23,7 @@ use ella_proto::v1::{Activity, Progress, from_worker};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tch::Device;
+use tch::{Device, Tensor};
 
 /// How long a rank draws until it asks, and answers, the others again.
 const ASK: Duration = Duration::from_secs(1);
@@ -273,8 +273,11 @@ impl Trainer {
         }
         let buffers = &self.state.buffers;
         let weights = if self.config.sample.average { &buffers.ema } else { &buffers.params };
-        let views = self.state.layout.views(weights)?;
-        studio.begin(step, Connector::from_tensors(self.networks.connector.config(), views)?, place);
+        // In memory of their own: a processor's products may round otherwise where a tensor does not begin where its vectors do, as in the flat buffer, and
+        // what is drawn from the commit's file would differ in a bit.
+        let own = |(name, view): (String, Tensor)| Ok((name, tch::no_grad(|| view.f_mul_scalar(1.0))?));
+        let tensors = self.state.layout.views(weights)?.into_iter().map(own).collect::<Result<Vec<_>, TrainError>>()?;
+        studio.begin(step, Connector::from_tensors(self.networks.connector.config(), tensors)?, place);
         Ok(())
     }
 

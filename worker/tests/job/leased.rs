@@ -4,7 +4,7 @@ use crate::soon;
 use crate::toy::{Broken, Stage, Toy, config, files};
 use async_trait::async_trait;
 use ella_coordinator::core::Outcome;
-use ella_coordinator::shell::{Coordinator, Options, RunError};
+use ella_coordinator::shell::{AccessControl, Coordinator, Options, RunError};
 use ella_proto::access::{Access, Token};
 use ella_proto::config::{JobConfig, Millis};
 use ella_proto::v1::RunStatus;
@@ -40,7 +40,8 @@ impl Served {
 
     /// One that asks for a token.
     async fn asking(config: &JobConfig, listen: Option<SocketAddr>, linger: Duration, token: Option<Token>) -> Self {
-        let options = Options { listen: listen.unwrap_or(([127, 0, 0, 1], 0).into()), linger, token, ..Options::default() };
+        let access = AccessControl::of_token(token.clone());
+        let options = Options { listen: listen.unwrap_or(([127, 0, 0, 1], 0).into()), linger, access, ..Options::default() };
         let opened = async {
             loop {
                 match Coordinator::open_job(config, &options).await {
@@ -53,7 +54,7 @@ impl Served {
         };
         let coordinator = soon("a coordinator", opened).await;
         let (_stops, stops) = mpsc::channel(1);
-        Self { address: coordinator.addresses().grpc, token: options.token, run: tokio::spawn(coordinator.run(stops)), _stops }
+        Self { address: coordinator.addresses().grpc, token, run: tokio::spawn(coordinator.run(stops)), _stops }
     }
 
     fn url(&self) -> String {
@@ -62,7 +63,7 @@ impl Served {
 
     /// As those reach it who know its token.
     fn access(&self) -> Access {
-        Access { url: self.url(), token: self.token.clone() }
+        Access { token: self.token.clone(), ..Access::from(self.url()) }
     }
 
     async fn outcome(self) -> Outcome {

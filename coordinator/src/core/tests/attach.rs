@@ -46,13 +46,14 @@ fn when_enough_have_loaded_a_generation_is_formed_and_all_get_their_places() {
     run.hello(1);
     assert_eq!(run.say(2, idle(None)), vec![]);
     let effects = run.say(1, idle(None));
+    let session = run.core.session();
     let assign = |rank: u32| {
         to_worker::Body::Assign(v1::Assign {
             rank,
             next: format!("10.0.0.{}:4000", 2 - rank),
             world: 2,
             commit_json: serde_json::to_vec(&commit_at(4, 2)).unwrap(),
-            session: [6].into_iter().chain([7; 15]).collect(),
+            session: session.clone(),
             source: None,
             step: 4,
             copy: false,

@@ -1,16 +1,52 @@
 //! What goes over a connection besides data: the greeting, once, and a header before each operation's data.
+//!
+//! A greeting proves that its sender knows the generation's secret, which the coordinator hands out and nobody sends here: it is a keyed hash
+//! over the greeting and a nonce, and in an answer over the caller's nonce too. Data is neither hidden nor proved.
 
 use crate::reduce::{Op, OpKind};
 
 /// Tells this protocol, and this machine's byte order, from anything else: it is sent in native order.
 const MAGIC: u64 = 0x656c_6c61_7269_6e67;
 /// Raised when frames change.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// What makes these keys of the session's bytes, and no others.
+const CONTEXT: &str = "ella 2026-11-26 ella-reduce greeting";
+/// Bytes before the proof.
+const SAID: usize = 52;
+
+/// A number that no other greeting has.
+pub(super) type Nonce = [u8; 16];
+
+/// A new one.
+pub(super) fn nonce() -> std::io::Result<Nonce> {
+    let mut nonce = Nonce::default();
+    std::fs::File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, &mut nonce))?;
+    Ok(nonce)
+}
+
+/// What the ranks of one generation know, and nobody else.
+#[derive(Clone)]
+pub(super) struct Key([u8; 32]);
+
+impl Key {
+    pub(super) fn new(session: &[u8; 16]) -> Self {
+        Self(blake3::derive_key(CONTEXT, session))
+    }
+
+    fn proof(&self, said: &[u8], answered: Option<Nonce>) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new_keyed(&self.0);
+        hasher.update(said);
+        if let Some(nonce) = answered {
+            hasher.update(&nonce);
+        }
+        hasher.finalize()
+    }
+}
 
 /// The greeting of both sides: the caller's, and the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Hello {
-    pub(super) session: [u8; 16],
+    pub(super) nonce: Nonce,
     pub(super) generation: u64,
     pub(super) world: u32,
     /// The sender.
@@ -28,7 +64,7 @@ pub(super) enum Refusal {
     Garbage,
     /// Another version of this protocol.
     Version,
-    /// Another run.
+    /// It does not prove the generation's secret: another run, or a stranger, or a greeting that was heard before.
     Session,
     /// Another generation of this run.
     Generation,
@@ -43,7 +79,7 @@ impl Refusal {
         match self {
             Self::Garbage => "not the ella-reduce protocol",
             Self::Version => "another protocol version",
-            Self::Session => "another run",
+            Self::Session => "another run, or a stranger",
             Self::Generation => "another generation",
             Self::Rank => "an unexpected rank or world size",
         }
@@ -51,19 +87,28 @@ impl Refusal {
 }
 
 impl Hello {
-    pub(super) const LEN: usize = 52;
+    pub(super) const LEN: usize = SAID + blake3::OUT_LEN;
 
-    pub(super) fn encode(&self) -> [u8; Self::LEN] {
+    /// With its proof. `answered`: the nonce of the greeting that it answers, if it is an answer.
+    pub(super) fn encode(&self, key: &Key, answered: Option<Nonce>) -> [u8; Self::LEN] {
         let mut out = [0; Self::LEN];
         out[..8].copy_from_slice(&MAGIC.to_ne_bytes());
         out[8..12].copy_from_slice(&VERSION.to_ne_bytes());
-        out[12..28].copy_from_slice(&self.session);
+        out[12..28].copy_from_slice(&self.nonce);
         out[28..36].copy_from_slice(&self.generation.to_ne_bytes());
         let verdict = self.verdict.map_or(0, |refusal| 1 + refusal as u32);
-        for (place, field) in out[36..].chunks_exact_mut(4).zip([self.world, self.from, self.to, verdict]) {
+        for (place, field) in out[36..SAID].chunks_exact_mut(4).zip([self.world, self.from, self.to, verdict]) {
             place.copy_from_slice(&field.to_ne_bytes());
         }
+        let proof = key.proof(&out[..SAID], answered);
+        out[SAID..].copy_from_slice(proof.as_bytes());
         out
+    }
+
+    /// Whether these bytes were sent by one that knows the secret. The comparison takes the same time whatever differs.
+    pub(super) fn is_proven(bytes: &[u8; Self::LEN], key: &Key, answered: Option<Nonce>) -> bool {
+        let (said, proof) = bytes.split_at(SAID);
+        blake3::Hash::from_slice(proof).is_ok_and(|proof| proof == key.proof(said, answered))
     }
 
     pub(super) fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, Refusal> {
@@ -74,20 +119,18 @@ impl Hello {
         if u32::from_ne_bytes(fields.take()) != VERSION {
             return Err(Refusal::Version);
         }
-        let (session, generation) = (fields.take(), u64::from_ne_bytes(fields.take()));
+        let (nonce, generation) = (fields.take(), u64::from_ne_bytes(fields.take()));
         let [world, from, to, verdict] = [0; 4].map(|_| u32::from_ne_bytes(fields.take()));
         let verdict = match verdict {
             0 => None,
             code => Some(*Refusal::ALL.get(code as usize - 1).ok_or(Refusal::Garbage)?),
         };
-        Ok(Self { session, generation, world, from, to, verdict })
+        Ok(Self { nonce, generation, world, from, to, verdict })
     }
 
-    /// Whether `other`, sent to this rank, comes from the rank `awaited` of the same generation of the same run.
+    /// Whether `other`, sent to this rank, comes from the rank `awaited` of the same generation.
     pub(super) fn judge(&self, other: &Self, awaited: u32) -> Result<(), Refusal> {
-        if other.session != self.session {
-            Err(Refusal::Session)
-        } else if other.generation != self.generation {
+        if other.generation != self.generation {
             Err(Refusal::Generation)
         } else if (other.world, other.from, other.to) != (self.world, awaited, self.from) {
             Err(Refusal::Rank)
@@ -148,22 +191,42 @@ impl Fields<'_> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
-    const HELLO: Hello = Hello { session: [7; 16], generation: 3, world: 4, from: 1, to: 2, verdict: None };
+    const HELLO: Hello = Hello { nonce: [7; 16], generation: 3, world: 4, from: 1, to: 2, verdict: None };
 
     #[test]
     fn greetings_come_back_as_they_were_sent() {
         let verdicts = Refusal::ALL.map(Some).into_iter().chain([None]);
         for hello in verdicts.map(|verdict| Hello { verdict, ..HELLO }) {
-            assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
+            assert_eq!(Hello::decode(&hello.encode(&Key::new(&[1; 16]), None)), Ok(hello));
         }
     }
 
     #[test]
+    fn only_who_knows_the_secret_proves_a_greeting_and_an_answer_is_to_one_greeting() {
+        let (key, other) = (Key::new(&[1; 16]), Key::new(&[2; 16]));
+        let (call, answer) = (HELLO.encode(&key, None), HELLO.encode(&key, Some([9; 16])));
+        assert!(Hello::is_proven(&call, &key, None) && Hello::is_proven(&answer, &key, Some([9; 16])));
+        for (bytes, key, answered) in
+            [(call, &other, None), (call, &key, Some([9; 16])), (answer, &key, None), (answer, &key, Some([8; 16]))]
+        {
+            assert!(!Hello::is_proven(&bytes, key, answered));
+        }
+        for at in 0..Hello::LEN {
+            let mut bad = call;
+            bad[at] ^= 1;
+            assert!(!Hello::is_proven(&bad, &key, None), "byte {at}");
+        }
+        assert!(!call.windows(16).any(|bytes| bytes == [1; 16]), "the secret is not sent");
+        assert_ne!(nonce().unwrap(), nonce().unwrap());
+    }
+
+    #[test]
     fn what_is_no_greeting_is_refused_whatever_byte_differs() {
-        let good = HELLO.encode();
+        let good = HELLO.encode(&Key::new(&[1; 16]), None);
         for (at, refusal) in
             [(0, Refusal::Garbage), (7, Refusal::Garbage), (8, Refusal::Version), (11, Refusal::Version), (51, Refusal::Garbage)]
         {
@@ -178,7 +241,6 @@ mod tests {
         let me = Hello { from: 2, to: 3, ..HELLO };
         assert_eq!(me.judge(&HELLO, 1), Ok(()));
         let cases = [
-            (Hello { session: [8; 16], ..HELLO }, Refusal::Session),
             (Hello { generation: 2, ..HELLO }, Refusal::Generation),
             (Hello { generation: 4, ..HELLO }, Refusal::Generation),
             (Hello { world: 5, ..HELLO }, Refusal::Rank),

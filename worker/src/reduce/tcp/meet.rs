@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use super::Listener;
-use super::hello::{Hello, Refusal};
+use super::hello::{Hello, Key, Nonce, Refusal, nonce};
 use super::ring::{Links, poll_for, transient};
 use crate::reduce::{CollectiveError, Result};
 
@@ -25,7 +25,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 const SILENT: usize = 32;
 
 /// Who meets.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Membership {
     /// This rank.
     pub rank: u32,
@@ -33,10 +33,17 @@ pub struct Membership {
     pub world: u32,
     /// Where the next rank listens; of the last one, where rank 0 does.
     pub next: SocketAddr,
-    /// The run. Whoever does not know it is a stranger.
+    /// The generation's secret, which is never sent. Whoever does not know it is a stranger.
     pub session: [u8; 16],
     /// The generation. Messages of others are refused (TERM).
     pub generation: u64,
+}
+
+impl fmt::Debug for Membership {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rank, world, next, generation, .. } = self;
+        write!(f, "Membership(rank {rank} of {world}, next {next}, generation {generation})")
+    }
 }
 
 impl Membership {
@@ -48,8 +55,8 @@ impl Membership {
         (self.rank + self.world - 1) % self.world
     }
 
-    fn hello(&self, to: u32, verdict: Option<Refusal>) -> Hello {
-        Hello { session: self.session, generation: self.generation, world: self.world, from: self.rank, to, verdict }
+    fn hello(&self, nonce: Nonce, to: u32, verdict: Option<Refusal>) -> Hello {
+        Hello { nonce, generation: self.generation, world: self.world, from: self.rank, to, verdict }
     }
 }
 
@@ -60,7 +67,7 @@ pub struct Refusals {
     pub garbage: u64,
     /// Spoke another version of this one.
     pub version: u64,
-    /// Belonged to another run.
+    /// Did not prove the generation's secret: of another run, or strangers.
     pub session: u64,
     /// Belonged to another generation.
     pub generation: u64,
@@ -88,7 +95,7 @@ impl fmt::Display for Refusals {
         let Self { garbage, version, session, generation, rank, silent } = self;
         write!(
             f,
-            "{garbage} of another protocol, {version} of another version, {session} of another run, {generation} of another generation, \
+            "{garbage} of another protocol, {version} of another version, {session} of another run or strangers, {generation} of another generation, \
              {rank} of another rank, {silent} silent"
         )
     }
@@ -100,6 +107,8 @@ pub(super) fn meet(listener: &Listener, who: &Membership, timeout: Duration) -> 
     let mut meeting = Meeting {
         listener,
         who,
+        key: Key::new(&who.session),
+        heard: Vec::new(),
         began: now,
         timeout,
         call: Call::Pause { until: now },
@@ -119,7 +128,7 @@ enum Call {
     /// Waiting for the connection.
     Ringing { stream: TcpStream, until: Instant },
     /// Waiting for the answer to the greeting.
-    Greeted { caller: Greeting, until: Instant },
+    Greeted { caller: Greeting, said: Nonce, until: Instant },
     /// Answered, by the right one.
     Through(TcpStream),
 }
@@ -153,6 +162,9 @@ impl Greeting {
 struct Meeting<'a> {
     listener: &'a Listener,
     who: &'a Membership,
+    key: Key,
+    /// The nonces of greetings that were proved: none counts twice.
+    heard: Vec<Nonce>,
     began: Instant,
     timeout: Duration,
     call: Call,
@@ -214,17 +226,16 @@ impl Meeting<'_> {
         for mut caller in std::mem::take(&mut self.callers) {
             match caller.read() {
                 Ok(None) => self.callers.push(caller),
-                Ok(Some(hello)) => self.answer(caller.stream, hello),
+                Ok(Some(hello)) => self.answer(caller, hello),
                 Err(_) => self.refused.silent += 1,
             }
         }
     }
 
-    fn answer(&mut self, mut stream: TcpStream, hello: std::result::Result<Hello, Refusal>) {
-        let me = self.who.hello(self.who.prev(), None);
-        let verdict = hello.and_then(|hello| me.judge(&hello, self.who.prev()));
+    fn answer(&mut self, Greeting { mut stream, bytes, .. }: Greeting, hello: std::result::Result<Hello, Refusal>) {
+        let verdict = hello.and_then(|hello| self.judge(&bytes, &hello));
         // A stranger is not told what this is.
-        let answered = verdict == Err(Refusal::Garbage) || write_all(&mut stream, &Hello { verdict: verdict.err(), ..me }).is_ok();
+        let answered = verdict == Err(Refusal::Garbage) || self.reply(&mut stream, hello.ok(), verdict.err()).is_ok();
         match verdict {
             // A second call of the right one is as good as the first, which it must have given up.
             Ok(()) if answered => self.prev = Some(stream),
@@ -236,6 +247,22 @@ impl Meeting<'_> {
         }
     }
 
+    fn judge(&mut self, bytes: &[u8; Hello::LEN], hello: &Hello) -> std::result::Result<(), Refusal> {
+        let prev = self.who.prev();
+        match self.who.hello(hello.nonce, prev, None).judge(hello, prev) {
+            Err(Refusal::Generation) => return Err(Refusal::Generation),
+            _ if !Hello::is_proven(bytes, &self.key, None) || self.heard.contains(&hello.nonce) => return Err(Refusal::Session),
+            judged => judged?,
+        }
+        self.heard.push(hello.nonce);
+        Ok(())
+    }
+
+    fn reply(&self, stream: &mut TcpStream, to: Option<Hello>, verdict: Option<Refusal>) -> io::Result<()> {
+        let answer = self.who.hello(nonce()?, self.who.prev(), verdict);
+        stream.write_all(&answer.encode(&self.key, Some(to.map_or_else(Nonce::default, |to| to.nonce))))
+    }
+
     /// Moves the call to the next rank on, as far as it goes without waiting.
     fn step_call(&mut self) {
         let address = self.who.next;
@@ -244,7 +271,7 @@ impl Meeting<'_> {
         let moved = match call {
             Call::Pause { until } if now >= until => begin_call(address).map(|stream| Call::Ringing { stream, until: now + ANSWER }),
             Call::Ringing { stream, until } => self.greet(stream, until),
-            Call::Greeted { caller, until } => self.hear_answer(caller, until),
+            Call::Greeted { caller, said, until } => self.hear_answer(caller, said, until),
             other => Ok(other),
         };
         self.call = moved.unwrap_or_else(|reason| {
@@ -264,20 +291,26 @@ impl Meeting<'_> {
             return if Instant::now() < until { Ok(Call::Ringing { stream, until }) } else { Err("no connection".into()) };
         }
         let next = self.who.next();
-        write_all(&mut stream, &self.who.hello(next, None)).map_err(|error| error.to_string())?;
-        Ok(Call::Greeted { caller: Greeting::new(stream), until })
+        let said = nonce().map_err(|error| error.to_string())?;
+        // The first bytes on a connection: its buffer always holds them.
+        let greeting = self.who.hello(said, next, None).encode(&self.key, None);
+        stream.write_all(&greeting).map_err(|error| error.to_string())?;
+        Ok(Call::Greeted { caller: Greeting::new(stream), said, until })
     }
 
-    fn hear_answer(&self, mut caller: Greeting, until: Instant) -> std::result::Result<Call, String> {
+    fn hear_answer(&self, mut caller: Greeting, said: Nonce, until: Instant) -> std::result::Result<Call, String> {
         let Some(hello) = caller.read().map_err(|error| format!("no answer: {error}"))? else {
-            return if Instant::now() < until { Ok(Call::Greeted { caller, until }) } else { Err("no answer".into()) };
+            return if Instant::now() < until { Ok(Call::Greeted { caller, said, until }) } else { Err("no answer".into()) };
         };
         let hello = hello.map_err(|refusal| format!("it answers as {}", refusal.reason()))?;
         if let Some(refusal) = hello.verdict {
             return Err(format!("it refused this rank as {}", refusal.reason()));
         }
         let next = self.who.next();
-        let judged = self.who.hello(next, None).judge(&hello, next);
+        if !Hello::is_proven(&caller.bytes, &self.key, Some(said)) {
+            return Err(format!("it answers as {}", Refusal::Session.reason()));
+        }
+        let judged = self.who.hello(said, next, None).judge(&hello, next);
         judged.map_err(|refusal| format!("it answers as {}", refusal.reason()))?;
         Ok(Call::Through(caller.stream))
     }
@@ -291,7 +324,7 @@ impl Meeting<'_> {
                 files.push(PollFd::new(stream, PollFlags::OUT));
                 Some(*until)
             }
-            Call::Greeted { caller, until } => {
+            Call::Greeted { caller, until, .. } => {
                 files.push(PollFd::new(&caller.stream, PollFlags::IN));
                 Some(*until)
             }
@@ -342,9 +375,4 @@ fn begin_call(address: SocketAddr) -> std::result::Result<TcpStream, String> {
 fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     stream.set_nodelay(true)
-}
-
-/// Sends a greeting: the first bytes on a connection, which its buffer always holds.
-fn write_all(stream: &mut TcpStream, hello: &Hello) -> io::Result<()> {
-    stream.write_all(&hello.encode())
 }

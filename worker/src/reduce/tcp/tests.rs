@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::hello::{Hello, Refusal};
+use super::hello::{Hello, Key, Nonce, Refusal};
 use super::*;
 use crate::reduce::conformance::LONG;
 
@@ -24,7 +24,12 @@ fn membership(rank: u32, peers: &[SocketAddr]) -> Membership {
 }
 
 /// A greeting of rank 1 to rank 0 of a world of two.
-const GOOD: Hello = Hello { session: SESSION, generation: 5, world: 2, from: 1, to: 0, verdict: None };
+const GOOD: Hello = Hello { nonce: [3; 16], generation: 5, world: 2, from: 1, to: 0, verdict: None };
+
+/// As one says it who knows the secret of this session.
+fn spoken(hello: Hello, session: [u8; 16]) -> [u8; Hello::LEN] {
+    hello.encode(&Key::new(&session), None)
+}
 
 /// Calls `address`, says `words`, and returns the answer, if one comes before the connection is closed.
 fn call(address: SocketAddr, words: &[u8]) -> (TcpStream, Option<Hello>) {
@@ -43,21 +48,21 @@ fn strangers_are_refused_with_a_reason_and_counted_and_the_ring_closes_all_the_s
     let ring = thread::scope(|scope| {
         let first = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), LONG));
         let bad = [
-            (Hello { session: [2; 16], ..GOOD }, Refusal::Session),
-            (Hello { generation: 4, ..GOOD }, Refusal::Generation),
-            (Hello { generation: 6, ..GOOD }, Refusal::Generation),
-            (Hello { from: 0, ..GOOD }, Refusal::Rank),
+            (GOOD, [2; 16], Refusal::Session),
+            (Hello { generation: 4, ..GOOD }, SESSION, Refusal::Generation),
+            (Hello { generation: 6, ..GOOD }, SESSION, Refusal::Generation),
+            (Hello { from: 0, ..GOOD }, SESSION, Refusal::Rank),
         ];
-        for (hello, refusal) in bad {
-            let (_, answer) = call(peers[0], &hello.encode());
+        for (hello, session, refusal) in bad {
+            let (_, answer) = call(peers[0], &spoken(hello, session));
             assert_eq!(answer.and_then(|answer| answer.verdict), Some(refusal));
         }
-        let mut other_version = GOOD.encode();
+        let mut other_version = spoken(GOOD, SESSION);
         other_version[8] = 9;
         assert_eq!(call(peers[0], &other_version).1.and_then(|answer| answer.verdict), Some(Refusal::Version));
         assert_eq!(call(peers[0], &[b'G'; Hello::LEN]).1, None);
         // One that hangs up half-way, and one that says nothing: neither is waited for.
-        drop(TcpStream::connect(peers[0]).and_then(|mut stream| stream.write_all(&GOOD.encode()[..9])));
+        drop(TcpStream::connect(peers[0]).and_then(|mut stream| stream.write_all(&spoken(GOOD, SESSION)[..9])));
         let silent = TcpStream::connect(peers[0]);
         let second = scope.spawn(|| Tcp::connect(one, &membership(1, &peers), LONG));
         let ring = [first, second].map(|rank| rank.join().expect("no panic").expect("the right ones meet"));
@@ -67,6 +72,26 @@ fn strangers_are_refused_with_a_reason_and_counted_and_the_ring_closes_all_the_s
     let expected = Refusals { garbage: 1, version: 1, session: 1, generation: 2, rank: 1, silent: 1 };
     assert_eq!(*ring[0].refused(), expected);
     assert_eq!(*ring[1].refused(), Refusals::default());
+}
+
+#[test]
+fn a_greeting_that_was_heard_before_lets_nobody_in_and_one_that_proves_nothing_is_not_believed() {
+    let [zero, one] = [listen(), listen()];
+    let peers = [zero.address(), one.address()];
+    let error = thread::scope(|scope| {
+        let first = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), 4 * SHORT));
+        one.socket.set_nonblocking(false).expect("a socket option");
+        let (mut from_zero, _) = one.socket.accept().expect("rank 0 calls");
+        // Whoever listens at the next rank's address without the secret is not taken for it, whatever it repeats.
+        from_zero.write_all(&spoken(GOOD, SESSION)).expect("room in the buffer");
+        let [once, again] = [(); 2].map(|()| call(peers[0], &spoken(GOOD, SESSION)).1.expect("an answer").verdict);
+        assert_eq!((once, again), (None, Some(Refusal::Session)));
+        let other = Hello { nonce: Nonce::default(), ..GOOD };
+        assert_eq!(call(peers[0], &spoken(other, SESSION)).1.expect("an answer").verdict, None, "another nonce is another greeting");
+        first.join().expect("no panic").expect_err("nobody proved to be rank 1")
+    });
+    let CollectiveError::Meet { missing, refused, .. } = error else { panic!("expected Meet, found {error:?}") };
+    assert!(missing.contains("rank 1 was not reached") && missing.contains("stranger") && refused.session == 1, "{missing} {refused}");
 }
 
 #[test]
@@ -149,8 +174,9 @@ fn with_fake_peer(play: impl FnOnce(TcpStream, TcpStream) + Send) -> Tcp {
         let (mut from_zero, _) = fake.socket.accept().expect("rank 0 calls");
         let mut hello = [0; Hello::LEN];
         from_zero.read_exact(&mut hello).expect("a greeting");
-        from_zero.write_all(&GOOD.encode()).expect("room in the buffer");
-        let (mut to_zero, answer) = call(peers[0], &GOOD.encode());
+        let said = Hello::decode(&hello).expect("a greeting").nonce;
+        from_zero.write_all(&GOOD.encode(&Key::new(&SESSION), Some(said))).expect("room in the buffer");
+        let (mut to_zero, answer) = call(peers[0], &spoken(GOOD, SESSION));
         assert_eq!(answer.map(|answer| answer.verdict), Some(None));
         // The closing barrier: one number, which rank 1 completes.
         let mut barrier = [0; 32 + 8];

@@ -1,0 +1,163 @@
+//! `ella certs`: a CA of one's own, and certificates of it, to try TLS on or to run a small network with.
+
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use clap::Args;
+use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use serde::Serialize;
+
+use crate::ui::{DONE, Fail, Out};
+
+/// Clocks may be so far apart.
+const SKEW: Duration = Duration::from_secs(3600);
+const DAY: Duration = Duration::from_secs(24 * 3600);
+/// Whose certificates are made beside the coordinator's: each is for the name ROLE.ella.
+const ROLES: [&str; 3] = ["worker", "viewer", "admin"];
+
+/// What may do what, as `ella-coordinator --access` reads it.
+const ACCESS: &str = "# Who may do what: docs/security.md says more.\n";
+
+#[derive(Debug, Args)]
+pub(crate) struct Certs {
+    /// Folder that is made for them
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// A name or address that the coordinator is reached by; may be given more than once
+    #[arg(long, value_name = "NAME", required = true)]
+    host: Vec<String>,
+    /// For so many days
+    #[arg(long, default_value_t = 30, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=3650))]
+    days: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Made {
+    out: PathBuf,
+    hosts: Vec<String>,
+    days: u64,
+    /// The folders, of which each has `tls.crt`, `tls.key` and `ca.crt`.
+    identities: Vec<&'static str>,
+}
+
+impl Certs {
+    pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
+        DirBuilder::new().recursive(false).mode(0o700).create(&self.out).map_err(|error| match error.kind() {
+            std::io::ErrorKind::AlreadyExists => {
+                Fail::usage(format_args!("{}: is there already, and nothing is overwritten; choose another --out", self.out.display()))
+            }
+            _ => Fail::io(&self.out, "made", &error),
+        })?;
+        self.make().map_err(|error| match error {
+            Trouble::Cert(error) => {
+                Fail::usage(format_args!("--host {}: no certificate can be made for it ({error})", self.host.join(", ")))
+            }
+            Trouble::Io(path, error) => Fail::io(path, "written", &error),
+        })?;
+        let made = Made {
+            out: self.out.clone(),
+            hosts: self.host.clone(),
+            days: self.days,
+            identities: ["coordinator"].into_iter().chain(ROLES).collect(),
+        };
+        out.result(&made, || self.told());
+        Ok(DONE)
+    }
+
+    fn make(&self) -> Result<(), Trouble> {
+        let (params, key) = self.authority()?;
+        let authority = params.self_signed(&key)?.pem();
+        write(&self.out.join("ca"), "ca.crt", &authority)?;
+        write(&self.out.join("ca"), "ca.key", &key.serialize_pem())?;
+        let issuer = Issuer::new(params, key);
+        let mut access = ACCESS.to_owned();
+        self.identity("coordinator", self.host.clone(), (&issuer, &authority))?;
+        for role in ROLES {
+            let name = format!("{role}.ella");
+            access += &format!("\n[[allow]]\nrole = \"{role}\"\ncertificate = \"{name}\"\n");
+            self.identity(role, vec![name], (&issuer, &authority))?;
+        }
+        write(&self.out, "access.toml", &access)
+    }
+
+    fn authority(&self) -> Result<(CertificateParams, KeyPair), Trouble> {
+        let mut params = self.params("ella test CA", Vec::new())?;
+        // It signs what speaks for itself, and no further CA.
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        Ok((params, KeyPair::generate()?))
+    }
+
+    /// A certificate of these names, that is good for both sides of a connection only where it is the coordinator's.
+    fn identity(&self, name: &str, hosts: Vec<String>, (issuer, authority): (&Issuer<'_, KeyPair>, &str)) -> Result<(), Trouble> {
+        let mut params = self.params(name, hosts)?;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        if name == "coordinator" {
+            params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
+        }
+        let key = KeyPair::generate()?;
+        let folder = self.out.join(name);
+        write(&folder, "tls.crt", &params.signed_by(&key, issuer)?.pem())?;
+        write(&folder, "tls.key", &key.serialize_pem())?;
+        write(&folder, "ca.crt", authority)
+    }
+
+    fn params(&self, name: &str, hosts: Vec<String>) -> Result<CertificateParams, Trouble> {
+        let mut params = CertificateParams::new(hosts)?;
+        let now = SystemTime::now();
+        (params.not_before, params.not_after) = ((now - SKEW).into(), (now + DAY * u32::try_from(self.days).unwrap_or(1)).into());
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.use_authority_key_identifier_extension = true;
+        Ok(params)
+    }
+
+    fn told(&self) -> String {
+        let at = |path: &str| self.out.join(path).display().to_string();
+        let flags = |of: &str| {
+            format!(
+                "--tls-cert {} --tls-key {} --tls-ca {}",
+                at(&format!("{of}/tls.crt")),
+                at(&format!("{of}/tls.key")),
+                at(&format!("{of}/ca.crt"))
+            )
+        };
+        let host = self.host.first().map_or("", String::as_str);
+        format!(
+            "certificates for {} days; whoever has {} can make more, so keep it away from the cluster\n\
+             coordinator  ella-coordinator RUN.toml --listen ADDRESS:PORT {} --access {}\n\
+             worker       ella-worker --coordinator https://{host}:PORT {}\n\
+             viewer       ella status https://{host}:PORT {}\n\
+             admin        ella drain WORKER https://{host}:PORT {}",
+            self.days,
+            at("ca/ca.key"),
+            flags("coordinator"),
+            at("access.toml"),
+            flags("worker"),
+            flags("viewer"),
+            flags("admin"),
+        )
+    }
+}
+
+enum Trouble {
+    Cert(rcgen::Error),
+    Io(PathBuf, std::io::Error),
+}
+
+impl From<rcgen::Error> for Trouble {
+    fn from(error: rcgen::Error) -> Self {
+        Self::Cert(error)
+    }
+}
+
+/// A new file that only its owner reads, in a folder that is made if it is not there.
+fn write(folder: &Path, name: &str, text: &str) -> Result<(), Trouble> {
+    let path = folder.join(name);
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+    let written = made.and_then(|()| OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?.write_all(text.as_bytes()));
+    written.map_err(|error| Trouble::Io(path, error))
+}

@@ -1,0 +1,62 @@
+//! What a process shows a coordinator, as its command line or environment has it.
+
+use clap::Args;
+use ella_proto::access::{Access, ClientTls, TlsError, TlsFiles, Token, TokenError};
+use std::path::PathBuf;
+
+/// The environment variables of these options, which name files and hold no secrets.
+pub const VARIABLES: [&str; 4] = ["ELLA_TOKEN_FILE", "ELLA_TLS_CERT", "ELLA_TLS_KEY", "ELLA_TLS_CA"];
+
+/// Why there is nothing to show.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialError {
+    /// A token's file will not do.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// A certificate's files will not do.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+/// Files of what is shown to a coordinator, or asked for by one. All are read again when they change.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Credentials {
+    /// The file of the token that the coordinator asks for; a coordinator asks for what its own has
+    #[arg(long, value_name = "PATH", env = "ELLA_TOKEN_FILE")]
+    pub token_file: Option<PathBuf>,
+    /// This side's certificate (PEM, its chain after it), for https://
+    #[arg(long, value_name = "PATH", env = "ELLA_TLS_CERT")]
+    pub tls_cert: Option<PathBuf>,
+    /// The key of that certificate (PEM)
+    #[arg(long, value_name = "PATH", env = "ELLA_TLS_KEY")]
+    pub tls_key: Option<PathBuf>,
+    /// The CA that the other side's certificate must be signed by (PEM)
+    #[arg(long, value_name = "PATH", env = "ELLA_TLS_CA")]
+    pub tls_ca: Option<PathBuf>,
+}
+
+impl Credentials {
+    /// The files of certificates.
+    pub fn tls_files(&self) -> TlsFiles {
+        TlsFiles { cert: self.tls_cert.clone(), key: self.tls_key.clone(), ca: self.tls_ca.clone() }
+    }
+
+    /// How the coordinator at this address is reached.
+    ///
+    /// # Errors
+    /// If a file will not do.
+    pub fn access(&self, url: &str) -> Result<Access, CredentialError> {
+        let token = self.token_file.as_deref().map(Token::load).transpose()?;
+        let files = self.tls_files();
+        let tls = if files.is_empty() { None } else { Some(ClientTls::load(&files)?) };
+        Ok(Access { url: url.to_owned(), token, tls })
+    }
+
+    /// What a process that is started here is told: where the secrets are, for its arguments are anyone's to read.
+    pub fn arguments(&self) -> Vec<String> {
+        let options =
+            [("--token-file", &self.token_file), ("--tls-cert", &self.tls_cert), ("--tls-key", &self.tls_key), ("--tls-ca", &self.tls_ca)];
+        let given = options.into_iter().filter_map(|(name, path)| Some([name.to_owned(), path.as_ref()?.display().to_string()]));
+        given.flatten().collect()
+    }
+}
