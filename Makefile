@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
 # that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-k8s test-stores test-dashboard test-cluster test-monitoring chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint audit libtorch proto parity-full
+.PHONY: build demo docs test test-k8s test-stores test-dashboard test-cluster test-monitoring chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint audit libtorch proto parity-full reference
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -23,6 +23,7 @@ demo: build
 
 test: build
 	python3 -m unittest discover -q -s bench
+	python3 -m unittest discover -q -s scripts
 	$(CARGO) test $(FLAGS) --no-fail-fast
 
 # Stores on real servers: moto (S3) and azurite (Azure Blob), which are installed into .stores/ once. Opt-in: it needs Node.js, and half a GB.
@@ -111,7 +112,16 @@ proto:
 audit:
 	@scripts/deny.sh advisories bans licenses sources
 
+# The pages and tables of docs/ that are made of the code, which are checked in; `make test` says if they are stale.
+reference: build
+	ELLA_WRITE_DOCS=1 $(CARGO) test --release --locked -p ella-tests --test reference
+
+# The docs as a site: target/book/index.html. The first time compiles mdBook into .tools/, which takes minutes.
+docs:
+	@scripts/docs.sh
+
 lint: libtorch
+	python3 scripts/check_docs.py
 	@scripts/deny.sh
 	$(CARGO) run --quiet --manifest-path proto/codegen/Cargo.toml --target-dir target/codegen --locked -- --check
 	$(CARGO) fmt --all --check

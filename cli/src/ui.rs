@@ -9,6 +9,7 @@ use ella_dataset::DataError;
 use ella_dataset::scenes::ScenesError;
 use ella_model::ModelError;
 use ella_proto::config::ConfigError;
+use ella_proto::exit::Exit;
 use ella_store::{LogError, StoreError};
 use ella_worker::device::NoDevice;
 use ella_worker::feed::FeedError;
@@ -17,16 +18,15 @@ use ella_worker::prepare::PrepareError;
 use serde::Serialize;
 
 /// Done.
-pub(crate) const DONE: u8 = 0;
+pub(crate) const DONE: u8 = Exit::Done.code();
 /// Failed; trying again may help.
-pub(crate) const FAILED: u8 = 1;
+pub(crate) const FAILED: u8 = Exit::Failed.code();
 /// Bad usage or config.
-pub(crate) const USAGE: u8 = 2;
-
+pub(crate) const USAGE: u8 = Exit::Usage.code();
 /// Preempted and resumable.
-pub(crate) const PREEMPTED: u8 = 3;
+pub(crate) const PREEMPTED: u8 = Exit::Preempted.code();
 /// Starting again would fail in the same way.
-pub(crate) const NO_RETRY: u8 = 4;
+pub(crate) const NO_RETRY: u8 = Exit::NoRetry.code();
 
 /// Why a command ends without its result, in one line, and the exit code that says so to scripts.
 #[derive(Debug)]

@@ -8,6 +8,7 @@ use ella_coordinator::shell::cluster::{Cluster, ClusterError};
 use ella_coordinator::shell::{AccessControl, Addresses, Coordinator, Opened, Options, ProgressTo, RunError};
 use ella_coordinator::{logs, trace};
 use ella_proto::config::{Config, ConfigError, RunConfig};
+use ella_proto::exit::Exit;
 use ella_store::Store;
 use serde::Serialize;
 use std::io::Write;
@@ -120,8 +121,8 @@ fn said(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<RunError>() {
         Some(error) => error.exit_code(),
-        None if error.is::<ConfigError>() || error.is::<ClusterError>() || error.is::<trace::TraceError>() => 2,
-        None => 1,
+        None if error.is::<ConfigError>() || error.is::<ClusterError>() || error.is::<trace::TraceError>() => Exit::Usage.code(),
+        None => Exit::Failed.code(),
     }
 }
 
@@ -147,7 +148,7 @@ async fn run(args: &Args) -> anyhow::Result<u8> {
     let coordinator = tokio::select! {
         opened = open(&config, &options) => match opened? {
             Some(coordinator) => coordinator,
-            None => return Ok(0),
+            None => return Ok(Exit::Done.code()),
         },
         Some(reason) = stops.recv() => {
             tracing::info!("{reason} while it started");

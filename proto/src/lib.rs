@@ -1,9 +1,10 @@
 //! What coordinator, workers and clients agree on: the wire messages ([`v1`]), the run's config ([`config`]), the numbers that
-//! name things ([`ids`]) and how a coordinator is reached ([`access`]).
+//! name things ([`ids`]), how a coordinator is reached ([`access`]) and how processes end ([`exit`]).
 
 pub mod access;
 mod codec;
 pub mod config;
+pub mod exit;
 pub mod ids;
 pub mod samples;
 

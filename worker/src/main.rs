@@ -5,6 +5,7 @@ use clap::Parser;
 use ella_coordinator::credentials::Credentials;
 use ella_coordinator::{logs, trace};
 use ella_proto::config::Device;
+use ella_proto::exit::Exit;
 use ella_worker::control::Flags;
 use ella_worker::device;
 use ella_worker::job::MOST_SLOTS;
@@ -24,10 +25,6 @@ const LOOK: Duration = Duration::from_millis(500);
 const LEAVING: Duration = Duration::from_secs(30);
 /// How long the last spans of traces may take.
 const FLUSH: Duration = Duration::from_secs(3);
-/// The exit code of bad usage.
-const USAGE: u8 = 2;
-/// The exit code of what can be resumed.
-const PREEMPTED: u8 = 3;
 
 /// Train one share of a run under a coordinator, or do units of its job.
 ///
@@ -92,7 +89,7 @@ fn main() -> ExitCode {
         Ok(access) => access,
         Err(error) => {
             tracing::error!("{error}");
-            return ExitCode::from(USAGE);
+            return ExitCode::from(Exit::Usage.code());
         }
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
@@ -108,7 +105,7 @@ fn main() -> ExitCode {
     };
     if let Err(error) = traced {
         tracing::error!("{error}");
-        return ExitCode::from(USAGE);
+        return ExitCode::from(Exit::Usage.code());
     }
     let flags = Arc::new(Flags::default());
     runtime.spawn(watch_signals(flags.clone()));
@@ -120,14 +117,17 @@ fn main() -> ExitCode {
     runtime.block_on(trace::finish(FLUSH));
     // What a store still does for a worker that has failed is not waited for.
     runtime.shutdown_background();
-    leave(match ending {
-        Ok(Ending::Done) => 0,
-        Ok(Ending::Preempted) => PREEMPTED,
-        Err(error) => {
-            tracing::error!("{error}");
-            if error.is_permanent() { 4 } else { 1 }
+    leave(
+        match ending {
+            Ok(Ending::Done) => Exit::Done,
+            Ok(Ending::Preempted) => Exit::Preempted,
+            Err(error) => {
+                tracing::error!("{error}");
+                if error.is_permanent() { Exit::NoRetry } else { Exit::Failed }
+            }
         }
-    })
+        .code(),
+    )
 }
 
 /// Ends the process where a device call does not return: it computes for far longer than ever before, or its part in the run is over and it does
@@ -139,13 +139,13 @@ async fn end_when_stuck(flags: Arc<Flags>) {
                 "it has computed one micro-batch for {:.0} s, far longer than any before: something in it hangs",
                 took.as_secs_f64()
             );
-            leave(1);
+            leave(Exit::Failed.code());
         }
         tokio::time::sleep(LOOK).await;
     }
     tokio::time::sleep(LEAVING).await;
     tracing::error!("its part in the run is over, and it has not left within {} s: something in it hangs", LEAVING.as_secs());
-    leave(1);
+    leave(Exit::Failed.code());
 }
 
 /// SIGTERM and SIGINT have this worker leave at the next step boundary, or give back a job's units. A second one, or one before the first step,
@@ -158,7 +158,7 @@ async fn watch_signals(flags: Arc<Flags>) {
     loop {
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
         if flags.parting.is_cancelled() || !flags.working.load(Ordering::Relaxed) {
-            leave(PREEMPTED);
+            leave(Exit::Preempted.code());
         }
         flags.parting.cancel();
         tracing::info!("signal: leave at the next step boundary, with a commit unless others go on, or give back what is in hand");

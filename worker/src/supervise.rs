@@ -3,6 +3,7 @@
 //!
 //! It is forked before anything is loaded, so it costs next to nothing, and needs none of what may hang.
 
+use ella_proto::exit::Exit;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{FromRawFd as _, OwnedFd};
@@ -163,5 +164,5 @@ fn kill(child: i32, signal: i32) {
 
 /// The worker's exit code; of one that a signal has ended, that of a failure.
 fn code(status: i32) -> u8 {
-    if libc::WIFEXITED(status) { u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(1) } else { 1 }
+    if libc::WIFEXITED(status) { u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(Exit::Failed.code()) } else { Exit::Failed.code() }
 }

@@ -1,6 +1,7 @@
 //! Where the run is, and how it ends.
 
 use super::{Failure, Time};
+use ella_proto::exit::Exit;
 use ella_proto::ids::Step;
 use ella_proto::v1;
 
@@ -21,17 +22,13 @@ pub enum Outcome {
 impl Outcome {
     /// The process's exit code (design.md §6).
     pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Done => 0,
-            Self::Failed(_) => {
-                if self.is_permanent() {
-                    4
-                } else {
-                    1
-                }
-            }
-            Self::Preempted { .. } => 3,
-        }
+        let exit = match self {
+            Self::Done => Exit::Done,
+            Self::Failed(_) if self.is_permanent() => Exit::NoRetry,
+            Self::Failed(_) => Exit::Failed,
+            Self::Preempted { .. } => Exit::Preempted,
+        };
+        exit.code()
     }
 
     /// Whether it failed, and would fail in the same way again.

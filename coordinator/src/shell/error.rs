@@ -1,6 +1,7 @@
 //! Why a coordinator could not begin or go on, apart from what befalls the run itself.
 
 use super::AccessError;
+use ella_proto::exit::Exit;
 use ella_store::{LogError, StoreError};
 use std::net::SocketAddr;
 
@@ -89,16 +90,17 @@ pub enum RunError {
 impl RunError {
     /// The process's exit code (design.md §6).
     pub fn exit_code(&self) -> u8 {
-        match self {
+        let exit = match self {
             Self::OtherConfig { .. }
             | Self::OtherDigest { .. }
             | Self::BadRunToml { .. }
             | Self::Bind { .. }
             | Self::Unguarded { .. }
-            | Self::Access(_) => 2,
-            Self::Store(StoreError::BadUrl { .. } | StoreError::Unsupported { .. }) => 2,
-            Self::DamagedCommits { .. } | Self::Log(LogError::Gap { .. } | LogError::Bad { .. }) => 4,
-            Self::Store(_) | Self::Log(_) | Self::Server { .. } | Self::Task(_) | Self::NoOutcome | Self::NoRandomness(_) => 1,
-        }
+            | Self::Access(_) => Exit::Usage,
+            Self::Store(StoreError::BadUrl { .. } | StoreError::Unsupported { .. }) => Exit::Usage,
+            Self::DamagedCommits { .. } | Self::Log(LogError::Gap { .. } | LogError::Bad { .. }) => Exit::NoRetry,
+            Self::Store(_) | Self::Log(_) | Self::Server { .. } | Self::Task(_) | Self::NoOutcome | Self::NoRandomness(_) => Exit::Failed,
+        };
+        exit.code()
     }
 }

@@ -87,11 +87,25 @@ pub struct RunConfig {
     pub workers: Workers,
 }
 
+/// Models and data count by what is in their files, which commits bind, not by where they lie.
+const BY_CONTENT: [&str; 4] = ["base.model", "base.loras", "text.model", "data.path"];
+
+/// Whether a key may have another value when a run is resumed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnResume {
+    /// It may: it changes no trained bit.
+    Free,
+    /// It may name another place that has the same content.
+    SameContent,
+    /// It may not.
+    Same,
+}
+
 /// `[run]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Run {
-    /// The run folder: URL or path.
+    /// The run folder: a path, or a URL such as `s3://bucket/runs/mine`.
     pub output: String,
     /// Seeds order, noise, dropout and the connector's first values.
     #[serde(default)]
@@ -115,15 +129,15 @@ pub enum Dtype {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Base {
-    /// A folder in diffusers' layout, or a hub id.
+    /// A folder in diffusers' layout, a single-file checkpoint, or a hub id.
     pub model: String,
     /// Compute format of the frozen networks.
     #[serde(default)]
     pub dtype: Dtype,
-    /// What the U-Net predicts, where the model's files do not say it, or wrongly.
+    /// What the U-Net predicts, where the model's files do not say it, or wrongly; left out: what they say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prediction: Option<Prediction>,
-    /// What is merged into the U-Net.
+    /// LoRA files that are merged into the U-Net; left out: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub loras: Vec<Lora>,
 }
@@ -237,7 +251,8 @@ pub struct Data {
     /// those in the cache.
     #[serde(default = "Data::memory_bytes")]
     pub memory_bytes: u64,
-    /// Where each worker's machine keeps what it fetches of a data set that is not on it; left out: in the user's cache folder.
+    /// Where each worker's machine keeps what it fetches of a data set that is not on it, each file once, checked by its digest; left out:
+    /// `~/.cache/ella/data` (below `XDG_CACHE_HOME`, if that is set).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
     /// Most bytes that this cache holds, for all processes of a machine together; 0: there is none.
@@ -310,7 +325,7 @@ pub struct Connector {
     /// Channels; must be the base's `cross_attention_dim`, which it is if left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub width: Option<usize>,
-    /// Perceiver blocks.
+    /// Perceiver blocks; of an `mlp` this and the next two mean nothing.
     pub layers: usize,
     /// Attention heads.
     pub heads: usize,
@@ -357,13 +372,14 @@ pub struct Train {
     pub steps: u64,
     /// Samples per step.
     pub global_batch: usize,
-    /// Samples per lane.
+    /// Samples per lane. `global_batch / micro_batch` is the number of lanes, and the most workers that there can be.
     pub micro_batch: usize,
-    /// How lane gradients are summed.
+    /// How lane gradients are summed: `exact` gives the same bytes for any number of workers.
     pub reduction: Reduction,
     /// What the sum goes over the wire in; `none` where the reduction is exact.
     pub compression: Compression,
-    /// At most so many steps in a row whose loss or gradient is not finite are left out and counted, before the run stops for one.
+    /// At most so many steps in a row whose loss or gradient is not finite are left out and counted, before the run stops for one. The samples of each
+    /// are listed in the run's folder, in `failed/`.
     pub skip_nonfinite: usize,
     /// Probability that a caption is replaced by the empty one, for classifier-free guidance.
     pub caption_dropout: f64,
@@ -600,10 +616,22 @@ impl RunConfig {
         keys::differences(&self.binding(), &other.binding())
     }
 
+    /// Whether `key`, written with its section, may have another value when this run is resumed. Of two keys that depends on the config itself:
+    /// `train.steps` (on the schedule), and `text.features` (two of its values are as good as each other).
+    pub fn on_resume(&self, key: &str) -> OnResume {
+        if BY_CONTENT.contains(&key) {
+            return OnResume::SameContent;
+        }
+        let mut all = keys::full();
+        all.train.schedule.kind = self.train.schedule.kind;
+        let bound = key.split('.').try_fold(&all.binding(), |table, name| table.get(name)).is_some();
+        if bound { OnResume::Same } else { OnResume::Free }
+    }
+
     fn binding(&self) -> serde_json::Value {
         let mut value = serde_json::to_value(self).unwrap_or_default();
         // Models count by what is in their files, which commits bind.
-        for path in ["run.output", "base.model", "base.loras", "text.model", "data.path"] {
+        for path in BY_CONTENT.iter().chain(&["run.output"]) {
             keys::remove(&mut value, path);
         }
         for path in ["data.memory_bytes", "data.cache", "data.cache_bytes"] {
@@ -860,6 +888,7 @@ mod tests {
             "workers.gpu_memory=40GiB",
         ] {
             assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
+            assert_eq!(base.on_resume(free.split('=').next().unwrap()), OnResume::Free, "{free}");
         }
         let sampled = parse("[sample]\nevery = 5\nprompts = [\"a\"]", &[]).unwrap();
         assert_eq!(sampled.digest(), base.digest(), "what is drawn changes no trained bit");
@@ -881,10 +910,13 @@ mod tests {
             assert_ne!(other.digest(), base.digest(), "{bound}");
             let key = bound.split('=').next().unwrap();
             assert_eq!(base.binding_differences(&other), vec![key.to_owned()]);
+            assert_eq!(base.on_resume(key), OnResume::Same, "{key}");
         }
         let fast = parse("", &["train.reduction=fast"]).unwrap();
         assert_eq!(parse("", &["train.reduction=fast", "workers.split_on_oom=true"]).unwrap().digest(), fast.digest());
         let cosine = parse("", &["train.schedule.kind=cosine"]).unwrap();
         assert_ne!(parse("", &["train.schedule.kind=cosine", "train.steps=9"]).unwrap().digest(), cosine.digest());
+        assert_eq!(cosine.on_resume("train.steps"), OnResume::Same);
+        assert_eq!(base.on_resume("text.model"), OnResume::SameContent);
     }
 }

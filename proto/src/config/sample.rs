@@ -109,7 +109,7 @@ fn lines_of(file: &Path) -> Result<Vec<String>, String> {
     if lines.is_empty() { Err("must have a prompt on each line, and has none".to_owned()) } else { Ok(lines) }
 }
 
-/// Width and height of a picture in pixels: `768x512`, or one number for a square.
+/// Width and height of a picture in pixels; in TOML a string such as `"768x512"`, or `"512"` for a square.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
     /// Pixels.

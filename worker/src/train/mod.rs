@@ -457,7 +457,13 @@ impl Trainer {
         let mine = mine
             .with("ella.encode_seconds", times.encode.as_secs_f64())
             .with("ella.reduce_hidden_seconds", times.reduce_hidden.as_secs_f64());
-        let parts = [("commit", times.commit), ("draw", times.draw), ("data", times.data), ("forward", times.forward), ("backward", times.backward)];
+        let parts = [
+            ("commit", times.commit),
+            ("draw", times.draw),
+            ("data", times.data),
+            ("forward", times.forward),
+            ("backward", times.backward),
+        ];
         let parts = [parts.as_slice(), &[("reduce", times.reduce), ("update", times.update)]].concat();
         mine.parts(&parts).into_iter().for_each(trace::tell);
         trace::tell(mine);
