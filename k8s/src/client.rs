@@ -24,6 +24,7 @@ const KINDS: [(&str, &str, &str); 14] = [
     ("jobset.x-k8s.io", "v1alpha2", "JobSet"),
     ("apps", "v1", "Deployment"),
     ("monitoring.coreos.com", "v1", "ServiceMonitor"),
+    ("monitoring.coreos.com", "v1", "PrometheusRule"),
     ("", "v1", "Service"),
     ("policy", "v1", "PodDisruptionBudget"),
     ("networking.k8s.io", "v1", "NetworkPolicy"),

@@ -28,6 +28,7 @@ const ORDER: [&str; 18] = [
     "Service",
     "ServiceMonitor",
     "PrometheusRule",
+    "PrometheusRule",
     "Deployment",
     "JobSet",
     "Job",

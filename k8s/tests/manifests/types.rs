@@ -12,6 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::collections::BTreeMap;
 
 /// Parses it, and finds what parsing left behind: fields that the type does not have.
 fn same<T: DeserializeOwned + Serialize>(value: &Value) -> Result<(), String> {
@@ -75,6 +76,39 @@ struct Endpoint {
     authorization: Value,
 }
 
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct PrometheusRule {
+    api_version: String,
+    kind: String,
+    metadata: ObjectMeta,
+    spec: RuleGroups,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RuleGroups {
+    groups: Vec<RuleGroup>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RuleGroup {
+    name: String,
+    rules: Vec<AlertRule>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AlertRule {
+    alert: String,
+    expr: String,
+    #[serde(rename = "for", skip_serializing_if = "Option::is_none")]
+    lasts: Option<String>,
+    labels: BTreeMap<String, String>,
+    annotations: BTreeMap<String, String>,
+}
+
 fn check(object: &Value) -> Result<(), String> {
     match (text(object, "/apiVersion"), text(object, "/kind")) {
         ("v1", "Namespace") => same::<Namespace>(object),
@@ -94,6 +128,7 @@ fn check(object: &Value) -> Result<(), String> {
         ("scheduling.k8s.io/v1", "PriorityClass") => same::<PriorityClass>(object),
         ("jobset.x-k8s.io/v1alpha2", "JobSet") => same::<JobSet>(object),
         ("monitoring.coreos.com/v1", "ServiceMonitor") => same::<ServiceMonitor>(object),
+        ("monitoring.coreos.com/v1", "PrometheusRule") => same::<PrometheusRule>(object),
         (version, kind) => Err(format!("no type is known for {version} {kind}")),
     }
 }
