@@ -248,6 +248,6 @@ fn a_run_that_cannot_load_its_models_says_why() {
     let dir = world();
     let here = dir.path();
     std::fs::remove_file(here.join("models/base/unet/diffusion_pytorch_model.safetensors")).unwrap();
-    let Some(ran) = trained(here) else { return };
+    let Some(ran) = trained(here, &Collector::start()) else { return };
     ran.fails(4, &["models/base/unet"]);
 }

@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_secs(2);
 /// How long a request may take.
 const ANSWER: Duration = Duration::from_secs(30);
 /// What a run consists of, in the order in which it is taken away.
-const KINDS: [(&str, &str, &str); 14] = [
+const KINDS: [(&str, &str, &str); 15] = [
     ("batch", "v1", "Job"),
     ("jobset.x-k8s.io", "v1alpha2", "JobSet"),
     ("apps", "v1", "Deployment"),

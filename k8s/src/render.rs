@@ -12,7 +12,7 @@ const IDENTITY: &str = "REPLACE_WITH_IDENTITY";
 /// How long workers train on without a coordinator, where the config does not say it: a node that is gone is given up after a minute and a half.
 const ORPHAN_TIMEOUT: &str = "workers.orphan_timeout=\"5m\"";
 /// Kinds in the order in which they are made, as far as it matters.
-const ORDER: [&str; 18] = [
+const ORDER: [&str; 19] = [
     "Namespace",
     "PriorityClass",
     "PersistentVolume",
