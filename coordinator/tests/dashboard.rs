@@ -31,7 +31,7 @@ impl Answer {
 async fn get_with(address: SocketAddr, path: &str, more: &str) -> Answer {
     let mut socket = TcpStream::connect(address).await.unwrap();
     // HTTP/1.0: the body comes as it is, and ends with the connection.
-    socket.write_all(format!("GET {path} HTTP/1.0\r\nhost: x\r\n{more}\r\n").as_bytes()).await.unwrap();
+    socket.write_all(format!("GET {path} HTTP/1.0\r\nhost: localhost\r\n{more}\r\n").as_bytes()).await.unwrap();
     let mut bytes = Vec::new();
     soon("a reply", socket.read_to_end(&mut bytes)).await.unwrap();
     let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
@@ -107,7 +107,7 @@ async fn the_page_is_whole_in_itself_and_lets_a_browser_do_nothing_else() {
         assert_eq!(get(http, path).await.code, 404, "{path}");
     }
     let mut socket = TcpStream::connect(http).await.unwrap();
-    socket.write_all(b"POST /api/v1/summary HTTP/1.0\r\nhost: x\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+    socket.write_all(b"POST /api/v1/summary HTTP/1.0\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n").await.unwrap();
     let mut text = String::new();
     soon("a reply", socket.read_to_string(&mut text)).await.unwrap();
     assert!(text.contains("405"), "{text}");
@@ -161,7 +161,7 @@ async fn next_event(lines: &mut tokio::io::Lines<BufReader<TcpStream>>) -> (Stri
 
 async fn live(http: SocketAddr, more: &str) -> tokio::io::Lines<BufReader<TcpStream>> {
     let mut socket = TcpStream::connect(http).await.unwrap();
-    socket.write_all(format!("GET /api/v1/live HTTP/1.1\r\nhost: x\r\n{more}\r\n").as_bytes()).await.unwrap();
+    socket.write_all(format!("GET /api/v1/live HTTP/1.1\r\nhost: localhost\r\n{more}\r\n").as_bytes()).await.unwrap();
     BufReader::new(socket).lines()
 }
 

@@ -90,7 +90,7 @@ impl Rendered {
     /// # Errors
     /// If an object can't be written, which none of ours is.
     pub fn to_yaml(&self) -> Result<String, RenderError> {
-        let documents: Result<Vec<String>, _> = self.objects.iter().map(|object| serde_saphyr::to_string(object)).collect();
+        let documents: Result<Vec<String>, _> = self.objects.iter().map(serde_saphyr::to_string).collect();
         documents.map(|documents| documents.join("---\n")).map_err(|error| RenderError::Yaml(error.to_string()))
     }
 }

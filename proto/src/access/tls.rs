@@ -82,10 +82,13 @@ struct Pems {
     ca: Vec<u8>,
 }
 
+/// Makes a configuration of what the files hold.
+type Make<C> = dyn Fn(&Pems) -> Result<C, TlsError> + Send + Sync;
+
 /// A configuration of TLS, made anew when its files have changed. New connections have the newest; those that stand are not touched.
 pub struct Reloaded<C> {
     files: TlsFiles,
-    make: Box<dyn Fn(&Pems) -> Result<C, TlsError> + Send + Sync>,
+    make: Box<Make<C>>,
     kept: Mutex<Kept<C>>,
     failed: AtomicU64,
 }
