@@ -174,7 +174,7 @@ fn resolve_pod(told: &str, pod: &Value, is: &dyn Fn(&str, &str) -> bool, namespa
     let listens = env(pod, "ELLA_LISTEN").unwrap().rsplit_once(':').unwrap().1;
     let expected = if own_port { "7100" } else { "7000" };
     assert_eq!(listens, expected, "{told}");
-    assert!(items(pod, "/containers/0/ports").any(|port| port["containerPort"].to_string() == listens), "{told}");
+    assert!(items(pod, "/containers/0/ports").any(|port| port["containerPort"].as_u64() == listens.parse().ok()), "{told}");
 }
 
 #[test]
