@@ -1,5 +1,5 @@
 //! COMMIT, the worker's part: a snapshot's digests go to the coordinator, and this rank's share of its files to the store, in the
-//! background. The coordinator writes the record. Samples go the same way ([`crate::album`]).
+//! background. The coordinator writes the record. Samples go the same way (`crate::album`).
 
 use crate::album::{self, Album, Page};
 use crate::control::{Era, Flags, Outbox};

@@ -25,7 +25,7 @@ const OTHERS: [(&str, &str); 4] = [
     ),
 ];
 /// Variables of tests alone, which stand in the sources of the programs.
-const OF_TESTS: [&str; 2] = ["ELLA_SEED", "ELLA_REDUCE_TEST_PARENT"];
+const OF_TESTS: [&str; 3] = ["ELLA_SEED", "ELLA_SCHEDULES", "ELLA_REDUCE_TEST_PARENT"];
 
 /// What a binary prints for these arguments, whatever variables are set here.
 fn printed(binary: &str, arguments: &[String]) -> String {

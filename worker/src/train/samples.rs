@@ -3,7 +3,7 @@
 //!
 //! All are drawn before the next step. That holds training up, but keeps no weights of earlier steps, and no picture is of a step that a kill could
 //! leave behind: who goes on from that step finds it without its pictures, and draws them. Meanwhile ranks ask each other, a little at a time,
-//! as they do when they wait for captions ([`super::supply`]): so nobody waits for long in one sum, and who is asked to leave does not draw on.
+//! as they do when they wait for captions (`super::supply`): so nobody waits for long in one sum, and who is asked to leave does not draw on.
 
 use super::stats::authority;
 use super::{Halt, Mark, TrainError, Trainer};
