@@ -228,6 +228,8 @@ impl Worker {
             match message.body.unwrap() {
                 Said::Heartbeat(_) => {}
                 Said::Idle(idle) => self.idles.push(idle),
+                // Told again to a coordinator that may have missed it.
+                Said::Progress(progress) if progress.missed => {}
                 body @ (Said::Hello(_) | Said::Leaving(_)) => return body,
                 body => {
                     assert_eq!((message.term, message.generation), (self.term, self.generation), "{body:?}");
