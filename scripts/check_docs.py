@@ -124,7 +124,7 @@ class Check:
                 # A data set's and a run's own folders have names like ours.
                 if re.search(r"\.(rs|py|sh|md|toml|yaml|proto|h|cpp|svg)$", span) or (self.root / top / span.split("/")[1]).exists():
                     self.fault(page, f"`{span}` is not there")
-            if re.fullmatch(rf"({'|'.join(SECTIONS)})(\.[a-z_0-9]+)+", span) and self.keys and span not in self.keys and not span.endswith((".toml", ".md")):
+            if re.fullmatch(rf"({'|'.join(SECTIONS)})(\.[a-z_0-9]+)+", span) and self.keys and span not in self.keys and not span.endswith((".toml", ".md", ".safetensors")):
                 self.fault(page, f"`{span}` is no key of a run's config")
             if re.fullmatch(r"--[a-z][a-z0-9-]*", span) and self.commands and not any(span in options for options in self.commands.values()):
                 if span not in FOREIGN and page.name.startswith(("README", "docs/")) and page.name != "docs/reference/commands.md":

@@ -30,7 +30,7 @@ class CheckDocs(unittest.TestCase):
 
     def test_what_is_right_is_not_found(self):
         page = ("# A title, with `code`\n\n[x](docs/reference/config.md#train) [y](#a-title-with-code) [z](https://example.org/a_(b)) `worker/src/a.rs`\n\n"
-                "`train.steps` `train.optimizer.lr` `--set` `make demo` `ella train RUN --set a=b --json`\n\n    make build      # make nothing\n"
+                "`train.steps` `train.optimizer.lr` `connector.safetensors` `--set` `make demo` `ella train RUN --set a=b --json`\n\n    make build      # make nothing\n"
                 "    ella k8s render run.toml --image a=b | kubectl apply --server-side\n\n```sh\nella train \\\n  --set 'x --no'\n```\n\n[a b]: no link\n")
         page = page.replace(" --json", "")
         self.assertEqual(check(page), [])
