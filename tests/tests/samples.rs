@@ -19,14 +19,16 @@ fn settings(more: &str) -> String {
     format!("{EVERY}prompts = {PROMPTS:?}\nimages = 2\nseed = 5\nsteps = 3\nguidance = 3.0\nnegative = \"a blue ring\"\n{more}")
 }
 
-/// All files below the run's `samples/`, by their paths there.
+/// All files below the run's `samples/`, by their paths there, but for what a kill left half-written, which no store lists.
 fn samples(run: &Run) -> Result<BTreeMap<String, Vec<u8>>> {
     let mut files = BTreeMap::new();
     for step in run.output.join("samples").read_dir()? {
         for file in step?.path().read_dir()? {
             let path = file?.path();
             let name = path.strip_prefix(run.output.join("samples"))?.display().to_string();
-            files.insert(name, std::fs::read(&path)?);
+            if !name.contains('#') {
+                files.insert(name, std::fs::read(&path)?);
+            }
         }
     }
     Ok(files)

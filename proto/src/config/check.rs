@@ -16,6 +16,7 @@ const LEAST_GPU_MEMORY: Bytes = Bytes(1 << 30);
 /// Refuses the first value outside its rule. `origin` is the file, as errors name it.
 pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError> {
     let check = Check { config, origin };
+    check.places()?;
     check.sizes()?;
     check.rates()?;
     check.captions()?;
@@ -25,12 +26,36 @@ pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError
     check.compression()
 }
 
+/// A URL without user, password, query and fragment; what is no URL as it is.
+fn bare(place: &str) -> String {
+    let Some((scheme, rest)) = place.split_once("://") else { return place.to_owned() };
+    let rest = rest.split(['?', '#']).next().unwrap_or_default();
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = authority.rsplit('@').next().unwrap_or_default();
+    format!("{scheme}://{host}{path}")
+}
+
 struct Check<'a> {
     config: &'a RunConfig,
     origin: &'a str,
 }
 
 impl Check<'_> {
+    /// A config is kept in the run's folder, shown and logged: no secret may stand in it.
+    fn places(&self) -> Result<(), ConfigError> {
+        let RunConfig { run, base, text, data, .. } = self.config;
+        let named = [("run.output", &run.output), ("base.model", &base.model), ("text.model", &text.model), ("data.path", &data.path)];
+        let loras = base.loras.iter().map(|lora| ("base.loras", &lora.file));
+        for (key, place) in named.into_iter().chain(loras) {
+            let bare = bare(place);
+            if bare != *place {
+                let rule = "a URL in a config must have no user, password, query or fragment; give credentials in the environment";
+                return Err(self.wrong(key, format!("{bare} and more"), rule.to_owned()));
+            }
+        }
+        Ok(())
+    }
+
     fn sizes(&self) -> Result<(), ConfigError> {
         let RunConfig { text, data, connector, train, checkpoint, workers, .. } = self.config;
         let any = 1..=u64::MAX;

@@ -746,6 +746,19 @@ mod tests {
     }
 
     #[test]
+    fn a_url_with_a_secret_is_refused_without_telling_it() {
+        for key in ["run.output", "base.model", "text.model", "data.path"] {
+            for url in ["s3://user:hunter2@bucket/a", "https://hunter2@host", "s3://bucket/a?sig=hunter2", "az://c/a#hunter2"] {
+                let said = parse("", &[&format!("{key}={url}")]).unwrap_err().to_string();
+                assert!(said.contains(key) && said.contains("environment") && !said.contains("hunter2"), "{said}");
+            }
+        }
+        for place in ["s3://bucket/a", "runs/what?#1", "org/name@main", "http://host:80/a@b"] {
+            assert_eq!(parse("", &[&format!("data.path={place}")]).unwrap().data.path, place);
+        }
+    }
+
+    #[test]
     fn unknown_keys_are_refused_with_the_nearest() {
         let text = |e: ConfigError| e.to_string();
         assert_eq!(text(parse("[train]\nstep = 3", &[]).unwrap_err()), "run.toml: unknown key `train.step`; did you mean `train.steps`?");
