@@ -231,7 +231,7 @@ pub struct PartsReport {
 
 impl PartsReport {
     /// Each part's name and seconds, in the order of a step; the last two are beside it.
-    pub fn named(&self) -> [(&'static str, f64); 8] {
+    pub fn named(&self) -> [(&'static str, f64); 9] {
         [
             ("data", self.data),
             ("forward", self.forward),
@@ -239,6 +239,7 @@ impl PartsReport {
             ("reduce", self.reduce),
             ("update", self.update),
             ("commit", self.commit),
+            ("draw", self.draw),
             ("reduce_hidden", self.reduce_hidden),
             ("encode", self.encode),
         ]
@@ -380,5 +381,19 @@ impl From<v1::FailedUnit> for FailedUnitReport {
     fn from(failed: v1::FailedUnit) -> Self {
         let v1::FailedUnit { unit, error, permanent } = failed;
         Self { unit, error, permanent }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_of_a_step_has_its_name() {
+        let parts = PartsReport { draw: 2.0, data: 1.0, ..PartsReport::default() };
+        let written = serde_json::to_value(parts).unwrap();
+        let named = parts.named().map(|(name, seconds)| (name.to_owned(), serde_json::Value::from(seconds)));
+        assert_eq!(serde_json::Value::Object(named.into_iter().collect()), written);
     }
 }

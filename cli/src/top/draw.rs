@@ -13,12 +13,13 @@ use crate::report::short;
 use crate::ui::span;
 
 /// The parts of a step, their colours, and their signs where there are none.
-const PARTS: [(&str, Color, char); 8] = [
+const PARTS: [(&str, Color, char); 9] = [
     ("data", Color::Yellow, 'd'),
     ("forward", Color::LightBlue, 'f'),
     ("backward", Color::Blue, 'b'),
     ("update", Color::Magenta, 'u'),
     ("commit", Color::Gray, 'c'),
+    ("draw", Color::Green, 's'),
     ("other", Color::DarkGray, '.'),
     ("reduce", Color::Cyan, 'r'),
     ("waits", Color::Red, 'w'),

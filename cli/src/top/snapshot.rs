@@ -121,7 +121,7 @@ pub(super) fn text(snapshot: &Snapshot) -> String {
 
 /// Where a step goes, in its order, without what is nothing.
 pub(super) fn shares(rank: &Rank) -> Vec<(&'static str, f64)> {
-    let own = ["data", "forward", "backward", "update", "commit"].map(|part| (part, rank.part(part)));
+    let own = ["data", "forward", "backward", "update", "commit", "draw"].map(|part| (part, rank.part(part)));
     let rest = [("other", rank.other()), ("reduce", (rank.part("reduce") - rank.waits).max(0.0)), ("waits", rank.waits)];
     own.into_iter().chain(rest).filter(|(_, seconds)| *seconds > 0.000_05).collect()
 }

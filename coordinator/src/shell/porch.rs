@@ -32,8 +32,7 @@ use tonic::codegen::Service as _;
 /// What asks for nothing: Kubernetes' probes show nothing, and are told nothing but that it lives.
 const OPEN: [&str; 2] = ["/healthz", "/readyz"];
 /// Pages have everything in themselves and speak to nobody else.
-const POLICY: &str = "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; \
-                      font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const POLICY: &str = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// Serves the routes, to whom the guard lets in, until `shutdown`.
 pub(super) async fn serve(

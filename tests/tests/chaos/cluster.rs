@@ -93,7 +93,7 @@ impl Cluster {
     pub(crate) fn status(&self) -> Option<Value> {
         let mut page = TcpStream::connect(&self.http).ok()?;
         page.set_read_timeout(Some(ANSWER)).ok()?;
-        page.write_all(b"GET /api/v1/status HTTP/1.0\r\nhost: coordinator\r\n\r\n").ok()?;
+        page.write_all(b"GET /api/v1/status HTTP/1.0\r\nhost: localhost\r\n\r\n").ok()?;
         let mut reply = String::new();
         page.read_to_string(&mut reply).ok()?;
         serde_json::from_str(reply.split_once("\r\n\r\n")?.1).ok()

@@ -8,6 +8,7 @@ const PARTS = [
   ["backward", "backward"],
   ["update", "update"],
   ["commit", "copy for a commit"],
+  ["draw", "drawing samples"],
   ["other", "other"],
   ["reduce", "all-reduce"],
   ["waits", "waits for others"],
