@@ -97,14 +97,40 @@ fn timed<T>(message: T) -> Request<T> {
     request
 }
 
-/// A timeout of the client's own comes as `Cancelled`, not as `DeadlineExceeded`.
+/// A timeout of the client's own comes as `Cancelled`, not as `DeadlineExceeded`. What has a cause was made here, of what the connection came to, whatever
+/// its code: a port that speaks TLS answers plain text so.
 fn failed(url: &str, status: tonic::Status) -> ClientError {
     use tonic::Code;
+    let unreachable = || ClientError::Unreachable { url: url.to_owned(), reason: ella_proto::with_causes(&status) };
     match status.code() {
-        Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Unknown => {
-            ClientError::Unreachable { url: url.to_owned(), reason: ella_proto::with_causes(&status) }
-        }
+        _ if std::error::Error::source(&status).is_some() => unreachable(),
+        Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Unknown => unreachable(),
         Code::Unauthenticated | Code::PermissionDenied => ClientError::NoEntry { url: url.to_owned(), reason: status.message().to_owned() },
         _ => ClientError::Refused { url: url.to_owned(), status: Box::new(status) },
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    #[tokio::test]
+    async fn plain_text_on_a_port_that_speaks_tls_is_told_to_be_that() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                // What a caller says first is no hello of TLS: a fatal alert, protocol_version.
+                let mut heard = [0; 24];
+                let _ = stream.read_exact(&mut heard).await;
+                let _ = stream.write_all(&[0x15, 3, 3, 0, 2, 2, 70]).await;
+                let _ = stream.flush().await;
+            }
+        });
+        let error = status(address.as_str()).await.unwrap_err();
+        assert!(matches!(error, ClientError::Unreachable { .. }) && error.to_string().contains("https://"), "{error}");
     }
 }

@@ -41,6 +41,7 @@ pub use digest::{Digest, Hasher};
 pub use error::{Operation, StoreError};
 pub use limits::Limits;
 pub use log::{LogError, RunLog};
+pub use open::redacted;
 pub use probe::probe;
 pub use record::{Body, Commit, LedgerEpoch, Outcome, Part, Record, Term};
 pub use state::{Ended, RunState};

@@ -69,7 +69,7 @@ pub(crate) fn open(text: &str) -> Result<Opened, StoreError> {
     }
 }
 /// The URL without user, password, query and fragment, and without a trailing slash.
-fn redacted(text: &str) -> String {
+pub fn redacted(text: &str) -> String {
     let text = text.split(['?', '#']).next().unwrap_or_default();
     let text = match text.split_once("://") {
         Some((scheme, rest)) => {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use ella_store::{Meta, Store};
+use ella_store::{Meta, Store, redacted};
 use futures::{StreamExt, TryStreamExt, stream};
 use glob::{MatchOptions, Pattern};
 
@@ -78,11 +78,18 @@ async fn in_location(location: &str, options: &SourceOptions) -> Result<Vec<Sour
 }
 
 fn missing(location: &str) -> DataError {
-    DataError::SourceMissing { source_name: location.to_owned() }
+    DataError::SourceMissing { source_name: shown(location) }
 }
 
 fn refused(location: &str, what: &str) -> DataError {
-    DataError::SourceLocation { location: location.to_owned(), what: what.to_owned() }
+    DataError::SourceLocation { location: shown(location), what: what.to_owned() }
+}
+
+/// A location as errors name it: of a signed URL, or one with a password, without the secret. A `?` alone is a pattern's.
+fn shown(location: &str) -> String {
+    let is_signed = location.split_once('?').is_some_and(|(_, query)| query.contains('='));
+    let has_user = location.split_once("://").is_some_and(|(_, rest)| rest.split('/').next().is_some_and(|host| host.contains('@')));
+    if is_signed || has_user { redacted(location) } else { location.to_owned() }
 }
 
 /// The kind of file that a name's ending tells.
@@ -350,6 +357,19 @@ mod tests {
         ] {
             let place = Place::of(name.to_owned(), false);
             assert_eq!((&place.folder[..], place.below.join("/")), (folder, below.to_owned()), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_location_is_told_without_its_secrets() {
+        for (location, told) in [
+            ("https://host/a?X-Amz-Signature=hunter2", "https://host/a"),
+            ("s3://user:hunter2@bucket/a/", "s3://bucket/a"),
+            ("https://hunter2@host", "https://host"),
+            ("s3://bucket/part-?.tar", "s3://bucket/part-?.tar"),
+            ("pictures/a@b/c?.tar", "pictures/a@b/c?.tar"),
+        ] {
+            assert_eq!(shown(location), told);
         }
     }
 }
