@@ -16,6 +16,12 @@ pub enum CredentialError {
     /// A certificate's files will not do.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// The address holds more than an address, which errors, logs and files would tell.
+    #[error("{host}: a coordinator's address has no user, password, query or fragment; what it asks for is in a file: --token-file PATH")]
+    Address {
+        /// What is left of it without those.
+        host: String,
+    },
 }
 
 /// Files of what is shown to a coordinator, or asked for by one. All are read again when they change.
@@ -44,8 +50,12 @@ impl Credentials {
     /// How the coordinator at this address is reached.
     ///
     /// # Errors
-    /// If a file will not do.
+    /// If a file will not do, or a secret stands in the address.
     pub fn access(&self, url: &str) -> Result<Access, CredentialError> {
+        if url.contains(['@', '?', '#']) {
+            let host = url.split(['?', '#']).next().and_then(|url| url.rsplit('@').next()).unwrap_or_default();
+            return Err(CredentialError::Address { host: host.to_owned() });
+        }
         let token = self.token_file.as_deref().map(Token::load).transpose()?;
         let files = self.tls_files();
         let tls = if files.is_empty() { None } else { Some(ClientTls::load(&files)?) };
@@ -58,5 +68,19 @@ impl Credentials {
             [("--token-file", &self.token_file), ("--tls-cert", &self.tls_cert), ("--tls-key", &self.tls_key), ("--tls-ca", &self.tls_ca)];
         let given = options.into_iter().filter_map(|(name, path)| Some([name.to_owned(), path.as_ref()?.display().to_string()]));
         given.flatten().collect()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_in_an_address_is_refused_and_not_told() {
+        for url in ["http://user:hunter2@host:1", "hunter2@host:1", "https://host:1?token=hunter2", "host:1#hunter2"] {
+            let said = Credentials::default().access(url).map(|access| access.url).unwrap_err().to_string();
+            assert!(said.contains("host:1") && said.contains("--token-file") && !said.contains("hunter2"), "{said}");
+        }
     }
 }
