@@ -2,6 +2,7 @@
 
 use clap::Args;
 use ella_proto::access::{Access, ClientTls, TlsError, TlsFiles, Token, TokenError};
+use ella_store::redacted;
 use std::path::PathBuf;
 
 /// The environment variables of these options, which name files and hold no secrets.
@@ -53,8 +54,9 @@ impl Credentials {
     /// If a file will not do, or a secret stands in the address.
     pub fn access(&self, url: &str) -> Result<Access, CredentialError> {
         if url.contains(['@', '?', '#']) {
-            let host = url.split(['?', '#']).next().and_then(|url| url.rsplit('@').next()).unwrap_or_default();
-            return Err(CredentialError::Address { host: host.to_owned() });
+            let has_scheme = url.starts_with("http://") || url.starts_with("https://");
+            let host = if has_scheme { redacted(url) } else { redacted(&format!("http://{url}")) };
+            return Err(CredentialError::Address { host });
         }
         let token = self.token_file.as_deref().map(Token::load).transpose()?;
         let files = self.tls_files();
@@ -81,6 +83,11 @@ mod tests {
         for url in ["http://user:hunter2@host:1", "hunter2@host:1", "https://host:1?token=hunter2", "host:1#hunter2"] {
             let said = Credentials::default().access(url).map(|access| access.url).unwrap_err().to_string();
             assert!(said.contains("host:1") && said.contains("--token-file") && !said.contains("hunter2"), "{said}");
+        }
+        // Where a password holds what should be escaped, nobody knows where it ends.
+        for url in ["http://user:hunter2/x@host:1", "user:hunter2?x@host:1", "https://user:x#hunter2@host:1", "ftp://user:hunter2@host"] {
+            let said = Credentials::default().access(url).map(|access| access.url).unwrap_err().to_string();
+            assert!(said.contains("--token-file") && !said.contains("hunter2"), "{said}");
         }
     }
 }

@@ -68,16 +68,23 @@ pub(crate) fn open(text: &str) -> Result<Opened, StoreError> {
         other => Err(bad(&shown, &format!("unknown scheme {other} (expected file, s3, gs, az, https, http or memory)"))),
     }
 }
-/// The URL without user, password, query and fragment, and without a trailing slash.
+
+/// The URL without user, password, query and fragment, and without a trailing slash. Of one whose password may go on behind a `/`, `?` or `#`
+/// that should have been escaped, only the scheme is left.
 pub fn redacted(text: &str) -> String {
-    let text = text.split(['?', '#']).next().unwrap_or_default();
-    let text = match text.split_once("://") {
-        Some((scheme, rest)) => {
-            let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-            format!("{scheme}://{}{path}", host.rsplit('@').next().unwrap_or_default())
-        }
-        None => text.to_owned(),
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return text.split(['?', '#']).next().unwrap_or_default().trim_end_matches('/').to_owned();
     };
+    let (authority, tail) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    let path = tail.split(['?', '#']).next().unwrap_or_default();
+    let is_port = |port: &str| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+    let has_port = authority.rsplit_once(':').is_none_or(|(_, port)| port.ends_with(']') || is_port(port));
+    let host = match authority.rsplit_once('@') {
+        Some((_, host)) if !tail.contains('@') => host,
+        None if has_port || !tail.contains('@') => authority,
+        _ => return format!("{scheme}://"),
+    };
+    let text = format!("{scheme}://{host}{path}");
     if text.ends_with("://") { text } else { text.trim_end_matches('/').to_owned() }
 }
 
@@ -163,12 +170,27 @@ mod tests {
 
     #[test]
     fn secrets_in_a_url_are_not_repeated() {
-        for url in
-            ["s3://key:hunter2@bucket/folder?sig=hunter2", "http://hunter2@host/", "s3://a b:hunter2@bucket/x#hunter2", "gs://hunter2@b"]
-        {
+        for url in [
+            "s3://key:hunter2@bucket/folder?sig=hunter2",
+            "http://hunter2@host/",
+            "s3://a b:hunter2@bucket/x#hunter2",
+            "gs://hunter2@b",
+            "s3://key:hunter2/more@bucket/folder",
+            "s3://key:more/hunter2@bucket/folder",
+            "http://key:hunter2#more@host/a",
+            "https://key:a@hunter2/more@host/a",
+        ] {
             let text = reason(url);
             assert!(!text.contains("hunter2"), "{text}");
         }
+    }
+
+    #[test]
+    fn what_is_no_secret_stays_in_a_url() {
+        for url in ["http://host:80/a@b", "http://[::1]/a@b", "s3://bucket/a@b", "runs/a@b", "s3://"] {
+            assert_eq!(redacted(url), url);
+        }
+        assert_eq!(redacted("s3://key:secret@bucket/a/"), "s3://bucket/a");
     }
 
     #[test]

@@ -88,8 +88,10 @@ fn refused(location: &str, what: &str) -> DataError {
 /// A location as errors name it: of a signed URL, or one with a password, without the secret. A `?` alone is a pattern's.
 fn shown(location: &str) -> String {
     let is_signed = location.split_once('?').is_some_and(|(_, query)| query.contains('='));
-    let has_user = location.split_once("://").is_some_and(|(_, rest)| rest.split('/').next().is_some_and(|host| host.contains('@')));
-    if is_signed || has_user { redacted(location) } else { location.to_owned() }
+    let told = redacted(location);
+    // Besides a query and a fragment only a user and a password are left out.
+    let has_user = told != location.split(['?', '#']).next().unwrap_or_default().trim_end_matches('/');
+    if is_signed || has_user { told } else { location.to_owned() }
 }
 
 /// The kind of file that a name's ending tells.
@@ -366,6 +368,8 @@ mod tests {
             ("https://host/a?X-Amz-Signature=hunter2", "https://host/a"),
             ("s3://user:hunter2@bucket/a/", "s3://bucket/a"),
             ("https://hunter2@host", "https://host"),
+            ("s3://user:hunter2/x@bucket/a", "s3://"),
+            ("s3://user:hunter2?x@bucket/a", "s3://"),
             ("s3://bucket/part-?.tar", "s3://bucket/part-?.tar"),
             ("pictures/a@b/c?.tar", "pictures/a@b/c?.tar"),
         ] {

@@ -26,13 +26,22 @@ pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError
     check.compression()
 }
 
-/// A URL without user, password, query and fragment; what is no URL as it is.
-fn bare(place: &str) -> String {
+/// What a URL that is kept and shown must be.
+pub(super) const BARE: &str = "a URL in a config must have no user, password, query or fragment; give credentials in the environment";
+
+/// A URL without user, password, query and fragment; what is no URL as it is. Of one whose password may go on behind a `/`, `?` or `#` that
+/// should have been escaped, only the scheme is left.
+pub(super) fn bare(place: &str) -> String {
     let Some((scheme, rest)) = place.split_once("://") else { return place.to_owned() };
-    let rest = rest.split(['?', '#']).next().unwrap_or_default();
-    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let host = authority.rsplit('@').next().unwrap_or_default();
-    format!("{scheme}://{host}{path}")
+    let (authority, tail) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    let path = tail.split(['?', '#']).next().unwrap_or_default();
+    let is_port = |port: &str| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+    let has_port = authority.rsplit_once(':').is_none_or(|(_, port)| port.ends_with(']') || is_port(port));
+    match authority.rsplit_once('@') {
+        Some((_, host)) if !tail.contains('@') => format!("{scheme}://{host}{path}"),
+        None if has_port || !tail.contains('@') => format!("{scheme}://{authority}{path}"),
+        _ => format!("{scheme}://"),
+    }
 }
 
 struct Check<'a> {
@@ -49,8 +58,7 @@ impl Check<'_> {
         for (key, place) in named.into_iter().chain(loras) {
             let bare = bare(place);
             if bare != *place {
-                let rule = "a URL in a config must have no user, password, query or fragment; give credentials in the environment";
-                return Err(self.wrong(key, format!("{bare} and more"), rule.to_owned()));
+                return Err(self.wrong(key, format!("{bare} and more"), BARE.to_owned()));
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! A job's config: `[job]`, which its coordinator reads, and one table named like its kind, which only those read who do the work.
 
-use super::{ConfigError, Millis, RunConfig, Workers, keys, read, text_of};
+use super::{ConfigError, Millis, RunConfig, Workers, check, keys, read, text_of};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -137,6 +137,11 @@ impl JobConfig {
         if data.is_empty() {
             return wrong("job.data", "\"\"".to_owned(), "it must be a path or a URL".to_owned());
         }
+        // The coordinator shows it, and does not open it.
+        let bare = check::bare(data);
+        if bare != *data {
+            return wrong("job.data", format!("{bare} and more"), check::BARE.to_owned());
+        }
         for (key, time) in [("job.lease", lease), ("job.start_timeout", start_timeout), ("job.orphan_timeout", orphan_timeout)] {
             if time.0 == 0 {
                 return wrong(key, format!("\"{time}\""), "it must be 1ms or more".to_owned());
@@ -250,6 +255,7 @@ mod tests {
             (format!("{job}lease = \"0s\""), "`job.lease` is \"0ms\", but it must be 1ms or more"),
             (format!("{job}[embed]\ntext = \"t\""), "`embed` is set, but job.kind = \"prepare\" has its settings in [prepare]"),
             ("[job]\nkind = \"prepare\"\ndata = \"\"".to_owned(), "`job.data` is \"\""),
+            ("[job]\nkind = \"prepare\"\ndata = \"s3://me:hunter2@b/a\"".to_owned(), "`job.data` is s3://b/a and more, but a URL"),
             ("[job]\nkind = \"dream\"\ndata = \"d\"".to_owned(), "line 2, column 8: unknown variant `dream`"),
             ("[job]\nkind = \"embed\"".to_owned(), "missing field `data`"),
             (format!("prepare = 3\n{job}"), "invalid type: integer `3`"),

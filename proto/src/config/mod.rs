@@ -748,12 +748,19 @@ mod tests {
     #[test]
     fn a_url_with_a_secret_is_refused_without_telling_it() {
         for key in ["run.output", "base.model", "text.model", "data.path"] {
-            for url in ["s3://user:hunter2@bucket/a", "https://hunter2@host", "s3://bucket/a?sig=hunter2", "az://c/a#hunter2"] {
+            for url in [
+                "s3://user:hunter2@bucket/a",
+                "https://hunter2@host",
+                "s3://bucket/a?sig=hunter2",
+                "az://c/a#hunter2",
+                "s3://user:hunter2/more@bucket/a",
+                "https://user:hunter2?more@host/a",
+            ] {
                 let said = parse("", &[&format!("{key}={url}")]).unwrap_err().to_string();
                 assert!(said.contains(key) && said.contains("environment") && !said.contains("hunter2"), "{said}");
             }
         }
-        for place in ["s3://bucket/a", "runs/what?#1", "org/name@main", "http://host:80/a@b"] {
+        for place in ["s3://bucket/a", "runs/what?#1", "org/name@main", "http://host:80/a@b", "http://[::1]/a@b"] {
             assert_eq!(parse("", &[&format!("data.path={place}")]).unwrap().data.path, place);
         }
     }
