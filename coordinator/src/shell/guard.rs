@@ -196,7 +196,7 @@ impl Guard {
         if self.flood.is_on(peer.address.ip(), Instant::now()) {
             return Err(Denied::Flood);
         }
-        reviews.ask(secret).await.map_err(|error| Denied::Unreviewed(error.to_string()))
+        reviews.ask(secret).await.map_err(Denied::Unreviewed)
     }
 
     /// Counts what was refused, and tells of it, now and then.

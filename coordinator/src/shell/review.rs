@@ -1,6 +1,6 @@
 //! Whose a service account's token is: the cluster's API is asked, and its answer kept for a short time.
 
-use super::cluster::{Cluster, ClusterError, Reviewed};
+use super::cluster::{Cluster, Reviewed};
 use super::limits::{REJECTED, REVIEWED, REVIEWING, REVIEWS};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -36,13 +36,13 @@ impl Reviews {
         known.get(&blake3::hash(secret)).filter(|(_, until)| Instant::now() < *until).map(|(reviewed, _)| reviewed.clone())
     }
 
-    /// Asks the cluster.
-    pub(super) async fn ask(&self, secret: &[u8]) -> Result<Reviewed, ClusterError> {
+    /// Asks the cluster. The error says why it could not be asked: nothing is known of the token then, and it may be tried again.
+    pub(super) async fn ask(&self, secret: &[u8]) -> Result<Reviewed, String> {
         let token = String::from_utf8_lossy(secret);
         let Ok(Ok(_turn)) = tokio::time::timeout(TURN, self.turns.acquire()).await else {
-            return Ok(Reviewed::Nobody("too many tokens are being reviewed; it may be tried again".to_owned()));
+            return Err("too many others are being reviewed".to_owned());
         };
-        let reviewed = self.cluster.review(&token, &self.audience).await?;
+        let reviewed = self.cluster.review(&token, &self.audience).await.map_err(|error| error.to_string())?;
         self.keep(blake3::hash(secret), reviewed.clone());
         Ok(reviewed)
     }
@@ -58,5 +58,21 @@ impl Reviews {
         if known.len() < REVIEWS {
             known.insert(digest, (reviewed, until));
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// Many workers that come back at once are no strangers: who waits too long for its turn is not told that its token is nobody's.
+    #[tokio::test(start_paused = true)]
+    async fn a_token_that_does_not_get_its_turn_is_not_taken_for_nobodys() {
+        let reviews = Reviews::new(Cluster::at("http://127.0.0.1:1", std::path::Path::new("none")), "ella");
+        let turns = reviews.turns.acquire_many(REVIEWING as u32).await.unwrap();
+        assert!(reviews.ask(b"a.b.c").await.unwrap_err().contains("too many others"));
+        assert_eq!(reviews.known(b"a.b.c"), None);
+        drop(turns);
     }
 }
