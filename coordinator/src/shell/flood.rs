@@ -29,10 +29,7 @@ impl Flood {
         if levels.len() >= ADDRESSES {
             levels.retain(|_, level| level.now(now) > 0.0);
         }
-        let mut key = host(address);
-        if levels.len() >= ADDRESSES && !levels.contains_key(&key) {
-            key = Ipv6Addr::UNSPECIFIED.into();
-        }
+        let key = key(&levels, address);
         let before = levels.get(&key).map_or(0.0, |level| level.now(now));
         let failures = (before + 1.0).min(FAILURES);
         levels.insert(key, Level { failures, at: now });
@@ -42,8 +39,14 @@ impl Flood {
     /// Whether one more failure would be too many.
     pub(super) fn is_on(&self, address: IpAddr, now: Instant) -> bool {
         let levels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        levels.get(&host(address)).is_some_and(|level| level.now(now) + 1.0 > FAILURES)
+        levels.get(&key(&levels, address)).is_some_and(|level| level.now(now) + 1.0 > FAILURES)
     }
+}
+
+/// What an address is counted under: all that there is no more room for, under one.
+fn key(levels: &HashMap<IpAddr, Level>, address: IpAddr) -> IpAddr {
+    let own = host(address);
+    if levels.len() >= ADDRESSES && !levels.contains_key(&own) { Ipv6Addr::UNSPECIFIED.into() } else { own }
 }
 
 /// Whom an address belongs to: of IPv6, whoever has one address has 2^64.
@@ -77,6 +80,7 @@ mod tests {
         let answered = (0..2 * ADDRESSES as u32).filter(|n| flood.failed(Ipv4Addr::from_bits(*n).into(), now)).count();
         assert_eq!(answered, ADDRESSES + FAILURES as usize);
         assert!(flood.0.lock().is_ok_and(|levels| levels.len() <= ADDRESSES + 1));
+        assert!(flood.is_on(Ipv4Addr::BROADCAST.into(), now), "one that never failed shares the count of those that have no room");
         let net = |low: u128| IpAddr::from(Ipv6Addr::from_bits(0x2001 << 112 | low));
         assert_eq!((host(net(1)), host(net(u128::from(u64::MAX)))), (net(0), net(0)));
     }
