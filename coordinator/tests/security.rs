@@ -212,6 +212,14 @@ async fn what_is_too_much_is_refused_with_its_reason_and_counted() {
     drop(open);
     let again = async { while client.status(StatusRequest {}).await.is_err() {} };
     soon("room", again).await;
+
+    // What a worker's stream brings is counted elsewhere, under the same name.
+    let mut another = access.connect(&access.endpoint().unwrap()).await.unwrap();
+    let long = Some(ella_proto::v1::from_worker::Body::Hello(hello(&"a".repeat(2 << 20))));
+    let long = futures::stream::iter([FromWorker { term: 0, generation: 0, body: long }]);
+    let mut answers = soon("an answer", another.attach(long)).await.unwrap().into_inner();
+    let _ = soon("the stream's end", answers.message()).await;
+    counted(&access, "refused_oversized", 2).await;
 }
 
 #[tokio::test(start_paused = true)]

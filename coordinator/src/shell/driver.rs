@@ -253,7 +253,10 @@ impl Driver {
             own.extend(outlets.journal.counts());
             own.push(("store_retries", outlets.store.retries()));
         }
-        status.counts.extend(own.into_iter().filter(|(_, n)| *n > 0).map(|(name, n)| (name.to_owned(), n)));
+        // The machine counts under some of the same names: what is refused on a stream, and what before it.
+        for (name, n) in own.into_iter().filter(|(_, n)| *n > 0) {
+            *status.counts.entry(name.to_owned()).or_default() += n;
+        }
         status
     }
 }
