@@ -10,7 +10,7 @@ use clap::Args;
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use serde::Serialize;
 
-use crate::ui::{DONE, Fail, Out};
+use crate::ui::{DONE, Fail, Out, note};
 
 /// Clocks may be so far apart.
 const SKEW: Duration = Duration::from_secs(3600);
@@ -51,7 +51,7 @@ impl Certs {
             }
             _ => Fail::io(&self.out, "made", &error),
         })?;
-        self.make().map_err(|error| match error {
+        self.make().inspect_err(|_| self.unmake()).map_err(|error| match error {
             Trouble::Cert(error) => {
                 Fail::usage(format_args!("--host {}: no certificate can be made for it ({error})", self.host.join(", ")))
             }
@@ -81,6 +81,13 @@ impl Certs {
             self.identity(role, vec![name], (&issuer, &authority))?;
         }
         write(&self.out, "access.toml", &access)
+    }
+
+    /// Takes away the folder, which was made by this process: else a second try would find it there.
+    fn unmake(&self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.out) {
+            note(format_args!("{}: cannot be taken away again ({error}); remove it before the next try", self.out.display()));
+        }
     }
 
     fn authority(&self) -> Result<(CertificateParams, KeyPair), Trouble> {
@@ -126,6 +133,7 @@ impl Certs {
             )
         };
         let host = self.host.first().map_or("", String::as_str);
+        let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
         format!(
             "certificates for {} days; whoever has {} can make more, so keep it away from the cluster\n\
              coordinator  ella-coordinator RUN.toml --listen ADDRESS:PORT {} --access {}\n\
@@ -160,4 +168,28 @@ fn write(folder: &Path, name: &str, text: &str) -> Result<(), Trouble> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
     let written = made.and_then(|()| OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?.write_all(text.as_bytes()));
     written.map_err(|error| Trouble::Io(path, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ui::USAGE;
+
+    fn of(out: &Path, host: &str) -> Certs {
+        Certs { out: out.to_owned(), host: vec![host.to_owned()], days: 1 }
+    }
+
+    #[test]
+    fn a_host_that_will_not_do_leaves_nothing_in_the_way_of_the_next_try() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("certs");
+        let fail = of(&out, "n\u{e4}me").run(Out { json: false }).unwrap_err();
+        assert!(fail.code == USAGE && fail.message.contains("--host") && !out.exists(), "{fail:?}");
+    }
+
+    #[test]
+    fn an_address_of_ipv6_is_told_as_urls_have_it() {
+        assert!(of(Path::new("certs"), "::1").told().contains("https://[::1]:PORT"));
+        assert!(of(Path::new("certs"), "localhost").told().contains("https://localhost:PORT"));
+    }
 }
