@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use clap::Args;
 use ella_coordinator::client;
-use ella_coordinator::credentials::Credentials;
 use ella_coordinator::status::{StatusReport, WorkerReport};
 use ella_proto::access::Access;
 use ella_store::Store;
@@ -12,7 +11,7 @@ use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
 use crate::run::ADDRESS;
-use crate::status::{SHOWN, coordinator_of};
+use crate::status::{Asked, SHOWN};
 use crate::ui::{DONE, Fail, Out, count, note};
 
 /// How often it is asked whether the worker has left.
@@ -25,11 +24,8 @@ pub(crate) struct Drain {
     /// The folder of a run that `ella train` trains on this machine, or the address of a run's coordinator, http://HOST:PORT
     #[arg(value_name = "RUN|URL", required_unless_present = "coordinator")]
     what: Option<String>,
-    /// Ask the coordinator at this address
-    #[arg(long, value_name = "URL", conflicts_with = "what")]
-    coordinator: Option<String>,
     #[command(flatten)]
-    credentials: Credentials,
+    asked: Asked,
     /// How long it may take to leave: it computes its step first
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
@@ -76,8 +72,7 @@ impl Drain {
 
     /// The coordinator, and what it says.
     async fn find(&self) -> Result<(Access, StatusReport), Fail> {
-        if let Some(url) = coordinator_of(self.what.as_deref(), self.coordinator.as_deref()) {
-            let access = self.credentials.access(&url)?;
+        if let Some(access) = self.asked.coordinator(self.what.as_deref())? {
             let status = client::status(&access).await?.into();
             return Ok((access, status));
         }
@@ -87,7 +82,7 @@ impl Drain {
         let Some(url) = address else {
             return Err(Fail::failed(format_args!("{}: no `ella train` of this machine trains this run; {hint}", store.url())));
         };
-        let access = self.credentials.access(&url)?;
+        let access = self.asked.credentials.access(&url)?;
         let status = StatusReport::from(client::status(&access).await?);
         // The port of one that was killed may be another's by now.
         if status.run_url != store.url() {

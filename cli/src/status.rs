@@ -6,6 +6,7 @@ use ella_coordinator::client;
 use ella_coordinator::credentials::Credentials;
 use ella_coordinator::status::{JobReport, StatusReport};
 use ella_dataset::{Progress, progress};
+use ella_proto::access::Access;
 use ella_store::{RunState, Store};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -23,11 +24,18 @@ pub(crate) struct Status {
     /// coordinator, http://HOST:PORT
     #[arg(value_name = "RUN|DATA|URL", required_unless_present = "coordinator")]
     what: Option<String>,
+    #[command(flatten)]
+    asked: Asked,
+}
+
+/// Whom to ask, beside an argument `what`, which may be an address or a folder; and what is shown there.
+#[derive(Debug, Args)]
+pub(crate) struct Asked {
     /// Ask the coordinator at this address
     #[arg(long, value_name = "URL", conflicts_with = "what")]
     coordinator: Option<String>,
     #[command(flatten)]
-    credentials: Credentials,
+    pub(crate) credentials: Credentials,
 }
 
 /// A data set by its folder.
@@ -61,12 +69,14 @@ struct FolderStatus {
     membership: Membership,
 }
 
-/// The coordinator's URL, where what was given is its address and no folder.
-pub(crate) fn coordinator_of(what: Option<&str>, coordinator: Option<&str>) -> Option<String> {
-    let is_url = |what: &&str| what.starts_with("http://") || what.starts_with("https://");
-    match coordinator {
-        Some(address) => Some(address.to_owned()),
-        None => what.filter(is_url).map(str::to_owned),
+impl Asked {
+    /// The coordinator, where what was given is its address and no folder.
+    pub(crate) fn coordinator(&self, what: Option<&str>) -> Result<Option<Access>, Fail> {
+        let is_url = |what: &&str| what.starts_with("http://") || what.starts_with("https://");
+        match self.coordinator.as_deref().or(what.filter(is_url)) {
+            Some(url) => Ok(Some(self.credentials.access(url)?)),
+            None => Ok(None),
+        }
     }
 }
 
@@ -74,8 +84,8 @@ impl Status {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let runtime = crate::runtime()?;
         let folder_or_url = self.what.as_deref().unwrap_or_default();
-        if let Some(url) = coordinator_of(self.what.as_deref(), self.coordinator.as_deref()) {
-            let status = StatusReport::from(runtime.block_on(client::status(self.credentials.access(&url)?))?);
+        if let Some(access) = self.asked.coordinator(self.what.as_deref())? {
+            let status = StatusReport::from(runtime.block_on(client::status(access))?);
             out.result(&status, || match &status.job {
                 Some(job) => live_job(&status, job),
                 None => live(&status),

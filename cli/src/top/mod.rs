@@ -14,9 +14,9 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use clap::Args;
-use ella_coordinator::credentials::Credentials;
 use source::Source;
 
+use crate::status::Asked;
 use crate::ui::{DONE, Fail, Out};
 
 #[derive(Debug, Args)]
@@ -24,11 +24,8 @@ pub(crate) struct Top {
     /// A run's folder (path or URL), or the address of a run's or job's coordinator, http://HOST:PORT
     #[arg(value_name = "RUN|URL", required_unless_present = "coordinator")]
     what: Option<String>,
-    /// Ask the coordinator at this address
-    #[arg(long, value_name = "URL", conflicts_with = "what")]
-    coordinator: Option<String>,
     #[command(flatten)]
-    credentials: Credentials,
+    asked: Asked,
     /// Print what there is now, and end: what happens anyway where there is no terminal
     #[arg(long)]
     once: bool,
@@ -43,7 +40,7 @@ impl Top {
             return Err(Fail::usage(format_args!("--every {}: must be from 0.1 to 3600 seconds", self.every)));
         }
         let runtime = crate::runtime()?;
-        let mut source = runtime.block_on(Source::open(self.what.as_deref(), self.coordinator.as_deref(), &self.credentials))?;
+        let mut source = runtime.block_on(Source::open(self.what.as_deref(), &self.asked))?;
         let first = runtime.block_on(source.look())?;
         if self.once || out.json || !std::io::stdout().is_terminal() {
             out.result(&first, || snapshot::text(&first));

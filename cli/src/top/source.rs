@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use ella_coordinator::client;
-use ella_coordinator::credentials::Credentials;
 use ella_coordinator::history::{Past, Rank, Reader, judge};
 use ella_coordinator::status::StatusReport;
 use ella_proto::access::Access;
@@ -13,7 +12,7 @@ use tokio::time::Instant;
 
 use super::snapshot::{Snapshot, clean};
 use crate::run::{ADDRESS, RUN_TOML, RunFolder};
-use crate::status::{coordinator_of, outcome};
+use crate::status::{Asked, outcome};
 use crate::ui::Fail;
 
 /// A coordinator writes what it keeps this often, so the folder is read no more often.
@@ -49,9 +48,8 @@ pub(super) struct Source {
 
 impl Source {
     /// Finds out whether a coordinator is there, and whether the run's folder can be read.
-    pub(super) async fn open(what: Option<&str>, coordinator: Option<&str>, credentials: &Credentials) -> Result<Self, Fail> {
-        if let Some(url) = coordinator_of(what, coordinator) {
-            let access = credentials.access(&url)?;
+    pub(super) async fn open(what: Option<&str>, asked: &Asked) -> Result<Self, Fail> {
+        if let Some(access) = asked.coordinator(what)? {
             let status = StatusReport::from(client::status(&access).await?);
             let store = if status.job.is_none() { readable(&status.run_url).await } else { None };
             return Ok(Self::new(Some(access), store, status.steps));
@@ -59,7 +57,7 @@ impl Source {
         let run = RunFolder::open(what.unwrap_or_default()).await?;
         let address = run.store.local_path().and_then(|folder| std::fs::read_to_string(folder.join(ADDRESS)).ok());
         let access = match address {
-            Some(url) => Some(credentials.access(&url)?),
+            Some(url) => Some(asked.credentials.access(&url)?),
             None => None,
         };
         let steps = run.config.train.steps;
