@@ -43,7 +43,7 @@ impl Room {
     }
 
     /// A place for a stranger, if there is one.
-    fn take(self: &Arc<Self>, address: SocketAddr, names: Option<Vec<String>>) -> Result<Peer, &'static str> {
+    fn take(self: &Arc<Self>, address: SocketAddr) -> Result<Peer, &'static str> {
         let mut strangers = self.strangers();
         let all: usize = strangers.values().sum();
         let of_one = strangers.get(&host(address.ip())).copied().unwrap_or_default();
@@ -57,7 +57,7 @@ impl Room {
         }
         strangers.insert(host(address.ip()), of_one + 1);
         self.open.fetch_add(1, Relaxed);
-        Ok(Peer { address, names, streams: AtomicUsize::new(0), known: AtomicBool::new(false), room: self.clone() })
+        Ok(Peer { address, names: None, streams: AtomicUsize::new(0), known: AtomicBool::new(false), room: self.clone() })
     }
 }
 
@@ -142,7 +142,7 @@ async fn accept(
     loop {
         match listener.accept().await {
             Ok((stream, address)) => {
-                let Some((peer, stream)) = seated(stream, address, &guard, &room) else { continue };
+                let Some(peer) = seated(address, &guard, &room) else { continue };
                 let (tls, guard, out) = (tls.as_ref().map(|tls| tls.newest()), guard.clone(), out.clone());
                 tokio::spawn(async move {
                     if let Some(connection) = greet(stream, peer, tls, guard).await {
@@ -159,14 +159,8 @@ async fn accept(
     }
 }
 
-fn seated(stream: TcpStream, address: SocketAddr, guard: &Guard, room: &Arc<Room>) -> Option<(Peer, TcpStream)> {
-    match room.take(address, None) {
-        Ok(peer) => Some((peer, stream)),
-        Err(why) => {
-            guard.turn_away(address, Refusal::Crowd, why);
-            None
-        }
-    }
+fn seated(address: SocketAddr, guard: &Guard, room: &Arc<Room>) -> Option<Peer> {
+    room.take(address).inspect_err(|why| guard.turn_away(address, Refusal::Crowd, why)).ok()
 }
 
 /// Sets a connection up, through TLS if there is a config for it.
@@ -298,12 +292,12 @@ mod tests {
     fn there_is_so_much_room_for_strangers_and_more_for_the_known() {
         let room = Arc::new(Room::default());
         let address = |n: u32| SocketAddr::from((std::net::Ipv4Addr::from_bits(n), 7));
-        let mut peers: Vec<Peer> = (0..STRANGERS_OF_ONE).map(|_| room.take(address(1), None).unwrap()).collect();
-        assert!(room.take(address(1), None).unwrap_err().contains("of its address"));
+        let mut peers: Vec<Peer> = (0..STRANGERS_OF_ONE).map(|_| room.take(address(1)).unwrap()).collect();
+        assert!(room.take(address(1)).unwrap_err().contains("of its address"));
         peers[0].is_known();
         peers[0].is_known();
-        peers.push(room.take(address(1), None).unwrap());
-        let crowd = (2..).map(|n| room.take(address(n), None));
+        peers.push(room.take(address(1)).unwrap());
+        let crowd = (2..).map(|n| room.take(address(n)));
         peers.extend(crowd.map_while(|taken| taken.map_err(|why| assert!(why.contains("have shown nothing yet"), "{why}")).ok()));
         assert_eq!(peers.len(), STRANGERS + 1);
         drop(peers);
