@@ -167,6 +167,7 @@ fn secrets_of_environment_files_and_urls_come_to_light_nowhere() -> Result<()> {
         ("data.path", at("az")),
         ("base.model", at("https")),
         ("text.model", at("https")),
+        ("data.path", format!("s3://user:{IN_URL}/not-escaped@bucket/x")),
     ]
     .into_iter()
     .enumerate()
