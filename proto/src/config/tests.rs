@@ -106,6 +106,8 @@ fn values_out_of_range_name_key_rule_and_value() {
     assert_eq!(error, "run.toml with --set: `text.max_tokens` is 100000, but it must lie from 1 to 65536");
     let error = parse("", &["train.steps=0"]).unwrap_err().to_string();
     assert_eq!(error, "run.toml with --set: `train.steps` is 0, but it must be 1 or more");
+    let error = parse("", &["workers.lease=0s"]).unwrap_err().to_string();
+    assert_eq!(error, "run.toml with --set: `workers.lease` is \"0ms\", but it must be 1ms or more");
     let error = parse("", &["workers.gpu_memory=lots"]).unwrap_err().to_string();
     assert!(error.contains("\"lots\" is not a size; write one such as"), "{error}");
     let error = parse("", &["train.steps"]).unwrap_err().to_string();
