@@ -1,4 +1,4 @@
-"""Whether what the docs name is there: links and their anchors, files, make targets, commands and their options, config keys, variables; and whether the
+"""Whether what the docs name is there: links and their anchors, files, make targets, commands and their options, config keys, images' ports; and whether the
 quick start's commands are those that scripts/demo.sh runs, and the messages that docs/recover.md quotes those that the code has.
 
     scripts/check_docs.py [ROOT]
@@ -133,7 +133,21 @@ class Check:
             for target in re.findall(r"(?:^|&& |\w=\S+ )make ([a-z][a-z0-9-]*)", line):
                 if target not in self.targets:
                     self.fault(page, f"`make {target}`: the Makefile has no such target")
+            # Of keys without a section a command's own config has some.
+            for key in re.findall(r"--set '?([a-z_]+(?:\.[a-z_0-9]+)+)=", line):
+                if self.keys and key not in self.keys | self.job_keys | {"section.key"}:
+                    self.fault(page, f"`--set {key}`: there is no such key")
             self.command(page, line)
+            self.published(page, line)
+
+    def published(self, page, line):
+        """The ports that a container is started with are those that its image has."""
+        image = re.match(r"docker run .*?\b(ella-[a-z-]+):", line)
+        stage = image and re.search(rf"^FROM \S+ AS {image[1].removeprefix('ella-')}\n(.*?)(?=^FROM |\Z)", self.read("k8s/images/Dockerfile"), re.M | re.S)
+        exposed = stage and re.search(r"^EXPOSE (.*)", stage[1], re.M)
+        for port in re.findall(r"-p (?:\d+:)?(\d+)", line) if exposed else []:
+            if port not in exposed[1].split():
+                self.fault(page, f"`-p {port}`: the image {image[1]} listens on {exposed[1]}")
 
     def command(self, page, line):
         """A command of ours, and its options."""

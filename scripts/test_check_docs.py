@@ -53,6 +53,15 @@ class CheckDocs(unittest.TestCase):
         self.found("```\nella train --image x\n```\n", "ella train has no option --image")
         self.found("```\nella k8s render \\\n  --set x\n```\n", "ella k8s render has no option --set")
 
+    def test_keys_that_are_set(self):
+        self.assertEqual(check("`--set train.optimizer.lr=1`"), [])
+        self.found("```\nella train --set train.lr=1e-4\n```\n", "`--set train.lr`: there is no such key")
+
+    def test_ports_are_those_of_the_image(self):
+        image = {"k8s/images/Dockerfile": "FROM a AS worker\nEXPOSE 7100\nFROM a AS coordinator\nEXPOSE 7000 7001\n"}
+        self.assertEqual(check("    docker run -p 7000:7000 -p 8080:7001 ella-coordinator:TAG run.toml\n", image), [])
+        self.found("    docker run -p 7001:7001 ella-worker:TAG\n", "listens on 7100", image)
+
     def test_the_site_has_every_page_once(self):
         self.found("", "lacks new.md", {"docs/new.md": ""})
         self.found("", "config.md twice", {"docs/SUMMARY.md": "[a](reference/commands.md)\n[b](reference/config.md)\n[b](reference/config.md)\n"})

@@ -28,7 +28,7 @@ const FLUSH: Duration = Duration::from_secs(3);
 struct Args {
     /// The run's config, or a job's: that has a [job] table.
     config: PathBuf,
-    /// Overrides one key, as in --set train.lr=1e-4. May be given more than once.
+    /// Overrides one key, as in --set train.optimizer.lr=1e-4. May be given more than once.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Where workers and clients connect; port 0 takes any free one.

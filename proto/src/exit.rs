@@ -7,7 +7,7 @@ pub enum Exit {
     /// Done: there is nothing left to do. A worker that was told that its run is over has this code too.
     Done = 0,
     /// Failed: starting again may help, and `ella train` does that for a worker. So ends, too, a check that found what it looks for
-    /// (`ella audit`, `ella verify`, `ella chaos`, `ella inspect MODEL`).
+    /// (`ella audit`, `ella verify`, `ella chaos`, `ella doctor`, `ella inspect MODEL`).
     Failed = 1,
     /// Bad usage or config: nothing was done. Correct the command or the file that the message names.
     Usage = 2,

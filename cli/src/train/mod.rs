@@ -35,7 +35,7 @@ pub(crate) struct Train {
     /// The run's config
     #[arg(value_name = "RUN.toml")]
     config: PathBuf,
-    /// Override one key of the config, as in --set train.lr=1e-4; may be given more than once
+    /// Override one key of the config, as in --set train.optimizer.lr=1e-4; may be given more than once
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Only start workers, for the coordinator that runs at this address

@@ -1,7 +1,7 @@
 //! The rules for values, which types cannot hold. Each is checked once, and named with its file and key.
 
 use super::sample::MOST_PICTURES;
-use super::{Bytes, Compression, ConfigError, ConnectorKind, LONGEST_SIDE, Padding, Reduction, RunConfig};
+use super::{Bytes, Compression, ConfigError, ConnectorKind, LONGEST_SIDE, Millis, Padding, Reduction, RunConfig};
 use std::ops::RangeInclusive;
 
 /// Most threads of a worker: more than any machine has, and fewer than a system refuses to start.
@@ -80,16 +80,22 @@ impl Check<'_> {
             ("train.micro_batch", train.micro_batch as u64),
             ("train.eval_samples", train.eval_samples as u64),
             ("checkpoint.every", checkpoint.every.unwrap_or(1)),
-            ("checkpoint.max_lost_work", checkpoint.max_lost_work.map_or(1, |work| work.0)),
             ("checkpoint.keep", checkpoint.keep as u64),
             ("workers.count", workers.count as u64),
             ("workers.min", workers.min as u64),
-            ("workers.lease", workers.lease.0),
-            ("workers.orphan_timeout", workers.orphan_timeout.0),
-            ("workers.step_timeout", workers.step_timeout.0),
-            ("workers.start_timeout", workers.start_timeout.0),
         ] {
             self.within(key, found, any.clone())?;
+        }
+        for (key, found) in [
+            ("checkpoint.max_lost_work", checkpoint.max_lost_work.unwrap_or(Millis(1))),
+            ("workers.lease", workers.lease),
+            ("workers.orphan_timeout", workers.orphan_timeout),
+            ("workers.step_timeout", workers.step_timeout),
+            ("workers.start_timeout", workers.start_timeout),
+        ] {
+            if found.0 == 0 {
+                return Err(self.wrong(key, format!("\"{found}\""), "it must be 1ms or more".to_owned()));
+            }
         }
         if data.cache.as_ref().is_some_and(|folder| folder.as_os_str().is_empty()) {
             return Err(self.wrong("data.cache", "\"\"", "it must be a folder; data.cache_bytes = 0 is for no cache".to_owned()));

@@ -2,6 +2,7 @@
 
 use super::*;
 use serde_json::Value;
+use std::path::PathBuf;
 
 /// A run's config in which all optional keys are set: its tree has every key that exists.
 pub(super) fn full() -> RunConfig {

@@ -50,7 +50,7 @@ fn values_out_of_range_name_file_key_and_rule() -> Result<()> {
         ("text.max_tokens=1000000", "from 1 to 65536"),
         ("workers.threads=100000", "from 1 to 1024"),
         ("checkpoint.keep=0", "1 or more"),
-        ("checkpoint.max_lost_work=0s", "1 or more"),
+        ("checkpoint.max_lost_work=0s", "1ms or more"),
     ] {
         let key = item.split('=').next().unwrap_or_default();
         set_refused(item, &["refused.toml with --set", &format!("`{key}`"), rule])?;

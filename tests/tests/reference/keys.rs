@@ -12,9 +12,17 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 /// Where the types of a run's config are declared; those of a job's tables follow.
-const RUN: [&str; 3] = ["proto/src/config/mod.rs", "proto/src/config/sample.rs", "proto/src/config/units.rs"];
+const RUN: [&str; 7] = [
+    "proto/src/config/run.rs",
+    "proto/src/config/networks.rs",
+    "proto/src/config/data.rs",
+    "proto/src/config/train.rs",
+    "proto/src/config/sample.rs",
+    "proto/src/config/workers.rs",
+    "proto/src/config/units.rs",
+];
 const JOBS: [&str; 6] = [
-    "proto/src/config/mod.rs",
+    "proto/src/config/networks.rs",
     "proto/src/config/units.rs",
     "proto/src/config/job.rs",
     "worker/src/prepare/settings.rs",
