@@ -111,12 +111,15 @@ fn bytes(index: &Index) -> Vec<u8> {
     serde_json::to_vec_pretty(index).unwrap_or_default()
 }
 
-/// Writes the index if all its pictures are there.
+/// Writes the index if all its pictures are there. What a kill left half-written beside them goes then.
 async fn complete(folder: &Store, index: &Index) -> Result<(), StoreError> {
     let there = folder.files("").await?;
     let has = |file: &str| there.iter().any(|meta| meta.key == file);
     if index.images.iter().all(|image| has(&image.file)) {
         folder.put(samples::INDEX, bytes(index).into()).await?;
+        if let Err(error) = folder.sweep("").await {
+            tracing::warn!(step = index.step, "what was left half-written beside the step's samples cannot be deleted: {error}");
+        }
     }
     Ok(())
 }
@@ -156,6 +159,22 @@ mod tests {
         assert_eq!(names, ["000.png", "001.png", "002.png", "index.json"].map(|name| format!("samples/000000000004/{name}")));
         assert_eq!(counts.news(), [("pictures_saved".to_owned(), 3)].into());
         assert_eq!((counts.news().len(), counts.waiting.load(Ordering::Relaxed)), (0, 88));
+    }
+
+    #[test]
+    fn what_a_kill_left_half_written_goes_when_the_step_is_complete() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().to_str().unwrap()).unwrap();
+        let (counts, mut album) = (Counts::default(), Album::new(store.clone(), runtime.handle().clone()));
+        counts.waiting.store(100, Ordering::Relaxed);
+        let left = || runtime.block_on(store.half_written(&samples::folder(4))).unwrap().len();
+        album.keep(page(1, 4, 0, false), &counts);
+        std::fs::write(dir.path().join(samples::folder(4)).join("001.png#7"), "half").unwrap();
+        album.keep(page(1, 4, 1, false), &counts);
+        assert_eq!(left(), 1, "others may draw yet");
+        album.keep(page(1, 4, 2, true), &counts);
+        assert!(left() == 0 && is_there(&store, runtime.handle(), &index(4, "a")));
     }
 
     #[test]
