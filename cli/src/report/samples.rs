@@ -101,9 +101,9 @@ impl Grid {
             html += "</tr>\n";
         }
         html += "</table></div>\n";
-        for (number, what) in [(self.more, "more in the run's folder"), (self.unreadable, "that cannot be read")] {
+        for (number, thing, what) in [(self.more, "row", "more in the run's folder"), (self.unreadable, "picture", "that cannot be read")] {
             if number > 0 {
-                let _ = writeln!(html, "<p class=\"soft\">and {} {what}</p>", count(number, "picture"));
+                let _ = writeln!(html, "<p class=\"soft\">and {} {what}</p>", count(number, thing));
             }
         }
         html
@@ -198,5 +198,7 @@ mod tests {
         let html = grid.html();
         assert!(html.contains("a &lt;b&gt;") && html.contains(">8</th>") && html.contains("2 pictures that cannot be read"), "{html}");
         assert_eq!((html.matches("<img").count(), Grid::default().html().len()), (2, 0));
+        let cut = Grid { columns: vec![4, 8], more: 3, ..Grid::default() };
+        assert!(cut.html().contains("and 3 rows more"), "{}", cut.html());
     }
 }
