@@ -92,11 +92,27 @@ pub fn at_step(step: u64) {
 
 /// Starts this process's log; `ELLA_LOG` says what is told, from `info` up if it says nothing.
 pub fn start(look: Look) {
-    let filter = EnvFilter::try_from_env("ELLA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let said = std::env::var("ELLA_LOG").unwrap_or_default();
+    let (filter, misunderstood) = filter(&said);
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match look {
         Look::Text => builder.with_target(false).with_ansi(std::io::stderr().is_terminal()).init(),
         Look::Json => builder.json().event_format(Placed(Format::default().json().with_target(true))).init(),
+    }
+    if let Some(why) = misunderstood {
+        tracing::warn!(
+            "ELLA_LOG={said}: {why}; info and above are logged (a level, or levels of modules, as in info,ella_worker::train=debug)"
+        );
+    }
+}
+
+/// What `ELLA_LOG` asks for; with it why that is not understood, if it is not.
+fn filter(said: &str) -> (EnvFilter, Option<String>) {
+    let usual = || EnvFilter::new("info");
+    match EnvFilter::try_new(said) {
+        _ if said.is_empty() => (usual(), None),
+        Ok(filter) => (filter, None),
+        Err(error) => (usual(), Some(error.to_string())),
     }
 }
 
@@ -121,6 +137,14 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wish_that_is_not_understood_is_told() {
+        assert_eq!((filter("").1, filter("warn,ella_worker::train=debug").1), (None, None));
+        let (usual, why) = filter("ella_worker=loudly");
+        assert_eq!(usual.to_string(), EnvFilter::new("info").to_string());
+        assert!(why.is_some());
+    }
 
     #[test]
     fn a_place_is_told_as_far_as_it_is_known() {
