@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::io::Cursor;
 
 use base64::Engine;
-use ella_proto::samples::{Image, Index, folder};
+use ella_proto::samples::{FOLDER, Image, Index, folder, step_of};
 use ella_store::Store;
 use image::ImageFormat;
 use image::imageops::FilterType;
@@ -26,6 +26,8 @@ const SIDE: u32 = 160;
 pub(super) struct Grid {
     /// Steps whose pictures are all there.
     total: usize,
+    /// Steps of which some pictures are not there: they are being drawn, or were lost with the worker that had drawn them (KNOWN).
+    partial: usize,
     columns: Vec<u64>,
     /// Prompt and seed, with the picture of each column as base64 of a PNG, where there is one.
     rows: Vec<(String, u64, Vec<Option<String>>)>,
@@ -46,10 +48,13 @@ impl Grid {
             indices.push(run.samples(step).await?);
         }
         let Some(newest) = indices.last() else { return Ok(Self::default()) };
+        let begun = run.store.folders(FOLDER).await?;
+        let partial = begun.iter().filter_map(|begun| step_of(begun)).filter(|step| !steps.contains(step)).count();
         let how = format!("{}, {}, guidance {}", newest.sampler, count(newest.steps as usize, "step"), newest.guidance);
         let all = keys(&indices);
         let mut grid = Self {
             total: steps.len(),
+            partial,
             columns: indices.iter().map(|index| index.step).collect(),
             more: all.len().saturating_sub(ROWS),
             how,
@@ -101,7 +106,11 @@ impl Grid {
             html += "</tr>\n";
         }
         html += "</table></div>\n";
-        for (number, thing, what) in [(self.more, "row", "more in the run's folder"), (self.unreadable, "picture", "that cannot be read")] {
+        for (number, thing, what) in [
+            (self.more, "row", "more in the run's folder"),
+            (self.partial, "step", "whose pictures are not all there"),
+            (self.unreadable, "picture", "that cannot be read"),
+        ] {
             if number > 0 {
                 let _ = writeln!(html, "<p class=\"soft\">and {} {what}</p>", count(number, thing));
             }
@@ -197,6 +206,7 @@ mod tests {
         assert_eq!((small.width(), small.height()), (SIDE, SIDE / 2));
         let html = grid.html();
         assert!(html.contains("a &lt;b&gt;") && html.contains(">8</th>") && html.contains("2 pictures that cannot be read"), "{html}");
+        assert!(html.contains("and 1 step whose pictures are not all there"), "{html}");
         assert_eq!((html.matches("<img").count(), Grid::default().html().len()), (2, 0));
         let cut = Grid { columns: vec![4, 8], more: 3, ..Grid::default() };
         assert!(cut.html().contains("and 3 rows more"), "{}", cut.html());
