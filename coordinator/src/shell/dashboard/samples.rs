@@ -75,12 +75,7 @@ pub(super) async fn steps(State(dashboard): Shared, Query(which): Query<Which>) 
     let view = dashboard.view(which.run.as_deref()).await?;
     let Some(store) = view.store() else { return Ok(Json(Steps { steps: Vec::new() })) };
     let folders = store.folders(samples::FOLDER).await?;
-    let step = |folder: &String| {
-        let name = folder.rsplit('/').next()?;
-        let step = name.parse().ok()?;
-        (name.len() == 12).then_some(step)
-    };
-    let mut steps: Vec<u64> = folders.iter().filter_map(step).collect();
+    let mut steps: Vec<u64> = folders.iter().filter_map(|folder| samples::step_of(folder)).collect();
     Ok(Json(Steps { steps: steps.split_off(steps.len().saturating_sub(MOST_STEPS)) }))
 }
 
