@@ -228,7 +228,8 @@ impl Source {
             (rank.worker, rank.host) = (clean(&rank.worker), clean(&rank.host));
         }
         let faults = &self.past.faults;
-        let mut problems: Vec<String> = self.trouble.iter().chain(&faults.problems).map(|problem| clean(problem)).collect();
+        let mut problems: Vec<String> =
+            self.trouble.iter().chain(faults.unlisted.values()).chain(&faults.problems).map(|problem| clean(problem)).collect();
         if faults.damaged_lines + faults.unread_files > 0 {
             problems
                 .insert(0, format!("{} damaged lines and {} files of the past are left out", faults.damaged_lines, faults.unread_files));

@@ -253,17 +253,18 @@ function showNotices() {
       ),
     );
   }
-  const { damaged_lines: damaged = 0, unread_files: unread = 0, problems = [] } = history || {};
-  if (damaged || unread) {
+  const { damaged_lines: damaged = 0, unread_files: unread = 0, unlisted = {}, problems = [] } = history || {};
+  const folders = Object.values(unlisted);
+  if (damaged || unread || folders.length) {
     notices.push(
       h(
         "div",
         { class: "notice" },
-        `Not all of the past could be read: ${int(damaged)} damaged lines and ${int(unread)} files are left out.`,
+        `Not all of the past could be read: ${int(damaged)} damaged lines, ${int(unread)} files and ${int(folders.length)} whole folders are left out.`,
         h(
           "ul",
           {},
-          problems.map((problem) => h("li", {}, problem)),
+          [...folders, ...problems].map((problem) => h("li", {}, problem)),
         ),
       ),
     );
