@@ -203,7 +203,11 @@ async function longRun(browser) {
   const base = served.http;
   await fetch(`${base}/api/v1/summary`);
   const restored = async () => {
-    while ((await (await fetch(`${base}/api/v1/summary`)).json()).history.restoring);
+    const deadline = Date.now() + 300_000;
+    while ((await (await fetch(`${base}/api/v1/summary`)).json()).history.restoring) {
+      if (Date.now() > deadline) throw new Error("the past is not restored after five minutes");
+      await new Promise((later) => setTimeout(later, 20));
+    }
   };
   await restored();
 

@@ -84,9 +84,10 @@ export class Samples {
         rows.get(key).cells[column] ??= image.file;
       }),
     );
+    const prompts = new Set([...rows.values()].map((row) => row.prompt)).size;
     const left = indexes.reduce((sum, index) => sum + (index.left_out || 0), 0);
     $("samples-of").textContent =
-      `${int(this.steps.length)} steps, ${int(rows.size)} prompts${left ? `, ${int(left)} pictures left out` : ""}`;
+      `${int(this.steps.length)} steps, ${int(prompts)} prompts${left ? `, ${int(left)} pictures left out` : ""}`;
     this.grid.style.gridTemplateColumns = `minmax(5.5rem, 1.1fr) repeat(${steps.length}, minmax(0, 1fr))`;
     const head = [
       h("span", {}),
