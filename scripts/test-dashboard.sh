@@ -1,5 +1,5 @@
 #!/bin/sh
-# The dashboard in a real Chromium: see scripts/dashboard/test.mjs. Installs playwright-core and axe-core from npm into target/dashboard/, once.
+# The dashboard in a real Chromium: see scripts/dashboard/test.mjs. Installs playwright-core and axe-core from npm into target/dashboard/, once for each version.
 # CHROMIUM names the browser (/usr/bin/chromium otherwise). Pictures for people are left in target/dashboard/shots/.
 set -eu
 
@@ -16,5 +16,10 @@ need "${CHROMIUM:-/usr/bin/chromium}" chromium
 
 mkdir -p "$place"
 cp scripts/dashboard/package.json scripts/dashboard/test.mjs "$place"
-[ -d "$place/node_modules/playwright-core" ] || npm install --prefix "$place" --no-audit --no-fund --loglevel=error
+# Copied last: it tells which versions are there.
+installed="$place/node_modules/.installed.json"
+if ! cmp -s scripts/dashboard/package.json "$installed"; then
+    npm install --prefix "$place" --no-audit --no-fund --loglevel=error
+    cp scripts/dashboard/package.json "$installed"
+fi
 exec node "$place/test.mjs" "$(realpath "$example")" "$place/shots"

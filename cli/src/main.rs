@@ -153,8 +153,11 @@ fn refused(error: &clap::Error) -> u8 {
 
 /// What libraries have to say, such as retries; `ELLA_LOG` asks for more. What a coordinator in this process logs, its status tells.
 fn log_to_stderr() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("ELLA_LOG").unwrap_or_else(|_| "warn,ella_coordinator=off".into());
+    let (filter, misunderstood) = ella_coordinator::logs::wanted("warn,ella_coordinator=off");
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    if let Some(why) = misunderstood {
+        ui::note(why);
+    }
 }
 
 /// The runtime that stores are read in.

@@ -92,12 +92,31 @@ pub fn at_step(step: u64) {
 
 /// Starts this process's log; `ELLA_LOG` says what is told, from `info` up if it says nothing.
 pub fn start(look: Look) {
-    let filter = EnvFilter::try_from_env("ELLA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let (filter, misunderstood) = wanted("info");
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match look {
         Look::Text => builder.with_target(false).with_ansi(std::io::stderr().is_terminal()).init(),
         Look::Json => builder.json().event_format(Placed(Format::default().json().with_target(true))).init(),
     }
+    if let Some(why) = misunderstood {
+        tracing::warn!("{why}");
+    }
+}
+
+/// What `ELLA_LOG` asks for, or `usual` if it says nothing or is not understood; in that case with words that are to be told.
+pub fn wanted(usual: &str) -> (EnvFilter, Option<String>) {
+    filter(&std::env::var_os("ELLA_LOG").unwrap_or_default().to_string_lossy(), usual)
+}
+
+fn filter(said: &str, usual: &str) -> (EnvFilter, Option<String>) {
+    let misunderstood = match EnvFilter::try_new(said) {
+        _ if said.is_empty() => None,
+        Ok(filter) => return (filter, None),
+        Err(error) => Some(format!(
+            "ELLA_LOG={said}: {error}; {usual} is logged (give a level, or levels of modules, as in info,ella_worker::train=debug)"
+        )),
+    };
+    (EnvFilter::new(usual), misunderstood)
 }
 
 /// JSON lines that say where the process is.
@@ -121,6 +140,14 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wish_that_is_not_understood_is_told() {
+        assert_eq!((filter("", "info").1, filter("warn,ella_worker::train=debug", "info").1), (None, None));
+        let (usual, why) = filter("ella_worker=loudly", "warn");
+        assert_eq!(usual.to_string(), EnvFilter::new("warn").to_string());
+        assert!(why.is_some_and(|why| why.contains("ELLA_LOG=ella_worker=loudly") && why.contains("warn is logged")));
+    }
 
     #[test]
     fn a_place_is_told_as_far_as_it_is_known() {

@@ -13,9 +13,10 @@ pub fn folder(step: u64) -> String {
     format!("{FOLDER}/{step:012}")
 }
 
-/// The step of a folder like [`folder`]'s.
+/// The step of a folder like [`folder`]'s; none of any other, for nobody would find its pictures.
 pub fn step_of(folder: &str) -> Option<u64> {
-    folder.trim_end_matches('/').rsplit('/').next()?.parse().ok()
+    let name = folder.trim_end_matches('/').rsplit('/').next()?;
+    if name.len() == 12 && name.bytes().all(|byte| byte.is_ascii_digit()) { name.parse().ok() } else { None }
 }
 
 /// The file of a step's picture of this number.
@@ -63,6 +64,7 @@ mod tests {
     fn a_steps_folder_sorts_by_step_and_tells_it() {
         assert_eq!(folder(400), "samples/000000000400");
         assert_eq!([folder(400).as_str(), "samples/000000000012/", "samples/else"].map(step_of), [Some(400), Some(12), None]);
+        assert_eq!(["samples/400", "samples/+00000000400", "samples/0000000000400"].map(step_of), [None; 3]);
         assert_eq!((file(7), file(999)), ("007.png".to_owned(), "999.png".to_owned()));
     }
 }

@@ -178,6 +178,20 @@ const loaded = async (page) => {
   await page.waitForFunction(() => [...document.querySelectorAll("img")].every((image) => image.complete));
 };
 
+/** Pictures come before their index, as they do while a run draws. */
+async function latePictures(browser, base, folder) {
+  const late = await open(browser, base, "/", { colorScheme: "light", viewport: { width: 1280, height: 900 } });
+  const place = join(folder, "samples", "000000003200");
+  mkdirSync(place);
+  writeFileSync(join(place, "000.png"), png(96, 3));
+  const shows = (text) => document.querySelector("#samples .grid")?.textContent.includes(text);
+  await late.page.waitForFunction(shows, "step 3,200", { timeout: 30_000 });
+  drawSamples(folder, [3200]);
+  await late.page.waitForFunction(() => document.querySelector('#samples img[alt^="step 3200:"]'), null, { timeout: 30_000 });
+  check(true, "a step is shown when its index comes");
+  await late.context.close();
+}
+
 async function longRun(browser) {
   const folder = join(runs, "<img src=x onerror=alert(1)>");
   mkdirSync(folder);
@@ -189,7 +203,11 @@ async function longRun(browser) {
   const base = served.http;
   await fetch(`${base}/api/v1/summary`);
   const restored = async () => {
-    while ((await (await fetch(`${base}/api/v1/summary`)).json()).history.restoring);
+    const deadline = Date.now() + 300_000;
+    while ((await (await fetch(`${base}/api/v1/summary`)).json()).history.restoring) {
+      if (Date.now() > deadline) throw new Error("the past is not restored after five minutes");
+      await new Promise((later) => setTimeout(later, 20));
+    }
   };
   await restored();
 
@@ -244,6 +262,8 @@ async function longRun(browser) {
   await page.selectOption("#with", "finished");
   await page.waitForFunction(() => document.querySelectorAll("#config-body tbody tr").length > 0);
   check((await page.textContent("#config-body")).includes("train.steps"), "configs are compared by key");
+  await page.waitForFunction(() => document.querySelector(".plot .read").textContent.includes("other run"));
+  check(true, "the other run's loss is drawn beside, once it is read");
   await page.selectOption("#with", "");
   await page
     .locator(".grid .shot img")
@@ -299,6 +319,8 @@ async function longRun(browser) {
   await accessible(finished.page, "a finished run");
   await shot(finished.page, "finished");
   await finished.context.close();
+
+  await latePictures(browser, base, folder);
 
   const last = await open(browser, base, "/", { colorScheme: "light", viewport: { width: 1280, height: 900 } });
   served.child.kill("SIGKILL");

@@ -5,6 +5,7 @@
 
 use ella_proto::samples::{self, Index};
 use ella_store::{Store, StoreError};
+use futures::future::join_all;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -15,6 +16,8 @@ use tokio::time::timeout;
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long a look into the store may take while training waits.
 const LOOK: Duration = Duration::from_secs(5);
+/// Pictures that are deleted at once.
+const AT_ONCE: usize = 16;
 /// Most bytes of pictures that wait to be stored.
 pub(crate) const MOST_WAITING: u64 = 64 << 20;
 
@@ -107,16 +110,46 @@ pub(crate) fn is_there(store: &Store, runtime: &Handle, index: &Index) -> bool {
     read.is_ok_and(|read| read.is_ok_and(|there| there == bytes(index)))
 }
 
+/// Makes room for a step's pictures, before any rank draws one: what was drawn of it with other settings goes, first its index, so that no index
+/// stands beside pictures that it does not tell of. Those of the same settings stay, which are replaced by the same ones.
+pub(crate) fn clear(store: &Store, runtime: &Handle, index: &Index) {
+    let folder = store.child(&samples::folder(index.step));
+    let why = match runtime.block_on(async { timeout(LOOK, make_room(&folder, index)).await }) {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("it took more than {} s", LOOK.as_secs()),
+    };
+    tracing::warn!(step = index.step, "what was drawn of the step before cannot be deleted, and stays until it is replaced: {why}");
+}
+
+async fn make_room(folder: &Store, index: &Index) -> Result<(), StoreError> {
+    let there = folder.files("").await?;
+    if there.iter().any(|meta| meta.key == samples::INDEX) {
+        if folder.get(samples::INDEX).await? == bytes(index) {
+            return Ok(());
+        }
+        folder.delete(samples::INDEX).await?;
+    }
+    let old: Vec<&str> = there.iter().map(|meta| meta.key.as_str()).filter(|key| key.ends_with(".png")).collect();
+    for some in old.chunks(AT_ONCE) {
+        join_all(some.iter().map(|key| folder.delete(key))).await.into_iter().collect::<Result<(), StoreError>>()?;
+    }
+    Ok(())
+}
+
 fn bytes(index: &Index) -> Vec<u8> {
     serde_json::to_vec_pretty(index).unwrap_or_default()
 }
 
-/// Writes the index if all its pictures are there.
+/// Writes the index if all its pictures are there. What a kill left half-written beside them goes then.
 async fn complete(folder: &Store, index: &Index) -> Result<(), StoreError> {
     let there = folder.files("").await?;
     let has = |file: &str| there.iter().any(|meta| meta.key == file);
     if index.images.iter().all(|image| has(&image.file)) {
         folder.put(samples::INDEX, bytes(index).into()).await?;
+        if let Err(error) = folder.sweep("").await {
+            tracing::warn!(step = index.step, "what was left half-written beside the step's samples cannot be deleted: {error}");
+        }
     }
     Ok(())
 }
@@ -156,6 +189,44 @@ mod tests {
         assert_eq!(names, ["000.png", "001.png", "002.png", "index.json"].map(|name| format!("samples/000000000004/{name}")));
         assert_eq!(counts.news(), [("pictures_saved".to_owned(), 3)].into());
         assert_eq!((counts.news().len(), counts.waiting.load(Ordering::Relaxed)), (0, 88));
+    }
+
+    #[test]
+    fn what_a_kill_left_half_written_goes_when_the_step_is_complete() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().to_str().unwrap()).unwrap();
+        let (counts, mut album) = (Counts::default(), Album::new(store.clone(), runtime.handle().clone()));
+        counts.waiting.store(100, Ordering::Relaxed);
+        let left = || runtime.block_on(store.half_written(&samples::folder(4))).unwrap().len();
+        album.keep(page(1, 4, 0, false), &counts);
+        std::fs::write(dir.path().join(samples::folder(4)).join("001.png#7"), "half").unwrap();
+        album.keep(page(1, 4, 1, false), &counts);
+        assert_eq!(left(), 1, "others may draw yet");
+        album.keep(page(1, 4, 2, true), &counts);
+        assert!(left() == 0 && is_there(&store, runtime.handle(), &index(4, "a")));
+    }
+
+    #[test]
+    fn what_other_settings_drew_of_a_step_goes_before_it_is_drawn_again() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let store = Store::open("memory://").unwrap();
+        let (counts, mut album) = (Counts::default(), Album::new(store.clone(), runtime.handle().clone()));
+        counts.waiting.store(100, Ordering::Relaxed);
+        for number in 0..3 {
+            album.keep(page(1, 4, number, number == 2), &counts);
+        }
+        let files = || runtime.block_on(store.list("samples")).unwrap().len();
+        clear(&store, runtime.handle(), &index(4, "a"));
+        assert_eq!(files(), 4, "the same settings draw the same");
+        clear(&store, runtime.handle(), &index(4, "b"));
+        assert_eq!(files(), 0);
+        // The other rank is killed before its pictures are there.
+        album.keep(Page { index: Some(index(4, "b")), ..page(2, 4, 0, false) }, &counts);
+        assert!(!is_there(&store, runtime.handle(), &index(4, "b")));
+        // Without an index nobody knows what these are of.
+        clear(&store, runtime.handle(), &index(4, "b"));
+        assert_eq!(files(), 0);
     }
 
     #[test]

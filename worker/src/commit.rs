@@ -193,6 +193,11 @@ impl Committer {
         album::is_there(&self.store, &self.runtime, index)
     }
 
+    /// Deletes what was drawn of a step with other settings.
+    pub(crate) fn clear_samples(&self, index: &Index) {
+        album::clear(&self.store, &self.runtime, index);
+    }
+
     /// Puts a small file into the run folder, and waits for it.
     ///
     /// # Errors

@@ -1,7 +1,11 @@
 //! A table, and pictures, as an event file of TensorBoard: records of `TFRecord`, each an `Event` of TensorFlow's protocol buffers. Of those
 //! messages only what is needed is written here: <https://github.com/tensorflow/tensorboard/tree/master/tensorboard/compat/proto>.
 
+use std::io::Write;
+use std::path::Path;
+
 use ella_coordinator::metrics::PARTS;
+use ella_proto::samples;
 use ella_store::Store;
 
 use super::table::{Table, Values};
@@ -10,21 +14,54 @@ use crate::ui::{Fail, note};
 /// Pictures that are taken over: of more, the newest steps'.
 const MOST_PICTURES: usize = 2_000;
 
-/// A picture that the run drew.
-#[derive(Clone, Debug, PartialEq)]
+/// Where a picture lies that the run drew.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Picture {
     pub(super) step: u64,
     /// Its number among those of its step.
     pub(super) number: u64,
-    pub(super) png: Vec<u8>,
+    pub(super) key: String,
+}
+
+/// An event file on its way to where it is written, record by record: its pictures may be larger than memory.
+#[derive(Debug)]
+pub(super) struct Records<'a, W> {
+    into: W,
+    /// For errors.
+    path: &'a Path,
+    /// Written so far.
+    bytes: u64,
+}
+
+impl<'a, W: Write> Records<'a, W> {
+    pub(super) fn new(into: W, path: &'a Path) -> Self {
+        Self { into, path, bytes: 0 }
+    }
+
+    /// One record of a `TFRecord` file: its length and its bytes, each with a checksum.
+    fn add(&mut self, bytes: &[u8]) -> Result<(), Fail> {
+        let length = (bytes.len() as u64).to_le_bytes();
+        let (length_sum, sum) = (masked(crc32c(&length)).to_le_bytes(), masked(crc32c(bytes)).to_le_bytes());
+        for part in [&length[..], &length_sum, bytes, &sum] {
+            self.into.write_all(part).map_err(|error| Fail::io(self.path, "written", &error))?;
+            self.bytes += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// The bytes that were written.
+    pub(super) fn end(mut self) -> Result<u64, Fail> {
+        self.into.flush().map_err(|error| Fail::io(self.path, "written", &error))?;
+        Ok(self.bytes)
+    }
 }
 
 /// The pictures in a run's folder, `samples/STEP/NUMBER.png`.
 pub(super) async fn pictures(store: &Store) -> Result<Vec<Picture>, Fail> {
     let mut found = Vec::new();
-    for file in store.list("samples").await? {
+    for file in store.list(samples::FOLDER).await? {
         if let Some((step, number)) = place(&file.key) {
-            found.push((step, number, file.key));
+            found.push(Picture { step, number, key: file.key });
         }
     }
     found.sort_unstable();
@@ -32,29 +69,23 @@ pub(super) async fn pictures(store: &Store) -> Result<Vec<Picture>, Fail> {
         note(format_args!("of {} pictures the newest {MOST_PICTURES} are taken", found.len()));
         found.drain(..found.len() - MOST_PICTURES);
     }
-    let mut pictures = Vec::with_capacity(found.len());
-    for (step, number, key) in found {
-        pictures.push(Picture { step, number, png: store.get(&key).await?.to_vec() });
-    }
-    Ok(pictures)
+    Ok(found)
 }
 
 /// The step and the number of a picture by its key.
 fn place(key: &str) -> Option<(u64, u64)> {
     let (folder, file) = key.strip_prefix("samples/")?.split_once('/')?;
-    Some((folder.parse().ok()?, file.strip_suffix(".png")?.parse().ok()?))
+    Some((samples::step_of(folder)?, file.strip_suffix(".png")?.parse().ok()?))
 }
 
-/// The whole file.
-pub(super) fn file(table: &Table, pictures: &[Picture]) -> Vec<u8> {
+/// Writes the whole file; pictures are read from `store` one after the other.
+pub(super) async fn write<W: Write>(table: &Table, (store, pictures): (&Store, &[Picture]), into: &mut Records<'_, W>) -> Result<(), Fail> {
     let times = match table.column("time") {
         Some(Values::Time(times)) => times.as_slice(),
         _ => &[],
     };
     let seconds = |row: usize| times.get(row).map_or(0.0, |millis| *millis as f64 / 1000.0);
-    let mut bytes = Vec::new();
-    let first = [fixed64(1, seconds(0).to_bits()), text(3, b"brain.Event:2")].concat();
-    record(&mut bytes, &first);
+    into.add(&[fixed64(1, seconds(0).to_bits()), text(3, b"brain.Event:2")].concat())?;
     let curves = curves(table);
     let steps = match table.column("step") {
         Some(Values::Whole(steps)) => steps.as_slice(),
@@ -69,14 +100,16 @@ pub(super) fn file(table: &Table, pictures: &[Picture]) -> Vec<u8> {
                 summary.extend(text(1, &scalar));
             }
         }
-        record(&mut bytes, &event(seconds(row), *step, &summary));
+        into.add(&event(seconds(row), *step, &summary))?;
         while let Some(picture) = next.next_if(|picture| picture.step.cast_signed() <= *step) {
-            record(&mut bytes, &drawn(seconds(row), picture));
+            into.add(&drawn(seconds(row), picture, &store.get(&picture.key).await?))?;
         }
     }
     let last = times.len().saturating_sub(1);
-    next.for_each(|picture| record(&mut bytes, &drawn(seconds(last), picture)));
-    bytes
+    for picture in next {
+        into.add(&drawn(seconds(last), picture, &store.get(&picture.key).await?))?;
+    }
+    Ok(())
 }
 
 type Curve<'a> = (String, Box<dyn Fn(usize) -> Option<f64> + 'a>);
@@ -114,7 +147,7 @@ fn event(seconds: f64, step: i64, summary: &[u8]) -> Vec<u8> {
 }
 
 /// `Event` with a picture.
-fn drawn(seconds: f64, Picture { step, number, png }: &Picture) -> Vec<u8> {
+fn drawn(seconds: f64, Picture { step, number, .. }: &Picture, png: &[u8]) -> Vec<u8> {
     let (width, height) = size(png).unwrap_or_default();
     let image = [varint_field(1, height.into()), varint_field(2, width.into()), varint_field(3, 3), text(4, png)].concat();
     let value = [text(1, format!("samples/{number:03}").as_bytes()), text(4, &image)].concat();
@@ -152,15 +185,6 @@ fn fixed32(field: u64, value: u32) -> Vec<u8> {
 /// A string, bytes or a message.
 fn text(field: u64, bytes: &[u8]) -> Vec<u8> {
     [varint(field << 3 | 2), varint(bytes.len() as u64), bytes.to_vec()].concat()
-}
-
-/// One record of a `TFRecord` file: its length and its bytes, each with a checksum.
-fn record(into: &mut Vec<u8>, bytes: &[u8]) {
-    let length = (bytes.len() as u64).to_le_bytes();
-    into.extend(length);
-    into.extend(masked(crc32c(&length)).to_le_bytes());
-    into.extend(bytes);
-    into.extend(masked(crc32c(bytes)).to_le_bytes());
 }
 
 fn masked(crc: u32) -> u32 {
@@ -256,7 +280,15 @@ mod tests {
     #[test]
     fn an_event_file_is_read_back() {
         let png = [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".as_slice(), &[0, 0, 0, 9, 0, 0, 0, 5]].concat();
-        let file = file(&table(), &[Picture { step: 2, number: 1, png: png.clone() }]);
+        let (mut file, key) = (Vec::<u8>::new(), "samples/000000000002/001.png");
+        let size = crate::runtime().unwrap().block_on(async {
+            let store = Store::open("memory://").unwrap();
+            store.put(key, png.clone().into()).await.unwrap();
+            let mut records = Records::new(&mut file, Path::new("x"));
+            write(&table(), (&store, &[Picture { step: 2, number: 1, key: key.into() }]), &mut records).await.unwrap();
+            records.end().unwrap()
+        });
+        assert_eq!(size, file.len() as u64);
         let records = records(&file);
         assert_eq!(records.len(), 4);
         assert_eq!(fields(records[0])[1], Field::Bytes(3, b"brain.Event:2"));
@@ -292,8 +324,13 @@ mod tests {
         let runtime = crate::runtime().unwrap();
         let found = runtime.block_on(async {
             let store = Store::open("memory://").unwrap();
-            for key in ["samples/000000000400/001.png", "samples/000000000020/000.png", "samples/000000000020/index.json", "samples/x.png"]
-            {
+            for key in [
+                "samples/000000000400/001.png",
+                "samples/000000000020/000.png",
+                "samples/000000000020/index.json",
+                "samples/20/002.png",
+                "samples/x.png",
+            ] {
                 store.put(key, vec![1].into()).await.unwrap();
             }
             pictures(&store).await.unwrap()

@@ -5,11 +5,13 @@ mod events;
 mod parquet;
 mod table;
 
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use ella_store::Store;
 use serde_json::json;
+use tempfile::NamedTempFile;
 
 use crate::run::RunFolder;
 use crate::ui::{DONE, Fail, Out, bytes};
@@ -100,25 +102,36 @@ async fn measured(run: &RunFolder) -> Result<Table, Fail> {
     Ok(Table::of(&metrics))
 }
 
-/// The file appears whole or not at all.
+/// Writes the file, whole or not at all.
 fn write(path: &Path, bytes: &[u8]) -> Result<usize, Fail> {
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let fail = |error: std::io::Error| Fail::io(path, "written", &error);
-    let mut partial = tempfile::Builder::new().prefix(".ella-").tempfile_in(folder).map_err(fail)?;
-    std::io::Write::write_all(&mut partial, bytes).map_err(fail)?;
-    partial.persist(path).map_err(|error| fail(error.error))?;
+    let mut partial = partial(path)?;
+    partial.write_all(bytes).map_err(|error| Fail::io(path, "written", &error))?;
+    appear(partial, path)?;
     Ok(bytes.len())
+}
+
+/// What is to become `path`, beside it.
+fn partial(path: &Path) -> Result<NamedTempFile, Fail> {
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    tempfile::Builder::new().prefix(".ella-").tempfile_in(folder).map_err(|error| Fail::io(path, "written", &error))
+}
+
+fn appear(partial: NamedTempFile, path: &Path) -> Result<(), Fail> {
+    partial.persist(path).map(drop).map_err(|error| Fail::io(path, "written", &error.error))
 }
 
 async fn tensorboard(run: &RunFolder, folder: &Path, out: Out) -> Result<u8, Fail> {
     let table = measured(run).await?;
     let pictures = events::pictures(&run.store).await?;
-    let text = events::file(&table, &pictures);
     std::fs::create_dir_all(folder).map_err(|error| Fail::io(folder, "made", &error))?;
     // TensorBoard takes what has this in its name. The same name again: it replaces what was made of this run before.
     let path = folder.join("events.out.tfevents.0000000000.ella");
-    let size = write(&path, &text)?;
+    let mut partial = partial(&path)?;
+    let mut records = events::Records::new(BufWriter::new(&mut partial), &path);
+    events::write(&table, (&run.store, &pictures), &mut records).await?;
+    let size = records.end()?;
+    appear(partial, &path)?;
     let made = json!({ "file": path, "bytes": size, "steps": table.rows, "pictures": pictures.len() });
-    out.result(&made, || format!("{} steps and {} pictures, {} in {}", table.rows, pictures.len(), bytes(size as u64), path.display()));
+    out.result(&made, || format!("{} steps and {} pictures, {} in {}", table.rows, pictures.len(), bytes(size), path.display()));
     Ok(DONE)
 }

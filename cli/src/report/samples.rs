@@ -5,14 +5,14 @@ use std::fmt::Write;
 use std::io::Cursor;
 
 use base64::Engine;
-use ella_proto::samples::{Image, Index, folder};
+use ella_proto::samples::{FOLDER, Image, Index, folder, step_of};
 use ella_store::Store;
 use image::ImageFormat;
 use image::imageops::FilterType;
 
 use super::page::escape;
 use crate::run::RunFolder;
-use crate::ui::{Fail, count};
+use crate::ui::{Fail, count, note};
 
 /// Most steps that are shown, evenly spread over those that there are.
 const STEPS: usize = 8;
@@ -26,6 +26,10 @@ const SIDE: u32 = 160;
 pub(super) struct Grid {
     /// Steps whose pictures are all there.
     total: usize,
+    /// Steps of which some pictures are not there: they are being drawn, or were lost with the worker that had drawn them (KNOWN).
+    partial: usize,
+    /// Steps that would be shown, and whose index cannot be read.
+    damaged: usize,
     columns: Vec<u64>,
     /// Prompt and seed, with the picture of each column as base64 of a PNG, where there is one.
     rows: Vec<(String, u64, Vec<Option<String>>)>,
@@ -41,20 +45,24 @@ impl Grid {
     /// Reads it from a run's folder.
     pub(super) async fn read(run: &RunFolder) -> Result<Self, Fail> {
         let steps = run.sampled_steps().await?;
+        let begun = run.store.folders(FOLDER).await?;
+        let partial = begun.iter().filter_map(|begun| step_of(begun)).filter(|step| !steps.contains(step)).count();
+        let mut grid = Self { total: steps.len(), partial, ..Self::default() };
         let mut indices = Vec::new();
         for step in spread(&steps) {
-            indices.push(run.samples(step).await?);
+            match run.samples(step).await {
+                Ok(index) => indices.push(index),
+                Err(fail) => {
+                    note(&fail.message);
+                    grid.damaged += 1;
+                }
+            }
         }
-        let Some(newest) = indices.last() else { return Ok(Self::default()) };
-        let how = format!("{}, {}, guidance {}", newest.sampler, count(newest.steps as usize, "step"), newest.guidance);
+        let Some(newest) = indices.last() else { return Ok(grid) };
+        grid.how = format!("{}, {}, guidance {}", newest.sampler, count(newest.steps as usize, "step"), newest.guidance);
+        grid.columns = indices.iter().map(|index| index.step).collect();
         let all = keys(&indices);
-        let mut grid = Self {
-            total: steps.len(),
-            columns: indices.iter().map(|index| index.step).collect(),
-            more: all.len().saturating_sub(ROWS),
-            how,
-            ..Self::default()
-        };
+        grid.more = all.len().saturating_sub(ROWS);
         for (prompt, seed) in all.into_iter().take(ROWS) {
             let mut row = Vec::new();
             for index in &indices {
@@ -78,12 +86,15 @@ impl Grid {
 
     /// As HTML; empty if there are no pictures.
     pub(super) fn html(&self) -> String {
-        if self.columns.is_empty() {
-            return String::new();
-        }
+        let table = if self.columns.is_empty() { String::new() } else { self.table() };
+        let left_out = self.left_out();
+        if table.is_empty() && left_out.is_empty() { table } else { format!("<h2>Samples over steps</h2>\n{table}{left_out}") }
+    }
+
+    fn table(&self) -> String {
         let shown = if self.total > self.columns.len() { format!(", of which {} are shown", self.columns.len()) } else { String::new() };
         let mut html = format!(
-            "<h2>Samples over steps</h2>\n<p class=\"soft\">Drawn after {}{shown}, from the same noise each time ({}).</p>\n\
+            "<p class=\"soft\">Drawn after {}{shown}, from the same noise each time ({}).</p>\n\
              <div class=\"scroll\"><table class=\"grid\"><tr>",
             count(self.total, "step"),
             escape(&self.how)
@@ -100,10 +111,20 @@ impl Grid {
             }
             html += "</tr>\n";
         }
-        html += "</table></div>\n";
-        for (number, what) in [(self.more, "more in the run's folder"), (self.unreadable, "that cannot be read")] {
+        html + "</table></div>\n"
+    }
+
+    /// What is not shown, if anything (KNOWN).
+    fn left_out(&self) -> String {
+        let mut html = String::new();
+        for (number, thing, what) in [
+            (self.more, "row", "more in the run's folder"),
+            (self.partial, "step", "whose pictures are not all there"),
+            (self.damaged, "step", "whose index cannot be read"),
+            (self.unreadable, "picture", "that cannot be read"),
+        ] {
             if number > 0 {
-                let _ = writeln!(html, "<p class=\"soft\">and {} {what}</p>", count(number, "picture"));
+                let _ = writeln!(html, "<p class=\"soft\">and {} {what}</p>", count(number, thing));
             }
         }
         html
@@ -188,7 +209,8 @@ mod tests {
             }
             // A step whose pictures are not all there yet has no index.
             store.child(&folder(12)).put("000.png", png.get_ref().clone().into()).await.unwrap();
-            assert_eq!(run.sampled_steps().await.unwrap(), [4, 8]);
+            store.child(&folder(16)).put(INDEX, "{".into()).await.unwrap();
+            assert_eq!(run.sampled_steps().await.unwrap(), [4, 8, 16]);
             Grid::read(&run).await.unwrap()
         });
         assert_eq!((grid.columns.clone(), grid.rows.len(), grid.unreadable), (vec![4, 8], 2, 2));
@@ -197,6 +219,14 @@ mod tests {
         assert_eq!((small.width(), small.height()), (SIDE, SIDE / 2));
         let html = grid.html();
         assert!(html.contains("a &lt;b&gt;") && html.contains(">8</th>") && html.contains("2 pictures that cannot be read"), "{html}");
+        assert!(
+            html.contains("and 1 step whose pictures are not all there") && html.contains("and 1 step whose index cannot be read"),
+            "{html}"
+        );
         assert_eq!((html.matches("<img").count(), Grid::default().html().len()), (2, 0));
+        let cut = Grid { columns: vec![4, 8], more: 3, ..Grid::default() };
+        assert!(cut.html().contains("and 3 rows more"), "{}", cut.html());
+        let damaged = Grid { total: 1, damaged: 1, ..Grid::default() };
+        assert!(damaged.html().contains("and 1 step whose index cannot be read"), "{}", damaged.html());
     }
 }

@@ -40,6 +40,8 @@ pub(super) struct Source {
     read: Option<Instant>,
     /// What the log said when it was read last.
     state: RunState,
+    /// Why it could not be read then.
+    trouble: Option<String>,
     /// In all, by the config.
     steps: u64,
     recent: VecDeque<Seen>,
@@ -73,7 +75,7 @@ impl Source {
     fn new(access: Option<Access>, store: Option<Store>, steps: u64) -> Self {
         let folder = store.map(|store| (store.clone(), Reader::new(store, None)));
         let (past, state) = (Past::default(), RunState::default());
-        Self { access, folder, past, read: None, state, steps, recent: VecDeque::new(), last: None }
+        Self { access, folder, past, read: None, state, trouble: None, steps, recent: VecDeque::new(), last: None }
     }
 
     async fn ask(&self) -> Option<StatusReport> {
@@ -90,7 +92,9 @@ impl Source {
         if let Some(status) = &status {
             self.note(status);
         }
-        if self.read.is_none_or(|at| at.elapsed() >= FOLDER) || (status.is_none() && self.last.is_some()) {
+        // Whether the run ended with its coordinator is found out at once.
+        let ends = status.is_none() && self.last.is_some() && !self.state.is_over();
+        if ends || self.read.is_none_or(|at| at.elapsed() >= FOLDER) {
             self.read_folder().await;
         }
         let gone = status.is_none() && self.access.is_some() && !self.state.is_over();
@@ -129,8 +133,8 @@ impl Source {
         let Some((store, reader)) = &mut self.folder else { return };
         reader.read(&mut self.past).await;
         match RunLog::read(store).await {
-            Ok(records) => self.state = RunState::from_records(&records),
-            Err(error) => self.past.faults.problems = vec![error.to_string()],
+            Ok(records) => (self.state, self.trouble) = (RunState::from_records(&records), None),
+            Err(error) => self.trouble = Some(error.to_string()),
         }
     }
 
@@ -222,7 +226,8 @@ impl Source {
             (rank.worker, rank.host) = (clean(&rank.worker), clean(&rank.host));
         }
         let faults = &self.past.faults;
-        let mut problems: Vec<String> = faults.problems.iter().map(|problem| clean(problem)).collect();
+        let mut problems: Vec<String> =
+            self.trouble.iter().chain(faults.unlisted.values()).chain(&faults.problems).map(|problem| clean(problem)).collect();
         if faults.damaged_lines + faults.unread_files > 0 {
             problems
                 .insert(0, format!("{} damaged lines and {} files of the past are left out", faults.damaged_lines, faults.unread_files));

@@ -175,8 +175,9 @@ fn ended(outcome: &str, place: &str, reason: &str) -> String {
 }
 
 fn cut(text: &str) -> String {
-    let mut short: String = text.chars().take(LONGEST).map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if short.len() < text.len() {
+    let mut left = text.chars();
+    let mut short: String = left.by_ref().take(LONGEST).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if left.next().is_some() {
         short.push('…');
     }
     short
@@ -219,6 +220,8 @@ mod tests {
         assert_eq!(events.add(2, &generation(1, &["x"])).unwrap().text, "generation 1 from step 1, 1 workers");
         let long = events.add(1, &json!({"event": "left", "worker": "w\n".repeat(1000), "why": ""})).unwrap();
         assert!(long.text.chars().count() == LONGEST + 1 && !long.text.contains('\n'));
+        // A control character may have more bytes than the space in its place.
+        assert_eq!(events.add(1, &json!({"event": "left", "worker": "w\u{85}", "why": "x"})).unwrap().text, "w  left: x");
         assert_eq!(events.add(1, &json!({"step": 3})), None);
     }
 

@@ -92,9 +92,11 @@ pub struct Past {
 pub struct Faults {
     /// Lines that are none.
     pub damaged_lines: u64,
-    /// Files and listings that the store did not give.
+    /// Files that the store did not give.
     pub unread_files: u64,
-    /// The first of them, in words.
+    /// Folders that the store did not list when they were last asked for, and why. Nothing of them is lost to who asks again.
+    pub unlisted: BTreeMap<&'static str, String>,
+    /// The first lines and files of them, in words.
     pub problems: Vec<String>,
 }
 
@@ -108,6 +110,7 @@ impl Faults {
     fn add(&mut self, other: Self) {
         self.damaged_lines += other.damaged_lines;
         self.unread_files += other.unread_files;
+        self.unlisted.extend(other.unlisted);
         other.problems.into_iter().for_each(|problem| self.tell(|| problem));
     }
 }

@@ -73,8 +73,12 @@ impl Reader {
     {
         let files = match self.files(folder, most).await {
             Ok(files) => files,
-            Err(error) => return unread(&mut past.faults, &error),
+            Err(error) => {
+                past.faults.unlisted.insert(folder, error.to_string());
+                return;
+            }
         };
+        past.faults.unlisted.remove(folder);
         self.gauge.total.fetch_add(files.len() as u64, Relaxed);
         if let Some((_, newest)) = files.last() {
             self.seen.insert(folder, newest.key.clone());
@@ -198,5 +202,18 @@ mod tests {
         Reader::new(store, None).read(&mut past).await;
         assert_eq!(past.curves.view(0, 9, 9).buckets.len(), 2);
         assert!(past.faults.unread_files == 1 && past.faults.problems[0].contains("000001-000002"), "{:?}", past.faults);
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_is_not_listed_is_told_until_it_is() {
+        let faults = faulty::Faults::new();
+        let store = faults.inject(&Store::open("memory://").unwrap());
+        put(&store, "metrics/000001-000001.jsonl", metric(1, 1.0)).await;
+        faults.push(Operation::List, "metrics", faulty::Failure::Denied, 1);
+        let (mut reader, mut past) = (Reader::new(store, None), Past::default());
+        reader.read(&mut past).await;
+        assert!(past.faults.unread_files == 0 && past.faults.unlisted["metrics"].contains("metrics"), "{:?}", past.faults);
+        reader.read(&mut past).await;
+        assert_eq!((past.faults, past.curves.last().unwrap().step), (Faults::default(), 1));
     }
 }

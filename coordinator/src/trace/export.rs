@@ -68,8 +68,8 @@ pub fn is_on(step: Option<u64>) -> bool {
 /// Takes a span; never blocks.
 pub fn tell(span: Span) {
     let Some(teller) = TELLER.get() else { return };
-    if teller.queue.try_send(Told::Span(Box::new(span))).is_err() {
-        DROPPED.fetch_add(1, Relaxed);
+    if teller.queue.try_send(Told::Span(Box::new(span))).is_err() && DROPPED.fetch_add(1, Relaxed) == 0 {
+        tracing::warn!("the collector of traces is too slow: a span was dropped; more of these are only counted");
     }
 }
 

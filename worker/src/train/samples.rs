@@ -271,6 +271,10 @@ impl Trainer {
         if step == self.began && self.committer.has_samples(&studio.index(step)) {
             return Ok(());
         }
+        if place.0 == 0 {
+            // The others wait: nobody draws before all have come to the first exchange.
+            self.committer.clear_samples(&studio.index(step));
+        }
         let buffers = &self.state.buffers;
         let weights = if self.config.sample.average { &buffers.ema } else { &buffers.params };
         // In memory of their own: a processor's products may round otherwise where a tensor does not begin where its vectors do, as in the flat buffer, and

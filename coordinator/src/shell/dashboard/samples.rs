@@ -5,6 +5,7 @@ use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
+use ella_proto::samples::{self, folder};
 use ella_store::Store;
 use serde::{Deserialize, Serialize};
 
@@ -46,10 +47,6 @@ pub(super) struct Steps {
     steps: Vec<u64>,
 }
 
-fn folder(step: u64) -> String {
-    format!("samples/{step:012}")
-}
-
 /// A file's plain name.
 fn is_file(name: &str) -> bool {
     let fits = (1..=64).contains(&name.len()) && !name.starts_with('.');
@@ -77,13 +74,8 @@ impl Dashboard {
 pub(super) async fn steps(State(dashboard): Shared, Query(which): Query<Which>) -> Result<Json<Steps>, Refusal> {
     let view = dashboard.view(which.run.as_deref()).await?;
     let Some(store) = view.store() else { return Ok(Json(Steps { steps: Vec::new() })) };
-    let folders = store.folders("samples").await?;
-    let step = |folder: &String| {
-        let name = folder.rsplit('/').next()?;
-        let step = name.parse().ok()?;
-        (name.len() == 12).then_some(step)
-    };
-    let mut steps: Vec<u64> = folders.iter().filter_map(step).collect();
+    let folders = store.folders(samples::FOLDER).await?;
+    let mut steps: Vec<u64> = folders.iter().filter_map(|folder| samples::step_of(folder)).collect();
     Ok(Json(Steps { steps: steps.split_off(steps.len().saturating_sub(MOST_STEPS)) }))
 }
 
@@ -94,7 +86,7 @@ pub(super) async fn index(State(dashboard): Shared, Path(step): Path<u64>, Query
 }
 
 async fn index_of(store: &Store, step: u64) -> Result<Index, Refusal> {
-    let key = format!("{}/index.json", folder(step));
+    let key = format!("{}/{}", folder(step), samples::INDEX);
     let bytes = small(store, &key, LARGEST_INDEX).await?;
     let damaged = |error| Refusal(StatusCode::BAD_GATEWAY, format!("{}/{key}: {error}; its pictures are not shown", store.url()));
     let mut index: Index = serde_json::from_slice(&bytes).map_err(damaged)?;
@@ -121,8 +113,8 @@ pub(super) async fn picture(
     let Some(kind) = picture_type(&bytes) else {
         return Err(Refusal(StatusCode::UNSUPPORTED_MEDIA_TYPE, format!("{file}: neither PNG, JPEG nor WebP")));
     };
-    // A step's pictures are written once.
-    Ok(([(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, "private, max-age=86400")], bytes))
+    // They are drawn anew where a run goes on from an earlier step, and differ if its [sample] settings do.
+    Ok(([(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, "private, max-age=60")], bytes))
 }
 
 /// An object that is no larger than it should be.

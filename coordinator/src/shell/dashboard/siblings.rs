@@ -3,13 +3,14 @@
 
 use axum::Json;
 use axum::extract::{Query, State};
-use ella_store::{Body, Outcome, Record, Store, StoreError};
+use ella_store::{Body, Outcome, Record, Store, StoreError, redacted};
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::Mutex;
+use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::view::RunView;
@@ -26,8 +27,12 @@ const AT_ONCE: usize = 4;
 const FRESH: Duration = Duration::from_secs(30);
 /// Other runs whose past is kept, the newest asked for.
 const MOST_VIEWS: usize = 2;
-/// The largest `run.toml`, log record and file of measurements that is read.
+/// How long, once it is read.
+const LIFE: Duration = Duration::from_secs(60);
+/// The largest log record and file of measurements that is read.
 const LARGEST: u64 = 64 << 20;
+/// What of a larger file is read to find its last line.
+const TAIL: u64 = 64 << 10;
 
 /// The folder that this run's own lies in.
 #[derive(Debug)]
@@ -35,7 +40,46 @@ pub(super) struct Siblings {
     parent: Option<Store>,
     own: String,
     listed: Mutex<Option<(Instant, Arc<Listing>)>>,
-    views: Mutex<VecDeque<(String, Instant, Arc<RunView>)>>,
+    views: Mutex<VecDeque<Kept>>,
+}
+
+/// Another run's past.
+#[derive(Debug)]
+struct Kept {
+    name: String,
+    view: Arc<RunView>,
+    /// When it was read to its end: were its time counted from the beginning, one that takes longer would begin again and again.
+    read: Arc<OnceLock<Instant>>,
+    reading: AbortHandle,
+}
+
+impl Kept {
+    /// Begins to read it, in the background.
+    fn begin(name: &str, store: Store) -> Self {
+        let (view, reader) = RunView::new(Some(store), None);
+        let read = Arc::new(OnceLock::new());
+        let (restored, done) = (Arc::clone(&view), Arc::clone(&read));
+        let work = async move {
+            if let Some(reader) = reader {
+                restored.restore(reader).await;
+            }
+            let _ = done.set(Instant::now());
+        };
+        Self { name: name.to_owned(), view, read, reading: tokio::spawn(work).abort_handle() }
+    }
+
+    fn is_fresh(&self) -> bool {
+        // Asked first: one that has ended without a time has failed.
+        let over = self.reading.is_finished();
+        self.read.get().map_or(!over, |at| at.elapsed() < LIFE)
+    }
+}
+
+impl Drop for Kept {
+    /// Nobody sees any more what would still be read.
+    fn drop(&mut self) {
+        self.reading.abort();
+    }
 }
 
 #[derive(Clone, Debug, Default, Serialize)]
@@ -119,19 +163,16 @@ impl Siblings {
     pub(super) async fn view(&self, name: &str) -> Result<Arc<RunView>, Refusal> {
         let store = self.folder(name)?;
         let mut views = self.views.lock().await;
-        views.retain(|(_, since, _)| since.elapsed() < FRESH * 2);
-        if let Some((.., view)) = views.iter().find(|(known, ..)| known == name) {
-            return Ok(Arc::clone(view));
+        views.retain(Kept::is_fresh);
+        if let Some(kept) = views.iter().find(|kept| kept.name == name) {
+            return Ok(Arc::clone(&kept.view));
         }
         if store.head(RUN_TOML).await?.is_none() {
             return Err(Refusal::not_found(format!("{name}: there is no such run beside this one")));
         }
-        let (view, reader) = RunView::new(Some(store), None);
-        if let Some(reader) = reader {
-            let view = Arc::clone(&view);
-            tokio::spawn(async move { view.restore(reader).await });
-        }
-        views.push_back((name.to_owned(), Instant::now(), Arc::clone(&view)));
+        let kept = Kept::begin(name, store);
+        let view = Arc::clone(&kept.view);
+        views.push_back(kept);
         if views.len() > MOST_VIEWS {
             views.pop_front();
         }
@@ -202,9 +243,18 @@ async fn read(store: &Store) -> Result<Option<Listed>, StoreError> {
 async fn newest<T: serde::de::DeserializeOwned>(store: &Store, folder: &str) -> Result<Option<T>, StoreError> {
     let files = store.files(folder).await?;
     let Some(file) = files.iter().rev().find(|file| file.key.contains(".json") && file.bytes <= LARGEST) else { return Ok(None) };
-    let text = store.get(&file.key).await?;
-    let whole = serde_json::from_slice(&text).ok();
-    Ok(whole.or_else(|| text.rsplit(|byte| *byte == b'\n').find_map(|line| serde_json::from_slice(line).ok())))
+    let tail = store.get_range(&file.key, file.bytes.saturating_sub(TAIL)..file.bytes).await?;
+    let found = last(&tail);
+    if found.is_some() || file.bytes <= TAIL {
+        return Ok(found);
+    }
+    Ok(last(&store.get(&file.key).await?))
+}
+
+/// What the whole text says, or else its last line that says anything. The end of a line alone does not: more is closed in it than is opened.
+fn last<T: serde::de::DeserializeOwned>(text: &[u8]) -> Option<T> {
+    let whole = serde_json::from_slice(text).ok();
+    whole.or_else(|| text.rsplit(|byte| *byte == b'\n').find_map(|line| serde_json::from_slice(line).ok()))
 }
 
 async fn config_of(store: &Store) -> Result<Option<toml::Table>, StoreError> {
@@ -301,14 +351,97 @@ fn flatten(prefix: &str, table: &toml::Table, into: &mut BTreeMap<String, String
         let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
         match value {
             toml::Value::Table(table) => flatten(&key, table, into),
-            value => drop(into.insert(key, value.to_string())),
+            value => {
+                let mut value = value.clone();
+                redact(&mut value);
+                into.insert(key, value.to_string());
+            }
         }
+    }
+}
+
+/// Leaves of URLs what is no secret. ella keeps no config with others, but what lies beside a run may be from elsewhere.
+fn redact(value: &mut toml::Value) {
+    match value {
+        toml::Value::String(text) if text.split_once("://").is_some_and(|(scheme, _)| !scheme.contains(char::is_whitespace)) => {
+            let bare = redacted(text);
+            if bare != text.trim_end_matches('/') {
+                *text = bare;
+            }
+        }
+        toml::Value::Array(values) => values.iter_mut().for_each(redact),
+        toml::Value::Table(table) => table.iter_mut().for_each(|(_, value)| redact(value)),
+        _ => {}
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ella_store::{Operation, faulty};
+    use tokio::time::{sleep, timeout};
+
+    /// Runs of these names, in a store that fails as the script says.
+    async fn beside_own(names: &[&str]) -> (Siblings, faulty::Faults) {
+        let faults = faulty::Faults::new();
+        let runs = faults.inject(&Store::open("memory://").unwrap());
+        for name in names {
+            runs.put(&format!("{name}/run.toml"), "[train]\nsteps = 9\n".into()).await.unwrap();
+        }
+        (Siblings { parent: Some(runs), own: "own".into(), listed: Mutex::default(), views: Mutex::default() }, faults)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_past_is_kept_for_a_while_after_it_was_read_however_long_that_took() {
+        let (siblings, faults) = beside_own(&["a"]).await;
+        faults.push(Operation::List, "a/metrics", faulty::Failure::Slow(LIFE + Duration::from_secs(10)), 1);
+        let first = siblings.view("a").await.unwrap();
+        for (seconds, same) in [(65, true), (10, true), (50, true), (20, false)] {
+            sleep(Duration::from_secs(seconds)).await;
+            assert_eq!(Arc::ptr_eq(&first, &siblings.view("a").await.unwrap()), same, "after {seconds} s more");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_past_that_is_let_go_is_read_no_further() {
+        let (siblings, faults) = beside_own(&["a", "b", "c"]).await;
+        faults.push(Operation::List, "a/metrics", faulty::Failure::Hang, u32::MAX);
+        let first = siblings.view("a").await.unwrap();
+        for name in ["b", "c"] {
+            siblings.view(name).await.unwrap();
+        }
+        let let_go = async {
+            while Arc::strong_count(&first) > 1 {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), let_go).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn of_a_large_file_the_last_line_is_found() {
+        let store = Store::open("memory://").unwrap();
+        let line = |step: u64| format!("{{\"at_unix_ms\":7,\"step\":{step},\"samples\":4,\"loss\":0.5}}\n");
+        let many: String = (1..=3_000).map(line).collect();
+        assert!(many.len() as u64 > 2 * TAIL);
+        store.put("metrics/000001-000001.jsonl", (many.clone() + "{\"step\":").into()).await.unwrap();
+        assert_eq!(newest::<Point>(&store, "metrics").await.unwrap().map(|point| point.step), Some(3_000));
+        store.put("metrics/000001-000002.jsonl", (line(1) + &" ".repeat(many.len())).into()).await.unwrap();
+        assert_eq!(newest::<Point>(&store, "metrics").await.unwrap().map(|point| point.step), Some(1));
+    }
+
+    #[test]
+    fn a_urls_secrets_are_not_shown() {
+        let text = "[data]\npath = \"s3://user:word@bucket/set?sig=word#word\"\n\
+                    [base]\nmodel = \"s3://bucket/model/\"\nloras = [{ file = \"https://h/a?token=word\", weight = 1.0 }]\n\
+                    [sample]\nprompts = [\"which sign? http://\"]\n";
+        let keys = compared(&text.parse().unwrap(), None);
+        let values: Vec<_> = keys.iter().filter_map(|key| key.value.as_deref()).collect();
+        assert!(values.iter().all(|value| !value.contains("word")), "{values:?}");
+        assert!(values[0].contains("https://h/a") && values[0].contains("1.0"), "{values:?}");
+        assert_eq!(values[1..3], ["\"s3://bucket/model/\"", "\"s3://bucket/set\""]);
+        assert!(values[3].contains("which sign? http://"), "{values:?}");
+    }
 
     #[test]
     fn configs_are_compared_by_key() {

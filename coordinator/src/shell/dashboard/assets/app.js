@@ -55,7 +55,9 @@ const runs = new Runs(async (name) => {
   model.other = null;
   otherKey.hidden = !name;
   if (name) {
-    const columns = await ask("curves", { run: name, points: POINTS });
+    const columns = await curvesOf(name);
+    // Another may have been chosen meanwhile.
+    if (runs.with !== name) return;
     const points = { x: [], lo: [], mid: [], hi: [] };
     columns.step.forEach((step, at) => {
       if (columns.loss.mean[at] === null) return;
@@ -67,6 +69,18 @@ const runs = new Runs(async (name) => {
   }
   model.redraw();
 });
+
+/** Another run's curves, once its past is read: that begins when it is first asked for. */
+async function curvesOf(name) {
+  for (let tries = 0; tries < 120; tries += 1) {
+    const { history } = await ask("summary", { run: name });
+    if (!history.restoring) break;
+    await new Promise((later) => {
+      setTimeout(later, 500);
+    });
+  }
+  return ask("curves", { run: name, points: POINTS });
+}
 
 /** Does `work`; what goes wrong is shown until it goes right. */
 async function attempt(name, work) {
@@ -239,17 +253,18 @@ function showNotices() {
       ),
     );
   }
-  const { damaged_lines: damaged = 0, unread_files: unread = 0, problems = [] } = history || {};
-  if (damaged || unread) {
+  const { damaged_lines: damaged = 0, unread_files: unread = 0, unlisted = {}, problems = [] } = history || {};
+  const folders = Object.values(unlisted);
+  if (damaged || unread || folders.length) {
     notices.push(
       h(
         "div",
         { class: "notice" },
-        `Not all of the past could be read: ${int(damaged)} damaged lines and ${int(unread)} files are left out.`,
+        `Not all of the past could be read: ${int(damaged)} damaged lines, ${int(unread)} files and ${int(folders.length)} whole folders are left out.`,
         h(
           "ul",
           {},
-          problems.map((problem) => h("li", {}, problem)),
+          [...folders, ...problems].map((problem) => h("li", {}, problem)),
         ),
       ),
     );
@@ -364,7 +379,14 @@ showNav();
 loadAll();
 if (RUN) {
   setLink("still", "from its folder");
-  setInterval(loadAll, 15000);
+  // While its past is being read, there is soon more to show.
+  let waited = 0;
+  setInterval(() => {
+    waited += 1;
+    if (waited < (state.summary?.history.restoring ? 2 : 15)) return;
+    waited = 0;
+    loadAll();
+  }, 1000);
 } else {
   listen();
   setInterval(() => {

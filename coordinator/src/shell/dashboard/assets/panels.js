@@ -468,7 +468,9 @@ export class Runs {
     const own = RUN ? {} : { run: undefined };
     this.config = await ask("config", { ...own, with: this.with || undefined }).catch((error) => ({ keys: [], problem: error.message }));
     this.draw();
-    await this.overlay(this.with).catch(() => {});
+    await this.overlay(this.with).catch((error) => {
+      this.said.textContent = `its loss cannot be drawn: ${error.message}`;
+    });
   }
 
   draw() {

@@ -7,6 +7,8 @@ export class Samples {
     this.steps = [];
     this.at = null;
     this.known = new Map();
+    /** Steps that are shown without an index, which is written once all their pictures are there. */
+    this.lacking = [];
     this.slider = h("input", {
       type: "range",
       min: "0",
@@ -39,7 +41,7 @@ export class Samples {
       fill($("samples-body"), h("p", { class: "empty" }, "No pictures yet. Training draws some if the run's config has a [sample] table."));
       return;
     }
-    if (same && this.slider.isConnected) return;
+    if (same && this.grid.isConnected && !(await this.arrived())) return;
     if (follows) this.at = steps.length - 1;
     this.slider.max = String(steps.length - 1);
     this.slider.value = String(this.at);
@@ -58,6 +60,12 @@ export class Samples {
     return this.known.get(step);
   }
 
+  /** Whether a step that lacked its index has it by now. */
+  async arrived() {
+    const indexes = await Promise.all(this.lacking.map((step) => this.index(step)));
+    return indexes.some((index) => !index.problem);
+  }
+
   async draw() {
     const columns = Math.min(matchMedia("(max-width: 46rem)").matches ? 2 : 5, this.steps.length);
     const last = this.at;
@@ -65,6 +73,7 @@ export class Samples {
     const steps = this.steps.slice(from, Math.max(last + 1, from + columns));
     const indexes = await Promise.all(steps.map((step) => this.index(step)));
     if (last !== this.at) return;
+    this.lacking = steps.filter((_, column) => indexes[column].problem);
     this.where.textContent = `step ${int(this.steps[last])}`;
     this.slider.setAttribute("aria-valuetext", this.where.textContent);
     const rows = new Map();
@@ -75,9 +84,10 @@ export class Samples {
         rows.get(key).cells[column] ??= image.file;
       }),
     );
+    const prompts = new Set([...rows.values()].map((row) => row.prompt)).size;
     const left = indexes.reduce((sum, index) => sum + (index.left_out || 0), 0);
     $("samples-of").textContent =
-      `${int(this.steps.length)} steps, ${int(rows.size)} prompts${left ? `, ${int(left)} pictures with odd names left out` : ""}`;
+      `${int(this.steps.length)} steps, ${int(prompts)} prompts${left ? `, ${int(left)} pictures left out` : ""}`;
     this.grid.style.gridTemplateColumns = `minmax(5.5rem, 1.1fr) repeat(${steps.length}, minmax(0, 1fr))`;
     const head = [
       h("span", {}),
