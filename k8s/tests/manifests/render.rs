@@ -134,6 +134,30 @@ fn what_people_should_know_is_told() {
     assert_eq!(notes(SHARED, &options(&["local"])), "");
 }
 
+/// Our own names begin with `train-`, and become the run's. Those of the people who render need not be ours to begin so.
+#[test]
+fn what_people_have_named_keeps_its_name() {
+    let some = |text: &str| Some(text.to_owned());
+    for overlays in [&["kueue"][..], &["kueue", "jobset"]] {
+        for (volume, own) in [("nfs:train-nas:/train-disk", ["train-nas", "/train-disk"]), ("claim:train-claim", ["train-claim"; 2])] {
+            let named = Options {
+                volume: Some(volume.parse().unwrap()),
+                worker_image: some("host/train-images/ella-worker:2"),
+                coordinator_image: some("host/train-images/ella-coordinator:2"),
+                env: vec![("PLACE".to_owned(), "train-place".to_owned())],
+                queue: some("train-queue"),
+                ..options(overlays)
+            };
+            let yaml = rendered(SHARED, &[], &named).unwrap().to_yaml().unwrap();
+            let others = ["host/train-images/ella-worker:2", "host/train-images/ella-coordinator:2", "train-place", "train-queue"];
+            for kept in own.into_iter().chain(others) {
+                assert!(yaml.contains(kept), "{overlays:?}: {kept}\n{yaml}");
+            }
+            assert!(yaml.contains("first-workers") && !yaml.contains("train-workers"), "{yaml}");
+        }
+    }
+}
+
 #[test]
 fn a_jobset_has_the_job_that_the_other_overlays_and_the_config_make() {
     let others = ["jobset", "s3-secret", "kueue", "spot-gpu"];
