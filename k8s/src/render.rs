@@ -56,7 +56,7 @@ pub fn render(text: &str, origin: &str, set: &[String], options: &Options) -> Re
     options.check()?;
     let options = &with_local(options);
     let config = parse(text, origin, set)?;
-    let mut notes = places::check(&config, options.mounted().as_deref(), &options.overlays)?;
+    let mut notes = places::check(&config, options.mounted().as_deref(), &options.overlays, &options.egress)?;
     let name = name_of(&config, options)?;
     let namespace = options.namespace.clone().unwrap_or_else(|| "ella".to_owned());
     let mut objects = kustomize::build("base", &components(options))?;

@@ -134,6 +134,20 @@ fn what_people_should_know_is_told() {
     assert_eq!(notes(SHARED, &options(&["local"])), "");
 }
 
+#[test]
+fn overlays_of_two_stores_let_the_pods_out_to_both() {
+    for overlays in [["gcs", "s3-secret"], ["s3-secret", "gcs"]] {
+        let identity = Some("identity@example".to_owned());
+        let both = rendered(RUN, &[], &Options { identity, egress: vec![9443], ..options(&overlays) }).unwrap();
+        let policy = both.objects.iter().find(|object| text(object, "/metadata/name") == "first-stores").unwrap();
+        let rules = policy["spec"]["egress"].as_array().unwrap();
+        let ports = rules.iter().flat_map(|rule| rule["ports"].as_array().unwrap()).map(|port| port["port"].as_u64().unwrap());
+        let mut ports: Vec<u64> = ports.collect();
+        ports.sort_unstable();
+        assert_eq!(ports, [80, 80, 443, 988, 9000, 9443], "{overlays:?}: {rules:?}");
+    }
+}
+
 /// Our own names begin with `train-`, and become the run's. Those of the people who render need not be ours to begin so.
 #[test]
 fn what_people_have_named_keeps_its_name() {
