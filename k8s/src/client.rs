@@ -148,6 +148,7 @@ impl Cluster {
     }
 
     /// Gives each line of the log of the run's pods to `told`, with the pod's name: of all that there is, or with `follow` as it comes.
+    /// Pods that start later are not followed.
     ///
     /// # Errors
     /// If there are no such pods, or the cluster refuses.

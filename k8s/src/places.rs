@@ -61,8 +61,10 @@ fn named(config: &Config) -> Vec<Place> {
                 text("prepare", "latents").map(place("prepare.latents", Kind::Model)),
                 text("embed", "text").map(place("embed.text", Kind::Model)),
             ];
+            let endpoint = table.get("caption").and_then(|caption| caption.get("ask")?.get("endpoint")?.as_str().map(str::to_owned));
+            let endpoint = endpoint.map(place("caption.ask.endpoint", Kind::Source));
             let data = place("job.data", Kind::Output)(job.job.data.clone());
-            [data].into_iter().chain(sources).chain(models.into_iter().flatten()).collect()
+            [data].into_iter().chain(sources).chain(models.into_iter().flatten()).chain(endpoint).collect()
         }
     }
 }
@@ -102,7 +104,7 @@ impl Place {
         (!named).then(note)
     }
 
-    /// Which port is to be opened for a source on the web, if the network policies let no pod out there. Its address may hold a secret.
+    /// Which port is to be opened for an address on the web, if the network policies let no pod out there. Its address may hold a secret.
     fn way_out(&self, overlays: &[String], egress: &[u16]) -> Option<String> {
         let (scheme, rest) = self.value.split_once("://")?;
         let usual = match scheme {
@@ -160,10 +162,12 @@ mod tests {
     }
 
     #[test]
-    fn a_source_at_a_port_that_is_closed_is_told_of() {
+    fn an_address_at_a_port_that_is_closed_is_told_of() {
+        let of = |text: &str, overlay: &str, egress: &[u16]| {
+            check(&Config::parse(text, "job.toml", &[]).unwrap(), None, &[overlay.to_owned()], egress).unwrap().join("; ")
+        };
         let notes = |source: &str, overlay: &str, egress: &[u16]| {
-            let text = format!("[job]\nkind = \"prepare\"\ndata = \"s3://b/d\"\n[prepare]\nsources = [{source:?}]\n");
-            check(&Config::parse(&text, "job.toml", &[]).unwrap(), None, &[overlay.to_owned()], egress).unwrap().join("; ")
+            of(&format!("[job]\nkind = \"prepare\"\ndata = \"s3://b/d\"\n[prepare]\nsources = [{source:?}]\n"), overlay, egress)
         };
         for (source, port) in [("http://host/a.tar", 80), ("https://host:8443/a.tar", 8443), ("http://[fd00::1]:9000/a.tar", 9000)] {
             let told = format!("`prepare.sources` names an address at port {port}, and pods are not let out there: add --egress {port}");
@@ -172,6 +176,9 @@ mod tests {
         }
         assert_eq!(notes("https://[fd00::1]/a.tar", "s3", &[]), "");
         assert_eq!(notes("http://host/a.tar", "s3-secret", &[]), "");
+        let caption = "[job]\nkind = \"caption\"\ndata = \"s3://b/d\"\n[caption.ask]\nendpoint = \"http://host:8000/v1\"\n";
+        assert!(of(caption, "s3", &[]).starts_with("`caption.ask.endpoint` names an address at port 8000"));
+        assert_eq!(of(caption, "s3", &[8000]), "");
     }
 
     #[test]
