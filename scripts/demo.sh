@@ -5,6 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 out=${DEMO_DIR:-demo}
+marker=$out/.ella-demo
+# All that is in it is deleted, so it must be ours.
+if [ "$out" != demo ] && [ -n "$(ls -A "$out" 2>/dev/null)" ] && [ ! -e "$marker" ]; then
+    echo "DEMO_DIR=$out: not empty, and made by no earlier demo, so nothing in it is touched: name a new folder, or empty this one" >&2
+    exit 2
+fi
 bin=$(cargo metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')/release
 ella=$bin/ella
 steps=${DEMO_STEPS:-400}
@@ -13,8 +19,10 @@ began=$(date +%s)
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 field() { python3 -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
 
-rm -rf "$out"
+# The marker first, and never deleted: the folder is known again at whatever stage this ends.
 mkdir -p "$out"
+touch "$marker"
+find "$out/" -mindepth 1 -maxdepth 1 ! -name "${marker##*/}" -exec rm -rf {} +
 
 say "1. Scenes: pictures with dense captions whose truth is known"
 "$ella" scenes --out "$out/scenes" --count 768 --seed 7 --size 64 --per-tar 256

@@ -38,22 +38,31 @@ torch=$(realpath "${LIBTORCH:-.libtorch/torch}")
 [ -e "$torch/lib/libtorch_cpu.so" ] || die "$torch/lib/libtorch_cpu.so is not there: make build"
 wheels=$(dirname "$torch") to=$root/opt/libtorch
 mkdir -p "$to/lib"
-# What matches these patterns, in its folder.
+# What matches these patterns, in its folder: take needed|optional PATTERN...
 take() {
     (
+        need=$1
+        shift
         cd "$wheels"
         shopt -s nullglob globstar
         for pattern; do
             # shellcheck disable=SC2206 # it is to be expanded
             files=($pattern)
-            [ ${#files[@]} = 0 ] || cp --parents "${files[@]}" "$to"
+            # A pattern without wildcards stays as it is.
+            if [ -e "${files[0]:-}" ]; then
+                cp --parents "${files[@]}" "$to"
+            elif [ "$need" = needed ]; then
+                die "$wheels/$pattern: nothing is there of this name, and the image needs it: make libtorch, or correct LIBTORCH"
+            fi
         done
     )
 }
-take torch/version.py "torch/lib/lib"{c10,gomp,torch_cpu}".so*" "nvidia/cu13/lib/lib"{cudart,cupti}".so.*" {torch,nvidia_cuda_runtime,nvidia_cuda_cupti}"-*.dist-info/METADATA"
+take needed torch/version.py "torch/lib/lib"{c10,gomp,torch_cpu}".so*" "torch-*.dist-info/METADATA"
+# A libtorch without CUDA links none of these. Whether something lacks, ldd says below.
+take optional "nvidia/cu13/lib/lib"{cudart,cupti}".so.*" nvidia_cuda_{runtime,cupti}"-*.dist-info/METADATA"
 if [ "$kind" = worker-cuda ]; then
     [ -e "$wheels/nvidia/cudnn" ] || die "libtorch's CUDA libraries are not there: ELLA_LIBTORCH=cuda make libtorch"
-    take "torch/lib/lib"{c10_cuda,torch_cuda,torch_cuda_linalg,torch_nvshmem}".so" "nvidia/**/lib/*.so*" "nvidia*.dist-info/METADATA"
+    take needed "torch/lib/lib"{c10_cuda,torch_cuda,torch_cuda_linalg,torch_nvshmem}".so" "nvidia/**/lib/*.so*" "nvidia*.dist-info/METADATA"
 fi
 # The compiler's, which a base may have none of, or older ones.
 for library in libstdc++.so.6 libgcc_s.so.1; do

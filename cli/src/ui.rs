@@ -60,7 +60,7 @@ macro_rules! fail_from {
     })+ };
 }
 
-fail_from!(ModelError, LogError, NoDevice, tch::TchError);
+fail_from!(ModelError, NoDevice, tch::TchError);
 
 impl From<ClientError> for Fail {
     fn from(error: ClientError) -> Self {
@@ -71,6 +71,17 @@ impl From<ClientError> for Fail {
 impl From<StoreError> for Fail {
     fn from(error: StoreError) -> Self {
         Self { code: store_code(&error), message: error.to_string() }
+    }
+}
+
+impl From<LogError> for Fail {
+    fn from(error: LogError) -> Self {
+        let code = match &error {
+            LogError::Store(inner) => store_code(inner),
+            LogError::Gap { .. } | LogError::Bad { .. } => NO_RETRY,
+            LogError::Superseded { .. } | LogError::Contended { .. } => FAILED,
+        };
+        Self { code, message: error.to_string() }
     }
 }
 
@@ -89,7 +100,12 @@ impl From<FeedError> for Fail {
 
 impl From<PrepareError> for Fail {
     fn from(error: PrepareError) -> Self {
-        Self { code: if error.is_usage() { USAGE } else { FAILED }, message: error.to_string() }
+        let code = match &error {
+            PrepareError::Data(inner) => data_code(inner),
+            other if other.is_usage() => USAGE,
+            _ => FAILED,
+        };
+        Self { code, message: error.to_string() }
     }
 }
 
@@ -113,13 +129,18 @@ impl From<ConfigError> for Fail {
 }
 
 fn store_code(error: &StoreError) -> u8 {
-    if matches!(error, StoreError::BadUrl { .. } | StoreError::Unsupported { .. }) { USAGE } else { FAILED }
+    match error {
+        StoreError::BadUrl { .. } | StoreError::Unsupported { .. } => USAGE,
+        other if other.is_permanent() => NO_RETRY,
+        _ => FAILED,
+    }
 }
 
 fn data_code(error: &DataError) -> u8 {
     match error {
         DataError::Setting { .. } => USAGE,
         DataError::Store(error) => store_code(error),
+        other if other.is_permanent() => NO_RETRY,
         _ => FAILED,
     }
 }
@@ -195,6 +216,27 @@ mod tests {
         let text = "run.toml: TOML parse error at line 3, column 9\n  |\n3 | steps = \"many\"\n  |         ^^^^^^\ninvalid type: string, expected u64\n";
         assert_eq!(one_line(text), "run.toml: TOML parse error at line 3, column 9: invalid type: string, expected u64");
         assert_eq!(one_line("plain"), "plain");
+    }
+
+    #[test]
+    fn what_would_fail_again_has_the_code_that_workers_have_for_it() {
+        let (url, key, file) = (|| "file:///r".to_owned(), || "k".to_owned(), || "a.arrow".to_owned());
+        let corrupt = || StoreError::Corrupt { url: url(), key: key(), expected: "1 byte".to_owned(), found: "2 bytes".to_owned() };
+        let bad_url = || StoreError::BadUrl { url: url(), reason: "it is none".to_owned() };
+        let cases: [(Fail, u8); 9] = [
+            (corrupt().into(), NO_RETRY),
+            (bad_url().into(), USAGE),
+            (DataError::Store(corrupt()).into(), NO_RETRY),
+            (DataError::SourceMissing { source_name: file() }.into(), NO_RETRY),
+            (DataError::Crowded { file: file(), bytes: 2, limit: 1 }.into(), FAILED),
+            (DataError::Setting { field: "resolution", rule: "a multiple of 8", found: "63".to_owned() }.into(), USAGE),
+            (PrepareError::Data(DataError::SourceMissing { source_name: file() }).into(), NO_RETRY),
+            (LogError::Gap { url: url(), file: key(), last: 3 }.into(), NO_RETRY),
+            (LogError::Contended { url: url(), tries: 9 }.into(), FAILED),
+        ];
+        for (fail, code) in cases {
+            assert_eq!(fail.code, code, "{}", fail.message);
+        }
     }
 
     #[test]

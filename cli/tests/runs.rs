@@ -192,7 +192,7 @@ fn damage(here: &Path) {
     let connector = folder.join("connector.safetensors");
     let good = std::fs::read(&connector).unwrap();
     std::fs::write(&connector, &good[..good.len() - 1]).unwrap();
-    ella(here, &["export", "run", "--out", "x.safetensors", "--json"]).fails(1, &["connector.safetensors", "corrupt"]);
+    ella(here, &["export", "run", "--out", "x.safetensors", "--json"]).fails(4, &["connector.safetensors", "corrupt"]);
     std::fs::write(&connector, good).unwrap();
 
     std::fs::rename(&folder, here.join("aside")).unwrap();
@@ -203,7 +203,7 @@ fn damage(here: &Path) {
     let kept = std::fs::read_to_string(&record).unwrap();
     std::fs::remove_file(&record).unwrap();
     complaint(&["log/000000000002.json", "missing"]);
-    ella(here, &["status", "run", "--json"]).fails(1, &["log/000000000002.json"]);
+    ella(here, &["status", "run", "--json"]).fails(4, &["log/000000000002.json"]);
     std::fs::write(&record, kept.replace("\"samples\": 16", "\"samples\": 15")).unwrap();
     complaint(&["ledger of epoch 0 has 15 samples", "expected 16"]);
     std::fs::write(&record, kept).unwrap();

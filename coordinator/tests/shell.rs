@@ -303,16 +303,38 @@ async fn fake_cluster() -> (String, tokio::sync::mpsc::Receiver<(String, serde_j
     (url, received)
 }
 
-#[tokio::test]
-async fn what_the_cluster_cannot_be_told_is_counted_and_holds_nobody_up() {
+const ANNOTATED: &str = "/apis/batch/v1/namespaces/ella/jobs/first-workers";
+
+/// A fake cluster's patches, and what has a coordinator tell it.
+async fn annotated() -> (tokio::sync::mpsc::Receiver<(String, serde_json::Value)>, Options, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("token"), "of this pod").unwrap();
-    let (url, mut patches) = fake_cluster().await;
-    let path = "/apis/batch/v1/namespaces/ella/jobs/first-workers";
-    let progress_to = vec![ProgressTo::annotations(Cluster::at(url, folder.path()), path)];
-    let served = Served::start_with(&config(&[]), &Store::open("memory://").unwrap(), Options { progress_to, ..options() }).await;
+    let (url, patches) = fake_cluster().await;
+    let progress_to = vec![ProgressTo::annotations(Cluster::at(url, folder.path()), ANNOTATED)];
+    (patches, Options { progress_to, ..options() }, folder)
+}
+
+#[tokio::test]
+async fn what_the_cluster_cannot_be_told_is_counted_and_holds_nobody_up() {
+    let (mut patches, options, _folder) = annotated().await;
+    let served = Served::start_with(&config(&[]), &Store::open("memory://").unwrap(), options).await;
     let (told, body) = soon("a patch", patches.recv()).await.unwrap();
-    assert_eq!((told.as_str(), &body["metadata"]["annotations"]["ella/phase"]), (path, &serde_json::json!("waiting")));
+    assert_eq!((told.as_str(), &body["metadata"]["annotations"]["ella/phase"]), (ANNOTATED, &serde_json::json!("waiting")));
     let status = served.status_when(|status| status.counts.contains_key("progress_pushes_failed")).await;
     assert_eq!((status.counts["progress_pushes_failed"], status.phase.as_str()), (1, "waiting"));
+}
+
+#[tokio::test]
+async fn the_cluster_is_told_how_a_run_ended_however_soon_it_does() {
+    let (mut patches, options, _folder) = annotated().await;
+    let (config, store) = (config(&[]), Store::open("memory://").unwrap());
+    let served = Served::start_with(&config, &store, options).await;
+    train_two(&served, &config, &store, [Script::default(); 2]).await;
+    assert_eq!(served.outcome().await, Outcome::Done);
+    let mut last = serde_json::Value::Null;
+    while let Ok((_, body)) = patches.try_recv() {
+        last = body;
+    }
+    let said = ["ella/phase", "ella/progress"].map(|name| last["metadata"]["annotations"][name].as_str().unwrap_or_default());
+    assert_eq!(said, ["done", "100.0 % (step 5 of 5)"], "{last}");
 }

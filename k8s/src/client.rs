@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 const MANAGER: &str = "ella";
 /// How often it is looked whether workers have left.
 const LOOK: Duration = Duration::from_secs(2);
-/// How long a request may take.
+/// How long a connection may take, and how long it may be silent while an answer is awaited.
 const ANSWER: Duration = Duration::from_secs(30);
 /// What a run consists of, in the order in which it is taken away.
 const KINDS: [(&str, &str, &str); 15] = [
@@ -90,6 +90,8 @@ fn hint(error: &kube::Error) -> &'static str {
 #[derive(Clone)]
 pub struct Cluster {
     client: Client,
+    /// For answers that may be silent for as long as they like.
+    patient: Client,
     namespace: String,
 }
 
@@ -115,13 +117,17 @@ impl Cluster {
             }
         };
         config.connect_timeout = Some(ANSWER);
+        let patient = Client::try_from(config.clone()).map_err(|error| wrong(&error))?;
+        config.read_timeout = Some(ANSWER);
+        // Else the time that a connection was not used counts too.
+        config.reset_reader_on_write = true;
         let client = Client::try_from(config).map_err(|error| wrong(&error))?;
-        Ok(Self::of(client, namespace))
+        Ok(Self { patient, ..Self::of(client, namespace) })
     }
 
     /// Over a client that is there.
     pub fn of(client: Client, namespace: &str) -> Self {
-        Self { client, namespace: namespace.to_owned() }
+        Self { patient: client.clone(), client, namespace: namespace.to_owned() }
     }
 
     /// Makes all objects, or changes them to what was rendered (server-side apply). Gives their names.
@@ -142,6 +148,7 @@ impl Cluster {
     }
 
     /// Gives each line of the log of the run's pods to `told`, with the pod's name: of all that there is, or with `follow` as it comes.
+    /// Pods that start later are not followed.
     ///
     /// # Errors
     /// If there are no such pods, or the cluster refuses.
@@ -152,6 +159,8 @@ impl Cluster {
         if found.items.is_empty() {
             return Err(self.no_run(name));
         }
+        let client = if follow { &self.patient } else { &self.client };
+        let pods: Api<Pod> = Api::namespaced(client.clone(), &self.namespace);
         let mut streams = Vec::new();
         for pod in found.items.iter().map(ResourceExt::name_any) {
             let lines = pods.log_stream(&pod, &LogParams { follow, ..LogParams::default() }).await;
@@ -187,8 +196,8 @@ impl Cluster {
     /// If there is no such run, workers do not leave in time, or the cluster refuses.
     pub async fn cancel(&self, name: &str, patience: Duration) -> Result<Vec<String>, ClientError> {
         if patience > Duration::ZERO {
-            self.change_job(name, &json!({ "spec": { "suspend": true } })).await?;
-            self.workers_gone(name, patience).await?;
+            let job = self.suspend(name).await?;
+            self.workers_gone(name, &job, patience).await?;
         }
         let mut gone = Vec::new();
         let mine = ListParams::default().labels(&format!("app.kubernetes.io/instance={name}"));
@@ -221,13 +230,33 @@ impl Cluster {
         }
     }
 
-    /// Waits until no pod of the workers is there any more.
-    async fn workers_gone(&self, name: &str, patience: Duration) -> Result<(), ClientError> {
+    /// Has the workers told to leave, and none started in their place. Gives the name of their Job.
+    async fn suspend(&self, name: &str) -> Result<String, ClientError> {
+        let change = json!({ "spec": { "suspend": true } });
+        let own = format!("{name}-workers");
+        match self.change_job(name, &change).await {
+            // It may be a JobSet's.
+            Err(ClientError::NoRun { .. }) => {}
+            done => return done.map(|_| own),
+        }
+        match self.api(KINDS[1], &self.namespace).patch(&own, &PatchParams::default(), &Patch::Merge(&change)).await {
+            Err(error) if is_unknown(&error) => Err(self.no_run(name)),
+            // The first Job of those that components/jobset calls "w".
+            answer => answer.map(|_| format!("{own}-w-0")).map_err(|error| refused(&format!("JobSet {own}"), error)),
+        }
+    }
+
+    /// Waits until no pod of the workers' Job is there any more.
+    async fn workers_gone(&self, name: &str, job: &str, patience: Duration) -> Result<(), ClientError> {
         let jobs = self.api(KINDS[0], &self.namespace);
         let until = Instant::now() + patience;
         loop {
-            let job = jobs.get(&format!("{name}-workers")).await.map_err(|e| refused("the workers' Job", e))?;
-            let number = |key: &str| job.data.pointer(&format!("/status/{key}")).and_then(Value::as_u64).unwrap_or(0);
+            let there = match jobs.get(job).await {
+                // A JobSet that was suspended from the beginning may have made none; another may have deleted it.
+                Err(error) if is_unknown(&error) => return Ok(()),
+                answer => answer.map_err(|e| refused("the workers' Job", e))?,
+            };
+            let number = |key: &str| there.data.pointer(&format!("/status/{key}")).and_then(Value::as_u64).unwrap_or(0);
             let left = number("active") + number("terminating");
             if left == 0 {
                 return Ok(());

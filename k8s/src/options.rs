@@ -9,6 +9,8 @@ const LONGEST_NAME: usize = 40;
 const GRACE: u64 = 300;
 /// Least and most of it.
 const GRACES: (u64, u64) = (60, 3600);
+/// Overlays of clouds, each of which wants an identity of its own.
+const CLOUDS: [&str; 3] = ["s3", "gcs", "azure"];
 /// Parts of an environment variable's name that tell of a secret.
 const SECRETS: [&str; 4] = ["SECRET", "PASSWORD", "TOKEN", "ACCESS_KEY"];
 
@@ -72,13 +74,12 @@ impl FromStr for Volume {
 
     fn from_str(text: &str) -> Result<Self, RenderError> {
         let rule = "it must be claim:NAME, nfs:SERVER:/FOLDER or host:/FOLDER";
-        let absolute = |path: &str| path.starts_with('/') && path.len() > 1 && !path.split('/').any(|part| part == "..");
         match text.split_once(':') {
             Some(("claim", name)) if is_label(name) => Ok(Self::Claim(name.to_owned())),
-            Some(("host", path)) if absolute(path) => Ok(Self::Host(path.trim_end_matches('/').to_owned())),
+            Some(("host", path)) if is_folder(path) => Ok(Self::Host(path.trim_end_matches('/').to_owned())),
             // An IPv6 address has colons too.
             Some(("nfs", rest)) => match rest.split_once(":/") {
-                Some((server, path)) if !server.is_empty() && absolute(&format!("/{path}")) => {
+                Some((server, path)) if !server.is_empty() && is_folder(&format!("/{path}")) => {
                     Ok(Self::Nfs { server: server.to_owned(), path: format!("/{}", path.trim_end_matches('/')) })
                 }
                 _ => Err(field("--volume", text, rule)),
@@ -86,6 +87,11 @@ impl FromStr for Volume {
             _ => Err(field("--volume", text, rule)),
         }
     }
+}
+
+/// Whether it is an absolute path of something below `/`, and leads to where it says.
+fn is_folder(path: &str) -> bool {
+    path.starts_with('/') && !path.trim_matches('/').is_empty() && !path.split('/').any(|part| part == "..")
 }
 
 /// Whether it is a DNS label (RFC 1123): what Kubernetes takes as a name everywhere.
@@ -117,6 +123,11 @@ impl Options {
             let rule =
                 "the coordinator asks for certificates by mtls, and Prometheus is given none; let it in by an access file of your own";
             return Err(field("--overlay", "mtls with prometheus", rule));
+        }
+        let clouds: Vec<&str> = CLOUDS.into_iter().filter(|cloud| self.overlays.iter().any(|overlay| overlay == cloud)).collect();
+        if clouds.len() > 1 {
+            let rule = "each wants an identity of its own, and --identity gives one; leave one of them out";
+            return Err(field("--overlay", clouds.join(" with "), rule));
         }
         for image in [&self.coordinator_image, &self.worker_image].into_iter().flatten() {
             check_image(image)?;
@@ -158,8 +169,7 @@ impl Options {
                 return Err(field("--env", name, rule));
             }
         }
-        let clouds = ["s3", "gcs", "azure"];
-        if self.identity.is_some() && !self.overlays.iter().any(|overlay| clouds.contains(&overlay.as_str())) {
+        if self.identity.is_some() && !self.overlays.iter().any(|overlay| CLOUDS.contains(&overlay.as_str())) {
             return Err(field("--identity", "given", "it goes with --overlay s3, gcs or azure"));
         }
         if self.queue.is_some() && !self.overlays.iter().any(|overlay| overlay == "kueue") {
@@ -167,7 +177,7 @@ impl Options {
         }
         match &self.mount {
             Some(_) if self.volume.is_none() => Err(field("--mount", "given", "it goes with --volume")),
-            Some(path) if !path.starts_with('/') || path.len() < 2 => Err(field("--mount", path, "it must be an absolute path, and not /")),
+            Some(path) if !is_folder(path) => Err(field("--mount", path, "it must be an absolute path without .., and not /")),
             _ => Ok(()),
         }
     }
@@ -225,12 +235,16 @@ mod tests {
     #[test]
     fn each_value_outside_its_rule_is_refused_by_its_flag() {
         let some = |text: &str| Some(text.to_owned());
+        let mounted = |path: &'static str| {
+            move |o: &mut Options| (o.volume, o.mount) = (Some(Volume::Claim("data".to_owned())), Some(path.to_owned()))
+        };
         for (found, words) in [
             (said(|o| o.name = some("First_Run")), "`--name` is First_Run, but it must be a DNS label"),
             (said(|o| o.name = some(&"a".repeat(41))), "at most 40 characters"),
             (said(|o| o.name = some("7up")), "a-z first"),
             (said(|o| o.namespace = some("-x")), "`--namespace` is -x"),
             (said(|o| o.overlays = vec!["spot".to_owned()]), "it must be one of azure, gcs, ipv6, jobset, kueue, local,"),
+            (said(|o| o.overlays = ["gcs", "s3"].map(str::to_owned).to_vec()), "`--overlay` is s3 with gcs, but each wants an identity"),
             (said(|o| o.worker_image = some("ella-worker")), "`--image` is ella-worker, but it must name a version"),
             (said(|o| o.worker_image = some("host:5000/ella-worker")), "a tag other than latest"),
             (said(|o| o.coordinator_image = some("x/ella-coordinator:latest")), "a tag other than latest"),
@@ -242,11 +256,16 @@ mod tests {
             (said(|o| o.identity = some("arn:x")), "--overlay s3, gcs or azure"),
             (said(|o| o.queue = some("q")), "--overlay kueue"),
             (said(|o| o.mount = some("/x")), "it goes with --volume"),
+            (said(mounted("/")), "`--mount` is /, but it must be an absolute path without .., and not /"),
+            (said(mounted("//")), "`--mount` is //"),
+            (said(mounted("srv")), "`--mount` is srv"),
+            (said(mounted("/srv/../..")), "`--mount` is /srv/../.."),
         ] {
             assert!(found.contains(words) && !found.contains("hidden"), "{found:?}: {words}");
         }
         assert_eq!(said(|o| o.worker_image = Some(format!("h:5000/w@sha256:{}", "0".repeat(64)))), "");
         assert_eq!(said(|o| (o.cpu, o.memory) = (some("500m"), some("1.5Gi"))), "");
+        assert_eq!(said(mounted("/srv/data/")), "");
     }
 
     #[test]
@@ -256,8 +275,21 @@ mod tests {
         let nfs = |server: &str| Volume::Nfs { server: server.to_owned(), path: "/srv/ella".to_owned() };
         assert_eq!("nfs:10.0.0.1:/srv/ella".parse::<Volume>().unwrap(), nfs("10.0.0.1"));
         assert_eq!("nfs:fd00::1:/srv/ella".parse::<Volume>().unwrap(), nfs("fd00::1"));
-        for wrong in ["", "/srv/ella", "host:", "host:srv", "host:/", "host:/a/../b", "nfs:server", "nfs::/x", "claim:", "claim:A", "s3:/x"]
-        {
+        for wrong in [
+            "",
+            "/srv/ella",
+            "host:",
+            "host:srv",
+            "host:/",
+            "host://",
+            "host:/a/../b",
+            "nfs:server",
+            "nfs:server://",
+            "nfs::/x",
+            "claim:",
+            "claim:A",
+            "s3:/x",
+        ] {
             assert!(wrong.parse::<Volume>().is_err(), "{wrong}");
         }
     }

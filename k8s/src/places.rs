@@ -8,13 +8,14 @@ use std::path::Path;
 const ADVICE: &str = "pods see no files of this machine; use a URL (s3://, gs://, az://), or name a folder that all nodes share: --volume \
                       nfs:SERVER:/FOLDER, claim:NAME, or host:/FOLDER on a cluster of one node or where it is the same file system on all";
 
-/// Refuses what pods could not reach, and gives what people should know of the rest.
-pub(crate) fn check(config: &Config, mounted: Option<&str>, overlays: &[String]) -> Result<Vec<String>, RenderError> {
+/// Refuses what pods could not reach, and gives what people should know of the rest. `egress`: ports that the overlays do not open.
+pub(crate) fn check(config: &Config, mounted: Option<&str>, overlays: &[String], egress: &[u16]) -> Result<Vec<String>, RenderError> {
     let named = named(config);
     for place in &named {
         place.check(mounted)?;
     }
-    let mut notes: Vec<String> = named.iter().filter_map(|place| place.credentials(overlays)).collect();
+    let notes = named.iter().flat_map(|place| [place.credentials(overlays), place.way_out(overlays, egress)]);
+    let mut notes: Vec<String> = notes.flatten().collect();
     notes.sort();
     notes.dedup();
     Ok(notes)
@@ -60,8 +61,10 @@ fn named(config: &Config) -> Vec<Place> {
                 text("prepare", "latents").map(place("prepare.latents", Kind::Model)),
                 text("embed", "text").map(place("embed.text", Kind::Model)),
             ];
+            let endpoint = table.get("caption").and_then(|caption| caption.get("ask")?.get("endpoint")?.as_str().map(str::to_owned));
+            let endpoint = endpoint.map(place("caption.ask.endpoint", Kind::Source));
             let data = place("job.data", Kind::Output)(job.job.data.clone());
-            [data].into_iter().chain(sources).chain(models.into_iter().flatten()).collect()
+            [data].into_iter().chain(sources).chain(models.into_iter().flatten()).chain(endpoint).collect()
         }
     }
 }
@@ -77,6 +80,7 @@ impl Place {
             None => &self.value,
         };
         match mounted {
+            Some(_) if path.split('/').any(|part| part == "..") => wrong("it must not have .. in it: that leads out of the shared folder"),
             Some(mounted) if path.starts_with('/') && !Path::new(path).starts_with(mounted) => {
                 wrong(&format!("the shared folder is at {mounted} in the pods, and other paths are not there; see --volume and --mount"))
             }
@@ -99,6 +103,21 @@ impl Place {
         let note = || format!("{scheme}:// is used, and no overlay gives the pods credentials for it: --overlay {}", known.join(" or "));
         (!named).then(note)
     }
+
+    /// Which port is to be opened for an address on the web, if the network policies let no pod out there. Its address may hold a secret.
+    fn way_out(&self, overlays: &[String], egress: &[u16]) -> Option<String> {
+        let (scheme, rest) = self.value.split_once("://")?;
+        let usual = match scheme {
+            "http" => 80,
+            "https" => 443,
+            _ => return None,
+        };
+        let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let port: u16 = host.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(usual);
+        let by_overlay = overlays.iter().any(|overlay| overlay == "s3-secret") && [80, 9000].contains(&port);
+        let open = port == 443 || by_overlay || egress.contains(&port);
+        (!open).then(|| format!("`{}` names an address at port {port}, and pods are not let out there: add --egress {port}", self.key))
+    }
 }
 
 #[cfg(test)]
@@ -112,7 +131,7 @@ mod tests {
     }
 
     fn said(config: &Config, mounted: Option<&str>) -> String {
-        check(config, mounted, &["s3".to_owned()]).map_or_else(|error| error.to_string(), |notes| notes.join("; "))
+        check(config, mounted, &["s3".to_owned()], &[]).map_or_else(|error| error.to_string(), |notes| notes.join("; "))
     }
 
     #[test]
@@ -129,12 +148,37 @@ mod tests {
         let shared = Some("/srv/ella");
         assert_eq!(said(&run("runs/a", "/srv/ella/d", "models/sd"), shared), "");
         assert!(said(&run("/srv/ellas/a", "d", "m"), shared).contains("the shared folder is at /srv/ella"));
+        for out in ["../a", "runs/../../a", "/srv/ella/../a", "file:///srv/ella/.."] {
+            let error = said(&run(out, "d", "m"), shared);
+            assert!(error.starts_with("`run.output`") && error.contains("it must not have .. in it"), "{out}: {error}");
+        }
+        assert_eq!(said(&run("runs/a..b", "d", "m"), shared), "");
     }
 
     #[test]
     fn a_store_without_credentials_is_told_of() {
-        let notes = check(&run("gs://b/r", "gs://b/d", "m/x"), None, &[]).unwrap();
+        let notes = check(&run("gs://b/r", "gs://b/d", "m/x"), None, &[], &[]).unwrap();
         assert_eq!(notes, ["gs:// is used, and no overlay gives the pods credentials for it: --overlay gcs"]);
+    }
+
+    #[test]
+    fn an_address_at_a_port_that_is_closed_is_told_of() {
+        let of = |text: &str, overlay: &str, egress: &[u16]| {
+            check(&Config::parse(text, "job.toml", &[]).unwrap(), None, &[overlay.to_owned()], egress).unwrap().join("; ")
+        };
+        let notes = |source: &str, overlay: &str, egress: &[u16]| {
+            of(&format!("[job]\nkind = \"prepare\"\ndata = \"s3://b/d\"\n[prepare]\nsources = [{source:?}]\n"), overlay, egress)
+        };
+        for (source, port) in [("http://host/a.tar", 80), ("https://host:8443/a.tar", 8443), ("http://[fd00::1]:9000/a.tar", 9000)] {
+            let told = format!("`prepare.sources` names an address at port {port}, and pods are not let out there: add --egress {port}");
+            assert_eq!(notes(source, "s3", &[]), told);
+            assert_eq!(notes(source, "s3", &[port]), "");
+        }
+        assert_eq!(notes("https://[fd00::1]/a.tar", "s3", &[]), "");
+        assert_eq!(notes("http://host/a.tar", "s3-secret", &[]), "");
+        let caption = "[job]\nkind = \"caption\"\ndata = \"s3://b/d\"\n[caption.ask]\nendpoint = \"http://host:8000/v1\"\n";
+        assert!(of(caption, "s3", &[]).starts_with("`caption.ask.endpoint` names an address at port 8000"));
+        assert_eq!(of(caption, "s3", &[8000]), "");
     }
 
     #[test]

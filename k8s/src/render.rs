@@ -12,7 +12,7 @@ const IDENTITY: &str = "REPLACE_WITH_IDENTITY";
 /// How long workers train on without a coordinator, where the config does not say it: a node that is gone is given up after a minute and a half.
 const ORPHAN_TIMEOUT: &str = "workers.orphan_timeout=\"5m\"";
 /// Kinds in the order in which they are made, as far as it matters.
-const ORDER: [&str; 19] = [
+const ORDER: [&str; 18] = [
     "Namespace",
     "PriorityClass",
     "PersistentVolume",
@@ -27,7 +27,6 @@ const ORDER: [&str; 19] = [
     "PodDisruptionBudget",
     "Service",
     "ServiceMonitor",
-    "PrometheusRule",
     "PrometheusRule",
     "Deployment",
     "JobSet",
@@ -57,22 +56,23 @@ pub fn render(text: &str, origin: &str, set: &[String], options: &Options) -> Re
     options.check()?;
     let options = &with_local(options);
     let config = parse(text, origin, set)?;
-    let mut notes = places::check(&config, options.mounted().as_deref(), &options.overlays)?;
+    let mut notes = places::check(&config, options.mounted().as_deref(), &options.overlays, &options.egress)?;
     let name = name_of(&config, options)?;
     let namespace = options.namespace.clone().unwrap_or_else(|| "ella".to_owned());
     let mut objects = kustomize::build("base", &components(options))?;
+    if options.overlays.iter().any(|overlay| overlay == "jobset") {
+        workers::as_jobset(&mut objects)?;
+    }
+    // Before anything of the options is in them: what people have named keeps its name.
+    naming::rename(&mut objects, &name, &namespace);
     if let Some(volume) = &options.volume {
         workers::share(&mut objects, volume, &options.mounted().unwrap_or_default());
     }
     notes.extend(workers::size(&mut objects, &config, options)?);
     for object in &mut objects {
-        fill(object, options);
+        fill(object, &name, options);
         workers::surround(object, options);
     }
-    if options.overlays.iter().any(|overlay| overlay == "jobset") {
-        workers::as_jobset(&mut objects)?;
-    }
-    naming::rename(&mut objects, &name, &namespace);
     put_config(&mut objects, &config);
     settle_identity(&mut objects, options)?;
     objects.retain(|object| !(options.namespaced_only && CLUSTER_SCOPED.contains(&id(object)[0])));
@@ -155,16 +155,16 @@ fn put_config(objects: &mut [Value], config: &Config) {
 }
 
 /// What options say of single objects.
-fn fill(object: &mut Value, options: &Options) {
+fn fill(object: &mut Value, run: &str, options: &Options) {
     let [kind, _, name] = id(object).map(str::to_owned);
-    match (kind.as_str(), name.as_str()) {
-        ("NetworkPolicy", "train-stores") => {
+    match kind.as_str() {
+        "NetworkPolicy" if name == format!("{run}-stores") => {
             let ports: Vec<Value> = options.egress.iter().map(|port| json!({ "protocol": "TCP", "port": port })).collect();
             if let (Some(egress), false) = (object["spec"]["egress"].as_array_mut(), ports.is_empty()) {
                 egress.push(json!({ "ports": ports }));
             }
         }
-        ("Job", "train-workers") => {
+        "Job" | "JobSet" => {
             if let Some(queue) = &options.queue {
                 object["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = queue.clone().into();
             }

@@ -26,14 +26,14 @@ pub(crate) fn size(objects: &mut Vec<Value>, config: &Config, options: &Options)
     };
     objects.retain(|object| keep > 0 || id(object)[0] != "PodDisruptionBudget");
     for object in objects.iter_mut() {
+        if let Some(job) = job(object) {
+            job["completions"] = count.into();
+            job["parallelism"] = count.into();
+            job["template"]["spec"]["terminationGracePeriodSeconds"] = options.grace().into();
+            notes.extend(equip(&mut job["template"]["spec"], config, options));
+        }
         match id(object)[0] {
             "PodDisruptionBudget" => object["spec"]["minAvailable"] = keep.into(),
-            "Job" => {
-                object["spec"]["completions"] = count.into();
-                object["spec"]["parallelism"] = count.into();
-                object["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] = options.grace().into();
-                notes.extend(equip(&mut object["spec"]["template"]["spec"], config, options));
-            }
             "Deployment" => {
                 let own = options.coordinator_image.clone().unwrap_or_else(|| image("ella-coordinator"));
                 object["spec"]["template"]["spec"]["containers"][0]["image"] = own.into();
@@ -86,43 +86,35 @@ fn equip(pod: &mut Value, config: &Config, options: &Options) -> Option<String> 
 
 /// What is the same for all pods.
 pub(crate) fn surround(object: &mut Value, options: &Options) {
-    if !matches!(id(object)[0], "Deployment" | "Job") {
-        return;
-    }
+    let Some(pod) = pod(object) else { return };
     for (name, value) in &options.env {
-        set_env(&mut object["spec"]["template"]["spec"]["containers"][0], name, value);
+        set_env(&mut pod["containers"][0], name, value);
     }
 }
 
 /// Puts the shared folder in the place of the one that the component `volume` has.
 pub(crate) fn share(objects: &mut Vec<Value>, volume: &Volume, mounted: &str) {
-    let claim = if let Volume::Claim(name) = volume { name } else { "train-data" };
     objects.retain(|object| !matches!(volume, Volume::Claim(_)) || !id(object)[0].starts_with("PersistentVolume"));
     for object in objects.iter_mut() {
-        match id(object)[0] {
-            "PersistentVolume" => {
-                if let Some(spec) = object["spec"].as_object_mut() {
-                    spec.remove("hostPath");
-                    match volume {
-                        Volume::Nfs { server, path } => drop(spec.insert("nfs".to_owned(), json!({ "server": server, "path": path }))),
-                        Volume::Host(path) => drop(spec.insert("hostPath".to_owned(), json!({ "path": path, "type": "Directory" }))),
-                        Volume::Claim(_) => {}
-                    }
-                }
+        if id(object)[0] == "PersistentVolume"
+            && let Some(spec) = object["spec"].as_object_mut()
+        {
+            spec.remove("hostPath");
+            match volume {
+                Volume::Nfs { server, path } => drop(spec.insert("nfs".to_owned(), json!({ "server": server, "path": path }))),
+                Volume::Host(path) => drop(spec.insert("hostPath".to_owned(), json!({ "path": path, "type": "Directory" }))),
+                Volume::Claim(_) => {}
             }
-            "Deployment" | "Job" => {
-                let pod = &mut object["spec"]["template"]["spec"];
-                if let Some(own) = item(&mut pod["volumes"], "name", "data") {
-                    own["persistentVolumeClaim"]["claimName"] = claim.into();
-                }
-                let container = &mut pod["containers"][0];
-                if let Some(mount) = item(&mut container["volumeMounts"], "name", "data") {
-                    mount["mountPath"] = mounted.into();
-                }
-                container["workingDir"] = mounted.into();
-            }
-            _ => {}
         }
+        let Some(pod) = pod(object) else { continue };
+        if let (Volume::Claim(name), Some(own)) = (volume, item(&mut pod["volumes"], "name", "data")) {
+            own["persistentVolumeClaim"]["claimName"] = name.clone().into();
+        }
+        let container = &mut pod["containers"][0];
+        if let Some(mount) = item(&mut container["volumeMounts"], "name", "data") {
+            mount["mountPath"] = mounted.into();
+        }
+        container["workingDir"] = mounted.into();
     }
 }
 
@@ -139,6 +131,26 @@ pub(crate) fn as_jobset(objects: &mut Vec<Value>) -> Result<(), KustomizeError> 
         set["spec"]["replicatedJobs"][0]["template"]["spec"] = spec;
     }
     Ok(())
+}
+
+/// The spec of the workers' Job, which may be a JobSet's.
+fn job(object: &mut Value) -> Option<&mut Value> {
+    let at = match id(object)[0] {
+        "Job" => "/spec",
+        "JobSet" => "/spec/replicatedJobs/0/template/spec",
+        _ => return None,
+    };
+    object.pointer_mut(at)
+}
+
+/// The spec of the object's pods.
+fn pod(object: &mut Value) -> Option<&mut Value> {
+    let at = match id(object)[0] {
+        "Deployment" | "Job" => "/spec/template/spec",
+        "JobSet" => "/spec/replicatedJobs/0/template/spec/template/spec",
+        _ => return None,
+    };
+    object.pointer_mut(at)
 }
 
 fn item<'a>(items: &'a mut Value, key: &str, value: &str) -> Option<&'a mut Value> {

@@ -127,6 +127,17 @@ async fn a_run_is_made_resized_and_taken_away_once_its_workers_have_left() {
 }
 
 #[tokio::test]
+async fn workers_of_a_jobset_are_told_to_leave_too() {
+    let fake = Fake::default();
+    let cluster = fake.cluster();
+    let options = Options { overlays: vec!["s3-secret".to_owned(), "jobset".to_owned()], ..Options::default() };
+    cluster.submit(&render(RUN, "run.toml", &[], &options).unwrap()).await.unwrap();
+    cluster.cancel("first", Duration::from_secs(60)).await.unwrap();
+    let set = fake.objects.lock().unwrap()["/apis/jobset.x-k8s.io/v1alpha2/namespaces/ella/jobsets/first-workers"].clone();
+    assert_eq!(set["spec"]["suspend"], true);
+}
+
+#[tokio::test]
 async fn workers_that_do_not_leave_are_waited_for_no_longer_than_said() {
     let fake = Fake::default();
     let cluster = fake.cluster();

@@ -162,7 +162,9 @@ class Trial:
         began = time.monotonic()
         # Written by the one that knows what is asked for; done by coordinator and workers.
         text = self.ella_there(kind, *arguments, "--write-job", "/dev/stdout")
-        (self.work / f"{kind}.toml").write_text(text)
+        config = self.work / f"{kind}.toml"
+        config.write_text(text)
+        config.chmod(0o644)
         names = self.start(f"{kind}.toml")
         if kind == "prepare":
             self.cluster.wait("a unit done", lambda: (self.status() or {}).get("job", {}).get("units_done", 0) > 0 or self.is_over(names))

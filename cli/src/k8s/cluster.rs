@@ -1,9 +1,11 @@
 //! What is asked of the cluster's API.
 
+use std::io::Write;
 use std::time::Duration;
 
 use ella_k8s::client::{ClientError, Cluster};
 use serde_json::json;
+use tokio_util::sync::CancellationToken;
 
 use super::{Cancel, Logs, Scale, Submit, There};
 use crate::ui::{DONE, FAILED, Fail, Out, USAGE};
@@ -38,14 +40,19 @@ impl There {
 
 impl Logs {
     pub(super) fn run(&self, out: Out) -> Result<u8, Fail> {
-        crate::runtime()?.block_on(async {
+        // Whoever closed stdout wants no more lines.
+        let closed = CancellationToken::new();
+        let mut told = |pod: &str, line: &str| {
+            let text = if out.json { json!({ "pod": pod, "line": line }).to_string() } else { format!("{pod}  {line}") };
+            if writeln!(std::io::stdout(), "{text}").is_err() {
+                closed.cancel();
+            }
+        };
+        let telling = async {
             let cluster = self.there.cluster().await?;
-            let mut told = |pod: &str, line: &str| match out.json {
-                true => println!("{}", json!({ "pod": pod, "line": line })),
-                false => println!("{pod}  {line}"),
-            };
             cluster.logs(&self.there.name, &self.of, self.follow, &mut told).await
-        })?;
+        };
+        crate::runtime()?.block_on(closed.run_until_cancelled(telling)).unwrap_or(Ok(()))?;
         Ok(DONE)
     }
 }

@@ -93,7 +93,7 @@ struct What {
     /// An environment variable of all pods; no secrets
     #[arg(long = "env", value_name = "NAME=VALUE", value_parser = pair)]
     env: Vec<(String, String)>,
-    /// A TCP port of a store that the pods may reach, besides 443
+    /// A TCP port of a store, source or endpoint that the pods may reach, besides 443
     #[arg(long, value_name = "PORT")]
     egress: Vec<u16>,
     /// The cloud's identity for the pods, with --overlay s3 (a role's ARN), gcs (a service account) or azure (a client id)
@@ -139,7 +139,7 @@ struct Logs {
     /// Of whom
     #[arg(long, default_value = "coordinator", value_parser = ["coordinator", "worker"])]
     of: String,
-    /// Go on as lines come
+    /// Go on as lines come; not of pods that start later
     #[arg(long, short)]
     follow: bool,
 }

@@ -70,6 +70,8 @@ pub(super) struct Driver {
     strangers: Arc<Strangers>,
     /// How often the cluster's tools could not be told how far it is.
     untold: Arc<AtomicU64>,
+    /// For whom the status is as the driver ends.
+    last_word: Option<oneshot::Sender<RunStatus>>,
     streams: BTreeMap<ConnId, Stream>,
     began: Instant,
     linger: Duration,
@@ -83,7 +85,7 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) fn new(machine: Box<dyn Machine>, inbox: mpsc::Receiver<Input>, outlets: Option<Outlets>, linger: Duration) -> Self {
         let (strangers, untold, streams, stuck) = (Arc::default(), Arc::default(), BTreeMap::new(), Vec::new());
-        let recorder = None;
+        let (recorder, last_word) = (None, None);
         Self {
             machine,
             inbox,
@@ -91,6 +93,7 @@ impl Driver {
             recorder,
             strangers,
             untold,
+            last_word,
             streams,
             began: Instant::now(),
             linger,
@@ -121,10 +124,18 @@ impl Driver {
         Self { untold, ..self }
     }
 
+    /// Has its last status given to this; not if it leaves a run that goes on, of which the coordinator that follows tells.
+    pub(super) fn with_last_word(self, last_word: oneshot::Sender<RunStatus>) -> Self {
+        Self { last_word: Some(last_word), ..self }
+    }
+
     /// Runs until the outcome is decided and has had time to be read.
     pub(super) async fn run(mut self, shutdown: CancellationToken) -> Outcome {
         loop {
             if let Some(over) = self.over.take_if(|over| over.until.is_some_and(|at| Instant::now() >= at)) {
+                if let Some(last_word) = self.last_word.take() {
+                    drop(last_word.send(self.status()));
+                }
                 return over.outcome;
             }
             let (wake, serves) = (self.wake(), self.over.as_ref().is_none_or(|over| over.until.is_none()));
@@ -147,6 +158,9 @@ impl Driver {
     /// Leaves without a word to the workers, as a death would, but with everything written that is known: they train on and look for the
     /// coordinator that follows.
     fn hand_over(&mut self, reason: String) {
+        if self.over.is_none() {
+            self.last_word = None;
+        }
         let outcome = self.over.take().map_or(Outcome::Preempted { reason }, |over| over.outcome);
         self.over = Some(Over { outcome, until: Some(Instant::now()) });
         for stream in std::mem::take(&mut self.streams).into_values() {

@@ -49,7 +49,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -225,6 +225,8 @@ impl Coordinator {
         let untold = Arc::<AtomicU64>::default();
         let driver = Driver::new(self.machine, inbox, outlets, self.linger).staying(self.stay, self.done);
         let driver = driver.with_strangers(strangers.clone()).with_untold(untold.clone()).with_recorder(recorder.clone());
+        let (last_word, heard) = oneshot::channel();
+        let driver = driver.with_last_word(last_word);
         let guard = Guard::new(self.access, strangers.clone(), inputs.clone());
         let [for_grpc, for_http] = self.tls.map_or([None, None], |both| both.map(Some));
         watch_reloads(&strangers, &guard, [&for_grpc, &for_http]);
@@ -242,7 +244,7 @@ impl Coordinator {
             Ok(None)
         });
         if !self.progress_to.is_empty() {
-            tasks.spawn(push::push(self.progress_to, inputs.clone(), untold, shutdown.clone()));
+            tasks.spawn(push::push(self.progress_to, inputs.clone(), untold, heard, shutdown.clone()));
         }
         tasks.spawn(forward_stops(stops, self.hand_over, inputs, shutdown.clone()));
         supervise(tasks, shutdown).await

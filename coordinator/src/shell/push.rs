@@ -1,7 +1,8 @@
 //! How far a run or job is, written where the cluster's own tools show it: as annotations of an object, for `kubectl get`, or as the status of
 //! the TrainJob that this process belongs to (Kubeflow Trainer's TrainJobStatus, KEP-2779).
 //!
-//! It is told again when it has changed, and not often. Nothing depends on it: what fails is counted and told, and holds nobody up.
+//! It is told again when it has changed, and not often; and once more as it ends. Nothing depends on it: what fails is counted and told, and
+//! holds nobody up.
 
 use super::RunError;
 use super::cluster::{Cluster, ClusterError};
@@ -10,17 +11,20 @@ use super::grpc::ask_status;
 use super::start::unix_ms;
 use crate::core::Outcome;
 use crate::status::StatusReport;
+use ella_proto::v1::RunStatus;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
-use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 /// How often it is looked whether there is something new to tell.
 const EVERY: Duration = Duration::from_secs(10);
+/// How long telling one of them how it ended may take: this process waits for it before it leaves.
+const LAST: Duration = Duration::from_secs(5);
 /// What Kubeflow's Trainer gives the pods of a TrainJob: where to report, its CA, and the token to show.
 const TRAINER: [&str; 3] = ["KUBEFLOW_TRAINER_SERVER_URL", "KUBEFLOW_TRAINER_SERVER_CA_CERT", "KUBEFLOW_TRAINER_SERVER_TOKEN"];
 
@@ -81,42 +85,73 @@ impl ProgressTo {
     }
 }
 
-/// Tells until `shutdown`. Failures are added to `failed`.
+/// One of those who are told.
+struct Target {
+    to: ProgressTo,
+    /// What it was told last.
+    told: Value,
+    /// What has kept it from being told since; empty if nothing has.
+    error: String,
+}
+
+impl Target {
+    fn new(to: ProgressTo) -> Self {
+        Self { to, told: Value::Null, error: String::new() }
+    }
+
+    /// Tells it what is new. A failure is added to `failed`, and logged unless it is the one before again.
+    async fn tell(&mut self, report: &StatusReport, failed: &AtomicU64) {
+        let said = self.to.words(report);
+        if said == self.told {
+            return;
+        }
+        match self.to.tell(&said).await {
+            Ok(()) => {
+                self.told = said;
+                self.error.clear();
+            }
+            Err(error) => {
+                failed.fetch_add(1, Relaxed);
+                let error = error.to_string();
+                if error != self.error {
+                    tracing::warn!("progress could not be told: {error}; nothing waits for it");
+                    self.error = error;
+                }
+            }
+        }
+    }
+}
+
+/// Tells until `shutdown`, and then what the driver says as it ends, if it says something. Failures are added to `failed`.
 pub(super) async fn push(
     targets: Vec<ProgressTo>,
     inputs: mpsc::Sender<Input>,
     failed: Arc<AtomicU64>,
+    last_word: oneshot::Receiver<RunStatus>,
     shutdown: CancellationToken,
 ) -> Result<Option<Outcome>, RunError> {
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut told: Vec<Value> = vec![Value::Null; targets.len()];
-    let mut last_error = String::new();
+    let mut targets: Vec<Target> = targets.into_iter().map(Target::new).collect();
     let telling = async {
         loop {
             ticks.tick().await;
             let Some(status) = ask_status(&inputs).await else { continue };
             let report = StatusReport::from(status);
-            for (target, told) in targets.iter().zip(&mut told) {
-                let said = target.words(&report);
-                if said == *told {
-                    continue;
-                }
-                match target.tell(&said).await {
-                    Ok(()) => *told = said,
-                    Err(error) => {
-                        failed.fetch_add(1, Relaxed);
-                        let error = error.to_string();
-                        if error != last_error {
-                            tracing::warn!("progress could not be told: {error}; it is tried again, and training goes on");
-                            last_error = error;
-                        }
-                    }
-                }
+            for target in &mut targets {
+                target.tell(&report, &failed).await;
             }
         }
     };
     let _: Option<()> = shutdown.run_until_cancelled(telling).await;
+    // The driver ends at the latest when it is cut off, as this task is.
+    let Ok(status) = last_word.await else { return Ok(None) };
+    let report = StatusReport::from(status);
+    for target in &mut targets {
+        if timeout(LAST, target.tell(&report, &failed)).await.is_err() {
+            tracing::warn!("how it ended ({}) could not be told within {LAST:?}", report.phase);
+        }
+    }
     Ok(None)
 }
 
@@ -184,6 +219,8 @@ fn rfc3339(unix_ms: u64) -> String {
 mod tests {
     use super::*;
     use crate::status::JobReport;
+    use axum::http::StatusCode;
+    use axum::{Json, Router};
 
     fn run() -> StatusReport {
         StatusReport {
@@ -229,6 +266,35 @@ mod tests {
         {
             assert!(ProgressTo::trainer_at(url, ca, &format!("{folder}/token")).is_none(), "{url} {ca}");
         }
+    }
+
+    /// An API that answers with the status that `code` holds.
+    async fn api(code: Arc<AtomicU64>) -> (ProgressTo, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("token"), "of this pod").unwrap();
+        let answer = move || {
+            let code = code.load(Relaxed);
+            async move { (StatusCode::from_u16(u16::try_from(code).unwrap()).unwrap(), Json(json!({}))) }
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await });
+        (ProgressTo::annotations(Cluster::at(url, folder.path()), "/jobs/a"), folder)
+    }
+
+    #[tokio::test]
+    async fn what_kept_one_from_being_told_is_forgotten_once_it_is_told() {
+        let (codes, failed) = ([403, 200].map(|code| Arc::new(AtomicU64::new(code))), AtomicU64::new(0));
+        let [(refusing, _one), (willing, _two)] = [api(codes[0].clone()).await, api(codes[1].clone()).await];
+        let (mut refusing, mut willing) = (Target::new(refusing), Target::new(willing));
+        for target in [&mut refusing, &mut willing] {
+            target.tell(&run(), &failed).await;
+        }
+        assert!(refusing.error.contains("403") && refusing.told.is_null() && willing.error.is_empty(), "{}", refusing.error);
+        codes[0].store(200, Relaxed);
+        refusing.tell(&run(), &failed).await;
+        assert!(refusing.error.is_empty() && refusing.told == annotations(&run()), "{}", refusing.error);
+        assert_eq!(failed.load(Relaxed), 1);
     }
 
     #[test]

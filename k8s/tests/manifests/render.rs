@@ -135,6 +135,44 @@ fn what_people_should_know_is_told() {
 }
 
 #[test]
+fn overlays_of_two_stores_let_the_pods_out_to_both() {
+    for overlays in [["gcs", "s3-secret"], ["s3-secret", "gcs"]] {
+        let identity = Some("identity@example".to_owned());
+        let both = rendered(RUN, &[], &Options { identity, egress: vec![9443], ..options(&overlays) }).unwrap();
+        let policy = both.objects.iter().find(|object| text(object, "/metadata/name") == "first-stores").unwrap();
+        let rules = policy["spec"]["egress"].as_array().unwrap();
+        let ports = rules.iter().flat_map(|rule| rule["ports"].as_array().unwrap()).map(|port| port["port"].as_u64().unwrap());
+        let mut ports: Vec<u64> = ports.collect();
+        ports.sort_unstable();
+        assert_eq!(ports, [80, 80, 443, 988, 9000, 9443], "{overlays:?}: {rules:?}");
+    }
+}
+
+/// Our own names begin with `train-`, and become the run's. Those of the people who render need not be ours to begin so.
+#[test]
+fn what_people_have_named_keeps_its_name() {
+    let some = |text: &str| Some(text.to_owned());
+    for overlays in [&["kueue"][..], &["kueue", "jobset"]] {
+        for (volume, own) in [("nfs:train-nas:/train-disk", ["train-nas", "/train-disk"]), ("claim:train-claim", ["train-claim"; 2])] {
+            let named = Options {
+                volume: Some(volume.parse().unwrap()),
+                worker_image: some("host/train-images/ella-worker:2"),
+                coordinator_image: some("host/train-images/ella-coordinator:2"),
+                env: vec![("PLACE".to_owned(), "train-place".to_owned())],
+                queue: some("train-queue"),
+                ..options(overlays)
+            };
+            let yaml = rendered(SHARED, &[], &named).unwrap().to_yaml().unwrap();
+            let others = ["host/train-images/ella-worker:2", "host/train-images/ella-coordinator:2", "train-place", "train-queue"];
+            for kept in own.into_iter().chain(others) {
+                assert!(yaml.contains(kept), "{overlays:?}: {kept}\n{yaml}");
+            }
+            assert!(yaml.contains("first-workers") && !yaml.contains("train-workers"), "{yaml}");
+        }
+    }
+}
+
+#[test]
 fn a_jobset_has_the_job_that_the_other_overlays_and_the_config_make() {
     let others = ["jobset", "s3-secret", "kueue", "spot-gpu"];
     let set = rendered(RUN, &[], &options(&others)).unwrap();

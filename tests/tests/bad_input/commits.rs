@@ -75,8 +75,8 @@ fn a_damaged_or_missing_record_is_named() -> Result<()> {
     let garbage = |run: &Path| Ok(std::fs::write(record(run, 2), "no record")?);
     let (run, _) = resume_refused("garbage", garbage, &["log/000000000002.json", "not a valid log record"])?;
     let folder = run.output.display().to_string();
-    ella_refused(&["status", &folder], 1, &["log/000000000002.json", "not a valid log record"])?;
-    ella_refused(&["export", &folder, "--out", &format!("{folder}.safetensors")], 1, &["log/000000000002.json"])?;
+    ella_refused(&["status", &folder], PERMANENT, &["log/000000000002.json", "not a valid log record"])?;
+    ella_refused(&["export", &folder, "--out", &format!("{folder}.safetensors")], PERMANENT, &["log/000000000002.json"])?;
     resume_refused("gap", |run| Ok(std::fs::remove_file(record(run, 1))?), &["log/000000000001.json", "missing"])?;
     resume_refused("headless", |run| Ok(std::fs::remove_file(record(run, 0))?), &["log/000000000000.json", "missing"])?;
     let twice = |run: &Path| Ok(std::fs::copy(record(run, 1), record(run, 2)).map(drop)?);
