@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use ella_dataset::scenes::{ScenesConfig, write};
+use ella_dataset::scenes::{ScenesConfig, World, write};
 
 use crate::ui::{DONE, Fail, Meter, Out, bytes};
 
@@ -15,6 +15,9 @@ pub(crate) struct Scenes {
     /// How many scenes
     #[arg(long, default_value_t = 1000)]
     count: u64,
+    /// What may be in them: rich, or mini, which a small network learns to draw and to tell apart
+    #[arg(long, value_name = "WORLD", default_value = "rich", value_parser = world)]
+    world: World,
     /// What they are drawn from; the same seed gives the same bytes
     #[arg(long, default_value_t = 7)]
     seed: u64,
@@ -26,10 +29,15 @@ pub(crate) struct Scenes {
     per_tar: u64,
 }
 
+fn world(name: &str) -> Result<World, String> {
+    let found = World::NAMES.iter().find(|(known, _)| *known == name).map(|(_, world)| *world);
+    found.ok_or_else(|| format!("no such world; there are {}", World::NAMES.map(|(known, _)| known).join(", ")))
+}
+
 impl Scenes {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
-        let Self { count, seed, size, per_tar, .. } = *self;
-        let config = ScenesConfig { count, seed, size, per_tar, ..ScenesConfig::default() };
+        let Self { count, world, seed, size, per_tar, .. } = *self;
+        let config = ScenesConfig { count, world, seed, size, per_tar, ..ScenesConfig::default() };
         let mut meter = Meter::new("scenes", count);
         let made = write(&self.out, &config, &mut |done| meter.at(done, ""))?;
         drop(meter);

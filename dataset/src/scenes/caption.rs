@@ -357,7 +357,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::scenes::{scene, world::Scene};
+    use crate::scenes::{World, scene, world::Scene};
 
     const SCENES: u64 = 20_000;
 
@@ -401,7 +401,7 @@ mod tests {
 
     #[test]
     fn six_objects_with_the_longest_words_fit() {
-        let longest = (0..SCENES).map(|index| words(&Scene::draw(3, index, &(6..=6)).dense_caption())).max();
+        let longest = (0..SCENES).map(|index| words(&Scene::draw(World::Rich, 3, index, &(6..=6)).dense_caption())).max();
         assert!(longest <= Some(90), "{longest:?}");
     }
 

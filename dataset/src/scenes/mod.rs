@@ -10,10 +10,15 @@ mod truth;
 mod world;
 mod write;
 
-pub use world::{Backdrop, Background, Color, Direction, Object, Place, Relation, Scene, Shape, Size, Texture};
+pub use world::{Backdrop, Background, Color, Direction, Object, Place, Relation, Scene, Shape, Size, Texture, World};
 pub use write::{MAX_OBJECTS, ScenesConfig, ScenesError, ScenesReport, write};
 
-/// Scene `index` of the data set of `seed`, with 1 to 6 objects.
+/// Scene `index` of the rich world's data set of `seed`, with 1 to 6 objects.
 pub fn scene(seed: u64, index: u64) -> Scene {
-    Scene::draw(seed, index, &(1..=MAX_OBJECTS))
+    scene_of(World::Rich, seed, index)
+}
+
+/// Scene `index` of a world's data set of `seed`, with 1 to 6 objects.
+pub fn scene_of(world: World, seed: u64, index: u64) -> Scene {
+    Scene::draw(world, seed, index, &(1..=MAX_OBJECTS))
 }

@@ -139,6 +139,64 @@ impl Size {
     }
 }
 
+/// What scenes are drawn from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum World {
+    /// All that there is.
+    #[default]
+    Rich,
+    /// What a small network learns to draw and to tell apart at 64 × 64 pixels: six shapes, eight colours, two sizes, two textures, and plain
+    /// backgrounds of six colours.
+    Mini,
+}
+
+impl World {
+    /// Every one, by the name that the command line knows it by.
+    pub const NAMES: [(&'static str, World); 2] = [("rich", World::Rich), ("mini", World::Mini)];
+
+    /// The outlines of its objects.
+    pub const fn shapes(self) -> &'static [Shape] {
+        match self {
+            Self::Rich => Shape::ALL,
+            Self::Mini => &[Shape::Circle, Shape::Square, Shape::Triangle, Shape::Star, Shape::Ring, Shape::Cross],
+        }
+    }
+
+    /// The colours of its objects.
+    pub const fn colors(self) -> &'static [Color] {
+        match self {
+            Self::Rich => Color::ALL,
+            Self::Mini => {
+                &[Color::Red, Color::Orange, Color::Yellow, Color::Green, Color::Blue, Color::Purple, Color::Black, Color::White]
+            }
+        }
+    }
+
+    /// The sizes of its objects.
+    pub const fn sizes(self) -> &'static [Size] {
+        match self {
+            Self::Rich => Size::ALL,
+            Self::Mini => &[Size::Medium, Size::Large],
+        }
+    }
+
+    /// What covers its objects.
+    pub const fn textures(self) -> &'static [Texture] {
+        match self {
+            Self::Rich => Texture::ALL,
+            Self::Mini => &[Texture::Plain, Texture::Checkered],
+        }
+    }
+
+    /// The colours of its backgrounds.
+    pub const fn backdrops(self) -> &'static [Backdrop] {
+        match self {
+            Self::Rich => Backdrop::ALL,
+            Self::Mini => &[Backdrop::Beige, Backdrop::Mint, Backdrop::SkyBlue, Backdrop::Lavender, Backdrop::LightGray, Backdrop::Navy],
+        }
+    }
+}
+
 /// A cell of the 3 × 3 grid of places.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Place {
@@ -230,16 +288,18 @@ pub struct Scene {
 }
 
 impl Scene {
-    pub(super) fn draw(seed: u64, index: u64, counts: &RangeInclusive<u32>) -> Self {
+    pub(super) fn draw(world: World, seed: u64, index: u64, counts: &RangeInclusive<u32>) -> Self {
         let mut rng = Rng::new(mix::key(&[SCENES, seed, index]));
-        let background = Background::draw(&mut rng);
+        let background = Background::draw(&mut rng, world);
         let span = counts.end().saturating_sub(*counts.start()) as usize + 1;
         let count = *counts.start() as usize + rng.below(span);
         let mut places: Vec<Place> = Place::all().collect();
         rng.shuffle(&mut places);
-        let mut looks: Vec<(Shape, Color)> = background.colors().flat_map(|c| Shape::ALL.iter().map(move |s| (*s, c))).collect();
+        let mut looks: Vec<(Shape, Color)> =
+            background.colors(world).flat_map(|c| world.shapes().iter().map(move |s| (*s, c))).collect();
         rng.shuffle(&mut looks);
-        let objects = looks.into_iter().zip(places).take(count).map(|(look, place)| Object::draw(&mut rng, look, place)).collect();
+        let drawn = looks.into_iter().zip(places).take(count);
+        let objects = drawn.map(|(look, place)| Object::draw(&mut rng, world, look, place)).collect();
         Self { seed, index, objects, background, wording: rng.next() }
     }
 
@@ -253,8 +313,8 @@ impl Scene {
 }
 
 impl Object {
-    fn draw(rng: &mut Rng, (shape, color): (Shape, Color), place: Place) -> Self {
-        let (size, texture) = (rng.pick(Size::ALL), rng.pick(Texture::ALL));
+    fn draw(rng: &mut Rng, world: World, (shape, color): (Shape, Color), place: Place) -> Self {
+        let (size, texture) = (rng.pick(world.sizes()), rng.pick(world.textures()));
         let half = 0.5 / GRID as f32;
         let room = (half - size.radius() - MARGIN).min(SHIFT);
         let mut at = |cell: u8| {
@@ -267,8 +327,11 @@ impl Object {
 }
 
 impl Background {
-    fn draw(rng: &mut Rng) -> Self {
-        let color = rng.pick(Backdrop::ALL);
+    fn draw(rng: &mut Rng, world: World) -> Self {
+        let color = rng.pick(world.backdrops());
+        if world == World::Mini {
+            return Self::Plain { color };
+        }
         match rng.below(5) {
             0 | 1 => Self::Plain { color },
             2 | 3 => {
@@ -281,13 +344,13 @@ impl Background {
         }
     }
 
-    /// The colours that stand out from it.
-    fn colors(self) -> impl Iterator<Item = Color> {
+    /// The colours of a world that stand out from it.
+    fn colors(self, world: World) -> impl Iterator<Item = Color> {
         let ends = match self {
             Self::Plain { color } | Self::Pattern { color, .. } => [color, color],
             Self::Gradient { from, to, .. } => [from, to],
         };
-        Color::ALL.iter().copied().filter(move |color| ends.iter().all(|end| distance(color.rgb(), end.rgb()) >= CONTRAST * CONTRAST))
+        world.colors().iter().copied().filter(move |color| ends.iter().all(|end| distance(color.rgb(), end.rgb()) >= CONTRAST * CONTRAST))
     }
 }
 
@@ -305,9 +368,12 @@ mod tests {
 
     #[test]
     fn every_background_leaves_colours_enough() {
-        for seed in 0..2000 {
-            let background = Background::draw(&mut Rng::new(seed));
-            assert!(background.colors().count() >= 7, "{background:?}: {:?}", background.colors().collect::<Vec<_>>());
+        for (world, least) in [(World::Rich, 7), (World::Mini, 5)] {
+            for seed in 0..2000 {
+                let background = Background::draw(&mut Rng::new(seed), world);
+                let colors: Vec<_> = background.colors(world).collect();
+                assert!(colors.len() >= least, "{background:?}: {colors:?}");
+            }
         }
     }
 
@@ -315,7 +381,7 @@ mod tests {
     fn objects_are_distinct_and_inside_their_own_cells() {
         let mut counts = HashSet::new();
         for index in 0..3000 {
-            let scene = Scene::draw(5, index, &(1..=6));
+            let scene = Scene::draw(World::Rich, 5, index, &(1..=6));
             counts.insert(scene.objects.len());
             let looks: HashSet<_> = scene.objects.iter().map(|o| (o.shape, o.color)).collect();
             let places: HashSet<_> = scene.objects.iter().map(|o| o.place).collect();
@@ -334,7 +400,7 @@ mod tests {
     #[test]
     fn relations_agree_with_the_centres() {
         for index in 0..500 {
-            let scene = Scene::draw(9, index, &(2..=6));
+            let scene = Scene::draw(World::Rich, 9, index, &(2..=6));
             for (subject, object) in (0..scene.objects.len()).flat_map(|a| (0..a).map(move |b| (a, b))) {
                 let (a, b) = (scene.objects[subject].center, scene.objects[object].center);
                 let relations = scene.relations(subject, object);
@@ -350,11 +416,14 @@ mod tests {
     }
 
     #[test]
-    fn every_word_turns_up() {
-        let scenes: Vec<Scene> = (0..2000).map(|index| Scene::draw(1, index, &(1..=6))).collect();
-        let objects = || scenes.iter().flat_map(|scene| &scene.objects);
-        assert_eq!(objects().map(|o| o.shape).collect::<HashSet<_>>().len(), Shape::ALL.len());
-        assert_eq!(objects().map(|o| o.color).collect::<HashSet<_>>().len(), Color::ALL.len());
-        assert_eq!(objects().map(|o| (o.size, o.texture, o.place)).collect::<HashSet<_>>().len(), 3 * 4 * 9);
+    fn every_word_of_a_world_turns_up_and_no_other() {
+        for (_, world) in World::NAMES {
+            let scenes: Vec<Scene> = (0..2000).map(|index| Scene::draw(world, 1, index, &(1..=6))).collect();
+            let objects = || scenes.iter().flat_map(|scene| &scene.objects);
+            assert_eq!(objects().map(|o| o.shape).collect::<HashSet<_>>(), world.shapes().iter().copied().collect());
+            assert_eq!(objects().map(|o| o.color).collect::<HashSet<_>>(), world.colors().iter().copied().collect());
+            let rest = world.sizes().len() * world.textures().len() * 9;
+            assert_eq!(objects().map(|o| (o.size, o.texture, o.place)).collect::<HashSet<_>>().len(), rest);
+        }
     }
 }

@@ -14,7 +14,10 @@ use image::{
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{truth::Truth, world::Scene};
+use super::{
+    truth::Truth,
+    world::{Scene, World},
+};
 
 /// The most objects in a scene.
 pub const MAX_OBJECTS: u32 = 6;
@@ -30,6 +33,8 @@ const BATCH_BYTES: usize = 32 << 20;
 pub struct ScenesConfig {
     /// How many scenes.
     pub count: u64,
+    /// What may be in them.
+    pub world: World,
     /// What they are drawn from.
     pub seed: u64,
     /// Width and height in pixels, 16 to 4096.
@@ -42,7 +47,7 @@ pub struct ScenesConfig {
 
 impl Default for ScenesConfig {
     fn default() -> Self {
-        Self { count: 1000, seed: 0, size: 64, per_tar: 1000, objects: 1..=MAX_OBJECTS }
+        Self { count: 1000, world: World::Rich, seed: 0, size: 64, per_tar: 1000, objects: 1..=MAX_OBJECTS }
     }
 }
 
@@ -218,7 +223,7 @@ struct Label<'a> {
 
 impl Sample {
     fn make(config: &ScenesConfig, index: u64) -> Result<Self, ScenesError> {
-        let scene = Scene::draw(config.seed, index, &config.objects);
+        let scene = Scene::draw(config.world, config.seed, index, &config.objects);
         let encode_failed = |source| ScenesError::Encode { index, source };
         let mut png = Vec::new();
         PngEncoder::new_with_quality(&mut png, CompressionType::Fast, FilterType::Up)
