@@ -166,9 +166,7 @@ impl World {
     pub const fn colors(self) -> &'static [Color] {
         match self {
             Self::Rich => Color::ALL,
-            Self::Mini => {
-                &[Color::Red, Color::Orange, Color::Yellow, Color::Green, Color::Blue, Color::Purple, Color::Black, Color::White]
-            }
+            Self::Mini => &[Color::Red, Color::Orange, Color::Yellow, Color::Green, Color::Blue, Color::Purple, Color::Black, Color::White],
         }
     }
 
@@ -295,8 +293,7 @@ impl Scene {
         let count = *counts.start() as usize + rng.below(span);
         let mut places: Vec<Place> = Place::all().collect();
         rng.shuffle(&mut places);
-        let mut looks: Vec<(Shape, Color)> =
-            background.colors(world).flat_map(|c| world.shapes().iter().map(move |s| (*s, c))).collect();
+        let mut looks: Vec<(Shape, Color)> = background.colors(world).flat_map(|c| world.shapes().iter().map(move |s| (*s, c))).collect();
         rng.shuffle(&mut looks);
         let drawn = looks.into_iter().zip(places).take(count);
         let objects = drawn.map(|(look, place)| Object::draw(&mut rng, world, look, place)).collect();
