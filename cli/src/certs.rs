@@ -27,7 +27,7 @@ pub(crate) struct Certs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// A name or address that the coordinator is reached by; may be given more than once
-    #[arg(long, value_name = "NAME", required = true)]
+    #[arg(long, value_name = "NAME", required = true, value_parser = name)]
     host: Vec<String>,
     /// For so many days
     #[arg(long, default_value_t = 30, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=3650))]
@@ -41,6 +41,13 @@ struct Made {
     days: u64,
     /// The folders, of which each has `tls.crt`, `tls.key` and `ca.crt`.
     identities: Vec<&'static str>,
+}
+
+/// A name or an address: with a scheme or a port, a certificate would never be for what it is reached by.
+fn name(host: &str) -> Result<String, String> {
+    let is_address = host.parse::<std::net::IpAddr>().is_ok();
+    let is_name = !host.is_empty() && host.chars().all(|c| c.is_ascii_alphanumeric() || "-._*".contains(c));
+    if is_address || is_name { Ok(host.to_owned()) } else { Err("a name or an address, without a scheme and a port".to_owned()) }
 }
 
 impl Certs {
@@ -185,6 +192,12 @@ mod tests {
         let out = folder.path().join("certs");
         let fail = of(&out, "n\u{e4}me").run(Out { json: false }).unwrap_err();
         assert!(fail.code == USAGE && fail.message.contains("--host") && !out.exists(), "{fail:?}");
+    }
+
+    #[test]
+    fn a_host_is_a_name_or_an_address() {
+        assert!(["localhost", "ella-0.ella", "10.0.0.1", "::1"].iter().all(|host| name(host).is_ok()));
+        assert!(["", "localhost:7000", "https://localhost", "[::1]", "a b"].iter().all(|host| name(host).is_err()));
     }
 
     #[test]

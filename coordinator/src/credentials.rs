@@ -17,6 +17,14 @@ pub enum CredentialError {
     /// A certificate's files will not do.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// The address does not go with what is given.
+    #[error("{url}: {rule}")]
+    Unfit {
+        /// The address.
+        url: String,
+        /// What goes with it.
+        rule: String,
+    },
     /// The address holds more than an address, which errors, logs and files would tell.
     #[error("{host}: a coordinator's address has no user, password, query or fragment; what it asks for is in a file: --token-file PATH")]
     Address {
@@ -51,7 +59,7 @@ impl Credentials {
     /// How the coordinator at this address is reached.
     ///
     /// # Errors
-    /// If a file will not do, or a secret stands in the address.
+    /// If a file will not do, a secret stands in the address, or it is none that goes with the files.
     pub fn access(&self, url: &str) -> Result<Access, CredentialError> {
         if url.contains(['@', '?', '#']) {
             let has_scheme = url.starts_with("http://") || url.starts_with("https://");
@@ -61,7 +69,11 @@ impl Credentials {
         let token = self.token_file.as_deref().map(Token::load).transpose()?;
         let files = self.tls_files();
         let tls = if files.is_empty() { None } else { Some(ClientTls::load(&files)?) };
-        Ok(Access { url: url.to_owned(), token, tls })
+        let access = Access { url: url.to_owned(), token, tls };
+        match access.endpoint() {
+            Ok(_) => Ok(access),
+            Err(rule) => Err(CredentialError::Unfit { url: url.to_owned(), rule }),
+        }
     }
 
     /// What a process that is started here is told: where the secrets are, for its arguments are anyone's to read.
@@ -77,6 +89,15 @@ impl Credentials {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_that_does_not_go_with_what_is_given_is_refused() {
+        for (url, rule) in [("https://host:1", "--tls-ca"), ("ftp://host:1", "http://"), ("http://", "")] {
+            let said = Credentials::default().access(url).map(|access| access.url).unwrap_err().to_string();
+            assert!(said.contains(url) && said.contains(rule), "{said}");
+        }
+        assert_eq!(Credentials::default().access("host:1").unwrap().url, "host:1");
+    }
 
     #[test]
     fn a_secret_in_an_address_is_refused_and_not_told() {
