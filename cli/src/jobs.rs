@@ -160,7 +160,7 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
     let (listen, credentials) = (who.listen, &who.credentials);
     let control = AccessControl::load(None, credentials.token_file.as_deref(), credentials.tls_files(), None);
     let options = Options { listen, access: control.map_err(Fail::usage)?.insecure(who.insecure), ..Options::default() };
-    let mut access = credentials.access("")?;
+    let mut access = credentials.unaddressed()?;
     let opened = Coordinator::open_job(config, &options).await;
     let coordinator = opened.map_err(|error| Fail { code: error.exit_code(), message: error.to_string() })?;
     access.url = reachable(coordinator.addresses().grpc).to_string();

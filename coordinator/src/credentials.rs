@@ -66,14 +66,22 @@ impl Credentials {
             let host = if has_scheme { redacted(url) } else { redacted(&format!("http://{url}")) };
             return Err(CredentialError::Address { host });
         }
-        let token = self.token_file.as_deref().map(Token::load).transpose()?;
-        let files = self.tls_files();
-        let tls = if files.is_empty() { None } else { Some(ClientTls::load(&files)?) };
-        let access = Access { url: url.to_owned(), token, tls };
+        let access = Access { url: url.to_owned(), ..self.unaddressed()? };
         match access.endpoint() {
             Ok(_) => Ok(access),
             Err(rule) => Err(CredentialError::Unfit { url: url.to_owned(), rule }),
         }
+    }
+
+    /// The same for a coordinator whose address is not known yet.
+    ///
+    /// # Errors
+    /// If a file will not do.
+    pub fn unaddressed(&self) -> Result<Access, CredentialError> {
+        let token = self.token_file.as_deref().map(Token::load).transpose()?;
+        let files = self.tls_files();
+        let tls = if files.is_empty() { None } else { Some(ClientTls::load(&files)?) };
+        Ok(Access { url: String::new(), token, tls })
     }
 
     /// What a process that is started here is told: where the secrets are, for its arguments are anyone's to read.

@@ -101,7 +101,7 @@ impl Train {
     /// A coordinator and workers.
     async fn whole(&self, config: &RunConfig, out: Out) -> Result<u8, Fail> {
         let (coordinator, worker) = (binary("ella-coordinator")?, binary("ella-worker")?);
-        let access = self.credentials.access("")?;
+        let access = self.credentials.unaddressed()?;
         have_models(config)?;
         let store = Store::open(&config.run.output)?;
         let logs = Logs { folder: store.local_path().map(|run| run.join("logs")), verbose: self.verbose };
