@@ -237,6 +237,7 @@ async function longRun(browser) {
   await page.focus(".plot canvas");
   await page.keyboard.press("End");
   await page.keyboard.press("ArrowLeft");
+  await page.waitForFunction(() => document.querySelector(".plot canvas").getAttribute("aria-valuetext"));
   const said = await page.getAttribute(".plot canvas", "aria-valuetext");
   check(/^step [\d,]+: train [\d.]+/.test(said), `keys read values: ${said.slice(0, 80)}`);
   const wide = await page.textContent("#range");
