@@ -5,11 +5,13 @@
 //! the scene's index: the same seed gives the same bytes, whatever the machine and its number of cores.
 
 mod caption;
+mod questions;
 mod render;
 mod truth;
 mod world;
 mod write;
 
+pub use questions::{Look, Question, Sight};
 pub use world::{Backdrop, Background, Color, Direction, Object, Place, Relation, Scene, Shape, Size, Texture, World};
 pub use write::{MAX_OBJECTS, ScenesConfig, ScenesError, ScenesReport, write};
 

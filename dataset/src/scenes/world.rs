@@ -84,6 +84,18 @@ words!(
     Direction { Down = "down", Right = "right", Diagonal = "diagonal" }
 );
 
+impl Relation {
+    /// Whether something at `a` lies so to something at `b`.
+    pub const fn holds(self, a: Place, b: Place) -> bool {
+        match self {
+            Self::LeftOf => a.column < b.column,
+            Self::RightOf => a.column > b.column,
+            Self::Above => a.row < b.row,
+            Self::Below => a.row > b.row,
+        }
+    }
+}
+
 impl Color {
     pub(super) const fn rgb(self) -> [u8; 3] {
         match self {
@@ -210,6 +222,11 @@ impl Place {
         (0..(GRID * GRID) as u8).map(|cell| Self { row: cell / GRID as u8, column: cell % GRID as u8 })
     }
 
+    /// Its number in [`Place::all`].
+    pub const fn number(self) -> usize {
+        self.row as usize * GRID + self.column as usize
+    }
+
     /// Its name in truth, as “top left” or “center”.
     pub const fn name(self) -> &'static str {
         match (self.row, self.column) {
@@ -303,9 +320,7 @@ impl Scene {
     /// How the first object lies to the second: one relation for each axis in which their places differ.
     pub fn relations(&self, subject: usize, object: usize) -> Vec<Relation> {
         let (a, b) = (self.objects[subject].place, self.objects[object].place);
-        let across = (a.column != b.column).then_some(if a.column < b.column { Relation::LeftOf } else { Relation::RightOf });
-        let along = (a.row != b.row).then_some(if a.row < b.row { Relation::Above } else { Relation::Below });
-        across.into_iter().chain(along).collect()
+        Relation::ALL.iter().copied().filter(|relation| relation.holds(a, b)).collect()
     }
 }
 

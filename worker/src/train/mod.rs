@@ -1,6 +1,7 @@
 //! Training: the loop, and one step of it. Everything that is trained lies in flat buffers: one collective, one update, one file each.
 
 pub mod cadence;
+mod error;
 mod fault;
 pub mod graph;
 pub mod lane;
@@ -12,19 +13,18 @@ pub mod state;
 pub mod stats;
 mod sum;
 mod supply;
+mod times;
 
-use crate::commit::{CommitError, Committer, Seat};
+use crate::commit::{Committer, Seat};
 use crate::control::{Era, Flags, Outbox};
 use crate::feed::{Feed, FeedError, StepInput};
-use crate::reduce::fixed::FixedError;
-use crate::reduce::{Collective, CollectiveError};
+use crate::reduce::Collective;
 use cadence::Cadence;
 use ella_coordinator::logs;
 use ella_coordinator::trace::{self, About, Trace};
-use ella_dataset::ledger::LedgerError;
-use ella_model::ModelError;
 use ella_proto::config::{Features, RunConfig};
-use ella_proto::v1::{Activity, FailureKind, Progress, StepParts};
+use ella_proto::v1::{Activity, Progress};
+pub use error::TrainError;
 pub use fault::Bad;
 use graph::Graphs;
 use lane::{Follow, LaneBatch, Networks};
@@ -38,96 +38,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use sum::{Reduced, Sum};
 use supply::Supply;
 use tch::{Device, Kind, Tensor};
-
-/// Why training stopped short.
-#[derive(Debug, thiserror::Error)]
-pub enum TrainError {
-    /// libtorch's own error.
-    #[error("libtorch: {0}")]
-    Torch(#[from] tch::TchError),
-    /// A network's error.
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    /// The data's error.
-    #[error(transparent)]
-    Feed(#[from] FeedError),
-    /// A peer is gone, or late, or does something else.
-    #[error(transparent)]
-    Collective(#[from] CollectiveError),
-    /// The GPU's driver failed.
-    #[error(transparent)]
-    Gpu(#[from] nccl_rs::Error),
-    /// A stream or an operator of the GPU failed.
-    #[error("GPU: {0}")]
-    Cuda(#[from] ella_cuda::Error),
-    /// A loss or gradient that is not finite, or outside what `exact` reduction holds. Nothing was updated from it.
-    #[error("step {step}{}: {bad}; lower train.optimizer.lr, or look at the samples of this step: {samples}", fault::of_lane(*.lane))]
-    NotFinite {
-        /// The step.
-        step: u64,
-        /// The lane, where it is of one.
-        lane: Option<u32>,
-        /// What is wrong.
-        bad: Bad,
-        /// Where the samples are listed.
-        samples: String,
-    },
-    /// The sums of a step cannot be formed.
-    #[error(transparent)]
-    Sum(#[from] FixedError),
-    /// The ranks together have not used what makes up the step (ONCE).
-    #[error("step {step}: {what} of all ranks are {found} (expected {expected}); all ranks must run the same program on the same data")]
-    Dealt {
-        /// The step.
-        step: u64,
-        /// What was counted.
-        what: &'static str,
-        /// As it must be.
-        expected: u64,
-        /// As it is.
-        found: u64,
-    },
-    /// The ranks' sums do not make sense.
-    #[error("step {step}: {source}")]
-    Ledger {
-        /// The step.
-        step: u64,
-        /// What is wrong.
-        source: LedgerError,
-    },
-    /// A commit could not be saved.
-    #[error(transparent)]
-    Commit(#[from] CommitError),
-    /// The coordinator has ended the generation.
-    #[error("the generation was ended")]
-    Interrupted,
-}
-
-impl TrainError {
-    /// What to tell the coordinator: the kind, and whether starting again would fail in the same way.
-    pub fn failure(&self) -> (FailureKind, bool) {
-        match self {
-            Self::Torch(_) | Self::Gpu(_) | Self::Cuda(_) | Self::Sum(_) => (FailureKind::Internal, false),
-            Self::Model(_) => (FailureKind::Input, true),
-            Self::Feed(error) => (FailureKind::Input, error.is_permanent()),
-            Self::Collective(_) => (FailureKind::Collective, false),
-            // The same step gives the same numbers (SAME), so a restart would end here again.
-            Self::NotFinite { .. } | Self::Ledger { .. } | Self::Dealt { .. } => (FailureKind::Numeric, true),
-            Self::Commit(CommitError::Store { source, .. }) => (FailureKind::Store, source.is_permanent()),
-            Self::Commit(CommitError::Late { .. }) => (FailureKind::Store, false),
-            Self::Commit(CommitError::Died | CommitError::Interrupted) | Self::Interrupted => (FailureKind::Internal, false),
-        }
-    }
-
-    /// Whether it only ends the generation: this rank and its state are as well as ever.
-    pub fn spares_the_rank(&self) -> bool {
-        match self {
-            Self::Collective(error) => error.is_of_peers(),
-            Self::Interrupted | Self::Commit(CommitError::Interrupted) => true,
-            _ => false,
-        }
-    }
-}
+use times::{Passes, Times};
 
 /// How a generation ended that nothing broke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -483,16 +394,6 @@ struct Lanes {
     marks: Vec<Passes>,
 }
 
-/// When a lane was computed.
-struct Passes {
-    begin: Mark,
-    /// The forward pass is done, where that was told.
-    halfway: Option<Mark>,
-    end: Mark,
-    /// How long sums over ranks held this thread up meanwhile.
-    held: Duration,
-}
-
 /// Adds a lane's gradient up as it comes, and begins to sum it over ranks if it is the last.
 struct Adding<'a> {
     sum: &'a mut Sum,
@@ -564,46 +465,4 @@ fn read(reduced: &Reduced) -> Result<([i64; WORDS], f64), tch::TchError> {
     Tensor::f_cat(&[&reduced.words, &square], 0)?.f_to_device(Device::Cpu)?.f_copy_data(&mut numbers, WORDS + 1)?;
     let [words @ .., square] = numbers;
     Ok((words, f64::from_bits(square as u64).sqrt()))
-}
-
-/// Where the time of a step went.
-#[derive(Clone, Copy, Debug, Default)]
-struct Times {
-    data: Duration,
-    encode: Duration,
-    forward: Duration,
-    backward: Duration,
-    reduce: Duration,
-    /// Beside the backward pass.
-    reduce_hidden: Duration,
-    update: Duration,
-    commit: Duration,
-    draw: Duration,
-}
-
-impl Times {
-    /// The passes of all lanes. On a processor, sums over ranks that began meanwhile have held them up, and count as their own.
-    fn passes(&mut self, lanes: &[Passes]) -> Result<(), TrainError> {
-        for Passes { begin, halfway, end, held } in lanes {
-            let on_processor = matches!(end, Mark::Host(_));
-            let halfway = halfway.as_ref().unwrap_or(begin);
-            self.forward += halfway.since(begin)?;
-            self.backward += end.since(halfway)?.saturating_sub(if on_processor { *held } else { Duration::ZERO });
-        }
-        Ok(())
-    }
-
-    fn parts(&self) -> StepParts {
-        StepParts {
-            data: self.data.as_secs_f64(),
-            encode: self.encode.as_secs_f64(),
-            forward: self.forward.as_secs_f64(),
-            backward: self.backward.as_secs_f64(),
-            reduce: self.reduce.as_secs_f64(),
-            reduce_hidden: self.reduce_hidden.as_secs_f64(),
-            update: self.update.as_secs_f64(),
-            commit: self.commit.as_secs_f64(),
-            draw: self.draw.as_secs_f64(),
-        }
-    }
 }
