@@ -21,7 +21,8 @@ pub(super) struct Resampling {
 pub(super) struct Estimate {
     /// Per cent.
     pub(super) value: f64,
-    /// 2.5 % of the resamples lie below the first, and 2.5 % above the second. None of fewer than two prompts.
+    /// 2.5 % of the resamples lie below the first, and 2.5 % above the second. None if fewer than two prompts
+    /// have a part in it: drawing the same one again and again tells nothing.
     pub(super) interval: Option<[f64; 2]>,
     /// How many prompts it is the mean of, or answers for a category.
     pub(super) of: u64,
@@ -41,10 +42,11 @@ impl Scores {
         let sums = Sums::of(judged);
         let draws = sums.resampled(how);
         let estimate = |column: usize| {
-            let whole: Fraction = sums.rows.iter().flatten().filter(|(at, _)| *at == column).map(|(_, part)| *part).sum();
+            let parts: Vec<Fraction> = sums.rows.iter().flatten().filter(|(at, _)| *at == column).map(|(_, part)| *part).collect();
             let mut means: Vec<f64> = draws.iter().filter_map(|draw| draw[column].mean()).collect();
             means.sort_by(f64::total_cmp);
-            let interval = (sums.rows.len() > 1).then(|| Some([quantile(&means, 0.025)?, quantile(&means, 0.975)?])).flatten();
+            let interval = (parts.len() > 1).then(|| Some([quantile(&means, 0.025)?, quantile(&means, 0.975)?])).flatten();
+            let whole: Fraction = parts.into_iter().sum();
             whole.mean().map(|mean| Estimate {
                 value: 100.0 * mean,
                 interval: interval.map(|ends| ends.map(|end| 100.0 * end)),
@@ -168,7 +170,7 @@ mod tests {
         let judged = judged(&[(1.0, &[("entity - whole", 1), ("entity - part", 0), ("global", 1)]), (0.0, &[("entity - whole", 1)])]);
         let scores = Scores::of(&judged, HOW);
         let values: Vec<_> = scores.level1.iter().map(|(name, e)| (name.as_str(), e.value, e.of)).collect();
-        assert_eq!(values, [("entity", 100.0 * 2.0 / 3.0, 3), ("global", 100.0, 1)]);
+        assert_eq!(values, [("entity", 100.0 * (2.0 / 3.0), 3), ("global", 100.0, 1)]);
         assert_eq!(scores.level2.keys().collect::<Vec<_>>(), ["entity - part", "entity - whole", "global"]);
         assert_eq!(scores.score.map(|e| (e.value, e.of)), Some((50.0, 2)));
     }
@@ -189,6 +191,8 @@ mod tests {
     fn of_one_prompt_there_is_no_interval_and_of_none_no_score() {
         let one = Scores::of(&judged(&[(0.5, &[("global", 1)])]), HOW);
         assert_eq!(one.score, Some(Estimate { value: 50.0, interval: None, of: 1 }));
+        let shared = Scores::of(&judged(&[(0.5, &[("global", 1), ("entity", 0)]), (0.5, &[("entity", 1)])]), HOW);
+        assert_eq!((shared.level1["global"].interval, shared.level1["entity"].interval), (None, Some([0.0, 100.0])));
         let none = Scores::of(&judged(&[]), HOW);
         assert!(none.score.is_none() && none.level1.is_empty() && none.level2.is_empty());
     }

@@ -14,12 +14,17 @@ use crate::ui::count;
 
 const OWN: &str = "tr.own td { font-weight: 600; }\n.name { font-size: 13px; fill: var(--ink); }\n";
 
-const MODES: &str = "official: as the official script reckons in one process: without the set's first row, without prompts that raise, dependencies \
-                     in the order of the rows, categories of the last tile alone. correct: all rows, all dependencies, all tiles; a prompt without \
-                     a picture is 0. Intervals: 95 %, prompts drawn anew";
+const MODES: [&str; 3] = [
+    "official: as the official script reckons in one process: without the set's first row and without prompts that raise, dependencies in the \
+     order of the rows, categories of the last tile alone",
+    "correct: all rows, all dependencies, all tiles; a prompt without a picture is 0",
+    "95 % intervals: prompts drawn anew, with replacement",
+];
 
-const BESIDE: &str = "The published categories were made by the official script in several processes, which mixes them up; no mode reproduces that. \
-                      All scores are of mPLUG's answers: those of another model's are not comparable. Take one or two points for noise";
+const BESIDE: [&str; 2] = [
+    "The published categories were made by the official script in several processes, which mixes them up; no mode reproduces that",
+    "All scores are of mPLUG's answers: those of another model's are not comparable. Take one or two points for noise",
+];
 
 /// A heading, words, and a table.
 struct Section {
@@ -84,11 +89,11 @@ fn about(found: &Found<'_>) -> String {
 
 fn sections(found: &Found<'_>) -> Vec<Section> {
     let told = found.notes.iter().map(|note| note.text.clone()).collect::<Vec<_>>();
-    let mut sections = vec![Section { title: "Scores", words: vec![MODES.to_owned()], sheet: Some(scores(found)) }];
+    let mut sections = vec![Section { title: "Scores", words: MODES.map(str::to_owned).to_vec(), sheet: Some(scores(found)) }];
     if !told.is_empty() {
         sections.push(Section { title: "What to know", words: told, sheet: None });
     }
-    let mut words = vec![BESIDE.to_owned()];
+    let mut words = BESIDE.map(str::to_owned).to_vec();
     if found.prompts != PROMPTS {
         words.push(format!(
             "This set is not DPG-Bench ({} instead of {PROMPTS}): its scores are not comparable with these",
@@ -129,9 +134,9 @@ fn scores(found: &Found<'_>) -> Sheet {
         let mut cells = vec![name];
         for column in 0..found.modes().len() {
             let estimate = estimates.iter().find(|(at, _)| *at == column).map(|(_, estimate)| *estimate);
-            let unit = if at == 0 { "prompts" } else { "answers" };
+            let unit = if at == 0 { "prompt" } else { "answer" };
             cells.extend(
-                estimate.map_or(["–".to_owned(), String::new(), String::new()], |e| [number(e), range(e), format!("{} {unit}", e.of)]),
+                estimate.map_or(["–".to_owned(), String::new(), String::new()], |e| [number(e), range(e), count(e.of as usize, unit)]),
             );
         }
         if at == 0 { Line::strong(cells) } else { Line::new(cells) }

@@ -303,7 +303,7 @@ pub(super) mod tests {
     fn what_is_odd_is_told() {
         let set = set(&[("1", 1, "2", "t"), ("1", 2, "1", "t"), ("2.5", 1, "7,8", "t"), ("1", 3, "3", "t")]);
         let kinds: Vec<_> = set.notes().iter().map(|note| (note.kind, note.count)).collect();
-        assert_eq!(kinds, [("split_item", 1), ("unknown_parent", 2), ("cycle", 3), ("dotted_item", 1), ("numbers", 1)]);
+        assert_eq!(kinds, [("split_item", 1), ("unknown_parent", 2), ("cycle", 3), ("dotted_item", 1), ("numbers", 2)]);
         assert!(set.notes()[1].text.contains("2.5/1 on 7, 2.5/1 on 8"), "{:?}", set.notes());
     }
 
