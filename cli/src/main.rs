@@ -6,6 +6,7 @@ mod certs;
 mod chaos;
 mod children;
 mod doctor;
+mod dpg;
 mod drain;
 mod embed;
 mod export;
@@ -27,6 +28,7 @@ mod top;
 mod train;
 mod ui;
 mod verify;
+mod whole;
 mod why;
 
 use std::process::ExitCode;
@@ -82,6 +84,8 @@ enum Command {
     Why(why::Why),
     /// Draw pictures from prompts
     Sample(Box<sample::Sample>),
+    /// Ask and score DPG-Bench: how well pictures follow dense prompts
+    Dpg(dpg::Dpg),
     /// Take the newest commit's connector out of a run, in the official key layout
     Export(export::Export),
     /// Run one network on tensors from a file
@@ -124,6 +128,7 @@ fn main() -> ExitCode {
         Command::Chaos(command) => command.run(out),
         Command::Why(command) => command.run(out),
         Command::Sample(command) => command.run(out),
+        Command::Dpg(command) => command.run(out),
         Command::Export(command) => command.run(out),
         Command::Forward(command) => command.run(out),
         Command::Inspect(command) => command.run(out),

@@ -52,5 +52,5 @@ pub use set::{AddedCaptions, DataSet, Features};
 pub use settings::{Buckets, CaptionColumn, Condition, Duplicates, Filters, Settings, TokenRule};
 pub use shard::{Row, RowRef, ShardLayout, ShardReader, ShardWriter};
 pub use sidecar::{Counts, SidecarManifest};
-pub use source::{Field, Fields, Member, Piece, PieceRead, Sample, Source, SourceKind, SourceOptions};
+pub use source::{Field, Fields, Member, Piece, PieceRead, Sample, Source, SourceKind, SourceOptions, csv_records};
 pub use verify::{Damage, Inventory, Verified};

@@ -5,16 +5,16 @@ mod events;
 mod parquet;
 mod table;
 
-use std::io::{BufWriter, Write};
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use ella_store::Store;
 use serde_json::json;
-use tempfile::NamedTempFile;
 
 use crate::run::RunFolder;
 use crate::ui::{DONE, Fail, Out, bytes};
+use crate::whole::{appear, partial, write};
 use table::Table;
 
 /// The table's name in a run folder.
@@ -100,24 +100,6 @@ async fn measured(run: &RunFolder) -> Result<Table, Fail> {
         return Err(Fail::failed(format_args!("{}/metrics: nothing was measured yet; train the run first", run.store.url())));
     }
     Ok(Table::of(&metrics))
-}
-
-/// Writes the file, whole or not at all.
-fn write(path: &Path, bytes: &[u8]) -> Result<usize, Fail> {
-    let mut partial = partial(path)?;
-    partial.write_all(bytes).map_err(|error| Fail::io(path, "written", &error))?;
-    appear(partial, path)?;
-    Ok(bytes.len())
-}
-
-/// What is to become `path`, beside it.
-fn partial(path: &Path) -> Result<NamedTempFile, Fail> {
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    tempfile::Builder::new().prefix(".ella-").tempfile_in(folder).map_err(|error| Fail::io(path, "written", &error))
-}
-
-fn appear(partial: NamedTempFile, path: &Path) -> Result<(), Fail> {
-    partial.persist(path).map(drop).map_err(|error| Fail::io(path, "written", &error.error))
 }
 
 async fn tensorboard(run: &RunFolder, folder: &Path, out: Out) -> Result<u8, Fail> {

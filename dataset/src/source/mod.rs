@@ -25,6 +25,7 @@ use ella_store::{Digest, Store};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
+pub use self::rows::csv_records;
 pub use self::sample::{Field, Fields, Member, Sample};
 use crate::error::DataError;
 

@@ -191,6 +191,16 @@ fn find(byte: u8, bytes: &[u8]) -> Option<usize> {
     bytes.iter().position(|&b| b == byte)
 }
 
+/// The records of a CSV text that is held as a whole, but for blank lines: where each begins, in bytes, and its values; none if it is broken.
+pub fn csv_records(text: &[u8]) -> Vec<(u64, Option<Vec<Vec<u8>>>)> {
+    let (mut rows, mut records) = (Rows::new(text, Format::Csv), Vec::new());
+    // Reading from memory does not fail.
+    while let Ok(Some(row)) = rows.next() {
+        records.push((row.at, row.bytes.map(|bytes| values(bytes).into_iter().map(Cow::into_owned).collect())));
+    }
+    records
+}
+
 /// The values of a sound CSV row, without their quotes.
 pub(super) fn values(row: &[u8]) -> Vec<Cow<'_, [u8]>> {
     let (mut at, mut values) = (0, Vec::new());
@@ -259,6 +269,13 @@ mod tests {
         let found = rows("\u{feff}{}\r\n\n  \n[1]\n2".as_bytes(), Format::Jsonl);
         assert_eq!(found, [(3, "{}\r".into()), (11, "[1]".into()), (15, "2".into())]);
         assert_eq!(rows(b"", Format::Jsonl), []);
+    }
+
+    #[test]
+    fn a_whole_text_is_records_with_their_places() {
+        let whole = |at, values: [&str; 2]| (at, Some(values.map(|value| value.as_bytes().to_vec()).to_vec()));
+        let found = csv_records(b"\xef\xbb\xbfa,b\n\nc,\"d\"\"\ne\"\n\"x\" y,z\nf,g");
+        assert_eq!(found, [whole(3, ["a", "b"]), whole(8, ["c", "d\"\ne"]), (17, None), whole(25, ["f", "g"])]);
     }
 
     #[test]
