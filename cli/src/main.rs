@@ -6,6 +6,7 @@ mod certs;
 mod chaos;
 mod children;
 mod doctor;
+mod dpg;
 mod drain;
 mod embed;
 mod export;
@@ -21,6 +22,7 @@ mod prepare;
 mod report;
 mod run;
 mod sample;
+mod sampling;
 mod scenes;
 mod status;
 mod top;
@@ -82,6 +84,8 @@ enum Command {
     Why(why::Why),
     /// Draw pictures from prompts
     Sample(Box<sample::Sample>),
+    /// Draw DPG-Bench's prompts, or another set of dense prompts, for a scorer
+    Dpg(dpg::Dpg),
     /// Take the newest commit's connector out of a run, in the official key layout
     Export(export::Export),
     /// Run one network on tensors from a file
@@ -124,6 +128,7 @@ fn main() -> ExitCode {
         Command::Chaos(command) => command.run(out),
         Command::Why(command) => command.run(out),
         Command::Sample(command) => command.run(out),
+        Command::Dpg(command) => command.run(out),
         Command::Export(command) => command.run(out),
         Command::Forward(command) => command.run(out),
         Command::Inspect(command) => command.run(out),
