@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use ella_model::lora::Lora;
+use ella_proto::config;
 use ella_worker::models;
 
 use crate::ui::{Fail, note};
@@ -51,6 +52,11 @@ impl Loras {
             Ok(lora)
         };
         self.named.iter().map(open).collect()
+    }
+
+    /// As a config names them.
+    pub(crate) fn config(&self) -> Vec<config::Lora> {
+        self.named.iter().map(|named| config::Lora { file: named.file.clone(), weight: named.weight }).collect()
     }
 
     /// Each as it was named, its weight always there.

@@ -22,6 +22,7 @@ mod prepare;
 mod report;
 mod run;
 mod sample;
+mod sampling;
 mod scenes;
 mod status;
 mod top;
@@ -84,7 +85,7 @@ enum Command {
     Why(why::Why),
     /// Draw pictures from prompts
     Sample(Box<sample::Sample>),
-    /// Ask and score DPG-Bench: how well pictures follow dense prompts
+    /// Draw, ask and score DPG-Bench: how well pictures follow dense prompts
     Dpg(dpg::Dpg),
     /// Take the newest commit's connector out of a run, in the official key layout
     Export(export::Export),

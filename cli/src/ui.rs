@@ -13,6 +13,7 @@ use ella_proto::exit::Exit;
 use ella_store::{LogError, StoreError};
 use ella_worker::device::NoDevice;
 use ella_worker::feed::FeedError;
+use ella_worker::grids::DrawError;
 pub(crate) use ella_worker::meter::{Meter, note};
 use ella_worker::prepare::PrepareError;
 use serde::Serialize;
@@ -106,6 +107,17 @@ impl From<PrepareError> for Fail {
             _ => FAILED,
         };
         Self { code, message: error.to_string() }
+    }
+}
+
+impl From<DrawError> for Fail {
+    fn from(error: DrawError) -> Self {
+        match error {
+            DrawError::Data(error) => error.into(),
+            error if error.is_usage() => Self::usage(error),
+            error @ DrawError::Folder { .. } => Self { code: NO_RETRY, message: error.to_string() },
+            error => Self::failed(error),
+        }
     }
 }
 

@@ -48,6 +48,15 @@ pub enum DataError {
         what: String,
     },
 
+    /// A set of prompts cannot be used.
+    #[error("{location}: {what}")]
+    Prompts {
+        /// The set as it was given, or a file of it.
+        location: String,
+        /// What is wrong with it, and where in it.
+        what: String,
+    },
+
     /// No sample of a source has any of the fields that were named for captions.
     #[error("{source_name}: no sample has the field of captions that was named ({fields}); its samples have: {found}; name one of these")]
     CaptionField {

@@ -22,6 +22,7 @@ mod picture;
 mod plan;
 mod prepare;
 mod progress;
+mod prompts;
 mod report;
 mod room;
 pub mod scenes;
@@ -46,6 +47,7 @@ pub use picture::{Crop, Encoding, Picture, PictureRules, SDXL_BUCKETS, Scratch, 
 pub use plan::{PLAN, Part, Plan, PlannedSource, REPORT, UnitRecord, write_file};
 pub use prepare::{KeyList, LatentEncoder, Preparation, PrepareOptions, ToDo, TokenCounter, UnitWatch, prepare};
 pub use progress::{Progress, progress};
+pub use prompts::{Prompt, Prompts};
 pub use report::{Refusal, Refused, Report};
 pub use room::Memory;
 pub use set::{AddedCaptions, DataSet, Features};

@@ -60,11 +60,17 @@ fn named(config: &Config) -> Vec<Place> {
             let models = [
                 text("prepare", "latents").map(place("prepare.latents", Kind::Model)),
                 text("embed", "text").map(place("embed.text", Kind::Model)),
+                text("draw", "prompts").map(place("draw.prompts", Kind::Source)),
+                text("draw", "base").map(place("draw.base", Kind::Model)),
+                text("draw", "connector").map(place("draw.connector", Kind::Model)),
+                text("draw", "text").map(place("draw.text", Kind::Model)),
             ];
+            let loras = table.get("draw").and_then(|draw| draw.get("loras")?.as_array()).into_iter().flatten();
+            let loras = loras.filter_map(|lora| Some(place("draw.loras", Kind::Model)(lora.get("file")?.as_str()?.to_owned())));
             let endpoint = table.get("caption").and_then(|caption| caption.get("ask")?.get("endpoint")?.as_str().map(str::to_owned));
             let endpoint = endpoint.map(place("caption.ask.endpoint", Kind::Source));
             let data = place("job.data", Kind::Output)(job.job.data.clone());
-            [data].into_iter().chain(sources).chain(models.into_iter().flatten()).chain(endpoint).collect()
+            [data].into_iter().chain(sources).chain(models.into_iter().flatten()).chain(loras).chain(endpoint).collect()
         }
     }
 }
@@ -191,5 +197,13 @@ mod tests {
         assert!(job("images.tar").starts_with("`prepare.sources` is \"images.tar\""));
         let embed = "[job]\nkind = \"embed\"\ndata = \"s3://b/d\"\n[embed]\ntext = \"/root/.cache/t5\"\n";
         assert!(said(&Config::parse(embed, "job.toml", &[]).unwrap(), None).starts_with("`embed.text`"));
+        let draw = |more: &str| {
+            let text = format!("[job]\nkind = \"draw\"\ndata = \"s3://b/g\"\n[draw]\nprompts = \"s3://b/p\"\nbase = \"org/sd15\"\n{more}");
+            said(&Config::parse(&text, "job.toml", &[]).unwrap(), None)
+        };
+        assert_eq!(draw("connector = \"org/ella/tsc.safetensors\"\ntext = \"org/t5\"\n"), "");
+        for (key, value) in [("connector", "\"/m/c.safetensors\""), ("text", "\"/m/t5\""), ("loras", "[{ file = \"/m/l.safetensors\" }]")] {
+            assert!(draw(&format!("{key} = {value}\n")).starts_with(&format!("`draw.{key}`")), "{key}");
+        }
     }
 }

@@ -173,6 +173,20 @@ pub enum ModelError {
         /// What it is.
         found: String,
     },
+    /// Models that were made for others than they are put together with.
+    #[error("{}: {what} is {found}, but {other} has {expected}; the models do not belong together", file.display())]
+    Mismatch {
+        /// The model's file or folder.
+        file: PathBuf,
+        /// What of it does not fit.
+        what: &'static str,
+        /// What that is.
+        found: i64,
+        /// What it should fit.
+        other: String,
+        /// What that has.
+        expected: i64,
+    },
     /// Something asked for that ella does not do.
     #[error("{what} is not supported; {instead}")]
     Unsupported {

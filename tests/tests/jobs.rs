@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use ella_tests::{Dice, Files, World, children_of, ella, exists, signal, spawn, try_ella, wait};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Child;
+use std::process::{Child, Output};
 use std::time::{Duration, Instant};
 
 /// Every file below a folder but the records that tell where sources were read, by name.
@@ -136,5 +136,75 @@ fn damage_is_named_and_made_good_again() -> Result<()> {
     ella(&["embed", &at, "--text", &world.path("models/text").display().to_string(), "--max-tokens", "64"])?;
     ella(&["verify", &at])?;
     ensure!(tree(&data)? == calm, "the repaired data set is not the one that was");
+    Ok(())
+}
+
+/// A world with prompts and a connector, and the command that draws them into a folder.
+fn prompts(world: &World, count: usize) -> Result<()> {
+    std::fs::create_dir(world.path("prompts"))?;
+    for number in 0..count {
+        let text = format!("{} red circles beside {number} blue squares", number % 7);
+        std::fs::write(world.path(&format!("prompts/item{number:03}.txt")), text)?;
+    }
+    let run = world.run("short", 1, "")?;
+    ella(&run.train(&[]))?;
+    ella(&["export", &world.path("short").display().to_string(), "--out", &world.path("connector.safetensors").display().to_string()])?;
+    Ok(())
+}
+
+fn generate(world: &World, out: &str, more: &[&str]) -> Vec<String> {
+    let at = |name: &str| world.path(name).display().to_string();
+    let (prompts, out, connector, base, text) = (at("prompts"), at(out), at("connector.safetensors"), at("models/base"), at("models/text"));
+    let fixed = ["dpg", "generate", "--prompts", &prompts, "--out", &out, "--connector", &connector, "--base", &base, "--text", &text];
+    let how = ["--max-tokens", "64", "--batch", "8", "--json"];
+    let steps: &[&str] = if more.contains(&"--steps") { &[] } else { &["--steps", "4"] };
+    fixed.iter().chain(&how).chain(steps).chain(more).map(|argument| (*argument).to_owned()).collect()
+}
+
+fn counts(output: &Output) -> Result<[u64; 3]> {
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    Ok(["drawn", "there", "replaced"].map(|name| said[name].as_u64().unwrap_or(u64::MAX)))
+}
+
+#[test]
+fn grids_come_out_the_same_whoever_draws_them_and_whoever_is_killed() -> Result<()> {
+    let world = World::new(64)?;
+    prompts(&world, 33)?;
+    ensure!(counts(&try_ella(&generate(&world, "calm", &[]))?)? == [33, 0, 0]);
+    let calm = tree(&world.path("calm"))?;
+    ensure!(calm.len() == 34);
+    let mut child = spawn(&generate(&world, "two", &["--workers", "2"]))?;
+    let killed = harass(&mut child, 3, &mut Dice::new(5))?;
+    counts(&wait(child)?)?;
+    ensure!(killed > 0, "the job was over before anyone was killed");
+    ensure!(tree(&world.path("two"))? == calm, "the grids depend on who drew them");
+
+    // Killed as a whole, and gone on with by others.
+    let child = spawn(&generate(&world, "whole", &[]))?;
+    ella_tests::wait_until("the first grids", || world.path("whole").read_dir().is_ok_and(|files| files.count() > 5))?;
+    ella_tests::kill_group(child.id());
+    wait(child)?;
+    let before = world.path("whole").read_dir()?.count();
+    ensure!(before < 34, "it was over before it was killed");
+    let [drawn, there, replaced] = counts(&try_ella(&generate(&world, "whole", &["--workers", "2"]))?)?;
+    ensure!(drawn > 0 && there > 3 && drawn + there == 33 && replaced == 0, "{drawn} drawn, {there} there, {replaced} replaced");
+    ensure!(tree(&world.path("whole"))? == calm, "the grids depend on what was there before");
+    Ok(())
+}
+
+#[test]
+fn who_is_told_to_leave_leaves_soon_and_another_goes_on() -> Result<()> {
+    let world = World::new(64)?;
+    prompts(&world, 12)?;
+    let child = spawn(&generate(&world, "out", &["--steps", "500"]))?;
+    ella_tests::wait_until("the record", || exists(world.path("out/generate.json")))?;
+    signal(child.id(), libc::SIGTERM);
+    let begin = Instant::now();
+    let output = wait(child)?;
+    ensure!(output.status.code() == Some(3), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(begin.elapsed() < Duration::from_secs(8), "it took {:?} to leave", begin.elapsed());
+    // Nothing was drawn by those steps: others are free to take their place.
+    ensure!(counts(&try_ella(&generate(&world, "out", &[]))?)? == [12, 0, 0]);
     Ok(())
 }

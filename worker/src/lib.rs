@@ -1,6 +1,6 @@
 //! The data plane: what a worker does. Feed ([`feed`]) → step ([`train`]) → reduce ([`reduce`]) → commit ([`commit`]), under a
 //! coordinator ([`control`], [`session`]); units of a job, alone or under a coordinator ([`job`]): data sets ([`prepare`]), features
-//! ([`embed`], [`text`]), and captions from a model elsewhere ([`caption`]).
+//! ([`embed`], [`text`]), captions from a model elsewhere ([`caption`]), and grids of pictures ([`grids`]).
 
 mod album;
 pub mod caption;
@@ -11,6 +11,7 @@ pub mod draw;
 pub mod embed;
 pub mod feed;
 pub mod gpu;
+pub mod grids;
 mod http;
 pub mod hub;
 pub mod job;

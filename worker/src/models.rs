@@ -12,7 +12,7 @@ use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
 use ella_model::lora::Lora;
 use ella_model::schedule::Prediction;
 use ella_model::unet::UNetConfig;
-use ella_model::vae::Vae;
+use ella_model::vae::{Vae, VaeConfig};
 use ella_proto::config::{self, ConnectorDtype, ConnectorKind as Wanted, RunConfig};
 use ella_store::{Digest, Hasher};
 use std::path::{Path, PathBuf};
@@ -42,12 +42,12 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let text_model = locate("text.model", &config.text.model)?;
     let text = text::identity(&text_model, config.text.max_tokens)?;
     let kind = device::kind(config.base.dtype);
-    let loras = config.base.loras.iter().map(lora).collect::<Result<Vec<_>, _>>()?;
+    let loras = config.base.loras.iter().map(|named| lora("base.loras", named)).collect::<Result<Vec<_>, _>>()?;
     let (unet, vae, schedule) = (base.unet_with(&loras, kind, device)?, base.vae(kind, device)?, base.schedule(device)?);
     if vae.kind() != kind {
         tracing::info!("the VAE computes in float32: its config.json has force_upcast, because float16 overflows in it");
     }
-    check_latents(unet.config(), &vae, base.path())?;
+    check_latents(unet.config(), vae.config(), base.path())?;
 
     let sizes = connector_config(config, unet.config(), text.width)?;
     let layout = Arc::new(Layout::new(Connector::layout(&sizes)?));
@@ -96,16 +96,21 @@ pub fn locate(key: &'static str, model: &str) -> Result<PathBuf, ModelError> {
 
 /// What the base predicts, where the config says it.
 pub(crate) fn predicts(config: &RunConfig) -> Option<Prediction> {
-    config.base.prediction.map(|named| match named {
+    config.base.prediction.map(prediction)
+}
+
+/// What a base predicts, by a config's name.
+pub(crate) fn prediction(named: config::Prediction) -> Prediction {
+    match named {
         config::Prediction::Epsilon => Prediction::Epsilon,
         config::Prediction::VPrediction => Prediction::Velocity,
         config::Prediction::Sample => Prediction::Sample,
-    })
+    }
 }
 
-/// Opens one of `base.loras`, and tells what of it is not used (KNOWN).
-fn lora(named: &config::Lora) -> Result<Lora, ModelError> {
-    let lora = Lora::open(&locate("base.loras", &named.file)?, named.weight)?;
+/// Opens one of the LoRAs that `key` names, and tells what of it is not used (KNOWN).
+pub(crate) fn lora(key: &'static str, named: &config::Lora) -> Result<Lora, ModelError> {
+    let lora = Lora::open(&locate(key, &named.file)?, named.weight)?;
     if let Some(unused) = lora.unused() {
         tracing::warn!("{unused}");
     }
@@ -135,8 +140,8 @@ pub fn connector_config(config: &RunConfig, unet: &UNetConfig, text_width: i64) 
     Ok(ConnectorConfig { layers, heads, latents, pooled, ..ConnectorConfig::new(kind, width, text_width) })
 }
 
-fn check_latents(unet: &UNetConfig, vae: &Vae, base: &Path) -> Result<(), ModelError> {
-    let latents = vae.config().latent_channels;
+pub(crate) fn check_latents(unet: &UNetConfig, vae: &VaeConfig, base: &Path) -> Result<(), ModelError> {
+    let latents = vae.latent_channels;
     let name = format!("{}: unet in_channels", base.display());
     if unet.in_channels != latents {
         return Err(ModelError::argument(

@@ -90,6 +90,11 @@ impl TextEncoder {
         Ok(Rows { features, tokens: encoded.lengths, truncated: encoded.truncated.len() })
     }
 
+    /// How many of these captions lose their end at `max_tokens`.
+    pub fn cuts<S: AsRef<str>>(&self, captions: &[S], max_tokens: usize) -> Result<usize, ModelError> {
+        Ok(self.tokenizer.encode(captions, max_tokens, Rule::None)?.truncated.len())
+    }
+
     /// How many tokens each caption has before padding, and at most `max_tokens`.
     pub fn lengths<S: AsRef<str>>(&self, captions: &[S]) -> Result<Vec<usize>, ModelError> {
         Ok(self.tokenizer.encode(captions, self.options.max_tokens, Rule::None)?.lengths)

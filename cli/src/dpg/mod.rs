@@ -8,6 +8,7 @@ mod answers;
 mod chart;
 mod correct;
 mod estimate;
+mod generate;
 mod judged;
 mod official;
 mod published;
@@ -35,6 +36,8 @@ pub(crate) struct Dpg {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Draw every prompt four times, as the 2×2 grids that the official scorer reads
+    Generate(Box<generate::Generate>),
     /// Write the list of questions to ask of each tile of each picture, for any model that answers questions about pictures
     Questions(questions::Questions),
     /// Reckon the scores from a model's answers, as the official script does and with its defects mended
@@ -44,6 +47,7 @@ enum Command {
 impl Dpg {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         match &self.command {
+            Command::Generate(command) => command.run(out),
             Command::Questions(command) => command.run(out),
             Command::Score(command) => command.run(out),
         }

@@ -48,7 +48,7 @@ impl Studio {
 
     /// The pictures of all shots, as the script tells them. `step` hears of each step done.
     pub(super) fn draw(&mut self, shots: &[Shot], script: &Script, noise: &Noise, step: &mut dyn FnMut()) -> Result<Vec<Picture>, Fail> {
-        let through = Networks { connector: &self.connector, unet: &self.unet, vae: &self.vae };
+        let through = Networks { connector: Some(&self.connector), unet: &self.unet, vae: &self.vae };
         let mut drawn = Vec::with_capacity(shots.len());
         for shots in shots.chunks(self.batch) {
             let noise = noise.rows(drawn.len(), shots)?;

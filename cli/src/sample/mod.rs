@@ -9,29 +9,22 @@ mod result;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use draw::{Settings, Studio};
 use ella_model::base::Base;
-use ella_model::connector::{Connector, DEFAULT_HEADS};
-use ella_model::sampler::Method;
-use ella_model::schedule::Prediction;
+use ella_model::connector::Connector;
 use ella_model::text::TextConfig;
 use ella_model::unet::UNetConfig;
 use ella_proto::config::Size;
-use ella_worker::draw::{self as drawing, BaseText, Noise, NoiseError, Reading, Script};
+use ella_worker::draw::{self as drawing, BaseText, Noise, NoiseError, Reading, Script, check_fit};
 use ella_worker::text::{TextEncoder, TextOptions};
 use ella_worker::{device, models};
 use plan::{Plan, Seeds};
 use result::Drawn;
 use tch::Kind;
 
-use crate::embed::{Device, Layers, Padding};
-use crate::forward::Dtype;
 use crate::lora::Loras;
+use crate::sampling::{HowDrawn, HowRead};
 use crate::ui::{DONE, Fail, Meter, Out};
-
-/// Longest prompt in tokens where all are filled up, as the released connectors were trained.
-const MAX_TOKENS: usize = 128;
 
 #[derive(Debug, Args)]
 pub(crate) struct Sample {
@@ -73,50 +66,14 @@ pub(crate) struct Sample {
     #[arg(long, value_name = "FILE", conflicts_with = "size", help_heading = "What to draw")]
     latents: Option<PathBuf>,
 
-    /// fixed: prompts are filled up or cut to --max-tokens, and all positions count, as the released weights were trained.
-    /// none: each prompt at its own length (the paper's flexible length). As in training
-    #[arg(long, value_enum, default_value_t = Padding::Fixed, help_heading = "How texts are read", hide_possible_values = true)]
-    padding: Padding,
-    /// The same for the negative prompt [default: as --padding]
-    #[arg(long, value_enum, value_name = "PADDING", help_heading = "How texts are read", hide_possible_values = true)]
-    negative_padding: Option<Padding>,
-    /// Longest prompt in tokens [default: 128 with padding fixed; with none, as long as the text encoder takes]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536), help_heading = "How texts are read")]
-    max_tokens: Option<u32>,
-    /// Which of the text encoder's layers are taken, as in training
-    #[arg(long, value_enum, default_value_t = Layers::Last, help_heading = "How texts are read")]
-    layers: Layers,
-    /// Beside the connector's states, let the U-Net attend to those of the base's own CLIP: for names and trigger words
-    #[arg(long, help_heading = "How texts are read")]
-    with_clip: bool,
+    #[command(flatten)]
+    read: HowRead,
     /// --with-clip, with this text for CLIP instead of each prompt
     #[arg(long, value_name = "P", help_heading = "How texts are read")]
     clip_prompt: Option<String>,
 
-    /// How to step from noise to picture
-    #[arg(long, default_value_t = Method::Ddim, value_parser = method(), help_heading = "How to draw")]
-    sampler: Method,
-    /// Steps from noise to picture
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..), help_heading = "How to draw")]
-    steps: u32,
-    /// How much the prompt counts beside the negative one; 1 is no guidance, in half the time
-    #[arg(long, default_value_t = 7.5, help_heading = "How to draw")]
-    guidance: f64,
-    /// What the base predicts, where its files do not say it, or wrongly
-    #[arg(long, value_parser = prediction(), help_heading = "How to draw")]
-    prediction: Option<Prediction>,
-    /// Pictures drawn at once
-    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = "How to draw")]
-    batch: u32,
-    /// What the frozen networks compute in; a VAE that overflows in fp16 stays in fp32
-    #[arg(long, value_enum, default_value_t = Dtype::Fp32, help_heading = "How to draw")]
-    dtype: Dtype,
-    /// Where to compute
-    #[arg(long, value_enum, default_value_t = Device::Auto, help_heading = "How to draw")]
-    device: Device,
-    /// The connector's attention heads, which its file does not tell
-    #[arg(long, default_value_t = DEFAULT_HEADS, help_heading = "How to draw")]
-    heads: i64,
+    #[command(flatten)]
+    how: HowDrawn,
 
     /// Beside each picture, what the base draws by its own CLIP from the same noise: columns CLIP and ELLA
     #[arg(long, help_heading = "What is written")]
@@ -131,16 +88,16 @@ pub(crate) struct Sample {
 
 impl Sample {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
-        if !self.guidance.is_finite() {
-            return Err(Fail::usage(format_args!("--guidance must be a finite number (found {})", self.guidance)));
+        if !self.how.guidance.is_finite() {
+            return Err(Fail::usage(format_args!("--guidance must be a finite number (found {})", self.how.guidance)));
         }
         let seeds = if self.seeds.is_empty() { Seeds::From(self.seed) } else { Seeds::Each(&self.seeds) };
         let plan = Plan::new(&self.all_prompts()?, self.images.map(|n| n as usize), &seeds)?;
         self.check_folder()?;
-        let base = Base::open(&models::locate("--base", &self.base)?)?.predicting(self.prediction);
+        let base = Base::open(&models::locate("--base", &self.base)?)?.predicting(self.how.prediction);
         let text = models::locate("--text", &self.text)?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let place = (device::kind(self.dtype.into()), device::set_up(self.device.into(), threads)?);
+        let place = (device::kind(self.how.dtype.into()), device::set_up(self.how.device.into(), threads)?);
         let noise = match &self.latents {
             Some(file) => Noise::given(&base, file, plan.shots.len()),
             None => Noise::seeded(&base, self.size),
@@ -150,10 +107,10 @@ impl Sample {
             error => Fail::failed(error),
         })?;
         let loras = self.loras.open()?;
-        let connector = Connector::load(&self.connector, self.heads, Kind::Float, place.1)?;
+        let connector = Connector::load(&self.connector, self.how.heads.into(), Kind::Float, place.1)?;
         let (ella, clip) = self.scripts(&plan, (&base, &text), &connector, place)?;
-        let how = drawing::Settings { method: self.sampler, steps: self.steps as usize, guidance: self.guidance };
-        let settings = Settings { how, batch: self.batch as usize };
+        let how = drawing::Settings { method: self.how.sampler, steps: self.how.steps as usize, guidance: self.how.guidance };
+        let settings = Settings { how, batch: self.how.batch as usize };
         let mut studio = Studio::load((&base, &loras), connector, &settings, place)?;
         let scripts = [clip.as_ref(), Some(&ella)];
         let columns = scripts.iter().flatten().count() as u64;
@@ -181,54 +138,29 @@ impl Sample {
         (kind, device): (Kind, tch::Device),
     ) -> Result<(Script, Option<Script>), Fail> {
         let (unet, config) = (UNetConfig::read(base.unet_part()?.config)?, connector.config());
-        let wanted = unet.cross_attention_dim;
-        self.fits("the connector's width", base.path(), wanted, config.width)?;
-        let pooled = (unet.pooled_width()?.unwrap_or(0), config.pooled.unwrap_or(0));
-        self.fits("the width of the connector's pooled text (0: none)", base.path(), pooled.0, pooled.1)?;
         let text = TextConfig::load(model)?;
-        self.fits("the connector's text width", model, text.width(), config.text_width)?;
-        let reading = |padding: Padding| Reading { padding: padding.into(), most: self.most_tokens(padding, text.max_positions()) };
-        let (prompt, negative) = (reading(self.padding), reading(self.negative_padding.unwrap_or(self.padding)));
-        let (layers, dtype) = (self.layers.into(), self.dtype.into());
+        check_fit((&self.connector, config), (base, &unet), (model, &text))?;
+        let negative = self.read.negative_padding.unwrap_or(self.read.padding);
+        let most = self.read.max_tokens.map(|n| n as usize);
+        let [prompt, negative] = [self.read.padding, negative].map(|padding| Reading::new(padding.into(), most, text.max_positions()));
+        let (layers, dtype) = (self.read.layers.into(), self.how.dtype.into());
         let options = TextOptions { model: model.to_owned(), max_tokens: prompt.most, padding: prompt.padding, layers, dtype };
         let encoder = TextEncoder::load(&options, device)?;
         let none = self.negative.as_deref().unwrap_or_default();
         let mut ella = Script::features(&encoder, (&plan.texts, prompt), (none, negative))?;
         drop(encoder);
 
-        let hybrid = self.with_clip || self.clip_prompt.is_some();
+        let hybrid = self.read.with_clip || self.clip_prompt.is_some();
         if !(hybrid || self.compare) {
             return Ok((ella, None));
         }
-        let own = BaseText::load(base, unet.added.is_some(), (kind, device))?;
-        if own.width() != wanted {
-            let expected = format_args!("the states of its own CLIP are {} wide, but its U-Net attends to {wanted}", own.width());
-            return Err(Fail::failed(format_args!("{}: {expected}; its parts do not belong together", base.path().display())));
-        }
+        let own = BaseText::load(base, &unet, (kind, device))?;
         let tell = |texts: &[String]| Script::clip(&own, texts, self.negative.as_deref());
         if hybrid {
             let texts = self.clip_prompt.as_ref().map_or(plan.texts.clone(), |text| vec![text.clone(); plan.texts.len()]);
             ella = ella.with_clip(tell(&texts)?);
         }
         Ok((ella, if self.compare { Some(tell(&plan.texts)?) } else { None }))
-    }
-
-    /// The longest text in tokens, where the text encoder takes `longest`.
-    fn most_tokens(&self, padding: Padding, longest: Option<i64>) -> usize {
-        match (self.max_tokens, padding) {
-            (Some(given), _) => given as usize,
-            (None, Padding::Fixed) => MAX_TOKENS,
-            (None, Padding::None) => longest.map_or(usize::MAX, |n| n as usize),
-        }
-    }
-
-    fn fits(&self, what: &str, file: &Path, expected: i64, found: i64) -> Result<(), Fail> {
-        if expected == found {
-            return Ok(());
-        }
-        let (connector, file) = (self.connector.display(), file.display());
-        let hint = "the models do not belong together";
-        Err(Fail::failed(format_args!("{connector}: {what} is {found}, but {file} has {expected}; {hint}")))
     }
 
     fn all_prompts(&self) -> Result<Vec<String>, Fail> {
@@ -254,14 +186,4 @@ impl Sample {
             (None, _) => Ok(()),
         }
     }
-}
-
-/// Reads what a base predicts, likewise.
-fn prediction() -> impl TypedValueParser<Value = Prediction> {
-    PossibleValuesParser::new(Prediction::NAMES.map(|(name, _)| name)).try_map(|name| name.parse::<Prediction>())
-}
-
-/// Reads a sampler's name; `--help` and errors list them all.
-fn method() -> impl TypedValueParser<Value = Method> {
-    PossibleValuesParser::new(Method::NAMES.map(|(name, _)| name)).try_map(|name| name.parse::<Method>())
 }

@@ -32,10 +32,10 @@ impl Sample {
             Some(folder) => made.each(drawn, folder)?,
         };
         let (width, height) = drawn.ella.first().map_or((0, 0), |picture| (picture.width, picture.height));
-        let seeded = self.latents.is_none() || self.sampler.is_random();
+        let seeded = self.latents.is_none() || self.how.sampler.is_random();
         let result = json!({
             "files": files, "pictures": plan.json(seeded), "width": width, "height": height, "negative": self.negative,
-            "sampler": self.sampler.to_string(), "steps": self.steps, "guidance": self.guidance, "connector": made.connector, "loras": self.loras.named().collect::<Vec<_>>(),
+            "sampler": self.how.sampler.to_string(), "steps": self.how.steps, "guidance": self.how.guidance, "connector": made.connector, "loras": self.loras.named().collect::<Vec<_>>(),
             "truncated": ella.cut, "negative_truncated": ella.negative_cut,
             "compare": clip.map(|clip| json!({
                 "columns": COLUMNS, "max_tokens": clip.most, "truncated": clip.cut, "negative_truncated": clip.negative_cut,
@@ -107,16 +107,16 @@ impl Files<'_> {
         let s = self.sample;
         let connector = || match &s.clip_prompt {
             Some(prompt) => format!("{}, CLIP prompt: {prompt:?}", self.connector),
-            None if s.with_clip => format!("{}, CLIP: prompt", self.connector),
+            None if s.read.with_clip => format!("{}, CLIP: prompt", self.connector),
             None => self.connector.clone(),
         };
-        let reader = || Reader { text: &s.text, layers: s.layers.into(), padding: s.padding.into(), connector: connector() };
+        let reader = || Reader { text: &s.text, layers: s.read.layers.into(), padding: s.read.padding.into(), connector: connector() };
         let made = Made {
             prompt: &self.plan.texts[shot.text],
             negative: s.negative.as_deref(),
-            steps: s.steps,
-            sampler: s.sampler,
-            guidance: s.guidance,
+            steps: s.how.steps,
+            sampler: s.how.sampler,
+            guidance: s.how.guidance,
             seed: shot.seed,
             noise: s.latents.as_ref().map(|file| file.display().to_string()),
             base: &s.base,

@@ -13,7 +13,7 @@ mod fetch;
 mod find;
 mod list;
 mod parquet;
-mod rows;
+pub(crate) mod rows;
 mod sample;
 mod tar;
 #[cfg(test)]

@@ -10,28 +10,28 @@ use std::io::{self, Read};
 use std::ops::Range;
 
 /// Longer rows are refused.
-pub(super) const MAX_ROW_BYTES: usize = 4 << 20;
+pub(crate) const MAX_ROW_BYTES: usize = 4 << 20;
 const READ_BYTES: u64 = 256 << 10;
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// How a list is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Format {
+pub(crate) enum Format {
     Jsonl,
     Csv,
 }
 
 /// One row.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Row<'a> {
+pub(crate) struct Row<'a> {
     /// Where it begins in what is read.
-    pub(super) at: u64,
+    pub(crate) at: u64,
     /// Its bytes without the line's end; none if it is broken.
-    pub(super) bytes: Option<&'a [u8]>,
+    pub(crate) bytes: Option<&'a [u8]>,
 }
 
 /// Finds the rows that are not blank.
-pub(super) struct Rows<R> {
+pub(crate) struct Rows<R> {
     from: R,
     format: Format,
     buf: Vec<u8>,
@@ -43,12 +43,12 @@ pub(super) struct Rows<R> {
 }
 
 impl<R: Read> Rows<R> {
-    pub(super) fn new(from: R, format: Format) -> Rows<R> {
+    pub(crate) fn new(from: R, format: Format) -> Rows<R> {
         Rows { from, format, buf: Vec::new(), used: 0, start: 0, ended: false }
     }
 
     /// The next row; none at the end.
-    pub(super) fn next(&mut self) -> io::Result<Option<Row<'_>>> {
+    pub(crate) fn next(&mut self) -> io::Result<Option<Row<'_>>> {
         loop {
             match self.advance()? {
                 None => return Ok(None),
@@ -62,7 +62,7 @@ impl<R: Read> Rows<R> {
     }
 
     /// Where in what is read the row after the last one begins.
-    pub(super) fn place(&self) -> u64 {
+    pub(crate) fn place(&self) -> u64 {
         self.start + self.used as u64
     }
 
@@ -202,7 +202,7 @@ pub fn csv_records(text: &[u8]) -> Vec<(u64, Option<Vec<Vec<u8>>>)> {
 }
 
 /// The values of a sound CSV row, without their quotes.
-pub(super) fn values(row: &[u8]) -> Vec<Cow<'_, [u8]>> {
+pub(crate) fn values(row: &[u8]) -> Vec<Cow<'_, [u8]>> {
     let (mut at, mut values) = (0, Vec::new());
     loop {
         let end = value_end(row, at).unwrap_or(row.len());

@@ -108,6 +108,16 @@ impl ConnectorConfig {
         }
     }
 
+    /// The kind and sizes of a connector's file, whose attention heads it does not tell.
+    ///
+    /// # Errors
+    /// The file holds no connector, or lacks tensors that tell a size; or so many heads do not fit its width.
+    pub fn of_file(weights: &Weights, heads: i64) -> Result<Self> {
+        let config = file::config_of(weights, heads)?;
+        config.check()?;
+        Ok(config)
+    }
+
     fn check(&self) -> Result<()> {
         let (blocks, timed) = (self.kind != ConnectorKind::Mlp, self.kind.is_timed());
         let attends = blocks || self.pooled.is_some();
@@ -274,7 +284,7 @@ impl Connector {
 
     /// Builds the network from what [`Connector::load`] finds in a file; errors as there.
     pub fn from_weights(weights: Weights, heads: i64, kind: Kind, device: Device) -> Result<Self> {
-        let config = file::config_of(&weights, heads)?;
+        let config = ConnectorConfig::of_file(&weights, heads)?;
         Self::new(&config, &Params::from_weights(weights, kind, device))
     }
 

@@ -41,15 +41,21 @@ pub enum JobKind {
     Embed,
     /// Pictures into captions.
     Caption,
+    /// Prompts into grids of pictures.
+    Draw,
 }
 
 impl JobKind {
+    /// All of them.
+    const ALL: [Self; 4] = [Self::Prepare, Self::Embed, Self::Caption, Self::Draw];
+
     /// As the config has it; also the name of its own table.
     pub fn name(self) -> &'static str {
         match self {
             Self::Prepare => "prepare",
             Self::Embed => "embed",
             Self::Caption => "caption",
+            Self::Draw => "draw",
         }
     }
 }
@@ -75,6 +81,9 @@ pub struct JobConfig {
     /// The settings of a caption job, unread.
     #[serde(default, skip_serializing_if = "toml::Table::is_empty")]
     caption: toml::Table,
+    /// The settings of a draw job, unread.
+    #[serde(default, skip_serializing_if = "toml::Table::is_empty")]
+    draw: toml::Table,
 }
 
 /// `[job]`. Times are a run's (`[workers]`), unless said otherwise.
@@ -83,7 +92,7 @@ pub struct JobConfig {
 pub struct JobTable {
     /// Which kind; its own settings stand in the table of the same name.
     pub kind: JobKind,
-    /// The data set that is made or worked on: URL or path.
+    /// What is made or worked on: a data set, or the folder that drawn pictures go to; URL or path.
     pub data: String,
     /// A worker not heard of for this long has lost its units.
     #[serde(default = "JobTable::lease")]
@@ -124,8 +133,9 @@ impl JobConfig {
     pub fn new(job: JobTable, settings: &impl Serialize) -> Result<Self, ConfigError> {
         let wrong = |e: toml::ser::Error| ConfigError::Syntax { origin: format!("[{}]", job.kind), message: e.to_string() };
         let settings = toml::Table::try_from(settings).map_err(wrong)?;
-        let mut config = Self { job, prepare: toml::Table::new(), embed: toml::Table::new(), caption: toml::Table::new() };
-        *config.table_mut() = settings;
+        let [prepare, embed, caption, draw] = [(); 4].map(|()| toml::Table::new());
+        let mut config = Self { job, prepare, embed, caption, draw };
+        *config.table_mut(config.job.kind) = settings;
         Ok(config)
     }
 
@@ -147,9 +157,9 @@ impl JobConfig {
                 return wrong(key, format!("\"{time}\""), "it must be 1ms or more".to_owned());
             }
         }
-        for (other, table) in [("prepare", &config.prepare), ("embed", &config.embed), ("caption", &config.caption)] {
-            if other != kind.name() && !table.is_empty() {
-                return wrong(other, "set".to_owned(), format!("job.kind = \"{kind}\" has its settings in [{kind}]"));
+        for other in JobKind::ALL.into_iter().filter(|other| other != kind) {
+            if !config.table(other).is_empty() {
+                return wrong(other.name(), "set".to_owned(), format!("job.kind = \"{kind}\" has its settings in [{kind}]"));
             }
         }
         Ok(config)
@@ -163,9 +173,9 @@ impl JobConfig {
         let kind = self.job.kind;
         let origin = "the job's config";
         let known = toml::Table::try_from(full).unwrap_or_default();
-        keys::check_below(self.table(), &known, origin, &format!("{kind}."))?;
+        keys::check_below(self.table(kind), &known, origin, &format!("{kind}."))?;
         let wrong = |e: toml::de::Error| ConfigError::Syntax { origin: format!("{origin}, [{kind}]"), message: super::words("", &e) };
-        self.table().clone().try_into().map_err(wrong)
+        self.table(kind).clone().try_into().map_err(wrong)
     }
 
     /// The effective config, as workers are told it.
@@ -178,26 +188,28 @@ impl JobConfig {
         blake3::hash(self.to_toml().as_bytes()).to_hex().to_string()
     }
 
-    fn table(&self) -> &toml::Table {
-        match self.job.kind {
+    fn table(&self, kind: JobKind) -> &toml::Table {
+        match kind {
             JobKind::Prepare => &self.prepare,
             JobKind::Embed => &self.embed,
             JobKind::Caption => &self.caption,
+            JobKind::Draw => &self.draw,
         }
     }
 
-    fn table_mut(&mut self) -> &mut toml::Table {
-        match self.job.kind {
+    fn table_mut(&mut self, kind: JobKind) -> &mut toml::Table {
+        match kind {
             JobKind::Prepare => &mut self.prepare,
             JobKind::Embed => &mut self.embed,
             JobKind::Caption => &mut self.caption,
+            JobKind::Draw => &mut self.draw,
         }
     }
 
     /// The keys of `[job]`, and the kinds' tables, whose keys are theirs.
     fn known() -> toml::Table {
         let job = toml::Table::try_from(JobTable::new(JobKind::Prepare, String::new())).unwrap_or_default();
-        let kinds = [JobKind::Prepare, JobKind::Embed, JobKind::Caption].map(|kind| (kind.name().to_owned(), toml::Value::Boolean(true)));
+        let kinds = JobKind::ALL.map(|kind| (kind.name().to_owned(), toml::Value::Boolean(true)));
         kinds.into_iter().chain([("job".to_owned(), toml::Value::Table(job))]).collect()
     }
 }

@@ -144,3 +144,30 @@ fn a_read_only_disk_is_a_refusal() -> Result<()> {
     refused(ran[1].clone(), PERMANENT, &["read-only/data/", "refused", "Read-only file system", "permissions"]);
     Ok(())
 }
+
+#[test]
+fn a_full_or_read_only_disk_ends_drawing_and_keeps_every_grid() -> Result<()> {
+    let shared = shared()?;
+    let disk = shared.world.path("narrow");
+    std::fs::create_dir_all(shared.world.path("prompts"))?;
+    for number in 0..8 {
+        std::fs::write(shared.world.path(&format!("prompts/item{number}.txt")), format!("{number} red circles"))?;
+    }
+    let (prompts, out, connector) = (shared.path("prompts"), format!("{}/grids", disk.display()), shared.path(CONNECTOR));
+    let (base, text, elsewhere) = (shared.path("models/base"), shared.path("models/text"), format!("{out}2"));
+    let models = ["--connector", &connector, "--base", &base, "--text", &text, "--max-tokens", "64"];
+    let draw: Vec<&str> =
+        ["dpg", "generate", "--prompts", &prompts, "--out", &out, "--steps", "2", "--json"].into_iter().chain(models).collect();
+    let other: Vec<&str> = draw.iter().map(|argument| if *argument == out { &elsewhere } else { *argument }).collect();
+    let ella = || Do::Ella(&draw);
+    let steps = [ella(), Do::Remount("size=64m"), ella(), Do::Remount("ro"), ella(), Do::Ella(&other)];
+    // Room for the record and some grids of 128×128, and not for all.
+    let Some(ran) = on_disk(&disk, "200k", &steps)? else { return Ok(()) };
+    refused(ran[0].clone(), FAILED, &["no space left", "narrow/grids/item"]);
+    let made = done(&ran[1]);
+    assert!(made["there"].as_u64() > Some(0) && made["drawn"].as_u64() > Some(0) && made["replaced"] == 0, "{made}");
+    // With all of it there nothing is written.
+    assert_eq!(done(&ran[2])["there"], 8);
+    refused(ran[3].clone(), PERMANENT, &["narrow/grids2/generate.json", "refused", "Read-only file system"]);
+    Ok(())
+}

@@ -5,6 +5,7 @@ use ella_proto::config::{ConfigError, JobKind, JobTable, OnResume, RunConfig};
 use ella_proto::exit::Exit;
 use ella_worker::caption::{CaptionConfig, CaptionSettings};
 use ella_worker::embed::EmbedSettings;
+use ella_worker::grids::DrawSettings;
 use ella_worker::prepare::PrepareSettings;
 use serde::Serialize;
 use serde_json::Value;
@@ -21,13 +22,15 @@ const RUN: [&str; 7] = [
     "proto/src/config/workers.rs",
     "proto/src/config/units.rs",
 ];
-const JOBS: [&str; 6] = [
+const JOBS: [&str; 8] = [
     "proto/src/config/networks.rs",
+    "proto/src/config/sample.rs",
     "proto/src/config/units.rs",
     "proto/src/config/job.rs",
     "worker/src/prepare/settings.rs",
     "worker/src/embed/mod.rs",
     "worker/src/caption/config.rs",
+    "worker/src/grids/settings.rs",
 ];
 /// The keys that a run needs.
 const NEEDED: &str = "[run]\noutput = \"o\"\n[base]\nmodel = \"b\"\n[text]\nmodel = \"t\"\n[data]\npath = \"d\"\n";
@@ -80,6 +83,7 @@ pub(crate) fn jobs() -> String {
         ("caption", "CaptionSettings"),
         &CaptionSettings { ask: CaptionConfig::default(), ..CaptionSettings::default() },
     );
+    table(&mut text, &source, ("draw", "DrawSettings"), &DrawSettings::default());
     text
 }
 

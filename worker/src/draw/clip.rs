@@ -6,6 +6,7 @@ use ella_model::base::{Base, TextEncoderPart};
 use ella_model::clip::Clip;
 use ella_model::config::ConfigFile;
 use ella_model::tokenizer::{Padding, TextTokenizer};
+use ella_model::unet::UNetConfig;
 use tch::{Device, Kind, Tensor};
 
 use super::told::ClipTold;
@@ -21,15 +22,15 @@ pub struct BaseText {
 }
 
 impl BaseText {
-    /// Loads them; `two` says whether the base is of SDXL's kind.
+    /// Loads them, whose states are for a U-Net of this configuration.
     ///
     /// # Errors
-    /// The base lacks one of them, or a tokenizer does not fit its encoder.
-    pub fn load(base: &Base, two: bool, (kind, device): (Kind, Device)) -> Result<Self, ModelError> {
-        let parts = base.text_encoders()?;
+    /// The base lacks one of them, a tokenizer does not fit its encoder, or they do not fit the U-Net.
+    pub fn load(base: &Base, unet: &UNetConfig, (kind, device): (Kind, Device)) -> Result<Self, ModelError> {
+        let (parts, two) = (base.text_encoders()?, unet.added.is_some());
         let expected = if two { &["text_encoder", "text_encoder_2"][..] } else { &["text_encoder"] };
         if let Some(missing) = expected.get(parts.len()) {
-            let expected = "the base's own CLIP, which --compare, --with-clip and --clip-prompt ask".to_owned();
+            let expected = "the base's own CLIP, which --compare, --with-clip, --clip-prompt and --only-clip ask".to_owned();
             return Err(ModelError::MissingFile { file: base.path().join(missing), expected });
         }
         let load = |TextEncoderPart { part, tokenizer }: TextEncoderPart| -> Result<(Clip, TextTokenizer), ModelError> {
@@ -42,7 +43,13 @@ impl BaseText {
             Ok((clip, tokenizer))
         };
         let encoders = parts.into_iter().take(expected.len()).map(load).collect::<Result<_, _>>()?;
-        Ok(Self { encoders, two, zeros_for_nothing: two && forces_zeros(base)?, device })
+        let own = Self { encoders, two, zeros_for_nothing: two && forces_zeros(base)?, device };
+        if own.width() != unet.cross_attention_dim {
+            let (what, other) = ("the width of its own CLIP's states", "its U-Net".to_owned());
+            let (found, expected) = (own.width(), unet.cross_attention_dim);
+            return Err(ModelError::Mismatch { file: base.path().to_owned(), what, found, other, expected });
+        }
+        Ok(own)
     }
 
     /// Width D of the states.
@@ -58,6 +65,19 @@ impl BaseText {
     /// Whether a negative prompt that is not given at all stands for zeros, not for the empty text.
     pub fn zeros_for_nothing(&self) -> bool {
         self.zeros_for_nothing
+    }
+
+    /// Whether a text is too long for it.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    pub fn cuts(&self, text: &str) -> Result<bool, ModelError> {
+        for (clip, tokenizer) in &self.encoders {
+            if !tokenizer.encode(&[text], clip.config().max_positions as usize, Padding::None)?.truncated.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// What CLIP says of a text, and whether the text was too long for it.

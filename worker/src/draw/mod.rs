@@ -1,9 +1,10 @@
 //! Drawing: from noise to pictures by a sampler with classifier-free guidance, the connector asked anew at every timestep. `ella sample` draws
-//! from files, and a run from the weights that it trains ([`crate::train`]).
+//! from files, and so does a job that draws sets of prompts ([`crate::grids`]); a run from the weights that it trains ([`crate::train`]).
 //!
 //! Nothing here takes a number from libtorch's own generators: a picture depends on the weights, its prompt and its seed.
 
 mod clip;
+mod fit;
 mod made;
 mod noise;
 mod picture;
@@ -16,6 +17,7 @@ use ella_model::sampler::{Method, Sampler};
 use ella_model::schedule::Schedule;
 use ella_model::unet::{Added, UNet};
 use ella_model::vae::Vae;
+pub use fit::{check_fit, method};
 pub use made::{Made, Reader};
 pub use noise::{Noise, NoiseError};
 pub use picture::Picture;
@@ -46,8 +48,8 @@ pub struct Settings {
 /// The networks that draw; the connector and all between steps in float32.
 #[derive(Clone, Copy, Debug)]
 pub struct Networks<'a> {
-    /// Texts to what the U-Net attends to.
-    pub connector: &'a Connector,
+    /// Texts to what the U-Net attends to; none where the base's own CLIP alone tells.
+    pub connector: Option<&'a Connector>,
     /// The base's.
     pub unet: &'a UNet,
     /// The base's.

@@ -8,6 +8,9 @@ use tch::{Device, Kind, Tensor};
 use super::clip::BaseText;
 use crate::text::TextEncoder;
 
+/// The longest text in tokens where all are filled up.
+const FILLED_UP: usize = 128;
+
 /// What one text tells, as far as that is the same at every timestep. float32.
 #[derive(Debug, Default)]
 pub struct Told {
@@ -52,6 +55,18 @@ pub struct Reading {
     pub most: usize,
 }
 
+impl Reading {
+    /// Texts of so many tokens; left out: 128 where all are filled up, as the released connectors were trained, and else as many as the
+    /// encoder takes, which are `longest`.
+    pub fn new(padding: Padding, most: Option<usize>, longest: Option<i64>) -> Self {
+        let usual = match padding {
+            Padding::Fixed => FILLED_UP,
+            Padding::None => longest.map_or(usize::MAX, |n| n as usize),
+        };
+        Self { padding, most: most.unwrap_or(usual) }
+    }
+}
+
 impl Script {
     /// By the text encoder that a connector was trained with.
     ///
@@ -62,29 +77,18 @@ impl Script {
         (texts, prompt): (&[String], Reading),
         (nothing, negative): (&str, Reading),
     ) -> Result<Self, ModelError> {
-        // One by one: the numbers of a text must not depend on its neighbours.
-        let tell = |text: &str, how: Reading| -> Result<(Told, bool), ModelError> {
-            let rows = encoder.encode_as(&[text], how.padding, how.most)?;
-            let features = rows.features.f_squeeze_dim(0)?.f_to_kind(Kind::Float)?;
-            Ok((Told { features: Some(features), clip: None }, rows.truncated > 0))
-        };
+        let prompts = texts.iter().map(|text| Told::features(encoder, text, prompt)).collect::<Result<_, _>>()?;
         let ragged = [prompt.padding, negative.padding].contains(&Padding::None);
-        let prompts = texts.iter().map(|text| tell(text, prompt)).collect::<Result<_, _>>()?;
-        Ok(Self { ragged, ..Self::told(prompts, tell(nothing, negative)?, prompt.most) })
+        Ok(Self::told(prompts, Told::features(encoder, nothing, negative)?, (prompt.most, ragged)))
     }
 
-    /// By the base's own CLIP. SDXL's takes zeros where no negative prompt is given at all.
+    /// By the base's own CLIP.
     ///
     /// # Errors
     /// CLIP's.
     pub fn clip(base: &BaseText, texts: &[String], negative: Option<&str>) -> Result<Self, ModelError> {
-        let tell = |text: &str| base.tell(text).map(|(clip, cut)| (Told { features: None, clip: Some(clip) }, cut));
-        let prompts = texts.iter().map(|text| tell(text)).collect::<Result<_, _>>()?;
-        let mut nothing = tell(negative.unwrap_or_default())?;
-        if negative.is_none() && base.zeros_for_nothing() {
-            nothing.0.clip = nothing.0.clip.map(|clip| clip.zeros()).transpose()?;
-        }
-        Ok(Self::told(prompts, nothing, base.most_tokens()))
+        let prompts = texts.iter().map(|text| Told::clip(base, text)).collect::<Result<_, _>>()?;
+        Ok(Self::told(prompts, Told::clip_negative(base, negative)?, (base.most_tokens(), false)))
     }
 
     /// What some of the prompts tell, and the negative one, on a device: a script of its own.
@@ -96,9 +100,10 @@ impl Script {
         Ok(Self { prompts, negative: self.negative.to_device(device)?, ..*self })
     }
 
-    fn told(prompts: Vec<(Told, bool)>, (negative, negative_cut): (Told, bool), most: usize) -> Self {
+    /// What was told, and of each whether its text lost its end.
+    pub(crate) fn told(prompts: Vec<(Told, bool)>, (negative, negative_cut): (Told, bool), (most, ragged): (usize, bool)) -> Self {
         let cut = prompts.iter().filter(|(_, cut)| *cut).count();
-        Self { prompts: prompts.into_iter().map(|(told, _)| told).collect(), negative, cut, negative_cut, most, ragged: false }
+        Self { prompts: prompts.into_iter().map(|(told, _)| told).collect(), negative, cut, negative_cut, most, ragged }
     }
 
     /// Adds what CLIP says of as many texts.
@@ -112,7 +117,42 @@ impl Script {
 }
 
 impl Told {
-    fn to_device(&self, device: Device) -> Result<Self, ModelError> {
+    /// By the text encoder that a connector was trained with; and whether the text lost its end. One by one: the numbers of a text must not
+    /// depend on its neighbours.
+    ///
+    /// # Errors
+    /// The encoder's.
+    pub fn features(encoder: &TextEncoder, text: &str, how: Reading) -> Result<(Self, bool), ModelError> {
+        let rows = encoder.encode_as(&[text], how.padding, how.most)?;
+        let features = rows.features.f_squeeze_dim(0)?.f_to_kind(Kind::Float)?;
+        Ok((Self { features: Some(features), clip: None }, rows.truncated > 0))
+    }
+
+    /// By the base's own CLIP; and whether the text lost its end.
+    ///
+    /// # Errors
+    /// CLIP's.
+    pub fn clip(base: &BaseText, text: &str) -> Result<(Self, bool), ModelError> {
+        base.tell(text).map(|(clip, cut)| (Self { features: None, clip: Some(clip) }, cut))
+    }
+
+    /// The same of what is not to be drawn: SDXL's CLIP takes zeros where no negative prompt is given at all.
+    ///
+    /// # Errors
+    /// CLIP's.
+    pub fn clip_negative(base: &BaseText, negative: Option<&str>) -> Result<(Self, bool), ModelError> {
+        let (mut told, cut) = Self::clip(base, negative.unwrap_or_default())?;
+        if negative.is_none() && base.zeros_for_nothing() {
+            told.clip = told.clip.map(|clip| clip.zeros()).transpose()?;
+        }
+        Ok((told, cut))
+    }
+
+    /// The same on a device; where it is there already, no copy.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn to_device(&self, device: Device) -> Result<Self, ModelError> {
         let features = self.features.as_ref().map(|features| features.f_to_device(device)).transpose()?;
         let clip = self.clip.as_ref().map(|clip| clip.to_device(device)).transpose()?;
         Ok(Self { features, clip })
@@ -160,9 +200,13 @@ impl Rows {
     /// would be the same the other way round. Of two pooled texts the connector's counts.
     ///
     /// # Errors
-    /// The connector's.
-    pub fn at(&self, connector: &Connector, timesteps: &Tensor) -> Result<Conditions, ModelError> {
-        let own = self.features.as_ref().map(|(features, mask)| connector.forward(features, timesteps, mask.as_ref())).transpose()?;
+    /// The connector's, or there is none for features.
+    pub fn at(&self, connector: Option<&Connector>, timesteps: &Tensor) -> Result<Conditions, ModelError> {
+        let own = match (&self.features, connector) {
+            (Some((features, mask)), Some(connector)) => Some(connector.forward(features, timesteps, mask.as_ref())?),
+            (Some(_), None) => return Err(ModelError::argument("what draws from features", "a connector", "none")),
+            (None, _) => None,
+        };
         let states: Vec<&Tensor> = self.states.iter().chain(own.iter().map(|own| &own.states)).collect();
         let states = Tensor::f_cat(&states, 1)?; // [B, 77 + L, D]
         let pooled = own.and_then(|own| own.pooled).or_else(|| self.pooled.as_ref().map(Tensor::shallow_clone));
@@ -210,7 +254,7 @@ mod tests {
         let texts = [told("a", 5), told("b", 1), told("c", 9)];
         let at = |texts: &[&Told], ragged| {
             let t = Tensor::full([texts.len() as i64], 400.0, (Kind::Float, Device::Cpu));
-            Rows::of(texts, ragged).unwrap().at(&connector, &t).unwrap().states
+            Rows::of(texts, ragged).unwrap().at(Some(&connector), &t).unwrap().states
         };
         let together = at(&texts.iter().collect::<Vec<_>>(), true);
         assert_eq!(together.size(), [3, 3, 8]);
@@ -226,8 +270,8 @@ mod tests {
         let connector = connector(ConnectorKind::Mlp);
         let t = Tensor::zeros([2], (Kind::Float, Device::Cpu));
         let (a, b) = (told("a", 4), told("b", 4));
-        assert_eq!(Rows::of(&[&a, &b], false).unwrap().at(&connector, &t).unwrap().states.size(), [2, 4, 8]);
-        let refused = Rows::of(&[&a, &b], true).unwrap().at(&connector, &t);
+        assert_eq!(Rows::of(&[&a, &b], false).unwrap().at(Some(&connector), &t).unwrap().states.size(), [2, 4, 8]);
+        let refused = Rows::of(&[&a, &b], true).unwrap().at(Some(&connector), &t);
         assert!(matches!(refused, Err(ModelError::Unsupported { .. })));
     }
 
@@ -237,11 +281,11 @@ mod tests {
         let clip = || ClipTold { states: numbers("clip", &[7, 8]), pooled: Some(numbers("pooled", &[4])) };
         let both = Told { clip: Some(clip()), ..told("a", 5) };
         let t = Tensor::full([2], 9.0, (Kind::Float, Device::Cpu));
-        let Conditions { states, pooled } = Rows::of(&[&both, &both], false).unwrap().at(&connector, &t).unwrap();
+        let Conditions { states, pooled } = Rows::of(&[&both, &both], false).unwrap().at(Some(&connector), &t).unwrap();
         assert_eq!((states.size(), pooled.unwrap().size()), (vec![2, 7 + 3, 8], vec![2, 4]));
         assert!(states.get(1).narrow(0, 0, 7).equal(&clip().states));
         let alone = Told { features: None, clip: Some(clip()) };
-        assert_eq!(Rows::of(&[&alone], false).unwrap().at(&connector, &t).unwrap().states.size(), [1, 7, 8]);
+        assert_eq!(Rows::of(&[&alone], false).unwrap().at(Some(&connector), &t).unwrap().states.size(), [1, 7, 8]);
         let zeros = clip().zeros().unwrap();
         assert_eq!((zeros.states.abs().sum(Kind::Float).double_value(&[]), zeros.pooled.unwrap().size()), (0.0, vec![4]));
     }

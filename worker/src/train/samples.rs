@@ -8,16 +8,15 @@
 use super::stats::authority;
 use super::{Halt, Mark, TrainError, Trainer};
 use crate::album::Page;
-use crate::draw::{Drawer, Drawing, Made, Networks, Noise, NoiseError, Reader, Reading, Script, Settings, Shot};
+use crate::draw::{Drawer, Drawing, Made, Networks, Noise, NoiseError, Reader, Reading, Script, Settings, Shot, method};
 use crate::models;
 use crate::text::{TextEncoder, TextOptions};
 use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::connector::Connector;
-use ella_model::sampler::Method;
 use ella_model::unet::UNet;
 use ella_model::vae::Vae;
-use ella_proto::config::{RunConfig, Sampler};
+use ella_proto::config::RunConfig;
 use ella_proto::samples::{self, Image, Index};
 use ella_proto::v1::{Activity, Progress, from_worker};
 use std::collections::VecDeque;
@@ -148,7 +147,7 @@ impl Studio {
             }
         };
         if !self.drawer.is_done(&drawing) {
-            self.drawer.step(Networks { connector: &sheet.connector, unet, vae: &self.vae }, &mut drawing)?;
+            self.drawer.step(Networks { connector: Some(&sheet.connector), unet, vae: &self.vae }, &mut drawing)?;
             // A GPU is waited for: what it was given would else be done long after this rank has said how far it is.
             Mark::now(self.device)?.wait()?;
             sheet.drawing = Some((number, drawing));
@@ -200,16 +199,6 @@ fn script(config: &RunConfig, device: Device) -> Result<Script, ModelError> {
         tracing::warn!(prompts = script.cut, "prompts of sample.prompts are longer than text.max_tokens, and cut there");
     }
     script.of(0..sample.prompts.len(), Device::Cpu)
-}
-
-fn method(sampler: Sampler) -> Method {
-    match sampler {
-        Sampler::Ddim => Method::Ddim,
-        Sampler::Euler => Method::Euler,
-        Sampler::EulerAncestral => Method::EulerAncestral,
-        Sampler::Dpm2M => Method::Dpm2M,
-        Sampler::Dpm2MKarras => Method::Dpm2MKarras,
-    }
 }
 
 impl Trainer {
