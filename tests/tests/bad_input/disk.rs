@@ -1,6 +1,6 @@
 //! Disks that are full or read-only: small ones in memory, mounted where only the commands under test see them.
 
-use super::{FAILED, PERMANENT, refused, shared};
+use super::{CONNECTOR, FAILED, PERMANENT, refused, shared};
 use anyhow::Result;
 use ella_tests::{binary, lead, wait};
 use std::fmt::Write as _;

@@ -61,7 +61,7 @@ mod tests {
         assert_eq!(all.len(), 502 * TILES);
     }
 
-    const SEEDS_OF_0: [u64; TILES] = [0, 0, 0, 0];
+    const SEEDS_OF_0: [u64; TILES] = [2_259_844_644_125_901, 605_407_377_726_243, 3_556_483_415_748_115, 6_710_424_135_599_518];
 
     #[test]
     fn tiles_lie_in_the_scorers_order() {
