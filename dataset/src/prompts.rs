@@ -270,7 +270,7 @@ mod tests {
         let dir = folder(&[("a.txt", b"x"), ("a.TXT", b"y")]);
         assert!(read(dir.path()).await.unwrap_err().contains("another file has the name \"a\" too"));
         assert!(read(folder(&[("a.md", b"x")]).path()).await.unwrap_err().contains("no prompt is there"));
-        assert!(read(&dir.path().join("a.txt")).await.unwrap_err().contains("is no folder"));
+        assert!(read(&dir.path().join("a.txt")).await.unwrap_err().contains("a file is there"));
         assert!(read(&dir.path().join("gone")).await.unwrap_err().contains("is no folder"));
     }
 

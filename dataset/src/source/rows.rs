@@ -275,7 +275,7 @@ mod tests {
     fn a_whole_text_is_records_with_their_places() {
         let whole = |at, values: [&str; 2]| (at, Some(values.map(|value| value.as_bytes().to_vec()).to_vec()));
         let found = csv_records(b"\xef\xbb\xbfa,b\n\nc,\"d\"\"\ne\"\n\"x\" y,z\nf,g");
-        assert_eq!(found, [whole(3, ["a", "b"]), whole(8, ["c", "d\"\ne"]), (17, None), whole(25, ["f", "g"])]);
+        assert_eq!(found, [whole(3, ["a", "b"]), whole(8, ["c", "d\"\ne"]), (18, None), whole(26, ["f", "g"])]);
     }
 
     #[test]
