@@ -171,10 +171,13 @@ async fn of_list(location: &str) -> Result<BTreeMap<String, String>, DataError> 
     in_list(location, &store.get(file).await?)
 }
 
+/// Where a row of a list begins, and its values.
+type Record = (u64, Vec<Vec<u8>>);
+
 /// The prompts of a list's bytes.
 fn in_list(location: &str, bytes: &[u8]) -> Result<BTreeMap<String, String>, DataError> {
     let mut rows = Rows::new(bytes, Format::Csv);
-    let mut next = |what: &str| -> Result<Option<(u64, Vec<Vec<u8>>)>, DataError> {
+    let mut next = |what: &str| -> Result<Option<Record>, DataError> {
         match rows.next().map_err(|error| wrong(location, error.to_string()))? {
             None => Ok(None),
             Some(Row { at, bytes: Some(row) }) => Ok(Some((at, values(row).into_iter().map(|value| value.into_owned()).collect()))),
