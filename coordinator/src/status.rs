@@ -108,7 +108,7 @@ pub struct VitalsReport {
 /// A job (see `JobStatus` in the wire contract).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct JobReport {
-    /// `prepare`, `embed` or `caption`.
+    /// `prepare`, `embed`, `caption` or `draw`.
     pub kind: String,
     /// From 1.
     pub stage: u32,
