@@ -12,13 +12,11 @@ use ella_store::Store;
 use ella_worker::grids::{DRAWN, DrawSettings, Found, RECORD, REPLACED, Record, THERE};
 use serde_json::json;
 
+use super::TILES;
 use crate::jobs::Who;
 use crate::lora::Loras;
 use crate::sampling::{HowDrawn, HowRead};
 use crate::ui::{DONE, Fail, Out, span};
-
-/// Pictures of a prompt.
-const TILES: usize = 4;
 
 #[derive(Debug, Args)]
 pub(crate) struct Generate {
@@ -160,7 +158,7 @@ impl Generated<'_> {
         let Record { resolution, images, cut, settings, .. } = self.record;
         json!({
             "out": self.out, "record": format!("{}/{RECORD}", self.out), "resolution": resolution, "prompts": images.len(),
-            "tiles": images.len() * TILES, DRAWN: self.count(DRAWN), THERE: self.count(THERE), REPLACED: self.count(REPLACED),
+            "tiles": images.len() * usize::from(TILES), DRAWN: self.count(DRAWN), THERE: self.count(THERE), REPLACED: self.count(REPLACED),
             "connector": settings.connector, "truncated": cut.text, "clip_truncated": cut.clip, "seconds": self.seconds,
         })
     }

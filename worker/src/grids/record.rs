@@ -205,7 +205,7 @@ impl Record {
                 if differs.is_ok() || !has_pictures(out).await? {
                     return match differs {
                         Ok(()) => Ok(()),
-                        Err(_) => Ok(out.put(RECORD, self.bytes()).await?),
+                        Err(_) => Ok(out.put(RECORD, self.bytes(out)?).await?),
                     };
                 }
                 return differs;
@@ -215,14 +215,16 @@ impl Record {
                 let what = "is not there, and pictures are, which it would tell of; choose another folder, or empty this one".to_owned();
                 return Err(DrawError::Folder { file: format!("{}/{RECORD}", out.url()), what });
             }
-            if out.create(RECORD, self.bytes()).await? == Created::Yes {
+            if out.create(RECORD, self.bytes(out)?).await? == Created::Yes {
                 return Ok(());
             }
         }
     }
 
-    fn bytes(&self) -> bytes::Bytes {
-        serde_json::to_vec_pretty(self).unwrap_or_default().into()
+    fn bytes(&self, out: &Store) -> Result<bytes::Bytes, DrawError> {
+        let wrong =
+            |error| DrawError::Folder { file: format!("{}/{RECORD}", out.url()), what: format!("cannot be written as JSON ({error})") };
+        Ok(serde_json::to_vec_pretty(self).map_err(wrong)?.into())
     }
 
     /// Whether this record's settings are those that are there.
