@@ -5,6 +5,7 @@ mod caption;
 mod certs;
 mod chaos;
 mod children;
+mod claims;
 mod doctor;
 mod dpg;
 mod drain;
@@ -87,6 +88,8 @@ enum Command {
     Sample(Box<sample::Sample>),
     /// Draw, ask and score DPG-Bench: how well pictures follow dense prompts
     Dpg(dpg::Dpg),
+    /// Measure the paper's claims in the miniature: trains connectors on its base, draws and scores pictures whose content is known
+    Claims(claims::Claims),
     /// Take the newest commit's connector out of a run, in the official key layout
     Export(export::Export),
     /// Run one network on tensors from a file
@@ -130,6 +133,7 @@ fn main() -> ExitCode {
         Command::Why(command) => command.run(out),
         Command::Sample(command) => command.run(out),
         Command::Dpg(command) => command.run(out),
+        Command::Claims(command) => command.run(out),
         Command::Export(command) => command.run(out),
         Command::Forward(command) => command.run(out),
         Command::Inspect(command) => command.run(out),

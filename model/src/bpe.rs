@@ -46,7 +46,7 @@ pub(crate) fn train(captions: &[String], vocab_size: usize) -> Result<Files> {
     let [start, stop] = SPECIAL;
     let config = json!({
         "tokenizer_class": "CLIPTokenizer", "bos_token": start, "eos_token": stop, "unk_token": stop, "pad_token": stop,
-        "add_prefix_space": false, "do_lower_case": true, "errors": "replace", "model_max_length": 77,
+        "add_prefix_space": false, "do_lower_case": true, "errors": "replace",
     });
     Ok(Files { vocab: vocab.into(), merges: std::iter::once("#version: 0.2\n".to_owned()).chain(merges).collect(), config, end })
 }

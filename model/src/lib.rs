@@ -12,6 +12,7 @@ pub mod connector;
 pub mod cost;
 pub mod decoder;
 pub mod decoder_tokenizer;
+pub mod detector;
 pub mod error;
 pub mod forward;
 pub mod layers;

@@ -44,7 +44,7 @@ pub fn init_base(preset: Preset, seed: u64, captions: &[String], out: &Path) -> 
     for (config, (number, pad)) in spec.clips.iter().zip([("", END), ("_2", "!")]) {
         let folder = base.join(format!("text_encoder{number}"));
         clip(&folder, (config, spec.kind), &pieces, seed(&format!("clip{number}")))?;
-        tokenizer_files(&base.join(format!("tokenizer{number}")), &pieces, pad)?;
+        tokenizer_files(&base.join(format!("tokenizer{number}")), &pieces, pad, &config["max_position_embeddings"])?;
     }
     t5(&text, &spec, seed("text"))?;
     write(&text.join("tokenizer.json"), tokenizer.as_bytes())?;
@@ -200,9 +200,10 @@ fn clip(folder: &Path, (config, kind): (&Value, Kind), pieces: &bpe::Files, seed
 }
 
 /// CLIP's tokenizer, which fills rows up with `pad`: SDXL's second one has a token of its own for that.
-fn tokenizer_files(folder: &Path, pieces: &bpe::Files, pad: &str) -> Result<()> {
+fn tokenizer_files(folder: &Path, pieces: &bpe::Files, pad: &str, longest: &Value) -> Result<()> {
     let mut config = pieces.config.clone();
     config["pad_token"] = json!(pad);
+    config["model_max_length"] = longest.clone();
     write_json(&folder.join("vocab.json"), &pieces.vocab)?;
     write(&folder.join("merges.txt"), pieces.merges.as_bytes())?;
     write_json(&folder.join("tokenizer_config.json"), &config)

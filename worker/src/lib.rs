@@ -25,6 +25,7 @@ pub mod precision;
 pub mod prepare;
 pub mod reduce;
 pub mod session;
+pub mod sight;
 pub mod supervise;
 pub mod text;
 pub mod train;

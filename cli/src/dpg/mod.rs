@@ -10,6 +10,7 @@ mod correct;
 mod estimate;
 mod generate;
 mod judged;
+mod look;
 mod official;
 mod published;
 mod questions;
@@ -19,7 +20,8 @@ mod set;
 mod sheet;
 mod table;
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
@@ -40,6 +42,8 @@ enum Command {
     Generate(Box<generate::Generate>),
     /// Write the list of questions to ask of each tile of each picture, for any model that answers questions about pictures
     Questions(questions::Questions),
+    /// Answer the questions about the built-in scenes by the detector that finds what is in their pictures
+    Look(look::LookArgs),
     /// Reckon the scores from a model's answers, as the official script does and with its defects mended
     Score(score::Score),
 }
@@ -49,6 +53,7 @@ impl Dpg {
         match &self.command {
             Command::Generate(command) => command.run(out),
             Command::Questions(command) => command.run(out),
+            Command::Look(command) => command.run(out),
             Command::Score(command) => command.run(out),
         }
     }
@@ -66,8 +71,33 @@ struct Asked {
     pic_num: u8,
 }
 
+/// What the pictures of one prompt got, reckoned correctly.
+#[derive(Debug)]
+pub(crate) struct Marks {
+    pub(crate) item: String,
+    /// The share of its questions that stand, the mean over tiles.
+    pub(crate) score: f64,
+    /// By category of the first level: answers that are a yes, of how many.
+    pub(crate) categories: BTreeMap<String, (u64, u64)>,
+}
+
+/// The marks of every prompt of a set.
+pub(crate) fn marks(csv: &Path, answers: &Path) -> Result<Vec<Marks>, Fail> {
+    let (set, answers) = (set::Set::read(csv)?, answers::Answers::read(answers)?);
+    set.unambiguous()?;
+    let of = |prompt: judged::Prompt<'_>| {
+        let mut categories = BTreeMap::new();
+        for (name, tally) in prompt.categories {
+            let sum: &mut (u64, u64) = categories.entry(set::level1(name).to_owned()).or_default();
+            *sum = (sum.0 + tally.yes, sum.1 + tally.of);
+        }
+        Marks { item: prompt.item.to_owned(), score: prompt.score, categories }
+    };
+    Ok(correct::judge(&set, &answers, TILES).prompts.into_iter().map(of).collect())
+}
+
 /// Input that would be refused again.
-fn bad(message: impl std::fmt::Display) -> Fail {
+pub(crate) fn bad(message: impl std::fmt::Display) -> Fail {
     Fail { code: NO_RETRY, message: message.to_string() }
 }
 

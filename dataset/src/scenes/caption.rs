@@ -25,6 +25,17 @@ impl Scene {
     pub fn short_caption(&self) -> String {
         Writer::new(self).short()
     }
+
+    /// Which objects `told`, a piece of one of its captions, names with their places, in the order of [`Scene::objects`].
+    pub fn named(&self, told: &str) -> Vec<bool> {
+        let words: Vec<&str> = told.split(|letter: char| !letter.is_ascii_alphabetic() && letter != '-').filter(|word| !word.is_empty()).collect();
+        let told = format!(" {} ", words.join(" ").to_lowercase());
+        let says = |phrase: &str| told.contains(&format!(" {phrase} "));
+        let named = |object: &Object| {
+            says(&format!("{} {}", object.color.name(), object.shape.name())) && place_phrases(object.place).iter().any(|place| says(place))
+        };
+        self.objects.iter().map(named).collect()
+    }
 }
 
 /// Words are drawn from the scene's own stream, so a caption is a pure function of its scene.
@@ -403,6 +414,20 @@ mod tests {
     fn six_objects_with_the_longest_words_fit() {
         let longest = (0..SCENES).map(|index| words(&Scene::draw(World::Rich, 3, index, &(6..=6)).dense_caption())).max();
         assert!(longest <= Some(90), "{longest:?}");
+    }
+
+    #[test]
+    fn a_whole_caption_names_all_and_a_piece_of_it_some() {
+        let mut named = 0;
+        for index in 0..500 {
+            let scene = scene(13, index);
+            let caption = scene.dense_caption();
+            assert!(scene.named(&caption).iter().all(|named| *named), "{caption}");
+            assert!(!scene.named("").contains(&true));
+            let first = caption.split_whitespace().take(22).collect::<Vec<_>>().join(" ");
+            named += scene.named(&first).iter().filter(|named| **named).count();
+        }
+        assert!((300..900).contains(&named), "{named}");
     }
 
     #[test]

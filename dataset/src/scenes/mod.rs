@@ -7,11 +7,15 @@
 mod caption;
 mod questions;
 mod render;
+mod suite;
 mod truth;
 mod world;
 mod write;
 
+use std::ops::RangeInclusive;
+
 pub use questions::{Look, Question, Sight};
+pub use suite::{SUITE, Suite, SuiteError, Telling};
 pub use world::{Backdrop, Background, Color, Direction, Object, Place, Relation, Scene, Shape, Size, Texture, World};
 pub use write::{MAX_OBJECTS, ScenesConfig, ScenesError, ScenesReport, write};
 
@@ -22,5 +26,10 @@ pub fn scene(seed: u64, index: u64) -> Scene {
 
 /// Scene `index` of a world's data set of `seed`, with 1 to 6 objects.
 pub fn scene_of(world: World, seed: u64, index: u64) -> Scene {
-    Scene::draw(world, seed, index, &(1..=MAX_OBJECTS))
+    scene_with(world, seed, index, &(1..=MAX_OBJECTS))
+}
+
+/// Scene `index` of a world's data set of `seed`, with so many objects, within 1 to [`MAX_OBJECTS`].
+pub fn scene_with(world: World, seed: u64, index: u64, objects: &RangeInclusive<u32>) -> Scene {
+    Scene::draw(world, seed, index, objects)
 }

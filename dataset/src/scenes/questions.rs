@@ -58,6 +58,8 @@ enum Asked {
     Backdrop(Backdrop),
     /// Whether there are so many things.
     Count(usize),
+    /// Whether a thing of this outline and colour lies anywhere.
+    Somewhere(Shape, Color),
 }
 
 impl Asked {
@@ -74,6 +76,7 @@ impl Asked {
             }
             Self::Backdrop(color) => sight.backdrop == Some(color),
             Self::Count(number) => sight.cells.iter().flatten().count() == number,
+            Self::Somewhere(shape, color) => sight.places_of(shape, color).next().is_some(),
         }
     }
 }
@@ -128,15 +131,39 @@ impl Scene {
             }
         }
         if let Background::Plain { color } = self.background {
-            let name = color.name();
-            let question = format!("Is the background {name}?");
-            list.add(("global", "color"), format!("(background, {name})"), question, (Asked::Backdrop(color), &[]));
+            list.backdrop(color);
         }
-        let (count, plural) = (self.objects.len(), if self.objects.len() == 1 { "" } else { "s" });
-        let (verb, tuple) = (if count == 1 { "Is" } else { "Are" }, format!("(shapes, =={count})"));
-        list.add(("other", "count"), tuple, format!("{verb} there exactly {count} shape{plural}?"), (Asked::Count(count), &[]));
+        list.count(self.objects.len());
         list.0
     }
+
+    /// What a picture of its short caption is asked, which says less: whether the things are there that it names, how they lie to each other, the number of
+    /// things and the background's colour, each where it says so.
+    pub fn short_questions(&self) -> Vec<Question> {
+        let (mut list, caption) = (List::default(), self.short_caption());
+        let told = |object: &&Object| caption.contains(&called(object));
+        let told: Vec<(&Object, u32)> = self.objects.iter().filter(told).map(|object| (object, list.somewhere(object))).collect();
+        if let ([(first, a), (second, b)], 2) = (told.as_slice(), self.objects.len()) {
+            let said = Relation::ALL.iter().copied().find(|relation| caption.contains(&format!(" {} ", relation.name())));
+            if let Some(relation) = said {
+                list.relation((first, second), relation, &[*a, *b]);
+            }
+        }
+        if let Background::Plain { color } = self.background
+            && caption.contains(color.name()) && self.objects.len() == 1
+        {
+            list.backdrop(color);
+        }
+        if told.len() == self.objects.len() || caption.contains("shapes") {
+            list.count(self.objects.len());
+        }
+        list.0
+    }
+}
+
+/// “red circle”.
+fn called(object: &Object) -> String {
+    format!("{} {}", object.color.name(), object.shape.name())
 }
 
 /// Questions so far.
@@ -166,6 +193,24 @@ impl List {
         proposition_id
     }
 
+    fn somewhere(&mut self, object: &Object) -> u32 {
+        let name = called(object);
+        let (question, asked) = (format!("Is there a {name}?"), Asked::Somewhere(object.shape, object.color));
+        self.add(("entity", "whole"), format!("({name})"), question, (asked, &[]))
+    }
+
+    fn backdrop(&mut self, color: Backdrop) {
+        let name = color.name();
+        let question = format!("Is the background {name}?");
+        self.add(("global", "color"), format!("(background, {name})"), question, (Asked::Backdrop(color), &[]));
+    }
+
+    fn count(&mut self, count: usize) {
+        let (verb, plural) = if count == 1 { ("Is", "") } else { ("Are", "s") };
+        let question = format!("{verb} there exactly {count} shape{plural}?");
+        self.add(("other", "count"), format!("(shapes, =={count})"), question, (Asked::Count(count), &[]));
+    }
+
     /// An object and its attributes; the number of the question whether it is there.
     fn object(&mut self, object: &Object) -> u32 {
         let Object { shape, color, size, texture, place, .. } = *object;
@@ -188,7 +233,6 @@ impl List {
     }
 
     fn relation(&mut self, (a, b): (&Object, &Object), relation: Relation, parents: &[u32]) {
-        let called = |object: &Object| format!("{} {}", object.color.name(), object.shape.name());
         let what = format!("({}, {}, {})", called(a), called(b), relation.name());
         let question = format!("Is the {} {} the {}?", called(a), relation.name(), called(b));
         let asked = Asked::Related((a.shape, a.color), relation, (b.shape, b.color));
@@ -245,6 +289,24 @@ mod tests {
         let recolored = |sight: &mut Sight| sight.cells[cell].iter_mut().for_each(|look| look.color = other(look.color));
         assert_eq!(missed(&recolored), [("color", 1), ("spatial", 1)].into());
         assert_eq!(missed(&|sight| sight.cells[cell].iter_mut().for_each(|look| look.texture = Texture::Dotted)), [("texture", 1)].into());
+    }
+
+    #[test]
+    fn short_captions_are_asked_only_what_they_say() {
+        let mut asked = BTreeMap::new();
+        for index in 0..300 {
+            let scene = scene_of(World::Mini, 6, index);
+            let questions = scene.short_questions();
+            assert!(!questions.is_empty() && share(&questions, &scene.sight()) == 1.0, "{scene:?}");
+            questions.iter().for_each(|question| *asked.entry(question.category_broad).or_insert(0) += 1);
+            // Things may lie elsewhere than in the scene: a short caption names no place.
+            if scene.objects.len() != 2 {
+                let mut moved = scene.sight();
+                moved.cells.rotate_left(1);
+                assert_eq!(share(&questions, &moved), 1.0, "{scene:?}");
+            }
+        }
+        assert!(["entity", "relation", "global", "other"].iter().all(|kind| asked[kind] > 20), "{asked:?}");
     }
 
     #[test]

@@ -36,6 +36,11 @@ macro_rules! words {
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name),+ }
             }
+
+            /// The one of this name.
+            pub fn named(name: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|one| one.name() == name)
+            }
         }
 
         impl Serialize for $kind {
@@ -165,6 +170,14 @@ pub enum World {
 impl World {
     /// Every one, by the name that the command line knows it by.
     pub const NAMES: [(&'static str, World); 2] = [("rich", World::Rich), ("mini", World::Mini)];
+
+    /// The name that the command line knows it by.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rich => "rich",
+            Self::Mini => "mini",
+        }
+    }
 
     /// The outlines of its objects.
     pub const fn shapes(self) -> &'static [Shape] {

@@ -43,11 +43,13 @@ pub struct ScenesConfig {
     pub per_tar: u64,
     /// Objects in a scene, within 1 to [`MAX_OBJECTS`].
     pub objects: RangeInclusive<u32>,
+    /// Every so manieth scene has its short caption as `.txt`; 0: none has.
+    pub short_every: u64,
 }
 
 impl Default for ScenesConfig {
     fn default() -> Self {
-        Self { count: 1000, world: World::Rich, seed: 0, size: 64, per_tar: 1000, objects: 1..=MAX_OBJECTS }
+        Self { count: 1000, world: World::Rich, seed: 0, size: 64, per_tar: 1000, objects: 1..=MAX_OBJECTS, short_every: 0 }
     }
 }
 
@@ -132,8 +134,8 @@ impl ScenesConfig {
 
 /// Writes `scenes-00000.tar`, `scenes-00001.tar`, … into the folder `out`, which is made if it is not there.
 ///
-/// A scene is three members named by its key, `scene-SEED-INDEX`: `.png`, `.txt` (the dense caption) and `.json`
-/// (`caption`, `short_caption`, `truth`). Scenes are rendered on rayon's current pool and written in order. A tar gets
+/// A scene is three members named by its key, `scene-SEED-INDEX`: `.png`, `.txt` (the dense caption, or the short one, see
+/// [`ScenesConfig::short_every`]) and `.json` (`caption`, `short_caption`, `truth`). Scenes are rendered on rayon's current pool and written in order. A tar gets
 /// its name when it is whole; one of this name is replaced. `progress` is told the number of scenes written so far.
 ///
 /// # Errors
@@ -162,7 +164,7 @@ fn tar_name(tar: u64) -> String {
     format!("scenes-{tar:05}.tar")
 }
 
-fn failed<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) -> ScenesError + 'a {
+pub(super) fn failed<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) -> ScenesError + 'a {
     move |source| ScenesError::Io { path: path.to_owned(), action, source }
 }
 
@@ -229,8 +231,10 @@ impl Sample {
         PngEncoder::new_with_quality(&mut png, CompressionType::Fast, FilterType::Up)
             .write_image(&scene.render(config.size), config.size, config.size, ExtendedColorType::Rgb8)
             .map_err(encode_failed)?;
-        let text = scene.dense_caption();
-        let label = Label { caption: &text, short_caption: scene.short_caption(), truth: Truth::of(&scene) };
+        let (caption, short_caption) = (scene.dense_caption(), scene.short_caption());
+        let short = config.short_every > 0 && index.is_multiple_of(config.short_every);
+        let text = if short { short_caption.clone() } else { caption.clone() };
+        let label = Label { caption: &caption, short_caption, truth: Truth::of(&scene) };
         let json = serde_json::to_vec(&label).map_err(|error| encode_failed(image::ImageError::IoError(error.into())))?;
         let key = format!("scene-{}-{index:09}", config.seed);
         Ok(Self { key, png, json, objects: scene.objects.len() as u64, text })
@@ -329,6 +333,25 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         let report = write(out.path(), &ScenesConfig { objects: 3..=3, ..config() }, &mut |_| ()).unwrap();
         assert_eq!(report.objects, 150);
+    }
+
+    #[test]
+    fn some_scenes_may_have_short_captions() {
+        let out = tempfile::tempdir().unwrap();
+        write(out.path(), &ScenesConfig { short_every: 5, count: 10, ..config() }, &mut |_| ()).unwrap();
+        let mut archive = tar::Archive::new(File::open(out.path().join("scenes-00000.tar")).unwrap());
+        let mut texts = Vec::new();
+        for entry in archive.entries().unwrap() {
+            let mut entry = entry.unwrap();
+            if entry.path().unwrap().extension().is_some_and(|extension| extension == "txt") {
+                let mut text = String::new();
+                entry.read_to_string(&mut text).unwrap();
+                texts.push(text);
+            }
+        }
+        let scene = |index| super::super::scene(7, index);
+        let expected = (0..10).map(|index| if index % 5 == 0 { scene(index).short_caption() } else { scene(index).dense_caption() });
+        assert_eq!(texts, expected.collect::<Vec<_>>());
     }
 
     #[test]

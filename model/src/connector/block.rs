@@ -66,9 +66,31 @@ impl Block {
         Ok(latents.f_add(&gated(hidden, 1)?)?)
     }
 
-    /// `nn.MultiheadAttention` of the queries over `[queries, text]`; each part is projected once.
+    /// How much each query looks at each key, the latents first and then the text, of the mean over heads: `[B, L, L + S]` float32. Inputs are
+    /// those of [`Block::forward`].
+    pub(super) fn attention(&self, latents: &Tensor, x: &Tensor, time: Option<&Tensor>, mask: Option<&Tensor>) -> Result<Tensor> {
+        let kind = x.f_kind()?;
+        let [q, k, _] = self.project(&self.ln_1.forward(latents, time, kind)?, &self.ln_2.forward(x, time, kind)?)?;
+        let scale = (q.size4()?.3 as f64).powf(-0.5);
+        let scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?;
+        let scores = match mask {
+            Some(mask) => scores.f_masked_fill(&mask.f_logical_not()?, f64::NEG_INFINITY)?,
+            None => scores,
+        };
+        Ok(scores.f_softmax(-1, Kind::Float)?.f_mean_dim(1i64, false, Kind::Float)?)
+    }
+
+    /// `nn.MultiheadAttention` of the queries over `[queries, text]`.
     fn attend(&self, queries: &Tensor, text: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         let (b, l, d) = queries.size3()?;
+        let [q, k, v] = self.project(queries, text)?;
+        let mixed = Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, 0.0, false, None, false)?;
+        self.out_proj.forward(&mixed.f_transpose(1, 2)?.f_reshape([b, l, d])?)
+    }
+
+    /// Queries `[B, heads, L, K]`, and keys and values of queries and text `[B, heads, L + S, K]`; each part is projected once.
+    fn project(&self, queries: &Tensor, text: &Tensor) -> Result<[Tensor; 3]> {
+        let (b, _, d) = queries.size3()?;
         let kind = queries.f_kind()?;
         let split = |x: &Tensor| -> Result<Tensor> {
             Ok(x.f_reshape([b, -1, self.heads, d / self.heads])?.f_transpose(1, 2)?) // [B, heads, tokens, head]
@@ -76,11 +98,8 @@ impl Block {
         let (weight, bias) = (self.in_proj.0.f_to_kind(kind)?, self.in_proj.1.f_to_kind(kind)?);
         let own = linear(queries, &weight, &bias)?.f_chunk(3, -1)?;
         let theirs = linear(text, &weight.f_narrow(0, d, 2 * d)?, &bias.f_narrow(0, d, 2 * d)?)?.f_chunk(2, -1)?;
-        let q = split(&own[0])?;
-        let k = split(&Tensor::f_cat(&[&own[1], &theirs[0]], 1)?)?;
-        let v = split(&Tensor::f_cat(&[&own[2], &theirs[1]], 1)?)?;
-        let mixed = Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, 0.0, false, None, false)?;
-        self.out_proj.forward(&mixed.f_transpose(1, 2)?.f_reshape([b, l, d])?)
+        let both = |part: usize| split(&Tensor::f_cat(&[&own[part + 1], &theirs[part]], 1)?);
+        Ok([split(&own[0])?, both(0)?, both(1)?])
     }
 }
 

@@ -328,7 +328,7 @@ impl Connector {
     /// # Errors
     /// A `key_mask` for an `Mlp`, whose every token becomes a state that the U-Net attends to.
     pub fn forward(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Conditions> {
-        let states = self.states(text_features, timesteps, key_mask, &mut Chain::whole())?;
+        let states = self.states((text_features, timesteps, key_mask), &mut Chain::whole(), None)?;
         let pooled = self.pool.as_ref().map(|pool| pool.forward(&states)).transpose()?;
         Ok(Conditions { states, pooled })
     }
@@ -339,7 +339,7 @@ impl Connector {
     /// As [`Connector::forward`].
     pub fn forward_in_segments(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Pass<'_>> {
         let mut chain = Chain::cut();
-        let states = self.states(text_features, timesteps, key_mask, &mut chain)?;
+        let states = self.states((text_features, timesteps, key_mask), &mut chain, None)?;
         let leaf = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_detach()?.f_set_requires_grad(true)?) };
         let pooled = match &self.pool {
             Some(pool) => {
@@ -353,10 +353,32 @@ impl Connector {
         Ok(Pass { connector: self, chain, conditions: Conditions { states, pooled: told }, pooled })
     }
 
-    fn states(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>, chain: &mut Chain) -> Result<Tensor> {
+    /// How much each of the connector's queries looks at each of its keys, block by block: `[B, L, L + S]` float32 each, the mean over heads. Its keys are
+    /// the L queries themselves, and then the S positions of the text.
+    ///
+    /// # Errors
+    /// As [`Connector::forward`]; the kind has no queries.
+    pub fn attention(&self, text_features: &Tensor, timesteps: &Tensor, key_mask: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        if let Network::Mlp(_) = self.network {
+            return Err(ModelError::Unsupported {
+                what: "attention of a connector of the kind mlp, which has none".into(),
+                instead: "use another kind".into(),
+            });
+        }
+        let mut attention = Vec::new();
+        let _ = self.states((text_features, timesteps, key_mask), &mut Chain::whole(), Some(&mut attention))?;
+        Ok(attention)
+    }
+
+    fn states(
+        &self,
+        (text_features, timesteps, key_mask): (&Tensor, &Tensor, Option<&Tensor>),
+        chain: &mut Chain,
+        attention: Option<&mut Vec<Tensor>>,
+    ) -> Result<Tensor> {
         Ok(match &self.network {
-            Network::Tsc(tsc) => tsc.forward(text_features, timesteps, key_mask, chain)?,
-            Network::Resampler(resampler) => resampler.forward(text_features, None, key_mask, chain)?,
+            Network::Tsc(tsc) => tsc.forward(text_features, timesteps, key_mask, chain, attention)?,
+            Network::Resampler(resampler) => resampler.forward(text_features, None, key_mask, chain, attention)?,
             Network::Mlp(_) if key_mask.is_some() => {
                 return Err(ModelError::Unsupported {
                     what: "text of unequal length (padding \"none\") with a connector of the kind mlp, whose padding nothing masks".into(),

@@ -36,13 +36,15 @@ impl Resampler {
     /// `text_features` `[B, S, E]`, `time` `[B, T]` after SiLU for kinds that know it, `key_mask` `[B, S]` true where a token may be attended to;
     /// to `[B, L, D]` of the features' kind. A chain's first segment is what comes before the blocks; then each block is one.
     ///
-    /// What passes by the blocks is float32 whatever they compute in, as the sums of a residual network should be.
+    /// What passes by the blocks is float32 whatever they compute in, as the sums of a residual network should be. `attention` gets that of each block
+    /// ([`Block::attention`]).
     pub(super) fn forward(
         &self,
         text_features: &Tensor,
         time: Option<&Tensor>,
         key_mask: Option<&Tensor>,
         chain: &mut Chain,
+        mut attention: Option<&mut Vec<Tensor>>,
     ) -> Result<Tensor> {
         let kind = text_features.f_kind()?;
         let x = chain.share(self.proj_in.forward(text_features)?)?; // [B, S, D]
@@ -55,6 +57,9 @@ impl Resampler {
         let time = time.map(|time| chain.share(time.shallow_clone())).transpose()?;
         let mut latents = chain.end(latents.f_to_kind(Kind::Float)?)?;
         for (number, block) in self.blocks.iter().enumerate() {
+            if let Some(attention) = attention.as_deref_mut() {
+                attention.push(block.attention(&latents, &x, time.as_ref(), mask.as_ref())?);
+            }
             let made = block.forward(&latents, &x, time.as_ref(), mask.as_ref())?;
             let is_last = number + 1 == self.blocks.len();
             latents = chain.end(if is_last { made.f_to_kind(kind)? } else { made })?;

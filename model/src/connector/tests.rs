@@ -309,3 +309,22 @@ fn sizes_that_do_not_fit_are_refused() {
     Connector::init(&ConnectorConfig { time_channel: 7, time_embed_dim: 0, ..small(ConnectorKind::Resampler) }, 0, Device::Cpu).unwrap();
     Connector::init(&ConnectorConfig { heads: 3, layers: 0, ..small(ConnectorKind::Mlp) }, 0, Device::Cpu).unwrap();
 }
+
+#[test]
+fn attention_is_shares_of_keys_that_are_seen() {
+    let (x, mask) = (features(2, 5), Tensor::from_slice(&[true, true, true, true, true, true, true, false, false, false]).reshape([2, 5]));
+    let t = |t: i64| Tensor::from_slice(&[t, t]);
+    for kind in [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler] {
+        let connector = stirred(&small(kind));
+        let blocks = connector.attention(&x, &t(900), Some(&mask)).unwrap();
+        assert_eq!(blocks.iter().map(Tensor::size).collect::<Vec<_>>(), [[2, 3, 8], [2, 3, 8]]);
+        for block in &blocks {
+            assert!(off(&block.sum_dim_intlist(-1i64, false, Kind::Float), &Tensor::ones([2, 3], (Kind::Float, Device::Cpu))) < 1e-6);
+            assert_eq!(block.narrow(0, 1, 1).narrow(2, 3 + 2, 3).abs().max().double_value(&[]), 0.0);
+            assert!(block.narrow(0, 0, 1).min().double_value(&[]) > 0.0);
+        }
+        let later = connector.attention(&x, &t(10), Some(&mask)).unwrap();
+        assert_eq!(blocks.iter().zip(&later).any(|(a, b)| off(a, b) > 1e-4), kind.is_timed(), "{kind:?}");
+    }
+    assert!(matches!(made(ConnectorKind::Mlp).attention(&x, &t(1), None), Err(ModelError::Unsupported { .. })));
+}

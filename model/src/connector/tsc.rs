@@ -36,10 +36,11 @@ impl Tsc {
         timesteps: &Tensor,
         key_mask: Option<&Tensor>,
         chain: &mut Chain,
+        attention: Option<&mut Vec<Tensor>>,
     ) -> Result<Tensor> {
         let sinusoid = timestep_embedding(timesteps, self.time_channel)?.f_to_kind(self.time.0.kind())?;
         let time = self.time.1.forward(&silu(&self.time.0.forward(&sinusoid)?)?)?; // [B, T]
         // Every use of the time embedding passes through SiLU first.
-        self.resampler.forward(text_features, Some(&silu(&time)?), key_mask, chain)
+        self.resampler.forward(text_features, Some(&silu(&time)?), key_mask, chain, attention)
     }
 }

@@ -16,6 +16,9 @@ pub enum Preset {
     /// As small, and of SDXL's kind: transformers of unequal depth, linear projections, two CLIPs, pooled text of width 32, and the sizes
     /// of pictures.
     NanoSdxl,
+    /// What the miniature in `mini/` was trained from: 8×8 latents of 64×64 pictures, cross-attention at both resolutions, a CLIP that reads 32
+    /// tokens. It predicts velocities, so that where there is most noise, and the text decides, there is most to learn. float32.
+    Mini,
     /// As nano, with states of Stable Diffusion 1.5's width made from features of flan-t5-xl's: the connector between them has its true size
     /// (66.8 million parameters), and all else costs next to nothing.
     NanoWide,
@@ -28,8 +31,9 @@ pub enum Preset {
 
 impl Preset {
     /// All presets, by the names that the command line knows them by.
-    pub const NAMES: [(&'static str, Preset); 5] = [
+    pub const NAMES: [(&'static str, Preset); 6] = [
         ("nano", Preset::Nano),
+        ("mini", Preset::Mini),
         ("nano-sdxl", Preset::NanoSdxl),
         ("nano-wide", Preset::NanoWide),
         ("sd15", Preset::Sd15),
@@ -39,6 +43,7 @@ impl Preset {
     pub(super) fn spec(self) -> Spec {
         match self {
             Preset::Nano => nano(),
+            Preset::Mini => mini(),
             Preset::NanoSdxl => nano_sdxl(),
             Preset::NanoWide => nano_wide(),
             Preset::Sd15 => sd15(),
@@ -86,6 +91,28 @@ fn nano() -> Spec {
         text: t5_config([64, 16, 128, 2, 4], 1024, "float32"),
         vocabulary: 1024,
         kind: Kind::Float,
+    }
+}
+
+fn mini() -> Spec {
+    let mut clip = clip_config([128, 256, 4, 4], 1024, "float32");
+    clip["max_position_embeddings"] = json!(32);
+    let mut scheduler = scheduler();
+    scheduler["prediction_type"] = json!("v_prediction");
+    Spec {
+        scheduler,
+        unet: json!({
+            "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 4, "block_out_channels": [64, 128],
+            "center_input_sample": false, "cross_attention_dim": 128,
+            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0, "in_channels": 4, "layers_per_block": 1,
+            "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 16, "out_channels": 4, "sample_size": 8,
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        }),
+        vae: vae_config(&[8, 16, 32, 64], 1, 4, 64),
+        clips: vec![clip],
+        text: t5_config([128, 32, 256, 4, 4], 1024, "float32"),
+        ..nano()
     }
 }
 

@@ -1,0 +1,99 @@
+//! How much of everything.
+
+use serde::Serialize;
+
+/// What is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Kind {
+    Mlp,
+    /// One perceiver block.
+    #[serde(rename = "resampler-1")]
+    Resampler1,
+    /// Six.
+    #[serde(rename = "resampler-6")]
+    Resampler6,
+    TscZero,
+    Tsc,
+}
+
+impl Kind {
+    const ALL: [Self; 5] = [Self::Mlp, Self::Resampler1, Self::Resampler6, Self::TscZero, Self::Tsc];
+
+    /// As the paper's Table 6 calls it.
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Mlp => "MLP",
+            Self::Resampler1 => "Resampler × 1",
+            Self::Resampler6 => "Resampler × 6",
+            Self::TscZero => "TSC, AdaLN-Zero",
+            Self::Tsc => "TSC",
+        }
+    }
+
+    /// Its name in `connector.kind`, and its blocks.
+    pub(super) fn settings(self) -> (&'static str, u32) {
+        match self {
+            Self::Mlp => ("mlp", 6),
+            Self::Resampler1 => ("resampler", 1),
+            Self::Resampler6 => ("resampler", 6),
+            Self::TscZero => ("tsc-zero", 6),
+            Self::Tsc => ("tsc", 6),
+        }
+    }
+
+    /// The name of its training from a seed.
+    pub(super) fn run(self, seed: u64) -> String {
+        let (kind, layers) = self.settings();
+        format!("{kind}-{layers}-seed-{seed}")
+    }
+}
+
+/// The name of the base's own pictures, from the noise of a seed.
+pub(super) fn base_run(seed: u64) -> String {
+    format!("base-seed-{seed}")
+}
+
+/// The same with a LoRA.
+pub(super) fn with_lora(run: &str) -> String {
+    format!("{run}-lora")
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Recipe {
+    /// Scenes that connectors are trained on.
+    pub(super) scenes: u64,
+    /// Updates of each.
+    pub(super) steps: u64,
+    /// Samples in an update.
+    pub(super) batch: u64,
+    pub(super) lr: f64,
+    pub(super) kinds: Vec<Kind>,
+    /// Of trainings, and of the noise that their pictures are drawn from.
+    pub(super) seeds: Vec<u64>,
+    /// Dense prompts, and as many short ones; four pictures of each.
+    pub(super) prompts: u64,
+    /// How pictures are drawn.
+    pub(super) sampling_steps: u32,
+    pub(super) guidance: f64,
+}
+
+impl Recipe {
+    pub(super) fn full() -> Self {
+        Self {
+            scenes: 24_000,
+            steps: 700,
+            batch: 128,
+            lr: 1e-3,
+            kinds: Kind::ALL.to_vec(),
+            seeds: vec![1, 2, 3],
+            prompts: 120,
+            sampling_steps: 20,
+            guidance: 3.0,
+        }
+    }
+
+    pub(super) fn quick() -> Self {
+        Self { scenes: 8_000, steps: 300, kinds: vec![Kind::Tsc], seeds: vec![1], prompts: 60, ..Self::full() }
+    }
+}
