@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine with Rust, a C++ compiler and Python 3 (pip). The first one fetches libtorch, and the tools
 # that build the JPEG library where they are missing (cmake, nasm), once.
 .DEFAULT_GOAL := build
-.PHONY: build demo docs test test-k8s test-stores test-dashboard test-cluster test-monitoring chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint audit libtorch proto parity-full reference
+.PHONY: build demo claims docs test test-k8s test-stores test-dashboard test-cluster test-monitoring chaos chaos-train bench bench-recovery bench-scale bench-feed bench-prepare bench-gpu bench-gpu-pack images lint audit libtorch proto parity-full reference
 
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
@@ -20,6 +20,11 @@ build: libtorch
 # The main job, end to end, on data made here: see demo/report.html afterwards.
 demo: build
 	@scripts/demo.sh
+
+# The paper's claims, measured in the miniature: see claims/report.html afterwards. Two hours on two cores; CLAIMS=--quick makes it ten minutes.
+claims: build
+	@"$$($(CARGO) metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')"/release/ella \
+	    claims --out $(or $(CLAIMS_OUT),claims) $(CLAIMS)
 
 test: build
 	python3 -m unittest discover -q -s bench

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The main job, end to end: scenes → prepare → embed → train, killed half-way and resumed → audit → sample → export → report.
+# The main job, end to end, on the miniature: scenes → prepare → embed → train, killed half-way and resumed → audit → draw and score, the base beside
+# the connector → report.
 # Everything lands in demo/ (or DEMO_DIR); every number in demo/report.html comes from this run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +14,8 @@ if [ "$out" != demo ] && [ -n "$(ls -A "$out" 2>/dev/null)" ] && [ ! -e "$marker
 fi
 bin=$(cargo metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')/release
 ella=$bin/ella
-steps=${DEMO_STEPS:-400}
+steps=${DEMO_STEPS:-300}
+prompts=${DEMO_PROMPTS:-32}
 began=$(date +%s)
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
@@ -24,17 +26,15 @@ mkdir -p "$out"
 touch "$marker"
 find "$out/" -mindepth 1 -maxdepth 1 ! -name "${marker##*/}" -exec rm -rf {} +
 
-say "1. Scenes: pictures with dense captions whose truth is known"
-"$ella" scenes --out "$out/scenes" --count 768 --seed 7 --size 64 --per-tar 256
+say "1. Scenes: pictures with dense captions whose truth is known, and prompts of others to draw"
+"$ella" scenes --out "$out/scenes" --world mini --count 6144 --seed 7 --per-tar 1024 --short-every 6
+"$ella" scenes --out "$out/suite" --world mini --count "$prompts" --seed 99 --prompts
 
-say "2. Prepare: filter, resize, shard"
-"$ella" prepare "$out/scenes" --out "$out/data" --resolution 64 --min-edge 64
+say "2. Prepare: filter, resize, shard, and the VAE's latents"
+"$ella" prepare "$out/scenes" --out "$out/data" --resolution 64 --min-edge 64 --latents mini/base
 
-say "3. A small random base and text encoder to train on"
-"$ella" init-base --preset nano --seed 7 --captions "$out/data" --out "$out/models"
-
-say "4. Embed: the text encoder's features of every caption"
-"$ella" embed "$out/data" --text "$out/models/text" --max-tokens 128
+say "3. Embed: the text encoder's features of every caption"
+"$ella" embed "$out/data" --text mini/text --max-tokens 96
 
 cat >"$out/run.toml" <<EOF
 [run]
@@ -42,31 +42,32 @@ output = "$out/run"
 seed = 7
 
 [base]
-model = "$out/models/base"
+model = "mini/base"
 
 [text]
-model = "$out/models/text"
-max_tokens = 128
+model = "mini/text"
+max_tokens = 96
 
 [data]
 path = "$out/data"
 
 [connector]
-layers = 2
 latents = 16
 
 [train]
 steps = $steps
-global_batch = 16
-micro_batch = 4
-eval_every = 5
-eval_samples = 32
+global_batch = 128
+micro_batch = 64
+eval_every = 10
+eval_samples = 128
 ema_decay = 0.99
 
 [train.optimizer]
 lr = 1e-3
+betas = [0.9, 0.99]
 
 [train.schedule]
+kind = "cosine"
 warmup = 20
 
 [checkpoint]
@@ -75,8 +76,8 @@ every = 50
 [sample]
 every = 100
 prompts = [
-    "A large red circle on the left of a small blue square, on a plain grey background.",
-    "Three green triangles in a row above a yellow star on a white background.",
+    "A large plain red circle is at the top left, while a medium-sized checkered blue square lies at the bottom right. The background is plain mint.",
+    "Three shapes: a big plain yellow star in the top left corner, a big plain green ring in the top right corner, and a mid-sized solid purple cross in the bottom left corner. The background is plain navy.",
 ]
 seed = 1
 steps = 20
@@ -86,7 +87,7 @@ guidance = 3.0
 count = 2
 EOF
 
-say "5. Train with two workers, and kill everything (SIGKILL) half-way"
+say "4. Train with two workers, and kill everything (SIGKILL) half-way"
 setsid "$ella" train "$out/run.toml" &
 group=$!
 deadline=$(($(date +%s) + 240))
@@ -99,22 +100,36 @@ kill -KILL -- -$group
 wait $group 2>/dev/null || true
 echo "killed after the commit of step $step"
 
-say "6. The same command resumes from the last commit"
+say "5. The same command resumes from the last commit"
 "$ella" train "$out/run.toml"
 
-say "7. Audit: every sample exactly once, every byte as committed"
+say "6. Audit: every sample exactly once, every byte as committed"
 "$ella" audit "$out/run" --json >"$out/audit.json" || { cat "$out/audit.json"; exit 1; }
 "$ella" audit "$out/run"
 
-say "8. Sample and export"
+say "7. Export, and draw the prompts: by the base's own encoder, and by the connector, from the same noise"
 "$ella" export "$out/run" --out "$out/connector.safetensors"
-"$ella" sample --connector "$out/connector.safetensors" --base "$out/models/base" --text "$out/models/text" --compare --size 64 --steps 20 --guidance 3 --seed 1 \
-    --prompt "A large red circle on the left of a small blue square, on a plain grey background." \
-    --prompt "Three green triangles in a row above a yellow star on a white background." \
-    --prompt "A striped purple ring in the centre of the picture, on an orange background." \
-    --prompt "A small white cross at the top right and a big brown hexagon at the bottom left." \
-    --out "$out/samples.png"
+for by in base connector; do
+    how=(--only-clip)
+    [ $by = base ] || how=(--connector "$out/connector.safetensors" --text mini/text --max-tokens 96)
+    "$ella" dpg generate --prompts "$out/suite/dense" --out "$out/drawn/$by" --base mini/base --steps 20 --guidance 3 --batch 64 --workers 2 "${how[@]}"
+    "$ella" dpg look --suite "$out/suite" --images "$out/drawn/$by" --out "$out/$by.jsonl" --json >"$out/$by-look.json"
+    "$ella" dpg score --csv "$out/suite/dense.csv" --answers "$out/$by.jsonl" --mode correct --out "$out/$by.html" --json >"$out/$by-score.json"
+done
+python3 - "$out" <<'EOF'
+import json, sys
+out = sys.argv[1]
+base, connector = (json.load(open(f"{out}/{by}-score.json"))["correct"] for by in ("base", "connector"))
+print(f"per cent of the questions about {base['score']['of']} dense prompts that are right{'base':>15}{'connector':>12}")
+rows = [("score", base["score"], connector["score"])]
+rows += [(name, base["level1"][name], connector["level1"][name]) for name in base["level1"]]
+for name, a, b in rows:
+    print(f"{name:>20}{a['value']:>50.1f}{b['value']:>12.1f}")
+EOF
+find "$out/suite/dense" -name '*.txt' | sort | head -8 | while read -r file; do tr '\n' ' ' <"$file"; echo; done >"$out/prompts.txt"
+"$ella" sample --connector "$out/connector.safetensors" --base mini/base --text mini/text --max-tokens 96 --compare --size 64 --steps 20 --guidance 3 --seed 1 \
+    --prompts "$out/prompts.txt" --out "$out/samples.png"
 
-say "9. Report"
+say "8. Report"
 "$ella" report "$out/run" --audit "$out/audit.json" --samples "$out/samples.png" --out "$out/report.html"
 echo "done in $(($(date +%s) - began)) s: open $out/report.html"

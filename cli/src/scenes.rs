@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::Args;
-use ella_dataset::scenes::{MAX_OBJECTS, ScenesConfig, Suite, World, write};
+use ella_dataset::scenes::{ScenesConfig, Suite, World, write};
 use serde_json::json;
 
 use crate::ui::{DONE, Fail, Meter, Out, bytes};
@@ -29,7 +29,7 @@ pub(crate) struct Scenes {
     /// Scenes in a tar
     #[arg(long, default_value_t = 1000)]
     per_tar: u64,
-    /// Objects in a scene, as in 1-4 [default: 1-6]
+    /// Objects in a scene, as in 1-4 [default: 1-6, of the world mini 1-4]
     #[arg(long, value_name = "A-B", value_parser = range)]
     objects: Option<RangeInclusive<u32>>,
     /// Every N-th scene gets its short caption instead of the dense one; 0: none does
@@ -43,8 +43,8 @@ pub(crate) struct Scenes {
 fn range(text: &str) -> Result<RangeInclusive<u32>, String> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     let number = |part: &str| part.trim().parse::<u32>().ok();
-    let found = number(first).zip(number(last)).filter(|(first, last)| 1 <= *first && first <= last && *last <= MAX_OBJECTS);
-    found.map(|(first, last)| first..=last).ok_or_else(|| format!("expected two numbers within 1 to {MAX_OBJECTS}, as in 1-4"))
+    let found = number(first).zip(number(last));
+    found.map(|(first, last)| first..=last).ok_or_else(|| "expected two numbers, as in 1-4".to_owned())
 }
 
 fn world(name: &str) -> Result<World, String> {
@@ -55,10 +55,12 @@ fn world(name: &str) -> Result<World, String> {
 impl Scenes {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let Self { count, world, seed, size, per_tar, short_every, .. } = *self;
-        let objects = self.objects.clone().unwrap_or(1..=MAX_OBJECTS);
+        let objects = self.objects.clone().unwrap_or(1..=world.most_objects());
         if self.prompts {
             Suite::new(world, seed, count, objects).write(&self.out)?;
-            out.result(&json!({ "prompts": count, "out": self.out }), || format!("{count} scenes to draw and to ask about: {}", self.out.display()));
+            out.result(&json!({ "prompts": count, "out": self.out }), || {
+                format!("{count} scenes to draw and to ask about: {}", self.out.display())
+            });
             return Ok(DONE);
         }
         let config = ScenesConfig { count, world, seed, size, per_tar, objects, short_every };

@@ -1,6 +1,6 @@
 //! What lies in the cells of a picture: a small classifier, by which pictures of the built-in scenes are scored.
 //!
-//! A picture is cut into a grid of cells, and each cell is looked at alone, so that what the network knows of one place it knows of all; only the
+//! A picture is cut into cells, as many across as down, and each cell is looked at alone, so that what the network knows of one place it knows of all; only the
 //! background is told from all of them together.
 
 use std::path::Path;
@@ -13,15 +13,14 @@ use crate::layers::{Conv2d, GroupNorm, Linear, silu};
 use crate::params::Params;
 use crate::part::Part;
 
-/// Cells a side.
-pub const GRID: i64 = 3;
-
 /// A cell's side in pixels, to which pictures are scaled.
-const CELL: i64 = 24;
+const CELL: i64 = 32;
 
 /// What a detector can find, in words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DetectorConfig {
+    /// Names of the cells, row by row.
+    pub places: Vec<String>,
     /// Outlines.
     pub shapes: Vec<String>,
     /// Colours of objects.
@@ -45,6 +44,7 @@ impl DetectorConfig {
             if found.is_empty() { Err(c.refuse(field, rule)) } else { Ok(found) }
         };
         let config = Self {
+            places: words("places")?,
             shapes: words("shapes")?,
             colors: words("colors")?,
             sizes: words("sizes")?,
@@ -52,11 +52,19 @@ impl DetectorConfig {
             backdrops: words("backdrops")?,
             channels: c.size("channels")?,
         };
+        if config.grid().pow(2) != config.places.len() as i64 {
+            return Err(c.refuse("places", "a square number of them"));
+        }
         if config.channels % GROUPS != 0 {
             return Err(c.refuse("channels", "a multiple of 8"));
         }
         c.finish(&[])?;
         Ok(config)
+    }
+
+    /// Cells a side.
+    fn grid(&self) -> i64 {
+        self.places.len().isqrt() as i64
     }
 
     /// The widths of a cell's logits, in the order of [`Found::cells`].
@@ -70,7 +78,7 @@ const GROUPS: i64 = 8;
 /// Logits of what is seen.
 #[derive(Debug)]
 pub struct Found {
-    /// `[B, GRID², K]` each: nothing or an outline, and of what has one the colour, the size, and what covers it.
+    /// `[B, places, K]` each: nothing or an outline, and of what has one the colour, the size, and what covers it.
     pub cells: [Tensor; 4],
     /// `[B, K]`: the background's colour.
     pub backdrop: Tensor,
@@ -131,15 +139,16 @@ impl Detector {
             [batch, 3, ..] if pictures.dim() == 4 => batch,
             _ => return Err(ModelError::argument("pictures", "[B, 3, H, W]", format!("{:?}", pictures.size()))),
         };
-        let side = GRID * CELL;
+        let grid = self.config.grid();
+        let side = grid * CELL;
         let scaled = pictures.f_to_kind(Kind::Float)?.f_upsample_bilinear2d([side, side], false, None, None)?;
-        // [B, 3, GRID, CELL, GRID, CELL] to [B · GRID², 3, CELL, CELL].
-        let cells = scaled.f_view([batch, 3, GRID, CELL, GRID, CELL])?.f_permute([0, 2, 4, 1, 3, 5])?;
-        let mut x = cells.f_reshape([batch * GRID * GRID, 3, CELL, CELL])?;
+        // [B, 3, grid, CELL, grid, CELL] to [B · grid², 3, CELL, CELL].
+        let cells = scaled.f_view([batch, 3, grid, CELL, grid, CELL])?.f_permute([0, 2, 4, 1, 3, 5])?;
+        let mut x = cells.f_reshape([batch * grid * grid, 3, CELL, CELL])?;
         for (conv, norm) in &self.layers {
             x = silu(&norm.forward(&conv.forward(&x)?)?)?;
         }
-        let x = silu(&self.hidden.forward(&x.f_flatten(1, -1)?)?)?.f_view([batch, GRID * GRID, -1])?;
+        let x = silu(&self.hidden.forward(&x.f_flatten(1, -1)?)?)?.f_view([batch, grid * grid, -1])?;
         let backdrop = self.backdrop.forward(&x.f_mean_dim(1i64, false, Kind::Float)?)?;
         let cells = self.cell.forward(&x)?.f_split_with_sizes(self.config.widths(), -1)?;
         let cells = cells.try_into().map_err(|_| ModelError::argument("logits", "four parts", "others"))?;
@@ -154,7 +163,7 @@ mod tests {
 
     fn config(change: Value) -> Result<DetectorConfig> {
         let mut fields: Map<String, Value> = serde_json::from_value(json!({
-            "shapes": ["circle", "star"], "colors": ["red", "blue", "green"], "sizes": ["large"], "textures": ["plain", "dotted"],
+            "places": ["a", "b", "c", "d"], "shapes": ["circle", "star"], "colors": ["red", "blue", "green"], "sizes": ["large"], "textures": ["plain", "dotted"],
             "backdrops": ["navy", "mint"], "channels": 8,
         }))
         .unwrap();
@@ -169,6 +178,7 @@ mod tests {
     #[test]
     fn fields_that_it_does_not_know_are_refused_by_name() {
         for (field, change) in [
+            ("places", json!({"places": ["a", "b", "c"]})),
             ("shapes", json!({"shapes": []})),
             ("colors", json!({"colors": "red"})),
             ("channels", json!({"channels": 12})),
@@ -184,13 +194,13 @@ mod tests {
         let picture = Tensor::arange(3 * 48 * 48, (Kind::Float, Device::Cpu)).sin().reshape([1, 3, 48, 48]);
         let found = detector.forward(&picture).unwrap();
         let sizes: Vec<Vec<i64>> = found.cells.iter().chain([&found.backdrop]).map(Tensor::size).collect();
-        assert_eq!(sizes, [vec![1, 9, 3], vec![1, 9, 3], vec![1, 9, 1], vec![1, 9, 2], vec![1, 2]]);
-        // Another cell in the upper left: pixels 0 to 15, of which its neighbours see the last by interpolation.
+        assert_eq!(sizes, [vec![1, 4, 3], vec![1, 4, 3], vec![1, 4, 1], vec![1, 4, 2], vec![1, 2]]);
+        // Another cell in the upper left: pixels 0 to 23, of which its neighbours may see the last by interpolation.
         let other = picture.copy();
-        let _ = other.narrow(2, 0, 15).narrow(3, 0, 15).fill_(0.5);
+        let _ = other.narrow(2, 0, 22).narrow(3, 0, 22).fill_(0.5);
         let changed = detector.forward(&other).unwrap();
         let differs = |cell: i64| found.cells[0].select(1, cell).allclose(&changed.cells[0].select(1, cell), 0.0, 1e-6, false);
-        assert_eq!((0..9).filter(|cell| !differs(*cell)).collect::<Vec<_>>(), [0]);
+        assert_eq!((0..4).filter(|cell| !differs(*cell)).collect::<Vec<_>>(), [0]);
         assert!(!found.backdrop.allclose(&changed.backdrop, 0.0, 1e-6, false));
     }
 

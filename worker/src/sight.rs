@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use ella_dataset::scenes::{Backdrop, Background, Color, Look, Scene, Shape, Sight, Size, Texture, Suite};
+use ella_dataset::scenes::{Backdrop, Background, Color, Direction, Look, Place, Scene, Shape, Sight, Size, Suite, Texture};
 use ella_model::ModelError;
-use ella_model::detector::{Detector, DetectorConfig, GRID};
+use ella_model::detector::{Detector, DetectorConfig};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -39,6 +39,8 @@ impl From<tch::TchError> for SightError {
 #[derive(Debug)]
 pub struct Eyes {
     detector: Detector,
+    /// Of its cells.
+    places: Vec<Place>,
     shapes: Vec<Shape>,
     colors: Vec<Color>,
     sizes: Vec<Size>,
@@ -54,12 +56,13 @@ impl Eyes {
     /// Its files are not there or not sound, or it knows other words.
     pub fn load(folder: &Path, device: Device) -> Result<Self, SightError> {
         let detector = Detector::load(folder, device)?;
-        let DetectorConfig { shapes, colors, sizes, textures, backdrops, .. } = detector.config();
+        let DetectorConfig { places, shapes, colors, sizes, textures, backdrops, .. } = detector.config();
         fn known<T>(folder: &Path, kind: &'static str, words: &[String], named: impl Fn(&str) -> Option<T>) -> Result<Vec<T>, SightError> {
             let unknown = |word: &String| SightError::Word { path: folder.into(), kind, word: word.clone() };
             words.iter().map(|word| named(word).ok_or_else(|| unknown(word))).collect()
         }
         Ok(Self {
+            places: known(folder, "place", places, Place::named)?,
             shapes: known(folder, "shape", shapes, Shape::named)?,
             colors: known(folder, "colour", colors, Color::named)?,
             sizes: known(folder, "size", sizes, Size::named)?,
@@ -78,7 +81,8 @@ impl Eyes {
         let mut sights = Vec::new();
         for part in pictures.f_split(TOGETHER, 0)? {
             let found = tch::no_grad(|| self.detector.forward(&part.f_to_device(self.device)?))?;
-            let best = |logits: &Tensor| -> Result<Vec<i64>, tch::TchError> { Vec::try_from(logits.f_argmax(-1, false)?.f_flatten(0, -1)?) };
+            let best =
+                |logits: &Tensor| -> Result<Vec<i64>, tch::TchError> { Vec::try_from(logits.f_argmax(-1, false)?.f_flatten(0, -1)?) };
             let [shapes, colors, sizes, textures] = &found.cells;
             let (shapes, colors, sizes, textures) = (best(shapes)?, best(colors)?, best(sizes)?, best(textures)?);
             let backdrops = best(&found.backdrop)?;
@@ -91,10 +95,13 @@ impl Eyes {
                     texture: *self.textures.get(of(&textures)?)?,
                 })
             };
-            let cells = (GRID * GRID) as usize;
+            let cell = |row: usize, place: Place| {
+                let own = self.places.iter().position(|known| *known == place)?;
+                look(row * self.places.len() + own)
+            };
             sights.extend(backdrops.into_iter().enumerate().map(|(row, backdrop)| Sight {
                 backdrop: usize::try_from(backdrop).ok().and_then(|at| self.backdrops.get(at)).copied(),
-                cells: (row * cells..(row + 1) * cells).map(look).collect(),
+                cells: Place::all().map(|place| cell(row, place)).collect(),
             }));
         }
         Ok(sights)
@@ -108,7 +115,7 @@ impl Eyes {
         let of = |style: Style| {
             let scenes: Vec<Scene> = suite.scenes().map(|(_, scene)| style.scene(scene)).collect();
             let pictures = style.change(&rendered(&scenes, side)?, suite.seed as i64)?;
-            Ok(Accuracy::of(style, &scenes, &self.look(&pictures)?))
+            Ok(Accuracy::of(style, &self.places, &scenes, &self.look(&pictures)?))
         };
         Style::ALL.into_iter().map(of).collect()
     }
@@ -159,7 +166,7 @@ impl Style {
         if let (Self::Faded, Background::Plain { color }) = (self, scene.background)
             && color != Backdrop::Navy
         {
-            scene.background = Background::Gradient { from: color, to: Backdrop::White, direction: ella_dataset::scenes::Direction::Right };
+            scene.background = Background::Gradient { from: color, to: Backdrop::White, direction: Direction::Right };
         }
         scene
     }
@@ -198,13 +205,15 @@ pub struct Accuracy {
 }
 
 impl Accuracy {
-    fn of(style: Style, scenes: &[Scene], sights: &[Sight]) -> Self {
+    fn of(style: Style, places: &[Place], scenes: &[Scene], sights: &[Sight]) -> Self {
         let (mut cells, mut objects, mut questions) = (Share::default(), Share::default(), Share::default());
         for (scene, sight) in scenes.iter().zip(sights) {
-            for (is, seen) in scene.sight().cells.iter().zip(&sight.cells) {
-                cells.add(is == seen);
-                if is.is_some() {
-                    objects.add(is == seen);
+            let truth = scene.sight();
+            for place in places {
+                let right = truth.at(*place) == sight.at(*place);
+                cells.add(right);
+                if truth.at(*place).is_some() {
+                    objects.add(right);
                 }
             }
             scene.questions().iter().for_each(|question| questions.add(question.is_so(sight)));

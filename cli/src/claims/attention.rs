@@ -24,7 +24,8 @@ const WORDS: [(&str, &[&str]); 6] = [
     (
         "place",
         &[
-            "top", "bottom", "left", "right", "center", "middle", "upper", "lower", "corner", "side", "above", "below", "higher", "down", "up",
+            "top", "bottom", "left", "right", "center", "middle", "upper", "lower", "corner", "side", "above", "below", "higher", "down",
+            "up",
         ],
     ),
     ("number", &["one", "two", "three", "four", "single", "just"]),
@@ -80,7 +81,8 @@ pub(super) fn map(lab: &Lab) -> Result<Map, Fail> {
         }
     }
     let names = WORDS.iter().map(|(name, _)| *name).chain([OTHER]);
-    let of = |((name, sums), count): ((&'static str, Vec<f64>), u64)| (name, count, sums.iter().map(|sum| sum / count.max(1) as f64).collect());
+    let of =
+        |((name, sums), count): ((&'static str, Vec<f64>), u64)| (name, count, sums.iter().map(|sum| sum / count.max(1) as f64).collect());
     Ok(Map { timesteps: TIMESTEPS.to_vec(), kinds: names.zip(sums).zip(counts).map(of).collect() })
 }
 
@@ -100,7 +102,11 @@ fn per_token(connector: &Connector, features: &Tensor, timestep: i64) -> Result<
 fn captions(lab: &Lab) -> Result<Vec<String>, Fail> {
     let folder = lab.at("suite/dense");
     let failed = |error: std::io::Error| Fail::io(&folder, "read", &error);
-    let mut files = fs::read_dir(&folder).map_err(failed)?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<Vec<_>, _>>().map_err(failed)?;
+    let mut files = fs::read_dir(&folder)
+        .map_err(failed)?
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(failed)?;
     files.sort();
     files.truncate(PROMPTS);
     files.iter().map(|file| fs::read_to_string(file).map_err(|error| Fail::io(file, "read", &error))).collect()
@@ -139,6 +145,9 @@ mod tests {
     #[test]
     fn words_are_told_apart_by_what_they_tell() {
         let kind = |word| WORDS.get(kind_of(word)).map_or(OTHER, |(name, _)| *name);
-        assert_eq!(["Three", "left.", "blue", "star,", "large", "checkered", "the"].map(kind), ["number", "place", "colour", "shape", "size", "surface", OTHER]);
+        assert_eq!(
+            ["Three", "left.", "blue", "star,", "large", "checkered", "the"].map(kind),
+            ["number", "place", "colour", "shape", "size", "surface", OTHER]
+        );
     }
 }

@@ -20,14 +20,11 @@ use crate::whole;
 const TRAINING_SEED: u64 = 11;
 const PROMPTS_SEED: u64 = 2024;
 
-/// Objects in all of them.
-const OBJECTS: &str = "1-4";
-
 /// Of so many training scenes, one has its short caption.
 const SHORT_EVERY: u64 = 6;
 
 /// The longest caption in tokens.
-const MAX_TOKENS: u32 = 112;
+const MAX_TOKENS: u32 = 96;
 
 /// The connectors' queries.
 const LATENTS: u32 = 16;
@@ -41,7 +38,8 @@ pub(super) struct Lab {
 
 impl Lab {
     pub(super) fn open(mini: &Path, out: &Path, recipe: Recipe) -> Result<Self, Fail> {
-        let program = std::env::current_exe().map_err(|error| Fail::failed(format_args!("the folder of this program is unknown ({error})")))?;
+        let program =
+            std::env::current_exe().map_err(|error| Fail::failed(format_args!("the folder of this program is unknown ({error})")))?;
         // What a miniature without its parts would be noticed by only after minutes.
         UNetConfig::load(&mini.join("base/unet"))?;
         let lab = Self { recipe, mini: mini.into(), out: out.into(), program };
@@ -91,13 +89,13 @@ impl Lab {
         let (every, base, text, tokens) =
             (SHORT_EVERY.to_string(), text(&self.mini("base")), text(&self.mini("text")), MAX_TOKENS.to_string());
         if !self.at("data/manifest.json").is_file() {
-            let of = ["--world", "mini", "--objects", OBJECTS, "--size", "64", "--seed", &training, "--count", &count, "--short-every", &every];
+            let of = ["--world", "mini", "--size", "64", "--seed", &training, "--count", &count, "--short-every", &every];
             self.ella("scenes", &[&["scenes", "--out", &scenes][..], &of].concat())?;
             let how = ["--resolution", "64", "--min-edge", "64", "--latents", &base];
             self.ella("prepare", &[&["prepare", &scenes, "--out", &data][..], &how].concat())?;
         }
         self.ella("embed", &["embed", &data, "--text", &text, "--max-tokens", &tokens])?;
-        let of = ["--world", "mini", "--objects", OBJECTS, "--seed", &asked, "--count", &prompts];
+        let of = ["--world", "mini", "--seed", &asked, "--count", &prompts];
         self.ella("prompts", &[&["scenes", "--prompts", "--out", &suite][..], &of].concat()).map(drop)
     }
 

@@ -93,7 +93,9 @@ pub(super) fn compare<'m>(before: &'m [Marked], after: &'m [Marked], of: impl Fn
     let Some((first, _)) = pairs.first() else { return Vec::new() };
     let draws: Vec<Draw> = (0..RESAMPLES).map(|number| Draw::new(number, first.len(), pairs.len())).collect();
     let compared = |column: Column<'_>| {
-        let mean = |side: &dyn Fn(usize) -> &'m [Prompt]| (0..pairs.len()).map(|at| column.mean(side(at).iter())).sum::<f64>() / pairs.len() as f64;
+        let mean = |side: &dyn Fn(usize) -> &'m [Prompt]| {
+            (0..pairs.len()).map(|at| column.mean(side(at).iter())).sum::<f64>() / pairs.len() as f64
+        };
         let (before, after) = (mean(&|at| pairs[at].0), mean(&|at| pairs[at].1));
         let mut drawn: Vec<f64> = draws.iter().map(|draw| draw.difference(column, &pairs)).filter(|value| value.is_finite()).collect();
         drawn.sort_by(f64::total_cmp);
@@ -145,7 +147,11 @@ mod tests {
     /// Prompts of which `right` of ten answers each are a yes.
     fn marked(right: u64, prompts: usize) -> Marked {
         let prompt = |at: usize| Prompt {
-            marks: Marks { item: format!("p{at}"), score: right as f64 / 10.0, categories: BTreeMap::from([("entity".to_owned(), (right, 10))]) },
+            marks: Marks {
+                item: format!("p{at}"),
+                score: right as f64 / 10.0,
+                categories: BTreeMap::from([("entity".to_owned(), (right, 10))]),
+            },
             objects: 1 + at as u64 % 2,
         };
         Marked { dense: (0..prompts).map(prompt).collect(), short: Vec::new() }

@@ -36,6 +36,15 @@ pub(crate) struct Claims {
     /// Shorter trainings and fewer pictures: within ten minutes on two cores, and with wider intervals
     #[arg(long)]
     quick: bool,
+    /// Updates of each training, instead of the recipe's
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    steps: Option<u64>,
+    /// Scenes to train on, instead of the recipe's
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(128..=10_000_000))]
+    scenes: Option<u64>,
+    /// Prompts of each kind, instead of the recipe's
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..=100_000))]
+    prompts: Option<u64>,
 }
 
 /// All that was measured.
@@ -71,7 +80,10 @@ struct Lora {
 impl Claims {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let begin = Instant::now();
-        let recipe = if self.quick { Recipe::quick() } else { Recipe::full() };
+        let mut recipe = if self.quick { Recipe::quick() } else { Recipe::full() };
+        for (own, given) in [(&mut recipe.steps, self.steps), (&mut recipe.scenes, self.scenes), (&mut recipe.prompts, self.prompts)] {
+            *own = given.unwrap_or(*own);
+        }
         let lab = Lab::open(&self.mini, &self.out, recipe)?;
         let findings = findings(&lab, begin)?;
         let value = json!(findings);

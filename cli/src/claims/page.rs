@@ -105,7 +105,9 @@ fn chart(all: &[Compared]) -> String {
             height + 17.0
         );
     }
-    for (row, Compared { name, before, after, .. }) in all.iter().enumerate().filter(|(_, one)| one.before.is_finite() && one.after.is_finite()) {
+    for (row, Compared { name, before, after, .. }) in
+        all.iter().enumerate().filter(|(_, one)| one.before.is_finite() && one.after.is_finite())
+    {
         let y = TOP + ROW * (row as f64 + 0.5);
         let _ = writeln!(
             svg,
@@ -145,14 +147,19 @@ fn pairs(lab: &Lab) -> Result<String, Fail> {
 
 fn kinds(findings: &Findings) -> String {
     let steps = count(findings.recipe.steps as usize, "step");
-    let mut html = format!("<h2>b. Kinds of connectors at equal steps</h2>\n<p class=\"soft\">Dense prompts, after {steps} each: mean over seeds ± standard deviation. The paper's Table 6 has its kinds in this order, from the worst to the best.</p>\n");
-    let columns: Vec<&String> = findings.kinds.first().map(|(_, spreads)| spreads.keys().filter(|name| !name.contains("object")).collect()).unwrap_or_default();
+    let mut html = format!(
+        "<h2>b. Kinds of connectors at equal steps</h2>\n<p class=\"soft\">Dense prompts, after {steps} each: mean over seeds ± standard deviation. The paper's Table 6 has its kinds in this order, from the worst to the best.</p>\n"
+    );
+    let columns: Vec<&String> =
+        findings.kinds.first().map(|(_, spreads)| spreads.keys().filter(|name| !name.contains("object")).collect()).unwrap_or_default();
     html += "<div class=\"scroll\"><table><tr><th></th>";
     columns.iter().for_each(|name| html += &format!("<th class=\"n\">{}</th>", escape(name)));
     html += "</tr>\n";
     for (kind, spreads) in &findings.kinds {
         html += &format!("<tr><td>{}</td>", kind.title());
-        let cell = |name: &&String| spreads.get(*name).map_or_else(String::new, |Spread { mean, deviation }| format!("{mean:.1} ± {deviation:.1}"));
+        let cell = |name: &&String| {
+            spreads.get(*name).map_or_else(String::new, |Spread { mean, deviation }| format!("{mean:.1} ± {deviation:.1}"))
+        };
         columns.iter().for_each(|name| html += &format!("<td class=\"n\">{}</td>", cell(name)));
         html += "</tr>\n";
     }
@@ -172,7 +179,10 @@ fn heat(map: &Map) -> String {
         for share in shares {
             let strength = (share / mean).ln() / most; // −1 to 1
             let hue = if strength > 0.0 { "196,85,14" } else { "31,95,168" };
-            html += &format!("<td class=\"heat\" style=\"background:rgba({hue},{:.2});color:var(--ink)\">{share:.2}</td>", 0.65 * strength.abs());
+            html += &format!(
+                "<td class=\"heat\" style=\"background:rgba({hue},{:.2});color:var(--ink)\">{share:.2}</td>",
+                0.65 * strength.abs()
+            );
         }
         html += &format!("<td class=\"n\">{tokens}</td></tr>\n");
     }
@@ -198,7 +208,13 @@ fn detector(accuracy: &serde_json::Value) -> String {
     for style in accuracy.as_array().into_iter().flatten() {
         let share = |name: &str| style[name].as_f64().map_or_else(String::new, |share| format!("{:.2} %", 100.0 * share));
         let name = escape(style["style"].as_str().unwrap_or_default());
-        let _ = writeln!(html, "<tr><td>{name}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td></tr>", share("cells"), share("objects"), share("questions"));
+        let _ = writeln!(
+            html,
+            "<tr><td>{name}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td></tr>",
+            share("cells"),
+            share("objects"),
+            share("questions")
+        );
     }
     html + "</table>\n"
 }

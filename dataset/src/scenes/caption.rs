@@ -28,7 +28,8 @@ impl Scene {
 
     /// Which objects `told`, a piece of one of its captions, names with their places, in the order of [`Scene::objects`].
     pub fn named(&self, told: &str) -> Vec<bool> {
-        let words: Vec<&str> = told.split(|letter: char| !letter.is_ascii_alphabetic() && letter != '-').filter(|word| !word.is_empty()).collect();
+        let words: Vec<&str> =
+            told.split(|letter: char| !letter.is_ascii_alphabetic() && letter != '-').filter(|word| !word.is_empty()).collect();
         let told = format!(" {} ", words.join(" ").to_lowercase());
         let says = |phrase: &str| told.contains(&format!(" {phrase} "));
         let named = |object: &Object| {

@@ -17,19 +17,19 @@ use std::ops::RangeInclusive;
 pub use questions::{Look, Question, Sight};
 pub use suite::{SUITE, Suite, SuiteError, Telling};
 pub use world::{Backdrop, Background, Color, Direction, Object, Place, Relation, Scene, Shape, Size, Texture, World};
-pub use write::{MAX_OBJECTS, ScenesConfig, ScenesError, ScenesReport, write};
+pub use write::{ScenesConfig, ScenesError, ScenesReport, write};
 
 /// Scene `index` of the rich world's data set of `seed`, with 1 to 6 objects.
 pub fn scene(seed: u64, index: u64) -> Scene {
     scene_of(World::Rich, seed, index)
 }
 
-/// Scene `index` of a world's data set of `seed`, with 1 to 6 objects.
+/// Scene `index` of a world's data set of `seed`, with 1 to [`World::most_objects`] objects.
 pub fn scene_of(world: World, seed: u64, index: u64) -> Scene {
-    scene_with(world, seed, index, &(1..=MAX_OBJECTS))
+    scene_with(world, seed, index, &(1..=world.most_objects()))
 }
 
-/// Scene `index` of a world's data set of `seed`, with so many objects, within 1 to [`MAX_OBJECTS`].
+/// Scene `index` of a world's data set of `seed`, with so many objects, within 1 to [`World::most_objects`].
 pub fn scene_with(world: World, seed: u64, index: u64, objects: &RangeInclusive<u32>) -> Scene {
     Scene::draw(world, seed, index, objects)
 }

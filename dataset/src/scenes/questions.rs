@@ -30,7 +30,8 @@ pub struct Look {
 }
 
 impl Sight {
-    fn at(&self, place: Place) -> Option<Look> {
+    /// What lies there.
+    pub fn at(&self, place: Place) -> Option<Look> {
         self.cells.get(place.number()).copied().flatten()
     }
 
@@ -150,7 +151,8 @@ impl Scene {
             }
         }
         if let Background::Plain { color } = self.background
-            && caption.contains(color.name()) && self.objects.len() == 1
+            && caption.contains(color.name())
+            && self.objects.len() == 1
         {
             list.backdrop(color);
         }

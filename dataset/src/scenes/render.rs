@@ -145,7 +145,7 @@ fn extent(shape: Shape) -> [f32; 4] {
 impl Object {
     /// The box around it: left, top, right, bottom as shares of the picture.
     pub fn bounds(&self) -> [f32; 4] {
-        let [left, top, right, bottom] = extent(self.shape).map(|side| side * self.size.radius());
+        let [left, top, right, bottom] = extent(self.shape).map(|side| side * self.radius);
         let [x, y] = self.center;
         [x + left, y + top, x + right, y + bottom]
     }
@@ -228,7 +228,7 @@ impl Canvas {
     }
 
     fn draw(&mut self, object: &Object) {
-        let radius = object.size.radius();
+        let radius = object.radius;
         let reach = radius * (1.0 + SHADOW[1] + SHADOW_BLUR);
         let span = |middle: f32| {
             let pixel = |at: f32| (at * self.side as f32).clamp(0.0, self.side as f32) as usize;

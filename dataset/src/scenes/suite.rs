@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::questions::Question;
 use super::scene_with;
 use super::world::{Scene, World};
-use super::write::{ScenesError, failed};
+use super::write::{ScenesConfig, ScenesError, failed};
 
 /// What says which scenes a folder's prompts are of. It is written last.
 pub const SUITE: &str = "suite.json";
@@ -126,8 +126,16 @@ impl Suite {
     /// Writes `dense/KEY.txt` and `short/KEY.txt`, a prompt each, `dense.csv` and `short.csv` with their questions, and [`SUITE`].
     ///
     /// # Errors
-    /// The system refused.
+    /// A setting is out of its range, or the system refused.
     pub fn write(&self, out: &Path) -> Result<(), ScenesError> {
+        ScenesConfig {
+            world: self.world().unwrap_or_default(),
+            seed: self.seed,
+            count: self.count,
+            objects: self.objects.clone(),
+            ..ScenesConfig::default()
+        }
+        .check()?;
         for telling in Telling::ALL {
             let folder = out.join(telling.name());
             fs::create_dir_all(&folder).map_err(failed(&folder, "create this folder"))?;

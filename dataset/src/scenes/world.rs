@@ -146,8 +146,8 @@ impl Backdrop {
 }
 
 impl Size {
-    /// The objects' unit in picture widths: half the side of the box that a shape is drawn in.
-    pub(super) const fn radius(self) -> f32 {
+    /// Half the side of the box that an object is drawn in, in widths of a picture of nine cells.
+    const fn radius(self) -> f32 {
         match self {
             Self::Small => 0.085,
             Self::Medium => 0.12,
@@ -162,8 +162,8 @@ pub enum World {
     /// All that there is.
     #[default]
     Rich,
-    /// What a small network learns to draw and to tell apart at 64 × 64 pixels: six shapes, eight colours, two sizes, two textures, and plain
-    /// backgrounds of six colours.
+    /// What a small network learns to draw and to tell apart at 64 × 64 pixels: up to four objects, large ones in the corners, of six shapes, eight
+    /// colours, two sizes and two textures, and plain backgrounds of six colours.
     Mini,
 }
 
@@ -176,6 +176,44 @@ impl World {
         match self {
             Self::Rich => "rich",
             Self::Mini => "mini",
+        }
+    }
+
+    /// The most objects in a scene.
+    pub const fn most_objects(self) -> u32 {
+        match self {
+            Self::Rich => 6,
+            Self::Mini => 4,
+        }
+    }
+
+    /// Where its objects lie: in the places that have cells of their own, which are of one size and fill the picture.
+    pub fn places(self) -> Vec<Place> {
+        let has = |place: &Place| self == Self::Rich || (place.row != 1 && place.column != 1);
+        Place::all().filter(has).collect()
+    }
+
+    /// Cells a side.
+    const fn grid(self) -> usize {
+        match self {
+            Self::Rich => GRID,
+            Self::Mini => 2,
+        }
+    }
+
+    /// The cell along one axis that a place's row or column is.
+    const fn cell(self, along: u8) -> u8 {
+        match self {
+            Self::Rich => along,
+            Self::Mini => along / 2,
+        }
+    }
+
+    /// Half the side of the box that an object is drawn in, in picture widths.
+    fn radius(self, size: Size) -> f32 {
+        match self {
+            Self::Rich => size.radius(),
+            Self::Mini => 1.4 * size.radius(),
         }
     }
 
@@ -240,6 +278,11 @@ impl Place {
         self.row as usize * GRID + self.column as usize
     }
 
+    /// The place of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::all().find(|place| place.name() == name)
+    }
+
     /// Its name in truth, as “top left” or “center”.
     pub const fn name(self) -> &'static str {
         match (self.row, self.column) {
@@ -271,6 +314,8 @@ pub struct Object {
     pub place: Place,
     /// Its middle (x, y) in picture widths from the top left.
     pub center: [f32; 2],
+    /// Half the side of the box that it is drawn in, in picture widths.
+    pub radius: f32,
 }
 
 /// What is behind the objects.
@@ -321,7 +366,7 @@ impl Scene {
         let background = Background::draw(&mut rng, world);
         let span = counts.end().saturating_sub(*counts.start()) as usize + 1;
         let count = *counts.start() as usize + rng.below(span);
-        let mut places: Vec<Place> = Place::all().collect();
+        let mut places = world.places();
         rng.shuffle(&mut places);
         let mut looks: Vec<(Shape, Color)> = background.colors(world).flat_map(|c| world.shapes().iter().map(move |s| (*s, c))).collect();
         rng.shuffle(&mut looks);
@@ -340,14 +385,14 @@ impl Scene {
 impl Object {
     fn draw(rng: &mut Rng, world: World, (shape, color): (Shape, Color), place: Place) -> Self {
         let (size, texture) = (rng.pick(world.sizes()), rng.pick(world.textures()));
-        let half = 0.5 / GRID as f32;
-        let room = (half - size.radius() - MARGIN).min(SHIFT);
-        let mut at = |cell: u8| {
+        let (half, radius) = (0.5 / world.grid() as f32, world.radius(size));
+        let room = (half - radius - MARGIN).min(SHIFT);
+        let mut at = |along: u8| {
             let shift = rng.below(2001) as f32 / 1000.0 - 1.0;
-            (2.0 * f32::from(cell) + 1.0) * half + shift * room
+            (2.0 * f32::from(world.cell(along)) + 1.0) * half + shift * room
         };
         let center = [at(place.column), at(place.row)];
-        Self { shape, color, size, texture, place, center }
+        Self { shape, color, size, texture, place, center, radius }
     }
 }
 
@@ -404,9 +449,16 @@ mod tests {
 
     #[test]
     fn objects_are_distinct_and_inside_their_own_cells() {
-        let mut counts = HashSet::new();
+        for world in [World::Rich, World::Mini] {
+            objects_are_within(world);
+        }
+    }
+
+    fn objects_are_within(world: World) {
+        let (mut counts, most) = (HashSet::new(), world.most_objects());
+        let width = 1.0 / world.grid() as f32;
         for index in 0..3000 {
-            let scene = Scene::draw(World::Rich, 5, index, &(1..=6));
+            let scene = Scene::draw(world, 5, index, &(1..=most));
             counts.insert(scene.objects.len());
             let looks: HashSet<_> = scene.objects.iter().map(|o| (o.shape, o.color)).collect();
             let places: HashSet<_> = scene.objects.iter().map(|o| o.place).collect();
@@ -414,12 +466,12 @@ mod tests {
             for object in &scene.objects {
                 let cells = [object.place.column, object.place.row];
                 for (at, cell) in object.center.iter().zip(cells) {
-                    let (low, high) = (f32::from(cell) / 3.0, f32::from(cell + 1) / 3.0);
-                    assert!(at - object.size.radius() >= low && at + object.size.radius() <= high, "{object:?}");
+                    let low = f32::from(world.cell(cell)) * width;
+                    assert!(at - object.radius >= low && at + object.radius <= low + width, "{object:?}");
                 }
             }
         }
-        assert_eq!(counts, (1..=6).collect());
+        assert_eq!(counts, (1..=most as usize).collect());
     }
 
     #[test]

@@ -19,9 +19,6 @@ use super::{
     world::{Scene, World},
 };
 
-/// The most objects in a scene.
-pub const MAX_OBJECTS: u32 = 6;
-
 /// The smallest and the largest picture.
 const SIZES: RangeInclusive<u32> = 16..=4096;
 
@@ -41,7 +38,7 @@ pub struct ScenesConfig {
     pub size: u32,
     /// Scenes in a tar; the last one may have fewer.
     pub per_tar: u64,
-    /// Objects in a scene, within 1 to [`MAX_OBJECTS`].
+    /// Objects in a scene, within 1 to [`World::most_objects`].
     pub objects: RangeInclusive<u32>,
     /// Every so manieth scene has its short caption as `.txt`; 0: none has.
     pub short_every: u64,
@@ -49,7 +46,7 @@ pub struct ScenesConfig {
 
 impl Default for ScenesConfig {
     fn default() -> Self {
-        Self { count: 1000, world: World::Rich, seed: 0, size: 64, per_tar: 1000, objects: 1..=MAX_OBJECTS, short_every: 0 }
+        Self { count: 1000, world: World::Rich, seed: 0, size: 64, per_tar: 1000, objects: 1..=World::Rich.most_objects(), short_every: 0 }
     }
 }
 
@@ -108,13 +105,18 @@ pub enum ScenesError {
 }
 
 impl ScenesConfig {
-    fn check(&self) -> Result<(), ScenesError> {
+    pub(super) fn check(&self) -> Result<(), ScenesError> {
         let (first, last) = (*self.objects.start(), *self.objects.end());
         let rules = [
             ("count", self.count > 0, "at least 1", self.count.to_string()),
             ("per_tar", self.per_tar > 0, "at least 1", self.per_tar.to_string()),
             ("size", SIZES.contains(&self.size), "16 to 4096 pixels", self.size.to_string()),
-            ("objects", 1 <= first && first <= last && last <= MAX_OBJECTS, "a range within 1 to 6", format!("{first} to {last}")),
+            (
+                "objects",
+                1 <= first && first <= last && last <= self.world.most_objects(),
+                "a range within 1 and the most that the world has",
+                format!("{first} to {last}"),
+            ),
         ];
         match rules.into_iter().find(|(_, holds, ..)| !holds) {
             Some((field, _, rule, found)) => Err(ScenesError::Setting { field, rule, found }),
@@ -368,6 +370,7 @@ mod tests {
         assert_eq!(refused(ScenesConfig { size: 5000, ..config() }), "size");
         assert_eq!(refused(ScenesConfig { objects: 0..=6, ..config() }), "objects");
         assert_eq!(refused(ScenesConfig { objects: 1..=7, ..config() }), "objects");
+        assert_eq!(refused(ScenesConfig { world: World::Mini, objects: 1..=5, ..config() }), "objects");
         #[expect(clippy::reversed_empty_ranges, reason = "what is refused")]
         let reversed = 4..=2;
         assert_eq!(refused(ScenesConfig { objects: reversed, ..config() }), "objects");

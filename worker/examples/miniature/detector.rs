@@ -39,8 +39,8 @@ pub(crate) fn train(place: &Place, course: Course) -> Result<()> {
         Ok((right(&average.forward(&seen)?, &truth)?, right(&average.forward(&reconstructed(&vae, &seen)?)?, &truth)?))
     })?;
     learner.tell(&json!({ "held_out": clean, "held_out_through_vae": through }))?;
-    let words = serde_json::json!({
-        "shapes": config.shapes, "colors": config.colors, "sizes": config.sizes, "textures": config.textures,
+    let words = json!({
+        "places": config.places, "shapes": config.shapes, "colors": config.colors, "sizes": config.sizes, "textures": config.textures,
         "backdrops": config.backdrops, "channels": config.channels,
     });
     crate::write_json(&place.out("detector/config.json"), &words)?;
@@ -49,7 +49,8 @@ pub(crate) fn train(place: &Place, course: Course) -> Result<()> {
 
 /// Pictures as the VAE shows them.
 pub(crate) fn reconstructed(vae: &Vae, seen: &Tensor) -> Result<Tensor> {
-    let made: Result<Vec<Tensor>> = seen.f_split(500, 0)?.iter().map(|part| Ok(vae.decode(&vae.encode(part)?.0)?.f_clamp(-1.0, 1.0)?)).collect();
+    let made: Result<Vec<Tensor>> =
+        seen.f_split(500, 0)?.iter().map(|part| Ok(vae.decode(&vae.encode(part)?.0)?.f_clamp(-1.0, 1.0)?)).collect();
     Ok(Tensor::f_cat(&made?, 0)?)
 }
 

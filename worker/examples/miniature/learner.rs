@@ -44,7 +44,12 @@ pub(crate) struct Learner {
 }
 
 /// First values of everything that `build` asks for, below `name`.
-pub(crate) fn fresh<T>(name: &str, seed: u64, device: Device, build: impl FnOnce(&Params) -> ella_model::Result<T>) -> Result<Vec<(String, Tensor)>> {
+pub(crate) fn fresh<T>(
+    name: &str,
+    seed: u64,
+    device: Device,
+    build: impl FnOnce(&Params) -> ella_model::Result<T>,
+) -> Result<Vec<(String, Tensor)>> {
     let p = Params::random(seed, tch::Kind::Float, device);
     build(&p)?;
     Ok(p.taken().into_iter().map(|(key, tensor)| (format!("{name}.{key}"), tensor)).collect())
@@ -84,6 +89,13 @@ impl Learner {
     /// What learns, of what is below `name`.
     pub(crate) fn params(&self, name: &str) -> Params {
         given(self.weights.iter().map(|(key, tensor)| (key.as_str(), tensor.shallow_clone())), name)
+    }
+
+    /// The same by name.
+    pub(crate) fn named(&self, name: &str) -> Vec<(String, Tensor)> {
+        let strip =
+            |(key, tensor): &(String, Tensor)| Some((key.strip_prefix(name)?.strip_prefix('.')?.to_owned(), tensor.shallow_clone()));
+        self.weights.iter().filter_map(strip).collect()
     }
 
     /// Its moving average, which does not.
@@ -141,7 +153,8 @@ impl Learner {
 
     /// Notes a finding.
     pub(crate) fn tell(&mut self, what: &Value) -> Result<()> {
-        let mut line = json!({ "step": self.state.step, "samples": self.state.step * self.course.batch as u64, "seconds": self.seconds().round() });
+        let mut line =
+            json!({ "step": self.state.step, "samples": self.state.step * self.course.batch as u64, "seconds": self.seconds().round() });
         if let (Value::Object(line), Value::Object(what)) = (&mut line, what) {
             line.extend(what.clone());
         }

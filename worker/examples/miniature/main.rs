@@ -2,11 +2,12 @@
 //! long ones, and the detector by which pictures of its world are scored.
 //!
 //! `cargo run --release -p ella-worker --example miniature`. It may be stopped at any time; the same command goes on. Stages follow each other: `vae`,
-//! `detector`, `clip`, `unet`, `text`. A stage whose folder below `--work` is removed is done anew. Each writes what it learnt to `--out`, and what it saw on the
+//! `detector`, `clip`, `unet`, `text`, `lora`. A stage whose folder below `--work` is removed is done anew. Each writes what it learnt to `--out`, and what it saw on the
 //! way to `log.jsonl` in its folder; the logs of the weights in the repository are in `mini/record/`.
 
 mod detector;
 mod learner;
+mod lora;
 mod reading;
 mod scenes;
 mod unet;
@@ -33,7 +34,7 @@ struct Options {
     #[arg(long, default_value = "target/miniature")]
     work: PathBuf,
     /// Stages to run, in this order
-    #[arg(long, value_delimiter = ',', default_value = "vae,detector,clip,unet,text")]
+    #[arg(long, value_delimiter = ',', default_value = "vae,detector,clip,unet,text,lora")]
     stages: Vec<String>,
     /// Updates of every stage as a share of the usual number
     #[arg(long, default_value_t = 1.0)]
@@ -87,9 +88,10 @@ fn main() -> Result<()> {
             "vae" => vae::train(&place, course(3500, 32, 1.5e-3)),
             "detector" => detector::train(&place, course(1500, 64, 2e-3)),
             "clip" => reading::train_clip(&place, course(1200, 256, 1e-3)),
-            "unet" => unet::train(&place, course(6000, 128, 1e-3)),
-            "text" => reading::train_text(&place, course(1500, 128, 1e-3)),
-            other => anyhow::bail!("--stages: {other} is none (expected vae, detector, clip, unet or text)"),
+            "unet" => unet::train(&place, course(4000, 128, 1e-3)),
+            "lora" => lora::train(&place, course(400, 64, 2e-3)),
+            "text" => reading::train_text(&place, course(1000, 128, 1e-3)),
+            other => anyhow::bail!("--stages: {other} is none (expected vae, detector, clip, unet, text or lora)"),
         }
         .with_context(|| format!("stage {stage}"))?;
     }
@@ -99,9 +101,17 @@ fn main() -> Result<()> {
 /// What tells programs the networks' shapes, beside the weights to come.
 fn copy_configurations(place: &Place) -> Result<()> {
     let files = [
-        "base/model_index.json", "base/scheduler/scheduler_config.json", "base/unet/config.json", "base/vae/config.json",
-        "base/text_encoder/config.json", "base/tokenizer/vocab.json", "base/tokenizer/merges.txt", "base/tokenizer/tokenizer_config.json",
-        "text/config.json", "text/tokenizer.json", "text/tokenizer_config.json",
+        "base/model_index.json",
+        "base/scheduler/scheduler_config.json",
+        "base/unet/config.json",
+        "base/vae/config.json",
+        "base/text_encoder/config.json",
+        "base/tokenizer/vocab.json",
+        "base/tokenizer/merges.txt",
+        "base/tokenizer/tokenizer_config.json",
+        "text/config.json",
+        "text/tokenizer.json",
+        "text/tokenizer_config.json",
     ];
     for file in files.into_iter().filter(|file| !place.out(file).is_file()) {
         write(&place.out(file), &fs::read(place.shape(file))?)?;
@@ -133,7 +143,8 @@ fn write(file: &Path, bytes: &[u8]) -> Result<()> {
 /// Pictures `[N, 3, S, S]` in −1…1 as one file, eight in a row.
 pub(crate) fn sheet(pictures: &Tensor, file: &Path) -> Result<()> {
     let (count, _, height, width) = pictures.size4()?;
-    let rows = pictures.f_view([count / 8, 8, 3, height, width])?.f_permute([2, 0, 3, 1, 4])?.f_reshape([3, count / 8 * height, 8 * width])?;
+    let rows =
+        pictures.f_view([count / 8, 8, 3, height, width])?.f_permute([2, 0, 3, 1, 4])?.f_reshape([3, count / 8 * height, 8 * width])?;
     let bytes = rows.f_add_scalar(1.0)?.f_mul_scalar(127.5)?.f_clamp(0.0, 255.0)?.f_to_kind(Kind::Uint8)?;
     Ok(tch::vision::image::save(&bytes.f_to_device(Device::Cpu)?, file)?)
 }

@@ -1,6 +1,6 @@
 //! The text encoders: each learns to read, which is to say what lies where by a caption alone.
 //!
-//! What a caption says is asked by a head of ten queries, nine cells and a background, that attend to the encoder's states; it is thrown away
+//! What a caption says is asked by a head of queries, one for each place and one for the background, that attend to the encoder's states; it is thrown away
 //! afterwards. CLIP's kind is given captions cut at its limit, and asked only for what they name. T5's is given whole ones, and guesses
 //! hidden words besides, as language models learn.
 
@@ -37,7 +37,6 @@ struct Head {
     widths: [i64; 4],
 }
 
-const QUERIES: i64 = 10;
 const HEADS: i64 = 4;
 
 impl Head {
@@ -50,7 +49,7 @@ impl Head {
         let norm = |n: i64| LayerNorm::new(&p.at("norm").at(n), width, 1e-5);
         let widths = config.widths();
         Ok(Self {
-            queries: p.get("queries", &[QUERIES, width], Init::Normal { std: 0.05 })?,
+            queries: p.get("queries", &[config.places.len() as i64 + 1, width], Init::Normal { std: 0.05 })?,
             attention: [attention(0)?, attention(1)?],
             norms: [norm(0)?, norm(1)?, norm(2)?],
             inner: (Linear::new(&p.at("fc1"), width, 2 * width)?, Linear::new(&p.at("fc2"), 2 * width, width)?),
@@ -62,20 +61,20 @@ impl Head {
 
     /// `states` `[B, S, E]`, `hidden` `[B, 1, 1, S]` bool.
     fn forward(&self, states: &Tensor, hidden: &Tensor) -> Result<Found> {
-        let (batch, tokens, width) = states.size3()?;
+        let ((batch, tokens, width), (queries, _)) = (states.size3()?, self.queries.size2()?);
         let split = |x: Tensor, count: i64| x.f_reshape([batch, count, HEADS, width / HEADS])?.f_transpose(1, 2);
-        let mut x = self.queries.f_unsqueeze(0)?.f_expand([batch, QUERIES, width], false)?;
+        let mut x = self.queries.f_unsqueeze(0)?.f_expand([batch, queries, width], false)?;
         for (n, (q, k, v, out)) in self.attention.iter().enumerate() {
             let (q, k, v) = (q.forward(&self.norms[n].forward(&x)?)?, k.forward(states)?, v.forward(states)?);
-            let told = attend(&split(q, QUERIES)?, &split(k, tokens)?, &split(v, tokens)?, hidden)?;
+            let told = attend(&split(q, queries)?, &split(k, tokens)?, &split(v, tokens)?, hidden)?;
             x = x.f_add(&out.forward(&told)?)?;
             if n == 0 {
                 x = x.f_add(&self.inner.1.forward(&gelu(&self.inner.0.forward(&self.norms[2].forward(&x)?)?)?)?)?;
             }
         }
-        let cells = self.cell.forward(&x.f_narrow(1, 0, QUERIES - 1)?)?.f_split_with_sizes(self.widths, -1)?;
+        let cells = self.cell.forward(&x.f_narrow(1, 0, queries - 1)?)?.f_split_with_sizes(self.widths, -1)?;
         let [a, b, c, d] = [0, 1, 2, 3].map(|n| cells[n].shallow_clone());
-        Ok(Found { cells: [a, b, c, d], backdrop: self.backdrop.forward(&x.f_select(1, QUERIES - 1)?)? })
+        Ok(Found { cells: [a, b, c, d], backdrop: self.backdrop.forward(&x.f_select(1, queries - 1)?)? })
     }
 }
 

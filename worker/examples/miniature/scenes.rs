@@ -1,21 +1,18 @@
 //! What the miniature learns from: scenes, each seen once.
 
 use std::collections::HashMap;
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use anyhow::{Context, Result};
-use ella_dataset::scenes::{Background, Place, Scene, World, scene_with};
+use ella_dataset::scenes::{Background, Place, Scene, World, scene_of};
 use ella_model::detector::DetectorConfig;
 use ella_model::tokenizer::{Padding, TextTokenizer};
 use tch::{Device, Kind, Tensor};
 
 /// The miniature's world.
 pub(crate) const WORLD: World = World::Mini;
-
-/// Objects in its scenes.
-pub(crate) const OBJECTS: RangeInclusive<u32> = 1..=4;
 
 /// Pixels a side.
 pub(crate) const SIDE: u32 = 64;
@@ -31,7 +28,7 @@ pub(crate) const UNASKED: i64 = -100;
 
 /// Scenes of a seed.
 pub(crate) fn scenes(seed: u64, range: Range<u64>) -> Vec<Scene> {
-    range.map(|index| scene_with(WORLD, seed, index, &OBJECTS)).collect()
+    range.map(|index| scene_of(WORLD, seed, index)).collect()
 }
 
 /// Their pictures, `[B, 3, SIDE, SIDE]` in −1…1.
@@ -45,7 +42,7 @@ pub(crate) fn pictures(scenes: &[Scene], device: Device) -> Result<Tensor> {
 /// Answers in order of a detector's logits.
 #[derive(Debug)]
 pub(crate) struct Truth {
-    /// `[B, 9]` each, of [`ella_model::detector::Found::cells`].
+    /// `[B, places]` each, of [`ella_model::detector::Found::cells`].
     pub(crate) cells: [Tensor; 4],
     /// `[B]`.
     pub(crate) backdrop: Tensor,
@@ -56,10 +53,15 @@ pub(crate) fn truth(scenes: &[Scene], told: Option<&[String]>, device: Device) -
     let (mut cells, mut backdrops) = ([(); 4].map(|()| Vec::new()), Vec::new());
     for (row, scene) in scenes.iter().enumerate() {
         let named = told.map_or_else(|| vec![true; scene.objects.len()], |told| scene.named(&told[row]));
-        for place in Place::all() {
+        for place in WORLD.places() {
             let object = scene.objects.iter().zip(&named).find(|(object, named)| object.place == place && **named);
             let answers = object.map_or([0, UNASKED, UNASKED, UNASKED], |(object, _)| {
-                [1 + at(WORLD.shapes(), object.shape), at(WORLD.colors(), object.color), at(WORLD.sizes(), object.size), at(WORLD.textures(), object.texture)]
+                [
+                    1 + at(WORLD.shapes(), object.shape),
+                    at(WORLD.colors(), object.color),
+                    at(WORLD.sizes(), object.size),
+                    at(WORLD.textures(), object.texture),
+                ]
             });
             cells.iter_mut().zip(answers).for_each(|(cells, answer)| cells.push(answer));
         }
@@ -67,7 +69,7 @@ pub(crate) fn truth(scenes: &[Scene], told: Option<&[String]>, device: Device) -
         let said = told.is_none_or(|told| told[row].contains(color.name()));
         backdrops.push(if said { at(WORLD.backdrops(), color) } else { UNASKED });
     }
-    let column = |answers: Vec<i64>| Tensor::f_from_slice(&answers)?.f_view([scenes.len() as i64, 9])?.f_to_device(device);
+    let column = |answers: Vec<i64>| Tensor::f_from_slice(&answers)?.f_view([scenes.len() as i64, -1])?.f_to_device(device);
     let [a, b, c, d] = cells.map(column);
     Ok(Truth { cells: [a?, b?, c?, d?], backdrop: Tensor::f_from_slice(&backdrops)?.f_to_device(device)? })
 }
@@ -80,6 +82,7 @@ fn at<T: PartialEq>(all: &[T], one: T) -> i64 {
 pub(crate) fn detector_config() -> DetectorConfig {
     let words = |names: Vec<&str>| names.into_iter().map(str::to_owned).collect();
     DetectorConfig {
+        places: words(WORLD.places().into_iter().map(Place::name).collect()),
         shapes: words(WORLD.shapes().iter().map(|one| one.name()).collect()),
         colors: words(WORLD.colors().iter().map(|one| one.name()).collect()),
         sizes: words(WORLD.sizes().iter().map(|one| one.name()).collect()),

@@ -33,7 +33,7 @@ const SHOWN: i64 = 256;
 const LOOK_EVERY: u64 = 500;
 
 /// What text says to the U-Net.
-struct Reader {
+pub(crate) struct Reader {
     clip: Clip,
     tokenizer: TextTokenizer,
     limit: usize,
@@ -41,7 +41,7 @@ struct Reader {
 }
 
 impl Reader {
-    fn load(place: &Place) -> Result<Self> {
+    pub(crate) fn load(place: &Place) -> Result<Self> {
         let folder = place.out("base/text_encoder");
         let limit = ClipConfig::load(&folder)?.max_positions as usize;
         let tokenizer = TextTokenizer::load(&folder, &TextConfig::load(&folder)?)?;
@@ -49,12 +49,12 @@ impl Reader {
     }
 
     /// `[B, limit]` i64.
-    fn ids(&self, captions: &[String]) -> Result<Tensor> {
+    pub(crate) fn ids(&self, captions: &[String]) -> Result<Tensor> {
         Ok(self.tokenizer.encode(captions, self.limit, Padding::Fixed)?.tensors(self.device)?.0)
     }
 
     /// `[B, limit, E]`.
-    fn states(&self, ids: &Tensor) -> Result<Tensor> {
+    pub(crate) fn states(&self, ids: &Tensor) -> Result<Tensor> {
         tch::no_grad(|| Ok(self.clip.forward(ids, &ids.f_ones_like()?)?.last_hidden_state))
     }
 }
@@ -75,7 +75,8 @@ impl Kept {
             for from in (0..KEPT).step_by(1000) {
                 let scenes = scenes(LEARNT, from..from + 1000);
                 let (mean, _) = tch::no_grad(|| vae.encode(&pictures(&scenes, place.device)?).map_err(anyhow::Error::from))?;
-                let told = |caption: fn(&ella_dataset::scenes::Scene) -> String| reader.ids(&scenes.iter().map(caption).collect::<Vec<_>>());
+                let told =
+                    |caption: fn(&ella_dataset::scenes::Scene) -> String| reader.ids(&scenes.iter().map(caption).collect::<Vec<_>>());
                 let made = [vae.scale(&mean)?, told(|scene| scene.dense_caption())?, told(|scene| scene.short_caption())?];
                 parts.iter_mut().zip(made).for_each(|(parts, part)| parts.push(part));
             }
@@ -142,7 +143,12 @@ impl Gallery {
         let device = place.device;
         tch::manual_seed(99);
         let noise = Tensor::f_randn([SHOWN, 4, 8, 8], (Kind::Float, device))?;
-        Ok(Self { ids: reader.ids(&captions)?, truth: truth(&scenes, Some(&told), device)?, noise, detector: detector::load(place, device)? })
+        Ok(Self {
+            ids: reader.ids(&captions)?,
+            truth: truth(&scenes, Some(&told), device)?,
+            noise,
+            detector: detector::load(place, device)?,
+        })
     }
 
     /// The shares of [`right`] in what the U-Net draws; the first 32 pictures go to `file`.
