@@ -117,6 +117,6 @@ fn a_range_of_objects_is_kept_and_one_beyond_the_world_refused() {
     let scenes =
         |more: &[&str]| ella(dir.path(), &[&["scenes", "--world", "mini", "--count", "8", "--out", "tars", "--json"], more].concat());
     assert_eq!(scenes(&["--objects", "2-2"]).ok().json()["objects"], 16);
-    scenes(&["--objects", "3-5"]).fails(1, &["objects is 3 to 5"]);
+    scenes(&["--objects", "3-5"]).fails(2, &["objects is 3 to 5"]);
     scenes(&["--objects", "two"]).fails(2, &["expected two numbers, as in 1-4"]);
 }

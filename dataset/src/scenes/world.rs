@@ -495,11 +495,11 @@ mod tests {
     #[test]
     fn every_word_of_a_world_turns_up_and_no_other() {
         for (_, world) in World::NAMES {
-            let scenes: Vec<Scene> = (0..2000).map(|index| Scene::draw(world, 1, index, &(1..=6))).collect();
+            let scenes: Vec<Scene> = (0..2000).map(|index| Scene::draw(world, 1, index, &(1..=world.most_objects()))).collect();
             let objects = || scenes.iter().flat_map(|scene| &scene.objects);
             assert_eq!(objects().map(|o| o.shape).collect::<HashSet<_>>(), world.shapes().iter().copied().collect());
             assert_eq!(objects().map(|o| o.color).collect::<HashSet<_>>(), world.colors().iter().copied().collect());
-            let rest = world.sizes().len() * world.textures().len() * 9;
+            let rest = world.sizes().len() * world.textures().len() * world.places().len();
             assert_eq!(objects().map(|o| (o.size, o.texture, o.place)).collect::<HashSet<_>>().len(), rest);
         }
     }
