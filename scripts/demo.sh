@@ -14,7 +14,7 @@ if [ "$out" != demo ] && [ -n "$(ls -A "$out" 2>/dev/null)" ] && [ ! -e "$marker
 fi
 bin=$(cargo metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')/release
 ella=$bin/ella
-steps=${DEMO_STEPS:-300}
+steps=${DEMO_STEPS:-200}
 prompts=${DEMO_PROMPTS:-32}
 began=$(date +%s)
 
