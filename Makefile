@@ -21,7 +21,7 @@ build: libtorch
 demo: build
 	@scripts/demo.sh
 
-# The paper's claims, measured in the miniature: see claims/report.html afterwards. Two hours on two cores; CLAIMS=--quick makes it ten minutes.
+# The paper's claims, measured in the miniature: see claims/report.html afterwards. CLAIMS=--quick makes it shorter.
 claims: build
 	@"$$($(CARGO) metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')"/release/ella \
 	    claims --out $(or $(CLAIMS_OUT),claims) $(CLAIMS)

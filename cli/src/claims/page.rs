@@ -202,7 +202,7 @@ fn lora(Lora { framed, marks }: &Lora) -> String {
 }
 
 fn detector(accuracy: &serde_json::Value) -> String {
-    let mut html = "<h2>The scorer itself</h2>\n<p class=\"soft\">A small classifier finds what is in a picture's nine cells. On scenes whose truth is known, which it was not trained on, it gets right:</p>\n\
+    let mut html = "<h2>The scorer itself</h2>\n<p class=\"soft\">A small classifier finds what is in a picture's cells. On scenes whose truth is known, which it was not trained on, it gets right:</p>\n\
                     <table><tr><th>style</th><th class=\"n\">cells</th><th class=\"n\">objects</th><th class=\"n\">questions</th></tr>\n"
         .to_owned();
     for style in accuracy.as_array().into_iter().flatten() {
