@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use ella_dataset::scenes::{Background, Place, Scene, World, scene_of};
 use ella_model::detector::DetectorConfig;
 use ella_model::tokenizer::{Padding, TextTokenizer};
-use tch::{Device, Kind, Tensor};
+use ella_worker::sight::rendered;
+use tch::{Device, Tensor};
 
 /// The miniature's world.
 pub(crate) const WORLD: World = World::Mini;
@@ -33,10 +34,7 @@ pub(crate) fn scenes(seed: u64, range: Range<u64>) -> Vec<Scene> {
 
 /// Their pictures, `[B, 3, SIDE, SIDE]` in −1…1.
 pub(crate) fn pictures(scenes: &[Scene], device: Device) -> Result<Tensor> {
-    let bytes: Vec<u8> = scenes.iter().flat_map(|scene| scene.render(SIDE)).collect();
-    let side = i64::from(SIDE);
-    let pictures = Tensor::f_from_slice(&bytes)?.f_view([scenes.len() as i64, side, side, 3])?.f_permute([0, 3, 1, 2])?;
-    Ok(pictures.f_to_device(device)?.f_to_kind(Kind::Float)?.f_div_scalar(127.5)?.f_sub_scalar(1.0)?.f_contiguous()?)
+    Ok(rendered(scenes, SIDE)?.f_to_device(device)?.f_contiguous()?)
 }
 
 /// Answers in order of a detector's logits.
