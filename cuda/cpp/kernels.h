@@ -44,6 +44,7 @@ DEVICE float widen(f16 x) {
 }
 DEVICE void narrow(float x, f16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 DEVICE float exponential(float x) { return __expf(x); }
+DEVICE float inverse(float x) { return __fdividef(1.0f, x); }
 #else
 DEVICE float from_bits(unsigned int bits) {
     float x;
@@ -72,6 +73,7 @@ DEVICE void narrow(float x, f16& y) {
     y.bits = static_cast<unsigned short>(sign | half);
 }
 DEVICE float exponential(float x) { return std::exp(x); }
+DEVICE float inverse(float x) { return 1.0f / x; }
 using std::erf;
 using std::exp;
 using std::min;
@@ -94,11 +96,16 @@ template <class T>
 struct alignas(16) Pack { T at[VECTOR]; };
 
 template <class T>
-DEVICE void load(const T* from, float (&to)[VECTOR]) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
+DEVICE Pack<T> pack_at(const T* from) { return *reinterpret_cast<const Pack<T>*>(from); }
+
+template <class T>
+DEVICE void unpack(const Pack<T>& pack, float (&to)[VECTOR]) {
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) to[j] = widen(pack.at[j]);
 }
+
+template <class T>
+DEVICE void load(const T* from, float (&to)[VECTOR]) { unpack(pack_at(from), to); }
 
 template <class T>
 DEVICE void store(const float (&from)[VECTOR], T* to) {
@@ -108,9 +115,9 @@ DEVICE void store(const float (&from)[VECTOR], T* to) {
     *reinterpret_cast<Pack<T>*>(to) = pack;
 }
 
-// 1 / (1 + e^-x): by the processor's quick exponential where the result is rounded to 16 bits anyway.
+// 1 / (1 + e^-x): by the processor's quick exponential and quotient where the result is rounded to 16 bits anyway.
 template <class T>
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+DEVICE float sigmoid(float x) { return inverse(1.0f + exponential(-x)); }
 template <>
 DEVICE float sigmoid<float>(float x) { return 1.0f / (1.0f + exp(-x)); }
 
@@ -131,6 +138,34 @@ DEVICE float gelu_slope(float x) { return normal_share(x) + x * 0.39894228040143
 // Three passes: sums of pieces of `chunk` pixels; mean and 1/σ of each group from them; the map itself. Grid of the first and last: (pieces, B).
 // Block: `rows` × C/8 threads, each with eight channels of every `rows`-th pixel. `add` [B, C] float32 (or null) is added to the map first:
 // a convolution's bias and the time embedding, which else would be passes of their own.
+
+constexpr int AHEAD = 4;  // packs that a thread has asked memory for before it needs the first
+
+// One thread's part of a pass over maps of one shape: work(place, numbers of each map) for eight channels of every `rows`-th pixel of a piece.
+template <int MAPS, class T, class F>
+DEVICE void each_pixel(int t, const T* const (&maps)[MAPS], int P, int C, int rows, int chunk, F work) {
+    constexpr int STEPS = AHEAD / MAPS;
+    const int lanes = C / VECTOR, begin = static_cast<int>(blockIdx.x) * chunk, end = min(P, begin + chunk);
+    const long long first = static_cast<long long>(blockIdx.y) * P * C + t % lanes * VECTOR;
+    for (int p = begin + t / lanes; p < end; p += STEPS * rows) {
+        Pack<T> packs[STEPS][MAPS];
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+            if (p + k * rows < end)
+#pragma unroll
+                for (int m = 0; m < MAPS; ++m) packs[k][m] = pack_at(maps[m] + first + static_cast<long long>(p + k * rows) * C);
+        }
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+            if (p + k * rows < end) {
+                float numbers[MAPS][VECTOR];
+#pragma unroll
+                for (int m = 0; m < MAPS; ++m) unpack(packs[k][m], numbers[m]);
+                work(first + static_cast<long long>(p + k * rows) * C, numbers);
+            }
+        }
+    }
+}
 
 // What sums are taken about, so that a mean far from zero costs no digits: the group's first number.
 template <class T>
@@ -177,17 +212,15 @@ DEVICE void norm_sums(const T* x, const float* add, float* sums, int P, int C, i
             const int group = (c + j) / (C / G);
             offset[j] = (add ? add[b * C + c + j] : 0.0f) - anchor(x, add, b, P, C, group * (C / G));
         }
-        const int end = min(P, (static_cast<int>(blockIdx.x) + 1) * chunk);
-        for (int p = static_cast<int>(blockIdx.x) * chunk + row; p < end; p += rows) {
-            float v[VECTOR];
-            load(x + (static_cast<long long>(b) * P + p) * C + c, v);
+        const T* const maps[] = {x};
+        each_pixel(t, maps, P, C, rows, chunk, [&](long long, const float (&v)[1][VECTOR]) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const float d = v[j] + offset[j];
+                const float d = v[0][j] + offset[j];
                 s[j] += d;
                 q[j] += d * d;
             }
-        }
+        });
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) {
             first[row * C + c + j] = s[j];
@@ -200,17 +233,37 @@ DEVICE void norm_sums(const T* x, const float* add, float* sums, int P, int C, i
     PHASE(t) write_groups(t, first, second, sums, C, G);
 }
 
+// The pieces' sums [B, pieces, G, 2] of one sample, added up in two steps: by shares of the pieces, as many as the block has threads for, into
+// share [shares, G, 2], then over these. Between the steps all threads must have met.
+DEVICE int shares_of(int G, int pieces) { return min(pieces, G < static_cast<int>(blockDim.x) ? static_cast<int>(blockDim.x) / G : 1); }
+DEVICE void share_pieces(int t, const float* sums, float* share, int G, int pieces) {
+    const int shares = shares_of(G, pieces);
+    for (int i = t; i < shares * G; i += blockDim.x) {
+        float a = 0.0f, b = 0.0f;
+        for (int k = i / G; k < pieces; k += shares) {
+            const float* place = sums + ((static_cast<long long>(blockIdx.y) * pieces + k) * G + i % G) * 2;
+            a += place[0];
+            b += place[1];
+        }
+        share[i * 2] = a;
+        share[i * 2 + 1] = b;
+    }
+}
+DEVICE float sum_shares(const float* share, int of, int G, int pieces) {
+    float sum = 0.0f;
+    for (int k = 0, shares = shares_of(G, pieces); k < shares; ++k) sum += share[k * G * 2 + of];
+    return sum;
+}
+
 // From sums [B, pieces, G, 2] to stats [B, G, 2]: mean and 1/σ. Grid: (1, B).
 template <class T>
 DEVICE void norm_stats(const T* x, const float* add, const float* sums, float* stats, int P, int C, int G, int pieces, float eps) {
+    SHARED(float, share, MAX_THREADS * VECTOR * 2);
     const int b = blockIdx.y, width = C / G;
+    PHASE(t) share_pieces(t, sums, share, G, pieces);
+    SYNC();
     PHASE(t) for (int g = t; g < G; g += blockDim.x) {
-        float s = 0.0f, q = 0.0f;
-        for (int k = 0; k < pieces; ++k) {
-            const float* place = sums + ((static_cast<long long>(b) * pieces + k) * G + g) * 2;
-            s += place[0];
-            q += place[1];
-        }
+        const float s = sum_shares(share, g * 2, G, pieces), q = sum_shares(share, g * 2 + 1, G, pieces);
         const float count = static_cast<float>(P) * static_cast<float>(width);
         const float mean = s / count, variance = fmaxf(q / count - mean * mean, 0.0f);
         stats[(b * G + g) * 2] = mean + anchor(x, add, b, P, C, g * width);
@@ -224,7 +277,7 @@ DEVICE void norm_apply(const T* x, const float* add, const float* stats, const T
                        int activate) {
     const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
     PHASE(t) {
-        const int row = t / lanes, c = t % lanes * VECTOR;
+        const int c = t % lanes * VECTOR;
         float scale[VECTOR], shift[VECTOR];
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) {
@@ -232,18 +285,15 @@ DEVICE void norm_apply(const T* x, const float* add, const float* stats, const T
             scale[j] = group[1] * widen(gamma[c + j]);
             shift[j] = widen(beta[c + j]) + ((add ? add[b * C + c + j] : 0.0f) - group[0]) * scale[j];
         }
-        const int end = min(P, (static_cast<int>(blockIdx.x) + 1) * chunk);
-        for (int p = static_cast<int>(blockIdx.x) * chunk + row; p < end; p += rows) {
-            const long long place = (static_cast<long long>(b) * P + p) * C + c;
-            float v[VECTOR];
-            load(x + place, v);
+        const T* const maps[] = {x};
+        each_pixel(t, maps, P, C, rows, chunk, [&](long long place, float (&v)[1][VECTOR]) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                v[j] = v[j] * scale[j] + shift[j];
-                if (activate) v[j] = silu<T>(v[j]);
+                v[0][j] = v[0][j] * scale[j] + shift[j];
+                if (activate) v[0][j] = silu<T>(v[0][j]);
             }
-            store(v, y + place);
-        }
+            store(v[0], y + place);
+        });
     }
 }
 
@@ -274,20 +324,16 @@ DEVICE void norm_back_sums(const T* x, const float* add, const float* stats, con
         float s[VECTOR] = {}, q[VECTOR] = {};
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) channel[j] = norm_channel(add, stats, gamma, beta, b, C, G, c + j);
-        const int end = min(P, (static_cast<int>(blockIdx.x) + 1) * chunk);
-        for (int p = static_cast<int>(blockIdx.x) * chunk + row; p < end; p += rows) {
-            const long long place = (static_cast<long long>(b) * P + p) * C + c;
-            float v[VECTOR], d[VECTOR];
-            load(x + place, v);
-            load(dy + place, d);
+        const T* const maps[] = {x, dy};
+        each_pixel(t, maps, P, C, rows, chunk, [&](long long, const float (&v)[2][VECTOR]) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const float normed = v[j] * channel[j].scale + channel[j].shift;
-                const float slope = norm_slope<T>(channel[j], normed, d[j], activate);
+                const float normed = v[0][j] * channel[j].scale + channel[j].shift;
+                const float slope = norm_slope<T>(channel[j], normed, v[1][j], activate);
                 s[j] += slope;
                 q[j] += slope * normed;
             }
-        }
+        });
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) {
             first[row * C + c + j] = s[j] * channel[j].gamma;
@@ -302,11 +348,12 @@ DEVICE void norm_back_sums(const T* x, const float* add, const float* stats, con
 
 // The pieces' sums [B, pieces, G, 2] as means over a group's numbers [B, G, 2]. Grid: (1, B).
 DEVICE void norm_back_means(const float* sums, float* means, int P, int C, int G, int pieces) {
+    SHARED(float, share, MAX_THREADS * VECTOR * 2);
     const int b = blockIdx.y;
+    PHASE(t) share_pieces(t, sums, share, G, pieces);
+    SYNC();
     PHASE(t) for (int i = t; i < 2 * G; i += blockDim.x) {
-        float s = 0.0f;
-        for (int k = 0; k < pieces; ++k) s += sums[(static_cast<long long>(b) * pieces + k) * G * 2 + i];
-        means[b * G * 2 + i] = s / (static_cast<float>(P) * static_cast<float>(C / G));
+        means[b * G * 2 + i] = sum_shares(share, i, G, pieces) / (static_cast<float>(P) * static_cast<float>(C / G));
     }
 }
 
@@ -316,7 +363,7 @@ DEVICE void norm_back_apply(const T* x, const float* add, const float* stats, co
                             T* dx, int P, int C, int G, int chunk, int activate) {
     const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
     PHASE(t) {
-        const int row = t / lanes, c = t % lanes * VECTOR;
+        const int c = t % lanes * VECTOR;
         NormChannel channel[VECTOR];
         float mean[VECTOR], along[VECTOR];
 #pragma unroll
@@ -326,20 +373,16 @@ DEVICE void norm_back_apply(const T* x, const float* add, const float* stats, co
             mean[j] = group[0];
             along[j] = group[1];
         }
-        const int end = min(P, (static_cast<int>(blockIdx.x) + 1) * chunk);
-        for (int p = static_cast<int>(blockIdx.x) * chunk + row; p < end; p += rows) {
-            const long long place = (static_cast<long long>(b) * P + p) * C + c;
-            float v[VECTOR], d[VECTOR];
-            load(x + place, v);
-            load(dy + place, d);
+        const T* const maps[] = {x, dy};
+        each_pixel(t, maps, P, C, rows, chunk, [&](long long place, float (&v)[2][VECTOR]) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const float normed = v[j] * channel[j].scale + channel[j].shift;
-                const float slope = channel[j].gamma * norm_slope<T>(channel[j], normed, d[j], activate);
-                v[j] = channel[j].scale * (slope - mean[j] - normed * along[j]);
+                const float normed = v[0][j] * channel[j].scale + channel[j].shift;
+                const float slope = channel[j].gamma * norm_slope<T>(channel[j], normed, v[1][j], activate);
+                v[0][j] = channel[j].scale * (slope - mean[j] - normed * along[j]);
             }
-            store(v, dx + place);
-        }
+            store(v[0], dx + place);
+        });
     }
 }
 

@@ -79,10 +79,10 @@ struct Passes {
         TORCH_CHECK(C % ella::VECTOR == 0 && C % G == 0 && lanes <= ella::MAX_THREADS, "a fused group norm takes channels in multiples of ",
                     ella::VECTOR, " up to ", ella::VECTOR * ella::MAX_THREADS, ", not ", C, " in ", G, " groups");
         const int rows = std::max(1, ella::MAX_THREADS / lanes);
-        // Sixteen pixels a thread: enough to pay for a block's start and its sums, few enough that every processor has blocks.
-        chunk = 16 * rows;
+        // Eight pixels a thread: enough to pay for a block's start and its sums, few enough that the last blocks keep few processors waiting.
+        chunk = 8 * rows;
         grid = {(P + chunk - 1) / chunk, B, rows * lanes};
-        groups = {1, B, 64};
+        groups = {1, B, 256};
     }
 
     Tensor sums(const Tensor& x) const { return at::empty({B, grid.pieces, G, 2}, x.options().dtype(at::kFloat)); }

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 const SETTLING: usize = 4;
 
 /// Kernels that are named one by one.
-const NAMED: usize = 25;
+const NAMED: usize = 80;
 
 pub(crate) fn run(setting: &Setting) -> Result<Value> {
     if !setting.device.is_cuda() {
