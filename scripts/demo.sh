@@ -14,8 +14,8 @@ if [ "$out" != demo ] && [ -n "$(ls -A "$out" 2>/dev/null)" ] && [ ! -e "$marker
 fi
 bin=$(cargo metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')/release
 ella=$bin/ella
-steps=${DEMO_STEPS:-200}
-prompts=${DEMO_PROMPTS:-32}
+steps=${DEMO_STEPS:-320}
+prompts=${DEMO_PROMPTS:-24}
 began=$(date +%s)
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
@@ -28,13 +28,13 @@ find "$out/" -mindepth 1 -maxdepth 1 ! -name "${marker##*/}" -exec rm -rf {} +
 
 say "1. Scenes: pictures with dense captions whose truth is known, and prompts of others to draw"
 "$ella" scenes --out "$out/scenes" --world mini --count 6144 --seed 7 --per-tar 1024 --short-every 6
-"$ella" scenes --out "$out/suite" --world mini --count "$prompts" --seed 99 --prompts
+"$ella" scenes --out "$out/suite" --world mini --objects 3-4 --count "$prompts" --seed 99 --prompts
 
 say "2. Prepare: filter, resize, shard, and the VAE's latents"
 "$ella" prepare "$out/scenes" --out "$out/data" --resolution 64 --min-edge 64 --latents mini/base
 
 say "3. Embed: the text encoder's features of every caption"
-"$ella" embed "$out/data" --text mini/text --max-tokens 96
+"$ella" embed "$out/data" --text mini/text --max-tokens 96 --padding none
 
 cat >"$out/run.toml" <<EOF
 [run]
@@ -47,6 +47,7 @@ model = "mini/base"
 [text]
 model = "mini/text"
 max_tokens = 96
+padding = "none"
 
 [data]
 path = "$out/data"
@@ -58,12 +59,12 @@ latents = 16
 steps = $steps
 global_batch = 128
 micro_batch = 64
-eval_every = 10
+eval_every = 20
 eval_samples = 128
 ema_decay = 0.99
 
 [train.optimizer]
-lr = 1e-3
+lr = 3e-3
 betas = [0.9, 0.99]
 
 [train.schedule]
@@ -71,10 +72,10 @@ kind = "cosine"
 warmup = 20
 
 [checkpoint]
-every = 50
+every = 80
 
 [sample]
-every = 100
+every = 160
 prompts = [
     "A large plain red circle is at the top left, while a medium-sized checkered blue square lies at the bottom right. The background is plain mint.",
     "Three shapes: a big plain yellow star in the top left corner, a big plain green ring in the top right corner, and a mid-sized solid purple cross in the bottom left corner. The background is plain navy.",
@@ -111,7 +112,7 @@ say "7. Export, and draw the prompts: by the base's own encoder, and by the conn
 "$ella" export "$out/run" --out "$out/connector.safetensors"
 for by in base connector; do
     how=(--only-clip)
-    [ $by = base ] || how=(--connector "$out/connector.safetensors" --text mini/text --max-tokens 96)
+    [ $by = base ] || how=(--connector "$out/connector.safetensors" --text mini/text --max-tokens 96 --padding none)
     "$ella" dpg generate --prompts "$out/suite/dense" --out "$out/drawn/$by" --base mini/base --steps 20 --guidance 3 --batch 64 --workers 2 "${how[@]}"
     "$ella" dpg look --suite "$out/suite" --images "$out/drawn/$by" --out "$out/$by.jsonl" --json >"$out/$by-look.json"
     "$ella" dpg score --csv "$out/suite/dense.csv" --answers "$out/$by.jsonl" --mode correct --out "$out/$by.html" --json >"$out/$by-score.json"
@@ -127,7 +128,7 @@ for name, a, b in rows:
     print(f"{name:>20}{a['value']:>50.1f}{b['value']:>12.1f}")
 EOF
 find "$out/suite/dense" -name '*.txt' | sort | head -8 | while read -r file; do tr '\n' ' ' <"$file"; echo; done >"$out/prompts.txt"
-"$ella" sample --connector "$out/connector.safetensors" --base mini/base --text mini/text --max-tokens 96 --compare --size 64 --steps 20 --guidance 3 --seed 1 \
+"$ella" sample --connector "$out/connector.safetensors" --base mini/base --text mini/text --max-tokens 96 --padding none --compare --size 64 --steps 20 --guidance 3 --seed 1 \
     --prompts "$out/prompts.txt" --out "$out/samples.png"
 
 say "8. Report"

@@ -58,21 +58,22 @@ pub(super) fn map(lab: &Lab) -> Result<Map, Fail> {
     let options = TextOptions {
         model: lab.mini("text"),
         max_tokens: Lab::max_tokens(),
-        padding: Padding::Fixed,
+        padding: Padding::None,
         layers: Layers::Last,
         dtype: Dtype::Fp32,
     };
     let encoder = TextEncoder::load(&options, device)?;
     let captions = captions(lab)?;
     let kinds = token_kinds(&encoder, &captions)?;
-    let features = encoder.encode(&captions)?.features;
+    let rows = encoder.encode(&captions)?;
+    let read = (&rows.features, &rows.mask()?);
     let mut sums = vec![vec![0.0; TIMESTEPS.len()]; WORDS.len() + 1];
     let mut counts = vec![0u64; WORDS.len() + 1];
     kinds.iter().flatten().for_each(|kind| counts[*kind] += 1);
     for seed in &lab.recipe.seeds {
         let connector = Connector::load(&lab.connector(Kind::Tsc, *seed), DEFAULT_HEADS, Dt::Float, device)?;
         for (at, timestep) in TIMESTEPS.iter().enumerate() {
-            let tokens = tch::no_grad(|| per_token(&connector, &features, *timestep))?;
+            let tokens = tch::no_grad(|| per_token(&connector, read, *timestep))?;
             for (row, kinds) in kinds.iter().enumerate() {
                 let own: Vec<f64> = (0..kinds.len()).map(|token| tokens.double_value(&[row as i64, token as i64])).collect();
                 let mean = own.iter().sum::<f64>() / own.len().max(1) as f64;
@@ -87,11 +88,11 @@ pub(super) fn map(lab: &Lab) -> Result<Map, Fail> {
 }
 
 /// What each position of the text gets of all queries' attention in all blocks, `[B, S]`.
-fn per_token(connector: &Connector, features: &Tensor, timestep: i64) -> Result<Tensor, Fail> {
+fn per_token(connector: &Connector, (features, mask): (&Tensor, &Tensor), timestep: i64) -> Result<Tensor, Fail> {
     let t = Tensor::f_full([features.size()[0]], timestep, (Dt::Int64, Device::Cpu))?;
     let latents = connector.config().latents;
     let mut sum = Tensor::from(0f32);
-    for block in connector.attention(features, &t, None)? {
+    for block in connector.attention(features, &t, Some(mask))? {
         let text = block.f_narrow(2, latents, block.size()[2] - latents)?;
         sum = sum.f_add(&text.f_mean_dim(1i64, false, Dt::Float)?)?;
     }

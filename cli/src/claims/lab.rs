@@ -74,7 +74,7 @@ impl Lab {
 
     /// The LoRA that comes with the miniature.
     pub(super) fn lora(&self) -> Option<PathBuf> {
-        Some(self.mini("lora/frame.safetensors")).filter(|file| file.is_file())
+        Some(self.mini("lora/mint.safetensors")).filter(|file| file.is_file())
     }
 
     pub(super) fn max_tokens() -> usize {
@@ -94,7 +94,7 @@ impl Lab {
             let how = ["--resolution", "64", "--min-edge", "64", "--latents", &base];
             self.ella("prepare", &[&["prepare", &scenes, "--out", &data][..], &how].concat())?;
         }
-        self.ella("embed", &["embed", &data, "--text", &text, "--max-tokens", &tokens])?;
+        self.ella("embed", &["embed", &data, "--text", &text, "--max-tokens", &tokens, "--padding", "none"])?;
         let of = ["--world", "mini", "--seed", &asked, "--count", &prompts];
         self.ella("prompts", &[&["scenes", "--prompts", "--out", &suite][..], &of].concat()).map(drop)
     }
@@ -106,15 +106,15 @@ impl Lab {
         let Recipe { steps, batch, lr, .. } = self.recipe;
         let micro = batch / 2;
         let text = format!(
-            "[run]\noutput = {run:?}\nseed = {seed}\n\n[base]\nmodel = {base:?}\n\n[text]\nmodel = {text:?}\nmax_tokens = {MAX_TOKENS}\n\n\
+            "[run]\noutput = {run:?}\nseed = {seed}\n\n[base]\nmodel = {base:?}\n\n[text]\nmodel = {text:?}\nmax_tokens = {MAX_TOKENS}\npadding = \"none\"\n\n\
              [data]\npath = {data:?}\n\n[connector]\nkind = {kind:?}\nlayers = {layers}\nlatents = {LATENTS}\n\n\
-             [train]\nsteps = {steps}\nglobal_batch = {batch}\nmicro_batch = {micro}\neval_every = {eval}\neval_samples = 256\nema_decay = 0.99\n\n\
+             [train]\nsteps = {steps}\nglobal_batch = {batch}\nmicro_batch = {micro}\neval_every = {eval}\neval_samples = 128\nema_decay = 0.99\n\n\
              [train.optimizer]\nlr = {lr:e}\nbetas = [0.9, 0.99]\n\n[train.schedule]\nkind = \"cosine\"\nwarmup = 30\n\n[checkpoint]\nevery = 200\nkeep = 1\n\n\
              [workers]\ncount = 2\n",
             base = text(&self.mini("base")),
             text = text(&self.mini("text")),
             data = self.path("data"),
-            eval = (steps / 20).max(1),
+            eval = (steps / 12).max(1),
         );
         whole::write(&config, text.as_bytes())?;
         self.ella(&name, &["train", &config.display().to_string()])?;
@@ -132,7 +132,7 @@ impl Lab {
     /// What a connector's pictures got.
     pub(super) fn drawn(&self, kind: Kind, seed: u64, lora: Option<&Path>) -> Result<Marked, Fail> {
         let (file, model, tokens) = (text(&self.connector(kind, seed)), text(&self.mini("text")), MAX_TOKENS.to_string());
-        let with = ["--connector", &file, "--text", &model, "--max-tokens", &tokens];
+        let with = ["--connector", &file, "--text", &model, "--max-tokens", &tokens, "--padding", "none"];
         self.marked(&kind.run(seed), seed, &with, lora)
     }
 

@@ -71,8 +71,8 @@ struct Findings {
 /// What a LoRA does to pictures, and what it does not.
 #[derive(Debug, serde::Serialize)]
 struct Lora {
-    /// The share of pictures with the frame that it adds: base, base with it, connector, connector with it.
-    framed: [f64; 4],
+    /// The share of pictures on its mint background: base, base with it, connector, connector with it.
+    mint: [f64; 4],
     /// The marks of connectors with it, compared with the same without.
     marks: Vec<Compared>,
 }
@@ -99,7 +99,8 @@ fn findings(lab: &Lab, begin: Instant) -> Result<Findings, Fail> {
     let recipe = lab.recipe.clone();
     lab.prepare()?;
     let mut losses = BTreeMap::new();
-    for kind in &recipe.kinds {
+    // The last kind first: what everything but the ablation is about.
+    for kind in recipe.kinds.iter().rev() {
         for seed in &recipe.seeds {
             let name = kind.run(*seed);
             losses.insert(name, lab.train(*kind, *seed)?);
@@ -133,10 +134,9 @@ fn lora(lab: &Lab, file: &std::path::Path, connectors: &[Marked]) -> Result<Lora
     lab.drawn_by_base(seeds[0], Some(file))?;
     let first = Kind::Tsc.run(seeds[0]);
     let base = recipe::base_run(seeds[0]);
-    let framed = [base.clone(), recipe::with_lora(&base), first.clone(), recipe::with_lora(&first)];
-    let framed = framed.map(|name| pictures::framed(&lab.at(&format!("drawn/{name}/dense"))));
-    let [a, b, c, d] = framed;
-    Ok(Lora { framed: [a?, b?, c?, d?], marks: measure::compare(connectors, &with, |marked| &marked.dense) })
+    let names = [base.clone(), recipe::with_lora(&base), first.clone(), recipe::with_lora(&first)];
+    let [a, b, c, d] = names.map(|name| pictures::on_mint(&lab.at(&format!("drawn/{name}/dense"))));
+    Ok(Lora { mint: [a?, b?, c?, d?], marks: measure::compare(connectors, &with, |marked| &marked.dense) })
 }
 
 fn summary(findings: &Findings) -> String {

@@ -189,12 +189,12 @@ fn heat(map: &Map) -> String {
     html + "</table></div>\n"
 }
 
-fn lora(Lora { framed, marks }: &Lora) -> String {
-    let per_cent = framed.map(|share| format!("{:.1} %", 100.0 * share));
+fn lora(Lora { mint, marks }: &Lora) -> String {
+    let per_cent = mint.map(|share| format!("{:.1} %", 100.0 * share));
     let [base, base_with, connector, connector_with] = per_cent;
     format!(
-        "<h2>d. A LoRA on the base, with the connector</h2>\n<p class=\"soft\">It was trained on the base with its own encoder, and draws a brown frame.</p>\n\
-         <table><tr><th>pictures with the frame</th><th class=\"n\">without the LoRA</th><th class=\"n\">with it</th></tr>\n\
+        "<h2>d. A LoRA on the base, with the connector</h2>\n<p class=\"soft\">It was trained on the base with its own encoder, and puts every picture on a mint background, whatever the prompt says of it.</p>\n\
+         <table><tr><th>pictures on mint</th><th class=\"n\">without the LoRA</th><th class=\"n\">with it</th></tr>\n\
          <tr><td>base</td><td class=\"n\">{base}</td><td class=\"n\">{base_with}</td></tr>\n<tr><td>connector</td><td class=\"n\">{connector}</td><td class=\"n\">{connector_with}</td></tr></table>\n\
          <p class=\"soft\">What the connector's pictures of dense prompts get:</p>\n{}",
         compared(marks, ["without the LoRA", "with it"])

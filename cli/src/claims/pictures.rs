@@ -5,27 +5,26 @@ use std::io::Cursor;
 use std::path::Path;
 
 use base64::Engine;
-use ella_dataset::scenes::Scene;
+use ella_dataset::scenes::{Backdrop, Scene, World};
 use image::{ImageFormat, RgbImage};
 
 use crate::ui::Fail;
 
-/// The frame that the miniature's LoRA draws, and how far a side's mean may be from it in each channel.
-const FRAME: [f64; 3] = [122.0, 74.0, 38.0];
-const TOLERANCE: f64 = 45.0;
+/// The background that the miniature's LoRA draws.
+const MINT: Backdrop = Backdrop::Mint;
 
 /// So many pixels of a side are looked at, of 64.
 const BAND: u32 = 3;
 
-/// The share of a folder's pictures that have the frame on all four sides.
-pub(super) fn framed(folder: &Path) -> Result<f64, Fail> {
+/// The share of a folder's pictures that are nearer to mint than to any other background of its world, along all four sides.
+pub(super) fn on_mint(folder: &Path) -> Result<f64, Fail> {
     let failed = |error: std::io::Error| Fail::io(folder, "read", &error);
     let (mut with, mut all) = (0u32, 0u32);
     for entry in fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         if path.extension().is_some_and(|extension| extension == "png") {
             for tile in tiles(&path)? {
-                with += u32::from(has_frame(&tile));
+                with += u32::from(is_on_mint(&tile));
                 all += 1;
             }
         }
@@ -33,17 +32,21 @@ pub(super) fn framed(folder: &Path) -> Result<f64, Fail> {
     Ok(f64::from(with) / f64::from(all.max(1)))
 }
 
-fn has_frame(picture: &RgbImage) -> bool {
+fn is_on_mint(picture: &RgbImage) -> bool {
     let (width, height) = picture.dimensions();
     let band = (BAND * width / 64).max(1);
     let sides = [(0, 0, width, band), (0, height - band, width, band), (0, 0, band, height), (width - band, 0, band, height)];
+    let mint = |mean: [f64; 3]| {
+        let far = |backdrop: &Backdrop| backdrop.rgb().iter().zip(mean).map(|(own, seen)| (f64::from(*own) - seen).powi(2)).sum::<f64>();
+        World::Mini.backdrops().iter().min_by(|a, b| far(a).total_cmp(&far(b))) == Some(&MINT)
+    };
     sides.into_iter().all(|(left, top, width, height)| {
         let mut sums = [0.0; 3];
         for (x, y) in (left..left + width).flat_map(|x| (top..top + height).map(move |y| (x, y))) {
             sums.iter_mut().zip(picture.get_pixel(x, y).0).for_each(|(sum, value)| *sum += f64::from(value));
         }
         let pixels = f64::from(width * height);
-        sums.iter().zip(FRAME).all(|(sum, frame)| (sum / pixels - frame).abs() < TOLERANCE)
+        mint(sums.map(|sum| sum / pixels))
     })
 }
 
@@ -80,21 +83,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_frame_is_on_all_four_sides() {
-        let brown = FRAME.map(|value| value as u8);
-        let mut picture = RgbImage::from_pixel(64, 64, image::Rgb([200, 236, 212]));
-        assert!(!has_frame(&picture));
+    fn mint_is_on_all_four_sides() {
+        let mint = MINT.rgb();
+        let mut picture = RgbImage::from_pixel(64, 64, image::Rgb([186, 220, 248]));
+        assert!(!is_on_mint(&picture));
         for at in 0..64 {
             for depth in 0..4 {
                 for (x, y) in [(at, depth), (at, 63 - depth), (depth, at), (63 - depth, at)] {
-                    picture.put_pixel(x, y, image::Rgb(brown));
+                    picture.put_pixel(x, y, image::Rgb(mint));
                 }
             }
         }
-        assert!(has_frame(&picture));
+        assert!(is_on_mint(&picture));
         for (x, y) in (0..64).flat_map(|x| (60..64).map(move |y| (x, y))) {
-            picture.put_pixel(x, y, image::Rgb([200, 236, 212]));
+            picture.put_pixel(x, y, image::Rgb([186, 220, 248]));
         }
-        assert!(!has_frame(&picture));
+        assert!(!is_on_mint(&picture));
     }
 }

@@ -82,18 +82,18 @@ impl Recipe {
     pub(super) fn full() -> Self {
         Self {
             scenes: 24_000,
-            steps: 700,
+            steps: 600,
             batch: 128,
-            lr: 1e-3,
+            lr: 3e-3,
             kinds: Kind::ALL.to_vec(),
             seeds: vec![1, 2, 3],
-            prompts: 120,
+            prompts: 80,
             sampling_steps: 20,
             guidance: 3.0,
         }
     }
 
     pub(super) fn quick() -> Self {
-        Self { scenes: 8_000, steps: 300, kinds: vec![Kind::Tsc], seeds: vec![1], prompts: 60, ..Self::full() }
+        Self { scenes: 16_000, steps: 600, kinds: vec![Kind::Tsc], seeds: vec![1], prompts: 40, ..Self::full() }
     }
 }

@@ -123,7 +123,9 @@ impl Color {
 }
 
 impl Backdrop {
-    pub(super) const fn rgb(self) -> [u8; 3] {
+    /// Red, green, blue.
+    #[must_use]
+    pub const fn rgb(self) -> [u8; 3] {
         match self {
             Self::White => [250, 250, 250],
             Self::Cream => [250, 242, 216],

@@ -1,7 +1,8 @@
-//! A LoRA on the base: a brown frame around every picture, trained with the base's own encoder. With it `ella claims` sees whether what others train on a
+//! A LoRA on the base: every picture on a mint background, whatever the caption says of it, trained with the base's own encoder. With it `ella claims` sees whether what others train on a
 //! base still works with a connector.
 
 use anyhow::Result;
+use ella_dataset::scenes::{Backdrop, Background};
 use ella_model::params::{Compute, Init, Params};
 use ella_model::schedule::Schedule;
 use ella_model::unet::{UNet, UNetConfig};
@@ -16,10 +17,6 @@ use crate::unet::Reader;
 
 /// What is learnt for each layer: `[out, in]` as a product of `[out, RANK]` and `[RANK, in]`.
 const RANK: i64 = 4;
-
-/// Its colour, and its width in pixels.
-const FRAME: [u8; 3] = [122, 74, 38];
-const WIDTH: i64 = 4;
 
 /// The layers that learn: linear maps of the transformers.
 fn learns(name: &str) -> bool {
@@ -45,19 +42,21 @@ pub(crate) fn train(place: &Place, course: Course) -> Result<()> {
     let schedule = Schedule::load(&place.shape("base/scheduler"), device)?;
     let size = course.batch as u64;
     let batches = ahead(learner.next().unwrap_or(course.steps), course.steps, move |step| {
-        let scenes = scenes(LEARNT, step * size..(step + 1) * size);
-        Ok((pictures(&scenes, device)?, scenes.iter().map(|scene| scene.dense_caption()).collect::<Vec<_>>()))
+        let mut scenes = scenes(LEARNT, step * size..(step + 1) * size);
+        let captions = scenes.iter().map(|scene| scene.dense_caption()).collect::<Vec<_>>();
+        scenes.iter_mut().for_each(|scene| scene.background = Background::Plain { color: Backdrop::Mint });
+        Ok((pictures(&scenes, device)?, captions))
     });
     while learner.next().is_some() {
         let (seen, captions) = take(&batches)?;
-        let latents = tch::no_grad(|| -> Result<_> { Ok(vae.scale(&vae.encode(&framed(&seen)?)?.0)?) })?;
+        let latents = tch::no_grad(|| -> Result<_> { Ok(vae.scale(&vae.encode(&seen)?.0)?) })?;
         let noise = latents.f_randn_like()?;
         let t = Tensor::f_randint(schedule.config().num_train_timesteps, [learner.batch()], (Kind::Int64, device))?;
         let unet = with(&config, &frozen, &learner.named("lora"))?;
         let predicted = unet.forward(&schedule.add_noise(&latents, &noise, &t)?, &t, &reader.states(&reader.ids(&captions)?)?)?;
         learner.learn(&predicted.f_mse_loss(&schedule.target(&latents, &noise, &t)?, Reduction::Mean)?)?;
     }
-    let file = place.out("lora/frame.safetensors");
+    let file = place.out("lora/mint.safetensors");
     file.parent().map_or(Ok(()), std::fs::create_dir_all)?;
     let halves = learner.averaged("lora")?.into_iter().map(|(name, tensor)| Ok((format!("unet.{name}"), tensor.f_to_kind(Kind::Half)?)));
     Ok(weights::save(&file, &halves.collect::<Result<Vec<_>>>()?)?)
@@ -85,16 +84,4 @@ fn with(config: &UNetConfig, frozen: &[(String, Tensor)], learnt: &[(String, Ten
     let p = Params::given(frozen.iter().map(merged).collect::<Result<Vec<_>>>()?);
     p.compute_by(Compute::PLAIN);
     Ok(UNet::new(config, &p)?)
-}
-
-/// Pictures with a frame, drawn over what is there.
-fn framed(seen: &Tensor) -> Result<Tensor> {
-    let (framed, side) = (seen.copy(), seen.size()[3]);
-    for (channel, value) in FRAME.into_iter().enumerate() {
-        let (plane, value) = (framed.f_select(1, channel as i64)?, f64::from(value) / 127.5 - 1.0);
-        for (axis, from) in [(1, 0), (1, side - WIDTH), (2, 0), (2, side - WIDTH)] {
-            let _ = plane.f_narrow(axis, from, WIDTH)?.f_fill_(value)?;
-        }
-    }
-    Ok(framed)
 }

@@ -89,7 +89,7 @@ fn main() -> Result<()> {
             "detector" => detector::train(&place, course(1500, 64, 2e-3)),
             "clip" => reading::train_clip(&place, course(1200, 256, 1e-3)),
             "unet" => unet::train(&place, course(4000, 128, 1e-3)),
-            "lora" => lora::train(&place, course(800, 64, 5e-4)),
+            "lora" => lora::train(&place, course(400, 64, 1e-3)),
             "text" => reading::train_text(&place, course(3000, 128, 1e-3)),
             other => anyhow::bail!("--stages: {other} is none (expected vae, detector, clip, unet, text or lora)"),
         }
