@@ -1,6 +1,6 @@
 //! What is made for the claims, by this very program: each part under a name of its own in the output folder.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -28,6 +28,9 @@ const MAX_TOKENS: u32 = 96;
 
 /// The connectors' queries.
 const LATENTS: u32 = 16;
+
+/// What each part took, of all starts of the command.
+const SECONDS: &str = "logs/seconds.json";
 
 pub(super) struct Lab {
     pub(super) recipe: Recipe,
@@ -178,6 +181,22 @@ impl Lab {
         Ok(value["accuracy"].clone())
     }
 
+    /// Seconds of every part, those of earlier starts too.
+    fn seconds(&self) -> BTreeMap<String, f64> {
+        fs::read(self.at(SECONDS)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
+    }
+
+    fn took(&self, name: &str, seconds: f64) -> Result<(), Fail> {
+        let mut all = self.seconds();
+        *all.entry(name.to_owned()).or_default() += seconds;
+        whole::write(&self.at(SECONDS), serde_json::json!(all).to_string().as_bytes()).map(drop)
+    }
+
+    /// How long all parts took, in however many starts.
+    pub(super) fn all_seconds(&self) -> f64 {
+        self.seconds().values().sum()
+    }
+
     fn path(&self, name: &str) -> String {
         text(&self.at(name))
     }
@@ -197,7 +216,9 @@ impl Lab {
             let code = made.status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(crate::ui::FAILED);
             return Err(Fail { code, message: format!("{name}: {last} (the whole of it: {})", log.display()) });
         }
-        note(format_args!("{name}: {}", span(begin.elapsed().as_secs_f64())));
+        let seconds = begin.elapsed().as_secs_f64();
+        note(format_args!("{name}: {}", span(seconds)));
+        self.took(name, seconds)?;
         serde_json::from_slice(&made.stdout).map_err(|error| Fail::failed(format_args!("{}: {error}", path.display())))
     }
 }
