@@ -109,7 +109,7 @@ def page(runs):
         for row in result["summary"]:
             share, memory = row.get("share_of_peak"), row.get("peak_memory_bytes")
             cells = [
-                f"[{result['date'][:10]}](../bench/results/{name})", gpu(result), f"`{result['commit'][:10]}`", str(row["micro_batch"]),
+                f"{result['date'][:10]}: `{name}`", gpu(result), f"`{result['commit'][:10]}`", str(row["micro_batch"]),
                 *(number(row.get(of), ".1f") for of in ("ella", "compiled", "eager")),
                 *(number(row.get(of), ".2f") for of in ("over_compiled", "over_eager")),
                 number(share and 100 * share, ".1f", " %"), number(memory and memory / 2**30, ".1f", " GiB"),
