@@ -14,7 +14,7 @@ if [ "$out" != demo ] && [ -n "$(ls -A "$out" 2>/dev/null)" ] && [ ! -e "$marker
 fi
 bin=$(cargo metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')/release
 ella=$bin/ella
-steps=${DEMO_STEPS:-320}
+steps=${DEMO_STEPS:-360}
 prompts=${DEMO_PROMPTS:-24}
 began=$(date +%s)
 
@@ -59,7 +59,7 @@ latents = 16
 steps = $steps
 global_batch = 128
 micro_batch = 64
-eval_every = 20
+eval_every = 40
 eval_samples = 128
 ema_decay = 0.99
 
@@ -72,10 +72,10 @@ kind = "cosine"
 warmup = 20
 
 [checkpoint]
-every = 80
+every = 90
 
 [sample]
-every = 160
+every = 180
 prompts = [
     "A large plain red circle is at the top left, while a medium-sized checkered blue square lies at the bottom right. The background is plain mint.",
     "Three shapes: a big plain yellow star in the top left corner, a big plain green ring in the top right corner, and a mid-sized solid purple cross in the bottom left corner. The background is plain navy.",
