@@ -13,7 +13,23 @@ use common::ella;
 fn a_small_set_of_claims_is_measured_and_shown_and_goes_on_where_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let mini = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mini").display().to_string();
-    let small = ["claims", "--json", "--quick", "--steps", "4", "--scenes", "256", "--prompts", "4", "--mini", &mini, "--out", "out"];
+    let small = [
+        "claims",
+        "--json",
+        "--quick",
+        "--steps",
+        "4",
+        "--scenes",
+        "256",
+        "--prompts",
+        "3",
+        "--kinds",
+        "mlp",
+        "--mini",
+        &mini,
+        "--out",
+        "out",
+    ];
     let found = ella(dir.path(), &small).ok().json();
     let names: Vec<&str> = found["dense"].as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap()).collect();
     for name in ["score", "entity", "attribute", "global", "other"] {
@@ -21,7 +37,9 @@ fn a_small_set_of_claims_is_measured_and_shown_and_goes_on_where_it_was() {
     }
     let out = dir.path().join("out");
     let run = "tsc-6-seed-1";
-    assert!(found["losses"][run].as_f64().unwrap() > 0.0);
+    for run in [run, "mlp-6-seed-1"] {
+        assert!(found["losses"][run].as_f64().unwrap() > 0.0, "{run}");
+    }
     for file in [
         &format!("runs/{run}.safetensors"),
         &format!("answers/{run}-dense.jsonl"),

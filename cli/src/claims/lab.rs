@@ -1,6 +1,6 @@
 //! What is made for the claims, by this very program: each part under a name of its own in the output folder.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -97,19 +97,23 @@ impl Lab {
             let how = ["--resolution", "64", "--min-edge", "64", "--latents", &base];
             self.ella("prepare", &[&["prepare", &scenes, "--out", &data][..], &how].concat())?;
         }
-        self.ella("embed", &["embed", &data, "--text", &text, "--max-tokens", &tokens, "--padding", "none"])?;
+        let paddings: BTreeSet<_> = self.recipe.kinds.iter().map(|kind| kind.padding()).collect();
+        for padding in paddings {
+            let name = format!("embed-{padding}");
+            self.ella(&name, &["embed", &data, "--text", &text, "--max-tokens", &tokens, "--padding", padding])?;
+        }
         let of = ["--world", "mini", "--seed", &asked, "--count", &prompts];
         self.ella("prompts", &[&["scenes", "--prompts", "--out", &suite][..], &of].concat()).map(drop)
     }
 
     /// Trains a connector, or goes on with it; its last held-out loss.
     pub(super) fn train(&self, kind: Kind, seed: u64) -> Result<Option<f64>, Fail> {
-        let (name, (kind, layers)) = (kind.run(seed), kind.settings());
+        let (name, padding, (kind, layers)) = (kind.run(seed), kind.padding(), kind.settings());
         let (run, config) = (self.path(&format!("runs/{name}")), self.at(&format!("runs/{name}.toml")));
         let Recipe { steps, batch, lr, .. } = self.recipe;
         let micro = batch / 2;
         let text = format!(
-            "[run]\noutput = {run:?}\nseed = {seed}\n\n[base]\nmodel = {base:?}\n\n[text]\nmodel = {text:?}\nmax_tokens = {MAX_TOKENS}\npadding = \"none\"\n\n\
+            "[run]\noutput = {run:?}\nseed = {seed}\n\n[base]\nmodel = {base:?}\n\n[text]\nmodel = {text:?}\nmax_tokens = {MAX_TOKENS}\npadding = {padding:?}\n\n\
              [data]\npath = {data:?}\n\n[connector]\nkind = {kind:?}\nlayers = {layers}\nlatents = {LATENTS}\n\n\
              [train]\nsteps = {steps}\nglobal_batch = {batch}\nmicro_batch = {micro}\neval_every = {eval}\neval_samples = 128\nema_decay = 0.99\n\n\
              [train.optimizer]\nlr = {lr:e}\nbetas = [0.9, 0.99]\n\n[train.schedule]\nkind = \"cosine\"\nwarmup = 30\n\n[checkpoint]\nevery = 200\nkeep = 1\n\n\
@@ -135,7 +139,7 @@ impl Lab {
     /// What a connector's pictures got.
     pub(super) fn drawn(&self, kind: Kind, seed: u64, lora: Option<&Path>) -> Result<Marked, Fail> {
         let (file, model, tokens) = (text(&self.connector(kind, seed)), text(&self.mini("text")), MAX_TOKENS.to_string());
-        let with = ["--connector", &file, "--text", &model, "--max-tokens", &tokens, "--padding", "none"];
+        let with = ["--connector", &file, "--text", &model, "--max-tokens", &tokens, "--padding", kind.padding()];
         self.marked(&kind.run(seed), seed, &with, lora)
     }
 

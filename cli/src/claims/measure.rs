@@ -72,12 +72,21 @@ pub(super) struct Compared {
     pub(super) interval: [f64; 2],
 }
 
-/// A mean over trainings, and how far they are apart. Per cent.
+/// A mean over trainings, and how far they are apart.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct Spread {
     pub(super) mean: f64,
     /// The standard deviation; 0 of one.
     pub(super) deviation: f64,
+}
+
+impl Spread {
+    /// None of no numbers.
+    pub(super) fn of(numbers: &[f64]) -> Option<Self> {
+        let mean = numbers.iter().sum::<f64>() / numbers.len() as f64;
+        let square: f64 = numbers.iter().map(|one| (one - mean).powi(2)).sum();
+        (!numbers.is_empty()).then(|| Self { mean, deviation: (square / (numbers.len().max(2) - 1) as f64).sqrt() })
+    }
 }
 
 fn columns(prompts: &[Prompt]) -> Vec<Column<'_>> {
@@ -128,16 +137,14 @@ impl Draw {
     }
 }
 
-/// The marks for dense prompts of several trainings, by everything that is counted.
+/// The marks for dense prompts of several trainings, by everything that is counted, in per cent.
 pub(super) fn spreads(marked: &[Marked]) -> BTreeMap<String, Spread> {
     let Some(first) = marked.first() else { return BTreeMap::new() };
     let spread = |column: Column<'_>| {
         let means: Vec<f64> = marked.iter().map(|marked| column.mean(marked.dense.iter())).collect();
-        let mean = means.iter().sum::<f64>() / means.len() as f64;
-        let square: f64 = means.iter().map(|one| (one - mean).powi(2)).sum();
-        (column.name(), Spread { mean, deviation: (square / (means.len().max(2) - 1) as f64).sqrt() })
+        Spread::of(&means).map(|spread| (column.name(), spread))
     };
-    columns(&first.dense).into_iter().map(spread).collect()
+    columns(&first.dense).into_iter().filter_map(spread).collect()
 }
 
 #[cfg(test)]

@@ -41,6 +41,9 @@ pub(crate) struct Claims {
     /// Scenes to train on, instead of the recipe's
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(128..=10_000_000))]
     scenes: Option<u64>,
+    /// Kinds of connectors that are compared, instead of the recipe's; tsc is always among them
+    #[arg(long, value_name = "KIND", value_delimiter = ',')]
+    kinds: Vec<Kind>,
     /// Prompts of each kind, instead of the recipe's
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..=100_000))]
     prompts: Option<u64>,
@@ -82,6 +85,9 @@ impl Claims {
         let mut recipe = if self.quick { Recipe::quick() } else { Recipe::full() };
         for (own, given) in [(&mut recipe.steps, self.steps), (&mut recipe.scenes, self.scenes), (&mut recipe.prompts, self.prompts)] {
             *own = given.unwrap_or(*own);
+        }
+        if !self.kinds.is_empty() {
+            recipe.kinds = Kind::ALL.into_iter().filter(|kind| *kind == Kind::Tsc || self.kinds.contains(kind)).collect();
         }
         let lab = Lab::open(&self.mini, &self.out, recipe)?;
         let findings = findings(&lab)?;

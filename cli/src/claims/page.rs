@@ -148,20 +148,24 @@ fn pairs(lab: &Lab) -> Result<String, Fail> {
 fn kinds(findings: &Findings) -> String {
     let steps = count(findings.recipe.steps as usize, "step");
     let mut html = format!(
-        "<h2>b. Kinds of connectors at equal steps</h2>\n<p class=\"soft\">Dense prompts, after {steps} each: mean over seeds ± standard deviation. The paper's Table 6 has its kinds in this order, from the worst to the best.</p>\n"
+        "<h2>b. Kinds of connectors at equal steps</h2>\n<p class=\"soft\">Dense prompts, after {steps} each: mean over seeds ± standard deviation. The paper's Table 6 has its kinds in this order, from the worst to the best. \
+         All read captions at their own length but the MLP, whose states a U-Net attends to one and all: its captions are filled up to one length.</p>\n"
     );
     let columns: Vec<&String> =
         findings.kinds.first().map(|(_, spreads)| spreads.keys().filter(|name| !name.contains("object")).collect()).unwrap_or_default();
     html += "<div class=\"scroll\"><table><tr><th></th>";
     columns.iter().for_each(|name| html += &format!("<th class=\"n\">{}</th>", escape(name)));
-    html += "</tr>\n";
+    html += "<th class=\"n\">held-out loss</th><th class=\"n\">the paper's DPG-Bench</th></tr>\n";
     for (kind, spreads) in &findings.kinds {
         html += &format!("<tr><td>{}</td>", kind.title());
         let cell = |name: &&String| {
             spreads.get(*name).map_or_else(String::new, |Spread { mean, deviation }| format!("{mean:.1} ± {deviation:.1}"))
         };
         columns.iter().for_each(|name| html += &format!("<td class=\"n\">{}</td>", cell(name)));
-        html += "</tr>\n";
+        let losses: Vec<f64> =
+            findings.recipe.seeds.iter().filter_map(|seed| findings.losses.get(&kind.run(*seed)).copied().flatten()).collect();
+        let loss = Spread::of(&losses).map_or_else(String::new, |Spread { mean, deviation }| format!("{mean:.3} ± {deviation:.3}"));
+        html += &format!("<td class=\"n\">{loss}</td><td class=\"n\">{:.2}</td></tr>\n", kind.in_paper());
     }
     html + "</table></div>\n"
 }

@@ -1,24 +1,30 @@
 //! How much of everything.
 
+use clap::ValueEnum;
 use serde::Serialize;
 
 /// What is trained.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Kind {
+    /// Two linear maps of each token
     Mlp,
-    /// One perceiver block.
+    /// One perceiver block that knows no time
     #[serde(rename = "resampler-1")]
+    #[value(name = "resampler-1")]
     Resampler1,
-    /// Six.
+    /// Six of them
     #[serde(rename = "resampler-6")]
+    #[value(name = "resampler-6")]
     Resampler6,
+    /// Six that a gate from the timestep opens
     TscZero,
+    /// Six whose norms know the timestep: ELLA's
     Tsc,
 }
 
 impl Kind {
-    const ALL: [Self; 5] = [Self::Mlp, Self::Resampler1, Self::Resampler6, Self::TscZero, Self::Tsc];
+    pub(super) const ALL: [Self; 5] = [Self::Mlp, Self::Resampler1, Self::Resampler6, Self::TscZero, Self::Tsc];
 
     /// As the paper's Table 6 calls it.
     pub(super) fn title(self) -> &'static str {
@@ -31,6 +37,17 @@ impl Kind {
         }
     }
 
+    /// The score on DPG-Bench that the paper's Table 6 gives it.
+    pub(super) fn in_paper(self) -> f64 {
+        match self {
+            Self::Mlp => 62.55,
+            Self::Resampler1 => 66.39,
+            Self::Resampler6 => 70.27,
+            Self::TscZero => 70.43,
+            Self::Tsc => 72.91,
+        }
+    }
+
     /// Its name in `connector.kind`, and its blocks.
     pub(super) fn settings(self) -> (&'static str, u32) {
         match self {
@@ -40,6 +57,12 @@ impl Kind {
             Self::TscZero => ("tsc-zero", 6),
             Self::Tsc => ("tsc", 6),
         }
+    }
+
+    /// How captions become rows. Each at its own length, as the miniature's encoder learnt to read them; but an MLP makes a state of every position, all of
+    /// which the U-Net attends to, so its rows must be filled up.
+    pub(super) fn padding(self) -> &'static str {
+        if self == Self::Mlp { "fixed" } else { "none" }
     }
 
     /// The name of its training from a seed.
