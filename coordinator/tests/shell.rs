@@ -57,7 +57,7 @@ impl Decoder for Raw {
 }
 
 async fn send_raw(url: &str, bytes: Bytes) {
-    let channel = tonic::transport::Endpoint::from_shared(format!("http://{url}")).unwrap().connect().await.unwrap();
+    let channel = raw_channel(url).await;
     let mut grpc = tonic::client::Grpc::new(channel);
     grpc.ready().await.unwrap();
     let path = "/ella.v1.Coordinator/Attach".parse().unwrap();
@@ -77,7 +77,7 @@ async fn garbage_and_oversized_messages_are_refused_and_counted() {
     let empty = Bytes::new();
     let channel = async {
         // An empty message is well-formed, and says nothing.
-        let channel = tonic::transport::Endpoint::from_shared(format!("http://{}", served.url())).unwrap().connect().await.unwrap();
+        let channel = raw_channel(&served.url()).await;
         let mut grpc = tonic::client::Grpc::new(channel);
         grpc.ready().await.unwrap();
         let stream = futures::stream::iter([empty]);

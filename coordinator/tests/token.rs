@@ -13,7 +13,6 @@ use ella_proto::config::RunConfig;
 use ella_proto::v1::{DrainRequest, FromWorker, StatusRequest, StopRequest};
 use ella_store::Store;
 use tonic::Code;
-use tonic::transport::Endpoint;
 
 const SECRET: &str = "the-coordinators-own-secret";
 const GUESS: &str = "what-a-stranger-might-guess";
@@ -33,7 +32,7 @@ async fn asking(config: &RunConfig, store: &Store) -> Served {
 
 /// What each of the calls is answered.
 async fn refusals(access: &Access) -> Vec<tonic::Status> {
-    let channel = Endpoint::from_shared(format!("http://{}", access.url)).unwrap().connect().await.unwrap();
+    let channel = raw_channel(&access.url).await;
     let mut client = access.client(channel);
     let stream = futures::stream::pending::<FromWorker>();
     let (worker_id, reason) = ("a".to_owned(), "because".to_owned());

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use ella_store::{Hasher, Store};
+use futures::future::BoxFuture;
 
 use crate::error::DataError;
 use crate::manifest::{Manifest, ShardEntry, SourceEntry};
@@ -119,43 +120,45 @@ pub fn captions_from_txt(folder: &Path) -> Result<Captions, DataError> {
 
 /// Writes a data set of captions only, for features without pictures. The same captions make the same bytes; a
 /// destination that holds another data set is refused.
-pub async fn prepare_captions(captions: Captions, name: &str, out: &Store) -> Result<Report, DataError> {
-    let kept = captions.kept.len() as u64;
-    let mut report = Report { read: 0, kept, refused: captions.refused };
-    report.read = kept + report.refused.values().map(|keys| keys.len() as u64).sum::<u64>();
-    if kept == 0 {
-        return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
-    }
-    let mut hash = Hasher::new();
-    for (key, caption) in &captions.kept {
-        // Lengths make the digest unambiguous.
-        for text in [key, caption] {
-            hash.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+pub fn prepare_captions<'a>(captions: Captions, name: &'a str, out: &'a Store) -> BoxFuture<'a, Result<Report, DataError>> {
+    Box::pin(async move {
+        let kept = captions.kept.len() as u64;
+        let mut report = Report { read: 0, kept, refused: captions.refused };
+        report.read = kept + report.refused.values().map(|keys| keys.len() as u64).sum::<u64>();
+        if kept == 0 {
+            return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
         }
-    }
-    let blake3 = hash.finish();
-    let unit = crate::plan::unit_name(0, &blake3);
-    let bytes = captions.kept.iter().map(|(key, caption)| (key.len() + caption.len()) as u64).sum();
-    let source = SourceEntry { name: name.to_owned(), rows: None, bytes, blake3, read: report.read, kept, ignored: 0 };
+        let mut hash = Hasher::new();
+        for (key, caption) in &captions.kept {
+            // Lengths make the digest unambiguous.
+            for text in [key, caption] {
+                hash.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+            }
+        }
+        let blake3 = hash.finish();
+        let unit = crate::plan::unit_name(0, &blake3);
+        let bytes = captions.kept.iter().map(|(key, caption)| (key.len() + caption.len()) as u64).sum();
+        let source = SourceEntry { name: name.to_owned(), rows: None, bytes, blake3, read: report.read, kept, ignored: 0 };
 
-    let mut shards: Vec<(ShardEntry, _)> = Vec::new();
-    for (part, rows) in captions.kept.chunks(CAPTIONS_PER_SHARD).enumerate() {
-        let mut writer = ShardWriter::new(ShardLayout::default())?;
-        for (key, caption) in rows {
-            writer.push(Row { key: key.clone(), captions: vec![caption.clone()], ..Row::default() })?;
+        let mut shards: Vec<(ShardEntry, _)> = Vec::new();
+        for (part, rows) in captions.kept.chunks(CAPTIONS_PER_SHARD).enumerate() {
+            let mut writer = ShardWriter::new(ShardLayout::default())?;
+            for (key, caption) in rows {
+                writer.push(Row { key: key.clone(), captions: vec![caption.clone()], ..Row::default() })?;
+            }
+            let file = writer.finish()?;
+            let entry = ShardEntry::of(format!("shards/{unit}-{part:04}.arrow"), rows.len() as u64, &file);
+            shards.push((entry, file));
         }
-        let file = writer.finish()?;
-        let entry = ShardEntry::of(format!("shards/{unit}-{part:04}.arrow"), rows.len() as u64, &file);
-        shards.push((entry, file));
-    }
-    let entries = shards.iter().map(|(entry, _)| entry.clone()).collect();
-    let manifest = Manifest::new(None, None, vec![source], entries);
-    crate::plan::refuse_other(out, &manifest).await?;
-    for (entry, file) in shards {
-        crate::plan::create_file(out, entry, file, |_| false).await?;
-    }
-    crate::plan::publish(out, &manifest, &report).await?;
-    Ok(report)
+        let entries = shards.iter().map(|(entry, _)| entry.clone()).collect();
+        let manifest = Manifest::new(None, None, vec![source], entries);
+        crate::plan::refuse_other(out, &manifest).await?;
+        for (entry, file) in shards {
+            crate::plan::create_file(out, entry, file, |_| false).await?;
+        }
+        crate::plan::publish(out, &manifest, &report).await?;
+        Ok(report)
+    })
 }
 
 /// Small enough that the features of a shard fit in memory (0.5 MiB a row for 128 positions of width 2048 in half precision).

@@ -18,6 +18,7 @@ use arrow_array::{Array, ArrayRef, StringArray, UInt64Array};
 use arrow_schema::{DataType, Field, Schema};
 use bytes::Bytes;
 use ella_store::Store;
+use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use crate::content::Content;
@@ -125,56 +126,64 @@ pub struct CaptionSet(Sidecar<CaptionSpec>);
 
 impl CaptionSet {
     /// Begins, or goes on with, a column in a data set's folder. One that the data set has itself, or that is made otherwise, is refused.
-    pub async fn begin(store: &Store, data: &Arc<Manifest>, spec: CaptionSpec) -> Result<CaptionSet, DataError> {
-        check_name(&spec.column)?;
-        if data.captions.iter().any(|own| own.name == spec.column) {
-            let (rule, found) = ("a name that no column of the data set has", spec.column);
-            return Err(DataError::Setting { field: "column", rule, found });
-        }
-        let folder = format!("{FOLDER}/{}", spec.column);
-        Ok(CaptionSet(Sidecar::new(store, &folder, data, spec).begin().await?))
+    pub fn begin<'a>(store: &'a Store, data: &'a Arc<Manifest>, spec: CaptionSpec) -> BoxFuture<'a, Result<CaptionSet, DataError>> {
+        Box::pin(async move {
+            check_name(&spec.column)?;
+            if data.captions.iter().any(|own| own.name == spec.column) {
+                let (rule, found) = ("a name that no column of the data set has", spec.column);
+                return Err(DataError::Setting { field: "column", rule, found });
+            }
+            let folder = format!("{FOLDER}/{}", spec.column);
+            Ok(CaptionSet(Sidecar::new(store, &folder, data, spec).begin().await?))
+        })
     }
 
     /// An added column that must be there, whole or not.
-    pub async fn find(store: &Store, data: &Arc<Manifest>, column: &str) -> Result<CaptionSet, DataError> {
-        let folder = format!("{FOLDER}/{column}");
-        let there = Sidecar::<CaptionSpec>::spec_in(&store.child(&folder)).await?;
-        let spec = match there {
-            Some(spec) => spec,
-            None => return Err(missing(store, data, column).await?),
-        };
-        let set = Sidecar::new(store, &folder, data, spec);
-        set.is_begun().await?;
-        Ok(CaptionSet(set))
+    pub fn find<'a>(store: &'a Store, data: &'a Arc<Manifest>, column: &'a str) -> BoxFuture<'a, Result<CaptionSet, DataError>> {
+        Box::pin(async move {
+            let folder = format!("{FOLDER}/{column}");
+            let there = Sidecar::<CaptionSpec>::spec_in(&store.child(&folder)).await?;
+            let spec = match there {
+                Some(spec) => spec,
+                None => return Err(missing(store, data, column).await?),
+            };
+            let set = Sidecar::new(store, &folder, data, spec);
+            set.is_begun().await?;
+            Ok(CaptionSet(set))
+        })
     }
 
     /// Shards of the data set that have no captions in this column yet.
-    pub async fn missing(&self) -> Result<Vec<usize>, DataError> {
-        Ok(self.0.missing().await?.0)
+    pub fn missing(&self) -> BoxFuture<'_, Result<Vec<usize>, DataError>> {
+        Box::pin(async move { Ok(self.0.missing().await?.0) })
     }
 
     /// Stores a shard's captions, once; `keys` are the shard's. If another attempt was first, its captions stay. Gives what the file that
     /// stands counts: `captioned`, of them `trimmed`, `refused.<why>`, and tokens.
-    pub async fn write(&self, shard: usize, keys: &[String], made: &[Made]) -> Result<Counts, DataError> {
-        let file = write_made(made)?;
-        let name = format!("{}/{}.arrow", self.0.folder.url(), self.0.stem(shard));
-        Ok(self.0.write(shard, made.len() as u64, file, |file| told(&name, keys, file)).await?.counts)
+    pub fn write<'a>(&'a self, shard: usize, keys: &'a [String], made: &'a [Made]) -> BoxFuture<'a, Result<Counts, DataError>> {
+        Box::pin(async move {
+            let file = write_made(made)?;
+            let name = format!("{}/{}.arrow", self.0.folder.url(), self.0.stem(shard));
+            Ok(self.0.write(shard, made.len() as u64, file, |file| told(&name, keys, file)).await?.counts)
+        })
     }
 
     /// Fails unless every shard has its captions; then their report and manifest, which are written if they were not there.
-    pub async fn finish(&self) -> Result<CaptionManifest, DataError> {
-        if self.0.manifest().await?.is_none() {
-            let records = self.0.records().await?;
-            let (counts, mut refused) = (FileRecord::total(&records), Declined::new());
-            for (why, keys) in records.into_iter().flat_map(|record| record.declined) {
-                refused.entry(why).or_default().extend(keys);
+    pub fn finish(&self) -> BoxFuture<'_, Result<CaptionManifest, DataError>> {
+        Box::pin(async move {
+            if self.0.manifest().await?.is_none() {
+                let records = self.0.records().await?;
+                let (counts, mut refused) = (FileRecord::total(&records), Declined::new());
+                for (why, keys) in records.into_iter().flat_map(|record| record.declined) {
+                    refused.entry(why).or_default().extend(keys);
+                }
+                let of = |name: &str| counts.get(name).copied().unwrap_or(0);
+                let report = CaptionReport { captioned: of(CAPTIONED), trimmed: of(TRIMMED), refused: &refused };
+                // Whoever does it too writes the same: it is made from the same records.
+                self.0.folder.put(REPORT, pretty(&report)).await?;
             }
-            let of = |name: &str| counts.get(name).copied().unwrap_or(0);
-            let report = CaptionReport { captioned: of(CAPTIONED), trimmed: of(TRIMMED), refused: &refused };
-            // Whoever does it too writes the same: it is made from the same records.
-            self.0.folder.put(REPORT, pretty(&report)).await?;
-        }
-        self.0.finish().await
+            self.0.finish().await
+        })
     }
 
     /// The folder that the names of the manifest's entries are in.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use ella_store::{Digest, Store};
+use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
@@ -166,8 +167,8 @@ impl FeatureSet {
     }
 
     /// Shards of the data set that have no features, or whose features lack their file or its record.
-    pub async fn missing(&self) -> Result<Vec<usize>, DataError> {
-        Ok(self.0.missing().await?.0)
+    pub fn missing(&self) -> BoxFuture<'_, Result<Vec<usize>, DataError>> {
+        Box::pin(async move { Ok(self.0.missing().await?.0) })
     }
 
     /// The record of a shard's features, if they and it are there.
@@ -197,18 +198,18 @@ impl FeatureSet {
     }
 
     /// Stores a shard's features, once, and then their record, with what was counted. If another worker was first, its features stay.
-    pub async fn write(&self, shard: usize, rows: u64, file: Bytes, counts: Counts) -> Result<ShardEntry, DataError> {
-        Ok(self.0.write(shard, rows, file, |_| Ok(counts.into())).await?.file)
+    pub fn write(&self, shard: usize, rows: u64, file: Bytes, counts: Counts) -> BoxFuture<'_, Result<ShardEntry, DataError>> {
+        Box::pin(async move { Ok(self.0.write(shard, rows, file, |_| Ok(counts.into())).await?.file) })
     }
 
     /// Fails unless every shard has its features; then their manifest, which is written if it was not there.
-    pub async fn finish(&self) -> Result<FeatureManifest, DataError> {
-        self.0.finish().await
+    pub fn finish(&self) -> BoxFuture<'_, Result<FeatureManifest, DataError>> {
+        Box::pin(async move { self.0.finish().await })
     }
 
     /// Fails, naming the first missing ones, unless every shard and the empty caption have their features.
-    pub async fn check_complete(&self) -> Result<(), DataError> {
-        self.0.check_complete().await
+    pub fn check_complete(&self) -> BoxFuture<'_, Result<(), DataError>> {
+        Box::pin(async move { self.0.check_complete().await })
     }
 }
 

@@ -1,6 +1,7 @@
 //! Data sets: sources, filters, prepared shards, features, sample order. Nothing here links libtorch.
 //!
 //! From files to training: [`Source::find`] → [`Preparation`] → [`DataSet::open`]; text encoders add [`FeatureSet`]s, captioners [`CaptionSet`]s.
+//! Futures of some size are boxed: the code of an async function is compiled by every program that awaits it, that of a box here alone.
 //! Invariants held here (design.md §1): COMMIT in small (a manifest is written last, once, and names every byte) and KNOWN (every
 //! sample read is kept or refused with a reason).
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use ella_store::{Digest, Store, StoreError};
+use futures::future::BoxFuture;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -125,12 +126,14 @@ impl Manifest {
     }
 
     /// Reads and validates the manifest of the data set in a folder.
-    pub async fn load(store: &Store) -> Result<Manifest, DataError> {
-        let hint = "this is no prepared data set, or preparing it did not finish: run `ella prepare` (again)";
-        let bytes = read(store, MANIFEST).await?.ok_or(DataError::RecordMissing { file: at(store, MANIFEST), hint })?;
-        let manifest: Manifest = parse(&at(store, MANIFEST), &bytes)?;
-        manifest.validate(&at(store, MANIFEST))?;
-        Ok(manifest)
+    pub fn load(store: &Store) -> BoxFuture<'_, Result<Manifest, DataError>> {
+        Box::pin(async move {
+            let hint = "this is no prepared data set, or preparing it did not finish: run `ella prepare` (again)";
+            let bytes = read(store, MANIFEST).await?.ok_or(DataError::RecordMissing { file: at(store, MANIFEST), hint })?;
+            let manifest: Manifest = parse(&at(store, MANIFEST), &bytes)?;
+            manifest.validate(&at(store, MANIFEST))?;
+            Ok(manifest)
+        })
     }
 
     /// Checks what the types cannot: sums, names, digests. `file` names the manifest in errors.

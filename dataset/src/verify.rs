@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ella_store::{Hasher, Store, StoreError};
+use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
@@ -51,23 +52,25 @@ pub struct Inventory {
 
 impl Inventory {
     /// Lists what there should be. Sidecars that are not whole yet count as far as they are.
-    pub async fn of(store: &Store) -> Result<Inventory, DataError> {
-        let data = Arc::new(Manifest::load(store).await?);
-        let mut files = data.shards.clone();
-        let mut folders = vec![String::new(), UNITS.into(), SHARDS.into(), join(TREES, SHARDS)];
-        for (spec, columns) in features_in(store).await? {
-            for column in columns {
-                let folder = format!("features/{}/{column}", spec.fingerprint());
-                files.extend(sidecar::<FeatureSpec>(store, &folder, &data).await?);
+    pub fn of(store: &Store) -> BoxFuture<'_, Result<Inventory, DataError>> {
+        Box::pin(async move {
+            let data = Arc::new(Manifest::load(store).await?);
+            let mut files = data.shards.clone();
+            let mut folders = vec![String::new(), UNITS.into(), SHARDS.into(), join(TREES, SHARDS)];
+            for (spec, columns) in features_in(store).await? {
+                for column in columns {
+                    let folder = format!("features/{}/{column}", spec.fingerprint());
+                    files.extend(sidecar::<FeatureSpec>(store, &folder, &data).await?);
+                    folders.extend([join(&folder, TREES), folder]);
+                }
+            }
+            for column in captions_in(store).await? {
+                let folder = format!("captions/{column}");
+                files.extend(sidecar::<CaptionSpec>(store, &folder, &data).await?);
                 folders.extend([join(&folder, TREES), folder]);
             }
-        }
-        for column in captions_in(store).await? {
-            let folder = format!("captions/{column}");
-            files.extend(sidecar::<CaptionSpec>(store, &folder, &data).await?);
-            folders.extend([join(&folder, TREES), folder]);
-        }
-        Ok(Inventory { store: store.clone(), files, folders })
+            Ok(Inventory { store: store.clone(), files, folders })
+        })
     }
 
     /// Bytes of all files.

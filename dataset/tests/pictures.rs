@@ -5,8 +5,9 @@ mod common;
 
 use common::{RULES, cut_one, jpeg_of, mean_difference, photo, png, png_of, rgb};
 use ella_dataset::{Crop, Encoding, PictureRules, Refusal, SDXL_BUCKETS, Scratch, buckets, cut, decode_rgb, encode};
-use fast_image_resize::images::Image;
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 use proptest::prelude::*;
 
@@ -15,11 +16,13 @@ fn reference(picture: &RgbImage, size: (u32, u32), crop: (u32, u32)) -> Vec<u8> 
     let (width, height) = picture.dimensions();
     let scale = f64::max(f64::from(size.0) / f64::from(width), f64::from(size.1) / f64::from(height));
     let covering = |edge: u32| (f64::from(edge) * scale).round() as u32;
-    let from = Image::from_vec_u8(width, height, picture.as_raw().clone(), PixelType::U8x3).unwrap();
-    let mut to = Image::new(covering(width).max(size.0), covering(height).max(size.1), PixelType::U8x3);
+    let (width, height, mut covered) = (covering(width).max(size.0), covering(height).max(size.1), Vec::new());
+    covered.resize(3 * width as usize * height as usize, 0);
+    let from = TypedImageRef::<U8x3>::from_buffer(picture.width(), picture.height(), picture.as_raw()).unwrap();
+    let mut to = TypedImage::<U8x3>::from_buffer(width, height, &mut covered).unwrap();
     let how = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
-    Resizer::new().resize(&from, &mut to, &how).unwrap();
-    let resized = RgbImage::from_raw(to.width(), to.height(), to.into_vec()).unwrap();
+    Resizer::new().resize_typed(&from, &mut to, &how).unwrap();
+    let resized = RgbImage::from_raw(width, height, covered).unwrap();
     image::imageops::crop_imm(&resized, crop.0, crop.1, size.0, size.1).to_image().into_raw()
 }
 

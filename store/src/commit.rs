@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::digest::{Digest, Hasher};
@@ -72,15 +73,17 @@ impl fmt::Display for Problem {
 ///
 /// # Errors
 /// All problems found, in the order of the parts.
-pub async fn verify_commit(store: &Store, commit: &Commit) -> Result<(), Vec<Problem>> {
-    let mut problems = Vec::new();
-    for part in &commit.parts {
-        let file = format!("{}/{}", commit.folder, part.name);
-        if let Err(fault) = verify_part(store, &file, part).await {
-            problems.push(Problem { file, fault });
+pub fn verify_commit<'a>(store: &'a Store, commit: &'a Commit) -> BoxFuture<'a, Result<(), Vec<Problem>>> {
+    Box::pin(async move {
+        let mut problems = Vec::new();
+        for part in &commit.parts {
+            let file = format!("{}/{}", commit.folder, part.name);
+            if let Err(fault) = verify_part(store, &file, part).await {
+                problems.push(Problem { file, fault });
+            }
         }
-    }
-    if problems.is_empty() { Ok(()) } else { Err(problems) }
+        if problems.is_empty() { Ok(()) } else { Err(problems) }
+    })
 }
 
 async fn verify_part(store: &Store, file: &str, part: &Part) -> Result<(), Fault> {

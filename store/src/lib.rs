@@ -2,6 +2,7 @@
 //!
 //! Owns: deadlines, retries and typed errors of every store call; BLAKE3 digests; create-if-absent with a lost reply told apart
 //! from a lost race; the numbered run log and the commits it names; a machine's cache of whole objects. Does not own: what a checkpoint holds, or when one is taken.
+//! Futures of some size are boxed: the code of an async function is compiled by every program that awaits it, that of a box here alone.
 //!
 //! Invariants (design.md §1):
 //! - **COMMIT** a checkpoint exists when its record does; the record is created once, conditionally, durably, and names every part

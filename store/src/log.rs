@@ -1,6 +1,7 @@
 //! The run log (TERM, COMMIT): numbered records, each created only if absent, so that the store itself fences late writers.
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use futures::{StreamExt, stream};
 
 use crate::commit;
@@ -80,20 +81,24 @@ impl RunLog {
     ///
     /// # Errors
     /// `Gap` and `Bad` name the file; `Store` for store failures.
-    pub async fn read(store: &Store) -> Result<Vec<Record>, LogError> {
-        // The listing only tells how far the log goes: one taken while the log grows may leave out a record but show its successor.
-        let count = count_listed(store, &store.list("log").await?)?;
-        let mut fetched = stream::iter(0..count).map(|seq| fetch(store, seq)).buffered(READS);
-        let mut records: Vec<Record> = Vec::new();
-        while let Some(record) = fetched.next().await {
-            let record = match record {
-                Err(LogError::Store(StoreError::NotFound { url, key })) => return Err(LogError::Gap { url, file: key, last: count - 1 }),
-                other => other?,
-            };
-            check_order(records.last(), &record).map_err(|reason| bad(store, &record_key(record.seq), reason))?;
-            records.push(record);
-        }
-        Ok(records)
+    pub fn read(store: &Store) -> BoxFuture<'_, Result<Vec<Record>, LogError>> {
+        Box::pin(async move {
+            // The listing only tells how far the log goes: one taken while the log grows may leave out a record but show its successor.
+            let count = count_listed(store, &store.list("log").await?)?;
+            let mut fetched = stream::iter(0..count).map(|seq| fetch(store, seq)).buffered(READS);
+            let mut records: Vec<Record> = Vec::new();
+            while let Some(record) = fetched.next().await {
+                let record = match record {
+                    Err(LogError::Store(StoreError::NotFound { url, key })) => {
+                        return Err(LogError::Gap { url, file: key, last: count - 1 });
+                    }
+                    other => other?,
+                };
+                check_order(records.last(), &record).map_err(|reason| bad(store, &record_key(record.seq), reason))?;
+                records.push(record);
+            }
+            Ok(records)
+        })
     }
 
     /// Begins a new term: reads the log and appends a `term` record with the next higher term. If another coordinator is faster, reads again.
@@ -101,17 +106,24 @@ impl RunLog {
     ///
     /// # Errors
     /// Those of [`RunLog::read`]; `Contended` if others keep being faster.
-    pub async fn claim(store: &Store, term: Term, nonce: &str, at_unix_ms: u64) -> Result<(Self, Vec<Record>), LogError> {
-        for _ in 0..MOST_TRIES {
-            let mut records = Self::read(store).await?;
-            let (seq, number) = (records.len() as u64, records.last().map_or(0, |last| last.term) + 1);
-            let record = Record { seq, term: number, nonce: nonce.to_owned(), at_unix_ms, body: Body::Term(term.clone()) };
-            if store.create(&record_key(seq), encode(store, &record)?).await? == Created::Yes {
-                records.push(record);
-                return Ok((Self { store: store.clone(), term: number, nonce: nonce.to_owned(), next: seq + 1 }, records));
+    pub fn claim<'a>(
+        store: &'a Store,
+        term: Term,
+        nonce: &'a str,
+        at_unix_ms: u64,
+    ) -> BoxFuture<'a, Result<(Self, Vec<Record>), LogError>> {
+        Box::pin(async move {
+            for _ in 0..MOST_TRIES {
+                let mut records = Self::read(store).await?;
+                let (seq, number) = (records.len() as u64, records.last().map_or(0, |last| last.term) + 1);
+                let record = Record { seq, term: number, nonce: nonce.to_owned(), at_unix_ms, body: Body::Term(term.clone()) };
+                if store.create(&record_key(seq), encode(store, &record)?).await? == Created::Yes {
+                    records.push(record);
+                    return Ok((Self { store: store.clone(), term: number, nonce: nonce.to_owned(), next: seq + 1 }, records));
+                }
             }
-        }
-        Err(LogError::Contended { url: store.url().into(), tries: MOST_TRIES })
+            Err(LogError::Contended { url: store.url().into(), tries: MOST_TRIES })
+        })
     }
 
     /// Appends a record and gives its number. After a `Store` error, or when the call was dropped half-way, it is unknown whether
@@ -119,30 +131,32 @@ impl RunLog {
     ///
     /// # Errors
     /// `Superseded` if the next number was taken by another coordinator; `Bad` for a body that [`RunLog::read`] would refuse.
-    pub async fn append(&mut self, body: Body, at_unix_ms: u64) -> Result<u64, LogError> {
-        if matches!(body, Body::Term(_)) {
-            return Err(bad(&self.store, &record_key(self.next), "a term is begun by a claim, not by an append"));
-        }
-        for _ in 0..MOST_TRIES {
-            let seq = self.next;
-            let record = Record { seq, term: self.term, nonce: self.nonce.clone(), at_unix_ms, body: body.clone() };
-            let key = record_key(seq);
-            check_body(&record).map_err(|reason| bad(&self.store, &key, reason))?;
-            if self.store.create(&key, encode(&self.store, &record)?).await? == Created::Yes {
+    pub fn append(&mut self, body: Body, at_unix_ms: u64) -> BoxFuture<'_, Result<u64, LogError>> {
+        Box::pin(async move {
+            if matches!(body, Body::Term(_)) {
+                return Err(bad(&self.store, &record_key(self.next), "a term is begun by a claim, not by an append"));
+            }
+            for _ in 0..MOST_TRIES {
+                let seq = self.next;
+                let record = Record { seq, term: self.term, nonce: self.nonce.clone(), at_unix_ms, body: body.clone() };
+                let key = record_key(seq);
+                check_body(&record).map_err(|reason| bad(&self.store, &key, reason))?;
+                if self.store.create(&key, encode(&self.store, &record)?).await? == Created::Yes {
+                    self.next += 1;
+                    return Ok(seq);
+                }
+                let found = fetch(&self.store, seq).await?;
+                if found.nonce != self.nonce {
+                    return Err(LogError::Superseded { url: self.store.url().into(), seq, by_term: found.term });
+                }
+                // Our own earlier append, whose reply was lost.
                 self.next += 1;
-                return Ok(seq);
+                if found.body == body {
+                    return Ok(seq);
+                }
             }
-            let found = fetch(&self.store, seq).await?;
-            if found.nonce != self.nonce {
-                return Err(LogError::Superseded { url: self.store.url().into(), seq, by_term: found.term });
-            }
-            // Our own earlier append, whose reply was lost.
-            self.next += 1;
-            if found.body == body {
-                return Ok(seq);
-            }
-        }
-        Err(LogError::Contended { url: self.store.url().into(), tries: MOST_TRIES })
+            Err(LogError::Contended { url: self.store.url().into(), tries: MOST_TRIES })
+        })
     }
 
     /// The term held.

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt;
+use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream, StreamExt};
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, GetResult, GetResultPayload};
@@ -118,25 +119,27 @@ impl Reader {
         Place { url: self.store.url(), key: &self.key, operation: Operation::Get }
     }
 
-    async fn collect(mut self) -> Result<Bytes, StoreError> {
-        let Some(first) = self.next().await? else { return Ok(Bytes::new()) };
-        let left = self.end.unwrap_or_default().saturating_sub(self.next);
-        if left == 0 {
-            return Ok(first);
-        }
-        let mut all = BytesMut::with_capacity(first.len() + usize::try_from(left).unwrap_or(0));
-        all.extend_from_slice(&first);
-        let deadline = self.store.limits().overall_for(left);
-        let rest = async {
-            while let Some(chunk) = self.next().await? {
-                all.extend_from_slice(&chunk);
+    fn collect(mut self) -> BoxFuture<'static, Result<Bytes, StoreError>> {
+        Box::pin(async move {
+            let Some(first) = self.next().await? else { return Ok(Bytes::new()) };
+            let left = self.end.unwrap_or_default().saturating_sub(self.next);
+            if left == 0 {
+                return Ok(first);
             }
-            Ok(())
-        };
-        match timeout(deadline, rest).await {
-            Ok(read) => read.map(|()| all.freeze()),
-            Err(_) => Err(self.place().timeout(deadline)),
-        }
+            let mut all = BytesMut::with_capacity(first.len() + usize::try_from(left).unwrap_or(0));
+            all.extend_from_slice(&first);
+            let deadline = self.store.limits().overall_for(left);
+            let rest = async {
+                while let Some(chunk) = self.next().await? {
+                    all.extend_from_slice(&chunk);
+                }
+                Ok(())
+            };
+            match timeout(deadline, rest).await {
+                Ok(read) => read.map(|()| all.freeze()),
+                Err(_) => Err(self.place().timeout(deadline)),
+            }
+        })
     }
 
     /// The next chunk; `None` at the end. Bytes renew the retries; an empty chunk is no progress.

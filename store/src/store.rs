@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::TryStreamExt;
+use futures::future::BoxFuture;
 use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{DynObjectStore, ObjectMeta, ObjectStoreExt};
@@ -220,58 +221,67 @@ impl Store {
     ///
     /// # Errors
     /// Any of [`StoreError`] but `NotFound`.
-    pub async fn head(&self, key: &str) -> Result<Option<Meta>, StoreError> {
-        let (path, place) = self.at(Operation::Head, key)?;
-        let found = retrying(self, place, 0, |_| async { self.object().head(&path).await.map_err(|error| place.error(error)) }).await;
-        match found {
-            Ok(meta) => Ok(Some(self.meta(&meta))),
-            Err(StoreError::NotFound { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+    pub fn head<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Meta>, StoreError>> {
+        Box::pin(async move {
+            let (path, place) = self.at(Operation::Head, key)?;
+            let found = retrying(self, place, 0, |_| async { self.object().head(&path).await.map_err(|error| place.error(error)) }).await;
+            match found {
+                Ok(meta) => Ok(Some(self.meta(&meta))),
+                Err(StoreError::NotFound { .. }) => Ok(None),
+                Err(error) => Err(error),
+            }
+        })
     }
 
     /// Every object below the folder `prefix` (`""` for all), however deep, sorted by key. A folder that is not there is empty.
     ///
     /// # Errors
     /// Any of [`StoreError`] but `NotFound`.
-    pub async fn list(&self, prefix: &str) -> Result<Vec<Meta>, StoreError> {
-        let (path, place) = self.at(Operation::List, prefix)?;
-        let mut found =
-            self.listing(place, || async { self.object().list(Some(&path)).map_ok(|meta| self.meta(&meta)).try_collect().await }).await?;
-        found.sort_by(|a: &Meta, b: &Meta| a.key.cmp(&b.key));
-        Ok(found)
+    pub fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<Meta>, StoreError>> {
+        Box::pin(async move {
+            let (path, place) = self.at(Operation::List, prefix)?;
+            let mut found = self
+                .listing(place, || async { self.object().list(Some(&path)).map_ok(|meta| self.meta(&meta)).try_collect().await })
+                .await?;
+            found.sort_by(|a: &Meta, b: &Meta| a.key.cmp(&b.key));
+            Ok(found)
+        })
     }
 
     /// The folders directly below `prefix`, sorted, as keys. On a local store empty ones too.
     ///
     /// # Errors
     /// Any of [`StoreError`] but `NotFound`.
-    pub async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        let (path, place) = self.at(Operation::List, prefix)?;
-        let mut found = self
-            .listing(place, || async {
-                let listed = self.object().list_with_delimiter(Some(&path)).await?;
-                Ok(listed.common_prefixes.iter().map(|path| self.key(path)).collect())
-            })
-            .await?;
-        found.sort();
-        Ok(found)
+    pub fn folders<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>> {
+        Box::pin(async move {
+            let (path, place) = self.at(Operation::List, prefix)?;
+            let mut found = self
+                .listing(place, || async {
+                    let listed = self.object().list_with_delimiter(Some(&path)).await?;
+                    Ok(listed.common_prefixes.iter().map(|path| self.key(path)).collect())
+                })
+                .await?;
+            found.sort();
+            Ok(found)
+        })
     }
 
     /// The objects directly in the folder `prefix`, sorted by key: what lies deeper is not looked at.
     ///
     /// # Errors
     /// Any of [`StoreError`] but `NotFound`.
-    pub async fn files(&self, prefix: &str) -> Result<Vec<Meta>, StoreError> {
-        let (path, place) = (self.folder_path(prefix)?, self.place(Operation::List, prefix));
-        let mut found = self
-            .listing(place, || async {
-                let listed = self.object().list_with_delimiter(Some(&path)).await?;
-                Ok(listed.objects.iter().map(|meta| self.meta(meta)).collect())
-            })
-            .await?;
-        found.sort_by(|a: &Meta, b: &Meta| a.key.cmp(&b.key));
-        Ok(found)
+    pub fn files<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<Meta>, StoreError>> {
+        Box::pin(async move {
+            let (path, place) = (self.folder_path(prefix)?, self.place(Operation::List, prefix));
+            let mut found = self
+                .listing(place, || async {
+                    let listed = self.object().list_with_delimiter(Some(&path)).await?;
+                    Ok(listed.objects.iter().map(|meta| self.meta(meta)).collect())
+                })
+                .await?;
+            found.sort_by(|a: &Meta, b: &Meta| a.key.cmp(&b.key));
+            Ok(found)
+        })
     }
 
     /// Retries a listing, and takes a missing folder for an empty one.

@@ -1,6 +1,7 @@
 //! Writing and deleting.
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
@@ -67,15 +68,17 @@ impl Store {
         self.put_at_once(key, bytes.into()).await
     }
 
-    async fn put_at_once(&self, key: &str, bytes: PutPayload) -> Result<(), StoreError> {
-        let (path, place) = self.at(Operation::Put, key)?;
-        retrying(self, place, bytes.content_length() as u64, |_| async {
-            let _writing = self.writing(key, place).await?;
-            self.object().put(&path, bytes.clone()).await.map_err(|error| place.error(error))?;
-            tally::written(bytes.content_length() as u64);
-            Ok(())
+    fn put_at_once<'a>(&'a self, key: &'a str, bytes: PutPayload) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            let (path, place) = self.at(Operation::Put, key)?;
+            retrying(self, place, bytes.content_length() as u64, |_| async {
+                let _writing = self.writing(key, place).await?;
+                self.object().put(&path, bytes.clone()).await.map_err(|error| place.error(error))?;
+                tally::written(bytes.content_length() as u64);
+                Ok(())
+            })
+            .await
         })
-        .await
     }
 
     /// Writes an object only if no object has that name. Durable and atomic on every store. It goes in one request, of which the clouds
@@ -86,20 +89,22 @@ impl Store {
     ///
     /// # Errors
     /// Any of [`StoreError`] but `NotFound` and `AlreadyExists`.
-    pub async fn create(&self, key: &str, bytes: Bytes) -> Result<Created, StoreError> {
-        let (path, place) = self.at(Operation::Create, key)?;
-        let attempt = |number| self.try_create(&path, &bytes, number > 0, place);
-        let error = match retrying(self, place, bytes.len() as u64, attempt).await {
-            Err(error) if error.is_retryable() => error,
-            decided => return decided,
-        };
-        // The last attempt's reply may be what was lost.
-        let limit = self.limits().attempt_for(bytes.len() as u64);
-        let read_back = timeout(limit, self.whose(&path, &bytes, true, place));
-        match read_back.await {
-            Ok(Ok(created)) => Ok(created),
-            _ => Err(error),
-        }
+    pub fn create<'a>(&'a self, key: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<Created, StoreError>> {
+        Box::pin(async move {
+            let (path, place) = self.at(Operation::Create, key)?;
+            let attempt = |number| self.try_create(&path, &bytes, number > 0, place);
+            let error = match retrying(self, place, bytes.len() as u64, attempt).await {
+                Err(error) if error.is_retryable() => error,
+                decided => return decided,
+            };
+            // The last attempt's reply may be what was lost.
+            let limit = self.limits().attempt_for(bytes.len() as u64);
+            let read_back = timeout(limit, self.whose(&path, &bytes, true, place));
+            match read_back.await {
+                Ok(Ok(created)) => Ok(created),
+                _ => Err(error),
+            }
+        })
     }
 
     async fn try_create(&self, path: &Path, bytes: &Bytes, unsure: bool, place: Place<'_>) -> Result<Created, StoreError> {
@@ -153,21 +158,23 @@ impl Store {
     ///
     /// # Errors
     /// Any of [`StoreError`] but `NotFound` and `AlreadyExists`.
-    pub async fn upload(&self, key: &str, pieces: &[Bytes]) -> Result<(), StoreError> {
-        let bytes = length(pieces);
-        if bytes <= PART_BYTES {
-            return self.put_at_once(key, pieces.iter().cloned().collect()).await;
-        }
-        let (path, place) = self.at(Operation::Upload, key)?;
-        if let Some(parts) = self.parts() {
-            return self.upload_parts(parts, &path, pieces, place).await.inspect(|()| tally::written(bytes as u64));
-        }
-        retrying(self, place, bytes as u64, |_| async {
-            let _writing = self.writing(key, place).await?;
-            self.try_upload(&path, pieces).await.map_err(|error| place.error(error))
+    pub fn upload<'a>(&'a self, key: &'a str, pieces: &'a [Bytes]) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            let bytes = length(pieces);
+            if bytes <= PART_BYTES {
+                return self.put_at_once(key, pieces.iter().cloned().collect()).await;
+            }
+            let (path, place) = self.at(Operation::Upload, key)?;
+            if let Some(parts) = self.parts() {
+                return self.upload_parts(parts, &path, pieces, place).await.inspect(|()| tally::written(bytes as u64));
+            }
+            retrying(self, place, bytes as u64, |_| async {
+                let _writing = self.writing(key, place).await?;
+                self.try_upload(&path, pieces).await.map_err(|error| place.error(error))
+            })
+            .await
+            .inspect(|()| tally::written(bytes as u64))
         })
-        .await
-        .inspect(|()| tally::written(bytes as u64))
     }
 
     /// Uploads at once, to a backend whose parts can't be sent again one by one.
@@ -235,13 +242,16 @@ impl Store {
     ///
     /// # Errors
     /// Any of [`StoreError`] but `NotFound`.
-    pub async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        let (path, place) = self.at(Operation::Delete, key)?;
-        let deleted = retrying(self, place, 0, |_| async { self.object().delete(&path).await.map_err(|error| place.error(error)) }).await;
-        match deleted {
-            Err(StoreError::NotFound { .. }) => Ok(()),
-            result => result,
-        }
+    pub fn delete<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            let (path, place) = self.at(Operation::Delete, key)?;
+            let deleted =
+                retrying(self, place, 0, |_| async { self.object().delete(&path).await.map_err(|error| place.error(error)) }).await;
+            match deleted {
+                Err(StoreError::NotFound { .. }) => Ok(()),
+                result => result,
+            }
+        })
     }
 
     /// Deletes the folder `prefix` and all in it. On a local store also what killed writers left half-written there.

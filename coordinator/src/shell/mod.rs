@@ -41,6 +41,8 @@ use ella_proto::config::{JobConfig, RunConfig, Straggler};
 use ella_proto::ids::Term;
 use ella_proto::v1::Welcome;
 use ella_store::{RunLog, RunState, Store};
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use guard::{Guard, Strangers};
 use rustls::ServerConfig;
 use start::Damaged;
@@ -146,7 +148,12 @@ impl Coordinator {
     ///
     /// # Errors
     /// If the run has another config, its store or log can't be used, its last commit is damaged, or an address is taken.
-    pub async fn open(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
+    pub fn open<'a>(config: &'a RunConfig, store: Store, options: &'a Options) -> BoxFuture<'a, Result<Opened, RunError>> {
+        // A box, here and below: what is in a future is compiled once more by every program that awaits it, and a box in this crate alone.
+        Self::open_run(config, store, options).boxed()
+    }
+
+    async fn open_run(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
         let (grpc, http) = (bind(options.listen, &options.access).await?, bind(options.http, &options.access).await?);
         let (log, state, damaged) = match start::open_run(config, &store).await? {
             start::Run::Done { step, .. } if !options.stay => return Ok(Opened::Done { step }),
@@ -205,7 +212,11 @@ impl Coordinator {
     ///
     /// # Errors
     /// If a server or task of this process breaks; what befalls the run or job is an [`Outcome`].
-    pub async fn run(self, stops: mpsc::Receiver<String>) -> Result<Outcome, RunError> {
+    pub fn run(self, stops: mpsc::Receiver<String>) -> BoxFuture<'static, Result<Outcome, RunError>> {
+        self.serve(stops).boxed()
+    }
+
+    async fn serve(self, stops: mpsc::Receiver<String>) -> Result<Outcome, RunError> {
         let shutdown = CancellationToken::new();
         let (inputs, inbox) = mpsc::channel(INPUTS);
         let mut tasks = JoinSet::new();

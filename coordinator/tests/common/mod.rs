@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
+use tonic::transport::Channel;
 
 /// Nothing in these tests takes this long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -114,6 +115,12 @@ impl Served {
         };
         soon("the wanted status", asked).await
     }
+}
+
+/// A connection of no client's: what is sent on it need not be what a worker would send.
+pub async fn raw_channel(url: &str) -> Channel {
+    let access = Access::from(url.to_owned());
+    access.channel(&access.endpoint().unwrap()).await.unwrap()
 }
 
 pub fn hello(name: &str) -> Hello {

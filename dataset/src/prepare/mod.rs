@@ -13,6 +13,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use ella_store::{Meta, Store};
+use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt, stream};
 use half::f16;
 use tokio::sync::OnceCell;
@@ -115,50 +116,54 @@ impl Preparation {
     }
 
     /// Looks into the sources, makes the destination this data set's own, and finds what is left to do.
-    pub async fn plan(&self) -> Result<ToDo, DataError> {
-        let latents = self.options.latents.as_ref().map(|encoder| encoder.spec());
-        let plan = Plan::new(&self.settings, latents, &self.sources).await?;
-        plan.claim(&self.out).await?;
-        let plan = self.plan.get_or_init(|| async { plan }).await;
-        let (shards, records) = (self.out.list(SHARDS).await?, &self.out.list(UNITS).await?);
-        let whole = |shard: &ShardEntry| listed(&shards, &shard.name).is_some_and(|meta| meta.bytes == shard.bytes);
-        let left_out = self.read_left_out().await?.unwrap_or_default();
-        // Once a data set is whole, first attempts at parts with duplicates are not needed, and gone.
-        let finished = read(&self.out, MANIFEST).await?.is_some();
-        let parts = &plan.parts().collect::<Vec<_>>();
-        let looks = stream::iter(0..parts.len()).map(|index| async move {
-            let unit = self.unit(plan, index, &parts[index], &[])?;
-            let record = if listed(records, &unit_key(&unit)).is_some() { UnitRecord::load(&unit, &self.out).await? } else { None };
-            Ok((index, record))
-        });
-        let mut looks = looks.buffered(READ_AT_ONCE);
-        let mut todo = ToDo::default();
-        while let Some((index, first)) = looks.try_next().await.map_err(|e: DataError| e)? {
-            let part = &parts[index];
-            let Some(first) = first else {
-                self.refuse_changed(index, part, records).await?;
-                todo.parts.push(index);
-                continue;
-            };
-            let replaced = finished && left_out.parts.contains_key(&index);
-            if !replaced && !first.shards.iter().all(whole) {
-                todo.parts.push(index);
-            } else if self.source(part)?.stamp() != first.stamp.as_deref() {
-                todo.check.push(index);
+    pub fn plan(&self) -> BoxFuture<'_, Result<ToDo, DataError>> {
+        Box::pin(async move {
+            let latents = self.options.latents.as_ref().map(|encoder| encoder.spec());
+            let plan = Plan::new(&self.settings, latents, &self.sources).await?;
+            plan.claim(&self.out).await?;
+            let plan = self.plan.get_or_init(|| async { plan }).await;
+            let (shards, records) = (self.out.list(SHARDS).await?, &self.out.list(UNITS).await?);
+            let whole = |shard: &ShardEntry| listed(&shards, &shard.name).is_some_and(|meta| meta.bytes == shard.bytes);
+            let left_out = self.read_left_out().await?.unwrap_or_default();
+            // Once a data set is whole, first attempts at parts with duplicates are not needed, and gone.
+            let finished = read(&self.out, MANIFEST).await?.is_some();
+            let parts = &plan.parts().collect::<Vec<_>>();
+            let looks = stream::iter(0..parts.len()).map(|index| async move {
+                let unit = self.unit(plan, index, &parts[index], &[])?;
+                let record = if listed(records, &unit_key(&unit)).is_some() { UnitRecord::load(&unit, &self.out).await? } else { None };
+                Ok((index, record))
+            });
+            let mut looks = looks.buffered(READ_AT_ONCE);
+            let mut todo = ToDo::default();
+            while let Some((index, first)) = looks.try_next().await.map_err(|e: DataError| e)? {
+                let part = &parts[index];
+                let Some(first) = first else {
+                    self.refuse_changed(index, part, records).await?;
+                    todo.parts.push(index);
+                    continue;
+                };
+                let replaced = finished && left_out.parts.contains_key(&index);
+                if !replaced && !first.shards.iter().all(whole) {
+                    todo.parts.push(index);
+                } else if self.source(part)?.stamp() != first.stamp.as_deref() {
+                    todo.check.push(index);
+                }
             }
-        }
-        Ok(todo)
+            Ok(todo)
+        })
     }
 
     /// Prepares a part, unless it is done.
-    pub async fn part(&self, index: usize, watch: UnitWatch) -> Result<UnitRecord, DataError> {
-        self.prepare_part(index, &[], watch).await
+    pub fn part(&self, index: usize, watch: UnitWatch) -> BoxFuture<'_, Result<UnitRecord, DataError>> {
+        Box::pin(async move { self.prepare_part(index, &[], watch).await })
     }
 
     /// Prepares a part without its duplicates, unless that is done.
-    pub async fn again(&self, index: usize, watch: UnitWatch) -> Result<UnitRecord, DataError> {
-        let left_out = self.left_outs().await?.parts.get(&index).map_or(&[][..], Vec::as_slice);
-        self.prepare_part(index, left_out, watch).await
+    pub fn again(&self, index: usize, watch: UnitWatch) -> BoxFuture<'_, Result<UnitRecord, DataError>> {
+        Box::pin(async move {
+            let left_out = self.left_outs().await?.parts.get(&index).map_or(&[][..], Vec::as_slice);
+            self.prepare_part(index, left_out, watch).await
+        })
     }
 
     /// All parts: to [`check`](Self::check) each, whatever its source looks like.
@@ -173,49 +178,53 @@ impl Preparation {
 
     /// Reads a part's source again, and the pictures that its rows name: they must be those that were prepared. Of a source that only looks
     /// newer, its new look is noted.
-    pub async fn check(&self, index: usize) -> Result<(), DataError> {
-        let plan = self.planned().await?;
-        let part = part_of(plan, index)?;
-        let source = self.source(&part)?.clone();
-        let Some(record) = self.record(index, &part, &[]).await? else { return Ok(()) };
-        let stamp = source.stamp().map(str::to_owned);
-        let piece = piece_of(&source, &part);
-        let (name, bytes) = (source.name().to_owned(), record.source.bytes);
-        let reading = tokio::task::spawn_blocking(move || source.read(&piece, &mut |_| true));
-        let stopped = |what: String| DataError::Stopped { source_name: name.clone(), what };
-        let read = reading.await.map_err(|e| stopped(e.to_string()))??;
-        match read {
-            Some(read) if read.blake3 == record.source.blake3 && stamp == record.stamp => Ok(()),
-            Some(read) if read.blake3 == record.source.blake3 => {
-                record.seen_as(&self.unit(plan, index, &part, &[])?, stamp.as_deref(), &self.out).await
+    pub fn check(&self, index: usize) -> BoxFuture<'_, Result<(), DataError>> {
+        Box::pin(async move {
+            let plan = self.planned().await?;
+            let part = part_of(plan, index)?;
+            let source = self.source(&part)?.clone();
+            let Some(record) = self.record(index, &part, &[]).await? else { return Ok(()) };
+            let stamp = source.stamp().map(str::to_owned);
+            let piece = piece_of(&source, &part);
+            let (name, bytes) = (source.name().to_owned(), record.source.bytes);
+            let reading = tokio::task::spawn_blocking(move || source.read(&piece, &mut |_| true));
+            let stopped = |what: String| DataError::Stopped { source_name: name.clone(), what };
+            let read = reading.await.map_err(|e| stopped(e.to_string()))??;
+            match read {
+                Some(read) if read.blake3 == record.source.blake3 && stamp == record.stamp => Ok(()),
+                Some(read) if read.blake3 == record.source.blake3 => {
+                    record.seen_as(&self.unit(plan, index, &part, &[])?, stamp.as_deref(), &self.out).await
+                }
+                Some(read) => Err(DataError::SourceReplaced { source_name: name, expected: bytes, found: read.bytes }),
+                None => Err(stopped("reading ended early".into())),
             }
-            Some(read) => Err(DataError::SourceReplaced { source_name: name, expected: bytes, found: read.bytes }),
-            None => Err(stopped("reading ended early".into())),
-        }
+        })
     }
 
     /// Writes `report.json` and, last, `manifest.json`; then deletes what earlier attempts left.
-    pub async fn finish(&self) -> Result<Report, DataError> {
-        let plan = self.planned().await?;
-        let left_out = self.left_outs().await?;
-        let parts = &plan.parts().collect::<Vec<_>>();
-        let records = stream::iter(0..parts.len());
-        let records = records.map(|index| async move { self.done(index, &parts[index], &left_out.keys(index)).await });
-        let mut records = records.buffered(READ_AT_ONCE);
-        let (mut report, mut sources, mut shards) = (Report::default(), Vec::new(), Vec::new());
-        while let Some(record) = records.try_next().await? {
-            sources.push(record.source);
-            shards.extend(record.shards);
-            report.merge(record.report);
-        }
-        if report.kept == 0 {
-            write_report(&self.out, &report).await?;
-            return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
-        }
-        let manifest = Manifest::new(Some(plan.settings.clone()), plan.latents.clone(), sources, shards);
-        publish(&self.out, &manifest, &report).await?;
-        self.delete_leftovers(&manifest).await?;
-        Ok(report)
+    pub fn finish(&self) -> BoxFuture<'_, Result<Report, DataError>> {
+        Box::pin(async move {
+            let plan = self.planned().await?;
+            let left_out = self.left_outs().await?;
+            let parts = &plan.parts().collect::<Vec<_>>();
+            let records = stream::iter(0..parts.len());
+            let records = records.map(|index| async move { self.done(index, &parts[index], &left_out.keys(index)).await });
+            let mut records = records.buffered(READ_AT_ONCE);
+            let (mut report, mut sources, mut shards) = (Report::default(), Vec::new(), Vec::new());
+            while let Some(record) = records.try_next().await? {
+                sources.push(record.source);
+                shards.extend(record.shards);
+                report.merge(record.report);
+            }
+            if report.kept == 0 {
+                write_report(&self.out, &report).await?;
+                return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
+            }
+            let manifest = Manifest::new(Some(plan.settings.clone()), plan.latents.clone(), sources, shards);
+            publish(&self.out, &manifest, &report).await?;
+            self.delete_leftovers(&manifest).await?;
+            Ok(report)
+        })
     }
 
     /// Deletes shards that no manifest names, of attempts at sources that were replaced and of parts that were prepared again; and what
@@ -331,18 +340,25 @@ fn piece_of(source: &Source, part: &Part<'_>) -> Piece {
 
 /// Prepares sources into a data set, here, one part after another. Finished parts are skipped, so that the same call after an
 /// interruption goes on, and makes the same bytes. Must run in a tokio runtime.
-pub async fn prepare(sources: &[Source], out: &Store, settings: &Settings, options: &PrepareOptions) -> Result<Report, DataError> {
-    let preparation = Preparation::new(sources.to_vec(), settings.clone(), options.clone(), out.clone())?;
-    let quiet = || -> UnitWatch { Box::new(|_| {}) };
-    let todo = preparation.plan().await?;
-    for part in todo.check {
-        preparation.check(part).await?;
-    }
-    for part in todo.parts {
-        preparation.part(part, quiet()).await?;
-    }
-    for part in preparation.resolve().await? {
-        preparation.again(part, quiet()).await?;
-    }
-    preparation.finish().await
+pub fn prepare<'a>(
+    sources: &'a [Source],
+    out: &'a Store,
+    settings: &'a Settings,
+    options: &'a PrepareOptions,
+) -> BoxFuture<'a, Result<Report, DataError>> {
+    Box::pin(async move {
+        let preparation = Preparation::new(sources.to_vec(), settings.clone(), options.clone(), out.clone())?;
+        let quiet = || -> UnitWatch { Box::new(|_| {}) };
+        let todo = preparation.plan().await?;
+        for part in todo.check {
+            preparation.check(part).await?;
+        }
+        for part in todo.parts {
+            preparation.part(part, quiet()).await?;
+        }
+        for part in preparation.resolve().await? {
+            preparation.again(part, quiet()).await?;
+        }
+        preparation.finish().await
+    })
 }

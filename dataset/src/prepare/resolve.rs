@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use ella_store::Created;
+use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
@@ -45,31 +46,33 @@ impl LeftOuts {
 
 impl Preparation {
     /// Finds keys that sources share (an error), and duplicates: the parts to prepare without them.
-    pub async fn resolve(&self) -> Result<Vec<usize>, DataError> {
-        if let Some(there) = self.read_left_out().await? {
-            return Ok(there.parts.into_keys().collect());
-        }
-        let plan = self.planned().await?;
-        let parts = &plan.parts().collect::<Vec<_>>();
-        let mut finder = Finder::new(plan.settings.duplicates);
-        let records = stream::iter(0..parts.len());
-        let records = records.map(|index| async move { Ok::<_, DataError>((index, self.done(index, &parts[index], &[]).await?)) });
-        let mut records = records.buffered(READ_AT_ONCE);
-        while let Some((index, record)) = records.try_next().await? {
-            finder.add(index as u32, parts[index].source, &record).map_err(unspoolable)?;
-        }
-        let found = tokio::task::spawn_blocking(move || finder.find()).await;
-        let found = found.unwrap_or_else(|stopped| Err(std::io::Error::other(stopped))).map_err(unspoolable)?;
-        let repeats = match found {
-            Ok(repeats) => repeats,
-            Err(shared) => return Err(self.shared_key(plan, shared).await?),
-        };
-        let found = LeftOuts { schema: SCHEMA, parts: self.name_repeats(&repeats).await? };
-        if self.out.create(DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
-            let there: LeftOuts = parse(&at(&self.out, DUPLICATES), &self.out.get(DUPLICATES).await?)?;
-            same(&found, &there, at(&self.out, DUPLICATES))?;
-        }
-        Ok(found.parts.into_keys().collect())
+    pub fn resolve(&self) -> BoxFuture<'_, Result<Vec<usize>, DataError>> {
+        Box::pin(async move {
+            if let Some(there) = self.read_left_out().await? {
+                return Ok(there.parts.into_keys().collect());
+            }
+            let plan = self.planned().await?;
+            let parts = &plan.parts().collect::<Vec<_>>();
+            let mut finder = Finder::new(plan.settings.duplicates);
+            let records = stream::iter(0..parts.len());
+            let records = records.map(|index| async move { Ok::<_, DataError>((index, self.done(index, &parts[index], &[]).await?)) });
+            let mut records = records.buffered(READ_AT_ONCE);
+            while let Some((index, record)) = records.try_next().await? {
+                finder.add(index as u32, parts[index].source, &record).map_err(unspoolable)?;
+            }
+            let found = tokio::task::spawn_blocking(move || finder.find()).await;
+            let found = found.unwrap_or_else(|stopped| Err(std::io::Error::other(stopped))).map_err(unspoolable)?;
+            let repeats = match found {
+                Ok(repeats) => repeats,
+                Err(shared) => return Err(self.shared_key(plan, shared).await?),
+            };
+            let found = LeftOuts { schema: SCHEMA, parts: self.name_repeats(&repeats).await? };
+            if self.out.create(DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
+                let there: LeftOuts = parse(&at(&self.out, DUPLICATES), &self.out.get(DUPLICATES).await?)?;
+                same(&found, &there, at(&self.out, DUPLICATES))?;
+            }
+            Ok(found.parts.into_keys().collect())
+        })
     }
 
     pub(super) async fn read_left_out(&self) -> Result<Option<LeftOuts>, DataError> {

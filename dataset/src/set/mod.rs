@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
 use ella_store::{CacheCounts, Digest, DiskCache, Store};
+use futures::future::BoxFuture;
 
 use crate::caption_set::{CaptionManifest, CaptionSet, read_captions};
 use crate::content::Content;
@@ -43,9 +44,11 @@ impl DataSet {
 
     /// The same, and reads it through a cache on this machine unless it is local. Of the files of such a data set only as many stay open as
     /// the cache may hold.
-    pub async fn open_through(store: Store, limits: CacheLimits, cache: Option<DiskCache>) -> Result<DataSet, DataError> {
-        let manifest = Arc::new(Manifest::load(&store).await?);
-        Ok(DataSet { store, manifest, files: Arc::new(Files::new(limits, cache)) })
+    pub fn open_through(store: Store, limits: CacheLimits, cache: Option<DiskCache>) -> BoxFuture<'static, Result<DataSet, DataError>> {
+        Box::pin(async move {
+            let manifest = Arc::new(Manifest::load(&store).await?);
+            Ok(DataSet { store, manifest, files: Arc::new(Files::new(limits, cache)) })
+        })
     }
 
     /// What the data set is.
@@ -79,10 +82,12 @@ impl DataSet {
     }
 
     /// One shard, open: mapped if it is a local file, else fetched. A byte that is not what the manifest says is an error.
-    pub async fn shard(&self, index: usize) -> Result<Arc<ShardReader>, DataError> {
-        let shard = self.reader(index).await?;
-        let whole = whole(shard, |shard| shard.content().check_all()).await;
-        whole.inspect_err(|_| self.files.close(&self.manifest.shards[index].blake3))
+    pub fn shard(&self, index: usize) -> BoxFuture<'_, Result<Arc<ShardReader>, DataError>> {
+        Box::pin(async move {
+            let shard = self.reader(index).await?;
+            let whole = whole(shard, |shard| shard.content().check_all()).await;
+            whole.inspect_err(|_| self.files.close(&self.manifest.shards[index].blake3))
+        })
     }
 
     /// Shows `each` the rows `at`: their number in `at`, and the row. They come shard by shard, so that one shard is held at a time.

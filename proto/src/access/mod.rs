@@ -8,6 +8,8 @@ pub use role::Role;
 pub use tls::{ClientTls, TlsError, TlsFiles};
 pub use token::{Token, TokenError};
 
+use std::pin::Pin;
+
 use crate::v1::coordinator_client::CoordinatorClient;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -27,6 +29,9 @@ pub struct Access {
     /// For `https://`.
     pub tls: Option<ClientTls>,
 }
+
+/// A future whose code is made where it is boxed.
+type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// A client whose every call shows the token, if there is one.
 pub type Client = CoordinatorClient<InterceptedService<Channel, Access>>;
@@ -60,11 +65,21 @@ impl Access {
     /// # Errors
     /// If nobody answers there, or another than the certificates allow.
     pub async fn connect(&self, endpoint: &Endpoint) -> Result<Client, tonic::transport::Error> {
-        let channel = match &self.tls {
-            Some(tls) => endpoint.connect_with_connector(tls.clone()).await?,
-            None => endpoint.connect().await?,
-        };
-        Ok(self.client(channel))
+        Ok(self.client(self.channel(endpoint).await?))
+    }
+
+    /// A connection to this coordinator.
+    ///
+    /// # Errors
+    /// As [`Access::connect`].
+    pub fn channel<'a>(&'a self, endpoint: &'a Endpoint) -> BoxFuture<'a, Result<Channel, tonic::transport::Error>> {
+        // A future is compiled once more by every program that awaits it. What is in a box is compiled here alone: of HTTP/2 and TLS that is much.
+        Box::pin(async move {
+            match &self.tls {
+                Some(tls) => endpoint.connect_with_connector(tls.clone()).await,
+                None => endpoint.connect().await,
+            }
+        })
     }
 
     /// A client on a channel to this coordinator.

@@ -12,8 +12,9 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use ella_dataset::{DataSet, Encoding, Scratch, decode_rgb, encode};
-use fast_image_resize::images::Image;
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::TypedImage;
+use fast_image_resize::pixels::F32x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use rayon::prelude::*;
 use serde::Deserialize;
 
@@ -126,10 +127,8 @@ fn noise(width: u32, height: u32, seed: u64) -> Result<Vec<u8>> {
             let shade = draw.next();
             [0; 3].map(|_| (strength * (0.75 * shade + 0.35 * draw.next())).to_ne_bytes()).concat()
         });
-        let grid = Image::from_vec_u8(columns, rows, grid.collect(), PixelType::F32x3)?;
-        let mut whole = Image::new(width, height, PixelType::F32x3);
-        resizer.resize(&grid, &mut whole, &ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)))?;
-        sum.iter_mut().zip(floats(whole.buffer())).for_each(|(sum, value)| *sum += value);
+        let whole = resized((grid.collect(), columns, rows), (width, height), FilterType::CatmullRom, &mut resizer)?;
+        sum.iter_mut().zip(floats(&whole)).for_each(|(sum, value)| *sum += value);
     }
     let mut draw = Dice(seed << 8 | 0xff);
     let grain = |pixel: &[f32]| {
@@ -137,6 +136,15 @@ fn noise(width: u32, height: u32, seed: u64) -> Result<Vec<u8>> {
         [0, 1, 2].map(|c| (pixel[c] + grain).clamp(0.0, 255.0) as u8)
     };
     Ok(sum.chunks_exact(3).flat_map(grain).collect())
+}
+
+/// Pixels of three float32, as bytes, resized. Their type is known here, so that resizing is compiled for no other.
+fn resized((mut bytes, width, height): (Vec<u8>, u32, u32), to: (u32, u32), filter: FilterType, resizer: &mut Resizer) -> Result<Vec<u8>> {
+    let mut made = vec![0; to.0 as usize * to.1 as usize * 12];
+    let from = TypedImage::<F32x3>::from_buffer(width, height, &mut bytes)?;
+    let mut into = TypedImage::<F32x3>::from_buffer(to.0, to.1, &mut made)?;
+    resizer.resize_typed(&from, &mut into, &ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter)))?;
+    Ok(made)
 }
 
 /// Random numbers (SplitMix64).
@@ -254,14 +262,12 @@ fn references(originals: &Pictures) -> Result<BTreeMap<String, Vec<u8>>> {
 fn reference(bytes: &[u8]) -> Result<Vec<u8>> {
     let (rgb, width, height) = decode_rgb(bytes).map_err(anyhow::Error::msg)?;
     let raw: Vec<u8> = rgb.iter().flat_map(|&value| f32::from(value).to_ne_bytes()).collect();
-    let from = Image::from_vec_u8(width, height, raw, PixelType::F32x3)?;
     let scale = f64::from(SIDE) / f64::from(width.min(height));
     let covering = |edge: u32| (f64::from(edge) * scale).round() as u32;
-    let mut to = Image::new(covering(width), covering(height), PixelType::F32x3);
-    let how = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3));
-    Resizer::new().resize(&from, &mut to, &how)?;
-    let (left, top) = ((to.width() - SIDE) / 2, (to.height() - SIDE) / 2);
-    let rows = to.buffer().chunks_exact(to.width() as usize * 12).skip(top as usize).take(SIDE as usize);
+    let (wide, high) = (covering(width), covering(height));
+    let covered = resized((raw, width, height), (wide, high), FilterType::Lanczos3, &mut Resizer::new())?;
+    let (left, top) = ((wide - SIDE) / 2, (high - SIDE) / 2);
+    let rows = covered.chunks_exact(wide as usize * 12).skip(top as usize).take(SIDE as usize);
     let window = rows.flat_map(|row| floats(&row[left as usize * 12..][..SIDE as usize * 12]));
     Ok(window.map(|value| value.round().clamp(0.0, 255.0) as u8).collect())
 }
