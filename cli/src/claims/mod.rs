@@ -32,7 +32,7 @@ pub(crate) struct Claims {
     /// Folder that everything is made in: data, runs, pictures, answers, claims.json and report.html
     #[arg(long, value_name = "DIR", default_value = "claims")]
     out: PathBuf,
-    /// One kind, one seed, shorter trainings and fewer pictures: sooner done, and with wider intervals
+    /// One kind, one seed, fewer scenes and pictures: sooner done, and with wider intervals
     #[arg(long)]
     quick: bool,
     /// Updates of each training, instead of the recipe's
