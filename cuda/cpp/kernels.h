@@ -139,12 +139,12 @@ DEVICE float gelu_slope(float x) { return normal_share(x) + x * 0.39894228040143
 // Block: `rows` × C/8 threads, each with eight channels of every `rows`-th pixel. `add` [B, C] float32 (or null) is added to the map first:
 // a convolution's bias and the time embedding, which else would be passes of their own.
 
-constexpr int AHEAD = 4;  // packs that a thread has asked memory for before it needs the first
+constexpr int AHEAD = 4;  // packs of one map that a thread has asked memory for before it needs the first
 
 // One thread's part of a pass over maps of one shape: work(place, numbers of each map) for eight channels of every `rows`-th pixel of a piece.
 template <int MAPS, class T, class F>
 DEVICE void each_pixel(int t, const T* const (&maps)[MAPS], int P, int C, int rows, int chunk, F work) {
-    constexpr int STEPS = AHEAD / MAPS;
+    constexpr int STEPS = MAPS == 1 ? AHEAD : 1;  // more of several maps take registers from other threads
     const int lanes = C / VECTOR, begin = static_cast<int>(blockIdx.x) * chunk, end = min(P, begin + chunk);
     const long long first = static_cast<long long>(blockIdx.y) * P * C + t % lanes * VECTOR;
     for (int p = begin + t / lanes; p < end; p += STEPS * rows) {
@@ -271,6 +271,22 @@ DEVICE void norm_stats(const T* x, const float* add, const float* sums, float* s
     }
 }
 
+// û = γ x̂ + β of one channel as a map of x. Few numbers for each of a thread's channels: registers decide how many threads ask memory at a time.
+struct NormChannel {
+    float scale, shift;
+};
+template <class T>
+DEVICE NormChannel norm_channel(const float* add, const float* stats, const T* gamma, const T* beta, int b, int C, int G, int c) {
+    const float* group = stats + (b * G + c / (C / G)) * 2;
+    const float scale = group[1] * widen(gamma[c]);
+    return {scale, widen(beta[c]) + ((add ? add[b * C + c] : 0.0f) - group[0]) * scale};
+}
+// dû, from û and dy.
+template <class T>
+DEVICE float norm_slope(float u, float dy, int activate) {
+    return activate ? dy * silu_slope<T>(u) : dy;
+}
+
 // y = act((x + add - mean) / σ · γ + β); act is SiLU or nothing.
 template <class T>
 DEVICE void norm_apply(const T* x, const float* add, const float* stats, const T* gamma, const T* beta, T* y, int P, int C, int G, int chunk,
@@ -278,37 +294,19 @@ DEVICE void norm_apply(const T* x, const float* add, const float* stats, const T
     const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
     PHASE(t) {
         const int c = t % lanes * VECTOR;
-        float scale[VECTOR], shift[VECTOR];
+        NormChannel channel[VECTOR];
 #pragma unroll
-        for (int j = 0; j < VECTOR; ++j) {
-            const float* group = stats + (b * G + (c + j) / (C / G)) * 2;
-            scale[j] = group[1] * widen(gamma[c + j]);
-            shift[j] = widen(beta[c + j]) + ((add ? add[b * C + c + j] : 0.0f) - group[0]) * scale[j];
-        }
+        for (int j = 0; j < VECTOR; ++j) channel[j] = norm_channel(add, stats, gamma, beta, b, C, G, c + j);
         const T* const maps[] = {x};
         each_pixel(t, maps, P, C, rows, chunk, [&](long long place, float (&v)[1][VECTOR]) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                v[0][j] = v[0][j] * scale[j] + shift[j];
+                v[0][j] = v[0][j] * channel[j].scale + channel[j].shift;
                 if (activate) v[0][j] = silu<T>(v[0][j]);
             }
             store(v[0], y + place);
         });
     }
-}
-
-// One channel of the backward pass: from x and the gradient by y to x̂ and the gradient by x̂ · γ + β.
-struct NormChannel {
-    float scale, shift, gamma, beta;
-};
-template <class T>
-DEVICE NormChannel norm_channel(const float* add, const float* stats, const T* gamma, const T* beta, int b, int C, int G, int c) {
-    const float* group = stats + (b * G + c / (C / G)) * 2;
-    return {group[1], ((add ? add[b * C + c] : 0.0f) - group[0]) * group[1], widen(gamma[c]), widen(beta[c])};
-}
-template <class T>
-DEVICE float norm_slope(const NormChannel& channel, float normed, float dy, int activate) {
-    return activate ? dy * silu_slope<T>(normed * channel.gamma + channel.beta) : dy;
 }
 
 // Sums of γ · dû and γ · dû · x̂ over groups, where û = γ x̂ + β: into sums [B, pieces, G, 2]. Grid and block as for norm_sums.
@@ -322,22 +320,22 @@ DEVICE void norm_back_sums(const T* x, const float* add, const float* stats, con
         const int row = t / lanes, c = t % lanes * VECTOR;
         NormChannel channel[VECTOR];
         float s[VECTOR] = {}, q[VECTOR] = {};
+        const Pack<T> least = pack_at(beta + c);
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) channel[j] = norm_channel(add, stats, gamma, beta, b, C, G, c + j);
         const T* const maps[] = {x, dy};
         each_pixel(t, maps, P, C, rows, chunk, [&](long long, const float (&v)[2][VECTOR]) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const float normed = v[0][j] * channel[j].scale + channel[j].shift;
-                const float slope = norm_slope<T>(channel[j], normed, v[1][j], activate);
+                const float u = v[0][j] * channel[j].scale + channel[j].shift, slope = norm_slope<T>(u, v[1][j], activate);
                 s[j] += slope;
-                q[j] += slope * normed;
+                q[j] += slope * (u - widen(least.at[j]));  // γ x̂
             }
         });
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) {
-            first[row * C + c + j] = s[j] * channel[j].gamma;
-            second[row * C + c + j] = q[j] * channel[j].gamma;
+            first[row * C + c + j] = s[j] * widen(gamma[c + j]);
+            second[row * C + c + j] = q[j];
         }
     }
     SYNC();
@@ -357,32 +355,42 @@ DEVICE void norm_back_means(const float* sums, float* means, int P, int C, int G
     }
 }
 
-// dx = (γ dû - mean(γ dû) - x̂ mean(γ dû x̂)) / σ.
+// dx = (γ dû - mean(γ dû) - x̂ mean(γ dû x̂)) / σ + more; `more` (or null) is the gradient by x that comes past the norm.
 template <class T>
-DEVICE void norm_back_apply(const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, const float* means,
-                            T* dx, int P, int C, int G, int chunk, int activate) {
+DEVICE void norm_back_apply(const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, const T* more,
+                            const float* means, T* dx, int P, int C, int G, int chunk, int activate) {
     const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
     PHASE(t) {
         const int c = t % lanes * VECTOR;
         NormChannel channel[VECTOR];
-        float mean[VECTOR], along[VECTOR];
+        float less[VECTOR], along[VECTOR];  // (mean(γ dû) + x̂ mean(γ dû x̂)) / σ, as a map of x too
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) {
             channel[j] = norm_channel(add, stats, gamma, beta, b, C, G, c + j);
-            const float* group = means + (b * G + (c + j) / (C / G)) * 2;
-            mean[j] = group[0];
-            along[j] = group[1];
+            const int group = (b * G + (c + j) / (C / G)) * 2;
+            const float inverse = stats[group + 1], offset = ((add ? add[b * C + c + j] : 0.0f) - stats[group]) * inverse;
+            along[j] = inverse * inverse * means[group + 1];
+            less[j] = inverse * (means[group] + offset * means[group + 1]);
         }
-        const T* const maps[] = {x, dy};
-        each_pixel(t, maps, P, C, rows, chunk, [&](long long place, float (&v)[2][VECTOR]) {
+        const auto through = [&](int j, float v, float d) {
+            const float slope = norm_slope<T>(v * channel[j].scale + channel[j].shift, d, activate);
+            return channel[j].scale * slope - (v * along[j] + less[j]);
+        };
+        if (more) {
+            const T* const maps[] = {x, dy, more};
+            each_pixel(t, maps, P, C, rows, chunk, [&](long long place, float (&v)[3][VECTOR]) {
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) {
-                const float normed = v[0][j] * channel[j].scale + channel[j].shift;
-                const float slope = channel[j].gamma * norm_slope<T>(channel[j], normed, v[1][j], activate);
-                v[0][j] = channel[j].scale * (slope - mean[j] - normed * along[j]);
-            }
-            store(v[0], dx + place);
-        });
+                for (int j = 0; j < VECTOR; ++j) v[0][j] = through(j, v[0][j], v[1][j]) + v[2][j];
+                store(v[0], dx + place);
+            });
+        } else {
+            const T* const maps[] = {x, dy};
+            each_pixel(t, maps, P, C, rows, chunk, [&](long long place, float (&v)[2][VECTOR]) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) v[0][j] = through(j, v[0][j], v[1][j]);
+                store(v[0], dx + place);
+            });
+        }
     }
 }
 
@@ -700,6 +708,8 @@ DEVICE void adamw(float* p, const float* g, float* m, float* v, float* ema, long
 #ifdef __CUDACC_RTC__
 // What the driver finds by name: NAME_f32, NAME_bf16 and NAME_f16.
 #define KERNEL(name, type, suffix) extern "C" __global__ void __launch_bounds__(ella::MAX_THREADS) name##_##suffix
+// No more registers than let two of the largest blocks run beside each other.
+#define LEAN_KERNEL(name, type, suffix) extern "C" __global__ void __launch_bounds__(ella::MAX_THREADS, 2) name##_##suffix
 #define KERNELS(T, suffix)                                                                                                                  \
     KERNEL(norm_sums, T, suffix)(const T* x, const float* add, float* sums, int P, int C, int G, int chunk) {                               \
         ella::norm_sums(x, add, sums, P, C, G, chunk);                                                                                      \
@@ -712,15 +722,15 @@ DEVICE void adamw(float* p, const float* g, float* m, float* v, float* ema, long
     (const T* x, const float* add, const float* stats, const T* gamma, const T* beta, T* y, int P, int C, int G, int chunk, int activate) { \
         ella::norm_apply(x, add, stats, gamma, beta, y, P, C, G, chunk, activate);                                                          \
     }                                                                                                                                       \
-    KERNEL(norm_back_sums, T, suffix)                                                                                                       \
+    LEAN_KERNEL(norm_back_sums, T, suffix)                                                                                                  \
     (const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, float* sums, int P, int C, int G,        \
      int chunk, int activate) {                                                                                                             \
         ella::norm_back_sums(x, add, stats, gamma, beta, dy, sums, P, C, G, chunk, activate);                                               \
     }                                                                                                                                       \
-    KERNEL(norm_back_apply, T, suffix)                                                                                                      \
-    (const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, const float* means, T* dx, int P, int C, \
-     int G, int chunk, int activate) {                                                                                                      \
-        ella::norm_back_apply(x, add, stats, gamma, beta, dy, means, dx, P, C, G, chunk, activate);                                         \
+    LEAN_KERNEL(norm_back_apply, T, suffix)                                                                                                 \
+    (const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, const T* more, const float* means,       \
+     T* dx, int P, int C, int G, int chunk, int activate) {                                                                                 \
+        ella::norm_back_apply(x, add, stats, gamma, beta, dy, more, means, dx, P, C, G, chunk, activate);                                   \
     }                                                                                                                                       \
     KERNEL(geglu, T, suffix)(const T* both, T* y, long long count, int D) { ella::geglu(both, y, count, D); }                               \
     KERNEL(geglu_back, T, suffix)(const T* both, const T* dy, T* dboth, long long count, int D) {                                           \

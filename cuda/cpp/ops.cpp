@@ -89,8 +89,9 @@ struct Passes {
     Tensor per_group(const Tensor& x) const { return at::empty({B, G, 2}, x.options().dtype(at::kFloat)); }
 };
 
+// What goes past the norm comes out beside its result, so that both gradients are added up in one pass.
 struct GroupNorm : torch::autograd::Function<GroupNorm> {
-    static Tensor forward(AutogradContext* ctx, const Tensor& map, const Tensor& gamma, const Tensor& beta, const std::optional<Tensor>& more,
+    static variable_list forward(AutogradContext* ctx, const Tensor& map, const Tensor& gamma, const Tensor& beta, const std::optional<Tensor>& more,
                           int64_t count, double eps, bool activate) {
         const Tensor add = more.value_or(Tensor());
         const Tensor x = channels_last(map), y = at::empty_like(x);
@@ -105,17 +106,22 @@ struct GroupNorm : torch::autograd::Function<GroupNorm> {
             launch(x, std::string("norm_apply") + type, n.grid, &ella::norm_apply<T>, numbers<T>(x), a, numbers<float>(stats),
                    numbers<T>(gamma), numbers<T>(beta), numbers<T>(y), n.P, n.C, n.G, n.chunk, static_cast<int>(activate));
         });
+        ctx->set_materialize_grads(false);
         ctx->save_for_backward({x, gamma, beta, add, stats});
         ctx->saved_data["groups"] = count;
         ctx->saved_data["activate"] = activate;
         ctx->saved_data["by_add"] = add.defined() && add.requires_grad();
-        return y;
+        return {x, y};
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
         const auto saved = ctx->get_saved_variables();
         const Tensor &x = saved[0], &gamma = saved[1], &beta = saved[2], &add = saved[3], &stats = saved[4];
-        const Tensor dy = channels_last(grads[0]), dx = at::empty_like(x);
+        const Tensor none, dy = grads[1].defined() ? channels_last(grads[1]) : at::zeros_like(x);
+        const Tensor past = grads[0].defined() ? channels_last(grads[0]) : none, dx = at::empty_like(x);
+        // What is added does not go past the norm: its gradient is to be taken before that of what does comes in.
+        const bool by_add = ctx->saved_data["by_add"].toBool();
+        const Tensor more = by_add ? none : past;
         const Passes n(x, ctx->saved_data["groups"].toInt());
         const int activate = ctx->saved_data["activate"].toBool();
         const Tensor sums = n.sums(x), means = n.per_group(x);
@@ -127,10 +133,12 @@ struct GroupNorm : torch::autograd::Function<GroupNorm> {
             launch(x, "norm_back_means_f32", n.groups, &ella::norm_back_means, numbers<float>(sums), numbers<float>(means), n.P, n.C, n.G,
                    n.grid.pieces);
             launch(x, std::string("norm_back_apply") + type, n.grid, &ella::norm_back_apply<T>, numbers<T>(x), a, numbers<float>(stats),
-                   numbers<T>(gamma), numbers<T>(beta), numbers<T>(dy), numbers<float>(means), numbers<T>(dx), n.P, n.C, n.G, n.chunk, activate);
+                   numbers<T>(gamma), numbers<T>(beta), numbers<T>(dy), numbers<T>(more), numbers<float>(means), numbers<T>(dx), n.P, n.C, n.G,
+                   n.chunk, activate);
         });
-        const Tensor none, by_add = ctx->saved_data["by_add"].toBool() ? dx.sum({2, 3}, false, at::kFloat) : none;
-        return {dx, none, none, by_add, none, none, none};
+        const Tensor added = by_add ? dx.sum({2, 3}, false, at::kFloat) : none;
+        if (by_add && past.defined()) dx.add_(past);
+        return {dx, none, none, added, none, none, none};
     }
 };
 
@@ -226,25 +234,24 @@ struct AddLayerNorm : torch::autograd::Function<AddLayerNorm> {
             launch(a, std::string("layer_norm") + type, n.grid, &ella::layer_norm<T>, numbers<T>(a), numbers<T>(b), numbers<T>(gamma),
                    numbers<T>(beta), numbers<T>(sum), numbers<T>(y), numbers<float>(stats), n.N, n.D, static_cast<float>(eps));
         });
+        ctx->set_materialize_grads(false);
         ctx->save_for_backward({sum, gamma, stats});
         ctx->saved_data["adds"] = second.has_value();
-        if (second) return {sum, y};
-        return {y};
+        return {sum, y};
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
         const auto saved = ctx->get_saved_variables();
         const Tensor &x = saved[0], &gamma = saved[1], &stats = saved[2], none;
-        const bool adds = ctx->saved_data["adds"].toBool();
-        const Tensor dy = grads.back().defined() ? grads.back().contiguous() : at::zeros_like(x);
-        const Tensor more = adds && grads.front().defined() ? grads.front().contiguous() : none, dx = at::empty_like(x);
+        const Tensor dy = grads[1].defined() ? grads[1].contiguous() : at::zeros_like(x);
+        const Tensor more = grads[0].defined() ? grads[0].contiguous() : none, dx = at::empty_like(x);
         const Rows n(x);
         by_type(x, [&](auto number, const char* type) {
             using T = decltype(number);
             launch(x, std::string("layer_norm_back") + type, n.grid, &ella::layer_norm_back<T>, numbers<T>(x), numbers<T>(gamma),
                    numbers<float>(stats), numbers<T>(dy), numbers<T>(more), numbers<T>(dx), n.N, n.D);
         });
-        return {dx, adds ? dx : none, none, none, none};
+        return {dx, ctx->saved_data["adds"].toBool() ? dx : none, none, none, none};
     }
 };
 
@@ -304,9 +311,13 @@ void* given(Tensor tensor) { return new Tensor(std::move(tensor)); }
 const char* ella_error() { return ella_last_error.c_str(); }
 void ella_use_gpu(const EllaGpu* table) { gpu = table; }
 
-void* ella_group_norm(const void* x, const void* gamma, const void* beta, const void* add, int64_t groups, double eps, int activate) {
-    return ella_guarded<void*>(nullptr, [&] {
-        return given(GroupNorm::apply(tensor_of(x), tensor_of(gamma), tensor_of(beta), maybe(add), groups, eps, activate != 0));
+int ella_group_norm(const void* x, const void* gamma, const void* beta, const void* add, int64_t groups, double eps, int activate, void** past,
+                    void** y) {
+    return ella_guarded(1, [&] {
+        auto made = GroupNorm::apply(tensor_of(x), tensor_of(gamma), tensor_of(beta), maybe(add), groups, eps, activate != 0);
+        *past = given(made[0]);
+        *y = given(made[1]);
+        return 0;
     });
 }
 void* ella_frozen_conv2d(const void* x, const void* weight, int64_t stride, int64_t padding) {
@@ -318,8 +329,8 @@ void* ella_geglu(const void* both) {
 int ella_add_layer_norm(const void* a, const void* b, const void* gamma, const void* beta, double eps, void** sum, void** y) {
     return ella_guarded(1, [&] {
         auto made = AddLayerNorm::apply(tensor_of(a), maybe(b), tensor_of(gamma), tensor_of(beta), eps);
-        *y = given(made.back());
-        if (b) *sum = given(made.front());
+        *sum = given(made[0]);
+        *y = given(made[1]);
         return 0;
     });
 }

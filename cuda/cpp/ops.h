@@ -11,15 +11,16 @@ const char* ella_error();
 // From here on, operators on a GPU launch by this table.
 void ella_use_gpu(const EllaGpu* gpu);
 
-// Tensors are at::Tensor*; those returned are the caller's. See src/fused.rs.
-void* ella_group_norm(const void* x, const void* gamma, const void* beta, const void* add, int64_t groups, double eps, int activate);
+// Tensors are at::Tensor*; those returned are the caller's. See src/fused.rs. A norm gives what goes past it too: x, or a + b.
+int ella_group_norm(const void* x, const void* gamma, const void* beta, const void* add, int64_t groups, double eps, int activate, void** past,
+                    void** y);
 void* ella_frozen_conv2d(const void* x, const void* weight, int64_t stride, int64_t padding);
 void* ella_geglu(const void* both);
 void* ella_rms_norm(const void* x, const void* weight, double eps);
 void* ella_gated_gelu(const void* both);
 void* ella_add_biased(const void* a, const void* b, const void* bias);
 
-// `b` may be null; then `sum` is not written.
+// `b` may be null.
 int ella_add_layer_norm(const void* a, const void* b, const void* gamma, const void* beta, double eps, void** sum, void** y);
 // `rates`: the nine numbers of ella::Rates.
 int ella_adamw(const void* p, const void* g, const void* m, const void* v, const void* ema, const float* rates);

@@ -65,10 +65,11 @@ impl Fused {
     }
 }
 
-/// `act(groupnorm(x + add) · γ + β)`, statistics over each of `groups` groups of channels and all pixels.
+/// `x`, and `act(groupnorm(x + add) · γ + β)`, statistics over each of `groups` groups of channels and all pixels. Who needs `x` beside the norm takes it from
+/// here: then both gradients are added up in one pass.
 ///
 /// # Shapes
-/// `x` `[B, C, H, W]`, `gamma` and `beta` `[C]` of its kind, `add` `[B, C]` float32, which may want a gradient; to `x`'s shape and kind. `activate`: SiLU.
+/// `x` `[B, C, H, W]`, `gamma` and `beta` `[C]` of its kind, `add` `[B, C]` float32, which may want a gradient; two of `x`'s shape and kind. `activate`: SiLU.
 ///
 /// # Errors
 /// A shape or kind that it does not take; CUDA's own.
@@ -78,7 +79,7 @@ pub fn group_norm(
     add: Option<&Tensor>,
     (groups, eps): (i64, f64),
     activate: bool,
-) -> Result<Tensor> {
+) -> Result<(Tensor, Tensor)> {
     let kinds = [gamma.f_kind(), beta.f_kind()].map(|kind| kind.ok());
     if kinds != [x.f_kind().ok(); 2] {
         return Err(Error(format!("a fused group norm takes weights of its input's kind {:?}, not {kinds:?}", x.kind())));
@@ -90,8 +91,12 @@ pub fn group_norm(
     }
     let none = std::ptr::null();
     let add = add.map_or(none, Tensor::as_ptr);
-    // SAFETY: all tensors are alive while they are borrowed, and null stands for nothing to add.
-    returned(unsafe { ops::ella_group_norm(x.as_ptr(), gamma.as_ptr(), beta.as_ptr(), add, groups, eps, c_int::from(activate)) })
+    let (activate, [mut past, mut y]) = (c_int::from(activate), [std::ptr::null_mut(); 2]);
+    // SAFETY: all tensors are alive while they are borrowed, null stands for nothing to add, and the pointers are to live pointers.
+    ops::check(unsafe {
+        ops::ella_group_norm(x.as_ptr(), gamma.as_ptr(), beta.as_ptr(), add, groups, eps, activate, &raw mut past, &raw mut y)
+    })?;
+    Ok((returned(past)?, returned(y)?))
 }
 
 /// A convolution without bias, whose gradient needs nothing of its input but the size: that is not kept.
@@ -118,52 +123,33 @@ pub fn geglu(both: &Tensor) -> Result<Tensor> {
     returned(unsafe { ops::ella_geglu(both.as_ptr()) })
 }
 
-/// `layernorm(x) · γ + β` over the last axis.
+/// `s = x + more` (or x), and `layernorm(s) · γ + β` over the last axis: (s, norm). Who needs `s` beside the norm takes it from here: then both gradients are
+/// added up in one pass.
 ///
 /// # Shapes
-/// `x` `[.., D]`, D a multiple of 8 up to [`MOST_CHANNELS`], `gamma` and `beta` `[D]` of its kind; to `x`'s shape and kind.
+/// `x` and `more` `[.., D]`, D a multiple of 8 up to [`MOST_CHANNELS`], `gamma` and `beta` `[D]` of their kind; two of `x`'s shape and kind.
 ///
 /// # Errors
 /// A shape or kind that it does not take; CUDA's own.
-pub fn layer_norm(x: &Tensor, weights: (&Tensor, &Tensor), eps: f64) -> Result<Tensor> {
-    let (_, y) = norm_of_sum(x, None, weights, eps)?;
-    Ok(y)
-}
-
-/// `s = a + b`, and `layernorm(s) · γ + β` over the last axis: (s, norm). Their gradients come together in one pass too.
-///
-/// # Shapes
-/// `a` and `b` as `x` of [`layer_norm`].
-///
-/// # Errors
-/// As for [`layer_norm`].
-pub fn add_layer_norm(a: &Tensor, b: &Tensor, weights: (&Tensor, &Tensor), eps: f64) -> Result<(Tensor, Tensor)> {
-    match norm_of_sum(a, Some(b), weights, eps)? {
-        (Some(sum), y) => Ok((sum, y)),
-        (None, _) => Err(Error("a fused residual has no sum".into())),
-    }
-}
-
-fn norm_of_sum(a: &Tensor, b: Option<&Tensor>, (gamma, beta): (&Tensor, &Tensor), eps: f64) -> Result<(Option<Tensor>, Tensor)> {
-    let width = a.size().last().copied().unwrap_or(0);
+pub fn layer_norm(x: &Tensor, more: Option<&Tensor>, (gamma, beta): (&Tensor, &Tensor), eps: f64) -> Result<(Tensor, Tensor)> {
+    let width = x.size().last().copied().unwrap_or(0);
     for tensor in [gamma, beta] {
-        if tensor.f_kind().ok() != a.f_kind().ok() || tensor.size() != [width] {
+        if tensor.f_kind().ok() != x.f_kind().ok() || tensor.size() != [width] {
             let found = format!("{:?} {:?}", tensor.kind(), tensor.size());
             return Err(Error(format!(
                 "a fused layer norm of {:?} {:?} takes weights of its kind and width, not {found}",
-                a.kind(),
-                a.size()
+                x.kind(),
+                x.size()
             )));
         }
     }
-    if b.is_some_and(|b| b.f_kind().ok() != a.f_kind().ok()) {
-        return Err(Error(format!("a fused residual takes two tensors of one kind, not {:?} and another", a.kind())));
+    if more.is_some_and(|more| more.f_kind().ok() != x.f_kind().ok()) {
+        return Err(Error(format!("a fused residual takes two tensors of one kind, not {:?} and another", x.kind())));
     }
-    let (mut sum, mut y) = (std::ptr::null_mut(), std::ptr::null_mut());
-    let b_or_null = b.map_or(std::ptr::null(), Tensor::as_ptr);
+    let (more, [mut sum, mut y]) = (more.map_or(std::ptr::null(), Tensor::as_ptr), [std::ptr::null_mut(); 2]);
     // SAFETY: all tensors are alive while they are borrowed, null stands for nothing to add, and the pointers are to live pointers.
-    ops::check(unsafe { ops::ella_add_layer_norm(a.as_ptr(), b_or_null, gamma.as_ptr(), beta.as_ptr(), eps, &raw mut sum, &raw mut y) })?;
-    Ok((b.map(|_| returned(sum)).transpose()?, returned(y)?))
+    ops::check(unsafe { ops::ella_add_layer_norm(x.as_ptr(), more, gamma.as_ptr(), beta.as_ptr(), eps, &raw mut sum, &raw mut y) })?;
+    Ok((returned(sum)?, returned(y)?))
 }
 
 /// `x / √(mean(x²) + ε) · weight` over the last axis, rounded to `x`'s kind before the weight: T5's and LLaMA's norm. Without a gradient.

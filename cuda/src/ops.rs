@@ -19,7 +19,9 @@ unsafe extern "C" {
         groups: i64,
         eps: c_double,
         activate: c_int,
-    ) -> *mut C_tensor;
+        past: *mut *mut C_tensor,
+        y: *mut *mut C_tensor,
+    ) -> c_int;
     pub(crate) fn ella_frozen_conv2d(x: *const C_tensor, weight: *const C_tensor, stride: i64, padding: i64) -> *mut C_tensor;
     pub(crate) fn ella_geglu(both: *const C_tensor) -> *mut C_tensor;
     pub(crate) fn ella_rms_norm(x: *const C_tensor, weight: *const C_tensor, eps: c_double) -> *mut C_tensor;

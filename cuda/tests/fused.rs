@@ -32,7 +32,12 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 fn gradients(y: &Tensor, leaves: &[&Tensor]) -> Vec<Tensor> {
     let weights = (Tensor::arange(y.numel() as i64, (Kind::Float, y.device())) * 0.7).sin().reshape(y.size());
     let functional = (y.to_kind(Kind::Float) * weights).sum(Kind::Float);
-    Tensor::run_backward(&[functional], leaves, false, false)
+    Tensor::run_backward(&[functional], leaves, true, false)
+}
+
+/// What goes past a norm, and the norm, as one: by both, by the one and by the other are three gradients.
+fn ways(past: &Tensor, norm: &Tensor) -> [Tensor; 3] {
+    [Tensor::cat(&[past.flatten(0, -1), norm.flatten(0, -1)], 0), past.shallow_clone(), norm.shallow_clone()]
 }
 
 fn agree(what: &str, tolerance: f64, found: &[Tensor], wanted: &[Tensor]) {
@@ -72,15 +77,19 @@ fn group_norms_agree_with_libtorchs() {
                     let add = adds.then(|| leaf(&shape[..2], 0.0, (Kind::Float, device)));
                     let wanted = plain_norm(&x, &gamma, &beta, add.as_ref(), groups, activate);
                     let input = laid_out(&x, channels_last);
-                    let found = fused::group_norm(&input, (&gamma, &beta), add.as_ref(), (groups, 1e-5), activate).unwrap();
+                    let (past, found) = fused::group_norm(&input, (&gamma, &beta), add.as_ref(), (groups, 1e-5), activate).unwrap();
                     let what = format!("{device:?} {kind:?} {shape:?} mean {mean} act {activate} add {adds}");
                     assert_eq!(found.kind(), kind);
                     // A mean of 30 leaves so many digits fewer.
                     let tolerance = tolerance * if mean > 0.0 { 20.0 } else { 1.0 };
                     agree(&what, tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
-                    let leaves: Vec<&Tensor> = std::iter::once(&x).chain(&add).collect();
-                    // What is added gets the sum over all pixels, most of which cancel.
-                    agree(&format!("{what}, gradient"), 10.0 * tolerance, &gradients(&found, &leaves), &gradients(&wanted, &leaves));
+                    agree(&format!("{what}, past"), 0.0, &[past.shallow_clone()], &[x.shallow_clone()]);
+                    for (i, (found, wanted)) in ways(&past, &found).iter().zip(&ways(&x, &wanted)).enumerate() {
+                        let leaves: Vec<&Tensor> = std::iter::once(&x).chain(add.iter().filter(|_| i != 1)).collect();
+                        // What is added gets the sum over all pixels, most of which cancel.
+                        let (found, wanted) = (gradients(found, &leaves), gradients(wanted, &leaves));
+                        agree(&format!("{what}, gradient {i}"), 10.0 * tolerance, &found, &wanted);
+                    }
                 }
             }
         }
@@ -139,40 +148,31 @@ fn layer_norms_agree_with_libtorchs() {
                 };
                 let what = format!("{device:?} {kind:?} {shape:?} mean {mean}");
                 let tolerance = tolerance * if mean > 0.0 { 20.0 } else { 1.0 };
-                let found = fused::layer_norm(&a, (&gamma, &beta), 1e-5).unwrap();
-                agree(&what, tolerance, &[found.shallow_clone()], &[plain(&a)]);
-                agree(&format!("{what}, gradient"), 4.0 * tolerance, &gradients(&found, &[&a]), &gradients(&plain(&a), &[&a]));
-
-                let (sum, found) = fused::add_layer_norm(&a, &b, (&gamma, &beta), 1e-5).unwrap();
-                let wanted = &a + &b;
-                agree(
-                    &format!("{what}, sum"),
-                    tolerance,
-                    &[sum.shallow_clone(), found.shallow_clone()],
-                    &[wanted.shallow_clone(), plain(&wanted)],
-                );
-                // By the sum, by the norm, and by both.
-                let both = |sum: &Tensor, norm: &Tensor| Tensor::cat(&[sum.flatten(0, -1), norm.flatten(0, -1)], 0);
-                let pairs = [
-                    (both(&sum, &found), both(&wanted, &plain(&wanted))),
-                    (sum.shallow_clone(), wanted.shallow_clone()),
-                    (found.shallow_clone(), plain(&wanted)),
-                ];
-                for (i, (found, wanted)) in pairs.iter().enumerate() {
-                    let keep = |y: &Tensor| {
-                        let weights = (Tensor::arange(y.numel() as i64, (Kind::Float, y.device())) * 0.7).sin().reshape(y.size());
-                        Tensor::run_backward(&[(y.to_kind(Kind::Float) * weights).sum(Kind::Float)], &[&a, &b], true, false)
-                    };
-                    agree(&format!("{what}, gradient {i} of the sum"), 4.0 * tolerance, &keep(found), &keep(wanted));
+                for more in [None, Some(&b)] {
+                    let (sum, found) = fused::layer_norm(&a, more, (&gamma, &beta), 1e-5).unwrap();
+                    let wanted = more.map_or_else(|| a.shallow_clone(), |more| &a + more);
+                    let normed = plain(&wanted);
+                    let what = format!("{what}, more {}", more.is_some());
+                    agree(
+                        &what,
+                        tolerance,
+                        &[sum.shallow_clone(), found.shallow_clone()],
+                        &[wanted.shallow_clone(), normed.shallow_clone()],
+                    );
+                    let leaves: Vec<&Tensor> = std::iter::once(&a).chain(more).collect();
+                    for (i, (found, wanted)) in ways(&sum, &found).iter().zip(&ways(&wanted, &normed)).enumerate() {
+                        let (found, wanted) = (gradients(found, &leaves), gradients(wanted, &leaves));
+                        agree(&format!("{what}, gradient {i}"), 4.0 * tolerance, &found, &wanted);
+                    }
                 }
             }
         }
     }
     let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
-    let error = fused::layer_norm(&ones(&[2, 12]), (&ones(&[12]), &ones(&[12])), 1e-5).unwrap_err().to_string();
+    let error = fused::layer_norm(&ones(&[2, 12]), None, (&ones(&[12]), &ones(&[12])), 1e-5).unwrap_err().to_string();
     assert!(error.contains("not 12"), "{error}");
-    assert!(fused::layer_norm(&ones(&[2, 16]), (&ones(&[16]), &ones(&[8])), 1e-5).unwrap_err().to_string().contains("[8]"));
-    let error = fused::add_layer_norm(&ones(&[2, 16]), &ones(&[1, 16]), (&ones(&[16]), &ones(&[16])), 1e-5).unwrap_err().to_string();
+    assert!(fused::layer_norm(&ones(&[2, 16]), None, (&ones(&[16]), &ones(&[8])), 1e-5).unwrap_err().to_string().contains("[8]"));
+    let error = fused::layer_norm(&ones(&[2, 16]), Some(&ones(&[1, 16])), (&ones(&[16]), &ones(&[16])), 1e-5).unwrap_err().to_string();
     assert!(error.contains("[1, 16]"), "{error}");
 }
 

@@ -131,7 +131,7 @@ impl LayerNorm {
             && weight.f_kind()? == x.f_kind()?
         {
             if self.fused {
-                return Ok(fused::layer_norm(x, (weight, bias), self.eps)?);
+                return Ok(fused::layer_norm(x, None, (weight, bias), self.eps)?.1);
             }
             // libtorch computes it in float32 whatever the kind, and rounds once.
             return Ok(x.f_layer_norm([self.width], Some(weight), Some(bias), self.eps, false)?);
@@ -141,12 +141,20 @@ impl LayerNorm {
         Ok(y.f_to_kind(x.f_kind()?)?)
     }
 
-    /// The sum of two `[.., width]`, and its norm.
+    /// `x` `[.., width]`, and its norm. What goes past the norm is to be taken from here: the gradients of both may come in one pass.
+    pub(crate) fn past(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        match &self.affine {
+            Some((weight, bias)) if self.fused => Ok(fused::layer_norm(x, None, (weight, bias), self.eps)?),
+            _ => Ok((x.shallow_clone(), self.forward(x)?)),
+        }
+    }
+
+    /// The same of the sum of two `[.., width]`.
     pub(crate) fn of_sum(&self, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
         if let Some((weight, bias)) = &self.affine
             && self.fused
         {
-            return Ok(fused::add_layer_norm(a, b, (weight, bias), self.eps)?);
+            return Ok(fused::layer_norm(a, Some(b), (weight, bias), self.eps)?);
         }
         let sum = a.f_add(b)?;
         let normed = self.forward(&sum)?;
@@ -173,15 +181,17 @@ impl GroupNorm {
 
     /// [B, C, H, W] to the same shape and kind.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.normed(x, None, false)
+        Ok(self.past(x, None, false)?.1)
     }
 
     /// SiLU after the norm of `x` [B, C, H, W], to which `add` [B, C] float32 is added first.
     pub(crate) fn activated(&self, x: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
-        self.normed(x, add, true)
+        Ok(self.past(x, add, true)?.1)
     }
 
-    fn normed(&self, x: &Tensor, add: Option<&Tensor>, activate: bool) -> Result<Tensor> {
+    /// `x`, and its norm as [`Self::activated`] or [`Self::forward`] has it. What goes past the norm is to be taken from here: the gradients of both may
+    /// come in one pass.
+    pub(crate) fn past(&self, x: &Tensor, add: Option<&Tensor>, activate: bool) -> Result<(Tensor, Tensor)> {
         let (kind, (weight, bias)) = (x.f_kind()?, &self.affine);
         if self.fused {
             return Ok(fused::group_norm(x, (weight, bias), add, (self.groups, self.eps), activate)?);
@@ -192,7 +202,7 @@ impl GroupNorm {
         }
         let (weight, bias) = float_pair(Some(&self.affine))?;
         let y = wide.f_group_norm(self.groups, weight.as_ref(), bias.as_ref(), self.eps, false)?.f_to_kind(kind)?;
-        if activate { silu(&y) } else { Ok(y) }
+        Ok((x.shallow_clone(), if activate { silu(&y)? } else { y }))
     }
 }
 

@@ -149,8 +149,8 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
-        let normed = self.norm1.forward(x)?;
-        let (x, normed) = self.norm2.of_sum(x, &self.attn1.forward(&normed, &normed)?)?;
+        let (x, normed) = self.norm1.past(x)?;
+        let (x, normed) = self.norm2.of_sum(&x, &self.attn1.forward(&normed, &normed)?)?;
         let (x, normed) = self.norm3.of_sum(&x, &self.attn2.forward(&normed, text)?)?;
         Ok(x.f_add(&self.ff.forward(&normed)?)?)
     }
@@ -185,7 +185,8 @@ impl Transformer {
 
     /// `x` [B, C, H, W] and `text` [B, L, D] to [B, C, H, W].
     pub(crate) fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
-        let tokens = self.norm.forward(x)?.f_flatten(2, 3)?.f_transpose(1, 2)?; // [B, HW, C]
+        let (x, normed) = self.norm.past(x, None, false)?;
+        let tokens = normed.f_flatten(2, 3)?.f_transpose(1, 2)?; // [B, HW, C]
         let mut h = self.proj_in.forward(&tokens)?;
         for block in &self.blocks {
             h = block.forward(&h, text)?;

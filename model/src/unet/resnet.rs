@@ -54,20 +54,22 @@ impl Resnet {
         if self.fused {
             return self.forward_fused(x, time);
         }
-        let mut h = self.conv1.forward(&self.norm1.activated(x, None)?)?;
+        let (x, h) = self.norm1.past(x, None, true)?;
+        let mut h = self.conv1.forward(&h)?;
         if let Some(time) = time {
             h = h.f_add(&time.f_unsqueeze(-1)?.f_unsqueeze(-1)?)?;
         }
         let h = self.conv2.forward(&self.norm2.activated(&h, None)?)?;
         Ok(match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(x)?.f_add(&h)?,
+            Some(shortcut) => shortcut.forward(&x)?.f_add(&h)?,
             None => x.f_add(&h)?,
         })
     }
 
     /// The same with every bias, and the time, in the operator after it.
     fn forward_fused(&self, x: &Tensor, time: Option<Tensor>) -> Result<Tensor> {
-        let h = self.conv1.unbiased(&self.norm1.activated(x, None)?)?;
+        let (x, h) = self.norm1.past(x, None, true)?;
+        let h = self.conv1.unbiased(&h)?;
         let bias = self.conv1.bias()?;
         let add = match time {
             Some(time) => time.f_to_kind(Kind::Float)?.f_add(&bias)?,
@@ -76,8 +78,8 @@ impl Resnet {
         let h = self.conv2.unbiased(&self.norm2.activated(&h, Some(&add))?)?;
         let bias = self.conv2.bias()?;
         Ok(match &self.conv_shortcut {
-            Some(shortcut) => fused::add_biased(&shortcut.unbiased(x)?, &h, &bias.f_add(&shortcut.bias()?)?)?,
-            None => fused::add_biased(x, &h, &bias)?,
+            Some(shortcut) => fused::add_biased(&shortcut.unbiased(&x)?, &h, &bias.f_add(&shortcut.bias()?)?)?,
+            None => fused::add_biased(&x, &h, &bias)?,
         })
     }
 }
