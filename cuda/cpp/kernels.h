@@ -8,8 +8,10 @@
 #define DEVICE __device__ __forceinline__
 #define SHARED(type, name, count) __shared__ type name[count]
 #define SYNC() __syncthreads()
-// What stands in a PHASE is done by every thread of the block; nothing of it but what is SHARED lives on to the next one.
+// What stands in a PHASE is done by every thread of the block; nothing of it but what is SHARED, or a thread's OWN, lives on to the next one.
 #define PHASE(t) if (const int t = threadIdx.x; true)
+#define OWN(type, name, count) type name[count]
+#define OF(name, t) name
 #else
 #include <algorithm>
 #include <cmath>
@@ -22,13 +24,15 @@ inline thread_local Place blockIdx, blockDim, gridDim;
 #define SHARED(type, name, count) static thread_local type name[count]
 #define SYNC()
 #define PHASE(t) for (int t = 0; t < blockDim.x; ++t)
+#define OWN(type, name, count) static thread_local type name[MAX_THREADS][count]
+#define OF(name, t) name[t]
 #endif
 
 namespace ella {
 
 constexpr int VECTOR = 8;         // numbers that a thread moves at once
 constexpr int MAX_THREADS = 512;  // of a block
-constexpr int MAX_ROWS = 64;      // that a block of a layer norm takes
+constexpr int WARP = 32;          // threads that can add up without meeting
 
 // bfloat16 and IEEE half, as they lie in memory.
 struct bf16 { unsigned short bits; };
@@ -43,8 +47,16 @@ DEVICE float widen(f16 x) {
     return y;
 }
 DEVICE void narrow(float x, f16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-DEVICE float exponential(float x) { return __expf(x); }
-DEVICE float inverse(float x) { return __fdividef(1.0f, x); }
+DEVICE float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 #else
 DEVICE float from_bits(unsigned int bits) {
     float x;
@@ -72,13 +84,12 @@ DEVICE void narrow(float x, f16& y) {
     else half = (rest + 0xfffu + (rest >> 13 & 1u) - 0x38000000u) >> 13;
     y.bits = static_cast<unsigned short>(sign | half);
 }
-DEVICE float exponential(float x) { return std::exp(x); }
+DEVICE float power_of_two(float x) { return std::exp2(x); }
 DEVICE float inverse(float x) { return 1.0f / x; }
 using std::erf;
 using std::exp;
 using std::min;
 using std::sqrt;
-using std::tanh;
 #endif
 
 DEVICE float widen(float x) { return x; }
@@ -95,6 +106,16 @@ DEVICE void narrow(float x, bf16& y) {
 template <class T>
 struct alignas(16) Pack { T at[VECTOR]; };
 
+// The compiler forgets what it has unpacked of it: to unpack again costs an instruction a number, to remember a register.
+template <class T>
+DEVICE void forget(Pack<T>& pack) {
+#ifdef __CUDACC_RTC__
+    unsigned int* words = reinterpret_cast<unsigned int*>(&pack);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof pack / 4); ++i) asm volatile("" : "+r"(words[i]));
+#endif
+}
+
 template <class T>
 DEVICE Pack<T> pack_at(const T* from) { return *reinterpret_cast<const Pack<T>*>(from); }
 
@@ -104,20 +125,50 @@ DEVICE void unpack(const Pack<T>& pack, float (&to)[VECTOR]) {
     for (int j = 0; j < VECTOR; ++j) to[j] = widen(pack.at[j]);
 }
 
+#ifdef __CUDACC_RTC__
+template <>
+DEVICE void unpack<bf16>(const Pack<bf16>& pack, float (&to)[VECTOR]) {
+    const unsigned int* pairs = reinterpret_cast<const unsigned int*>(&pack);
+#pragma unroll
+    for (int j = 0; j < VECTOR; j += 2) {
+        to[j] = from_bits(pairs[j / 2] << 16);
+        to[j + 1] = from_bits(pairs[j / 2] & 0xffff0000u);
+    }
+}
+#endif
+
 template <class T>
 DEVICE void load(const T* from, float (&to)[VECTOR]) { unpack(pack_at(from), to); }
 
 template <class T>
-DEVICE void store(const float (&from)[VECTOR], T* to) {
+DEVICE Pack<T> packed(const float (&from)[VECTOR]) {
     Pack<T> pack;
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) narrow(from[j], pack.at[j]);
-    *reinterpret_cast<Pack<T>*>(to) = pack;
+    return pack;
 }
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 800
+// Two at once, the second of them above the first: a fifth of the instructions.
+#define PACKED(type, instruction)                                                                                         \
+    template <>                                                                                                           \
+    DEVICE Pack<type> packed<type>(const float (&from)[VECTOR]) {                                                         \
+        Pack<type> pack;                                                                                                  \
+        unsigned int* pairs = reinterpret_cast<unsigned int*>(&pack);                                                     \
+        _Pragma("unroll") for (int j = 0; j < VECTOR; j += 2) {                                                           \
+            asm(instruction " %0, %1, %2;" : "=r"(pairs[j / 2]) : "f"(from[j + 1]), "f"(from[j]));                        \
+        }                                                                                                                 \
+        return pack;                                                                                                      \
+    }
+PACKED(bf16, "cvt.rn.bf16x2.f32")
+PACKED(f16, "cvt.rn.f16x2.f32")
+#endif
+
+template <class T>
+DEVICE void store(const float (&from)[VECTOR], T* to) { *reinterpret_cast<Pack<T>*>(to) = packed<T>(from); }
 
 // 1 / (1 + e^-x): by the processor's quick exponential and quotient where the result is rounded to 16 bits anyway.
 template <class T>
-DEVICE float sigmoid(float x) { return inverse(1.0f + exponential(-x)); }
+DEVICE float sigmoid(float x) { return inverse(1.0f + power_of_two(x * -1.44269504088896341f)); }
 template <>
 DEVICE float sigmoid<float>(float x) { return 1.0f / (1.0f + exp(-x)); }
 
@@ -129,9 +180,32 @@ DEVICE float silu_slope(float x) {
     return s * (1.0f + x * (1.0f - s));
 }
 
-// The exact GELU, x Φ(x), and its slope Φ(x) + x φ(x).
-DEVICE float normal_share(float x) { return 0.5f * (1.0f + erf(x * 0.70710678118654752f)); }
-DEVICE float gelu_slope(float x) { return normal_share(x) + x * 0.39894228040143268f * exp(-0.5f * x * x); }
+// Of the normal distribution, Φ(x) and φ(x): the exact GELU is x Φ(x), its slope Φ(x) + x φ(x).
+struct Normal {
+    float share, density;
+};
+// To 7.5e-8, by Abramowitz and Stegun's 26.2.17: far below what 16 bits round to, for a third of the error function's instructions.
+template <class T>
+DEVICE Normal normal(float x) {
+    const float density = power_of_two(x * x * -0.72134752044448170f - 1.32574806473616f);
+    const float t = inverse(1.0f + 0.2316419f * fabsf(x));
+    const float tail = t * (0.319381530f + t * (-0.356563782f + t * (1.781477937f + t * (-1.821255978f + t * 1.330274429f)))) * density;
+    return {x < 0.0f ? tail : 1.0f - tail, density};
+}
+template <>
+DEVICE Normal normal<float>(float x) {
+    return {0.5f * (1.0f + erf(x * 0.70710678118654752f)), 0.39894228040143268f * exp(-0.5f * x * x)};
+}
+
+// Where the eight numbers of this thread lie, of rows of `lanes` packs: (row, pack). 32 bits, because wider quotients take dozens of instructions.
+struct Spot {
+    unsigned int pack, row, lane;
+};
+DEVICE Spot spot(int t, int lanes) {
+    const unsigned int pack = static_cast<unsigned int>(blockIdx.x) * static_cast<unsigned int>(blockDim.x) + static_cast<unsigned int>(t);
+    const unsigned int row = pack / static_cast<unsigned int>(lanes);
+    return {pack, row, pack - row * static_cast<unsigned int>(lanes)};
+}
 
 // --- Group norm ---------------------------------------------------------------------------------------------------------------------------
 //
@@ -139,21 +213,44 @@ DEVICE float gelu_slope(float x) { return normal_share(x) + x * 0.39894228040143
 // Block: `rows` × C/8 threads, each with eight channels of every `rows`-th pixel. `add` [B, C] float32 (or null) is added to the map first:
 // a convolution's bias and the time embedding, which else would be passes of their own.
 
+// A map [B, P, C] whose first `split` channels lie in one tensor and the others in another, if there are others.
+template <class T>
+struct Joined {
+    T *first, *second;
+    int split;
+};
+
+// Eight channels of one sample: where their first pixel is, and how far it is to the next.
+template <class T>
+struct Column {
+    T* at;
+    int step;
+};
+template <class T>
+DEVICE Column<T> column(const Joined<T>& map, int b, int P, int C, int c) {
+    const bool left = c < map.split;
+    const int width = left ? map.split : C - map.split;
+    return {(left ? map.first : map.second) + (static_cast<long long>(b) * P * width + (left ? c : c - map.split)), width};
+}
+template <class T>
+DEVICE Column<T> column(T* map, int b, int P, int C, int c) {
+    return {map + (static_cast<long long>(b) * P * C + c), C};
+}
+
 constexpr int AHEAD = 4;  // packs of one map that a thread has asked memory for before it needs the first
 
-// One thread's part of a pass over maps of one shape: work(place, numbers of each map) for eight channels of every `rows`-th pixel of a piece.
+// One thread's part of a pass over maps: work(pixel, numbers of each map) for every `rows`-th pixel of a piece, from its `row`-th.
 template <int MAPS, class T, class F>
-DEVICE void each_pixel(int t, const T* const (&maps)[MAPS], int P, int C, int rows, int chunk, F work) {
+DEVICE void each_pixel(int row, const Column<const T> (&maps)[MAPS], int P, int rows, int chunk, F work) {
     constexpr int STEPS = MAPS == 1 ? AHEAD : 1;  // more of several maps take registers from other threads
-    const int lanes = C / VECTOR, begin = static_cast<int>(blockIdx.x) * chunk, end = min(P, begin + chunk);
-    const long long first = static_cast<long long>(blockIdx.y) * P * C + t % lanes * VECTOR;
-    for (int p = begin + t / lanes; p < end; p += STEPS * rows) {
+    const int begin = static_cast<int>(blockIdx.x) * chunk, end = min(P, begin + chunk);
+    for (int p = begin + row; p < end; p += STEPS * rows) {
         Pack<T> packs[STEPS][MAPS];
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
             if (p + k * rows < end)
 #pragma unroll
-                for (int m = 0; m < MAPS; ++m) packs[k][m] = pack_at(maps[m] + first + static_cast<long long>(p + k * rows) * C);
+                for (int m = 0; m < MAPS; ++m) packs[k][m] = pack_at(maps[m].at + (p + k * rows) * maps[m].step);
         }
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
@@ -161,16 +258,38 @@ DEVICE void each_pixel(int t, const T* const (&maps)[MAPS], int P, int C, int ro
                 float numbers[MAPS][VECTOR];
 #pragma unroll
                 for (int m = 0; m < MAPS; ++m) unpack(packs[k][m], numbers[m]);
-                work(first + static_cast<long long>(p + k * rows) * C, numbers);
+                work(p + k * rows, numbers);
             }
         }
     }
 }
 
+// For the channels c + j of a thread, in groups of `width`: enter(group) where one begins, and work(j).
+template <class E, class F>
+DEVICE void each_channel(int c, int width, E enter, F work) {
+    int group = c / width, next = (group + 1) * width - c;
+    enter(group);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+        if (j == next) {
+            enter(++group);
+            next += width;
+        }
+        work(j);
+    }
+}
+
+// What is added to a thread's channels before the norm.
+DEVICE void load_add(const float* add, int b, int C, int c, float (&to)[VECTOR]) {
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) to[j] = 0.0f;
+    if (add) load(add + (b * C + c), to);
+}
+
 // What sums are taken about, so that a mean far from zero costs no digits: the group's first number.
 template <class T>
-DEVICE float anchor(const T* x, const float* add, int b, int P, int C, int channel) {
-    return widen(x[static_cast<long long>(b) * P * C + channel]) + (add ? add[b * C + channel] : 0.0f);
+DEVICE float anchor(const Joined<const T>& x, const float* add, int b, int P, int C, int channel) {
+    return widen(*column(x, b, P, C, channel).at) + (add ? add[b * C + channel] : 0.0f);
 }
 
 // Adds up two sums per channel over a block's rows, and over each group's channels, into out [B, pieces, G, 2].
@@ -200,20 +319,18 @@ DEVICE void write_groups(int t, const float* first, const float* second, float* 
 }
 
 template <class T>
-DEVICE void norm_sums(const T* x, const float* add, float* sums, int P, int C, int G, int chunk) {
+DEVICE void norm_sums(Joined<const T> x, const float* add, float* sums, int P, int C, int G, int chunk) {
     SHARED(float, first, MAX_THREADS * VECTOR);
     SHARED(float, second, MAX_THREADS * VECTOR);
-    const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
+    const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y, width = C / G;
     PHASE(t) {
         const int row = t / lanes, c = t % lanes * VECTOR;
-        float offset[VECTOR], s[VECTOR] = {}, q[VECTOR] = {};
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) {
-            const int group = (c + j) / (C / G);
-            offset[j] = (add ? add[b * C + c + j] : 0.0f) - anchor(x, add, b, P, C, group * (C / G));
-        }
-        const T* const maps[] = {x};
-        each_pixel(t, maps, P, C, rows, chunk, [&](long long, const float (&v)[1][VECTOR]) {
+        float offset[VECTOR], origin = 0.0f, s[VECTOR] = {}, q[VECTOR] = {};
+        load_add(add, b, C, c, offset);
+        each_channel(
+            c, width, [&](int group) { origin = anchor(x, add, b, P, C, group * width); }, [&](int j) { offset[j] -= origin; });
+        const Column<const T> maps[] = {column(x, b, P, C, c)};
+        each_pixel(row, maps, P, rows, chunk, [&](int, const float (&v)[1][VECTOR]) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const float d = v[0][j] + offset[j];
@@ -257,7 +374,7 @@ DEVICE float sum_shares(const float* share, int of, int G, int pieces) {
 
 // From sums [B, pieces, G, 2] to stats [B, G, 2]: mean and 1/σ. Grid: (1, B).
 template <class T>
-DEVICE void norm_stats(const T* x, const float* add, const float* sums, float* stats, int P, int C, int G, int pieces, float eps) {
+DEVICE void norm_stats(Joined<const T> x, const float* add, const float* sums, float* stats, int P, int C, int G, int pieces, float eps) {
     SHARED(float, share, MAX_THREADS * VECTOR * 2);
     const int b = blockIdx.y, width = C / G;
     PHASE(t) share_pieces(t, sums, share, G, pieces);
@@ -271,15 +388,27 @@ DEVICE void norm_stats(const T* x, const float* add, const float* sums, float* s
     }
 }
 
-// û = γ x̂ + β of one channel as a map of x. Few numbers for each of a thread's channels: registers decide how many threads ask memory at a time.
-struct NormChannel {
-    float scale, shift;
+// û = γ x̂ + β of a thread's channels as a map of x. Few numbers for each: registers decide how many threads ask memory at a time.
+struct NormChannels {
+    float scale[VECTOR], shift[VECTOR];
 };
 template <class T>
-DEVICE NormChannel norm_channel(const float* add, const float* stats, const T* gamma, const T* beta, int b, int C, int G, int c) {
-    const float* group = stats + (b * G + c / (C / G)) * 2;
-    const float scale = group[1] * widen(gamma[c]);
-    return {scale, widen(beta[c]) + ((add ? add[b * C + c] : 0.0f) - group[0]) * scale};
+DEVICE NormChannels norm_channels(const float* add, const float* stats, const T* gamma, const T* beta, int b, int C, int G, int c) {
+    NormChannels to;
+    float offset[VECTOR];
+    load_add(add, b, C, c, offset);
+    load(gamma + c, to.scale);
+    load(beta + c, to.shift);
+    float mean = 0.0f, inverse = 0.0f;
+    const auto enter = [&](int group) {
+        mean = stats[(b * G + group) * 2];
+        inverse = stats[(b * G + group) * 2 + 1];
+    };
+    each_channel(c, C / G, enter, [&](int j) {
+        to.scale[j] *= inverse;
+        to.shift[j] += (offset[j] - mean) * to.scale[j];
+    });
+    return to;
 }
 // dû, from û and dy.
 template <class T>
@@ -289,45 +418,42 @@ DEVICE float norm_slope(float u, float dy, int activate) {
 
 // y = act((x + add - mean) / σ · γ + β); act is SiLU or nothing.
 template <class T>
-DEVICE void norm_apply(const T* x, const float* add, const float* stats, const T* gamma, const T* beta, T* y, int P, int C, int G, int chunk,
-                       int activate) {
+DEVICE void norm_apply(Joined<const T> x, const float* add, const float* stats, const T* gamma, const T* beta, T* y, int P, int C, int G,
+                       int chunk, int activate) {
     const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
     PHASE(t) {
         const int c = t % lanes * VECTOR;
-        NormChannel channel[VECTOR];
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) channel[j] = norm_channel(add, stats, gamma, beta, b, C, G, c + j);
-        const T* const maps[] = {x};
-        each_pixel(t, maps, P, C, rows, chunk, [&](long long place, float (&v)[1][VECTOR]) {
+        const NormChannels to = norm_channels(add, stats, gamma, beta, b, C, G, c);
+        const Column<const T> maps[] = {column(x, b, P, C, c)};
+        const Column<T> out = column(y, b, P, C, c);
+        each_pixel(t / lanes, maps, P, rows, chunk, [&](int p, float (&v)[1][VECTOR]) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                v[0][j] = v[0][j] * channel[j].scale + channel[j].shift;
+                v[0][j] = v[0][j] * to.scale[j] + to.shift[j];
                 if (activate) v[0][j] = silu<T>(v[0][j]);
             }
-            store(v[0], y + place);
+            store(v[0], out.at + p * out.step);
         });
     }
 }
 
 // Sums of γ · dû and γ · dû · x̂ over groups, where û = γ x̂ + β: into sums [B, pieces, G, 2]. Grid and block as for norm_sums.
 template <class T>
-DEVICE void norm_back_sums(const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, float* sums, int P,
-                           int C, int G, int chunk, int activate) {
+DEVICE void norm_back_sums(Joined<const T> x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, float* sums,
+                           int P, int C, int G, int chunk, int activate) {
     SHARED(float, first, MAX_THREADS * VECTOR);
     SHARED(float, second, MAX_THREADS * VECTOR);
     const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
     PHASE(t) {
         const int row = t / lanes, c = t % lanes * VECTOR;
-        NormChannel channel[VECTOR];
         float s[VECTOR] = {}, q[VECTOR] = {};
+        const NormChannels to = norm_channels(add, stats, gamma, beta, b, C, G, c);
         const Pack<T> least = pack_at(beta + c);
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) channel[j] = norm_channel(add, stats, gamma, beta, b, C, G, c + j);
-        const T* const maps[] = {x, dy};
-        each_pixel(t, maps, P, C, rows, chunk, [&](long long, const float (&v)[2][VECTOR]) {
+        const Column<const T> maps[] = {column(x, b, P, C, c), column(dy, b, P, C, c)};
+        each_pixel(row, maps, P, rows, chunk, [&](int, const float (&v)[2][VECTOR]) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const float u = v[0][j] * channel[j].scale + channel[j].shift, slope = norm_slope<T>(u, v[1][j], activate);
+                const float u = v[0][j] * to.scale[j] + to.shift[j], slope = norm_slope<T>(u, v[1][j], activate);
                 s[j] += slope;
                 q[j] += slope * (u - widen(least.at[j]));  // γ x̂
             }
@@ -357,38 +483,44 @@ DEVICE void norm_back_means(const float* sums, float* means, int P, int C, int G
 
 // dx = (γ dû - mean(γ dû) - x̂ mean(γ dû x̂)) / σ + more; `more` (or null) is the gradient by x that comes past the norm.
 template <class T>
-DEVICE void norm_back_apply(const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, const T* more,
-                            const float* means, T* dx, int P, int C, int G, int chunk, int activate) {
+DEVICE void norm_back_apply(Joined<const T> x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy,
+                            Joined<const T> more, const float* means, Joined<T> dx, int P, int C, int G, int chunk, int activate) {
     const int lanes = C / VECTOR, rows = blockDim.x / lanes, b = blockIdx.y;
     PHASE(t) {
-        const int c = t % lanes * VECTOR;
-        NormChannel channel[VECTOR];
+        const int row = t / lanes, c = t % lanes * VECTOR;
+        const NormChannels to = norm_channels(add, stats, gamma, beta, b, C, G, c);
         float less[VECTOR], along[VECTOR];  // (mean(γ dû) + x̂ mean(γ dû x̂)) / σ, as a map of x too
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) {
-            channel[j] = norm_channel(add, stats, gamma, beta, b, C, G, c + j);
-            const int group = (b * G + (c + j) / (C / G)) * 2;
-            const float inverse = stats[group + 1], offset = ((add ? add[b * C + c + j] : 0.0f) - stats[group]) * inverse;
-            along[j] = inverse * inverse * means[group + 1];
-            less[j] = inverse * (means[group] + offset * means[group + 1]);
-        }
-        const auto through = [&](int j, float v, float d) {
-            const float slope = norm_slope<T>(v * channel[j].scale + channel[j].shift, d, activate);
-            return channel[j].scale * slope - (v * along[j] + less[j]);
+        load_add(add, b, C, c, less);
+        float middle = 0.0f, inverse = 0.0f, mean = 0.0f, slant = 0.0f;
+        const auto enter = [&](int group) {
+            const float *stat = stats + (b * G + group) * 2, *by = means + (b * G + group) * 2;
+            middle = stat[0];
+            inverse = stat[1];
+            mean = inverse * by[0];
+            slant = inverse * inverse * by[1];
         };
-        if (more) {
-            const T* const maps[] = {x, dy, more};
-            each_pixel(t, maps, P, C, rows, chunk, [&](long long place, float (&v)[3][VECTOR]) {
+        each_channel(c, C / G, enter, [&](int j) {
+            along[j] = slant;
+            less[j] = mean + (less[j] - middle) * slant;
+        });
+        const auto through = [&](int j, float v, float d) {
+            return to.scale[j] * norm_slope<T>(v * to.scale[j] + to.shift[j], d, activate) - (v * along[j] + less[j]);
+        };
+        const Column<const T> from = column(x, b, P, C, c), slope = column(dy, b, P, C, c);
+        const Column<T> out = column(dx, b, P, C, c);
+        if (more.first) {
+            const Column<const T> maps[] = {from, slope, column(more, b, P, C, c)};
+            each_pixel(row, maps, P, rows, chunk, [&](int p, float (&v)[3][VECTOR]) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) v[0][j] = through(j, v[0][j], v[1][j]) + v[2][j];
-                store(v[0], dx + place);
+                store(v[0], out.at + p * out.step);
             });
         } else {
-            const T* const maps[] = {x, dy};
-            each_pixel(t, maps, P, C, rows, chunk, [&](long long place, float (&v)[2][VECTOR]) {
+            const Column<const T> maps[] = {from, slope};
+            each_pixel(row, maps, P, rows, chunk, [&](int p, float (&v)[2][VECTOR]) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) v[0][j] = through(j, v[0][j], v[1][j]);
-                store(v[0], dx + place);
+                store(v[0], out.at + p * out.step);
             });
         }
     }
@@ -396,39 +528,40 @@ DEVICE void norm_back_apply(const T* x, const float* add, const float* stats, co
 
 // --- The gated feed-forward network's middle ----------------------------------------------------------------------------------------------
 //
-// both [N, 2D]: values, then gates. One thread for eight of N × D; D a multiple of 8.
+// both [N, 2D]: values, then gates. One thread for eight of N × D; D a multiple of 8; `packs` is N × D / 8.
 
 template <class T>
-DEVICE void geglu(const T* both, T* y, long long count, int D) {
+DEVICE void geglu(const T* both, T* y, unsigned int packs, int D) {
     PHASE(t) {
-        const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + t) * VECTOR;
-        if (i < count) {
-            const T* row = both + i / D * 2 * D + i % D;
+        const Spot at = spot(t, D / VECTOR);
+        if (at.pack < packs) {
+            const T* row = both + static_cast<long long>(at.row) * 2 * D + at.lane * VECTOR;
             float value[VECTOR], gate[VECTOR];
             load(row, value);
             load(row + D, gate);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) value[j] *= gate[j] * normal_share(gate[j]);
-            store(value, y + i);
+            for (int j = 0; j < VECTOR; ++j) value[j] *= gate[j] * normal<T>(gate[j]).share;
+            store(value, y + static_cast<long long>(at.pack) * VECTOR);
         }
     }
 }
 
 template <class T>
-DEVICE void geglu_back(const T* both, const T* dy, T* dboth, long long count, int D) {
+DEVICE void geglu_back(const T* both, const T* dy, T* dboth, unsigned int packs, int D) {
     PHASE(t) {
-        const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + t) * VECTOR;
-        if (i < count) {
-            const long long place = i / D * 2 * D + i % D;
+        const Spot at = spot(t, D / VECTOR);
+        if (at.pack < packs) {
+            const long long place = static_cast<long long>(at.row) * 2 * D + at.lane * VECTOR;
             float value[VECTOR], gate[VECTOR], d[VECTOR];
             load(both + place, value);
             load(both + place + D, gate);
-            load(dy + i, d);
+            load(dy + static_cast<long long>(at.pack) * VECTOR, d);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const float g = gate[j];
-                gate[j] = d[j] * value[j] * gelu_slope(g);
-                value[j] = d[j] * g * normal_share(g);
+                const Normal n = normal<T>(g);
+                gate[j] = d[j] * value[j] * (n.share + g * n.density);
+                value[j] = d[j] * g * n.share;
             }
             store(value, dboth + place);
             store(gate, dboth + place + D);
@@ -438,228 +571,270 @@ DEVICE void geglu_back(const T* both, const T* dy, T* dboth, long long count, in
 
 // --- Layer norm beside a residual ---------------------------------------------------------------------------------------------------------
 //
-// Rows of D numbers, D a multiple of 8 up to 4096. Block: `rows` × D/8 threads, each with eight numbers of one row; grid: ⌈N / rows⌉.
+// Rows of D numbers, D a multiple of 8. `lanes` threads of one warp, a power of two, share a row, and hold it in registers between its sums; grid: the
+// rows over blockDim / lanes.
 
-constexpr int PARTS = 16;  // sums of a row's threads are added up in so many parts, then over these
+constexpr int ROW_THREADS = 256;  // of a block
+constexpr int HELD = 5;           // packs of a row that one of its threads holds at most
 
-// From each thread's `value` to its row's sum, in `sum` at the row's place. Between these two steps all threads must have met.
-DEVICE void row_parts(int t, const float* value, float* part, int lanes) {
-    const int row = t / lanes, lane = t % lanes;
-    if (lane >= PARTS) return;
-    float sum = 0.0f;
-    for (int i = lane; i < lanes; i += PARTS) sum += value[row * lanes + i];
-    part[row * PARTS + lane] = sum;
-}
-DEVICE float row_sum(int t, const float* part, int lanes) {
-    const int row = t / lanes, count = lanes < PARTS ? lanes : PARTS;
-    float sum = 0.0f;
-    for (int i = 0; i < count; ++i) sum += part[row * PARTS + i];
+// The sum of what the threads of this one's row have for their OWN.
+#ifdef __CUDACC_RTC__
+DEVICE float across(const float (&own)[1], int, int lanes) {
+    float sum = own[0];
+    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     return sum;
+}
+#else
+DEVICE float across(const float (&own)[MAX_THREADS][1], int t, int lanes) {
+    float sum = 0.0f;
+    for (int i = t / lanes * lanes, end = i + lanes; i < end; ++i) sum += own[i][0];
+    return sum;
+}
+#endif
+
+// A thread's part of a row: packs `lane`, `lane` + lanes, ... of it. None of a row that there is not, whose threads still meet the others of their warp.
+struct Part {
+    long long row;
+    int lane, lanes, packs;
+};
+DEVICE Part part_of(int t, int N, int D, int lanes) {
+    const long long row = static_cast<long long>(blockIdx.x) * (blockDim.x / lanes) + t / lanes;
+    return {row, t % lanes, lanes, row < N ? D / VECTOR : 0};
+}
+// work(k, channel) for each of them.
+template <class F>
+DEVICE void each_held(const Part& part, F work) {
+#pragma unroll
+    for (int k = 0; k < HELD; ++k) {
+        const int i = k * part.lanes + part.lane;
+        if (i < part.packs) work(k, i * VECTOR);
+    }
 }
 
 // sum = a + b (b may be null: then sum is not written, and stands for a), y = norm(sum) · γ + β, stats [N, 2]: mean and 1/σ.
 template <class T>
-DEVICE void layer_norm(const T* a, const T* b, const T* gamma, const T* beta, T* sum, T* y, float* stats, int N, int D, float eps) {
-    SHARED(float, numbers, MAX_THREADS * VECTOR);
-    SHARED(float, first, MAX_THREADS);
-    SHARED(float, second, MAX_THREADS);
-    SHARED(float, first_part, MAX_ROWS * PARTS);
-    SHARED(float, second_part, MAX_ROWS * PARTS);
-    const int lanes = D / VECTOR, rows = blockDim.x / lanes;
+DEVICE void layer_norm(const T* a, const T* b, const T* gamma, const T* beta, T* sum, T* y, float* stats, int N, int D, int lanes, float eps) {
+    OWN(Pack<T>, held, HELD);
+    OWN(float, total, 1);
+    OWN(float, mean, 1);
     PHASE(t) {
-        const int row = blockIdx.x * rows + t / lanes;
-        float v[VECTOR] = {}, s = 0.0f, q = 0.0f;
-        if (row < N) {
-            const long long place = static_cast<long long>(row) * D + t % lanes * VECTOR;
-            load(a + place, v);
-            // About the row's first number, so that a mean far from zero costs no digits.
-            float origin = widen(a[static_cast<long long>(row) * D]);
-            if (b) {
-                float w[VECTOR];
-                load(b + place, w);
-                origin += widen(b[static_cast<long long>(row) * D]);
+        const Part part = part_of(t, N, D, lanes);
+        const T *const from = a + part.row * D, *const and_from = b + part.row * D;
+        T* const to = sum + part.row * D;
+        auto& row = OF(held, t);
+        each_held(part, [&](int k, int c) { row[k] = pack_at(from + c); });
+        if (b) {
+            Pack<T> more[HELD];
+            each_held(part, [&](int k, int c) { more[k] = pack_at(and_from + c); });
+            each_held(part, [&](int k, int c) {
+                float v[VECTOR], w[VECTOR];
+                unpack(row[k], v);
+                unpack(more[k], w);
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) v[j] += w[j];
-                store(v, sum + place);
-                // What is normed is what is kept.
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) {
-                    T kept;
-                    narrow(v[j], kept);
-                    v[j] = widen(kept);
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) {
-                const float d = v[j] - origin;
-                s += d;
-                q += d * d;
-            }
-            if (t % lanes == 0) stats[row * 2LL] = origin;
+                row[k] = packed<T>(v);  // what is normed is what is kept
+                *reinterpret_cast<Pack<T>*>(to + c) = row[k];
+            });
         }
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) numbers[j * MAX_THREADS + t] = v[j];
-        first[t] = s;
-        second[t] = q;
-    }
-    SYNC();
-    PHASE(t) {
-        row_parts(t, first, first_part, lanes);
-        row_parts(t, second, second_part, lanes);
-    }
-    SYNC();
-    PHASE(t) {
-        const int row = blockIdx.x * rows + t / lanes;
-        if (row < N) {
-            const float s = row_sum(t, first_part, lanes) / D, q = row_sum(t, second_part, lanes) / D;
-            first[t] = s + stats[row * 2LL];
-            second[t] = 1.0f / sqrt(fmaxf(q - s * s, 0.0f) + eps);
-        }
-    }
-    SYNC();
-    PHASE(t) {
-        const int row = blockIdx.x * rows + t / lanes, c = t % lanes * VECTOR;
-        if (row < N) {
+        float s = 0.0f;
+        each_held(part, [&](int k, int) {
             float v[VECTOR];
+            unpack(row[k], v);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) v[j] = (numbers[j * MAX_THREADS + t] - first[t]) * second[t] * widen(gamma[c + j]) + widen(beta[c + j]);
-            store(v, y + static_cast<long long>(row) * D + c);
-            if (c == 0) {
-                stats[row * 2LL] = first[t];
-                stats[row * 2LL + 1] = second[t];
-            }
+            for (int j = 0; j < VECTOR; ++j) s += v[j];
+        });
+        OF(total, t)[0] = s;
+    }
+    PHASE(t) OF(mean, t)[0] = across(total, t, lanes) / D;
+    PHASE(t) {
+        const float middle = OF(mean, t)[0];
+        float q = 0.0f;
+        each_held(part_of(t, N, D, lanes), [&](int k, int) {
+            float v[VECTOR];
+            forget(OF(held, t)[k]);
+            unpack(OF(held, t)[k], v);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) q += (v[j] - middle) * (v[j] - middle);
+        });
+        OF(total, t)[0] = q;
+    }
+    PHASE(t) {
+        const Part part = part_of(t, N, D, lanes);
+        const float middle = OF(mean, t)[0], inverse = 1.0f / sqrt(across(total, t, lanes) / D + eps);
+        T* const to = y + part.row * D;
+        each_held(part, [&](int k, int c) {
+            float v[VECTOR], scale[VECTOR], shift[VECTOR];
+            forget(OF(held, t)[k]);
+            unpack(OF(held, t)[k], v);
+            load(gamma + c, scale);
+            load(beta + c, shift);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) v[j] = (v[j] - middle) * inverse * scale[j] + shift[j];
+            store(v, to + c);
+        });
+        if (part.lane == 0 && part.packs > 0) {
+            stats[part.row * 2] = middle;
+            stats[part.row * 2 + 1] = inverse;
         }
     }
 }
 
 // dx = (γ dy - mean(γ dy) - x̂ mean(γ dy x̂)) / σ + more; `more` (or null) is the gradient by the sum itself.
 template <class T>
-DEVICE void layer_norm_back(const T* x, const T* gamma, const float* stats, const T* dy, const T* more, T* dx, int N, int D) {
-    SHARED(float, normed, MAX_THREADS * VECTOR);
-    SHARED(float, slopes, MAX_THREADS * VECTOR);
-    SHARED(float, first, MAX_THREADS);
-    SHARED(float, second, MAX_THREADS);
-    SHARED(float, first_part, MAX_ROWS * PARTS);
-    SHARED(float, second_part, MAX_ROWS * PARTS);
-    const int lanes = D / VECTOR, rows = blockDim.x / lanes;
+DEVICE void layer_norm_back(const T* x, const T* gamma, const float* stats, const T* dy, const T* more, T* dx, int N, int D, int lanes) {
+    OWN(Pack<T>, numbers, HELD);
+    OWN(Pack<T>, slopes, HELD);
+    OWN(float, first, 1);
+    OWN(float, second, 1);
+    // x̂ and γ dy of one pack.
+    const auto both = [&](Pack<T>& number, Pack<T>& slope, int c, float mean, float inverse, float (&v)[VECTOR], float (&d)[VECTOR]) {
+        float scale[VECTOR];
+        forget(number);
+        forget(slope);
+        unpack(number, v);
+        unpack(slope, d);
+        load(gamma + c, scale);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+            v[j] = (v[j] - mean) * inverse;
+            d[j] *= scale[j];
+        }
+    };
     PHASE(t) {
-        const int row = blockIdx.x * rows + t / lanes, c = t % lanes * VECTOR;
+        const Part part = part_of(t, N, D, lanes);
+        const T *const from = x + part.row * D, *const slope = dy + part.row * D;
+        each_held(part, [&](int k, int c) {
+            OF(numbers, t)[k] = pack_at(from + c);
+            OF(slopes, t)[k] = pack_at(slope + c);
+        });
+        const float mean = part.packs ? stats[part.row * 2] : 0.0f, inverse = part.packs ? stats[part.row * 2 + 1] : 0.0f;
         float s = 0.0f, q = 0.0f;
-        if (row < N) {
-            const long long place = static_cast<long long>(row) * D + c;
-            const float mean = stats[row * 2LL], inverse = stats[row * 2LL + 1];
+        each_held(part, [&](int k, int c) {
             float v[VECTOR], d[VECTOR];
-            load(x + place, v);
-            load(dy + place, d);
+            both(OF(numbers, t)[k], OF(slopes, t)[k], c, mean, inverse, v, d);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const float unit = (v[j] - mean) * inverse, slope = d[j] * widen(gamma[c + j]);
-                s += slope;
-                q += slope * unit;
-                normed[j * MAX_THREADS + t] = unit;
-                slopes[j * MAX_THREADS + t] = slope;
+                s += d[j];
+                q += d[j] * v[j];
             }
-        }
-        first[t] = s;
-        second[t] = q;
+        });
+        OF(first, t)[0] = s;
+        OF(second, t)[0] = q;
     }
-    SYNC();
     PHASE(t) {
-        row_parts(t, first, first_part, lanes);
-        row_parts(t, second, second_part, lanes);
-    }
-    SYNC();
-    PHASE(t) {
-        const int row = blockIdx.x * rows + t / lanes;
-        if (row < N) {
-            const long long place = static_cast<long long>(row) * D + t % lanes * VECTOR;
-            const float mean = row_sum(t, first_part, lanes) / D, along = row_sum(t, second_part, lanes) / D, inverse = stats[row * 2LL + 1];
-            float v[VECTOR] = {};
-            if (more) load(more + place, v);
+        const Part part = part_of(t, N, D, lanes);
+        const float middle = across(first, t, lanes) / D, along = across(second, t, lanes) / D;
+        const float mean = part.packs ? stats[part.row * 2] : 0.0f, inverse = part.packs ? stats[part.row * 2 + 1] : 0.0f;
+        const T* const other = more + part.row * D;
+        T* const to = dx + part.row * D;
+        each_held(part, [&](int k, int c) {
+            float v[VECTOR], d[VECTOR], past[VECTOR] = {};
+            both(OF(numbers, t)[k], OF(slopes, t)[k], c, mean, inverse, v, d);
+            if (more) load(other + c, past);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) {
-                v[j] += inverse * (slopes[j * MAX_THREADS + t] - mean - normed[j * MAX_THREADS + t] * along);
-            }
-            store(v, dx + place);
-        }
+            for (int j = 0; j < VECTOR; ++j) v[j] = past[j] + inverse * (d[j] - middle - v[j] * along);
+            store(v, to + c);
+        });
     }
 }
 
 // --- Text encoders, which nothing is trained through --------------------------------------------------------------------------------------
 
-// T5's and LLaMA's norm: y = (x / √(mean(x²) + ε)) · w, rounded before the weight as theirs is. Rows as for layer_norm.
+// T5's and LLaMA's norm: y = (x / √(mean(x²) + ε)) · w, rounded before the weight as theirs is. Rows as for layer_norm, of any length.
 template <class T>
-DEVICE void rms_norm(const T* x, const T* weight, T* y, int N, int D, float eps) {
-    SHARED(float, first, MAX_THREADS);
-    SHARED(float, first_part, MAX_ROWS * PARTS);
-    const int lanes = D / VECTOR, rows = blockDim.x / lanes;
+DEVICE void rms_norm(const T* x, const T* weight, T* y, int N, int D, int lanes, float eps) {
+    OWN(float, total, 1);
     PHASE(t) {
-        const int row = blockIdx.x * rows + t / lanes;
+        const Part part = part_of(t, N, D, lanes);
         float q = 0.0f;
-        if (row < N) {
+        for (int i = part.lane; i < part.packs; i += lanes) {
             float v[VECTOR];
-            load(x + static_cast<long long>(row) * D + t % lanes * VECTOR, v);
+            load(x + part.row * D + i * VECTOR, v);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) q += v[j] * v[j];
         }
-        first[t] = q;
+        OF(total, t)[0] = q;
     }
-    SYNC();
-    PHASE(t) row_parts(t, first, first_part, lanes);
-    SYNC();
     PHASE(t) {
-        const int row = blockIdx.x * rows + t / lanes, c = t % lanes * VECTOR;
-        if (row < N) {
-            const long long place = static_cast<long long>(row) * D + c;
-            const float inverse = 1.0f / sqrt(row_sum(t, first_part, lanes) / D + eps);
-            float v[VECTOR];
+        const Part part = part_of(t, N, D, lanes);
+        const float inverse = 1.0f / sqrt(across(total, t, lanes) / D + eps);
+        for (int i = part.lane; i < part.packs; i += lanes) {
+            const long long place = part.row * D + i * VECTOR;
+            float v[VECTOR], scale[VECTOR];
             load(x + place, v);  // again: it is in the cache
+            load(weight + i * VECTOR, scale);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) {
-                T rounded;
-                narrow(v[j] * inverse, rounded);
-                v[j] = widen(rounded) * widen(weight[c + j]);
-            }
+            for (int j = 0; j < VECTOR; ++j) v[j] *= inverse;
+            unpack(packed<T>(v), v);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) v[j] *= scale[j];
             store(v, y + place);
         }
     }
 }
 
 // The GELU's tanh approximation.
-DEVICE float gelu_tanh(float x) { return 0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x))); }
+template <class T>
+DEVICE float gelu_tanh(float x) { return x * sigmoid<T>(1.59576912160573073f * (x + 0.044715f * x * x * x)); }  // ½ (1 + tanh z) = σ(2 z)
 
 // both [N, 2D]: gates, then values; y = gelu(gate) · value.
 template <class T>
-DEVICE void gated_gelu(const T* both, T* y, long long count, int D) {
+DEVICE void gated_gelu(const T* both, T* y, unsigned int packs, int D) {
     PHASE(t) {
-        const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + t) * VECTOR;
-        if (i < count) {
-            const T* row = both + i / D * 2 * D + i % D;
+        const Spot at = spot(t, D / VECTOR);
+        if (at.pack < packs) {
+            const T* row = both + static_cast<long long>(at.row) * 2 * D + at.lane * VECTOR;
             float gate[VECTOR], value[VECTOR];
             load(row, gate);
             load(row + D, value);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) value[j] *= gelu_tanh(gate[j]);
-            store(value, y + i);
+            for (int j = 0; j < VECTOR; ++j) value[j] *= gelu_tanh<T>(gate[j]);
+            store(value, y + static_cast<long long>(at.pack) * VECTOR);
         }
     }
 }
 
 // --- Residual -----------------------------------------------------------------------------------------------------------------------------
 
-// y = a + b + bias over maps [N, C]; bias [C] in float32. One thread for eight of N × C.
+// y = a + b + more + bias over maps [N, C], more may be null; bias [C] in float32. One thread for eight of N × C.
 template <class T>
-DEVICE void add_biased(const T* a, const T* b, const float* bias, T* y, long long count, int C) {
+DEVICE void add_biased(const T* a, const T* b, const T* more, const float* bias, T* y, unsigned int packs, int C) {
     PHASE(t) {
-        const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + t) * VECTOR;
-        if (i < count) {
-            const int c = static_cast<int>(i % C);
-            float v[VECTOR], w[VECTOR];
-            load(a + i, v);
-            load(b + i, w);
+        const Spot at = spot(t, C / VECTOR);
+        if (at.pack < packs) {
+            const long long place = static_cast<long long>(at.pack) * VECTOR;
+            float v[VECTOR], w[VECTOR], third[VECTOR] = {}, each[VECTOR];
+            load(a + place, v);
+            load(b + place, w);
+            if (more) load(more + place, third);
+            load(bias + at.lane * VECTOR, each);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) v[j] += w[j] + bias[c + j];
-            store(v, y + i);
+            for (int j = 0; j < VECTOR; ++j) v[j] += w[j] + third[j] + each[j];
+            store(v, y + place);
+        }
+    }
+}
+
+// --- Changes of resolution ----------------------------------------------------------------------------------------------------------------
+
+// Four maps of every second pixel of every second row, woven into one: y[b, 2i + v, 2j + u, c] = quarters[b, i + s(v), j + s(u), (v, u, c)] + bias[c],
+// where s(0) is `shift` and s(1) is 1; bias (or null) in float32. y [B, 2H, 2W, C], quarters [B, H + 1, W + 1, 4 C]. One thread for eight of y.
+template <class T>
+DEVICE void weave(const T* quarters, const float* bias, T* y, unsigned int packs, int H, int W, int C, int shift) {
+    PHASE(t) {
+        const Spot at = spot(t, C / VECTOR);
+        if (at.pack < packs) {
+            const unsigned int width = 2 * W, height = 2 * H, line = at.row / width, b = line / height;
+            const int x = static_cast<int>(at.row - line * width), r = static_cast<int>(line - b * height), v = r % 2, u = x % 2;
+            const long long from = (static_cast<long long>(b) * (H + 1) + r / 2 + (v ? 1 : shift)) * (W + 1) + x / 2 + (u ? 1 : shift);
+            float numbers[VECTOR], more[VECTOR];
+            load(quarters + (from * 4 + v * 2 + u) * C + at.lane * VECTOR, numbers);
+            if (bias) {
+                load(bias + at.lane * VECTOR, more);
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) numbers[j] += more[j];
+            }
+            store(numbers, y + static_cast<long long>(at.pack) * VECTOR);
         }
     }
 }
@@ -710,44 +885,52 @@ DEVICE void adamw(float* p, const float* g, float* m, float* v, float* ema, long
 #define KERNEL(name, type, suffix) extern "C" __global__ void __launch_bounds__(ella::MAX_THREADS) name##_##suffix
 // No more registers than let two of the largest blocks run beside each other.
 #define LEAN_KERNEL(name, type, suffix) extern "C" __global__ void __launch_bounds__(ella::MAX_THREADS, 2) name##_##suffix
+// The threads of a row hold much of it: a smaller block, so that their registers are enough.
+#define ROW_KERNEL(name, type, suffix) extern "C" __global__ void __launch_bounds__(ella::ROW_THREADS, 3) name##_##suffix
 #define KERNELS(T, suffix)                                                                                                                  \
-    KERNEL(norm_sums, T, suffix)(const T* x, const float* add, float* sums, int P, int C, int G, int chunk) {                               \
-        ella::norm_sums(x, add, sums, P, C, G, chunk);                                                                                      \
+    KERNEL(norm_sums, T, suffix)(ella::Joined<const T> x, const float* add, float* sums, int P, int C, int G, int chunk) {                  \
+        ella::norm_sums<T>(x, add, sums, P, C, G, chunk);                                                                                   \
     }                                                                                                                                       \
     KERNEL(norm_stats, T, suffix)                                                                                                           \
-    (const T* x, const float* add, const float* sums, float* stats, int P, int C, int G, int pieces, float eps) {                           \
-        ella::norm_stats(x, add, sums, stats, P, C, G, pieces, eps);                                                                        \
+    (ella::Joined<const T> x, const float* add, const float* sums, float* stats, int P, int C, int G, int pieces, float eps) {              \
+        ella::norm_stats<T>(x, add, sums, stats, P, C, G, pieces, eps);                                                                     \
     }                                                                                                                                       \
     KERNEL(norm_apply, T, suffix)                                                                                                           \
-    (const T* x, const float* add, const float* stats, const T* gamma, const T* beta, T* y, int P, int C, int G, int chunk, int activate) { \
-        ella::norm_apply(x, add, stats, gamma, beta, y, P, C, G, chunk, activate);                                                          \
+    (ella::Joined<const T> x, const float* add, const float* stats, const T* gamma, const T* beta, T* y, int P, int C, int G, int chunk,    \
+     int activate) {                                                                                                                        \
+        ella::norm_apply<T>(x, add, stats, gamma, beta, y, P, C, G, chunk, activate);                                                       \
     }                                                                                                                                       \
     LEAN_KERNEL(norm_back_sums, T, suffix)                                                                                                  \
-    (const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, float* sums, int P, int C, int G,        \
-     int chunk, int activate) {                                                                                                             \
-        ella::norm_back_sums(x, add, stats, gamma, beta, dy, sums, P, C, G, chunk, activate);                                               \
+    (ella::Joined<const T> x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, float* sums, int P, int C,  \
+     int G, int chunk, int activate) {                                                                                                      \
+        ella::norm_back_sums<T>(x, add, stats, gamma, beta, dy, sums, P, C, G, chunk, activate);                                            \
     }                                                                                                                                       \
     LEAN_KERNEL(norm_back_apply, T, suffix)                                                                                                 \
-    (const T* x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, const T* more, const float* means,       \
-     T* dx, int P, int C, int G, int chunk, int activate) {                                                                                 \
-        ella::norm_back_apply(x, add, stats, gamma, beta, dy, more, means, dx, P, C, G, chunk, activate);                                   \
+    (ella::Joined<const T> x, const float* add, const float* stats, const T* gamma, const T* beta, const T* dy, ella::Joined<const T> more, \
+     const float* means, ella::Joined<T> dx, int P, int C, int G, int chunk, int activate) {                                                \
+        ella::norm_back_apply<T>(x, add, stats, gamma, beta, dy, more, means, dx, P, C, G, chunk, activate);                                \
     }                                                                                                                                       \
-    KERNEL(geglu, T, suffix)(const T* both, T* y, long long count, int D) { ella::geglu(both, y, count, D); }                               \
-    KERNEL(geglu_back, T, suffix)(const T* both, const T* dy, T* dboth, long long count, int D) {                                           \
-        ella::geglu_back(both, dy, dboth, count, D);                                                                                        \
+    KERNEL(geglu, T, suffix)(const T* both, T* y, unsigned int packs, int D) { ella::geglu(both, y, packs, D); }                            \
+    KERNEL(geglu_back, T, suffix)(const T* both, const T* dy, T* dboth, unsigned int packs, int D) {                                        \
+        ella::geglu_back(both, dy, dboth, packs, D);                                                                                        \
     }                                                                                                                                       \
-    KERNEL(layer_norm, T, suffix)                                                                                                           \
-    (const T* a, const T* b, const T* gamma, const T* beta, T* sum, T* y, float* stats, int N, int D, float eps) {                          \
-        ella::layer_norm(a, b, gamma, beta, sum, y, stats, N, D, eps);                                                                      \
+    ROW_KERNEL(layer_norm, T, suffix)                                                                                                       \
+    (const T* a, const T* b, const T* gamma, const T* beta, T* sum, T* y, float* stats, int N, int D, int lanes, float eps) {               \
+        ella::layer_norm(a, b, gamma, beta, sum, y, stats, N, D, lanes, eps);                                                               \
     }                                                                                                                                       \
-    KERNEL(layer_norm_back, T, suffix)                                                                                                      \
-    (const T* x, const T* gamma, const float* stats, const T* dy, const T* more, T* dx, int N, int D) {                                     \
-        ella::layer_norm_back(x, gamma, stats, dy, more, dx, N, D);                                                                         \
+    ROW_KERNEL(layer_norm_back, T, suffix)                                                                                                  \
+    (const T* x, const T* gamma, const float* stats, const T* dy, const T* more, T* dx, int N, int D, int lanes) {                          \
+        ella::layer_norm_back(x, gamma, stats, dy, more, dx, N, D, lanes);                                                                  \
     }                                                                                                                                       \
-    KERNEL(rms_norm, T, suffix)(const T* x, const T* weight, T* y, int N, int D, float eps) { ella::rms_norm(x, weight, y, N, D, eps); }     \
-    KERNEL(gated_gelu, T, suffix)(const T* both, T* y, long long count, int D) { ella::gated_gelu(both, y, count, D); }                     \
-    KERNEL(add_biased, T, suffix)(const T* a, const T* b, const float* bias, T* y, long long count, int C) {                                \
-        ella::add_biased(a, b, bias, y, count, C);                                                                                          \
+    KERNEL(rms_norm, T, suffix)(const T* x, const T* weight, T* y, int N, int D, int lanes, float eps) {                                    \
+        ella::rms_norm(x, weight, y, N, D, lanes, eps);                                                                                     \
+    }                                                                                                                                       \
+    KERNEL(gated_gelu, T, suffix)(const T* both, T* y, unsigned int packs, int D) { ella::gated_gelu(both, y, packs, D); }                  \
+    KERNEL(add_biased, T, suffix)(const T* a, const T* b, const T* more, const float* bias, T* y, unsigned int packs, int C) {              \
+        ella::add_biased(a, b, more, bias, y, packs, C);                                                                                    \
+    }                                                                                                                                       \
+    KERNEL(weave, T, suffix)(const T* quarters, const float* bias, T* y, unsigned int packs, int H, int W, int C, int shift) {              \
+        ella::weave(quarters, bias, y, packs, H, W, C, shift);                                                                              \
     }
 KERNELS(float, f32)
 KERNELS(ella::bf16, bf16)

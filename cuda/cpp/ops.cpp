@@ -2,9 +2,11 @@
 
 #include "ops.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -55,29 +57,49 @@ void by_type(const Tensor& x, F work) {
     }
 }
 
+// What kernels read and write in packs of 16 bytes; null for a tensor that is not there.
 template <class T>
 T* numbers(const Tensor& x) {
-    return x.defined() ? static_cast<T*>(x.data_ptr()) : nullptr;
+    if (!x.defined()) return nullptr;
+    TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, "fused operators take tensors that start at a multiple of 16 bytes");
+    return static_cast<T*>(x.data_ptr());
 }
 
 Tensor channels_last(const Tensor& x) { return x.contiguous(at::MemoryFormat::ChannelsLast); }
 
 // --- Group norm ---------------------------------------------------------------------------------------------------------------------------
 
+// A map [B, C, H, W] in one tensor, or its first channels in one and the others in another; empty where there is none.
+struct Map {
+    Tensor first, second;
+
+    Map like() const { return {at::empty_like(first), second.defined() ? at::empty_like(second) : Tensor()}; }
+    int64_t channels() const { return first.size(1) + (second.defined() ? second.size(1) : 0); }
+
+    template <class T>
+    ella::Joined<T> joined() const {
+        using Number = std::remove_const_t<T>;
+        return {numbers<Number>(first), numbers<Number>(second), first.defined() ? static_cast<int>(first.size(1)) : 0};
+    }
+};
+
 // The shape of a norm's passes over x [B, C, H, W], which depends on nothing but that shape: so do its sums.
 struct Passes {
     int B, P, C, G, chunk;
     Grid grid, groups;
 
-    Passes(const Tensor& x, int64_t count) {
+    Passes(const Map& map, int64_t count) {
+        const Tensor& x = map.first;
         TORCH_CHECK(x.dim() == 4, "a fused group norm takes [B, C, H, W], not ", x.sizes());
         B = static_cast<int>(x.size(0));
-        C = static_cast<int>(x.size(1));
+        C = static_cast<int>(map.channels());
         P = static_cast<int>(x.size(2) * x.size(3));
         G = static_cast<int>(count);
         const int lanes = C / ella::VECTOR;
-        TORCH_CHECK(C % ella::VECTOR == 0 && C % G == 0 && lanes <= ella::MAX_THREADS, "a fused group norm takes channels in multiples of ",
-                    ella::VECTOR, " up to ", ella::VECTOR * ella::MAX_THREADS, ", not ", C, " in ", G, " groups");
+        TORCH_CHECK(C % ella::VECTOR == 0 && x.size(1) % ella::VECTOR == 0 && C % G == 0 && lanes <= ella::MAX_THREADS,
+                    "a fused group norm takes channels in multiples of ", ella::VECTOR, " up to ", ella::VECTOR * ella::MAX_THREADS, ", not ", C,
+                    " in ", G, " groups");
+        TORCH_CHECK(static_cast<int64_t>(P) * C < INT32_MAX, "a fused group norm takes fewer than 2^31 numbers of a sample, not ", x.sizes());
         const int rows = std::max(1, ella::MAX_THREADS / lanes);
         // Eight pixels a thread: enough to pay for a block's start and its sums, few enough that the last blocks keep few processors waiting.
         chunk = 8 * rows;
@@ -89,56 +111,78 @@ struct Passes {
     Tensor per_group(const Tensor& x) const { return at::empty({B, G, 2}, x.options().dtype(at::kFloat)); }
 };
 
-// What goes past the norm comes out beside its result, so that both gradients are added up in one pass.
+// What goes past the norm comes out beside its result, so that both gradients are added up in one pass: the norm, x, and where x is of two parts the
+// second.
 struct GroupNorm : torch::autograd::Function<GroupNorm> {
-    static variable_list forward(AutogradContext* ctx, const Tensor& map, const Tensor& gamma, const Tensor& beta, const std::optional<Tensor>& more,
-                          int64_t count, double eps, bool activate) {
+    static variable_list forward(AutogradContext* ctx, const Tensor& map, const std::optional<Tensor>& second, const Tensor& gamma,
+                                 const Tensor& beta, const std::optional<Tensor>& more, int64_t count, double eps, bool activate) {
         const Tensor add = more.value_or(Tensor());
-        const Tensor x = channels_last(map), y = at::empty_like(x);
+        const Map x = {channels_last(map), second ? channels_last(*second) : Tensor()};
         const Passes n(x, count);
-        const Tensor sums = n.sums(x), stats = n.per_group(x);
-        by_type(x, [&](auto number, const char* type) {
+        const Tensor sums = n.sums(x.first), stats = n.per_group(x.first);
+        const Tensor y = at::empty({n.B, n.C, map.size(2), map.size(3)}, map.options(), at::MemoryFormat::ChannelsLast);
+        by_type(y, [&](auto number, const char* type) {
             using T = decltype(number);
             const auto* a = numbers<float>(add);
-            launch(x, std::string("norm_sums") + type, n.grid, &ella::norm_sums<T>, numbers<T>(x), a, numbers<float>(sums), n.P, n.C, n.G, n.chunk);
-            launch(x, std::string("norm_stats") + type, n.groups, &ella::norm_stats<T>, numbers<T>(x), a, numbers<float>(sums),
-                   numbers<float>(stats), n.P, n.C, n.G, n.grid.pieces, static_cast<float>(eps));
-            launch(x, std::string("norm_apply") + type, n.grid, &ella::norm_apply<T>, numbers<T>(x), a, numbers<float>(stats),
-                   numbers<T>(gamma), numbers<T>(beta), numbers<T>(y), n.P, n.C, n.G, n.chunk, static_cast<int>(activate));
+            const auto from = x.joined<const T>();
+            launch(y, std::string("norm_sums") + type, n.grid, &ella::norm_sums<T>, from, a, numbers<float>(sums), n.P, n.C, n.G, n.chunk);
+            launch(y, std::string("norm_stats") + type, n.groups, &ella::norm_stats<T>, from, a, numbers<float>(sums), numbers<float>(stats), n.P,
+                   n.C, n.G, n.grid.pieces, static_cast<float>(eps));
+            launch(y, std::string("norm_apply") + type, n.grid, &ella::norm_apply<T>, from, a, numbers<float>(stats), numbers<T>(gamma),
+                   numbers<T>(beta), numbers<T>(y), n.P, n.C, n.G, n.chunk, static_cast<int>(activate));
         });
         ctx->set_materialize_grads(false);
-        ctx->save_for_backward({x, gamma, beta, add, stats});
+        ctx->save_for_backward({x.first, x.second, gamma, beta, add, stats});
         ctx->saved_data["groups"] = count;
         ctx->saved_data["activate"] = activate;
         ctx->saved_data["by_add"] = add.defined() && add.requires_grad();
-        return {x, y};
+        if (second) return {y, x.first, x.second};
+        return {y, x.first};
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
         const auto saved = ctx->get_saved_variables();
-        const Tensor &x = saved[0], &gamma = saved[1], &beta = saved[2], &add = saved[3], &stats = saved[4];
-        const Tensor none, dy = grads[1].defined() ? channels_last(grads[1]) : at::zeros_like(x);
-        const Tensor past = grads[0].defined() ? channels_last(grads[0]) : none, dx = at::empty_like(x);
+        const Map x = {saved[0], saved[1]}, dx = x.like();
+        const Tensor &gamma = saved[2], &beta = saved[3], &add = saved[4], &stats = saved[5], none;
+        const Passes n(x, ctx->saved_data["groups"].toInt());
+        const auto sizes = [&] { return std::vector<int64_t>{n.B, n.C, x.first.size(2), x.first.size(3)}; };
+        const Tensor dy = grads[0].defined() ? channels_last(grads[0])
+                                             : at::zeros(sizes(), x.first.options()).contiguous(at::MemoryFormat::ChannelsLast);
+        const Map past = gone_past(x, grads);
         // What is added does not go past the norm: its gradient is to be taken before that of what does comes in.
         const bool by_add = ctx->saved_data["by_add"].toBool();
-        const Tensor more = by_add ? none : past;
-        const Passes n(x, ctx->saved_data["groups"].toInt());
+        const Map more = by_add ? Map{} : past;
         const int activate = ctx->saved_data["activate"].toBool();
-        const Tensor sums = n.sums(x), means = n.per_group(x);
-        by_type(x, [&](auto number, const char* type) {
+        const Tensor sums = n.sums(dy), means = n.per_group(dy);
+        by_type(dy, [&](auto number, const char* type) {
             using T = decltype(number);
             const auto* a = numbers<float>(add);
-            launch(x, std::string("norm_back_sums") + type, n.grid, &ella::norm_back_sums<T>, numbers<T>(x), a, numbers<float>(stats),
-                   numbers<T>(gamma), numbers<T>(beta), numbers<T>(dy), numbers<float>(sums), n.P, n.C, n.G, n.chunk, activate);
-            launch(x, "norm_back_means_f32", n.groups, &ella::norm_back_means, numbers<float>(sums), numbers<float>(means), n.P, n.C, n.G,
+            const auto from = x.joined<const T>();
+            launch(dy, std::string("norm_back_sums") + type, n.grid, &ella::norm_back_sums<T>, from, a, numbers<float>(stats), numbers<T>(gamma),
+                   numbers<T>(beta), numbers<T>(dy), numbers<float>(sums), n.P, n.C, n.G, n.chunk, activate);
+            launch(dy, "norm_back_means_f32", n.groups, &ella::norm_back_means, numbers<float>(sums), numbers<float>(means), n.P, n.C, n.G,
                    n.grid.pieces);
-            launch(x, std::string("norm_back_apply") + type, n.grid, &ella::norm_back_apply<T>, numbers<T>(x), a, numbers<float>(stats),
-                   numbers<T>(gamma), numbers<T>(beta), numbers<T>(dy), numbers<T>(more), numbers<float>(means), numbers<T>(dx), n.P, n.C, n.G,
-                   n.chunk, activate);
+            launch(dy, std::string("norm_back_apply") + type, n.grid, &ella::norm_back_apply<T>, from, a, numbers<float>(stats),
+                   numbers<T>(gamma), numbers<T>(beta), numbers<T>(dy), more.joined<const T>(), numbers<float>(means), dx.joined<T>(), n.P, n.C,
+                   n.G, n.chunk, activate);
         });
-        const Tensor added = by_add ? dx.sum({2, 3}, false, at::kFloat) : none;
-        if (by_add && past.defined()) dx.add_(past);
-        return {dx, none, none, added, none, none, none};
+        Tensor added;
+        if (by_add) {
+            added = dx.first.sum({2, 3}, false, at::kFloat);
+            if (dx.second.defined()) added = at::cat({added, dx.second.sum({2, 3}, false, at::kFloat)}, 1);
+            if (past.first.defined()) dx.first.add_(past.first);
+            if (past.second.defined()) dx.second.add_(past.second);
+        }
+        return {dx.first, dx.second, none, none, added, none, none, none};
+    }
+
+private:
+    // The gradient by what goes past: of both parts, if of any.
+    static Map gone_past(const Map& x, const variable_list& grads) {
+        const auto part = [&](const Tensor& of, size_t i) { return grads[i].defined() ? channels_last(grads[i]) : at::zeros_like(of); };
+        const bool two = x.second.defined(), any = grads[1].defined() || (two && grads[2].defined());
+        if (!any) return {};
+        return {part(x.first, 1), two ? part(x.second, 2) : Tensor()};
     }
 };
 
@@ -166,13 +210,66 @@ struct FrozenConv : torch::autograd::Function<FrozenConv> {
     }
 };
 
-// --- Feed-forward and residual ------------------------------------------------------------------------------------------------------------
+// --- Changes of resolution ----------------------------------------------------------------------------------------------------------------
+//
+// Twice the resolution by nearest neighbours and then a 3 × 3 convolution take nine products for a pixel, of which five are of numbers that stand in two
+// places: four do, by sums of the weights, one kernel of 2 × 2 for each of the four places of a pixel in its square. And the gradient by the input
+// of a convolution of stride 2 is of that form too, for which cuDNN has but a slow way.
 
 Grid flat(int64_t count) {
     constexpr int threads = 256;
     const int64_t each = threads * ella::VECTOR;
     return {static_cast<int>((count + each - 1) / each), 1, threads};
 }
+unsigned int packs_of(const Tensor& x) { return static_cast<unsigned int>(x.numel() / ella::VECTOR); }
+
+Tensor convolved(const Tensor& x, const Tensor& weight, int64_t stride) {
+    return at::convolution(x, weight, {}, {stride, stride}, {1, 1}, {1, 1}, false, {0, 0}, 1);
+}
+
+// The convolution of x [B, D, H, W] with four kernels [4 C, D, 2, 2], woven into [B, C, 2H, 2W].
+Tensor woven(const Tensor& input, const Tensor& weight, const Tensor& bias, int shift) {
+    const int64_t channels = weight.size(0) / 4;
+    TORCH_CHECK(input.dim() == 4 && weight.dim() == 4 && weight.size(0) % (4 * ella::VECTOR) == 0 && weight.size(1) == input.size(1),
+                "a fused change of resolution takes [B, D, H, W] and kernels [4 C, D, 2, 2], C a multiple of ", ella::VECTOR, ", not ",
+                input.sizes(), " and ", weight.sizes());
+    const Tensor quarters = channels_last(convolved(channels_last(input), weight, 1));
+    const int64_t height = input.size(2), width = input.size(3);
+    const Tensor y = at::empty({input.size(0), channels, 2 * height, 2 * width}, quarters.options(), at::MemoryFormat::ChannelsLast);
+    by_type(y, [&](auto number, const char* type) {
+        using T = decltype(number);
+        launch(y, std::string("weave") + type, flat(y.numel()), &ella::weave<T>, numbers<T>(quarters), numbers<float>(bias), numbers<T>(y),
+               packs_of(y), static_cast<int>(height), static_cast<int>(width), static_cast<int>(channels), shift);
+    });
+    return y;
+}
+
+struct FrozenDouble : torch::autograd::Function<FrozenDouble> {
+    static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& back, const Tensor& bias) {
+        ctx->saved_data["back"] = back;
+        return woven(x, weight, bias, 0);
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const Tensor none;
+        return {convolved(channels_last(grads[0]), ctx->saved_data["back"].toTensor(), 2), none, none, none};
+    }
+};
+
+struct FrozenHalf : torch::autograd::Function<FrozenHalf> {
+    static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& back) {
+        TORCH_CHECK(x.size(2) % 2 == 0 && x.size(3) % 2 == 0, "a fused half takes even heights and widths, not ", x.sizes());
+        ctx->saved_data["back"] = back;
+        return convolved(x, weight, 2);
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const Tensor none;
+        return {woven(grads[0], ctx->saved_data["back"].toTensor(), none, 1), none, none};
+    }
+};
+
+// --- Feed-forward and residual ------------------------------------------------------------------------------------------------------------
 
 // `both` [.., 2D] as the result of half its width.
 Tensor halved(const Tensor& both) {
@@ -187,7 +284,7 @@ struct Geglu : torch::autograd::Function<Geglu> {
         const Tensor both = input.contiguous(), y = halved(both);
         by_type(both, [&](auto number, const char* type) {
             using T = decltype(number);
-            launch(y, std::string("geglu") + type, flat(y.numel()), &ella::geglu<T>, numbers<T>(both), numbers<T>(y), y.numel(),
+            launch(y, std::string("geglu") + type, flat(y.numel()), &ella::geglu<T>, numbers<T>(both), numbers<T>(y), packs_of(y),
                    static_cast<int>(y.size(-1)));
         });
         ctx->save_for_backward({both});
@@ -199,25 +296,25 @@ struct Geglu : torch::autograd::Function<Geglu> {
         by_type(both, [&](auto number, const char* type) {
             using T = decltype(number);
             launch(dy, std::string("geglu_back") + type, flat(dy.numel()), &ella::geglu_back<T>, numbers<T>(both), numbers<T>(dy),
-                   numbers<T>(dboth), dy.numel(), static_cast<int>(both.size(-1) / 2));
+                   numbers<T>(dboth), packs_of(dy), static_cast<int>(both.size(-1) / 2));
         });
         return {dboth};
     }
 };
 
-// Rows of a layer norm over the last axis.
+// Rows of a norm over the last axis, of which one thread holds at most so many packs at a time.
 struct Rows {
-    int N, D;
+    int N, D, lanes;
     Grid grid;
 
-    explicit Rows(const Tensor& x) {
+    Rows(const Tensor& x, int held) {
         D = static_cast<int>(x.size(-1));
         N = static_cast<int>(x.numel() / std::max(D, 1));
-        const int lanes = D / ella::VECTOR;
-        TORCH_CHECK(D % ella::VECTOR == 0 && lanes > 0 && lanes <= ella::MAX_THREADS, "a fused layer norm takes rows in multiples of ",
-                    ella::VECTOR, " up to ", ella::VECTOR * ella::MAX_THREADS, ", not ", D);
-        const int rows = std::min(ella::MAX_ROWS, ella::MAX_THREADS / lanes);
-        grid = {std::max(1, (N + rows - 1) / rows), 1, rows * lanes};
+        TORCH_CHECK(D % ella::VECTOR == 0 && D > 0 && D / ella::VECTOR <= held * ella::WARP, "a fused norm of rows takes multiples of ",
+                    ella::VECTOR, " up to ", static_cast<int64_t>(held) * ella::WARP * ella::VECTOR, ", not ", D);
+        for (lanes = 1; lanes < ella::WARP && lanes * ella::HELD * ella::VECTOR < D;) lanes *= 2;
+        const int rows = ella::ROW_THREADS / lanes;
+        grid = {std::max(1, (N + rows - 1) / rows), 1, ella::ROW_THREADS};
     }
 };
 
@@ -227,12 +324,13 @@ struct AddLayerNorm : torch::autograd::Function<AddLayerNorm> {
         const Tensor a = first.contiguous(), b = second ? second->contiguous() : Tensor();
         TORCH_CHECK(!second || a.sizes() == b.sizes(), "a fused residual takes two tensors of one shape, not ", a.sizes(), " and ", b.sizes());
         const Tensor sum = second ? at::empty_like(a) : a, y = at::empty_like(a);
-        const Rows n(a);
+        const Rows n(a, ella::HELD);
         const Tensor stats = at::empty({n.N, 2}, a.options().dtype(at::kFloat));
         by_type(a, [&](auto number, const char* type) {
             using T = decltype(number);
             launch(a, std::string("layer_norm") + type, n.grid, &ella::layer_norm<T>, numbers<T>(a), numbers<T>(b), numbers<T>(gamma),
-                   numbers<T>(beta), numbers<T>(sum), numbers<T>(y), numbers<float>(stats), n.N, n.D, static_cast<float>(eps));
+                   numbers<T>(beta), numbers<T>(sum), numbers<T>(y), numbers<float>(stats), n.N, n.D, n.lanes,
+                   static_cast<float>(eps));
         });
         ctx->set_materialize_grads(false);
         ctx->save_for_backward({sum, gamma, stats});
@@ -245,30 +343,34 @@ struct AddLayerNorm : torch::autograd::Function<AddLayerNorm> {
         const Tensor &x = saved[0], &gamma = saved[1], &stats = saved[2], none;
         const Tensor dy = grads[1].defined() ? grads[1].contiguous() : at::zeros_like(x);
         const Tensor more = grads[0].defined() ? grads[0].contiguous() : none, dx = at::empty_like(x);
-        const Rows n(x);
+        const Rows n(x, ella::HELD);
         by_type(x, [&](auto number, const char* type) {
             using T = decltype(number);
             launch(x, std::string("layer_norm_back") + type, n.grid, &ella::layer_norm_back<T>, numbers<T>(x), numbers<T>(gamma),
-                   numbers<float>(stats), numbers<T>(dy), numbers<T>(more), numbers<T>(dx), n.N, n.D);
+                   numbers<float>(stats), numbers<T>(dy), numbers<T>(more), numbers<T>(dx), n.N, n.D, n.lanes);
         });
         return {dx, ctx->saved_data["adds"].toBool() ? dx : none, none, none, none};
     }
 };
 
 struct AddBiased : torch::autograd::Function<AddBiased> {
-    static Tensor forward(AutogradContext*, const Tensor& first, const Tensor& second, const Tensor& bias) {
-        const Tensor a = channels_last(first), b = channels_last(second), y = at::empty_like(a);
-        TORCH_CHECK(a.sizes() == b.sizes() && bias.dim() == 1 && bias.size(0) == a.size(1) && a.size(1) % ella::VECTOR == 0,
-                    "a fused residual takes two maps of one shape and a bias, not ", a.sizes(), ", ", b.sizes(), " and ", bias.sizes());
+    static Tensor forward(AutogradContext* ctx, const Tensor& first, const Tensor& second, const std::optional<Tensor>& third, const Tensor& bias) {
+        const Tensor a = channels_last(first), b = channels_last(second), c = third ? channels_last(*third) : Tensor(), y = at::empty_like(a);
+        TORCH_CHECK(a.sizes() == b.sizes() && (!third || a.sizes() == c.sizes()) && bias.dim() == 1 && bias.size(0) == a.size(1) &&
+                        a.size(1) % ella::VECTOR == 0,
+                    "a fused residual takes maps of one shape and a bias, not ", a.sizes(), ", ", b.sizes(), " and ", bias.sizes());
         by_type(a, [&](auto number, const char* type) {
             using T = decltype(number);
-            launch(a, std::string("add_biased") + type, flat(a.numel()), &ella::add_biased<T>, numbers<T>(a), numbers<T>(b),
-                   numbers<float>(bias), numbers<T>(y), a.numel(), static_cast<int>(a.size(1)));
+            launch(a, std::string("add_biased") + type, flat(a.numel()), &ella::add_biased<T>, numbers<T>(a), numbers<T>(b), numbers<T>(c),
+                   numbers<float>(bias), numbers<T>(y), packs_of(a), static_cast<int>(a.size(1)));
         });
+        ctx->saved_data["three"] = third.has_value();
         return y;
     }
 
-    static variable_list backward(AutogradContext*, const variable_list& grads) { return {grads[0], grads[0], Tensor()}; }
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        return {grads[0], grads[0], ctx->saved_data["three"].toBool() ? grads[0] : Tensor(), Tensor()};
+    }
 };
 
 // --- Text encoders ------------------------------------------------------------------------------------------------------------------------
@@ -280,11 +382,11 @@ void refuse_gradient(const Tensor& x) {
 Tensor rms_norm(const Tensor& input, const Tensor& weight, double eps) {
     refuse_gradient(input);
     const Tensor x = input.contiguous(), y = at::empty_like(x);
-    const Rows n(x);
+    const Rows n(x, ella::MAX_THREADS / ella::WARP);
     by_type(x, [&](auto number, const char* type) {
         using T = decltype(number);
         launch(x, std::string("rms_norm") + type, n.grid, &ella::rms_norm<T>, numbers<T>(x), numbers<T>(weight), numbers<T>(y), n.N, n.D,
-               static_cast<float>(eps));
+               n.lanes, static_cast<float>(eps));
     });
     return y;
 }
@@ -294,7 +396,7 @@ Tensor gated_gelu(const Tensor& input) {
     const Tensor both = input.contiguous(), y = halved(both);
     by_type(both, [&](auto number, const char* type) {
         using T = decltype(number);
-        launch(y, std::string("gated_gelu") + type, flat(y.numel()), &ella::gated_gelu<T>, numbers<T>(both), numbers<T>(y), y.numel(),
+        launch(y, std::string("gated_gelu") + type, flat(y.numel()), &ella::gated_gelu<T>, numbers<T>(both), numbers<T>(y), packs_of(y),
                static_cast<int>(y.size(-1)));
     });
     return y;
@@ -311,17 +413,24 @@ void* given(Tensor tensor) { return new Tensor(std::move(tensor)); }
 const char* ella_error() { return ella_last_error.c_str(); }
 void ella_use_gpu(const EllaGpu* table) { gpu = table; }
 
-int ella_group_norm(const void* x, const void* gamma, const void* beta, const void* add, int64_t groups, double eps, int activate, void** past,
-                    void** y) {
+int ella_group_norm(const void* x, const void* second, const void* gamma, const void* beta, const void* add, int64_t groups, double eps,
+                    int activate, void** made) {
     return ella_guarded(1, [&] {
-        auto made = GroupNorm::apply(tensor_of(x), tensor_of(gamma), tensor_of(beta), maybe(add), groups, eps, activate != 0);
-        *past = given(made[0]);
-        *y = given(made[1]);
+        auto tensors = GroupNorm::apply(tensor_of(x), maybe(second), tensor_of(gamma), tensor_of(beta), maybe(add), groups, eps, activate != 0);
+        for (size_t i = 0; i < tensors.size(); ++i) made[i] = given(tensors[i]);
         return 0;
     });
 }
 void* ella_frozen_conv2d(const void* x, const void* weight, int64_t stride, int64_t padding) {
     return ella_guarded<void*>(nullptr, [&] { return given(FrozenConv::apply(tensor_of(x), tensor_of(weight), stride, padding)); });
+}
+void* ella_frozen_double(const void* x, const void* weight, const void* back, const void* bias) {
+    return ella_guarded<void*>(nullptr, [&] {
+        return given(FrozenDouble::apply(tensor_of(x), tensor_of(weight), tensor_of(back), tensor_of(bias)));
+    });
+}
+void* ella_frozen_half(const void* x, const void* weight, const void* back) {
+    return ella_guarded<void*>(nullptr, [&] { return given(FrozenHalf::apply(tensor_of(x), tensor_of(weight), tensor_of(back))); });
 }
 void* ella_geglu(const void* both) {
     return ella_guarded<void*>(nullptr, [&] { return given(Geglu::apply(tensor_of(both))); });
@@ -351,6 +460,6 @@ void* ella_rms_norm(const void* x, const void* weight, double eps) {
 void* ella_gated_gelu(const void* both) {
     return ella_guarded<void*>(nullptr, [&] { return given(gated_gelu(tensor_of(both))); });
 }
-void* ella_add_biased(const void* a, const void* b, const void* bias) {
-    return ella_guarded<void*>(nullptr, [&] { return given(AddBiased::apply(tensor_of(a), tensor_of(b), tensor_of(bias))); });
+void* ella_add_biased(const void* a, const void* b, const void* more, const void* bias) {
+    return ella_guarded<void*>(nullptr, [&] { return given(AddBiased::apply(tensor_of(a), tensor_of(b), maybe(more), tensor_of(bias))); });
 }

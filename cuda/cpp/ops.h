@@ -11,14 +11,17 @@ const char* ella_error();
 // From here on, operators on a GPU launch by this table.
 void ella_use_gpu(const EllaGpu* gpu);
 
-// Tensors are at::Tensor*; those returned are the caller's. See src/fused.rs. A norm gives what goes past it too: x, or a + b.
-int ella_group_norm(const void* x, const void* gamma, const void* beta, const void* add, int64_t groups, double eps, int activate, void** past,
-                    void** y);
+// Tensors are at::Tensor*; those returned are the caller's. See src/fused.rs and src/resize.rs. A norm gives what goes past it too: x, or a + b.
+// `second`, `add` and `more` may be null. The group norm makes two tensors, or three of an x of two parts.
+int ella_group_norm(const void* x, const void* second, const void* gamma, const void* beta, const void* add, int64_t groups, double eps,
+                    int activate, void** made);
 void* ella_frozen_conv2d(const void* x, const void* weight, int64_t stride, int64_t padding);
+void* ella_frozen_double(const void* x, const void* weight, const void* back, const void* bias);
+void* ella_frozen_half(const void* x, const void* weight, const void* back);
 void* ella_geglu(const void* both);
 void* ella_rms_norm(const void* x, const void* weight, double eps);
 void* ella_gated_gelu(const void* both);
-void* ella_add_biased(const void* a, const void* b, const void* bias);
+void* ella_add_biased(const void* a, const void* b, const void* more, const void* bias);
 
 // `b` may be null.
 int ella_add_layer_norm(const void* a, const void* b, const void* gamma, const void* beta, double eps, void** sum, void** y);

@@ -7,6 +7,12 @@ use std::ffi::{CStr, c_char, c_int};
 #[error("{0}")]
 pub struct Error(pub(crate) String);
 
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self(error.to_string())
+    }
+}
+
 /// The error of a function that returned `code`, if it failed; `text` gives its words.
 pub(crate) fn check(code: c_int, text: unsafe extern "C" fn() -> *const c_char) -> Result<(), Error> {
     if code == 0 { Ok(()) } else { Err(told(text)) }

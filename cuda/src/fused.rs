@@ -2,7 +2,7 @@
 //! gradient; activations do.
 //!
 //! All compute in float32 and take float32, bfloat16 or float16. Maps are `[B, C, H, W]` with a pixel's channels beside each other (channels-last; another
-//! layout is turned into it), C a multiple of 8. Norms need at most [`MOST_CHANNELS`].
+//! layout is turned into it), C a multiple of 8. Norms need at most [`MOST_CHANNELS`], or [`MOST_OF_ROW`].
 
 use std::ffi::c_int;
 
@@ -11,8 +11,10 @@ use tch::Tensor;
 use crate::ops::{self, returned};
 use crate::{Error, Result};
 
-/// The most channels of a norm.
+/// The most channels of a group norm, and of [`rms_norm`].
 pub const MOST_CHANNELS: i64 = 4096;
+/// The most channels of a layer norm, whose rows stay on the chip.
+pub const MOST_OF_ROW: i64 = 1280;
 
 /// Which operators a network takes from here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,6 +23,8 @@ pub struct Fused {
     pub norm: bool,
     /// [`frozen_conv2d`], and its bias in whatever comes next.
     pub conv: bool,
+    /// [`FrozenDouble`](crate::resize::FrozenDouble) and [`FrozenHalf`](crate::resize::FrozenHalf).
+    pub resize: bool,
     /// [`geglu`] and [`gated_gelu`].
     pub gate: bool,
     /// One product for the queries, keys and values of an attention; and a text encoder's scores stay on the chip, as a U-Net's always do.
@@ -30,14 +34,19 @@ pub struct Fused {
 type Switch = fn(&mut Fused) -> &mut bool;
 
 /// The names in `ELLA_FUSED`, and the switches that they stand for.
-const SWITCHES: [(&str, Switch); 4] =
-    [("norm", |f| &mut f.norm), ("conv", |f| &mut f.conv), ("gate", |f| &mut f.gate), ("attention", |f| &mut f.attention)];
+const SWITCHES: [(&str, Switch); 5] = [
+    ("norm", |f| &mut f.norm),
+    ("conv", |f| &mut f.conv),
+    ("resize", |f| &mut f.resize),
+    ("gate", |f| &mut f.gate),
+    ("attention", |f| &mut f.attention),
+];
 
 impl Fused {
     /// None of them: libtorch's own operators only.
-    pub const NONE: Self = Self { norm: false, conv: false, gate: false, attention: false };
+    pub const NONE: Self = Self { norm: false, conv: false, resize: false, gate: false, attention: false };
     /// All of them.
-    pub const ALL: Self = Self { norm: true, conv: true, gate: true, attention: true };
+    pub const ALL: Self = Self { norm: true, conv: true, resize: true, gate: true, attention: true };
 
     /// What the environment variable `ELLA_FUSED` says: `all`, `none`, or names beside commas; nothing if it is not set.
     ///
@@ -65,38 +74,85 @@ impl Fused {
     }
 }
 
+/// A feature map `[B, C, H, W]`, or two of one kind and size of which the second's channels follow the first's; each in multiples of 8.
+#[derive(Debug)]
+pub struct Joined {
+    /// The map, or its first channels.
+    pub first: Tensor,
+    /// Its others.
+    pub second: Option<Tensor>,
+}
+
+impl From<Tensor> for Joined {
+    fn from(first: Tensor) -> Self {
+        Self { first, second: None }
+    }
+}
+
+impl Joined {
+    /// The map as one tensor.
+    ///
+    /// # Errors
+    /// Two maps that do not fit.
+    pub fn one(&self) -> Result<Tensor> {
+        match &self.second {
+            Some(second) => Ok(Tensor::f_cat(&[&self.first, second], 1)?),
+            None => Ok(self.first.shallow_clone()),
+        }
+    }
+}
+
 /// `x`, and `act(groupnorm(x + add) · γ + β)`, statistics over each of `groups` groups of channels and all pixels. Who needs `x` beside the norm takes it from
 /// here: then both gradients are added up in one pass.
 ///
 /// # Shapes
-/// `x` `[B, C, H, W]`, `gamma` and `beta` `[C]` of its kind, `add` `[B, C]` float32, which may want a gradient; two of `x`'s shape and kind. `activate`: SiLU.
+/// `x` of C channels, `gamma` and `beta` `[C]` of its kind, `add` `[B, C]` float32, which may want a gradient; to `x`'s parts and `[B, C, H, W]`. `activate`:
+/// SiLU.
 ///
 /// # Errors
 /// A shape or kind that it does not take; CUDA's own.
 pub fn group_norm(
-    x: &Tensor,
+    x: &Joined,
     (gamma, beta): (&Tensor, &Tensor),
     add: Option<&Tensor>,
     (groups, eps): (i64, f64),
     activate: bool,
-) -> Result<(Tensor, Tensor)> {
-    let kinds = [gamma.f_kind(), beta.f_kind()].map(|kind| kind.ok());
-    if kinds != [x.f_kind().ok(); 2] {
-        return Err(Error(format!("a fused group norm takes weights of its input's kind {:?}, not {kinds:?}", x.kind())));
+) -> Result<(Joined, Tensor)> {
+    let Joined { first, second } = x;
+    let size = first.size();
+    let channels = size.get(1).copied().unwrap_or(0) + second.as_ref().map_or(0, |second| second.size().get(1).copied().unwrap_or(0));
+    let fits = |tensor: &Tensor| tensor.f_kind().ok() == first.f_kind().ok() && tensor.size() == [channels];
+    if !fits(gamma) || !fits(beta) {
+        let found = format!("{:?} {:?} and {:?} {:?}", gamma.kind(), gamma.size(), beta.kind(), beta.size());
+        return Err(Error(format!("a fused group norm takes {channels} weights of its input's kind {:?}, not {found}", first.kind())));
+    }
+    if let Some(second) = second
+        && (second.f_kind().ok() != first.f_kind().ok()
+            || second.dim() != 4
+            || [second.size()[0], second.size()[2], second.size()[3]] != [size[0], size[2], size[3]])
+    {
+        let found = format!("{:?} {:?}", second.kind(), second.size());
+        return Err(Error(format!("a fused group norm joins maps of one kind and size, not {:?} {size:?} and {found}", first.kind())));
     }
     if let Some(add) = add
-        && (add.kind() != tch::Kind::Float || !add.is_contiguous() || add.size() != x.size()[..2])
+        && (add.kind() != tch::Kind::Float || !add.is_contiguous() || add.size() != [size[0], channels])
     {
         return Err(Error(format!("a fused group norm adds float32 [B, C], not {:?} {:?}", add.kind(), add.size())));
     }
-    let none = std::ptr::null();
-    let add = add.map_or(none, Tensor::as_ptr);
-    let (activate, [mut past, mut y]) = (c_int::from(activate), [std::ptr::null_mut(); 2]);
-    // SAFETY: all tensors are alive while they are borrowed, null stands for nothing to add, and the pointers are to live pointers.
+    let (activate, mut made) = (c_int::from(activate), [std::ptr::null_mut(); 3]);
+    // SAFETY: all tensors are alive while they are borrowed, null stands for none, and as many tensors are made as there is room for.
     ops::check(unsafe {
-        ops::ella_group_norm(x.as_ptr(), gamma.as_ptr(), beta.as_ptr(), add, groups, eps, activate, &raw mut past, &raw mut y)
+        let (gamma, beta) = (gamma.as_ptr(), beta.as_ptr());
+        ops::ella_group_norm(first.as_ptr(), pointer(second.as_ref()), gamma, beta, pointer(add), groups, eps, activate, made.as_mut_ptr())
     })?;
-    Ok((returned(past)?, returned(y)?))
+    let [y, first, other] = made;
+    let second = second.as_ref().map(|_| returned(other)).transpose()?;
+    Ok((Joined { first: returned(first)?, second }, returned(y)?))
+}
+
+/// Null for none.
+fn pointer(tensor: Option<&Tensor>) -> *const torch_sys::C_tensor {
+    tensor.map_or(std::ptr::null(), |tensor| tensor.as_ptr())
 }
 
 /// A convolution without bias, whose gradient needs nothing of its input but the size: that is not kept.
@@ -127,7 +183,7 @@ pub fn geglu(both: &Tensor) -> Result<Tensor> {
 /// added up in one pass.
 ///
 /// # Shapes
-/// `x` and `more` `[.., D]`, D a multiple of 8 up to [`MOST_CHANNELS`], `gamma` and `beta` `[D]` of their kind; two of `x`'s shape and kind.
+/// `x` and `more` `[.., D]`, D a multiple of 8 up to [`MOST_OF_ROW`], `gamma` and `beta` `[D]` of their kind; two of `x`'s shape and kind.
 ///
 /// # Errors
 /// A shape or kind that it does not take; CUDA's own.
@@ -146,7 +202,7 @@ pub fn layer_norm(x: &Tensor, more: Option<&Tensor>, (gamma, beta): (&Tensor, &T
     if more.is_some_and(|more| more.f_kind().ok() != x.f_kind().ok()) {
         return Err(Error(format!("a fused residual takes two tensors of one kind, not {:?} and another", x.kind())));
     }
-    let (more, [mut sum, mut y]) = (more.map_or(std::ptr::null(), Tensor::as_ptr), [std::ptr::null_mut(); 2]);
+    let (more, [mut sum, mut y]) = (pointer(more), [std::ptr::null_mut(); 2]);
     // SAFETY: all tensors are alive while they are borrowed, null stands for nothing to add, and the pointers are to live pointers.
     ops::check(unsafe { ops::ella_add_layer_norm(x.as_ptr(), more, gamma.as_ptr(), beta.as_ptr(), eps, &raw mut sum, &raw mut y) })?;
     Ok((returned(sum)?, returned(y)?))
@@ -180,24 +236,20 @@ pub fn gated_gelu(both: &Tensor) -> Result<Tensor> {
     returned(unsafe { ops::ella_gated_gelu(both.as_ptr()) })
 }
 
-/// `a + b + bias`.
+/// `a + b + more + bias`.
 ///
 /// # Shapes
-/// `a` and `b` `[B, C, H, W]`, `bias` `[C]` float32; to the same shape.
+/// `a`, `b` and `more` `[B, C, H, W]`, `bias` `[C]` float32; to the same shape.
 ///
 /// # Errors
 /// A shape or kind that it does not take.
-pub fn add_biased(a: &Tensor, b: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    if bias.f_kind().ok() != Some(tch::Kind::Float) || a.f_kind().ok() != b.f_kind().ok() {
-        return Err(Error(format!(
-            "a fused residual takes maps of one kind and a float32 bias, not {:?}, {:?} and {:?}",
-            a.kind(),
-            b.kind(),
-            bias.kind()
-        )));
+pub fn add_biased(a: &Tensor, b: &Tensor, more: Option<&Tensor>, bias: &Tensor) -> Result<Tensor> {
+    let kinds: Vec<_> = [Some(a), Some(b), more].into_iter().flatten().map(Tensor::kind).collect();
+    if bias.f_kind().ok() != Some(tch::Kind::Float) || kinds.iter().any(|kind| *kind != a.kind()) {
+        return Err(Error(format!("a fused residual takes maps of one kind and a float32 bias, not {kinds:?} and {:?}", bias.kind())));
     }
-    // SAFETY: all tensors are alive while they are borrowed.
-    returned(unsafe { ops::ella_add_biased(a.as_ptr(), b.as_ptr(), bias.as_ptr()) })
+    // SAFETY: all tensors are alive while they are borrowed, and null stands for none.
+    returned(unsafe { ops::ella_add_biased(a.as_ptr(), b.as_ptr(), pointer(more), bias.as_ptr()) })
 }
 
 /// One update of AdamW with decoupled weight decay, as `torch.optim.AdamW` has it, and of a moving average of the weights.

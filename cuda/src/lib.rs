@@ -16,6 +16,7 @@ mod nvrtc;
 mod ops;
 pub mod precision;
 pub mod profile;
+pub mod resize;
 pub mod stream;
 
 pub use error::Error;

@@ -13,20 +13,27 @@ unsafe extern "C" {
     pub(crate) fn ella_use_gpu(table: *const Table);
     pub(crate) fn ella_group_norm(
         x: *const C_tensor,
+        second: *const C_tensor,
         gamma: *const C_tensor,
         beta: *const C_tensor,
         add: *const C_tensor,
         groups: i64,
         eps: c_double,
         activate: c_int,
-        past: *mut *mut C_tensor,
-        y: *mut *mut C_tensor,
+        made: *mut *mut C_tensor,
     ) -> c_int;
     pub(crate) fn ella_frozen_conv2d(x: *const C_tensor, weight: *const C_tensor, stride: i64, padding: i64) -> *mut C_tensor;
+    pub(crate) fn ella_frozen_double(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        back: *const C_tensor,
+        bias: *const C_tensor,
+    ) -> *mut C_tensor;
+    pub(crate) fn ella_frozen_half(x: *const C_tensor, weight: *const C_tensor, back: *const C_tensor) -> *mut C_tensor;
     pub(crate) fn ella_geglu(both: *const C_tensor) -> *mut C_tensor;
     pub(crate) fn ella_rms_norm(x: *const C_tensor, weight: *const C_tensor, eps: c_double) -> *mut C_tensor;
     pub(crate) fn ella_gated_gelu(both: *const C_tensor) -> *mut C_tensor;
-    pub(crate) fn ella_add_biased(a: *const C_tensor, b: *const C_tensor, bias: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn ella_add_biased(a: *const C_tensor, b: *const C_tensor, more: *const C_tensor, bias: *const C_tensor) -> *mut C_tensor;
     pub(crate) fn ella_add_layer_norm(
         a: *const C_tensor,
         b: *const C_tensor,

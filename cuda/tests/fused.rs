@@ -3,7 +3,8 @@
 mod common;
 
 use common::{devices, seed};
-use ella_cuda::fused::{self, AdamW};
+use ella_cuda::fused::{self, AdamW, Joined};
+use ella_cuda::resize::{FrozenDouble, FrozenHalf};
 use tch::{Device, Kind, Tensor};
 
 /// (kind, relative tolerance): float32 differs by the order of sums, 16-bit kinds by where they are rounded.
@@ -77,7 +78,8 @@ fn group_norms_agree_with_libtorchs() {
                     let add = adds.then(|| leaf(&shape[..2], 0.0, (Kind::Float, device)));
                     let wanted = plain_norm(&x, &gamma, &beta, add.as_ref(), groups, activate);
                     let input = laid_out(&x, channels_last);
-                    let (past, found) = fused::group_norm(&input, (&gamma, &beta), add.as_ref(), (groups, 1e-5), activate).unwrap();
+                    let (past, found) = fused::group_norm(&input.into(), (&gamma, &beta), add.as_ref(), (groups, 1e-5), activate).unwrap();
+                    let past = past.one().unwrap();
                     let what = format!("{device:?} {kind:?} {shape:?} mean {mean} act {activate} add {adds}");
                     assert_eq!(found.kind(), kind);
                     // A mean of 30 leaves so many digits fewer.
@@ -116,6 +118,100 @@ fn convolutions_agree_with_libtorchs_in_every_stride_and_padding() {
     }
 }
 
+/// A norm over two maps is that over the one that they make, and each gets its own part of the gradient, and what goes past.
+#[test]
+fn group_norms_of_two_maps_agree_with_that_of_one() {
+    seed(8);
+    for device in devices() {
+        for (kind, tolerance) in KINDS {
+            // The last group of the first map goes on in the second (48 channels in groups of 6, split at 32); pixels that no piece ends at.
+            for (channels, groups, adds) in [([32, 16], 8, true), ([32, 16], 8, false), ([8, 24], 2, false)] {
+                let [a, b] = channels.map(|channels| leaf(&[2, channels, 9, 7], 0.5, (kind, device)));
+                let all = channels[0] + channels[1];
+                let [gamma, beta] = [1.0, 0.0].map(|mean| leaf(&[all], mean, (kind, device)).detach());
+                let add = adds.then(|| leaf(&[2, all], 0.0, (Kind::Float, device)));
+                let x = Tensor::cat(&[&a, &b], 1);
+                let wanted = plain_norm(&x, &gamma, &beta, add.as_ref(), groups, true);
+                let joined = Joined { first: laid_out(&a, true), second: Some(b.shallow_clone()) };
+                let (past, found) = fused::group_norm(&joined, (&gamma, &beta), add.as_ref(), (groups, 1e-5), true).unwrap();
+                let what = format!("{device:?} {kind:?} {channels:?} add {adds}");
+                agree(&what, tolerance, &[past.one().unwrap(), found.shallow_clone()], &[x.shallow_clone(), wanted.shallow_clone()]);
+                let only = |past: &Tensor, norm: &Tensor| Tensor::cat(&[past.flatten(0, -1), norm.flatten(0, -1)], 0);
+                let first = (only(&past.first, &found), only(&a, &wanted));
+                let pairs = ways(&past.one().unwrap(), &found).into_iter().zip(ways(&x, &wanted)).chain([first]);
+                for (i, (found, wanted)) in pairs.enumerate() {
+                    let leaves: Vec<&Tensor> = [&a, &b].into_iter().chain(add.iter().filter(|_| i != 1)).collect();
+                    agree(&format!("{what}, gradient {i}"), 10.0 * tolerance, &gradients(&found, &leaves), &gradients(&wanted, &leaves));
+                }
+            }
+        }
+    }
+    let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+    let joined = Joined { first: ones(&[1, 8, 2, 2]), second: Some(ones(&[1, 8, 2, 3])) };
+    let error = fused::group_norm(&joined, (&ones(&[16]), &ones(&[16])), None, (2, 1e-5), true).unwrap_err().to_string();
+    assert!(error.contains("[1, 8, 2, 3]"), "{error}");
+}
+
+/// Changes of resolution by sums of weights agree with the convolutions that they stand for. Sums are rounded to 16 bits where the weights were.
+#[test]
+fn changes_of_resolution_agree_with_libtorchs() {
+    seed(9);
+    for device in devices() {
+        for (kind, tolerance) in [(Kind::Float, 5e-5), (Kind::BFloat16, 2e-2), (Kind::Half, 4e-3)] {
+            for (b, d, c, (h, w)) in [(2, 16, 24, (4, 6)), (1, 8, 8, (1, 1)), (3, 40, 8, (5, 3))] {
+                let what = format!("{device:?} {kind:?} {d} to {c} {h} × {w}");
+                let weight = (leaf(&[c, d, 3, 3], 0.0, (Kind::Float, device)).detach() / (9.0 * d as f64).sqrt()).to_kind(kind);
+                let bias = leaf(&[c], 0.0, (kind, device)).detach();
+                let wide = |x: &Tensor| x.to_kind(Kind::Float);
+
+                let x = leaf(&[b, d, h, w], 0.0, (kind, device));
+                let doubled = wide(&x).upsample_nearest2d([2 * h, 2 * w], None, None);
+                let wanted = doubled.conv2d(&wide(&weight), Some(wide(&bias)), [1; 2], [1; 2], [1, 1], 1).to_kind(kind);
+                let found = FrozenDouble::new(&weight, &bias).unwrap().forward(&laid_out(&x, true)).unwrap();
+                assert_eq!(found.kind(), kind);
+                agree(&format!("{what}, doubled"), tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
+                agree(&format!("{what}, doubled, gradient"), tolerance, &gradients(&found, &[&x]), &gradients(&wanted, &[&x]));
+
+                let x = leaf(&[b, d, 2 * h, 2 * w], 0.0, (kind, device));
+                let wanted = wide(&x).conv2d(&wide(&weight), None::<Tensor>, [2; 2], [1; 2], [1, 1], 1).to_kind(kind);
+                let found = FrozenHalf::new(&weight).unwrap().forward(&laid_out(&x, true)).unwrap();
+                agree(&format!("{what}, halved"), tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
+                agree(&format!("{what}, halved, gradient"), tolerance, &gradients(&found, &[&x]), &gradients(&wanted, &[&x]));
+            }
+        }
+    }
+    let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+    let error = FrozenDouble::new(&ones(&[8, 8, 5, 5]), &ones(&[8])).unwrap_err().to_string();
+    assert!(error.contains("[8, 8, 5, 5]"), "{error}");
+    let half = FrozenHalf::new(&ones(&[8, 8, 3, 3])).unwrap();
+    assert!(half.forward(&ones(&[1, 8, 3, 4])).unwrap_err().to_string().contains("even"));
+    let double = FrozenDouble::new(&ones(&[8, 8, 3, 3]), &ones(&[8])).unwrap();
+    assert!(double.forward(&ones(&[1, 16, 2, 2])).unwrap_err().to_string().contains("[1, 16, 2, 2]"));
+}
+
+/// Far from zero too, where almost all of a gate's slope is lost in 16 bits, and to the last digit that a kind has.
+#[test]
+fn gates_agree_over_their_whole_range() {
+    for device in devices() {
+        for (kind, epsilon) in [(Kind::Float, 2e-5), (Kind::BFloat16, 2.0f64.powi(-8)), (Kind::Half, 2.0f64.powi(-11))] {
+            let gate = (Tensor::arange(8192, (Kind::Float, Device::Cpu)) / 512.0 - 8.0).to_kind(kind).to_device(device).reshape([1024, 8]);
+            let both = Tensor::cat(&[&gate.ones_like(), &gate], 1).set_requires_grad(true);
+            let exact = both.detach().to_kind(Kind::Double).set_requires_grad(true);
+            let parts = exact.chunk(2, -1);
+            let (found, wanted) = (fused::geglu(&both).unwrap(), &parts[0] * parts[1].gelu("none"));
+            let slope = |y: &Tensor, of: &Tensor| Tensor::run_backward(&[y.sum(y.kind())], &[of], true, false).remove(0);
+            for (what, found, wanted) in
+                [("values", found.shallow_clone(), wanted.shallow_clone()), ("slopes", slope(&found, &both), slope(&wanted, &exact))]
+            {
+                // Of each number's own size, and of a hundredth where it is smaller: there float32 has no digits left either.
+                let distance = (found.to_kind(Kind::Double) - &wanted).abs() / wanted.abs().clamp_min(1e-2);
+                let distance = distance.max().double_value(&[]);
+                assert!(distance <= 1.1 * epsilon, "{device:?} {kind:?} {what}: {distance:e}");
+            }
+        }
+    }
+}
+
 #[test]
 fn geglu_agrees_with_libtorchs() {
     seed(3);
@@ -139,7 +235,7 @@ fn layer_norms_agree_with_libtorchs() {
     seed(6);
     for device in devices() {
         for (kind, tolerance) in KINDS {
-            for (shape, mean) in [(&[2, 13, 320][..], 0.0), (&[1, 1, 8], 0.0), (&[70, 16], 0.0), (&[5, 4096], 0.0), (&[3, 7, 1280], 20.0)] {
+            for (shape, mean) in [(&[2, 13, 320][..], 0.0), (&[1, 1, 8], 0.0), (&[70, 16], 0.0), (&[5, 296], 0.0), (&[3, 7, 1280], 20.0)] {
                 let [a, b] = [0; 2].map(|_| leaf(shape, mean, (kind, device)));
                 let [gamma, beta] = [1.0, 0.0].map(|mean| leaf(&shape[shape.len() - 1..], mean, (kind, device)).detach());
                 let plain = |x: &Tensor| {
@@ -174,6 +270,8 @@ fn layer_norms_agree_with_libtorchs() {
     assert!(fused::layer_norm(&ones(&[2, 16]), None, (&ones(&[16]), &ones(&[8])), 1e-5).unwrap_err().to_string().contains("[8]"));
     let error = fused::layer_norm(&ones(&[2, 16]), Some(&ones(&[1, 16])), (&ones(&[16]), &ones(&[16])), 1e-5).unwrap_err().to_string();
     assert!(error.contains("[1, 16]"), "{error}");
+    let error = fused::layer_norm(&ones(&[2, 1288]), None, (&ones(&[1288]), &ones(&[1288])), 1e-5).unwrap_err().to_string();
+    assert!(error.contains("up to 1280, not 1288"), "{error}");
 }
 
 #[test]
@@ -181,7 +279,7 @@ fn text_encoders_operators_agree_with_libtorchs() {
     seed(7);
     for device in devices() {
         for (kind, tolerance) in KINDS {
-            for shape in [&[2, 13, 64][..], &[5, 2048], &[1, 8]] {
+            for shape in [&[2, 13, 64][..], &[5, 4096], &[1, 8], &[9, 2064]] {
                 let x = leaf(shape, 0.5, (kind, device)).detach();
                 let weight = leaf(&shape[shape.len() - 1..], 1.0, (kind, device)).detach();
                 let wide = x.to_kind(Kind::Float);
@@ -207,13 +305,17 @@ fn residuals_agree_with_libtorchs() {
     seed(4);
     for device in devices() {
         for (kind, tolerance) in KINDS {
-            let [a, b] = [0; 2].map(|_| leaf(&[2, 40, 5, 3], 0.0, (kind, device)));
+            let [a, b, c] = [0; 3].map(|_| leaf(&[2, 40, 5, 3], 0.0, (kind, device)));
             let bias = leaf(&[40], 0.0, (Kind::Float, device)).detach();
-            let wanted = (a.to_kind(Kind::Float) + b.to_kind(Kind::Float) + bias.reshape([1, 40, 1, 1])).to_kind(kind);
-            // In two layouts: the result takes one.
-            let found = fused::add_biased(&laid_out(&a, true), &b, &bias).unwrap();
-            agree("residual", tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
-            agree("residual, gradient", tolerance, &gradients(&found, &[&a, &b]), &gradients(&wanted, &[&a, &b]));
+            for more in [None, Some(&c)] {
+                let leaves: Vec<&Tensor> = [&a, &b].into_iter().chain(more).collect();
+                let wide = |x: &Tensor| x.to_kind(Kind::Float);
+                let wanted = leaves.iter().fold(bias.reshape([1, 40, 1, 1]), |sum, x| sum + wide(x)).to_kind(kind);
+                // In two layouts: the result takes one.
+                let found = fused::add_biased(&laid_out(&a, true), &b, more, &bias).unwrap();
+                agree("residual", tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
+                agree("residual, gradient", tolerance, &gradients(&found, &leaves), &gradients(&wanted, &leaves));
+            }
         }
     }
 }
@@ -249,30 +351,31 @@ fn an_update_is_that_of_libtorchs_operators() {
     assert!(error.contains("not Float [4]"), "{error}");
 }
 
-/// Half precision is converted by hand on the processor: every bit pattern, there and back.
+/// Half precision is converted by hand on the processor, and two numbers at once on a GPU: every bit pattern, there and back.
 #[test]
 fn all_halves_and_bfloats_survive() {
-    for kind in [Kind::Half, Kind::BFloat16] {
+    for (kind, device) in devices().into_iter().flat_map(|device| [(Kind::Half, device), (Kind::BFloat16, device)]) {
         let bits: Vec<i16> = (i16::MIN..=i16::MAX).collect();
-        let all = Tensor::from_slice(&bits).view_dtype(kind).reshape([1, 8, 64, 128]);
+        let all = Tensor::from_slice(&bits).to_device(device).view_dtype(kind).reshape([1, 8, 64, 128]);
         let numbers = all.isfinite();
         let x = all.where_self(&numbers, &all.zeros_like());
         let zeros = x.zeros_like();
-        let back = fused::add_biased(&x, &zeros, &Tensor::zeros([8], (Kind::Float, Device::Cpu))).unwrap();
-        assert_eq!(back, x, "{kind:?}");
+        let back = fused::add_biased(&x, &zeros, None, &Tensor::zeros([8], (Kind::Float, device))).unwrap();
+        assert_eq!(back, x, "{device:?} {kind:?}");
     }
 }
 
 #[test]
 fn what_does_not_fit_is_refused_with_its_shape() {
     let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
-    let error = fused::group_norm(&ones(&[1, 12, 2, 2]), (&ones(&[12]), &ones(&[12])), None, (3, 1e-5), true).unwrap_err().to_string();
+    let error =
+        fused::group_norm(&ones(&[1, 12, 2, 2]).into(), (&ones(&[12]), &ones(&[12])), None, (3, 1e-5), true).unwrap_err().to_string();
     assert!(error.contains("12 in 3 groups"), "{error}");
     let double = ones(&[1, 16]).to_kind(Kind::Double);
     assert!(fused::geglu(&double).unwrap_err().to_string().contains("not Double"));
     assert!(fused::geglu(&ones(&[1, 12])).unwrap_err().to_string().contains("12"));
-    let error = fused::add_biased(&ones(&[1, 8, 2, 2]), &ones(&[1, 8, 2, 3]), &ones(&[8])).unwrap_err().to_string();
+    let error = fused::add_biased(&ones(&[1, 8, 2, 2]), &ones(&[1, 8, 2, 3]), None, &ones(&[8])).unwrap_err().to_string();
     assert!(error.contains("[1, 8, 2, 3]"), "{error}");
     let bias = ones(&[8]).to_kind(Kind::Half);
-    assert!(fused::add_biased(&ones(&[1, 8, 2, 2]), &ones(&[1, 8, 2, 2]), &bias).is_err());
+    assert!(fused::add_biased(&ones(&[1, 8, 2, 2]), &ones(&[1, 8, 2, 2]), None, &bias).is_err());
 }

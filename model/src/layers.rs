@@ -1,6 +1,6 @@
 //! Layers that the networks share. Weight names are the checkpoints'; norms compute in float32 whatever the input's kind.
 
-use ella_cuda::fused;
+use ella_cuda::fused::{self, Joined};
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
@@ -78,6 +78,22 @@ impl Conv2d {
         })
     }
 
+    /// It as the sum of two convolutions, of the first `channels` of the input and of the others; the first has the bias.
+    pub(crate) fn parted(&self, channels: i64) -> Result<[Self; 2]> {
+        let rest = self.weight.size()[1] - channels;
+        let part = |from, length, bias| -> Result<Self> {
+            // Copied as they lie: a slice of channels is no block of memory.
+            let weight = self.weight.f_narrow(1, from, length)?.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?;
+            Ok(Conv2d { weight, bias, stride: self.stride, padding: self.padding, fused: self.fused })
+        };
+        Ok([part(0, channels, self.bias.shallow_clone())?, part(channels, rest, self.bias.f_zeros_like()?)?])
+    }
+
+    /// The weights `[out, in, k, k]`.
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
     /// The kind that the weights are in, and inputs must be.
     pub fn kind(&self) -> Kind {
         self.weight.kind()
@@ -86,7 +102,7 @@ impl Conv2d {
     /// `[B, in, H, W]` to `[B, out, H', W']`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if self.fused {
-            return Ok(self.unbiased(x)?.f_add(&self.bias.f_reshape([1, -1, 1, 1])?)?);
+            return Ok(self.unbiased(x)?.f_add(&self.offset()?)?);
         }
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
         Ok(x.f_conv2d(&self.weight, Some(&self.bias), stride, padding, [1, 1], 1)?)
@@ -95,6 +111,11 @@ impl Conv2d {
     /// The same without the bias, as a fused operator: whatever comes next adds the [`bias`](Self::bias).
     pub(crate) fn unbiased(&self, x: &Tensor) -> Result<Tensor> {
         Ok(fused::frozen_conv2d(x, &self.weight, self.stride, self.padding)?)
+    }
+
+    /// The bias for a map: `[1, out, 1, 1]`.
+    pub(crate) fn offset(&self) -> Result<Tensor> {
+        Ok(self.bias.f_reshape([1, -1, 1, 1])?)
     }
 
     /// `[out]`, float32.
@@ -116,7 +137,7 @@ impl LayerNorm {
     /// With a learned scale and shift.
     pub fn new(p: &Params, width: i64, eps: f64) -> Result<Self> {
         let affine = (p.get("weight", &[width], Init::Ones)?, p.get("bias", &[width], Init::Zeros)?);
-        let fits = width % 8 == 0 && width <= fused::MOST_CHANNELS;
+        let fits = width % 8 == 0 && width <= fused::MOST_OF_ROW;
         Ok(LayerNorm { affine: Some(affine), width, eps, fused: fits && p.fused().norm })
     }
 
@@ -181,28 +202,30 @@ impl GroupNorm {
 
     /// [B, C, H, W] to the same shape and kind.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.past(x, None, false)?.1)
+        Ok(self.past(&x.shallow_clone().into(), None, false)?.1)
     }
 
     /// SiLU after the norm of `x` [B, C, H, W], to which `add` [B, C] float32 is added first.
     pub(crate) fn activated(&self, x: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
-        Ok(self.past(x, add, true)?.1)
+        Ok(self.past(&x.shallow_clone().into(), add, true)?.1)
     }
 
     /// `x`, and its norm as [`Self::activated`] or [`Self::forward`] has it. What goes past the norm is to be taken from here: the gradients of both may
     /// come in one pass.
-    pub(crate) fn past(&self, x: &Tensor, add: Option<&Tensor>, activate: bool) -> Result<(Tensor, Tensor)> {
-        let (kind, (weight, bias)) = (x.f_kind()?, &self.affine);
+    pub(crate) fn past(&self, x: &Joined, add: Option<&Tensor>, activate: bool) -> Result<(Joined, Tensor)> {
+        let (weight, bias) = &self.affine;
         if self.fused {
             return Ok(fused::group_norm(x, (weight, bias), add, (self.groups, self.eps), activate)?);
         }
+        let x = x.one()?;
+        let kind = x.f_kind()?;
         let mut wide = x.f_to_kind(Kind::Float)?;
         if let Some(add) = add {
             wide = wide.f_add(&add.f_unsqueeze(-1)?.f_unsqueeze(-1)?)?;
         }
         let (weight, bias) = float_pair(Some(&self.affine))?;
         let y = wide.f_group_norm(self.groups, weight.as_ref(), bias.as_ref(), self.eps, false)?.f_to_kind(kind)?;
-        Ok((x.shallow_clone(), if activate { silu(&y)? } else { y }))
+        Ok((x.into(), if activate { silu(&y)? } else { y }))
     }
 }
 

@@ -61,11 +61,13 @@ struct Walk<'a> {
     number: u64,
     /// Whether what comes next depends on the text: only then is anything kept.
     depends: bool,
+    /// Of each map that the way up takes beside its own: whether a norm on the way down keeps it.
+    skips: Vec<bool>,
 }
 
 /// What autograd keeps of the U-Net from the forward pass to the backward pass, by block in the order of the forward pass.
 pub fn unet_activations(config: &UNetConfig, pass: Pass) -> Vec<Figure> {
-    let mut walk = Walk { config, pass, number: pass.kind.elt_size_in_bytes() as u64, depends: false };
+    let mut walk = Walk { config, pass, number: pass.kind.elt_size_in_bytes() as u64, depends: false, skips: vec![false] };
     let levels = config.block_out_channels.len();
     let mut figures = Vec::new();
     for level in 0..levels {
@@ -99,6 +101,20 @@ pub fn unet_checkpointed(config: &UNetConfig, pass: Pass) -> Vec<Figure> {
     let largest = unet_activations(config, pass).into_iter().max_by_key(|figure| figure.bytes);
     let largest = largest.map(|figure| Figure { name: format!("{}, made again", figure.name), ..figure });
     std::iter::once(inputs).chain(largest).collect()
+}
+
+/// What the fused changes of resolution hold of weights beside the network's own: sums of them, for the way there and the way back.
+pub fn unet_resized(config: &UNetConfig, kind: Kind) -> Figure {
+    let halvings = config.halvings();
+    let squares = |levels: std::ops::Range<usize>| levels.map(|level| config.block_out_channels[level].unsigned_abs().pow(2)).sum::<u64>();
+    // Four kernels of 2 × 2 for the gradient of a half, four there and one of 4 × 4 back for a double.
+    let halves = if config.downsample_padding == 1 { 16 * squares(0..halvings) } else { 0 };
+    let (numbers, number) = (halves + 32 * squares(1..halvings + 1), kind.elt_size_in_bytes() as u64);
+    Figure {
+        name: "weights of changes of resolution".to_owned(),
+        bytes: numbers * number,
+        formula: format!("{numbers} sums of weights × {number} bytes"),
+    }
 }
 
 /// What one operation of the U-Net holds beside what is kept, at most: what it takes, makes, and the gradients of both.
@@ -175,6 +191,11 @@ impl Walk<'_> {
         if self.pass.fused.conv { 0 } else { channels * self.number }
     }
 
+    /// The same of a change of resolution.
+    fn resized(&self, channels: u64) -> u64 {
+        if self.pass.fused.resize { 0 } else { self.convolved(channels) }
+    }
+
     fn resnet(&mut self, input: u64, output: u64) -> Kept {
         // A norm that takes the map as it is has kept the shortcut's input already.
         let shortcut = if input == output || self.pass.fused.norm || self.number == FLOAT { 0 } else { self.convolved(input) };
@@ -212,13 +233,17 @@ impl Walk<'_> {
     fn down(&mut self, level: usize) -> Figure {
         let (c, places) = (self.channels(level), self.places(level));
         let mut kept = Kept::default();
-        for i in 0..self.config.layers_per_block[level] as usize {
+        let (layers, halves) = (self.config.layers_per_block[level] as usize, level < self.config.halvings());
+        for i in 0..layers {
             let input = if i == 0 { self.channels(level.saturating_sub(1)) } else { c };
             let depth = self.config.down_attention[level].then(|| self.config.down_transformers[level][i] as u64);
             kept = kept.and(self.layer(level, (input, c), depth));
+            // A fused norm keeps what comes next into it; downsampling has none.
+            self.skips.push(self.depends && !(halves && i + 1 == layers));
         }
-        if level < self.config.halvings() && self.depends {
-            kept.place += self.convolved(c); // of downsampling
+        if halves {
+            self.skips.push(self.depends);
+            kept.place += if self.depends { self.resized(c) } else { 0 };
         }
         self.figure(format!("down_blocks.{level}"), kept, places, 0)
     }
@@ -237,11 +262,14 @@ impl Walk<'_> {
         let mut kept = Kept::default();
         for j in 0..=last {
             let skip = if j == last { self.channels(level.saturating_sub(1)) } else { c };
+            // Fused, both maps are kept as they are, and the way down may have kept the skip already; else they become one.
+            let apart = self.pass.fused.norm && self.pass.fused.conv;
+            let skip = if self.skips.pop().unwrap_or_default() && apart { 0 } else { skip };
             let input = if j == 0 { self.channels((level + 1).min(self.config.halvings())) } else { c };
             let depth = self.config.up_attention[i].then(|| self.config.up_transformers[i][j] as u64);
             kept = kept.and(self.layer(level, (input + skip, c), depth));
         }
-        let larger = if level > 0 { self.places(level - 1) * self.convolved(c) } else { 0 };
+        let larger = if level > 0 { self.places(level - 1) * self.resized(c) } else { 0 };
         self.figure(format!("up_blocks.{i}"), kept, self.places(level), larger)
     }
 

@@ -117,7 +117,13 @@ fn what_autograd_keeps_of_a_u_net_is_what_was_reckoned() {
     let _alone = ALONE.lock();
     tch::set_num_threads(1);
     let ways = [(Kind::Float, Fused::NONE), (Kind::BFloat16, Fused::NONE), (Kind::Float, Fused::ALL), (Kind::BFloat16, Fused::ALL)];
-    let some = [Fused { norm: true, ..Fused::NONE }, Fused { conv: true, ..Fused::NONE }, Fused { gate: true, ..Fused::NONE }];
+    let some = [
+        Fused { norm: true, ..Fused::NONE },
+        Fused { conv: true, ..Fused::NONE },
+        Fused { norm: true, conv: true, ..Fused::NONE },
+        Fused { resize: true, ..Fused::NONE },
+        Fused { gate: true, ..Fused::NONE },
+    ];
     for (number, (name, config)) in configs().into_iter().enumerate() {
         // Each operator on its own with one of them.
         let some = some.into_iter().filter(|_| number == 0).map(|fused| (Kind::BFloat16, fused));

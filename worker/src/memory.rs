@@ -12,7 +12,7 @@ use ella_dataset::Manifest;
 use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
-use ella_model::memory::{Figure, Pass, connector_activations, unet_activations, unet_checkpointed, unet_workspace};
+use ella_model::memory::{Figure, Pass, connector_activations, unet_activations, unet_checkpointed, unet_resized, unet_workspace};
 use ella_model::params::Compute;
 use ella_model::part::Part;
 use ella_model::text::TextConfig;
@@ -156,6 +156,9 @@ impl Needs {
             figure("the step's sum", sum * params, format!("{params} parameters × {sum} bytes (train.reduction)")),
             figure("the step's gradient", 4 * params, format!("{params} parameters × 4 bytes, once it is summed")),
         ];
+        if self.fused.resize {
+            parts.push(unet_resized(&self.unet, device::kind(self.config.base.dtype)));
+        }
         if self.config.connector_dtype() == ConnectorDtype::Bf16 {
             parts.push(weights("the connector's weights as it computes", params, 2));
         }

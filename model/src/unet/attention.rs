@@ -185,7 +185,8 @@ impl Transformer {
 
     /// `x` [B, C, H, W] and `text` [B, L, D] to [B, C, H, W].
     pub(crate) fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
-        let (x, normed) = self.norm.past(x, None, false)?;
+        let (x, normed) = self.norm.past(&x.shallow_clone().into(), None, false)?;
+        let x = x.one()?;
         let tokens = normed.f_flatten(2, 3)?.f_transpose(1, 2)?; // [B, HW, C]
         let mut h = self.proj_in.forward(&tokens)?;
         for block in &self.blocks {

@@ -2,6 +2,7 @@
 //!
 //! diffusers 0.42, `models/unets/unet_2d_blocks.py`: `(CrossAttn)DownBlock2D`, `UNetMidBlock2DCrossAttn`, `(CrossAttn)UpBlock2D`.
 
+use ella_cuda::fused::Joined;
 use tch::Tensor;
 
 use super::UNetConfig;
@@ -34,19 +35,19 @@ struct Place<'a> {
 }
 
 impl Layer {
-    /// The `i`-th layer of a block at `place.level`, with `input` channels coming in.
-    fn new(p: &Params, i: i64, input: i64, place: Place, config: &UNetConfig) -> Result<Self> {
+    /// The `i`-th layer of a block at `place.level`, with so many channels coming in from the layer before and from a skip.
+    fn new(p: &Params, i: i64, input: (i64, i64), place: Place, config: &UNetConfig) -> Result<Self> {
         let Place { level, transformers } = place;
-        let channels = (input, config.block_out_channels[level]);
+        let output = config.block_out_channels[level];
         let depth = transformers.map(|depths| depths[i as usize]);
         Ok(Self {
-            resnet: Resnet::new(&p.at("resnets").at(i), channels, Some(config.time_embed_dim), norm(config))?,
+            resnet: Resnet::joining(&p.at("resnets").at(i), input, output, Some(config.time_embed_dim), norm(config))?,
             attention: depth.map(|depth| Transformer::new(&p.at("attentions").at(i), level, depth, config)).transpose()?,
         })
     }
 
-    fn forward(&self, x: &Tensor, c: Condition) -> Result<Tensor> {
-        let h = self.resnet.forward(x, Some(c.time))?;
+    fn forward(&self, x: Joined, c: Condition) -> Result<Tensor> {
+        let h = self.resnet.forward_joined(x, Some(c.time))?;
         match &self.attention {
             Some(attention) => attention.forward(&h, c.text),
             None => Ok(h),
@@ -72,7 +73,7 @@ impl DownBlock {
         let transformers = config.down_attention[level].then_some(config.down_transformers[level].as_slice());
         let place = Place { level, transformers };
         let input = |i| if i == 0 { channels[level.saturating_sub(1)] } else { channels[level] };
-        let layer = |i| Layer::new(p, i, input(i), place, config);
+        let layer = |i| Layer::new(p, i, (input(i), 0), place, config);
         let halves = level < config.halvings();
         let half = || Downsample::new(&p.at("downsamplers").at(0), channels[level], config.downsample_padding);
         Ok(Self {
@@ -90,7 +91,7 @@ impl DownBlock {
     pub(crate) fn forward(&self, x: Tensor, c: Condition, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x;
         for layer in &self.layers {
-            x = layer.forward(&x, c)?;
+            x = layer.forward(x.into(), c)?;
             skips.push(x.shallow_clone());
         }
         if let Some(downsample) = &self.downsample {
@@ -145,7 +146,7 @@ impl UpBlock {
         let skip = |j| if j == last { channels[level.saturating_sub(1)] } else { channels[level] };
         let input = |j| if j == 0 { below } else { channels[level] };
         let place = Place { level, transformers: config.up_attention[i].then_some(config.up_transformers[i].as_slice()) };
-        let layer = |j| Layer::new(p, j, input(j) + skip(j), place, config);
+        let layer = |j| Layer::new(p, j, (input(j), skip(j)), place, config);
         let double = || Upsample::new(&p.at("upsamplers").at(0), channels[level]);
         Ok(Self { layers: (0..=last).map(layer).collect::<Result<_>>()?, upsample: (level > 0).then(double).transpose()? })
     }
@@ -156,7 +157,7 @@ impl UpBlock {
         let mut x = x;
         for layer in &self.layers {
             let skip = skips.pop().ok_or_else(|| ModelError::argument("skips", "one for each layer", "none left"))?;
-            x = layer.forward(&Tensor::f_cat(&[&x, &skip], 1)?, c)?;
+            x = layer.forward(Joined { first: x, second: Some(skip) }, c)?;
         }
         match (&self.upsample, skips.last()) {
             (Some(upsample), Some(next)) => {
