@@ -32,7 +32,6 @@ namespace ella {
 
 constexpr int VECTOR = 8;         // numbers that a thread moves at once
 constexpr int MAX_THREADS = 512;  // of a block
-constexpr int WARP = 32;          // threads that can add up without meeting
 
 // bfloat16 and IEEE half, as they lie in memory.
 struct bf16 { unsigned short bits; };
