@@ -312,9 +312,9 @@ struct Rows {
     Rows(const Tensor& x, int held) {
         D = static_cast<int>(x.size(-1));
         N = static_cast<int>(x.numel() / std::max(D, 1));
-        TORCH_CHECK(D % ella::VECTOR == 0 && D > 0 && D / ella::VECTOR <= held * ella::ROW_LANES, "a fused norm of rows takes multiples of ",
-                    ella::VECTOR, " up to ", static_cast<int64_t>(held) * ella::ROW_LANES * ella::VECTOR, ", not ", D);
-        for (lanes = 1; lanes < ella::ROW_LANES && lanes * ella::HELD * ella::VECTOR < D;) lanes *= 2;
+        TORCH_CHECK(D % ella::VECTOR == 0 && D > 0 && D / ella::VECTOR <= held * ROW_LANES, "a fused norm of rows takes multiples of ",
+                    ella::VECTOR, " up to ", static_cast<int64_t>(held) * ROW_LANES * ella::VECTOR, ", not ", D);
+        for (lanes = 1; lanes < ROW_LANES && lanes * ella::HELD * ella::VECTOR < D;) lanes *= 2;
         const int rows = ella::ROW_THREADS / lanes;
         grid = {std::max(1, (N + rows - 1) / rows), 1, ella::ROW_THREADS};
     }
@@ -384,7 +384,7 @@ void refuse_gradient(const Tensor& x) {
 Tensor rms_norm(const Tensor& input, const Tensor& weight, double eps) {
     refuse_gradient(input);
     const Tensor x = input.contiguous(), y = at::empty_like(x);
-    const Rows n(x, ella::MAX_THREADS / ella::ROW_LANES);
+    const Rows n(x, ella::MAX_THREADS / ROW_LANES);
     by_type(x, [&](auto number, const char* type) {
         using T = decltype(number);
         launch(x, std::string("rms_norm") + type, n.grid, &ella::rms_norm<T>, numbers<T>(x), numbers<T>(weight), numbers<T>(y), n.N, n.D,
