@@ -43,14 +43,9 @@ fn named(config: &Config) -> Vec<Place> {
     let output = place("run.output", Kind::Output);
     match config {
         Config::Run(run) => {
-            let loras = run.base.loras.iter().map(|lora| place("base.loras", Kind::Model)(lora.file.clone()));
-            let own = [
-                output(run.run.output.clone()),
-                place("data.path", Kind::Output)(run.data.path.clone()),
-                place("base.model", Kind::Model)(run.base.model.clone()),
-                place("text.model", Kind::Model)(run.text.model.clone()),
-            ];
-            own.into_iter().chain(loras).collect()
+            let own = [output(run.run.output.clone()), place("data.path", Kind::Output)(run.data.path.clone())];
+            let models = run.models().map(|(key, model)| place(key, Kind::Model)(model.to_owned()));
+            own.into_iter().chain(models).collect()
         }
         Config::Job(job) => {
             let table: toml::Table = job.to_toml().parse().unwrap_or_default();

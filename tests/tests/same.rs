@@ -99,6 +99,43 @@ fn audit_sees_damage(run: &Run) -> Result<()> {
     Ok(())
 }
 
+/// The numbers of one of the last commit's files, without the header, which tells the step.
+fn numbers(run: &Run, file: usize) -> Result<Vec<u8>> {
+    let (_, bytes) = run.last_files()?.swap_remove(file);
+    let header = u64::from_le_bytes(bytes[..8].try_into()?) as usize;
+    Ok(bytes[8 + header..].to_vec())
+}
+
+/// A run that begins from a connector has its weights, whatever the seed; it resumes from its own commits, and only beside the same file.
+#[test]
+fn a_run_begins_from_a_connector() -> Result<()> {
+    let world = World::new(40)?;
+    let first = world.run("first", 3, "")?;
+    ella(&first.train(&["workers.count=1"]))?;
+    let exported = world.path("first.safetensors").display().to_string();
+    ella(&["export", &first.output.display().to_string(), "--out", &exported])?;
+
+    // A rate of 0 leaves weights as they are.
+    let from = format!("connector.from={exported}");
+    let still = world.run("still", 1, "")?;
+    ella(&still.train(&["workers.count=2", "run.seed=9", "train.optimizer.lr=0", &from]))?;
+    let [connector, average] = [0, 1].map(|file| numbers(&still, file));
+    let (connector, average) = (connector?, average?);
+    assert!(connector == numbers(&first, 0)?, "other weights than those that the run began from");
+    assert!(average == connector, "the moving average does not begin with the weights");
+
+    let trains = world.run("trains", 4, "[checkpoint]\nevery = 2\n")?;
+    ella(&trains.train(&["workers.count=1", &from, "train.steps=2"]))?;
+    ella(&trains.train(&["workers.count=2", &from]))?;
+    let whole = world.run("whole", 4, "[checkpoint]\nevery = 2\n")?;
+    ella(&whole.train(&["workers.count=1", &from]))?;
+    assert!(trains.last_files()? == whole.last_files()?, "a resumed run trained other bytes");
+    let other = try_ella(&trains.train(&["workers.count=1", "train.steps=6"]))?;
+    let said = String::from_utf8_lossy(&other.stderr);
+    assert!(!other.status.success() && said.contains("models"), "{said}");
+    Ok(())
+}
+
 /// A resume reads every byte of its commit first. One that is damaged is given up, loudly, for the one before; the end is the same.
 #[test]
 fn a_damaged_commit_is_given_up_for_the_one_before() -> Result<()> {

@@ -13,6 +13,7 @@ use ella_model::lora::Lora;
 use ella_model::schedule::Prediction;
 use ella_model::unet::UNetConfig;
 use ella_model::vae::{Vae, VaeConfig};
+use ella_model::weights::Weights;
 use ella_proto::config::{self, ConnectorDtype, ConnectorKind as Wanted, RunConfig};
 use ella_store::{Digest, Hasher};
 use std::path::{Path, PathBuf};
@@ -51,11 +52,16 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
 
     let sizes = connector_config(config, unet.config(), text.width)?;
     let layout = Arc::new(Layout::new(Connector::layout(&sizes)?));
-    let first = Connector::init(&sizes, config.run.seed, device)?;
+    let from = config.connector.from.as_ref().map(|file| Weights::open(&locate("connector.from", file)?)).transpose()?;
+    let begun_from = from.as_ref().map(Weights::digest);
+    let first = match from {
+        Some(weights) => begun(&sizes, weights, device)?,
+        None => Connector::init(&sizes, config.run.seed, device)?,
+    };
     let values: Vec<_> = first.tensors().iter().map(|(_, t)| t.shallow_clone()).collect();
     let state = TrainState::fresh(layout.clone(), layout.gather(&values, device)?)?;
     let connector = Connector::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
-    let digest = models_digest(&base, &loras, &text)?;
+    let digest = models_digest(&base, &loras, &text, begun_from.as_deref())?;
     let train = &config.train;
     let checkpointing = train.gradient_checkpointing;
     let connector_kind = match config.connector_dtype() {
@@ -157,7 +163,31 @@ pub(crate) fn check_latents(unet: &UNetConfig, vae: &VaeConfig, base: &Path) -> 
     Ok(())
 }
 
-fn models_digest(base: &Base, loras: &[Lora], text: &TextIdentity) -> Result<Digest, ModelError> {
+/// The connector of a file, which must be of the config's kind and sizes.
+fn begun(sizes: &ConnectorConfig, weights: Weights, device: Device) -> Result<Connector, ModelError> {
+    let found = ConnectorConfig::of_file(&weights, sizes.heads)?;
+    if found.kind != sizes.kind {
+        let name = format!("{}: connector.from", weights.path().display());
+        let rule = format!("a connector of connector.kind = \"{}\"", sizes.kind.name());
+        return Err(ModelError::argument(name, rule, found.kind.name()));
+    }
+    let pairs = [
+        ("width", "base's cross_attention_dim", found.width, sizes.width),
+        ("layers", "connector.layers", found.layers, sizes.layers),
+        ("latents", "connector.latents", found.latents, sizes.latents),
+        ("text width", "text.model's width", found.text_width, sizes.text_width),
+        ("time channels", "one that ella trains", found.time_channel, sizes.time_channel),
+        ("time embedding width", "connector's width", found.time_embed_dim, sizes.time_embed_dim),
+        ("pooled width", "base's", found.pooled.unwrap_or(0), sizes.pooled.unwrap_or(0)),
+    ];
+    if let Some((what, whose, found, wanted)) = pairs.into_iter().find(|(.., found, wanted)| found != wanted) {
+        let name = format!("{}: the {what} of connector.from", weights.path().display());
+        return Err(ModelError::argument(name, format!("the {whose}, {wanted}"), found));
+    }
+    Connector::from_weights(weights, sizes.heads, Kind::Float, device)
+}
+
+fn models_digest(base: &Base, loras: &[Lora], text: &TextIdentity, from: Option<&str>) -> Result<Digest, ModelError> {
     let mut hasher = Hasher::new();
     for part in [base.unet_part()?, base.vae_part()?] {
         hasher.update(part.fingerprint().as_bytes());
@@ -167,5 +197,8 @@ fn models_digest(base: &Base, loras: &[Lora], text: &TextIdentity) -> Result<Dig
         hasher.update(lora.fingerprint().as_bytes());
     }
     hasher.update(text.weights_digest.as_bytes()).update(text.tokenizer_digest.as_bytes());
+    if let Some(from) = from {
+        hasher.update(from.as_bytes());
+    }
     Ok(hasher.finish())
 }

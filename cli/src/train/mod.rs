@@ -71,8 +71,7 @@ struct Trained {
 
 /// Downloads models that are named by hub ids, here where progress is seen and no worker's deadline runs. Paths are the workers' matter.
 pub(crate) fn have_models(config: &RunConfig) -> Result<(), Fail> {
-    let loras = config.base.loras.iter().map(|lora| ("base.loras", &lora.file));
-    for (key, model) in [("base.model", &config.base.model), ("text.model", &config.text.model)].into_iter().chain(loras) {
+    for (key, model) in config.models() {
         if HubId::parse(model).is_none() {
             continue;
         }

@@ -52,12 +52,10 @@ struct Check<'a> {
 impl Check<'_> {
     /// A config is kept in the run's folder, shown and logged: no secret may stand in it.
     fn places(&self) -> Result<(), ConfigError> {
-        let RunConfig { run, base, text, data, .. } = self.config;
-        let named = [("run.output", &run.output), ("base.model", &base.model), ("text.model", &text.model), ("data.path", &data.path)];
-        let loras = base.loras.iter().map(|lora| ("base.loras", &lora.file));
-        for (key, place) in named.into_iter().chain(loras) {
+        let RunConfig { run, data, .. } = self.config;
+        for (key, place) in [("run.output", run.output.as_str()), ("data.path", &data.path)].into_iter().chain(self.config.models()) {
             let bare = bare(place);
-            if bare != *place {
+            if bare != place {
                 return Err(self.wrong(key, format!("{bare} and more"), BARE.to_owned()));
             }
         }

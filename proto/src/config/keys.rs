@@ -30,7 +30,7 @@ pub(super) fn full() -> RunConfig {
             cache: Some(PathBuf::new()),
             cache_bytes: 1,
         },
-        connector: Connector { width: Some(1), dtype: Some(ConnectorDtype::Fp32), ..Connector::default() },
+        connector: Connector { width: Some(1), dtype: Some(ConnectorDtype::Fp32), from: Some(String::new()), ..Connector::default() },
         train: Train { snr_gamma: Some(1.0), ..Train::default() },
         sample: Sample {
             prompts_file: Some(PathBuf::new()),

@@ -168,10 +168,13 @@ pub struct Connector {
     /// What it computes in; left out: bfloat16 if the base does, else float32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<ConnectorDtype>,
+    /// A connector's file, or the hub id of one, whose weights training begins from; left out: random ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
 }
 
 impl Default for Connector {
     fn default() -> Self {
-        Self { kind: ConnectorKind::Tsc, width: None, layers: 6, heads: 8, latents: 64, dtype: None }
+        Self { kind: ConnectorKind::Tsc, width: None, layers: 6, heads: 8, latents: 64, dtype: None, from: None }
     }
 }

@@ -36,7 +36,7 @@ pub struct RunConfig {
 }
 
 /// Models and data count by what is in their files, which commits bind, not by where they lie.
-const BY_CONTENT: [&str; 4] = ["base.model", "base.loras", "text.model", "data.path"];
+const BY_CONTENT: [&str; 5] = ["base.model", "base.loras", "text.model", "connector.from", "data.path"];
 
 /// Whether a key may have another value when a run is resumed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,13 @@ pub struct Run {
 }
 
 impl RunConfig {
+    /// The models that it names, each by its key.
+    pub fn models(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let loras = self.base.loras.iter().map(|lora| ("base.loras", lora.file.as_str()));
+        let from = self.connector.from.iter().map(|file| ("connector.from", file.as_str()));
+        [("base.model", self.base.model.as_str()), ("text.model", &self.text.model)].into_iter().chain(loras).chain(from)
+    }
+
     /// Reads a config file and applies overrides of the form `section.key=value`.
     pub fn load(path: &std::path::Path, overrides: &[String]) -> Result<Self, ConfigError> {
         Self::parse(&text_of(path)?, &path.display().to_string(), overrides)

@@ -113,6 +113,31 @@ fn settings_that_a_base_model_does_not_bear_are_named() -> Result<()> {
 }
 
 #[test]
+fn a_connector_that_training_cannot_begin_from_is_named() -> Result<()> {
+    let shared = shared()?;
+    let from = |name: &str, file: &str, further: &[&str], words: &[&str]| {
+        let file = format!("connector.from={file}");
+        shared.train_refused(name, &[&[file.as_str()], further].concat(), PERMANENT, words)
+    };
+    let connector = shared.path(CONNECTOR);
+    from("begin-nowhere", &shared.path("no-such.safetensors"), &[], &["no-such.safetensors", "not found", "connector.from"])?;
+    from("begin-base", &shared.path(&format!("models/base/{UNET}")), &[], &["unet", "connector"])?;
+    from(
+        "other-kind",
+        &connector,
+        &["connector.kind=\"resampler\""],
+        &["connector.safetensors", "connector.kind", "resampler", "found tsc"],
+    )?;
+    from(
+        "other-layers",
+        &connector,
+        &["connector.layers=5"],
+        &["connector.safetensors", "layers of connector.from", "connector.layers, 5"],
+    )?;
+    from("other-latents", &connector, &["connector.latents=3"], &["connector.safetensors", "connector.latents, 3"])
+}
+
+#[test]
 fn a_base_models_settings_are_checked_before_its_weights() -> Result<()> {
     let shared = shared()?;
     let sample = |name: &str, file: &str, field: &str, value: serde_json::Value, words: &[&str]| -> Result<()> {
