@@ -52,7 +52,7 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
 
     let sizes = connector_config(config, unet.config(), text.width)?;
     let layout = Arc::new(Layout::new(Connector::layout(&sizes)?));
-    let from = config.connector.from.as_ref().map(|file| Weights::open(&locate("connector.from", file)?)).transpose()?;
+    let from = config.connector.from.as_ref().map(|file| connector_file(file)).transpose()?;
     let begun_from = from.as_ref().map(Weights::digest);
     let first = match from {
         Some(weights) => begun(&sizes, weights, device)?,
@@ -161,6 +161,16 @@ pub(crate) fn check_latents(unet: &UNetConfig, vae: &VaeConfig, base: &Path) -> 
         return Err(ModelError::argument(name, format!("the VAE's latent_channels, {latents}"), unet.out_channels));
     }
     Ok(())
+}
+
+/// The file that `connector.from` names.
+fn connector_file(named: &str) -> Result<Weights, ModelError> {
+    let file = locate("connector.from", named)?;
+    if file.is_dir() {
+        let expected = "a connector's safetensors file, as connector.from names it, and not a folder".to_owned();
+        return Err(ModelError::MissingFile { file, expected });
+    }
+    Weights::open(&file)
 }
 
 /// The connector of a file, which must be of the config's kind and sizes.

@@ -384,7 +384,9 @@ fn than_text(than: Than) -> String {
 pub(super) fn advice(field: Field) -> &'static str {
     match field {
         Field::Data => "all workers, and every resume, must read the data set that the run began with",
-        Field::Models => "all workers, and every resume, must load the base and text models that the run began with",
+        Field::Models => {
+            "all workers, and every resume, must load the models that the run began with: base, LoRAs, text, and connector.from"
+        }
         _ => "ranks must compute the same bits: look for unlike hardware or builds, or for memory errors",
     }
 }

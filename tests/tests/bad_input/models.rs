@@ -121,6 +121,7 @@ fn a_connector_that_training_cannot_begin_from_is_named() -> Result<()> {
     };
     let connector = shared.path(CONNECTOR);
     from("begin-nowhere", &shared.path("no-such.safetensors"), &[], &["no-such.safetensors", "not found", "connector.from"])?;
+    from("begin-folder", &shared.path("models/base"), &[], &["models/base", "not a folder", "connector.from"])?;
     from("begin-base", &shared.path(&format!("models/base/{UNET}")), &[], &["unet", "connector"])?;
     from(
         "other-kind",
