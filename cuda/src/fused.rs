@@ -102,6 +102,14 @@ impl Joined {
     }
 }
 
+/// The same values `[A, B, C, D]`, those of B beside each other.
+///
+/// # Errors
+/// libtorch's own.
+pub fn channels_last(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?)
+}
+
 /// `x`, and `act(groupnorm(x + add) · γ + β)`, statistics over each of `groups` groups of channels and all pixels. Who needs `x` beside the norm takes it from
 /// here: then both gradients are added up in one pass.
 ///

@@ -3,6 +3,7 @@
 
 use tch::Tensor;
 
+use crate::fused::channels_last;
 use crate::ops::{self, returned};
 use crate::{Error, Result};
 
@@ -24,15 +25,15 @@ impl FrozenDouble {
     /// # Errors
     /// A shape that it does not take; libtorch's own.
     pub fn new(weight: &Tensor, bias: &Tensor) -> Result<Self> {
-        let (c, d) = square(weight)?;
+        let ((c, d), kind) = (square(weight)?, weight.f_kind()?);
         // Of the upper and the lower pixel of a pair, and the row before and behind the border that it is at: which of the three rows of weights.
         let rows = [[[1., 0., 0.], [0., 1., 1.]], [[1., 1., 0.], [0., 0., 1.]]];
         let quarters = summed(weight, &rows)?; // [2, 2, C, D, 2, 2]
         // From the input's pixel: the rows 2 i - 1 to 2 i + 2 of the output that it is in, and as what.
         let back = summed(weight, &[[[0., 0., 1.], [0., 1., 1.], [1., 1., 0.], [1., 0., 0.]]])?;
         Ok(Self {
-            weight: channels_last(&quarters.f_reshape([4 * c, d, 2, 2])?, weight.f_kind()?)?,
-            back: channels_last(&back.f_reshape([c, d, 4, 4])?.f_transpose(0, 1)?, weight.f_kind()?)?,
+            weight: channels_last(&quarters.f_reshape([4 * c, d, 2, 2])?.f_to_kind(kind)?)?,
+            back: channels_last(&back.f_reshape([c, d, 4, 4])?.f_transpose(0, 1)?.f_to_kind(kind)?)?,
             bias: bias.f_to_kind(tch::Kind::Float)?,
         })
     }
@@ -66,7 +67,8 @@ impl FrozenHalf {
         // Of the upper and the lower pixel of a pair: which row of weights the output's row at it takes, and the row behind.
         let rows = [[[0., 1., 0.], [0., 0., 0.]], [[0., 0., 1.], [1., 0., 0.]]];
         let back = summed(weight, &rows)?.f_transpose(2, 3)?; // [2, 2, D, C, 2, 2]
-        Ok(Self { weight: weight.shallow_clone(), back: channels_last(&back.f_reshape([4 * d, c, 2, 2])?, weight.f_kind()?)? })
+        let back = channels_last(&back.f_reshape([4 * d, c, 2, 2])?.f_to_kind(weight.f_kind()?)?)?;
+        Ok(Self { weight: weight.shallow_clone(), back })
     }
 
     /// `[B, D, H, W]`, H and W even, to `[B, C, H/2, W/2]`.
@@ -92,9 +94,4 @@ fn summed<const K: usize>(weight: &Tensor, rows: &[[[f32; 3]; K]]) -> Result<Ten
     let (places, wide) = (rows.len() as i64, weight.f_to_kind(tch::Kind::Float)?);
     let shares = Tensor::f_from_slice(rows.as_flattened().as_flattened())?.f_view([places, K as i64, 3])?.f_to_device(weight.device())?;
     Ok(Tensor::f_einsum("pax,qby,cdxy->pqcdab", &[&shares, &shares, &wide], None::<i64>)?)
-}
-
-/// In `kind`, a pixel's channels beside each other.
-fn channels_last(weight: &Tensor, kind: tch::Kind) -> Result<Tensor> {
-    Ok(weight.f_to_kind(kind)?.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?)
 }

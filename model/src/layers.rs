@@ -83,7 +83,7 @@ impl Conv2d {
         let rest = self.weight.size()[1] - channels;
         let part = |from, length, bias| -> Result<Self> {
             // Copied as they lie: a slice of channels is no block of memory.
-            let weight = self.weight.f_narrow(1, from, length)?.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?;
+            let weight = fused::channels_last(&self.weight.f_narrow(1, from, length)?)?;
             Ok(Conv2d { weight, bias, stride: self.stride, padding: self.padding, fused: self.fused })
         };
         Ok([part(0, channels, self.bias.shallow_clone())?, part(channels, rest, self.bias.f_zeros_like()?)?])

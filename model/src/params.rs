@@ -7,7 +7,7 @@ use std::fmt::Display;
 use std::path::Path;
 use std::rc::Rc;
 
-use ella_cuda::fused::Fused;
+use ella_cuda::fused::{Fused, channels_last};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{ModelError, Result};
@@ -204,11 +204,6 @@ impl Params {
     fn full(&self, name: &dyn Display) -> String {
         if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
     }
-}
-
-/// The same values `[A, B, C, D]`, those of B beside each other.
-fn channels_last(tensor: &Tensor) -> Result<Tensor> {
-    Ok(tensor.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?)
 }
 
 /// What errors name where there is no file.
