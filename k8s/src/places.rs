@@ -138,6 +138,13 @@ mod tests {
     #[test]
     fn what_no_pod_could_reach_is_refused_by_key() {
         assert_eq!(said(&run("s3://b/r", "s3://b/d", "org/sd15"), None), "");
+        let from = Config::parse(
+            "[run]\noutput = \"s3://b/r\"\n[base]\nmodel = \"org/sd15\"\n[text]\nmodel = \"org/t5\"\n[data]\npath = \"s3://b/d\"\n\
+             [connector]\nfrom = \"/m/c.safetensors\"\n",
+            "run.toml",
+            &[],
+        );
+        assert!(said(&from.unwrap(), None).starts_with("`connector.from` is \"/m/c.safetensors\""));
         assert!(
             said(&run("runs/a", "s3://b/d", "org/sd15"), None).starts_with("`run.output` is \"runs/a\", but pods see no files of this")
         );

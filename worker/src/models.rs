@@ -181,18 +181,9 @@ fn begun(sizes: &ConnectorConfig, weights: Weights, device: Device) -> Result<Co
         let rule = format!("a connector of connector.kind = \"{}\"", sizes.kind.name());
         return Err(ModelError::argument(name, rule, found.kind.name()));
     }
-    let pairs = [
-        ("width", "base's cross_attention_dim", found.width, sizes.width),
-        ("layers", "connector.layers", found.layers, sizes.layers),
-        ("latents", "connector.latents", found.latents, sizes.latents),
-        ("text width", "text.model's width", found.text_width, sizes.text_width),
-        ("time channels", "one that ella trains", found.time_channel, sizes.time_channel),
-        ("time embedding width", "connector's width", found.time_embed_dim, sizes.time_embed_dim),
-        ("pooled width", "base's", found.pooled.unwrap_or(0), sizes.pooled.unwrap_or(0)),
-    ];
-    if let Some((what, whose, found, wanted)) = pairs.into_iter().find(|(.., found, wanted)| found != wanted) {
-        let name = format!("{}: the {what} of connector.from", weights.path().display());
-        return Err(ModelError::argument(name, format!("the {whose}, {wanted}"), found));
+    if let Some((name, wanted, found)) = sizes.difference(&found) {
+        let what = format!("{}: the {name} of connector.from", weights.path().display());
+        return Err(ModelError::argument(what, format!("{wanted}, as the config, the base and the text model have it"), found));
     }
     Connector::from_weights(weights, sizes.heads, Kind::Float, device)
 }
@@ -211,4 +202,39 @@ fn models_digest(base: &Base, loras: &[Lora], text: &TextIdentity, from: Option<
         hasher.update(from.as_bytes());
     }
     Ok(hasher.finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ella_model::connector;
+
+    /// A connector of each kind, with a pooled head and without, begins a run of its sizes and of no other; what its kind does not have counts for nothing.
+    #[test]
+    fn a_connector_of_each_kind_begins_a_run_of_its_sizes() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("connector.safetensors");
+        let kinds = [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler, ConnectorKind::Mlp];
+        for (kind, pooled) in kinds.into_iter().flat_map(|kind| [(kind, None), (kind, Some(24))]) {
+            let sizes = ConnectorConfig { layers: 2, heads: 4, latents: 3, pooled, ..ConnectorConfig::new(kind, 16, 12) };
+            let made = Connector::init(&sizes, 1, Device::Cpu).unwrap();
+            connector::save(&file, made.tensors(), Kind::Float).unwrap();
+            let begun = |sizes: &ConnectorConfig| begun(sizes, Weights::open(&file).unwrap(), Device::Cpu);
+            let found = begun(&sizes).unwrap();
+            assert!(made.tensors().iter().zip(found.tensors()).all(|((a, x), (b, y))| a == b && x == y), "{kind:?}");
+
+            let has_blocks = kind != ConnectorKind::Mlp;
+            for other in [ConnectorConfig { layers: 1, ..sizes.clone() }, ConnectorConfig { latents: 5, ..sizes.clone() }] {
+                assert_eq!(begun(&other).is_err(), has_blocks, "{kind:?}");
+            }
+            let pooled = if pooled.is_some() { None } else { Some(24) };
+            for other in [ConnectorConfig { text_width: 13, ..sizes.clone() }, ConnectorConfig { pooled, ..sizes.clone() }] {
+                let error = begun(&other).unwrap_err().to_string();
+                assert!(error.contains("connector.safetensors: the ") && error.contains("of connector.from"), "{error}");
+            }
+            let kind = kinds[(kinds.iter().position(|each| *each == kind).unwrap() + 1) % kinds.len()];
+            let error = begun(&ConnectorConfig { kind, ..sizes }).unwrap_err().to_string();
+            assert!(error.contains(kind.name()) && error.contains("connector.kind"), "{error}");
+        }
+    }
 }

@@ -118,27 +118,39 @@ impl ConnectorConfig {
         Ok(config)
     }
 
-    fn check(&self) -> Result<()> {
+    /// Its sizes by name, and whether a connector of its kind has them.
+    fn sizes(&self) -> [(bool, &'static str, i64); 8] {
         let (blocks, timed) = (self.kind != ConnectorKind::Mlp, self.kind.is_timed());
-        let attends = blocks || self.pooled.is_some();
-        let sizes = [
+        [
             (true, "connector width", self.width),
             (blocks, "connector layers", self.layers),
-            (attends, "connector heads", self.heads),
+            (blocks || self.pooled.is_some(), "connector heads", self.heads),
             (blocks, "connector latents", self.latents),
             (true, "text width", self.text_width),
             (timed, "connector time channels", self.time_channel),
             (timed, "connector time embedding width", self.time_embed_dim),
             (self.pooled.is_some(), "connector pooled width", self.pooled.unwrap_or_default()),
-        ];
-        if let Some((_, name, size)) = sizes.into_iter().find(|(counts, _, size)| *counts && !(1..=1 << 20).contains(size)) {
+        ]
+    }
+
+    /// The first size that this one and another of its kind have not in common: its name, this one's, the other's (0: it has none).
+    pub fn difference(&self, other: &Self) -> Option<(&'static str, i64, i64)> {
+        let differ = |((own, name, a), (others, _, b)): ((bool, &'static str, i64), (bool, &'static str, i64))| {
+            ((own || others) && a != b).then_some((name, a, b))
+        };
+        self.sizes().into_iter().zip(other.sizes()).find_map(differ)
+    }
+
+    fn check(&self) -> Result<()> {
+        let attends = self.kind != ConnectorKind::Mlp || self.pooled.is_some();
+        if let Some((_, name, size)) = self.sizes().into_iter().find(|(counts, _, size)| *counts && !(1..=1 << 20).contains(size)) {
             return Err(ModelError::argument(name, "a size from 1 to 2^20", size));
         }
         if attends && self.width % self.heads != 0 {
             let rule = format!("a divisor of the width {}", self.width);
             return Err(ModelError::argument("connector heads", rule, self.heads));
         }
-        if timed && self.time_channel % 2 != 0 {
+        if self.kind.is_timed() && self.time_channel % 2 != 0 {
             return Err(ModelError::argument("connector time channels", "even", self.time_channel));
         }
         Ok(())

@@ -32,7 +32,7 @@ fn the_effective_config_reads_back_as_itself() {
 
 #[test]
 fn a_url_with_a_secret_is_refused_without_telling_it() {
-    for key in ["run.output", "base.model", "text.model", "data.path"] {
+    for key in ["run.output", "base.model", "text.model", "connector.from", "data.path"] {
         for url in [
             "s3://user:hunter2@bucket/a",
             "https://hunter2@host",
