@@ -133,13 +133,13 @@ fn a_connector_that_training_cannot_begin_from_is_named() -> Result<()> {
         "other-layers",
         &connector,
         &["connector.layers=5"],
-        &["connector.safetensors", "connector layers of connector.from", "expected 5", "found 1"],
+        &["connector.safetensors", "connector layers of connector.from", "must be 5", "found 1"],
     )?;
     from(
         "other-latents",
         &connector,
         &["connector.latents=3"],
-        &["connector.safetensors", "connector latents of connector.from", "expected 3", "found 8"],
+        &["connector.safetensors", "connector latents of connector.from", "must be 3", "found 8"],
     )
 }
 
