@@ -28,7 +28,7 @@ CAPS = {"check": 120, "tests": 60, "train": 75, "without": 75, "embed": 60, "inl
 LEAST = {"peer": 60}
 PARTS = [*CAPS]
 # What the step is measured without, one at a time, and how it is turned off.
-FUSED = ["norm", "conv", "resize", "gate", "attention"]
+FUSED = ["norm", "conv", "resize", "gate", "attention", "cross"]
 WITHOUT = {name: {"ELLA_FUSED": ",".join(other for other in FUSED if other != name)} for name in FUSED} | {"graphs": {"ELLA_GRAPHS": "off"}}
 # Programs of ella-cuda's tests, beside this script where bench/pack.sh has put them.
 TESTS = ["cuda_fused", "cuda_gpu"]

@@ -41,6 +41,7 @@ cudaEvent_t event_of(void* event) { return static_cast<cudaEvent_t>(event); }
 int (*error_text)(int code, const char** text);
 int (*load_module)(void** module, const void* image);
 int (*find_function)(void** function, void* module, const char* name);
+int (*set_attribute)(void* function, int attribute, int value);
 int (*launch_kernel)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared, void* stream, void** args, void**);
 
 std::mutex lock;
@@ -67,6 +68,7 @@ void set_kernels(int device, const void* image) {
     find(driver, "cuGetErrorString", error_text);
     find(driver, "cuModuleLoadData", load_module);
     find(driver, "cuModuleGetFunction", find_function);
+    find(driver, "cuFuncSetAttribute", set_attribute);
     find(driver, "cuLaunchKernel", launch_kernel);
     // libtorch's own start: without it the allocator knows no device. Then the device's context, if it has none yet.
     at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
@@ -88,7 +90,10 @@ void* function_of(int device, const char* name) {
     return functions[key] = function;
 }
 
-void launch(const char* name, int device, int pieces, int rows, int threads, void** args) {
+constexpr int MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;  // CU_FUNC_ATTRIBUTE_...
+constexpr int SHARED_UNASKED = 48 << 10;          // what every kernel may have
+
+void launch(const char* name, int device, int pieces, int rows, int threads, int shared, void** args) {
     // The driver's calls want the device's context on this thread, which the runtime's make on demand.
     thread_local int bound = -1;
     if (bound != device) {
@@ -96,7 +101,9 @@ void launch(const char* name, int device, int pieces, int rows, int threads, voi
         bound = device;
     }
     void* stream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream();
-    const int code = launch_kernel(function_of(device, name), pieces, rows, 1, threads, 1, 1, 0, stream, args, nullptr);
+    void* function = function_of(device, name);
+    int code = shared > SHARED_UNASKED ? set_attribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared) : 0;
+    if (code == 0) code = launch_kernel(function, pieces, rows, 1, threads, 1, 1, shared, stream, args, nullptr);
     TORCH_CHECK(code == 0, "kernel ", name, " (", pieces, " × ", rows, " blocks of ", threads, "): ", words(code));
 }
 
@@ -160,8 +167,8 @@ const EllaGpu table = {
         });
     },
     .set_kernels = [](int device, const void* image) { return guarded([&] { set_kernels(device, image); }); },
-    .launch = [](const char* name, int device, int pieces, int rows, int threads, void** args) {
-        return guarded([&] { launch(name, device, pieces, rows, threads, args); });
+    .launch = [](const char* name, int device, int pieces, int rows, int threads, int shared, void** args) {
+        return guarded([&] { launch(name, device, pieces, rows, threads, shared, args); });
     },
     .stream_new = [](int device, int priority, int64_t* id) {
         return guarded([&] { *id = c10::cuda::getStreamFromPool(priority, static_cast<c10::DeviceIndex>(device)).id(); });

@@ -11,8 +11,8 @@ struct EllaGpu {
     int (*capability)(int device, int* major, int* minor);
     // The machine code of all kernels for `device`.
     int (*set_kernels)(int device, const void* image);
-    // Puts a kernel on the current stream of `device`.
-    int (*launch)(const char* name, int device, int pieces, int rows, int threads, void** args);
+    // Puts a kernel on the current stream of `device`; `shared`: the bytes on the chip that it asks for when it is launched.
+    int (*launch)(const char* name, int device, int pieces, int rows, int threads, int shared, void** args);
     int (*stream_new)(int device, int priority, int64_t* id);
     int (*stream_current)(int device, int64_t* id);
     int (*stream_enter)(int device, int64_t id);

@@ -16,15 +16,20 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 namespace ella {
 struct Place { int x, y; };
 inline thread_local Place blockIdx, blockDim, gridDim;
 }  // namespace ella
 #define DEVICE inline
-#define SHARED(type, name, count) static thread_local type name[count]
+// Of each thread of the processor, and not beside its stack, which may be small.
+#define HELD_BY_THREAD(type, name, memory)                                 \
+    static thread_local const std::unique_ptr<type> name##_memory(memory); \
+    auto* const name = name##_memory.get()
+#define SHARED(type, name, count) HELD_BY_THREAD(type[], name, new type[count])
 #define SYNC()
 #define PHASE(t) for (int t = 0; t < blockDim.x; ++t)
-#define OWN(type, name, count) static thread_local type name[MAX_THREADS][count]
+#define OWN(type, name, count) HELD_BY_THREAD(type[][count], name, new type[MAX_THREADS][count])
 #define OF(name, t) name[t]
 #endif
 
@@ -576,19 +581,25 @@ DEVICE void geglu_back(const T* both, const T* dy, T* dboth, unsigned int packs,
 constexpr int ROW_THREADS = 256;  // of a block
 constexpr int HELD = 5;           // packs of a row that one of its threads holds at most
 
-// The sum of what the threads of this one's row have for their OWN.
+// What the threads of this one's row have for their OWN, joined: their sum, if nothing else is asked for.
+DEVICE float plus(float a, float b) { return a + b; }
 #ifdef __CUDACC_RTC__
-DEVICE float across(const float (&own)[1], int, int lanes) {
-    float sum = own[0];
-    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
+template <class F>
+DEVICE float across(const float (&own)[1], int, int lanes, F join) {
+    float all = own[0];
+    for (int step = lanes / 2; step > 0; step /= 2) all = join(all, __shfl_xor_sync(0xffffffffu, all, step));
+    return all;
 }
+DEVICE float across(const float (&own)[1], int t, int lanes) { return across(own, t, lanes, plus); }
 #else
-DEVICE float across(const float (&own)[MAX_THREADS][1], int t, int lanes) {
-    float sum = 0.0f;
-    for (int i = t / lanes * lanes, end = i + lanes; i < end; ++i) sum += own[i][0];
-    return sum;
+template <class F>
+DEVICE float across(const float (*own)[1], int t, int lanes, F join) {
+    const int first = t / lanes * lanes;
+    float all = own[first][0];
+    for (int i = first + 1; i < first + lanes; ++i) all = join(all, own[i][0]);
+    return all;
 }
+DEVICE float across(const float (*own)[1], int t, int lanes) { return across(own, t, lanes, plus); }
 #endif
 
 // A thread's part of a row: packs `lane`, `lane` + lanes, ... of it. None of a row that there is not, whose threads still meet the others of their warp.

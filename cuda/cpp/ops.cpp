@@ -12,6 +12,7 @@
 
 #include "error.h"
 #include "kernels.h"
+#include "few_keys.h"
 
 namespace {
 
@@ -22,9 +23,9 @@ using torch::autograd::variable_list;
 
 const EllaGpu* gpu = nullptr;
 
-// How a kernel is launched: (pieces, rows) blocks of so many threads.
+// How a kernel is launched: (pieces, rows) blocks of so many threads, with so many bytes on the chip beside those that it names itself.
 struct Grid {
-    int pieces, rows, threads;
+    int pieces, rows, threads, shared = 0;
 };
 
 // Runs one kernel on the device of `on`: on a GPU by its name, elsewhere block by block.
@@ -33,7 +34,7 @@ void launch(const Tensor& on, const std::string& name, Grid grid, void (*kernel)
     if (on.is_cuda()) {
         TORCH_CHECK(gpu, "the GPU's part is not loaded");
         void* places[] = {const_cast<void*>(static_cast<const void*>(&args))...};
-        TORCH_CHECK(gpu->launch(name.c_str(), on.get_device(), grid.pieces, grid.rows, grid.threads, places) == 0, gpu->error());
+        TORCH_CHECK(gpu->launch(name.c_str(), on.get_device(), grid.pieces, grid.rows, grid.threads, grid.shared, places) == 0, gpu->error());
         return;
     }
     for (int row = 0; row < grid.rows; ++row) {
@@ -375,6 +376,86 @@ struct AddBiased : torch::autograd::Function<AddBiased> {
     }
 };
 
+// --- Attention to few keys ----------------------------------------------------------------------------------------------------------------
+
+// Calls `work` with the channels of a head, as a number that is known when this is compiled.
+template <class F>
+void by_width(int64_t width, F work) {
+    switch (width) {
+        case 40: return work(std::integral_constant<int, 40>{});
+        case 64: return work(std::integral_constant<int, 64>{});
+        case 80: return work(std::integral_constant<int, 80>{});
+        case 160: return work(std::integral_constant<int, 160>{});
+        default: TORCH_CHECK(false, "a fused attention to few keys takes heads of 40, 64, 80 or 160 channels, not ", width);
+    }
+}
+
+struct FewKeys : torch::autograd::Function<FewKeys> {
+    // The shape of its passes, which depends on nothing but that of what it takes: so do its sums.
+    struct Shape {
+        int B, N, L, H, tiles;
+        int64_t width;
+        float scale, slope;
+
+        Shape(const Tensor& q, const Tensor& kv, int64_t heads) {
+            TORCH_CHECK(q.dim() == 3 && kv.dim() == 3 && q.size(0) == kv.size(0) && kv.size(2) == 2 * q.size(2) && q.scalar_type() == kv.scalar_type() &&
+                            heads > 0 && q.size(2) % heads == 0 && q.size(1) > 0 && kv.size(1) > 0 && kv.size(1) <= ella::KEYS,
+                        "a fused attention to few keys takes [B, N, C] and [B, L, 2 C] of one kind, L at most ", ella::KEYS, ", not ", q.sizes(),
+                        " and ", kv.sizes(), " for ", heads, " heads");
+            B = static_cast<int>(q.size(0));
+            N = static_cast<int>(q.size(1));
+            L = static_cast<int>(kv.size(1));
+            H = static_cast<int>(heads);
+            tiles = (N + ella::TILE - 1) / ella::TILE;
+            width = q.size(2) / heads;
+            slope = 1.0f / std::sqrt(static_cast<float>(width));
+            scale = slope * 1.44269504088896341f;
+        }
+
+        // Four tiles of queries pay for a block's keys and values.
+        int parts() const { return std::max(1, tiles / 4); }
+        // So few that what they add up, in float32, is little beside the queries.
+        int summed() const { return std::min(4, parts()); }
+    };
+
+    static Tensor forward(AutogradContext* ctx, const Tensor& queries, const Tensor& both, int64_t heads) {
+        const Tensor q = queries.contiguous(), kv = both.contiguous(), y = at::empty_like(q);
+        const Shape n(q, kv, heads);
+        by_type(q, [&](auto number, const char* type) {
+            using T = decltype(number);
+            by_width(n.width, [&](auto width) {
+                using Of = ella::Head<T, width()>;
+                const Grid grid = {n.parts() * n.H, n.B, Of::THREADS, Of::FORWARD * static_cast<int>(sizeof(T))};
+                launch(q, "attention_few_keys_" + std::to_string(width()) + type, grid, &ella::few_keys<T, width()>, numbers<T>(q), numbers<T>(kv),
+                       numbers<T>(y), n.N, n.L, n.H, n.scale);
+            });
+        });
+        ctx->save_for_backward({q, kv});
+        ctx->saved_data["heads"] = heads;
+        return y;
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const auto saved = ctx->get_saved_variables();
+        const Tensor &q = saved[0], &kv = saved[1], none, dy = grads[0].contiguous();
+        const Shape n(q, kv, ctx->saved_data["heads"].toInt());
+        const Tensor dq = ctx->needs_input_grad(0) ? at::empty_like(q) : none, dkv = at::empty_like(kv);
+        const Tensor sums = at::empty({n.summed(), n.B, n.L, kv.size(2)}, kv.options().dtype(at::kFloat));
+        by_type(q, [&](auto number, const char* type) {
+            using T = decltype(number);
+            by_width(n.width, [&](auto width) {
+                using Of = ella::Head<T, width()>;
+                const Grid grid = {n.summed() * n.H, n.B, Of::THREADS, Of::BACKWARD * static_cast<int>(sizeof(T))};
+                launch(q, "attention_few_keys_back_" + std::to_string(width()) + type, grid, &ella::few_keys_back<T, width()>, numbers<T>(q),
+                       numbers<T>(kv), numbers<T>(dy), numbers<T>(dq), numbers<float>(sums), n.N, n.L, n.H, n.scale, n.slope);
+            });
+            launch(q, std::string("attention_sum_parts") + type, flat(dkv.numel()), &ella::sum_parts<T>, numbers<float>(sums), numbers<T>(dkv),
+                   packs_of(dkv), n.summed());
+        });
+        return {dq, dkv, none};
+    }
+};
+
 // --- Text encoders ------------------------------------------------------------------------------------------------------------------------
 
 void refuse_gradient(const Tensor& x) {
@@ -433,6 +514,9 @@ void* ella_frozen_double(const void* x, const void* weight, const void* back, co
 }
 void* ella_frozen_half(const void* x, const void* weight, const void* back) {
     return ella_guarded<void*>(nullptr, [&] { return given(FrozenHalf::apply(tensor_of(x), tensor_of(weight), tensor_of(back))); });
+}
+void* ella_few_keys(const void* q, const void* kv, int64_t heads) {
+    return ella_guarded<void*>(nullptr, [&] { return given(FewKeys::apply(tensor_of(q), tensor_of(kv), heads)); });
 }
 void* ella_geglu(const void* both) {
     return ella_guarded<void*>(nullptr, [&] { return given(Geglu::apply(tensor_of(both))); });

@@ -6,10 +6,10 @@
 
 use std::ffi::c_int;
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::ops::{self, returned};
-use crate::{Error, Result};
+use crate::{Error, Result, gpu};
 
 /// The most channels of a group norm, and of [`rms_norm`].
 pub const MOST_CHANNELS: i64 = 4096;
@@ -29,24 +29,27 @@ pub struct Fused {
     pub gate: bool,
     /// One product for the queries, keys and values of an attention; and a text encoder's scores stay on the chip, as a U-Net's always do.
     pub attention: bool,
+    /// [`few_keys`], where it [fits](fits_few_keys).
+    pub cross: bool,
 }
 
 type Switch = fn(&mut Fused) -> &mut bool;
 
 /// The names in `ELLA_FUSED`, and the switches that they stand for.
-const SWITCHES: [(&str, Switch); 5] = [
+const SWITCHES: [(&str, Switch); 6] = [
     ("norm", |f| &mut f.norm),
     ("conv", |f| &mut f.conv),
     ("resize", |f| &mut f.resize),
     ("gate", |f| &mut f.gate),
     ("attention", |f| &mut f.attention),
+    ("cross", |f| &mut f.cross),
 ];
 
 impl Fused {
     /// None of them: libtorch's own operators only.
-    pub const NONE: Self = Self { norm: false, conv: false, resize: false, gate: false, attention: false };
+    pub const NONE: Self = Self { norm: false, conv: false, resize: false, gate: false, attention: false, cross: false };
     /// All of them.
-    pub const ALL: Self = Self { norm: true, conv: true, resize: true, gate: true, attention: true };
+    pub const ALL: Self = Self { norm: true, conv: true, resize: true, gate: true, attention: true, cross: true };
 
     /// What the environment variable `ELLA_FUSED` says: `all`, `none`, or names beside commas; nothing if it is not set.
     ///
@@ -54,6 +57,13 @@ impl Fused {
     /// A name that is none.
     pub fn from_env() -> Result<Option<Self>> {
         std::env::var("ELLA_FUSED").ok().map(|value| Self::parse(&value)).transpose()
+    }
+
+    /// Those of them that there are in `kind` on `device`: a GPU's [`few_keys`] takes 16 bits, and compute capability 8 or newer.
+    #[must_use]
+    pub fn on(self, kind: Kind, device: Device) -> Self {
+        let cross = !device.is_cuda() || (kind != Kind::Float && gpu::capability().is_none_or(|capability| capability >= (8, 0)));
+        Self { cross: self.cross && cross, ..self }
     }
 
     fn parse(value: &str) -> Result<Self> {
@@ -143,7 +153,7 @@ pub fn group_norm(
         return Err(Error(format!("a fused group norm joins maps of one kind and size, not {:?} {size:?} and {found}", first.kind())));
     }
     if let Some(add) = add
-        && (add.kind() != tch::Kind::Float || !add.is_contiguous() || add.size() != [size[0], channels])
+        && (add.kind() != Kind::Float || !add.is_contiguous() || add.size() != [size[0], channels])
     {
         return Err(Error(format!("a fused group norm adds float32 [B, C], not {:?} {:?}", add.kind(), add.size())));
     }
@@ -185,6 +195,24 @@ pub fn frozen_conv2d(x: &Tensor, weight: &Tensor, stride: i64, padding: i64) -> 
 pub fn geglu(both: &Tensor) -> Result<Tensor> {
     // SAFETY: the tensor is alive while it is borrowed.
     returned(unsafe { ops::ella_geglu(both.as_ptr()) })
+}
+
+/// Whether [`few_keys`] takes so many keys, and heads of so many channels: up to 64 keys, and the heads of SD 1.5, SD 2 and SDXL.
+#[must_use]
+pub fn fits_few_keys(keys: i64, width: i64) -> bool {
+    (1..=64).contains(&keys) && [40, 64, 80, 160].contains(&width)
+}
+
+/// `softmax(q kᵀ / √d) v` of every head, of few keys: what is kept for the gradient is what goes in, and queries are read once on every way.
+///
+/// # Shapes
+/// `q` `[B, N, H d]`, `kv` `[B, L, 2 H d]`, keys before values; to `[B, N, H d]`. See [`fits_few_keys`].
+///
+/// # Errors
+/// A shape or kind that it does not take; CUDA's own.
+pub fn few_keys(q: &Tensor, kv: &Tensor, heads: i64) -> Result<Tensor> {
+    // SAFETY: both tensors are alive while they are borrowed.
+    returned(unsafe { ops::ella_few_keys(q.as_ptr(), kv.as_ptr(), heads) })
 }
 
 /// `s = x + more` (or x), and `layernorm(s) · γ + β` over the last axis: (s, norm). Who needs `s` beside the norm takes it from here: then both gradients are
@@ -253,7 +281,7 @@ pub fn gated_gelu(both: &Tensor) -> Result<Tensor> {
 /// A shape or kind that it does not take.
 pub fn add_biased(a: &Tensor, b: &Tensor, more: Option<&Tensor>, bias: &Tensor) -> Result<Tensor> {
     let kinds: Vec<_> = [Some(a), Some(b), more].into_iter().flatten().map(Tensor::kind).collect();
-    if bias.f_kind().ok() != Some(tch::Kind::Float) || kinds.iter().any(|kind| *kind != a.kind()) {
+    if bias.f_kind().ok() != Some(Kind::Float) || kinds.iter().any(|kind| *kind != a.kind()) {
         return Err(Error(format!("a fused residual takes maps of one kind and a float32 bias, not {kinds:?} and {:?}", bias.kind())));
     }
     // SAFETY: all tensors are alive while they are borrowed, and null stands for none.
@@ -288,7 +316,7 @@ pub struct AdamW {
 /// A tensor of another kind, length or device; CUDA's own.
 pub fn adamw([params, first, second, ema]: [&mut Tensor; 4], grad: &Tensor, by: &AdamW) -> Result<()> {
     for tensor in [&*params, first, second, ema, grad] {
-        let fits = tensor.f_kind().ok() == Some(tch::Kind::Float) && tensor.is_contiguous();
+        let fits = tensor.f_kind().ok() == Some(Kind::Float) && tensor.is_contiguous();
         if !fits || (tensor.numel(), tensor.device()) != (params.numel(), params.device()) {
             let found = format!("{:?} {:?} on {:?}", tensor.kind(), tensor.size(), tensor.device());
             return Err(Error(format!("an update takes five contiguous float32 buffers of one length, not {found}")));

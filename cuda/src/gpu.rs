@@ -23,7 +23,7 @@ pub(crate) struct Table {
     pub(crate) error: unsafe extern "C" fn() -> *const c_char,
     capability: unsafe extern "C" fn(c_int, *mut c_int, *mut c_int) -> c_int,
     set_kernels: unsafe extern "C" fn(c_int, *const c_void) -> c_int,
-    launch: unsafe extern "C" fn(*const c_char, c_int, c_int, c_int, c_int, *mut *mut c_void) -> c_int,
+    launch: unsafe extern "C" fn(*const c_char, c_int, c_int, c_int, c_int, c_int, *mut *mut c_void) -> c_int,
     pub(crate) stream_new: unsafe extern "C" fn(c_int, c_int, *mut i64) -> c_int,
     pub(crate) stream_current: unsafe extern "C" fn(c_int, *mut i64) -> c_int,
     pub(crate) stream_enter: unsafe extern "C" fn(c_int, i64) -> c_int,
@@ -49,6 +49,8 @@ pub(crate) struct Table {
 const FIRST: c_int = 0;
 
 static TABLE: OnceLock<&'static Table> = OnceLock::new();
+/// The first GPU's compute capability, as (9, 0).
+static CAPABILITY: OnceLock<(c_int, c_int)> = OnceLock::new();
 
 /// Loads the GPU's part, once, and compiles the kernels for the first GPU (1 to 2 s); `libtorch` is the folder of the libtorch that runs, and its CUDA
 /// part must be loaded already, with its symbols for all. Nothing may have asked libtorch for a GPU before that, as seeding does: it asks for its CUDA
@@ -69,7 +71,8 @@ pub fn load(libtorch: &Path) -> Result<()> {
     error::check(unsafe { (table.set_kernels)(FIRST, image.as_ptr().cast()) }, table.error)?;
     // SAFETY: the table lives as long as the process: its library is never unloaded.
     unsafe { ops::ella_use_gpu(table) };
-    // A second thread that came here meanwhile has found the same library.
+    // A second thread that came here meanwhile has found the same library and GPU.
+    CAPABILITY.get_or_init(|| (major, minor));
     TABLE.get_or_init(|| table);
     Ok(())
 }
@@ -77,6 +80,11 @@ pub fn load(libtorch: &Path) -> Result<()> {
 /// Whether the GPU's part is loaded.
 pub fn is_loaded() -> bool {
     TABLE.get().is_some()
+}
+
+/// The first GPU's compute capability, as (9, 0), once the GPU's part is loaded.
+pub(crate) fn capability() -> Option<(c_int, c_int)> {
+    CAPABILITY.get().copied()
 }
 
 /// The table, or an error that says that it is not there.

@@ -4,7 +4,7 @@
 //! CUDA is a library of its own (`cpp/gpu.cpp`), since it needs libtorch's CUDA part, which may be missing: it is compiled in every build, carried
 //! inside the binary, and loaded by [`load`] once libtorch's CUDA part is there. Without it [`stream`], [`graph`] and [`memory`] say so.
 //!
-//! The kernels (`cpp/kernels.h`) are one text for two compilers: NVRTC makes GPU code of it at start, and the C++ compiler functions for the
+//! The kernels (`cpp/kernels.h`, `cpp/few_keys.h`) are one text for two compilers: NVRTC makes GPU code of it at start, and the C++ compiler functions for the
 //! processor, by which they are tested where there is no GPU.
 
 mod error;

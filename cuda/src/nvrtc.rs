@@ -8,7 +8,7 @@ use libloading::os::unix::Library;
 use crate::error::reason;
 use crate::{Error, Result};
 
-const KERNELS: &str = include_str!("../cpp/kernels.h");
+const KERNELS: &str = concat!(include_str!("../cpp/kernels.h"), include_str!("../cpp/few_keys.h"));
 
 /// `nvrtcProgram`.
 type Program = *mut c_void;
@@ -78,7 +78,8 @@ impl Nvrtc {
 
     fn image(&self, program: Program, architecture: &str) -> Result<Vec<u8>> {
         let target = CString::new(format!("--gpu-architecture={architecture}")).map_err(|error| Error(error.to_string()))?;
-        let options = [target.as_ptr(), c"--std=c++17".as_ptr()];
+        // Kernels are optimised beside each other, on as many threads as there are processors.
+        let options = [target.as_ptr(), c"--std=c++17".as_ptr(), c"--split-compile=0".as_ptr()];
         // SAFETY: the program is alive, and the options are strings that end in a zero, as many as are said.
         let code = unsafe { (self.compile)(program, options.len() as c_int, options.as_ptr()) };
         if code != 0 {
@@ -142,8 +143,12 @@ mod tests {
         for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)] {
             let image = compile(&folders, capability).unwrap();
             assert!(image.starts_with(b"\x7fELF"));
+            let has = |name: &str| image.windows(name.len()).any(|window| window == name.as_bytes());
             for name in ["norm_sums_f32", "norm_back_apply_bf16", "geglu_back_f16", "add_biased_bf16", "adamw_f32", "norm_back_means_f32"] {
-                assert!(image.windows(name.len()).any(|window| window == name.as_bytes()), "{capability:?} lacks {name}");
+                assert!(has(name), "{capability:?} lacks {name}");
+            }
+            for name in ["attention_few_keys_40_bf16", "attention_few_keys_back_160_f16"] {
+                assert_eq!(has(name), capability >= (8, 0), "{capability:?}: {name}");
             }
         }
         let error = compile(&folders, (1, 0)).unwrap_err().to_string();

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{devices, seed};
-use ella_cuda::fused::{self, AdamW, Joined};
+use ella_cuda::fused::{self, AdamW, Fused, Joined};
 use ella_cuda::resize::{FrozenDouble, FrozenHalf};
 use tch::{Device, Kind, Tensor};
 
@@ -300,6 +300,42 @@ fn text_encoders_operators_agree_with_libtorchs() {
     assert!(error.contains("[8]"), "{error}");
 }
 
+/// libtorch's attention of heads, in float32.
+fn plain_attention(q: &Tensor, kv: &Tensor, heads: i64) -> Tensor {
+    let split = |x: &Tensor| x.to_kind(Kind::Float).unflatten(-1, [heads, -1]).transpose(1, 2);
+    let (keys, values) = (kv.narrow(-1, 0, q.size()[2]), kv.narrow(-1, q.size()[2], q.size()[2]));
+    let y = Tensor::scaled_dot_product_attention(&split(q), &split(&keys), &split(&values), None::<&Tensor>, 0.0, false, None, false);
+    y.transpose(1, 2).flatten(2, 3).to_kind(q.kind())
+}
+
+#[test]
+fn attention_to_few_keys_agrees_with_libtorchs() {
+    seed(9);
+    // Less than a tile of queries, whole ones, more than a block takes and more than one part; all keys, some, one; scores far from zero.
+    let shapes =
+        [(2, 7, 64, 2, 1.0), (1, 128, 64, 1, 1.0), (1, 300, 23, 3, 1.0), (1, 1100, 64, 1, 1.0), (2, 70, 1, 1, 1.0), (1, 64, 64, 2, 6.0)];
+    for device in devices() {
+        for (kind, tolerance) in KINDS.into_iter().filter(|(kind, _)| Fused::ALL.on(*kind, device).cross) {
+            for (width, (b, queries, keys, heads, size)) in
+                [40, 64, 80, 160].into_iter().flat_map(|width| shapes.map(|shape| (width, shape)))
+            {
+                assert!(fused::fits_few_keys(keys, width));
+                let q = (leaf(&[b, queries, heads * width], 0.0, (kind, device)).detach() * size).set_requires_grad(true);
+                let kv = leaf(&[b, keys, 2 * heads * width], 0.0, (kind, device));
+                let (found, wanted) = (fused::few_keys(&q, &kv, heads).unwrap(), plain_attention(&q, &kv, heads));
+                let what = format!("{device:?} {kind:?} {b} × {queries} queries, {keys} keys, {heads} heads of {width}, size {size}");
+                assert_eq!(found.kind(), kind);
+                agree(&what, tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
+                // Of one key, whose share is 1, the gradient by queries is none.
+                let leaves: &[&Tensor] = if keys == 1 { &[&kv] } else { &[&q, &kv] };
+                agree(&format!("{what}, gradient"), 4.0 * tolerance, &gradients(&found, leaves), &gradients(&wanted, leaves));
+                let frozen = fused::few_keys(&q.detach(), &kv, heads).unwrap();
+                agree(&format!("{what}, of keys alone"), 0.0, &gradients(&frozen, &[&kv]), &gradients(&found, &[&kv]));
+            }
+        }
+    }
+}
+
 #[test]
 fn residuals_agree_with_libtorchs() {
     seed(4);
@@ -376,6 +412,15 @@ fn what_does_not_fit_is_refused_with_its_shape() {
     assert!(fused::geglu(&ones(&[1, 12])).unwrap_err().to_string().contains("12"));
     let error = fused::add_biased(&ones(&[1, 8, 2, 2]), &ones(&[1, 8, 2, 3]), None, &ones(&[8])).unwrap_err().to_string();
     assert!(error.contains("[1, 8, 2, 3]"), "{error}");
+    for (q, kv, heads, part) in [
+        (&[1, 4, 80][..], &[1, 65, 160][..], 2, "at most 64, not [1, 4, 80] and [1, 65, 160]"),
+        (&[1, 4, 80], &[1, 8, 80], 2, "[1, 8, 80]"),
+        (&[1, 4, 80], &[1, 8, 160], 3, "for 3 heads"),
+        (&[1, 4, 96], &[1, 8, 192], 2, "not 48"),
+    ] {
+        let error = fused::few_keys(&ones(q), &ones(kv), heads).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
     let bias = ones(&[8]).to_kind(Kind::Half);
     assert!(fused::add_biased(&ones(&[1, 8, 2, 2]), &ones(&[1, 8, 2, 2]), None, &bias).is_err());
 }

@@ -8,7 +8,7 @@
 //! Small things are left out: moments of group norms, embeddings of the time, biases. `model/tests/memory.rs` holds this against what
 //! libtorch really keeps.
 
-use ella_cuda::fused::Fused;
+use ella_cuda::fused::{Fused, fits_few_keys};
 use serde::Serialize;
 use tch::Kind;
 
@@ -214,6 +214,7 @@ impl Walk<'_> {
         // Values and gates, and the activated gates unless they are made again.
         let gated = if self.pass.fused.gate { 8 * c * self.number } else { 12 * c * self.number };
         let norm = c * self.number + MOMENTS;
+        let few = self.pass.fused.cross && !self.config.upcast_attention && fits_few_keys(self.pass.states as i64, (c / heads) as i64);
         let mut kept = Kept::default();
         if self.depends {
             kept.place += c * if self.pass.fused.norm { self.number } else { FLOAT }; // the group norm
@@ -222,7 +223,8 @@ impl Walk<'_> {
             if self.depends {
                 kept.place += 2 * norm + 4 * c * mixed + sums; // two layer norms, attention to itself
             }
-            kept.place += 2 * c * mixed + sums; // attention to the text
+            // Attention to the text; to few keys, nothing of what it makes.
+            kept.place += if few { c * mixed } else { 2 * c * mixed + sums };
             kept.sample += 2 * self.pass.states * c * mixed; // its keys and values
             kept.place += norm + gated; // a layer norm, and the gated layer
             self.depends = true;

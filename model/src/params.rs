@@ -71,7 +71,7 @@ impl Compute {
     pub fn fastest(kind: Kind, device: Device) -> Result<Self> {
         // Tensor cores read NHWC; with NCHW, cuDNN turns the maps around before and after. On CPUs oneDNN has layouts of its own.
         let fastest = if device.is_cuda() && kind != Kind::Float { Self::FUSED } else { Self::PLAIN };
-        Ok(Self { fused: Fused::from_env()?.unwrap_or(fastest.fused), ..fastest })
+        Ok(Self { fused: Fused::from_env()?.unwrap_or(fastest.fused).on(kind, device), ..fastest })
     }
 }
 
@@ -136,9 +136,9 @@ impl Params {
         self.shared.compute.set(compute);
     }
 
-    /// The operators that a network is built with.
+    /// The fused operators that a network is built with.
     pub(crate) fn fused(&self) -> Fused {
-        self.shared.compute.get().fused
+        self.shared.compute.get().fused.on(self.shared.kind, self.shared.device)
     }
 
     /// The cursor one level down: `p.at("down_blocks").at(0)` is at `down_blocks.0`.

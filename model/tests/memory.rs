@@ -81,6 +81,11 @@ fn configs() -> Vec<(&'static str, UNetConfig)> {
     vec![("sd1", config(&json!({}))), ("late", config(&sdxl)), ("sdxl", config(&pooled))]
 }
 
+/// With heads of 40 and 80 channels, whose attention to few keys can be fused.
+fn wide() -> UNetConfig {
+    config(&json!({ "block_out_channels": [160, 320, 320] }))
+}
+
 fn random(shape: &[i64]) -> Tensor {
     Tensor::randn(shape, (Kind::Float, Device::Cpu))
 }
@@ -124,10 +129,13 @@ fn what_autograd_keeps_of_a_u_net_is_what_was_reckoned() {
         Fused { resize: true, ..Fused::NONE },
         Fused { gate: true, ..Fused::NONE },
     ];
-    for (number, (name, config)) in configs().into_iter().enumerate() {
-        // Each operator on its own with one of them.
-        let some = some.into_iter().filter(|_| number == 0).map(|fused| (Kind::BFloat16, fused));
-        for (kind, fused) in ways.into_iter().chain(some) {
+    // Each operator on its own with one of them, attention to few keys with one whose heads fit.
+    let some = some.map(|fused| (Kind::BFloat16, fused));
+    let few = [Fused { cross: true, ..Fused::NONE }, Fused::ALL].map(|fused| (Kind::BFloat16, fused));
+    let named =
+        configs().into_iter().enumerate().map(|(i, named)| (named, if i == 0 { [&ways[..], &some].concat() } else { ways.to_vec() }));
+    for ((name, config), ways) in named.chain([(("wide", wide()), few.to_vec())]) {
+        for (kind, fused) in ways {
             let pass = Pass { samples: 6, size: (32, 24), states: 16, kind, fused };
             let params = Params::random(1, kind, Device::Cpu);
             let layout = if fused == Fused::NONE { Layout::ChannelsFirst } else { Layout::ChannelsLast };

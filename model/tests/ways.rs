@@ -7,10 +7,12 @@ mod common;
 
 use common::{Golden, folder, relative, tensors};
 use ella_cuda::fused::Fused;
+use ella_model::config::ConfigFile;
+use ella_model::params::Params;
 use ella_model::params::{Compute, Layout};
 use ella_model::part::Part;
 use ella_model::text::{Layers, Text};
-use ella_model::unet::{Added, UNet};
+use ella_model::unet::{Added, UNet, UNetConfig};
 use ella_model::vae::Vae;
 use tch::{Device, Kind, Tensor};
 
@@ -35,8 +37,10 @@ fn ways() -> Vec<(&'static str, Compute)> {
         ("channels-last", Compute { layout: Layout::ChannelsLast, fused: Fused::NONE }),
         ("norm", one(|f| &mut f.norm)),
         ("conv", one(|f| &mut f.conv)),
+        ("resize", one(|f| &mut f.resize)),
         ("gate", one(|f| &mut f.gate)),
         ("attention", one(|f| &mut f.attention)),
+        ("cross", one(|f| &mut f.cross)),
         ("all", Compute::FUSED),
         ("all, channels first", Compute { layout: Layout::ChannelsFirst, fused: Fused::ALL }),
     ]
@@ -84,6 +88,48 @@ fn unets_give_the_same_values_and_gradients() {
 fn in_16_bits_they_stay_as_near() {
     equal_goldens("all", Compute::FUSED, Kind::BFloat16, (2e-2, 5e-2));
     equal_goldens("all", Compute::FUSED, Kind::Half, (1e-2, 2e-2));
+}
+
+/// The goldens' heads are narrower than those whose attention to the text is fused: a network with heads of 40 and 80 channels, as SD 1.5's.
+#[test]
+fn wide_heads_attend_to_the_text_as_the_plain_way_has_it() {
+    let config = tempfile::NamedTempFile::new().unwrap();
+    let json = r#"{"_class_name": "UNet2DConditionModel", "sample_size": 16, "block_out_channels": [160, 320], "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": 4, "cross_attention_dim": 96, "norm_num_groups": 32}"#;
+    std::fs::write(config.path(), json).unwrap();
+    let config = UNetConfig::read(ConfigFile::open(config.path()).unwrap()).unwrap();
+    let net = |compute, kind| {
+        let params = Params::random(3, kind, CPU);
+        params.compute_by(compute);
+        UNet::new(&config, &params).unwrap()
+    };
+    let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, CPU));
+    tch::manual_seed(3);
+    // As many states as the connector makes, and more than the fused way takes.
+    for states in [64, 77] {
+        let (sample, states, by) = (random(&[2, 4, 16, 12]), random(&[2, states, 96]), random(&[2, 4, 16, 12]));
+        let both = |net: &UNet, kind: Kind| {
+            let states = states.detach().set_requires_grad(true);
+            let y =
+                net.forward(&sample.to_kind(kind), &Tensor::from_slice(&[17i64, 801]), &states.to_kind(kind)).unwrap().to_kind(Kind::Float);
+            (&y * &by).sum(Kind::Float).backward();
+            [y.detach(), states.grad()]
+        };
+        let wanted = both(&net(Compute::PLAIN, Kind::Float), Kind::Float);
+        let cross = Compute { fused: Fused { cross: true, ..Fused::NONE }, ..Compute::PLAIN };
+        for (what, compute, kind, bounds) in [
+            ("cross", cross, Kind::Float, [1e-5, 1e-4]),
+            ("all", Compute::FUSED, Kind::Float, [1e-5, 1e-4]),
+            ("all", Compute::FUSED, Kind::BFloat16, [2e-2, 5e-2]),
+            ("all", Compute::FUSED, Kind::Half, [1e-2, 2e-2]),
+        ] {
+            let found = both(&net(compute, kind), kind);
+            for ((part, bound), (found, wanted)) in ["output", "gradient"].iter().zip(bounds).zip(found.iter().zip(&wanted)) {
+                within(&format!("{what} {kind:?}, {} states, {part}", states.size()[1]), found, wanted, bound);
+            }
+        }
+    }
 }
 
 #[test]

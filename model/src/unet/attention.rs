@@ -39,10 +39,10 @@ impl Projections {
         let linear = |name, input| Linear::no_bias(&p.at(name), input, width, Init::KaimingUniform);
         let from = source.unwrap_or(width);
         let (q, k, v) = (linear("to_q", width)?, linear("to_k", from)?, linear("to_v", from)?);
-        Ok(match (p.fused().attention, source) {
-            (false, _) => Self::Apart([q, k, v]),
-            (true, None) => Self::Own(Linear::joined(&[q, k, v])?),
-            (true, Some(_)) => Self::Text { q, kv: Linear::joined(&[k, v])? },
+        Ok(match (p.fused(), source) {
+            (fused, Some(_)) if fused.attention || fused.cross => Self::Text { q, kv: Linear::joined(&[k, v])? },
+            (fused, None) if fused.attention => Self::Own(Linear::joined(&[q, k, v])?),
+            _ => Self::Apart([q, k, v]),
         })
     }
 
@@ -68,6 +68,7 @@ struct Attention {
     to_out: Linear,
     heads: i64,
     upcast: bool,
+    cross: bool,
 }
 
 impl Attention {
@@ -78,11 +79,20 @@ impl Attention {
             to_out: Linear::new(&p.at("to_out").at(0), width, width)?,
             heads,
             upcast,
+            cross: p.fused().cross,
         })
     }
 
     /// `x` [B, N, D] attends to `source` [B, M, E], to [B, N, D].
     fn forward(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
+        if let Projections::Text { q, kv } = &self.projections
+            && self.cross
+            && !self.upcast
+            && fused::fits_few_keys(source.size()[1], x.size()[2] / self.heads)
+        {
+            let mixed = fused::few_keys(&q.forward(x)?, &kv.forward(source)?, self.heads)?;
+            return self.to_out.forward(&mixed);
+        }
         let (q, k, v) = self.projections.forward(x, source)?;
         let y = if self.upcast {
             let wide = |x: &Tensor| x.f_to_kind(Kind::Float);
