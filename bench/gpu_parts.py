@@ -27,9 +27,10 @@ TUNED = 64
 CAPS = {"check": 120, "tests": 60, "train": 75, "without": 75, "embed": 60, "inline": 120, "profile": 60, "peer": 240}
 LEAST = {"peer": 60}
 PARTS = [*CAPS]
-# What the step is measured without, one at a time, and how it is turned off.
+# What the step is measured without, one at a time, and how it is turned off; and what is off by itself, and how it is turned on.
 FUSED = ["norm", "conv", "resize", "gate", "attention", "cross"]
 WITHOUT = {name: {"ELLA_FUSED": ",".join(other for other in FUSED if other != name)} for name in FUSED} | {"graphs": {"ELLA_GRAPHS": "off"}}
+WITH = {"pixels": {"ELLA_FUSED": "all"}}
 # Programs of ella-cuda's tests, beside this script where bench/pack.sh has put them.
 TESTS = ["cuda_fused", "cuda_gpu"]
 
@@ -107,7 +108,7 @@ class Run:
         self.result = {
             "schema": SCHEMA, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": args.commit,
             "preset": args.preset, "gpus": gpus(), "cpu": cpu(), "cores": os.cpu_count(), "versions": versions(args.libtorch),
-            "train": {}, "exact": None, "without": {}, "peer": {}, "check": {}, "tests": {}, "skipped": [], "seconds": {},
+            "train": {}, "exact": None, "without": {}, "with": {}, "peer": {}, "check": {}, "tests": {}, "skipped": [], "seconds": {},
         }
         self.unpacked, self.peer_path = None, None
 
@@ -212,7 +213,8 @@ class Run:
         self.once("profile", first)
         for batch in rest:
             self.train(batch)
-        self.without(first)
+        self.otherwise("with", WITH, first)
+        self.otherwise("without", WITHOUT, first)
         for kind in ("embed", "inline"):
             self.once(kind, first)
         self.exact(first)
@@ -244,11 +246,11 @@ class Run:
             self.result["exact"] = self.ella(f"train exact {batch}", "train", *options)
             self.write()
 
-    def without(self, batch):
-        """What each optimisation is worth: the step without it."""
-        for name, env in WITHOUT.items() if "without" in self.args.parts else ():
+    def otherwise(self, how, settings, batch):
+        """What each optimisation is worth: the step without it, or with one that is off by itself."""
+        for name, env in settings.items() if "without" in self.args.parts else ():
             options = ["--micro-batch", str(batch), "--seconds", self.seconds(4)]
-            self.result["without"][name] = self.ella(f"without {name} {batch}", "train", *options, env=env)
+            self.result[how][name] = self.ella(f"{how} {name} {batch}", "train", *options, env=env)
             self.write()
 
     def once(self, kind, batch):
@@ -361,9 +363,10 @@ def more(result):
     found, texts = result.get("embed"), []
     if exact := rate(result.get("exact")):
         texts.append(f"In exact reduction, at {result['exact']['micro_batch']}: {exact:.1f} images/s\n")
-    own = {name: rate(without) for name, without in result.get("without", {}).items() if rate(without)}
-    if own:
-        texts.append("Without, images/s: " + ", ".join(f"{name} {value:.1f}" for name, value in own.items()) + "\n")
+    for how in ("with", "without"):
+        own = {name: rate(found) for name, found in result.get(how, {}).items() if rate(found)}
+        if own:
+            texts.append(f"{how.capitalize()}, images/s: " + ", ".join(f"{name} {value:.1f}" for name, value in own.items()) + "\n")
     for name, tests in result.get("tests", {}).items():
         texts.append(f"{name}: {'passed' if tests['ok'] else 'FAILED: ' + '; '.join(tests['lines'])}\n")
     if rate_of := (found or {}).get("tokens_per_second"):

@@ -18,7 +18,7 @@ constexpr int WARP = 32;
 constexpr int MOST_ON_CHIP = 99 << 10;  // of the GPUs that have least
 #define DYNAMIC(name) extern __shared__ __align__(16) unsigned char name[]
 #else
-constexpr int MOST_ON_CHIP = 192 << 10;
+constexpr int MOST_ON_CHIP = 320 << 10;
 struct alignas(16) Sixteen { unsigned char at[16]; };
 #define DYNAMIC(name) SHARED(Sixteen, name, MOST_ON_CHIP / 16)
 #endif
@@ -255,11 +255,13 @@ DEVICE void exponentials(Fragment (&scores)[KEYS / 8], const float (&most)[2], f
     upper[0] = sum[0];
     lower[0] = sum[1];
 }
-DEVICE void times(Fragment (&scores)[KEYS / 8], const float (&by)[2]) {
+// Each of a thread's two rows times a number.
+template <int COUNT>
+DEVICE void times(Fragment (&rows)[COUNT], const float (&by)[2]) {
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n) {
+    for (int n = 0; n < COUNT; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[n].at[i] *= by[i / 2];
+        for (int i = 0; i < 4; ++i) rows[n].at[i] *= by[i / 2];
     }
 }
 

@@ -9,7 +9,7 @@
 #define SHARED(type, name, count) __shared__ type name[count]
 #define SYNC() __syncthreads()
 // What stands in a PHASE is done by every thread of the block; nothing of it but what is SHARED, or a thread's OWN, lives on to the next one.
-#define PHASE(t) if (const int t = threadIdx.x; true)
+#define PHASE(t) if ([[maybe_unused]] const int t = threadIdx.x; true)
 #define OWN(type, name, count) type name[count]
 #define OF(name, t) name
 #else

@@ -13,6 +13,7 @@
 #include "error.h"
 #include "kernels.h"
 #include "few_keys.h"
+#include "pixels.h"
 
 namespace {
 
@@ -456,6 +457,80 @@ struct FewKeys : torch::autograd::Function<FewKeys> {
     }
 };
 
+// --- Attention of pixels to themselves ----------------------------------------------------------------------------------------------------
+
+struct Pixels : torch::autograd::Function<Pixels> {
+    struct Shape {
+        int B, N, H;
+        int64_t width;
+        float scale, slope;
+
+        Shape(const Tensor& qkv, int64_t heads) {
+            TORCH_CHECK(qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0 && qkv.size(1) > 0,
+                        "a fused attention of pixels takes [B, N, 3 C], not ", qkv.sizes(), " for ", heads, " heads");
+            TORCH_CHECK(qkv.size(1) * qkv.size(2) < INT32_MAX, "a fused attention of pixels takes fewer than 2^31 numbers of a sample, not ", qkv.sizes());
+            B = static_cast<int>(qkv.size(0));
+            N = static_cast<int>(qkv.size(1));
+            H = static_cast<int>(heads);
+            width = qkv.size(2) / (3 * heads);
+            TORCH_CHECK(width == 40 || width == 80, "a fused attention of pixels takes heads of 40 or 80 channels, not ", width);
+            slope = 1.0f / std::sqrt(static_cast<float>(width));
+            scale = slope * 1.44269504088896341f;
+        }
+
+        // A number for each row of shares, filled up to whole tiles.
+        Tensor rows(const Tensor& like) const {
+            const int64_t tiles = (N + ella::TILE - 1) / ella::TILE;
+            return at::empty({B, H, tiles * ella::TILE}, like.options().dtype(at::kFloat));
+        }
+        // Blocks of so many groups, with so many bytes on the chip.
+        Grid grid(int groups, size_t bytes) const {
+            const int rows = groups * ella::TILE;
+            return {(N + rows - 1) / rows * H, B, groups * ella::GROUP, static_cast<int>(bytes)};
+        }
+        template <class F>
+        void by_width(F work) const {
+            width == 40 ? work(std::integral_constant<int, 40>{}) : work(std::integral_constant<int, 80>{});
+        }
+    };
+
+    static Tensor forward(AutogradContext* ctx, const Tensor& all, int64_t heads) {
+        const Tensor qkv = all.contiguous();
+        const Shape n(qkv, heads);
+        const Tensor y = at::empty({n.B, n.N, n.width * heads}, qkv.options()), log = n.rows(qkv);
+        by_type(qkv, [&](auto number, const char* type) {
+            using T = decltype(number);
+            n.by_width([&](auto width) {
+                constexpr int D = width();
+                launch(qkv, "attention_pixels_" + std::to_string(D) + type, n.grid(ella::Groups<D>::FORWARD, ella::ForwardChip<T, D>::COUNT * sizeof(T)), &ella::pixels<T, D>,
+                       numbers<T>(qkv), numbers<T>(y), numbers<float>(log), n.N, n.H, n.scale);
+            });
+        });
+        ctx->save_for_backward({qkv, y, log});
+        ctx->saved_data["heads"] = heads;
+        return y;
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const auto saved = ctx->get_saved_variables();
+        const Tensor &qkv = saved[0], &y = saved[1], &log = saved[2], none, dy = grads[0].contiguous();
+        const Shape n(qkv, ctx->saved_data["heads"].toInt());
+        const Tensor dqkv = at::empty_like(qkv), slant = n.rows(qkv);
+        by_type(qkv, [&](auto number, const char* type) {
+            using T = decltype(number);
+            n.by_width([&](auto width) {
+                constexpr int D = width();
+                const std::string name = "attention_pixels_back_", end = "_" + std::to_string(D) + type;
+                launch(qkv, name + "queries" + end, n.grid(ella::Groups<D>::BY_QUERIES, ella::QueriesChip<T, D>::COUNT * sizeof(T)), &ella::pixels_back_queries<T, D>, numbers<T>(qkv),
+                       numbers<T>(y), numbers<T>(dy), numbers<float>(log), numbers<float>(slant), numbers<T>(dqkv), n.N, n.H, n.scale, n.slope);
+                launch(qkv, name + "keys" + end, n.grid(ella::Groups<D>::BY_KEYS, ella::KeysChip<T, D>::COUNT * sizeof(T)), &ella::pixels_back_keys<T, D>, numbers<T>(qkv),
+                       numbers<T>(dy), numbers<float>(log), numbers<float>(slant), numbers<T>(dqkv), n.N, n.H, n.scale, n.slope);
+            });
+        });
+        return {dqkv, none};
+    }
+};
+
 // --- Text encoders ------------------------------------------------------------------------------------------------------------------------
 
 void refuse_gradient(const Tensor& x) {
@@ -514,6 +589,9 @@ void* ella_frozen_double(const void* x, const void* weight, const void* back, co
 }
 void* ella_frozen_half(const void* x, const void* weight, const void* back) {
     return ella_guarded<void*>(nullptr, [&] { return given(FrozenHalf::apply(tensor_of(x), tensor_of(weight), tensor_of(back))); });
+}
+void* ella_pixels(const void* qkv, int64_t heads) {
+    return ella_guarded<void*>(nullptr, [&] { return given(Pixels::apply(tensor_of(qkv), heads)); });
 }
 void* ella_few_keys(const void* q, const void* kv, int64_t heads) {
     return ella_guarded<void*>(nullptr, [&] { return given(FewKeys::apply(tensor_of(q), tensor_of(kv), heads)); });

@@ -18,6 +18,7 @@ int ella_group_norm(const void* x, const void* second, const void* gamma, const 
 void* ella_frozen_conv2d(const void* x, const void* weight, int64_t stride, int64_t padding);
 void* ella_frozen_double(const void* x, const void* weight, const void* back, const void* bias);
 void* ella_frozen_half(const void* x, const void* weight, const void* back);
+void* ella_pixels(const void* qkv, int64_t heads);
 void* ella_few_keys(const void* q, const void* kv, int64_t heads);
 void* ella_geglu(const void* both);
 void* ella_rms_norm(const void* x, const void* weight, double eps);

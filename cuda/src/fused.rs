@@ -31,25 +31,30 @@ pub struct Fused {
     pub attention: bool,
     /// [`few_keys`], where it [fits](fits_few_keys).
     pub cross: bool,
+    /// [`pixels`], where it [fits](fits_pixels). Not among those that a GPU takes by itself: none has shown yet what it gains.
+    pub pixels: bool,
 }
 
 type Switch = fn(&mut Fused) -> &mut bool;
 
 /// The names in `ELLA_FUSED`, and the switches that they stand for.
-const SWITCHES: [(&str, Switch); 6] = [
+const SWITCHES: [(&str, Switch); 7] = [
     ("norm", |f| &mut f.norm),
     ("conv", |f| &mut f.conv),
     ("resize", |f| &mut f.resize),
     ("gate", |f| &mut f.gate),
     ("attention", |f| &mut f.attention),
     ("cross", |f| &mut f.cross),
+    ("pixels", |f| &mut f.pixels),
 ];
 
 impl Fused {
     /// None of them: libtorch's own operators only.
-    pub const NONE: Self = Self { norm: false, conv: false, resize: false, gate: false, attention: false, cross: false };
+    pub const NONE: Self = Self { norm: false, conv: false, resize: false, gate: false, attention: false, cross: false, pixels: false };
     /// All of them.
-    pub const ALL: Self = Self { norm: true, conv: true, resize: true, gate: true, attention: true, cross: true };
+    pub const ALL: Self = Self { norm: true, conv: true, resize: true, gate: true, attention: true, cross: true, pixels: true };
+    /// Those that a GPU takes unless it is told otherwise.
+    pub const USUAL: Self = Self { pixels: false, ..Self::ALL };
 
     /// What the environment variable `ELLA_FUSED` says: `all`, `none`, or names beside commas; nothing if it is not set.
     ///
@@ -59,11 +64,15 @@ impl Fused {
         std::env::var("ELLA_FUSED").ok().map(|value| Self::parse(&value)).transpose()
     }
 
-    /// Those of them that there are in `kind` on `device`: a GPU's [`few_keys`] takes 16 bits, and compute capability 8 or newer.
+    /// Those of them that there are in `kind` on `device`: a GPU's [`few_keys`] and [`pixels`] take 16 bits, the one compute capability 8 or newer, the other 9.0.
     #[must_use]
     pub fn on(self, kind: Kind, device: Device) -> Self {
-        let cross = !device.is_cuda() || (kind != Kind::Float && gpu::capability().is_none_or(|capability| capability >= (8, 0)));
-        Self { cross: self.cross && cross, ..self }
+        let of = |fits: fn((c_int, c_int)) -> bool| !device.is_cuda() || (kind != Kind::Float && gpu::capability().is_none_or(fits));
+        Self {
+            cross: self.cross && of(|capability| capability >= (8, 0)),
+            pixels: self.pixels && of(|capability| capability == (9, 0)),
+            ..self
+        }
     }
 
     fn parse(value: &str) -> Result<Self> {
@@ -213,6 +222,25 @@ pub fn fits_few_keys(keys: i64, width: i64) -> bool {
 pub fn few_keys(q: &Tensor, kv: &Tensor, heads: i64) -> Result<Tensor> {
     // SAFETY: both tensors are alive while they are borrowed.
     returned(unsafe { ops::ella_few_keys(q.as_ptr(), kv.as_ptr(), heads) })
+}
+
+/// Whether [`pixels`] takes heads of so many channels: those that others fill up most.
+#[must_use]
+pub fn fits_pixels(width: i64) -> bool {
+    [40, 80].contains(&width)
+}
+
+/// `softmax(q kᵀ / √d) v` of every head, of a map's pixels to themselves. What is kept for the gradient is what goes in, what comes out, and a number for each
+/// pixel and head.
+///
+/// # Shapes
+/// `qkv` `[B, N, 3 H d]`: queries, keys, values; to `[B, N, H d]`. See [`fits_pixels`].
+///
+/// # Errors
+/// A shape or kind that it does not take; CUDA's own.
+pub fn pixels(qkv: &Tensor, heads: i64) -> Result<Tensor> {
+    // SAFETY: the tensor is alive while it is borrowed.
+    returned(unsafe { ops::ella_pixels(qkv.as_ptr(), heads) })
 }
 
 /// `s = x + more` (or x), and `layernorm(s) · γ + β` over the last axis: (s, norm). Who needs `s` beside the norm takes it from here: then both gradients are

@@ -8,7 +8,7 @@ use libloading::os::unix::Library;
 use crate::error::reason;
 use crate::{Error, Result};
 
-const KERNELS: &str = concat!(include_str!("../cpp/kernels.h"), include_str!("../cpp/few_keys.h"));
+const KERNELS: &str = concat!(include_str!("../cpp/kernels.h"), include_str!("../cpp/few_keys.h"), include_str!("../cpp/pixels.h"));
 
 /// `nvrtcProgram`.
 type Program = *mut c_void;
@@ -42,7 +42,9 @@ pub(crate) fn compile(folders: &[PathBuf], (major, minor): (c_int, c_int)) -> Re
     // SAFETY: the text ends in a zero and is copied; there are no headers; the pointer is to a live pointer, which the call fills.
     let code = unsafe { (nvrtc.create)(&raw mut program, text.as_ptr(), c"kernels.h".as_ptr(), 0, std::ptr::null(), std::ptr::null()) };
     nvrtc.check("the kernels", code)?;
-    let image = nvrtc.image(program, &format!("sm_{major}{minor}"));
+    // Hopper's products of a group of warps are of that architecture alone, and so named.
+    let alone = if major == 9 { "a" } else { "" };
+    let image = nvrtc.image(program, &format!("sm_{major}{minor}{alone}"));
     // SAFETY: the program is alive, and this is its last use.
     unsafe { (nvrtc.destroy)(&raw mut program) };
     image
@@ -149,6 +151,9 @@ mod tests {
             }
             for name in ["attention_few_keys_40_bf16", "attention_few_keys_back_160_f16"] {
                 assert_eq!(has(name), capability >= (8, 0), "{capability:?}: {name}");
+            }
+            for name in ["attention_pixels_40_bf16", "attention_pixels_back_keys_80_f16"] {
+                assert_eq!(has(name), capability == (9, 0), "{capability:?}: {name}");
             }
         }
         let error = compile(&folders, (1, 0)).unwrap_err().to_string();

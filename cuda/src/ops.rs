@@ -30,6 +30,7 @@ unsafe extern "C" {
         bias: *const C_tensor,
     ) -> *mut C_tensor;
     pub(crate) fn ella_frozen_half(x: *const C_tensor, weight: *const C_tensor, back: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn ella_pixels(qkv: *const C_tensor, heads: i64) -> *mut C_tensor;
     pub(crate) fn ella_few_keys(q: *const C_tensor, kv: *const C_tensor, heads: i64) -> *mut C_tensor;
     pub(crate) fn ella_geglu(both: *const C_tensor) -> *mut C_tensor;
     pub(crate) fn ella_rms_norm(x: *const C_tensor, weight: *const C_tensor, eps: c_double) -> *mut C_tensor;

@@ -337,6 +337,30 @@ fn attention_to_few_keys_agrees_with_libtorchs() {
 }
 
 #[test]
+fn attention_of_pixels_agrees_with_libtorchs() {
+    seed(10);
+    // A tile, less and more than one, more than a block's rows; scores far from zero, of which the largest is found late.
+    let shapes = [(2, 64, 1, 1.0), (1, 7, 2, 1.0), (1, 200, 2, 1.0), (1, 330, 1, 1.0), (1, 130, 1, 6.0)];
+    for device in devices() {
+        for (kind, tolerance) in KINDS.into_iter().filter(|(kind, _)| Fused::ALL.on(*kind, device).pixels) {
+            for (width, (b, pixels, heads, size)) in [40, 80].into_iter().flat_map(|width| shapes.map(|shape| (width, shape))) {
+                assert!(fused::fits_pixels(width));
+                let scale = Tensor::linspace(1.0, size, pixels, (Kind::Float, device)).reshape([1, -1, 1]).to_kind(kind);
+                let qkv = (leaf(&[b, pixels, 3 * heads * width], 0.0, (kind, device)).detach() * scale).set_requires_grad(true);
+                let parts = qkv.split(heads * width, -1);
+                let wanted = plain_attention(&parts[0], &Tensor::cat(&parts[1..], -1), heads);
+                let found = fused::pixels(&qkv, heads).unwrap();
+                let what = format!("{device:?} {kind:?} {b} × {pixels} pixels, {heads} heads of {width}, size {size}");
+                assert_eq!(found.kind(), kind);
+                agree(&what, tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
+                let [found, wanted] = [&found, &wanted].map(|y| gradients(y, &[&qkv])[0].split(heads * width, -1));
+                agree(&format!("{what}, gradient"), 4.0 * tolerance, &found, &wanted);
+            }
+        }
+    }
+}
+
+#[test]
 fn residuals_agree_with_libtorchs() {
     seed(4);
     for device in devices() {
@@ -419,6 +443,10 @@ fn what_does_not_fit_is_refused_with_its_shape() {
         (&[1, 4, 96], &[1, 8, 192], 2, "not 48"),
     ] {
         let error = fused::few_keys(&ones(q), &ones(kv), heads).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    for (qkv, heads, part) in [(&[1, 4, 288][..], 2, "not 48"), (&[1, 4, 250], 2, "[1, 4, 250] for 2 heads"), (&[4, 240], 2, "[4, 240]")] {
+        let error = fused::pixels(&ones(qkv), heads).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
     }
     let bias = ones(&[8]).to_kind(Kind::Half);

@@ -61,8 +61,8 @@ pub struct Compute {
 impl Compute {
     /// libtorch's own operators on maps as they lie in files.
     pub const PLAIN: Self = Self { layout: Layout::ChannelsFirst, fused: Fused::NONE };
-    /// Everything that was made for a GPU.
-    pub const FUSED: Self = Self { layout: Layout::ChannelsLast, fused: Fused::ALL };
+    /// What a GPU takes.
+    pub const FUSED: Self = Self { layout: Layout::ChannelsLast, fused: Fused::USUAL };
 
     /// The one that is fastest in `kind` on `device`; the variable `ELLA_FUSED` chooses other fused operators ([`Fused::from_env`]).
     ///

@@ -41,7 +41,7 @@ impl Projections {
         let (q, k, v) = (linear("to_q", width)?, linear("to_k", from)?, linear("to_v", from)?);
         Ok(match (p.fused(), source) {
             (fused, Some(_)) if fused.attention || fused.cross => Self::Text { q, kv: Linear::joined(&[k, v])? },
-            (fused, None) if fused.attention => Self::Own(Linear::joined(&[q, k, v])?),
+            (fused, None) if fused.attention || fused.pixels => Self::Own(Linear::joined(&[q, k, v])?),
             _ => Self::Apart([q, k, v]),
         })
     }
@@ -69,6 +69,7 @@ struct Attention {
     heads: i64,
     upcast: bool,
     cross: bool,
+    pixels: bool,
 }
 
 impl Attention {
@@ -80,17 +81,13 @@ impl Attention {
             heads,
             upcast,
             cross: p.fused().cross,
+            pixels: p.fused().pixels,
         })
     }
 
     /// `x` [B, N, D] attends to `source` [B, M, E], to [B, N, D].
     fn forward(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
-        if let Projections::Text { q, kv } = &self.projections
-            && self.cross
-            && !self.upcast
-            && fused::fits_few_keys(source.size()[1], x.size()[2] / self.heads)
-        {
-            let mixed = fused::few_keys(&q.forward(x)?, &kv.forward(source)?, self.heads)?;
+        if let Some(mixed) = self.fused(x, source)? {
             return self.to_out.forward(&mixed);
         }
         let (q, k, v) = self.projections.forward(x, source)?;
@@ -101,6 +98,21 @@ impl Attention {
             attend(&q, &k, &v, self.heads)?
         };
         self.to_out.forward(&y)
+    }
+}
+
+impl Attention {
+    /// What `x` mixes of `source`, [B, N, D], where a fused operator takes it.
+    fn fused(&self, x: &Tensor, source: &Tensor) -> Result<Option<Tensor>> {
+        let width = x.size()[2] / self.heads;
+        Ok(match &self.projections {
+            _ if self.upcast => None,
+            Projections::Text { q, kv } if self.cross && fused::fits_few_keys(source.size()[1], width) => {
+                Some(fused::few_keys(&q.forward(x)?, &kv.forward(source)?, self.heads)?)
+            }
+            Projections::Own(all) if self.pixels && fused::fits_pixels(width) => Some(fused::pixels(&all.forward(x)?, self.heads)?),
+            _ => None,
+        })
     }
 }
 

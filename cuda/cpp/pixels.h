@@ -1,0 +1,547 @@
+// Attention of a map's pixels to themselves, for heads that libtorch's kernels fill up: cuDNN's make 64 channels of 40, and 128 of 80. By Hopper's
+// products of a group of four warps, whose operands lie on the chip or, the left one, in registers. By the same two compilers as the kernels before
+// it, whose text this goes on with.
+//
+// Three kernels of one form: a group of warps holds 64 rows and what is added up for them, and goes through all columns, 64 at a time, which a block's
+// groups share. Forward rows are queries and columns keys; so they are for the gradient by queries; for that by keys and values, the other way around. That makes
+// shares twice for the gradient, and needs neither sums in memory nor anything of one group from another.
+//
+// Letters: B samples, N pixels, H heads, D channels of a head, C = H D. qkv [B, N, 3C]: queries, keys, values; y [B, N, C]. Of each row of shares: log
+// [B, H, M], the logarithm of its exponentials' sum, in powers of two, and slant [B, H, M], Σ dy · y; M: N filled up to whole tiles, with zeros.
+// Grid: (H × parts, B), a part being a block's rows.
+
+namespace ella {
+
+constexpr int GROUP = 4 * WARP;  // threads whose product is one
+constexpr int STAGES = 4;        // tiles of columns on the chip: of this step, of the one before it whose last product it has, and two on their way
+
+// A tile on the chip: 64 tokens' channels by eights, one eight of all tokens after the other, filled up with zeros to whole steps of a product.
+template <class T, int D>
+struct Tile {
+    static constexpr int WIDE = Head<T, D>::WIDE, EIGHT = TILE * VECTOR, SIZE = WIDE / VECTOR * EIGHT;
+};
+// Its entries where a product adds up over channels, i being a token; and where it does over tokens, i being a channel.
+template <class T>
+struct ByToken {
+    const T* at;
+    DEVICE float entry(int i, int k) const { return widen(at[k / VECTOR * TILE * VECTOR + i * VECTOR + k % VECTOR]); }
+};
+template <class T>
+struct ByChannel {
+    const T* at;
+    DEVICE float entry(int i, int k) const { return widen(at[i / VECTOR * TILE * VECTOR + k * VECTOR + i % VECTOR]); }
+};
+
+// --- Products of a group ------------------------------------------------------------------------------------------------------------------
+//
+// A product is started, and what it makes may be looked at once it is finished: finish<n> leaves the n that were started last on their way. Each warp has
+// 16 of the 64 rows, as in the products before.
+
+DEVICE int group_row(int t, int i) { return t % GROUP / WARP * 16 + row_of(t, i); }
+
+#if defined(__CUDACC_RTC__) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HOPPER
+template <int COUNT>
+DEVICE void touch(Fragment (&c)[COUNT]) {
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n].at[i])::"memory");
+    }
+}
+DEVICE void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT, int COUNT>
+DEVICE void finish(Fragment (&c)[COUNT]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+    touch(c);
+}
+
+// Where a matrix of 8 × 8 blocks lies, each of 128 bytes: how far the next block is along what is added up over, and across it.
+DEVICE unsigned long long blocks_at(const void* at, unsigned int along, unsigned int across) {
+    return static_cast<unsigned long long>(place_of(at) >> 4 & 0x3fff) | static_cast<unsigned long long>(along >> 4) << 16 |
+           static_cast<unsigned long long>(across >> 4) << 32;
+}
+
+#define IN4(n) "+f"(c[n].at[0]), "+f"(c[n].at[1]), "+f"(c[n].at[2]), "+f"(c[n].at[3])
+#define IN20 IN4(0), IN4(1), IN4(2), IN4(3), IN4(4)
+#define IN32 IN20, IN4(5), IN4(6), IN4(7)
+#define IN40 IN32, IN4(8), IN4(9)
+#define OUT4(n) "=f"(c[n].at[0]), "=f"(c[n].at[1]), "=f"(c[n].at[2]), "=f"(c[n].at[3])
+#define OUT32 OUT4(0), OUT4(1), OUT4(2), OUT4(3), OUT4(4), OUT4(5), OUT4(6), OUT4(7)
+#define REG20 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
+#define REG32 REG20 ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REG40 REG32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA(n, name) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name "." name
+// Both operands on the chip, nothing to add to or something; the left one in registers, to add to or not.
+#define ON_CHIP(type, name)                                                                                                       \
+    DEVICE void group_first(Fragment (&c)[8], unsigned long long a, unsigned long long b, type) {                                 \
+        asm volatile("{" WGMMA(64, name) " {" REG32 "}, %32, %33, 0, 1, 1, 0, 0;}" : OUT32 : "l"(a), "l"(b));                     \
+    }                                                                                                                             \
+    DEVICE void group_more(Fragment (&c)[8], unsigned long long a, unsigned long long b, type) {                                  \
+        asm volatile("{" WGMMA(64, name) " {" REG32 "}, %32, %33, 1, 1, 1, 0, 0;}" : IN32 : "l"(a), "l"(b));                      \
+    }
+#define HELD_LEFT(type, name, n, count, in, regs, a0, a1, a2, a3, b0, p0)                                                         \
+    DEVICE void group_held(Fragment (&c)[count], const unsigned int (&a)[4], unsigned long long b, int more, type) {              \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #p0 ", 0; " WGMMA(n, name) " {" regs "}, {%" #a0 ", %" #a1 ", %" #a2       \
+                     ", %" #a3 "}, %" #b0 ", p, 1, 1, 1;}"                                                                        \
+                     : in : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));                                       \
+    }
+#define GROUP_MULTIPLY(type, name)                                         \
+    ON_CHIP(type, name)                                                    \
+    HELD_LEFT(type, name, 40, 5, IN20, REG20, 20, 21, 22, 23, 24, 25)      \
+    HELD_LEFT(type, name, 80, 10, IN40, REG40, 40, 41, 42, 43, 44, 45)
+GROUP_MULTIPLY(bf16, "bf16")
+GROUP_MULTIPLY(f16, "f16")
+
+// c = a bᵀ over the channels of two tiles.
+template <int WIDE, class T>
+DEVICE void start(int, Fragment (&c)[TILE / 8], ByToken<T> a, ByToken<T> b) {
+    constexpr unsigned int EIGHT = TILE * VECTOR * sizeof(T), BLOCK = 128;
+    const unsigned long long left = blocks_at(a.at, EIGHT, BLOCK), right = blocks_at(b.at, EIGHT, BLOCK);
+    begin();
+    group_first(c, left, right, T{});
+#pragma unroll
+    for (int k = 1; k < WIDE / 16; ++k) group_more(c, left + (2 * k * EIGHT >> 4), right + (2 * k * EIGHT >> 4), T{});
+    commit();
+}
+// A left operand as it is held, rounded.
+template <class T>
+struct Held {
+    unsigned int at[TILE / 16][4];
+};
+template <class T>
+DEVICE void hold(Held<T>& to, const Fragment (&from)[TILE / 8]) {
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) put(reinterpret_cast<T*>(&to.at[k][i]), from[2 * k + i / 2].at[i % 2 * 2], from[2 * k + i / 2].at[i % 2 * 2 + 1]);
+    }
+}
+// c = a b over a tile's tokens, or c += a b.
+template <int COUNT, class T>
+DEVICE void start(int, Fragment (&c)[COUNT], const Held<T> (&a)[1], ByChannel<T> b, bool more) {
+    constexpr unsigned int EIGHT = TILE * VECTOR * sizeof(T), BLOCK = 128;
+    const unsigned long long right = blocks_at(b.at, BLOCK, EIGHT);
+    begin();
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k) group_held(c, a[0].at[k], right + (2 * k * BLOCK >> 4), more || k > 0, T{});
+    commit();
+}
+#elif !defined(__CUDACC_RTC__)
+#define HOPPER
+template <int LEFT, int COUNT>
+DEVICE void finish(Fragment (&)[COUNT]) {}
+template <int WIDE, class T>
+DEVICE void start(int t, Fragment (&c)[TILE / 8], ByToken<T> a, ByToken<T> b) {
+    for (int n = 0; n < TILE / 8; ++n) {
+        for (int i = 0; i < 4; ++i) {
+            float sum = 0.0f;
+            for (int k = 0; k < WIDE; ++k) sum += a.entry(group_row(t, i), k) * b.entry(n * 8 + column_of(t, i), k);
+            c[n].at[i] = sum;
+        }
+    }
+}
+template <class T>
+struct Held {
+    Fragment at[TILE / 8];
+};
+template <class T>
+DEVICE void hold(Held<T>& to, const Fragment (&from)[TILE / 8]) {
+    for (int n = 0; n < TILE / 8; ++n) {
+        for (int i = 0; i < 4; ++i) {
+            T rounded;
+            narrow(from[n].at[i], rounded);
+            to.at[n].at[i] = widen(rounded);
+        }
+    }
+}
+template <int COUNT, class T>
+DEVICE void start(int t, Fragment (&c)[COUNT], const Held<T> (*a)[1], ByChannel<T> b, bool more) {
+    for (int n = 0; n < COUNT; ++n) {
+        for (int i = 0; i < 4; ++i) {
+            float sum = 0.0f;
+            for (int k = 0; k < TILE; ++k) {
+                sum += a[t / 4 * 4 + k % 8 / 2][0].at[k / 8].at[i / 2 * 2 + k % 2] * b.entry(n * 8 + column_of(t, i), k);
+            }
+            c[n].at[i] = more ? c[n].at[i] + sum : sum;
+        }
+    }
+}
+#endif
+
+#ifdef HOPPER
+
+// --- Tiles on their way -------------------------------------------------------------------------------------------------------------------
+
+#ifdef __CUDACC_RTC__
+// 16 bytes, or so many zeros.
+DEVICE void ask(void* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place_of(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+DEVICE void asked() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// What was asked for is there, but for the last so many times; and products see it.
+template <int LEFT>
+DEVICE void arrived() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+#else
+DEVICE void ask(void* to, const void* from, bool there) { there ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); }
+DEVICE void asked() {}
+template <int LEFT>
+DEVICE void arrived() {}
+#endif
+
+// The tile of tokens from `first` of N, `step` apart. Eight threads beside each other ask for eight tokens, which lie beside each other on the chip.
+template <int D, int THREADS, class T>
+DEVICE void ask_tile(int t, T* tile, const T* from, int first, int N, int step) {
+    constexpr int LANES = Tile<T, D>::WIDE / VECTOR, TASKS = TILE * LANES;
+#pragma unroll
+    for (int k = 0; k < (TASKS + THREADS - 1) / THREADS; ++k) {
+        const unsigned int i = t + k * THREADS, token = i / (8 * LANES) * 8 + i % 8, lane = i / 8 % LANES;
+        if (i < TASKS) {
+            const int pixel = first + static_cast<int>(token), c = static_cast<int>(lane) * VECTOR;
+            const bool there = pixel < N && c < D;
+            const T* const place = there ? from + (pixel * step + c) : from;
+            T* const to = tile + (lane * TILE + token) * VECTOR;
+#pragma unroll
+            for (int part = 0; part < static_cast<int>(VECTOR * sizeof(T)); part += 16)
+                ask(reinterpret_cast<unsigned char*>(to) + part, reinterpret_cast<const unsigned char*>(place) + part, there);
+        }
+    }
+}
+// As many of M numbers as a tile has tokens.
+DEVICE void ask_numbers(int t, float* to, const float* from, int first, int M) {
+    if (t < TILE / 4) ask(to + t * 4, from + (first < M ? first + t * 4 : 0), first < M);
+}
+
+// Where this block's head lies, and its first row.
+struct PixelPlace {
+    int N, H, D, M, C, head, first, sample;
+    DEVICE PixelPlace(int N, int H, int D, int rows)
+        : N(N), H(H), D(D), M((N + TILE - 1) / TILE * TILE), C(H * D), head(blockIdx.x % H), first(blockIdx.x / H * rows), sample(blockIdx.y) {}
+    // This head's first number in a part of `parts` × C numbers of each pixel.
+    DEVICE long long of(int part, int parts) const { return static_cast<long long>(sample) * N * parts * C + (part * C + head * D); }
+    // A row's number.
+    DEVICE long long row(int pixel) const { return (static_cast<long long>(sample) * H + head) * M + pixel; }
+    // The row of this thread's numbers i and i + 1.
+    DEVICE int row_at(int t, int i) const { return first + t / GROUP * TILE + group_row(t, i); }
+};
+enum { QUERIES, KEYS_OF, VALUES, QKV };  // parts
+
+// A part of each of this thread's rows, of those that there are.
+template <int COUNT, class T>
+DEVICE void put_pixels(int t, const Fragment (&c)[COUNT], T* to, const PixelPlace& here, int part, int parts) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const int row = here.row_at(t, i);
+        if (row >= here.N) continue;
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) put(to + here.of(part, parts) + (row * parts * here.C + n * 8 + column_of(t, i)), c[n].at[i], c[n].at[i + 1]);
+    }
+}
+
+// The blocks' groups for heads of D channels: as many as their registers let.
+template <int D>
+struct Groups {
+    static constexpr int FORWARD = 4, BY_QUERIES = D > 40 ? 3 : 4, BY_KEYS = D > 40 ? 2 : 3;
+};
+// Numbers on the chip: so many tiles of each group's own, and two of columns for each that is worked on or on its way, with two numbers a column.
+template <class T, int D, int GROUPS, int OWN_TILES>
+struct OnChip {
+    static constexpr int PER_FLOAT = sizeof(float) / sizeof(T);
+    static constexpr int COUNT = (GROUPS * OWN_TILES + STAGES * 2) * Tile<T, D>::SIZE + STAGES * 2 * TILE * PER_FLOAT;
+#ifdef __CUDACC_RTC__
+    static constexpr int MOST = 227 << 10;
+#else
+    static constexpr int MOST = MOST_ON_CHIP;
+#endif
+    static_assert(COUNT * sizeof(T) <= MOST);
+};
+template <class T, int D>
+using ForwardChip = OnChip<T, D, Groups<D>::FORWARD, 1>;
+template <class T, int D>
+using QueriesChip = OnChip<T, D, Groups<D>::BY_QUERIES, 2>;
+template <class T, int D>
+using KeysChip = OnChip<T, D, Groups<D>::BY_KEYS, 2>;
+
+// A block's tiles of columns, two at a time: those worked on, and those on their way.
+template <class T, int D>
+struct Columns {
+    static constexpr int SIZE = Tile<T, D>::SIZE;
+    T* tiles;
+    float* numbers;
+    DEVICE explicit Columns(T* at) : tiles(at), numbers(reinterpret_cast<float*>(at + STAGES * 2 * SIZE)) {}
+    DEVICE T* tile(int first, int which) const { return tiles + (first / TILE % STAGES * 2 + which) * SIZE; }
+    DEVICE float* number(int first, int which) const { return numbers + (first / TILE % STAGES * 2 + which) * TILE; }
+};
+
+// The tile before, or the first.
+DEVICE int before(int first) { return first > 0 ? first - TILE : 0; }
+
+// A block goes through its columns by steps of a tile. A step starts the last product of the step before it beside its own first ones, so that there is one to
+// work on while it takes its exponentials; and leaves none on its way, which the compiler would not let go on over the end of a loop. Before the first step nothing
+// is held: it multiplies zeros.
+
+// --- Forward ------------------------------------------------------------------------------------------------------------------------------
+
+template <class T, int D>
+DEVICE void pixels(const T* qkv, T* y, float* log, int N, int H, float scale) {
+    constexpr int GROUPS = Groups<D>::FORWARD, THREADS = GROUPS * GROUP, SIZE = Tile<T, D>::SIZE, WIDE = Tile<T, D>::WIDE;
+    DYNAMIC(memory);
+    T* const queries = reinterpret_cast<T*>(memory);
+    const Columns<T, D> columns(queries + GROUPS * SIZE);
+    OWN(Fragment, scores, TILE / 8);
+    OWN(Held<T>, shares, 1);
+    OWN(Fragment, mixed, D / 8);
+    OWN(float, upper, 1);
+    OWN(float, lower, 1);
+    OWN(float, most, 2);
+    OWN(float, total, 2);
+    const PixelPlace here(N, H, D, GROUPS * TILE);
+    const auto ask_columns = [&](int t, int first) {
+        ask_tile<D, THREADS>(t, columns.tile(first, 0), qkv + here.of(KEYS_OF, QKV), first, N, QKV * here.C);
+        ask_tile<D, THREADS>(t, columns.tile(first, 1), qkv + here.of(VALUES, QKV), first, N, QKV * here.C);
+        asked();
+    };
+    PHASE(t) {
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g)
+            ask_tile<D, THREADS>(t, queries + g * SIZE, qkv + here.of(QUERIES, QKV), here.first + g * TILE, N, QKV * here.C);
+        ask_columns(t, 0);
+        ask_columns(t, TILE);
+        OF(shares, t)[0] = {};
+        for (int i = 0; i < 2; ++i) {
+            OF(most, t)[i] = from_bits(0xff800000u);
+            OF(total, t)[i] = 0.0f;
+        }
+    }
+    for (int first = 0; first < N; first += TILE) {
+        arrived<1>();
+        SYNC();
+        PHASE(t) {
+            ask_columns(t, first + 2 * TILE);
+            start<WIDE>(t, OF(scores, t), ByToken<T>{queries + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 0)});
+            start(t, OF(mixed, t), shares, ByChannel<T>{columns.tile(before(first), 1)}, first > 0);
+            finish<1>(OF(scores, t));
+            largest_of(t, OF(scores, t), N - first, OF(upper, t), OF(lower, t));
+        }
+        PHASE(t) {
+            const float top[2] = {larger(OF(most, t)[0], across(upper, t, PARTNERS, larger)), larger(OF(most, t)[1], across(lower, t, PARTNERS, larger))};
+            float sum[2][1], shrink[2];
+            exponentials(OF(scores, t), top, scale, sum[0], sum[1]);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                shrink[i] = power_of_two((OF(most, t)[i] - top[i]) * scale);
+                OF(total, t)[i] = OF(total, t)[i] * shrink[i] + sum[i][0];
+                OF(most, t)[i] = top[i];
+            }
+            finish<0>(OF(mixed, t));
+            times(OF(mixed, t), shrink);
+            hold(OF(shares, t)[0], OF(scores, t));
+        }
+    }
+    PHASE(t) {
+        start(t, OF(mixed, t), shares, ByChannel<T>{columns.tile(here.M - TILE, 1)}, true);
+        finish<0>(OF(mixed, t));
+        OF(upper, t)[0] = OF(total, t)[0];
+        OF(lower, t)[0] = OF(total, t)[1];
+    }
+    PHASE(t) {
+        const float sum[2] = {across(upper, t, PARTNERS), across(lower, t, PARTNERS)}, by[2] = {inverse(sum[0]), inverse(sum[1])};
+        times(OF(mixed, t), by);
+        put_pixels(t, OF(mixed, t), y, here, 0, 1);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = here.row_at(t, 2 * i);
+            if (t % PARTNERS == 0 && row < here.M) log[here.row(row)] = row < N ? OF(most, t)[i] * scale + log2f(sum[i]) : 0.0f;
+        }
+    }
+}
+
+// --- Backward -----------------------------------------------------------------------------------------------------------------------------
+
+// By queries, into their part of dqkv; and the slants, which that by keys and values needs.
+template <class T, int D>
+DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const float* log, float* slant, T* dqkv, int N, int H, float scale, float slope) {
+    constexpr int GROUPS = Groups<D>::BY_QUERIES, THREADS = GROUPS * GROUP, SIZE = Tile<T, D>::SIZE, WIDE = Tile<T, D>::WIDE;
+    DYNAMIC(memory);
+    T *const queries = reinterpret_cast<T*>(memory), *const slopes = queries + GROUPS * SIZE;
+    const Columns<T, D> columns(slopes + GROUPS * SIZE);
+    OWN(Fragment, scores, TILE / 8);
+    OWN(Fragment, slants, TILE / 8);
+    OWN(Held<T>, held, 1);
+    OWN(Fragment, by_queries, D / 8);
+    OWN(float, upper, 1);
+    OWN(float, lower, 1);
+    OWN(float, mean, 2);
+    OWN(float, logs, 2);
+    const PixelPlace here(N, H, D, GROUPS * TILE);
+    const auto ask_columns = [&](int t, int first) {
+        ask_tile<D, THREADS>(t, columns.tile(first, 0), qkv + here.of(KEYS_OF, QKV), first, N, QKV * here.C);
+        ask_tile<D, THREADS>(t, columns.tile(first, 1), qkv + here.of(VALUES, QKV), first, N, QKV * here.C);
+        asked();
+    };
+    PHASE(t) {
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+            const int first = here.first + g * TILE;
+            ask_tile<D, THREADS>(t, queries + g * SIZE, qkv + here.of(QUERIES, QKV), first, N, QKV * here.C);
+            ask_tile<D, THREADS>(t, slopes + g * SIZE, dy + here.of(0, 1), first, N, here.C);
+        }
+        ask_columns(t, 0);
+        ask_columns(t, TILE);
+        OF(held, t)[0] = {};
+        // A row's Σ dy · y, by the four threads that share it.
+        float sum[2] = {};
+        for (int i = 0; i < 2; ++i) {
+            const int row = here.row_at(t, 2 * i);
+            for (int c = t % PARTNERS * VECTOR; c < D && row < N; c += PARTNERS * VECTOR) {
+                float a[VECTOR], b[VECTOR];
+                load(y + here.of(0, 1) + (row * here.C + c), a);
+                load(dy + here.of(0, 1) + (row * here.C + c), b);
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) sum[i] += a[j] * b[j];
+            }
+            OF(logs, t)[i] = row < N ? log[here.row(row)] : 0.0f;
+        }
+        OF(upper, t)[0] = sum[0];
+        OF(lower, t)[0] = sum[1];
+    }
+    PHASE(t) {
+        OF(mean, t)[0] = across(upper, t, PARTNERS);
+        OF(mean, t)[1] = across(lower, t, PARTNERS);
+        for (int i = 0; i < 2; ++i) {
+            const int row = here.row_at(t, 2 * i);
+            if (t % PARTNERS == 0 && row < here.M) slant[here.row(row)] = OF(mean, t)[i];
+        }
+    }
+    for (int first = 0; first < N; first += TILE) {
+        arrived<1>();
+        SYNC();
+        PHASE(t) {
+            ask_columns(t, first + 2 * TILE);
+            start<WIDE>(t, OF(scores, t), ByToken<T>{queries + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 0)});
+            start<WIDE>(t, OF(slants, t), ByToken<T>{slopes + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 1)});
+            start(t, OF(by_queries, t), held, ByChannel<T>{columns.tile(before(first), 0)}, first > 0);
+            finish<2>(OF(scores, t));
+#pragma unroll
+            for (int n = 0; n < TILE / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) OF(scores, t)[n].at[i] = power_of_two(OF(scores, t)[n].at[i] * scale - OF(logs, t)[i / 2]);
+            }
+            finish<1>(OF(slants, t));
+#pragma unroll
+            for (int n = 0; n < TILE / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) OF(slants, t)[n].at[i] = OF(scores, t)[n].at[i] * (OF(slants, t)[n].at[i] - OF(mean, t)[i / 2]);
+            }
+        }
+        PHASE(t) {
+            finish<0>(OF(by_queries, t));
+            hold(OF(held, t)[0], OF(slants, t));
+        }
+    }
+    PHASE(t) {
+        start(t, OF(by_queries, t), held, ByChannel<T>{columns.tile(here.M - TILE, 0)}, true);
+        finish<0>(OF(by_queries, t));
+        times(OF(by_queries, t), {slope, slope});
+        put_pixels(t, OF(by_queries, t), dqkv, here, QUERIES, QKV);
+    }
+}
+
+// By keys and values, into their parts of dqkv.
+template <class T, int D>
+DEVICE void pixels_back_keys(const T* qkv, const T* dy, const float* log, const float* slant, T* dqkv, int N, int H, float scale, float slope) {
+    constexpr int GROUPS = Groups<D>::BY_KEYS, THREADS = GROUPS * GROUP, SIZE = Tile<T, D>::SIZE, WIDE = Tile<T, D>::WIDE;
+    DYNAMIC(memory);
+    T *const keys = reinterpret_cast<T*>(memory), *const values = keys + GROUPS * SIZE;
+    const Columns<T, D> columns(values + GROUPS * SIZE);
+    OWN(Fragment, scores, TILE / 8);
+    OWN(Fragment, slants, TILE / 8);
+    OWN(Held<T>, shares, 1);
+    OWN(Held<T>, held, 1);
+    OWN(Fragment, by_keys, D / 8);
+    OWN(Fragment, by_values, D / 8);
+    const PixelPlace here(N, H, D, GROUPS * TILE);
+    const auto ask_columns = [&](int t, int first) {
+        ask_tile<D, THREADS>(t, columns.tile(first, 0), qkv + here.of(QUERIES, QKV), first, N, QKV * here.C);
+        ask_tile<D, THREADS>(t, columns.tile(first, 1), dy + here.of(0, 1), first, N, here.C);
+        ask_numbers(t, columns.number(first, 0), log + here.row(0), first, here.M);
+        ask_numbers(t, columns.number(first, 1), slant + here.row(0), first, here.M);
+        asked();
+    };
+    PHASE(t) {
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+            const int first = here.first + g * TILE;
+            ask_tile<D, THREADS>(t, keys + g * SIZE, qkv + here.of(KEYS_OF, QKV), first, N, QKV * here.C);
+            ask_tile<D, THREADS>(t, values + g * SIZE, qkv + here.of(VALUES, QKV), first, N, QKV * here.C);
+        }
+        ask_columns(t, 0);
+        ask_columns(t, TILE);
+        OF(held, t)[0] = {};
+    }
+    for (int first = 0; first < N; first += TILE) {
+        arrived<1>();
+        SYNC();
+        PHASE(t) {
+            ask_columns(t, first + 2 * TILE);
+            start<WIDE>(t, OF(scores, t), ByToken<T>{keys + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 0)});
+            start<WIDE>(t, OF(slants, t), ByToken<T>{values + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 1)});
+            start(t, OF(by_keys, t), held, ByChannel<T>{columns.tile(before(first), 0)}, first > 0);
+            finish<2>(OF(scores, t));
+            const float* const logs = columns.number(first, 0) + column_of(t, 0);
+#pragma unroll
+            for (int n = 0; n < TILE / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) OF(scores, t)[n].at[i] = power_of_two(OF(scores, t)[n].at[i] * scale - logs[n * 8 + i % 2]);
+            }
+            hold(OF(shares, t)[0], OF(scores, t));
+        }
+        PHASE(t) {
+            start(t, OF(by_values, t), shares, ByChannel<T>{columns.tile(first, 1)}, first > 0);
+            finish<2>(OF(slants, t));
+            const float* const means = columns.number(first, 1) + column_of(t, 0);
+#pragma unroll
+            for (int n = 0; n < TILE / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) OF(slants, t)[n].at[i] = OF(scores, t)[n].at[i] * (OF(slants, t)[n].at[i] - means[n * 8 + i % 2]);
+            }
+            finish<0>(OF(by_keys, t));
+            finish<0>(OF(by_values, t));
+            hold(OF(held, t)[0], OF(slants, t));
+        }
+    }
+    PHASE(t) {
+        start(t, OF(by_keys, t), held, ByChannel<T>{columns.tile(here.M - TILE, 0)}, true);
+        finish<0>(OF(by_keys, t));
+        times(OF(by_keys, t), {slope, slope});
+        put_pixels(t, OF(by_keys, t), dqkv, here, KEYS_OF, QKV);
+        put_pixels(t, OF(by_values, t), dqkv, here, VALUES, QKV);
+    }
+}
+
+#endif
+}  // namespace ella
+
+#if defined(__CUDACC_RTC__) && defined(HOPPER)
+#define PIXELS(T, suffix, D)                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(ella::Groups<D>::FORWARD * ella::GROUP, 1)                                                   \
+        attention_pixels_##D##_##suffix(const T* qkv, T* y, float* log, int N, int H, float scale) {                                          \
+        ella::pixels<T, D>(qkv, y, log, N, H, scale);                                                                                         \
+    }                                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(ella::Groups<D>::BY_QUERIES * ella::GROUP, 1) attention_pixels_back_queries_##D##_##suffix(  \
+        const T* qkv, const T* y, const T* dy, const float* log, float* slant, T* dqkv, int N, int H, float scale, float slope) {             \
+        ella::pixels_back_queries<T, D>(qkv, y, dy, log, slant, dqkv, N, H, scale, slope);                                                    \
+    }                                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(ella::Groups<D>::BY_KEYS * ella::GROUP, 1) attention_pixels_back_keys_##D##_##suffix(        \
+        const T* qkv, const T* dy, const float* log, const float* slant, T* dqkv, int N, int H, float scale, float slope) {                   \
+        ella::pixels_back_keys<T, D>(qkv, dy, log, slant, dqkv, N, H, scale, slope);                                                          \
+    }
+PIXELS(ella::bf16, bf16, 40)
+PIXELS(ella::bf16, bf16, 80)
+PIXELS(ella::f16, f16, 40)
+PIXELS(ella::f16, f16, 80)
+#endif
