@@ -888,6 +888,39 @@ DEVICE void adamw(float* p, const float* g, float* m, float* v, float* ema, long
     }
 }
 
+constexpr int SQUARE_THREADS = 256;
+
+// Σ x² of each block's share of x [count], in float64: into sums [blocks].
+DEVICE void square_sums(const float* x, double* sums, long long count) {
+    SHARED(double, each, SQUARE_THREADS);
+    constexpr int FEW = 32;
+    PHASE(t) {
+        const long long step = static_cast<long long>(gridDim.x) * SQUARE_THREADS * VECTOR;
+        double sum = 0.0;
+        for (long long i = (static_cast<long long>(blockIdx.x) * SQUARE_THREADS + t) * VECTOR; i < count; i += step) {
+            float v[VECTOR] = {};
+            if (i + VECTOR <= count) {
+                load(x + i, v);
+            } else {
+                for (int j = 0; i + j < count; ++j) v[j] = x[i + j];
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) sum += static_cast<double>(v[j]) * static_cast<double>(v[j]);
+        }
+        each[t] = sum;
+    }
+    SYNC();
+    PHASE(t) if (t < FEW) {
+        for (int i = t + FEW; i < SQUARE_THREADS; i += FEW) each[t] += each[i];
+    }
+    SYNC();
+    PHASE(t) if (t == 0) {
+        double sum = 0.0;
+        for (int i = 0; i < FEW; ++i) sum += each[i];
+        sums[blockIdx.x] = sum;
+    }
+}
+
 }  // namespace ella
 
 #ifdef __CUDACC_RTC__
@@ -948,6 +981,7 @@ KERNELS(ella::f16, f16)
 KERNEL(adamw, float, f32)(float* p, const float* g, float* m, float* v, float* ema, long long count, ella::Rates r) {
     ella::adamw(p, g, m, v, ema, count, r);
 }
+KERNEL(square_sums, float, f32)(const float* x, double* sums, long long count) { ella::square_sums(x, sums, count); }
 KERNEL(norm_back_means, float, f32)(const float* sums, float* means, int P, int C, int G, int pieces) {
     ella::norm_back_means(sums, means, P, C, G, pieces);
 }

@@ -607,6 +607,17 @@ int ella_add_layer_norm(const void* a, const void* b, const void* gamma, const v
         return 0;
     });
 }
+void* ella_square_sums(const void* x) {
+    return ella_guarded<void*>(nullptr, [&] {
+        const Tensor& all = tensor_of(x);
+        // Enough blocks to keep any GPU busy; the order of the sums depends on the length alone.
+        constexpr int64_t most = 1024, each = ella::SQUARE_THREADS * ella::VECTOR;
+        const int blocks = static_cast<int>(std::clamp<int64_t>((all.numel() + each - 1) / each, 1, most));
+        const Tensor sums = at::empty({blocks}, all.options().dtype(at::kDouble));
+        launch(all, "square_sums_f32", {blocks, 1, ella::SQUARE_THREADS}, &ella::square_sums, numbers<float>(all), numbers<double>(sums), all.numel());
+        return given(sums);
+    });
+}
 int ella_adamw(const void* p, const void* g, const void* m, const void* v, const void* ema, const float* rates) {
     return ella_guarded(1, [&] {
         const Tensor& params = tensor_of(p);

@@ -27,6 +27,8 @@ void* ella_add_biased(const void* a, const void* b, const void* more, const void
 
 // `b` may be null.
 int ella_add_layer_norm(const void* a, const void* b, const void* gamma, const void* beta, double eps, void** sum, void** y);
+// Sums of the squares of shares of x, in float64.
+void* ella_square_sums(const void* x);
 // `rates`: the nine numbers of ella::Rates.
 int ella_adamw(const void* p, const void* g, const void* m, const void* v, const void* ema, const float* rates);
 

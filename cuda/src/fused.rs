@@ -368,6 +368,22 @@ pub fn adamw([params, first, second, ema]: [&mut Tensor; 4], grad: &Tensor, by: 
     ops::check(unsafe { ops::ella_adamw(p, g, m, v, ema, rates.as_ptr()) })
 }
 
+/// `Σ x²`, `[]` float64 on `x`'s device, in one pass over memory.
+///
+/// # Shapes
+/// `x` `[P]` float32, contiguous.
+///
+/// # Errors
+/// A tensor of another kind; CUDA's own.
+pub fn square_norm(x: &Tensor) -> Result<Tensor> {
+    if x.f_kind().ok() != Some(Kind::Float) || !x.is_contiguous() {
+        return Err(Error(format!("a sum of squares takes contiguous float32 numbers, not {:?} {:?}", x.kind(), x.size())));
+    }
+    // SAFETY: the tensor is alive while it is borrowed.
+    let sums = returned(unsafe { ops::ella_square_sums(x.as_ptr()) })?;
+    Ok(sums.f_sum(Kind::Double)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -325,6 +325,8 @@ fn attention_to_few_keys_agrees_with_libtorchs() {
                 let (found, wanted) = (fused::few_keys(&q, &kv, heads).unwrap(), plain_attention(&q, &kv, heads));
                 let what = format!("{device:?} {kind:?} {b} × {queries} queries, {keys} keys, {heads} heads of {width}, size {size}");
                 assert_eq!(found.kind(), kind);
+                // Of numbers so many times as large, an exponential has as many digits less.
+                let tolerance = tolerance * size;
                 agree(&what, tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
                 // Of one key, whose share is 1, the gradient by queries is none.
                 let leaves: &[&Tensor] = if keys == 1 { &[&kv] } else { &[&q, &kv] };
@@ -352,6 +354,8 @@ fn attention_of_pixels_agrees_with_libtorchs() {
                 let found = fused::pixels(&qkv, heads).unwrap();
                 let what = format!("{device:?} {kind:?} {b} × {pixels} pixels, {heads} heads of {width}, size {size}");
                 assert_eq!(found.kind(), kind);
+                // Of numbers so many times as large, an exponential has as many digits less.
+                let tolerance = tolerance * size;
                 agree(&what, tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
                 let [found, wanted] = [&found, &wanted].map(|y| gradients(y, &[&qkv])[0].split(heads * width, -1));
                 agree(&format!("{what}, gradient"), 4.0 * tolerance, &found, &wanted);
@@ -409,6 +413,22 @@ fn an_update_is_that_of_libtorchs_operators() {
     let ones = |count: i64| Tensor::ones([count], (Kind::Float, Device::Cpu));
     let error = fused::adamw([&mut ones(3), &mut ones(3), &mut ones(3), &mut ones(3)], &ones(4), &by).unwrap_err().to_string();
     assert!(error.contains("not Float [4]"), "{error}");
+}
+
+#[test]
+fn squares_are_summed_in_float64() {
+    seed(11);
+    for device in devices() {
+        // Nothing, less than a pack, a tail, more than all blocks take at once; and what float32 would lose or not hold.
+        for (count, size) in [(0, 1.0), (5, 1.0), (50_003, 1e-25), (5_000_001, 1e19)] {
+            let x = (Tensor::randn([count], (Kind::Float, Device::Cpu)) * size).to_device(device);
+            let (found, wanted) = (fused::square_norm(&x).unwrap(), x.to_kind(Kind::Double).square().sum(Kind::Double));
+            assert_eq!((found.kind(), found.dim(), found.device()), (Kind::Double, 0, device));
+            let (found, wanted) = (found.double_value(&[]), wanted.double_value(&[]));
+            assert!((found - wanted).abs() <= 1e-13 * wanted, "{device:?} {count}: {found:e}, not {wanted:e}");
+        }
+    }
+    assert!(fused::square_norm(&Tensor::ones([4], (Kind::Half, Device::Cpu))).unwrap_err().to_string().contains("Half [4]"));
 }
 
 /// Half precision is converted by hand on the processor, and two numbers at once on a GPU: every bit pattern, there and back.

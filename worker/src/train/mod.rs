@@ -459,7 +459,7 @@ pub fn step_alone(
 }
 
 /// The step's sums, and the 2-norm of its gradient: in one copy, the only one that a step takes from the device.
-fn read(reduced: &Reduced) -> Result<([i64; WORDS], f64), tch::TchError> {
+fn read(reduced: &Reduced) -> Result<([i64; WORDS], f64), TrainError> {
     let square = optimizer::square_norm(&reduced.grad)?.f_reshape([1])?.f_view_dtype(Kind::Int64)?;
     let mut numbers = [0; WORDS + 1];
     Tensor::f_cat(&[&reduced.words, &square], 0)?.f_to_device(Device::Cpu)?.f_copy_data(&mut numbers, WORDS + 1)?;

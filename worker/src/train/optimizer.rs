@@ -28,14 +28,20 @@ pub fn ema_decay(train: &Train, step: u64) -> f64 {
     train.ema_decay.min((1.0 + step as f64) / (10.0 + step as f64))
 }
 
-/// Elements whose squares are summed at a time: few enough to stay in a processor's cache, and for a GPU as many as keep it busy.
-const NORM_PIECE: [i64; 2] = [1 << 17, 1 << 24];
+/// Elements whose squares are summed at a time on a processor: few enough to stay in its cache.
+const NORM_PIECE: i64 = 1 << 17;
 
 /// The square of the 2-norm of `grad`, `[]` float64 on its device: nothing is waited for.
-pub fn square_norm(grad: &Tensor) -> Result<Tensor, tch::TchError> {
+///
+/// # Errors
+/// libtorch's, and the kernel's.
+pub fn square_norm(grad: &Tensor) -> Result<Tensor, TrainError> {
+    if grad.device().is_cuda() && ella_cuda::is_loaded() {
+        return Ok(fused::square_norm(grad)?);
+    }
     // In pieces: the whole in float64 would be twice the gradient's memory.
     let mut square = Tensor::f_zeros([], (Kind::Double, grad.device()))?;
-    for piece in grad.f_split(NORM_PIECE[usize::from(grad.device().is_cuda())], 0)? {
+    for piece in grad.f_split(NORM_PIECE, 0)? {
         let _ = square.f_add_(&piece.f_to_kind(Kind::Double)?.f_square_()?.f_sum(Kind::Double)?)?;
     }
     Ok(square)
