@@ -400,7 +400,7 @@ struct FewKeys : torch::autograd::Function<FewKeys> {
 
         Shape(const Tensor& q, const Tensor& kv, int64_t heads) {
             TORCH_CHECK(q.dim() == 3 && kv.dim() == 3 && q.size(0) == kv.size(0) && kv.size(2) == 2 * q.size(2) && q.scalar_type() == kv.scalar_type() &&
-                            heads > 0 && q.size(2) % heads == 0 && q.size(1) > 0 && kv.size(1) > 0 && kv.size(1) <= ella::KEYS,
+                            heads > 0 && q.size(2) % heads == 0 && q.numel() > 0 && kv.numel() > 0 && kv.size(1) <= ella::KEYS,
                         "a fused attention to few keys takes [B, N, C] and [B, L, 2 C] of one kind, L at most ", ella::KEYS, ", not ", q.sizes(),
                         " and ", kv.sizes(), " for ", heads, " heads");
             B = static_cast<int>(q.size(0));
@@ -466,7 +466,7 @@ struct Pixels : torch::autograd::Function<Pixels> {
         float scale, slope;
 
         Shape(const Tensor& qkv, int64_t heads) {
-            TORCH_CHECK(qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0 && qkv.size(1) > 0,
+            TORCH_CHECK(qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0 && qkv.numel() > 0,
                         "a fused attention of pixels takes [B, N, 3 C], not ", qkv.sizes(), " for ", heads, " heads");
             TORCH_CHECK(qkv.size(1) * qkv.size(2) < INT32_MAX, "a fused attention of pixels takes fewer than 2^31 numbers of a sample, not ", qkv.sizes());
             B = static_cast<int>(qkv.size(0));

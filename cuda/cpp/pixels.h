@@ -7,7 +7,7 @@
 // shares twice for the gradient, and needs neither sums in memory nor anything of one group from another.
 //
 // Letters: B samples, N pixels, H heads, D channels of a head, C = H D. qkv [B, N, 3C]: queries, keys, values; y [B, N, C]. Of each row of shares: log
-// [B, H, M], the logarithm of its exponentials' sum, in powers of two, and slant [B, H, M], Σ dy · y; M: N filled up to whole tiles, with zeros.
+// [B, H, M], the logarithm of its exponentials' sum, in powers of two, and slant [B, H, M], Σ dy · y / √D; M: N filled up to whole tiles, with zeros.
 // Grid: (H × parts, B), a part being a block's rows.
 
 namespace ella {
@@ -41,6 +41,7 @@ DEVICE int group_row(int t, int i) { return t % GROUP / WARP * 16 + row_of(t, i)
 
 #if defined(__CUDACC_RTC__) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HOPPER
+// What was written to these registers is there before a product begins, and they are read after it is finished.
 template <int COUNT>
 DEVICE void touch(Fragment (&c)[COUNT]) {
 #pragma unroll
@@ -118,11 +119,21 @@ DEVICE void hold(Held<T>& to, const Fragment (&from)[TILE / 8]) {
         for (int i = 0; i < 4; ++i) put(reinterpret_cast<T*>(&to.at[k][i]), from[2 * k + i / 2].at[i % 2 * 2], from[2 * k + i / 2].at[i % 2 * 2 + 1]);
     }
 }
+template <class T>
+DEVICE void touch(Held<T>& a) {
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a.at[k][i])::"memory");
+    }
+}
 // c = a b over a tile's tokens, or c += a b.
 template <int COUNT, class T>
-DEVICE void start(int, Fragment (&c)[COUNT], const Held<T> (&a)[1], ByChannel<T> b, bool more) {
+DEVICE void start(int, Fragment (&c)[COUNT], Held<T> (&a)[1], ByChannel<T> b, bool more) {
     constexpr unsigned int EIGHT = TILE * VECTOR * sizeof(T), BLOCK = 128;
     const unsigned long long right = blocks_at(b.at, BLOCK, EIGHT);
+    touch(c);
+    touch(a[0]);
     begin();
 #pragma unroll
     for (int k = 0; k < TILE / 16; ++k) group_held(c, a[0].at[k], right + (2 * k * BLOCK >> 4), more || k > 0, T{});
@@ -338,11 +349,13 @@ DEVICE void pixels(const T* qkv, T* y, float* log, int N, int H, float scale) {
                 OF(most, t)[i] = top[i];
             }
             finish<0>(OF(mixed, t));
+            if (first == 0) clear(OF(mixed, t));  // zeros times what is infinite are no zeros
             times(OF(mixed, t), shrink);
             hold(OF(shares, t)[0], OF(scores, t));
         }
     }
     PHASE(t) {
+        arrived<0>();
         start(t, OF(mixed, t), shares, ByChannel<T>{columns.tile(here.M - TILE, 1)}, true);
         finish<0>(OF(mixed, t));
         OF(upper, t)[0] = OF(total, t)[0];
@@ -410,8 +423,8 @@ DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const flo
         OF(lower, t)[0] = sum[1];
     }
     PHASE(t) {
-        OF(mean, t)[0] = across(upper, t, PARTNERS);
-        OF(mean, t)[1] = across(lower, t, PARTNERS);
+        OF(mean, t)[0] = across(upper, t, PARTNERS) * slope;
+        OF(mean, t)[1] = across(lower, t, PARTNERS) * slope;
         for (int i = 0; i < 2; ++i) {
             const int row = here.row_at(t, 2 * i);
             if (t % PARTNERS == 0 && row < here.M) slant[here.row(row)] = OF(mean, t)[i];
@@ -431,11 +444,20 @@ DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const flo
 #pragma unroll
                 for (int i = 0; i < 4; ++i) OF(scores, t)[n].at[i] = power_of_two(OF(scores, t)[n].at[i] * scale - OF(logs, t)[i / 2]);
             }
+            // A place beyond the last pixel scores zero, which may be infinitely more than what there is.
+            if (N - first < TILE) {
+#pragma unroll
+                for (int n = 0; n < TILE / 8; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (n * 8 + column_of(t, i) >= N - first) OF(scores, t)[n].at[i] = 0.0f;
+                }
+            }
             finish<1>(OF(slants, t));
 #pragma unroll
             for (int n = 0; n < TILE / 8; ++n) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) OF(slants, t)[n].at[i] = OF(scores, t)[n].at[i] * (OF(slants, t)[n].at[i] - OF(mean, t)[i / 2]);
+                for (int i = 0; i < 4; ++i) OF(slants, t)[n].at[i] = OF(scores, t)[n].at[i] * (OF(slants, t)[n].at[i] * slope - OF(mean, t)[i / 2]);
             }
         }
         PHASE(t) {
@@ -444,9 +466,9 @@ DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const flo
         }
     }
     PHASE(t) {
+        arrived<0>();
         start(t, OF(by_queries, t), held, ByChannel<T>{columns.tile(here.M - TILE, 0)}, true);
         finish<0>(OF(by_queries, t));
-        times(OF(by_queries, t), {slope, slope});
         put_pixels(t, OF(by_queries, t), dqkv, here, QUERIES, QKV);
     }
 }
@@ -507,7 +529,7 @@ DEVICE void pixels_back_keys(const T* qkv, const T* dy, const float* log, const 
 #pragma unroll
             for (int n = 0; n < TILE / 8; ++n) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) OF(slants, t)[n].at[i] = OF(scores, t)[n].at[i] * (OF(slants, t)[n].at[i] - means[n * 8 + i % 2]);
+                for (int i = 0; i < 4; ++i) OF(slants, t)[n].at[i] = OF(scores, t)[n].at[i] * (OF(slants, t)[n].at[i] * slope - means[n * 8 + i % 2]);
             }
             finish<0>(OF(by_keys, t));
             finish<0>(OF(by_values, t));
@@ -515,9 +537,9 @@ DEVICE void pixels_back_keys(const T* qkv, const T* dy, const float* log, const 
         }
     }
     PHASE(t) {
+        arrived<0>();
         start(t, OF(by_keys, t), held, ByChannel<T>{columns.tile(here.M - TILE, 0)}, true);
         finish<0>(OF(by_keys, t));
-        times(OF(by_keys, t), {slope, slope});
         put_pixels(t, OF(by_keys, t), dqkv, here, KEYS_OF, QKV);
         put_pixels(t, OF(by_values, t), dqkv, here, VALUES, QKV);
     }

@@ -35,10 +35,10 @@ pub struct Fused {
     pub pixels: bool,
 }
 
-type Switch = fn(&mut Fused) -> &mut bool;
+pub(crate) type Switch = fn(&mut Fused) -> &mut bool;
 
 /// The names in `ELLA_FUSED`, and the switches that they stand for.
-const SWITCHES: [(&str, Switch); 7] = [
+pub(crate) const SWITCHES: [(&str, Switch); 7] = [
     ("norm", |f| &mut f.norm),
     ("conv", |f| &mut f.conv),
     ("resize", |f| &mut f.resize),
@@ -64,9 +64,20 @@ impl Fused {
         std::env::var("ELLA_FUSED").ok().map(|value| Self::parse(&value)).transpose()
     }
 
-    /// Those of them that there are in `kind` on `device`: a GPU's [`few_keys`] and [`pixels`] take 16 bits, the one compute capability 8 or newer, the other 9.0.
+    /// Those of them that there are in `kind` on `device`: a GPU's [`few_keys`] and [`pixels`] take 16 bits, the one compute capability 8 or newer, the other 9.0;
+    /// and none that was found wrong on it ([`load`](crate::load)).
     #[must_use]
     pub fn on(self, kind: Kind, device: Device) -> Self {
+        let mut there = self.made_for(kind, device);
+        if let (true, Some(mut wrong)) = (device.is_cuda(), gpu::wrong()) {
+            for (_, switch) in SWITCHES {
+                *switch(&mut there) &= !*switch(&mut wrong);
+            }
+        }
+        there
+    }
+
+    fn made_for(self, kind: Kind, device: Device) -> Self {
         let of = |fits: fn((c_int, c_int)) -> bool| !device.is_cuda() || (kind != Kind::Float && gpu::capability().is_none_or(fits));
         Self {
             cross: self.cross && of(|capability| capability >= (8, 0)),

@@ -11,7 +11,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use tch::Device;
 use torch_sys::C_tensor;
 
-use crate::{Error, Result, error, nvrtc, ops};
+use crate::fused::Fused;
+use crate::{Error, Result, agreement, error, nvrtc, ops};
 
 /// The library itself; empty if it was built without CUDA's headers.
 const LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libella_gpu.so"));
@@ -51,10 +52,13 @@ const FIRST: c_int = 0;
 static TABLE: OnceLock<&'static Table> = OnceLock::new();
 /// The first GPU's compute capability, as (9, 0).
 static CAPABILITY: OnceLock<(c_int, c_int)> = OnceLock::new();
+/// Fused operators that give something else on it than on the processor.
+static WRONG: OnceLock<(Fused, Vec<String>)> = OnceLock::new();
 
 /// Loads the GPU's part, once, and compiles the kernels for the first GPU (1 to 2 s); `libtorch` is the folder of the libtorch that runs, and its CUDA
 /// part must be loaded already, with its symbols for all. Nothing may have asked libtorch for a GPU before that, as seeding does: it asks for its CUDA
-/// part once, and takes it for absent from then on.
+/// part once, and takes it for absent from then on. Then every kernel is tried; a fused operator that gives something else than the processor's is off from
+/// then on: see [`off`].
 ///
 /// # Errors
 /// This program was built without GPU support; the loader's words; the kernels' compiler is missing or refuses.
@@ -74,6 +78,8 @@ pub fn load(libtorch: &Path) -> Result<()> {
     // A second thread that came here meanwhile has found the same library and GPU.
     CAPABILITY.get_or_init(|| (major, minor));
     TABLE.get_or_init(|| table);
+    let wrong = agreement::wrong(Device::Cuda(FIRST as usize))?;
+    WRONG.get_or_init(|| wrong);
     Ok(())
 }
 
@@ -85,6 +91,16 @@ pub fn is_loaded() -> bool {
 /// The first GPU's compute capability, as (9, 0), once the GPU's part is loaded.
 pub(crate) fn capability() -> Option<(c_int, c_int)> {
     CAPABILITY.get().copied()
+}
+
+/// The fused operators that were found wrong on the first GPU, once they have been tried.
+pub(crate) fn wrong() -> Option<Fused> {
+    WRONG.get().map(|(wrong, _)| *wrong)
+}
+
+/// A line about each fused operator that was found wrong on the first GPU, and is off.
+pub fn off() -> &'static [String] {
+    WRONG.get().map_or(&[], |(_, lines)| lines)
 }
 
 /// The table, or an error that says that it is not there.

@@ -7,6 +7,7 @@
 //! The kernels (`cpp/kernels.h`, `cpp/few_keys.h`) are one text for two compilers: NVRTC makes GPU code of it at start, and the C++ compiler functions for the
 //! processor, by which they are tested where there is no GPU.
 
+mod agreement;
 mod error;
 pub mod fused;
 mod gpu;
@@ -20,7 +21,7 @@ pub mod resize;
 pub mod stream;
 
 pub use error::Error;
-pub use gpu::{is_loaded, load};
+pub use gpu::{is_loaded, load, off};
 
 /// The result of everything here.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -341,24 +341,61 @@ fn attention_to_few_keys_agrees_with_libtorchs() {
 #[test]
 fn attention_of_pixels_agrees_with_libtorchs() {
     seed(10);
-    // A tile, less and more than one, more than a block's rows; scores far from zero, of which the largest is found late.
-    let shapes = [(2, 64, 1, 1.0), (1, 7, 2, 1.0), (1, 200, 2, 1.0), (1, 330, 1, 1.0), (1, 130, 1, 6.0)];
+    // A tile, less and more than one, more than a block's rows; scores far from each other, of which the largest is found late; all of them so far below zero
+    // that a place beyond the last pixel, whose score is zero, is infinitely above them.
+    let shapes = [
+        (2, 64, 1, 1.0, 0.0),
+        (1, 7, 2, 1.0, 0.0),
+        (1, 200, 2, 1.0, 0.0),
+        (1, 330, 1, 1.0, 0.0),
+        (1, 130, 1, 6.0, 0.0),
+        (1, 70, 1, 1.0, 4.0),
+    ];
     for device in devices() {
         for (kind, tolerance) in KINDS.into_iter().filter(|(kind, _)| Fused::ALL.on(*kind, device).pixels) {
-            for (width, (b, pixels, heads, size)) in [40, 80].into_iter().flat_map(|width| shapes.map(|shape| (width, shape))) {
+            for (width, (b, pixels, heads, size, apart)) in [40, 80].into_iter().flat_map(|width| shapes.map(|shape| (width, shape))) {
                 assert!(fused::fits_pixels(width));
-                let scale = Tensor::linspace(1.0, size, pixels, (Kind::Float, device)).reshape([1, -1, 1]).to_kind(kind);
-                let qkv = (leaf(&[b, pixels, 3 * heads * width], 0.0, (kind, device)).detach() * scale).set_requires_grad(true);
+                let shift = Tensor::from_slice(&[apart as f32, -apart as f32, 0.0])
+                    .repeat_interleave_self_int(heads * width, 0, None)
+                    .to_device(device);
+                let scale = Tensor::linspace(1.0, size, pixels, (Kind::Float, device)).reshape([1, -1, 1]);
+                let numbers = leaf(&[b, pixels, 3 * heads * width], 0.0, (Kind::Float, device)).detach() * scale + shift;
+                let qkv = numbers.to_kind(kind).set_requires_grad(true);
                 let parts = qkv.split(heads * width, -1);
                 let wanted = plain_attention(&parts[0], &Tensor::cat(&parts[1..], -1), heads);
                 let found = fused::pixels(&qkv, heads).unwrap();
-                let what = format!("{device:?} {kind:?} {b} × {pixels} pixels, {heads} heads of {width}, size {size}");
+                let what = format!("{device:?} {kind:?} {b} × {pixels} pixels, {heads} heads of {width}, size {size}, {apart} apart");
                 assert_eq!(found.kind(), kind);
                 // Of numbers so many times as large, an exponential has as many digits less.
-                let tolerance = tolerance * size;
+                let tolerance = tolerance * f64::max(size, apart);
                 agree(&what, tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
                 let [found, wanted] = [&found, &wanted].map(|y| gradients(y, &[&qkv])[0].split(heads * width, -1));
                 agree(&format!("{what}, gradient"), 4.0 * tolerance, &found, &wanted);
+            }
+        }
+    }
+}
+
+/// Numbers that went wrong before an attention come out of it as libtorch's have them: none is hidden, none is made up.
+#[test]
+fn what_is_no_number_goes_through_attention() {
+    seed(12);
+    for device in devices() {
+        for (kind, _) in KINDS.into_iter().filter(|(kind, _)| *kind != Kind::Float || device == Device::Cpu) {
+            // In a query, a key and a value; an infinite value.
+            for (part, bad) in [(0, f64::NAN), (1, f64::NAN), (2, f64::NAN), (2, f64::INFINITY)] {
+                let qkv = leaf(&[1, 70, 3 * 40], 0.0, (kind, device)).detach();
+                let _ = qkv.get(0).get(3).get(part * 40 + 5).fill_(bad);
+                let [q, kv] = [qkv.narrow(-1, 0, 40).contiguous(), qkv.narrow(-1, 40, 80).contiguous()];
+                // Few of the keys, or all of the pixels.
+                let few = kv.narrow(1, 0, 60).contiguous();
+                let all = Fused::ALL.on(kind, device);
+                let found = all.cross.then(|| (fused::few_keys(&q, &few, 1).unwrap(), plain_attention(&q, &few, 1)));
+                let pixels = all.pixels.then(|| (fused::pixels(&qkv, 1).unwrap(), plain_attention(&q, &kv, 1)));
+                for (found, wanted) in found.into_iter().chain(pixels) {
+                    assert_eq!(found.isnan(), wanted.isnan(), "{device:?} {kind:?} {bad} in part {part}");
+                    assert_eq!(found.isinf(), wanted.isinf(), "{device:?} {kind:?} {bad} in part {part}");
+                }
             }
         }
     }

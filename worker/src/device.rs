@@ -110,6 +110,9 @@ fn cuda() -> Result<Device, Unusable> {
     gpu::check(&folder)?;
     load_cuda_library(&folder)?;
     ella_cuda::load(&folder).map_err(|error| Unusable::Own(error.to_string()))?;
+    for line in ella_cuda::off() {
+        tracing::warn!("{line}");
+    }
     // Until a run says otherwise: see `crate::precision`.
     ella_cuda::precision::set_tf32(false).map_err(|error| Unusable::Own(error.to_string()))?;
     if Cuda::is_available() { Ok(Device::Cuda(0)) } else { Err(Unusable::Refused) }

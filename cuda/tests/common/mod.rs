@@ -22,6 +22,7 @@ pub(crate) fn gpu() -> Option<Device> {
         let library = unsafe { Library::open(Some(folder.join("libtorch_cuda.so")), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
         std::mem::forget(library.unwrap());
         ella_cuda::load(&folder).unwrap();
+        assert_eq!(ella_cuda::off(), [""; 0]);
         assert!(Cuda::is_available());
         ella_cuda::precision::set_tf32(false).unwrap();
         Some(Device::Cuda(0))
