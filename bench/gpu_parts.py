@@ -24,7 +24,7 @@ MICRO_BATCHES = {"sd15": "32,64,128,16", "nano": "2,4"}
 # The peer's batch that its slowest and, in the end, fastest compilation is tried on.
 TUNED = 64
 # Seconds: what a part may take, and what must be left for it to be begun.
-CAPS = {"check": 120, "tests": 60, "train": 75, "without": 75, "embed": 60, "inline": 120, "profile": 60, "peer": 240}
+CAPS = {"check": 120, "tests": 60, "train": 75, "without": 75, "embed": 60, "inline": 120, "profile": 60, "attention": 60, "peer": 240}
 LEAST = {"peer": 60}
 PARTS = [*CAPS]
 # What the step is measured without, one at a time, and how it is turned off; and what is off by itself, and how it is turned on.
@@ -211,6 +211,7 @@ class Run:
         self.peer(first, "eager")
         self.peer(first, "default")
         self.once("profile", first)
+        self.once("attention", first, 0.2)
         for batch in rest:
             self.train(batch)
         self.otherwise("with", WITH, first)
@@ -253,10 +254,10 @@ class Run:
             self.result[how][name] = self.ella(f"{how} {name} {batch}", "train", *options, env=env)
             self.write()
 
-    def once(self, kind, batch):
+    def once(self, kind, batch, seconds=5):
         """What is measured at one micro-batch only."""
         if kind in self.args.parts:
-            self.result[kind] = self.ella(kind, kind, "--micro-batch", str(batch), "--seconds", self.seconds(5))
+            self.result[kind] = self.ella(kind, kind, "--micro-batch", str(batch), "--seconds", self.seconds(seconds))
             self.write()
 
     def seconds(self, of_a_gpu):
@@ -374,6 +375,13 @@ def more(result):
     if ratios := (result.get("inline") or {}).get("over_cached"):
         shown = ", ".join(f"{name.replace('_', ' ')} {number(value, '.2f')}" for name, value in ratios.items())
         texts.append(f"Inline over cached features, images/s: {shown}\n")
+    if attentions := (result.get("attention") or {}).get("attentions"):
+        rows = ["| attention of | to | heads | libtorch, ms | own, ms | libtorch / own |", "|---|---|---|---|---|---|"]
+        for row in attentions:
+            cells = [f"{row['pixels']} pixels", f"{row['keys']} keys", f"{row['heads']} × {row['width']}"]
+            cells += [number((row[of] or {}).get("both_ms"), ".3f") for of in ("libtorch", "own")] + [number(row["libtorch_over_own"], ".2f")]
+            rows.append(f"| {' | '.join(cells)} |")
+        texts.append("\n".join(rows) + "\n")
     if families := (result.get("profile") or {}).get("families"):
         profile = result["profile"]
         rows = [f"One step at {profile['micro_batch']}: {profile['kernel_ms']:.1f} ms in kernels, {profile['idle_ms']:.1f} ms idle\n"]

@@ -20,7 +20,12 @@ constexpr int MOST_ON_CHIP = 99 << 10;  // of the GPUs that have least
 #else
 constexpr int MOST_ON_CHIP = 320 << 10;
 struct alignas(16) Sixteen { unsigned char at[16]; };
-#define DYNAMIC(name) SHARED(Sixteen, name, MOST_ON_CHIP / 16)
+// One for all kernels.
+inline Sixteen* on_chip() {
+    SHARED(Sixteen, memory, MOST_ON_CHIP / 16);
+    return memory;
+}
+#define DYNAMIC(name) Sixteen* const name = on_chip()
 #endif
 
 // What follows from D. A tile's rows are filled up with zeros to whole steps of a product, and their distance keeps eight of them in different banks.

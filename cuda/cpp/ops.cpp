@@ -399,8 +399,9 @@ struct FewKeys : torch::autograd::Function<FewKeys> {
         float scale, slope;
 
         Shape(const Tensor& q, const Tensor& kv, int64_t heads) {
-            TORCH_CHECK(q.dim() == 3 && kv.dim() == 3 && q.size(0) == kv.size(0) && kv.size(2) == 2 * q.size(2) && q.scalar_type() == kv.scalar_type() &&
-                            heads > 0 && q.size(2) % heads == 0 && q.numel() > 0 && kv.numel() > 0 && kv.size(1) <= ella::KEYS,
+            TORCH_CHECK(q.dim() == 3 && kv.dim() == 3 && q.size(0) == kv.size(0) && kv.size(2) == 2 * q.size(2) &&
+                            q.device() == kv.device() && q.scalar_type() == kv.scalar_type() && heads > 0 && q.size(2) % heads == 0 &&
+                            q.numel() > 0 && kv.numel() > 0 && kv.size(1) <= ella::KEYS,
                         "a fused attention to few keys takes [B, N, C] and [B, L, 2 C] of one kind, L at most ", ella::KEYS, ", not ", q.sizes(),
                         " and ", kv.sizes(), " for ", heads, " heads");
             B = static_cast<int>(q.size(0));
@@ -468,7 +469,8 @@ struct Pixels : torch::autograd::Function<Pixels> {
         Shape(const Tensor& qkv, int64_t heads) {
             TORCH_CHECK(qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0 && qkv.numel() > 0,
                         "a fused attention of pixels takes [B, N, 3 C], not ", qkv.sizes(), " for ", heads, " heads");
-            TORCH_CHECK(qkv.size(1) * qkv.size(2) < INT32_MAX, "a fused attention of pixels takes fewer than 2^31 numbers of a sample, not ", qkv.sizes());
+            TORCH_CHECK(qkv.size(1) * qkv.size(2) < INT32_MAX, "a fused attention of pixels takes fewer than 2^31 numbers of a sample, not ",
+                        qkv.sizes());
             B = static_cast<int>(qkv.size(0));
             N = static_cast<int>(qkv.size(1));
             H = static_cast<int>(heads);
@@ -502,8 +504,9 @@ struct Pixels : torch::autograd::Function<Pixels> {
             using T = decltype(number);
             n.by_width([&](auto width) {
                 constexpr int D = width();
-                launch(qkv, "attention_pixels_" + std::to_string(D) + type, n.grid(ella::Groups<D>::FORWARD, ella::ForwardChip<T, D>::COUNT * sizeof(T)), &ella::pixels<T, D>,
-                       numbers<T>(qkv), numbers<T>(y), numbers<float>(log), n.N, n.H, n.scale);
+                const Grid grid = n.grid(ella::Groups<D>::FORWARD, ella::ForwardChip<T, D>::COUNT * sizeof(T));
+                launch(qkv, "attention_pixels_" + std::to_string(D) + type, grid, &ella::pixels<T, D>, numbers<T>(qkv), numbers<T>(y),
+                       numbers<float>(log), n.N, n.H, n.scale);
             });
         });
         ctx->save_for_backward({qkv, y, log});
@@ -521,10 +524,12 @@ struct Pixels : torch::autograd::Function<Pixels> {
             n.by_width([&](auto width) {
                 constexpr int D = width();
                 const std::string name = "attention_pixels_back_", end = "_" + std::to_string(D) + type;
-                launch(qkv, name + "queries" + end, n.grid(ella::Groups<D>::BY_QUERIES, ella::QueriesChip<T, D>::COUNT * sizeof(T)), &ella::pixels_back_queries<T, D>, numbers<T>(qkv),
-                       numbers<T>(y), numbers<T>(dy), numbers<float>(log), numbers<float>(slant), numbers<T>(dqkv), n.N, n.H, n.scale, n.slope);
-                launch(qkv, name + "keys" + end, n.grid(ella::Groups<D>::BY_KEYS, ella::KeysChip<T, D>::COUNT * sizeof(T)), &ella::pixels_back_keys<T, D>, numbers<T>(qkv),
-                       numbers<T>(dy), numbers<float>(log), numbers<float>(slant), numbers<T>(dqkv), n.N, n.H, n.scale, n.slope);
+                const Grid queries = n.grid(ella::Groups<D>::BY_QUERIES, ella::QueriesChip<T, D>::COUNT * sizeof(T));
+                const Grid keys = n.grid(ella::Groups<D>::BY_KEYS, ella::KeysChip<T, D>::COUNT * sizeof(T));
+                launch(qkv, name + "queries" + end, queries, &ella::pixels_back_queries<T, D>, numbers<T>(qkv), numbers<T>(y), numbers<T>(dy),
+                       numbers<float>(log), numbers<float>(slant), numbers<T>(dqkv), n.N, n.H, n.scale, n.slope);
+                launch(qkv, name + "keys" + end, keys, &ella::pixels_back_keys<T, D>, numbers<T>(qkv), numbers<T>(dy), numbers<float>(log),
+                       numbers<float>(slant), numbers<T>(dqkv), n.N, n.H, n.scale, n.slope);
             });
         });
         return {dqkv, none};

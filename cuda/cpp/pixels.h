@@ -2,9 +2,9 @@
 // products of a group of four warps, whose operands lie on the chip or, the left one, in registers. By the same two compilers as the kernels before
 // it, whose text this goes on with.
 //
-// Three kernels of one form: a group of warps holds 64 rows and what is added up for them, and goes through all columns, 64 at a time, which a block's
-// groups share. Forward rows are queries and columns keys; so they are for the gradient by queries; for that by keys and values, the other way around. That makes
-// shares twice for the gradient, and needs neither sums in memory nor anything of one group from another.
+// Three kernels of one form: a group of warps holds 64 rows and what is added up for them, and goes through all columns, 64 at a time, which a
+// block's groups share. Forward rows are queries and columns keys; so they are for the gradient by queries; for that by keys and values, the other
+// way around. That makes shares twice for the gradient, and needs neither sums in memory nor anything of one group from another.
 //
 // Letters: B samples, N pixels, H heads, D channels of a head, C = H D. qkv [B, N, 3C]: queries, keys, values; y [B, N, C]. Of each row of shares: log
 // [B, H, M], the logarithm of its exponentials' sum, in powers of two, and slant [B, H, M], Σ dy · y / √D; M: N filled up to whole tiles, with zeros.
@@ -291,9 +291,9 @@ struct Columns {
 // The tile before, or the first.
 DEVICE int before(int first) { return first > 0 ? first - TILE : 0; }
 
-// A block goes through its columns by steps of a tile. A step starts the last product of the step before it beside its own first ones, so that there is one to
-// work on while it takes its exponentials; and leaves none on its way, which the compiler would not let go on over the end of a loop. Before the first step nothing
-// is held: it multiplies zeros.
+// A block goes through its columns by steps of a tile. A step starts the last product of the step before it beside its own first ones, so that there
+// is one to work on while it takes its exponentials; and leaves none on its way, which the compiler would not let go on over the end of a loop.
+// Before the first step nothing is held: it multiplies zeros.
 
 // --- Forward ------------------------------------------------------------------------------------------------------------------------------
 
@@ -339,7 +339,8 @@ DEVICE void pixels(const T* qkv, T* y, float* log, int N, int H, float scale) {
             largest_of(t, OF(scores, t), N - first, OF(upper, t), OF(lower, t));
         }
         PHASE(t) {
-            const float top[2] = {larger(OF(most, t)[0], across(upper, t, PARTNERS, larger)), larger(OF(most, t)[1], across(lower, t, PARTNERS, larger))};
+            const float tile[2] = {across(upper, t, PARTNERS, larger), across(lower, t, PARTNERS, larger)};
+            const float top[2] = {larger(OF(most, t)[0], tile[0]), larger(OF(most, t)[1], tile[1])};
             float sum[2][1], shrink[2];
             exponentials(OF(scores, t), top, scale, sum[0], sum[1]);
 #pragma unroll
@@ -377,7 +378,8 @@ DEVICE void pixels(const T* qkv, T* y, float* log, int N, int H, float scale) {
 
 // By queries, into their part of dqkv; and the slants, which that by keys and values needs.
 template <class T, int D>
-DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const float* log, float* slant, T* dqkv, int N, int H, float scale, float slope) {
+DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const float* log, float* slant, T* dqkv, int N, int H, float scale,
+                                float slope) {
     constexpr int GROUPS = Groups<D>::BY_QUERIES, THREADS = GROUPS * GROUP, SIZE = Tile<T, D>::SIZE, WIDE = Tile<T, D>::WIDE;
     DYNAMIC(memory);
     T *const queries = reinterpret_cast<T*>(memory), *const slopes = queries + GROUPS * SIZE;

@@ -64,26 +64,29 @@ impl Fused {
         std::env::var("ELLA_FUSED").ok().map(|value| Self::parse(&value)).transpose()
     }
 
-    /// Those of them that there are in `kind` on `device`: a GPU's [`few_keys`] and [`pixels`] take 16 bits, the one compute capability 8 or newer, the other 9.0;
-    /// and none that was found wrong on it ([`load`](crate::load)).
+    /// Those of them that there are in `kind` on `device`: a GPU's [`few_keys`] and [`pixels`] take 16 bits, the one compute capability 8 or newer, the
+    /// other 9.0; and none that was found wrong on it ([`load`](crate::load)).
     #[must_use]
     pub fn on(self, kind: Kind, device: Device) -> Self {
-        let mut there = self.made_for(kind, device);
-        if let (true, Some(mut wrong)) = (device.is_cuda(), gpu::wrong()) {
-            for (_, switch) in SWITCHES {
-                *switch(&mut there) &= !*switch(&mut wrong);
-            }
+        if !device.is_cuda() {
+            return self;
         }
-        there
+        let of = |fits: fn((c_int, c_int)) -> bool| kind != Kind::Float && gpu::capability().is_none_or(fits);
+        let (cross, pixels) = (of(|capability| capability >= (8, 0)), of(|capability| capability == (9, 0)));
+        Self { cross: self.cross && cross, pixels: self.pixels && pixels, ..self }.without(gpu::wrong().unwrap_or(Self::NONE))
     }
 
-    fn made_for(self, kind: Kind, device: Device) -> Self {
-        let of = |fits: fn((c_int, c_int)) -> bool| !device.is_cuda() || (kind != Kind::Float && gpu::capability().is_none_or(fits));
-        Self {
-            cross: self.cross && of(|capability| capability >= (8, 0)),
-            pixels: self.pixels && of(|capability| capability == (9, 0)),
-            ..self
+    /// The names of those that are on.
+    #[must_use]
+    pub fn names(mut self) -> Vec<&'static str> {
+        SWITCHES.into_iter().filter(|(_, switch)| *switch(&mut self)).map(|(name, _)| name).collect()
+    }
+
+    fn without(mut self, mut others: Self) -> Self {
+        for (_, switch) in SWITCHES {
+            *switch(&mut self) &= !*switch(&mut others);
         }
+        self
     }
 
     fn parse(value: &str) -> Result<Self> {
@@ -241,8 +244,8 @@ pub fn fits_pixels(width: i64) -> bool {
     [40, 80].contains(&width)
 }
 
-/// `softmax(q kᵀ / √d) v` of every head, of a map's pixels to themselves. What is kept for the gradient is what goes in, what comes out, and a number for each
-/// pixel and head.
+/// `softmax(q kᵀ / √d) v` of every head, of a map's pixels to themselves. What is kept for the gradient is what goes in, what comes out, and a number
+/// for each pixel and head.
 ///
 /// # Shapes
 /// `qkv` `[B, N, 3 H d]`: queries, keys, values; to `[B, N, H d]`. See [`fits_pixels`].
@@ -398,6 +401,15 @@ pub fn square_norm(x: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_gpu_has_what_it_takes_and_what_is_not_wrong() {
+        assert_eq!(Fused::ALL.on(Kind::Float, Device::Cpu), Fused::ALL);
+        assert_eq!(Fused::ALL.on(Kind::Float, Device::Cuda(0)), Fused { cross: false, pixels: false, ..Fused::ALL });
+        let found = Fused::USUAL.without(Fused { norm: true, cross: true, ..Fused::NONE });
+        assert_eq!(found, Fused { norm: false, cross: false, ..Fused::USUAL });
+        assert_eq!(found.without(Fused::NONE), found);
+    }
 
     #[test]
     fn switches_are_read_by_name() {

@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::os::unix::Library;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -55,17 +55,24 @@ static CAPABILITY: OnceLock<(c_int, c_int)> = OnceLock::new();
 /// Fused operators that give something else on it than on the processor.
 static WRONG: OnceLock<(Fused, Vec<String>)> = OnceLock::new();
 
-/// Loads the GPU's part, once, and compiles the kernels for the first GPU (1 to 2 s); `libtorch` is the folder of the libtorch that runs, and its CUDA
-/// part must be loaded already, with its symbols for all. Nothing may have asked libtorch for a GPU before that, as seeding does: it asks for its CUDA
-/// part once, and takes it for absent from then on. Then every kernel is tried; a fused operator that gives something else than the processor's is off from
-/// then on: see [`off`].
+/// Loads the GPU's part, once, compiles the kernels for the first GPU and tries those that are to be used: some seconds. `libtorch` is the folder of the
+/// libtorch that runs, and its CUDA part must be loaded already, with its symbols for all. Nothing may have asked libtorch for a GPU before that, as
+/// seeding does: it asks for its CUDA part once, and takes it for absent from then on.
+///
+/// A fused operator that gives something else than the processor's is off from then on. What is to be said of that, and of operators that could not be tried,
+/// comes back, from the call that loads it.
 ///
 /// # Errors
-/// This program was built without GPU support; the loader's words; the kernels' compiler is missing or refuses.
-pub fn load(libtorch: &Path) -> Result<()> {
+/// This program was built without GPU support; the loader's words; the kernels' compiler is missing or refuses; `ELLA_FUSED` names something else; a kernel
+/// breaks the GPU, or the update's is wrong.
+pub fn load(libtorch: &Path) -> Result<&'static [String]> {
+    static ONE: Mutex<()> = Mutex::new(());
+    // Nobody finds it loaded before it has been tried.
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     if is_loaded() {
-        return Ok(());
+        return Ok(&[]);
     }
+    let used = Fused::from_env()?.unwrap_or(Fused::USUAL);
     let table = open()?;
     let (mut major, mut minor) = (0, 0);
     // SAFETY: the pointers are to live integers, which the call fills.
@@ -75,12 +82,14 @@ pub fn load(libtorch: &Path) -> Result<()> {
     error::check(unsafe { (table.set_kernels)(FIRST, image.as_ptr().cast()) }, table.error)?;
     // SAFETY: the table lives as long as the process: its library is never unloaded.
     unsafe { ops::ella_use_gpu(table) };
-    // A second thread that came here meanwhile has found the same library and GPU.
     CAPABILITY.get_or_init(|| (major, minor));
-    TABLE.get_or_init(|| table);
-    let wrong = agreement::wrong(Device::Cuda(FIRST as usize))?;
+    let wrong = agreement::wrong(used, Device::Cuda(FIRST as usize))?;
+    // What that took on the default stream is nobody's.
+    // SAFETY: takes nothing.
+    error::check(unsafe { (table.memory_empty_cache)() }, table.error)?;
     WRONG.get_or_init(|| wrong);
-    Ok(())
+    TABLE.get_or_init(|| table);
+    Ok(said())
 }
 
 /// Whether the GPU's part is loaded.
@@ -98,8 +107,8 @@ pub(crate) fn wrong() -> Option<Fused> {
     WRONG.get().map(|(wrong, _)| *wrong)
 }
 
-/// A line about each fused operator that was found wrong on the first GPU, and is off.
-pub fn off() -> &'static [String] {
+/// What is to be said of the fused operators on the first GPU: a line about each that was found wrong and is off, or could not be tried.
+pub fn said() -> &'static [String] {
     WRONG.get().map_or(&[], |(_, lines)| lines)
 }
 

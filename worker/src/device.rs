@@ -109,8 +109,7 @@ fn cuda() -> Result<Device, Unusable> {
     let folder = libtorch_folder().unwrap_or_default();
     gpu::check(&folder)?;
     load_cuda_library(&folder)?;
-    ella_cuda::load(&folder).map_err(|error| Unusable::Own(error.to_string()))?;
-    for line in ella_cuda::off() {
+    for line in ella_cuda::load(&folder).map_err(|error| Unusable::Own(error.to_string()))? {
         tracing::warn!("{line}");
     }
     // Until a run says otherwise: see `crate::precision`.

@@ -14,8 +14,8 @@ pub(super) struct Gpus {
     pub(super) devices: Vec<Gpu>,
     /// Why a worker would not use them; none if it would.
     unusable: Option<String>,
-    /// The fused operators that give something else on the first than on the processor, each with how far.
-    fused_off: Vec<String>,
+    /// Of fused operators: which give something else on the first than on the processor, or could not be tried.
+    fused: Vec<String>,
     /// Whether that is as it should be on a machine without any.
     #[serde(skip)]
     none_expected: bool,
@@ -37,15 +37,15 @@ impl Gpus {
             Ok((format!("{major}.{minor}"), devices))
         });
         let why = has_gpu().err();
-        let fused_off = ella_worker::gpu::fused_off().to_vec();
+        let fused = ella_worker::gpu::of_fused().to_vec();
         let (unusable, none_expected) = (why.as_ref().map(ToString::to_string), why == Some(Unusable::Nothing));
         match found {
-            Ok((version, devices)) => Self { driver: Some(version), devices, unusable, fused_off, none_expected },
-            Err(nccl_rs::Error::Absent { .. }) => Self { driver: None, devices: Vec::new(), unusable, fused_off, none_expected },
+            Ok((version, devices)) => Self { driver: Some(version), devices, unusable, fused, none_expected },
+            Err(nccl_rs::Error::Absent { .. }) => Self { driver: None, devices: Vec::new(), unusable, fused, none_expected },
             // There is one, and it does not work: on one of its devices, if not before.
             Err(error) => {
                 let unusable = unusable.or_else(|| Some(error.to_string()));
-                Self { driver: Some("broken".to_owned()), devices: Vec::new(), unusable, fused_off, none_expected }
+                Self { driver: Some("broken".to_owned()), devices: Vec::new(), unusable, fused, none_expected }
             }
         }
     }
@@ -67,10 +67,10 @@ impl Gpus {
         for Gpu { name, uuid, memory_bytes, free_bytes } in &self.devices {
             text += &format!("          {name}, {uuid}, {} of memory ({} free)\n", bytes(*memory_bytes as u64), bytes(*free_bytes as u64));
         }
-        if self.usable() && self.fused_off.is_empty() {
+        if self.usable() && self.fused.is_empty() {
             text += "          its fused operators give what the processor's do\n";
         }
-        for line in &self.fused_off {
+        for line in &self.fused {
             text += &format!("          {line}\n");
         }
         text

@@ -21,8 +21,7 @@ pub(crate) fn gpu() -> Option<Device> {
         // SAFETY: of the same wheel as the libtorch that runs; never unloaded.
         let library = unsafe { Library::open(Some(folder.join("libtorch_cuda.so")), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
         std::mem::forget(library.unwrap());
-        ella_cuda::load(&folder).unwrap();
-        assert_eq!(ella_cuda::off(), [""; 0]);
+        assert_eq!(ella_cuda::load(&folder).unwrap(), [""; 0]);
         assert!(Cuda::is_available());
         ella_cuda::precision::set_tf32(false).unwrap();
         Some(Device::Cuda(0))

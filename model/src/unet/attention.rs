@@ -85,6 +85,19 @@ impl Attention {
         })
     }
 
+    /// What `x` mixes of `source`, [B, N, D], where a fused operator takes it.
+    fn fused(&self, x: &Tensor, source: &Tensor) -> Result<Option<Tensor>> {
+        let width = x.size()[2] / self.heads;
+        Ok(match &self.projections {
+            _ if self.upcast => None,
+            Projections::Text { q, kv } if self.cross && fused::fits_few_keys(source.size()[1], width) => {
+                Some(fused::few_keys(&q.forward(x)?, &kv.forward(source)?, self.heads)?)
+            }
+            Projections::Own(all) if self.pixels && fused::fits_pixels(width) => Some(fused::pixels(&all.forward(x)?, self.heads)?),
+            _ => None,
+        })
+    }
+
     /// `x` [B, N, D] attends to `source` [B, M, E], to [B, N, D].
     fn forward(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
         if let Some(mixed) = self.fused(x, source)? {
@@ -98,21 +111,6 @@ impl Attention {
             attend(&q, &k, &v, self.heads)?
         };
         self.to_out.forward(&y)
-    }
-}
-
-impl Attention {
-    /// What `x` mixes of `source`, [B, N, D], where a fused operator takes it.
-    fn fused(&self, x: &Tensor, source: &Tensor) -> Result<Option<Tensor>> {
-        let width = x.size()[2] / self.heads;
-        Ok(match &self.projections {
-            _ if self.upcast => None,
-            Projections::Text { q, kv } if self.cross && fused::fits_few_keys(source.size()[1], width) => {
-                Some(fused::few_keys(&q.forward(x)?, &kv.forward(source)?, self.heads)?)
-            }
-            Projections::Own(all) if self.pixels && fused::fits_pixels(width) => Some(fused::pixels(&all.forward(x)?, self.heads)?),
-            _ => None,
-        })
     }
 }
 

@@ -4,6 +4,7 @@
 //! Each part prints a table, or with `--json` one object on standard output. What cannot be had here is in it as `"skipped": "reason"`, and
 //! is no failure. Data and weights are random, never zeros. `--preset nano --device cpu` tries every part in seconds.
 
+mod attention;
 mod check;
 mod embed;
 mod gpu;
@@ -16,6 +17,7 @@ mod train;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
+use ella_model::params::Compute;
 use ella_model::presets::Preset;
 use ella_model::t5::T5Config;
 use ella_proto::config::{Device as Choice, Reduction};
@@ -37,6 +39,8 @@ enum Part {
     Inline,
     /// One step by kernel family
     Profile,
+    /// Attention by itself, by libtorch and by kernels of our own
+    Attention,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -171,6 +175,7 @@ fn run(part: Part, setting: &Setting, goldens: Option<&std::path::Path>) -> Resu
         Part::Embed => embed::run(setting),
         Part::Inline => inline::run(setting),
         Part::Profile => profile::run(setting),
+        Part::Attention => attention::run(setting),
     };
     let value = match result {
         Err(error) if format!("{error:#}").contains("out of memory") => {
@@ -187,12 +192,15 @@ fn run(part: Part, setting: &Setting, goldens: Option<&std::path::Path>) -> Resu
 
 fn describe(result: &mut Map<String, Value>, setting: &Setting, threads: usize) {
     let fused = std::env::var("ELLA_FUSED").ok();
+    let taken = Compute::fastest(setting.kind, setting.device).map(|compute| compute.fused.names()).unwrap_or_default();
     let fields = [
         ("preset", json!(format!("{:?}", setting.sizes).to_lowercase())),
         ("device", json!(device::kind_name(setting.device))),
         ("dtype", json!(networks::kind_name(setting.kind))),
         ("threads", json!(threads)),
         ("ella_fused", json!(fused)),
+        ("fused", json!(taken)),
+        ("said_of_fused", json!(ella_cuda::said())),
     ];
     result.extend(fields.map(|(name, value)| (name.to_owned(), value)));
 }

@@ -3,7 +3,7 @@
 pub mod fault;
 pub(crate) mod pieces;
 
-pub use ella_cuda::off as fused_off;
+pub use ella_cuda::said as of_fused;
 use ella_proto::config::Bytes;
 use nccl_rs::cuda::Driver;
 use std::path::Path;
