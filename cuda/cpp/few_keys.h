@@ -270,6 +270,29 @@ DEVICE void times(Fragment (&rows)[COUNT], const float (&by)[2]) {
     }
 }
 
+// The shares of L keys that a tile of queries gives them: each thread's of its two rows, and rounded in `shares`. `scale` is in powers of two.
+template <int D, class T>
+DEVICE void share_keys(const T* queries, const T* keys, T* shares, OWNED(Fragment, scores, KEYS / 8), OWNED(float, upper, 1), OWNED(float, lower, 1),
+                       int L, float scale) {
+    using Of = Head<T, D>;
+    PHASE(t) {
+        const int row = t / WARP % 4 * 16;
+        clear(OF(scores, t));
+        multiply<Of::WIDE>(t, OF(scores, t), Along<T>{queries, Of::STRIDE}.from(row), Along<T>{keys, Of::STRIDE});
+        largest_of(t, OF(scores, t), L, OF(upper, t), OF(lower, t));
+    }
+    OWN(float, most, 2);
+    PHASE(t) {
+        OF(most, t)[0] = across(upper, t, PARTNERS, larger);
+        OF(most, t)[1] = across(lower, t, PARTNERS, larger);
+    }
+    PHASE(t) exponentials(OF(scores, t), OF(most, t), scale, OF(upper, t), OF(lower, t));
+    PHASE(t) {
+        times(OF(scores, t), {inverse(across(upper, t, PARTNERS)), inverse(across(lower, t, PARTNERS))});
+        if (t / WARP < 4) put_rows(t, OF(scores, t), shares + t / WARP * 16 * Of::SHARES, Of::SHARES);
+    }
+}
+
 // y = softmax(q kᵀ · scale) v of every head; `scale` in powers of two.
 template <class T, int D>
 DEVICE void few_keys(const T* q, const T* kv, T* y, int N, int L, int H, float scale) {
@@ -290,22 +313,7 @@ DEVICE void few_keys(const T* q, const T* kv, T* y, int N, int L, int H, float s
     for (int first = here.part * TILE; first < N; first += here.parts * TILE) {
         PHASE(t) take<D>(t, queries, q + here.at(N, first, C, D), N - first, C);
         SYNC();
-        PHASE(t) {
-            const int row = t / WARP % 4 * 16;
-            clear(OF(scores, t));
-            multiply<Of::WIDE>(t, OF(scores, t), Along<T>{queries, Of::STRIDE}.from(row), Along<T>{keys, Of::STRIDE});
-            largest_of(t, OF(scores, t), L, OF(upper, t), OF(lower, t));
-        }
-        OWN(float, most, 2);
-        PHASE(t) {
-            OF(most, t)[0] = across(upper, t, PARTNERS, larger);
-            OF(most, t)[1] = across(lower, t, PARTNERS, larger);
-        }
-        PHASE(t) exponentials(OF(scores, t), OF(most, t), scale, OF(upper, t), OF(lower, t));
-        PHASE(t) {
-            times(OF(scores, t), {inverse(across(upper, t, PARTNERS)), inverse(across(lower, t, PARTNERS))});
-            if (t / WARP < 4) put_rows(t, OF(scores, t), shares + t / WARP * 16 * Of::SHARES, Of::SHARES);
-        }
+        share_keys<D>(queries, keys, shares, scores, upper, lower, L, scale);
         SYNC();
         PHASE(t) {
             const int row = t / WARP % 4 * 16, column = t / WARP / 4 * Of::COLUMNS;
@@ -348,22 +356,7 @@ DEVICE void few_keys_back(const T* q, const T* kv, const T* dy, T* dq, float* su
             take<D>(t, slopes, dy + place, N - first, C);
         }
         SYNC();
-        PHASE(t) {
-            const int row = t / WARP % 4 * 16;
-            clear(OF(scores, t));
-            multiply<Of::WIDE>(t, OF(scores, t), Along<T>{queries, Of::STRIDE}.from(row), Along<T>{keys, Of::STRIDE});
-            largest_of(t, OF(scores, t), L, OF(upper, t), OF(lower, t));
-        }
-        OWN(float, most, 2);
-        PHASE(t) {
-            OF(most, t)[0] = across(upper, t, PARTNERS, larger);
-            OF(most, t)[1] = across(lower, t, PARTNERS, larger);
-        }
-        PHASE(t) exponentials(OF(scores, t), OF(most, t), scale, OF(upper, t), OF(lower, t));
-        PHASE(t) {
-            times(OF(scores, t), {inverse(across(upper, t, PARTNERS)), inverse(across(lower, t, PARTNERS))});
-            if (t / WARP < 4) put_rows(t, OF(scores, t), shares + t / WARP * 16 * Of::SHARES, Of::SHARES);
-        }
+        share_keys<D>(queries, keys, shares, scores, upper, lower, L, scale);
         // Of a share p with the slope s, the score's slope is p (s - Σ p s).
         PHASE(t) {
             const int row = t / WARP % 4 * 16;

@@ -9,8 +9,10 @@
 #define SHARED(type, name, count) __shared__ type name[count]
 #define SYNC() __syncthreads()
 // What stands in a PHASE is done by every thread of the block; nothing of it but what is SHARED, or a thread's OWN, lives on to the next one.
+// OWNED is that as a function takes it.
 #define PHASE(t) if ([[maybe_unused]] const int t = threadIdx.x; true)
 #define OWN(type, name, count) type name[count]
+#define OWNED(type, name, count) type(&name)[count]
 #define OF(name, t) name
 #else
 #include <algorithm>
@@ -30,6 +32,7 @@ inline thread_local Place blockIdx, blockDim, gridDim;
 #define SYNC()
 #define PHASE(t) for (int t = 0; t < blockDim.x; ++t)
 #define OWN(type, name, count) HELD_BY_THREAD(type[][count], name, new type[MAX_THREADS][count])
+#define OWNED(type, name, count) type(*name)[count]
 #define OF(name, t) name[t]
 #endif
 

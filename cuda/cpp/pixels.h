@@ -288,6 +288,21 @@ struct Columns {
     DEVICE float* number(int first, int which) const { return numbers + (first / TILE % STAGES * 2 + which) * TILE; }
 };
 
+// The tiles of a block's own rows, one for each group.
+template <int D, int GROUPS, class T>
+DEVICE void ask_own(int t, T* tiles, const T* from, const PixelPlace& here, int step) {
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g)
+        ask_tile<D, GROUPS * GROUP>(t, tiles + g * Tile<T, D>::SIZE, from, here.first + g * TILE, here.N, step);
+}
+// The tile of keys and values from `first`.
+template <int THREADS, class T, int D>
+DEVICE void ask_keys_and_values(int t, const Columns<T, D>& columns, const T* qkv, const PixelPlace& here, int first) {
+    ask_tile<D, THREADS>(t, columns.tile(first, 0), qkv + here.of(KEYS_OF, QKV), first, here.N, QKV * here.C);
+    ask_tile<D, THREADS>(t, columns.tile(first, 1), qkv + here.of(VALUES, QKV), first, here.N, QKV * here.C);
+    asked();
+}
+
 // The tile before, or the first.
 DEVICE int before(int first) { return first > 0 ? first - TILE : 0; }
 
@@ -311,17 +326,10 @@ DEVICE void pixels(const T* qkv, T* y, float* log, int N, int H, float scale) {
     OWN(float, most, 2);
     OWN(float, total, 2);
     const PixelPlace here(N, H, D, GROUPS * TILE);
-    const auto ask_columns = [&](int t, int first) {
-        ask_tile<D, THREADS>(t, columns.tile(first, 0), qkv + here.of(KEYS_OF, QKV), first, N, QKV * here.C);
-        ask_tile<D, THREADS>(t, columns.tile(first, 1), qkv + here.of(VALUES, QKV), first, N, QKV * here.C);
-        asked();
-    };
     PHASE(t) {
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g)
-            ask_tile<D, THREADS>(t, queries + g * SIZE, qkv + here.of(QUERIES, QKV), here.first + g * TILE, N, QKV * here.C);
-        ask_columns(t, 0);
-        ask_columns(t, TILE);
+        ask_own<D, GROUPS>(t, queries, qkv + here.of(QUERIES, QKV), here, QKV * here.C);
+        ask_keys_and_values<THREADS>(t, columns, qkv, here, 0);
+        ask_keys_and_values<THREADS>(t, columns, qkv, here, TILE);
         OF(shares, t)[0] = {};
         for (int i = 0; i < 2; ++i) {
             OF(most, t)[i] = from_bits(0xff800000u);
@@ -332,7 +340,7 @@ DEVICE void pixels(const T* qkv, T* y, float* log, int N, int H, float scale) {
         arrived<1>();
         SYNC();
         PHASE(t) {
-            ask_columns(t, first + 2 * TILE);
+            ask_keys_and_values<THREADS>(t, columns, qkv, here, first + 2 * TILE);
             start<WIDE>(t, OF(scores, t), ByToken<T>{queries + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 0)});
             start(t, OF(mixed, t), shares, ByChannel<T>{columns.tile(before(first), 1)}, first > 0);
             finish<1>(OF(scores, t));
@@ -393,20 +401,11 @@ DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const flo
     OWN(float, mean, 2);
     OWN(float, logs, 2);
     const PixelPlace here(N, H, D, GROUPS * TILE);
-    const auto ask_columns = [&](int t, int first) {
-        ask_tile<D, THREADS>(t, columns.tile(first, 0), qkv + here.of(KEYS_OF, QKV), first, N, QKV * here.C);
-        ask_tile<D, THREADS>(t, columns.tile(first, 1), qkv + here.of(VALUES, QKV), first, N, QKV * here.C);
-        asked();
-    };
     PHASE(t) {
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-            const int first = here.first + g * TILE;
-            ask_tile<D, THREADS>(t, queries + g * SIZE, qkv + here.of(QUERIES, QKV), first, N, QKV * here.C);
-            ask_tile<D, THREADS>(t, slopes + g * SIZE, dy + here.of(0, 1), first, N, here.C);
-        }
-        ask_columns(t, 0);
-        ask_columns(t, TILE);
+        ask_own<D, GROUPS>(t, queries, qkv + here.of(QUERIES, QKV), here, QKV * here.C);
+        ask_own<D, GROUPS>(t, slopes, dy + here.of(0, 1), here, here.C);
+        ask_keys_and_values<THREADS>(t, columns, qkv, here, 0);
+        ask_keys_and_values<THREADS>(t, columns, qkv, here, TILE);
         OF(held, t)[0] = {};
         // A row's Σ dy · y, by the four threads that share it.
         float sum[2] = {};
@@ -436,7 +435,7 @@ DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const flo
         arrived<1>();
         SYNC();
         PHASE(t) {
-            ask_columns(t, first + 2 * TILE);
+            ask_keys_and_values<THREADS>(t, columns, qkv, here, first + 2 * TILE);
             start<WIDE>(t, OF(scores, t), ByToken<T>{queries + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 0)});
             start<WIDE>(t, OF(slants, t), ByToken<T>{slopes + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 1)});
             start(t, OF(by_queries, t), held, ByChannel<T>{columns.tile(before(first), 0)}, first > 0);
@@ -497,12 +496,8 @@ DEVICE void pixels_back_keys(const T* qkv, const T* dy, const float* log, const 
         asked();
     };
     PHASE(t) {
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-            const int first = here.first + g * TILE;
-            ask_tile<D, THREADS>(t, keys + g * SIZE, qkv + here.of(KEYS_OF, QKV), first, N, QKV * here.C);
-            ask_tile<D, THREADS>(t, values + g * SIZE, qkv + here.of(VALUES, QKV), first, N, QKV * here.C);
-        }
+        ask_own<D, GROUPS>(t, keys, qkv + here.of(KEYS_OF, QKV), here, QKV * here.C);
+        ask_own<D, GROUPS>(t, values, qkv + here.of(VALUES, QKV), here, QKV * here.C);
         ask_columns(t, 0);
         ask_columns(t, TILE);
         OF(held, t)[0] = {};
