@@ -422,24 +422,6 @@ DEVICE void few_keys_back(const T* q, const T* kv, const T* dy, T* dq, float* su
     }
 }
 
-// The sum over parts [parts, packs × 8]. One thread for eight numbers.
-template <class T>
-DEVICE void sum_parts(const float* sums, T* to, unsigned int packs, int parts) {
-    PHASE(t) {
-        const unsigned int pack = spot(t, 1).pack;
-        if (pack < packs) {
-            float sum[VECTOR] = {};
-            for (int part = 0; part < parts; ++part) {
-                float v[VECTOR];
-                load(sums + (static_cast<long long>(part) * packs + pack) * VECTOR, v);
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) sum[j] += v[j];
-            }
-            store(sum, to + static_cast<long long>(pack) * VECTOR);
-        }
-    }
-}
-
 }  // namespace ella
 
 #if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 800
@@ -457,10 +439,7 @@ DEVICE void sum_parts(const float* sums, T* to, unsigned int packs, int parts) {
     FEW_KEYS(T, suffix, 40, 5, 3)                                                                                                            \
     FEW_KEYS(T, suffix, 64, 5, 2)                                                                                                            \
     FEW_KEYS(T, suffix, 80, 4, 2)                                                                                                            \
-    FEW_KEYS(T, suffix, 160, 2, 1)                                                                                                           \
-    KERNEL(attention_sum_parts, T, suffix)(const float* sums, T* to, unsigned int packs, int parts) {                                        \
-        ella::sum_parts<T>(sums, to, packs, parts);                                                                                          \
-    }
+    FEW_KEYS(T, suffix, 160, 2, 1)
 ALL_FEW_KEYS(ella::bf16, bf16)
 ALL_FEW_KEYS(ella::f16, f16)
 #endif

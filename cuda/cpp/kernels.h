@@ -624,12 +624,50 @@ DEVICE void each_held(const Part& part, F work) {
     }
 }
 
+// Mean and 1/σ of the rows that threads hold.
+template <class T>
+DEVICE void row_moments(OWNED(Pack<T>, held, HELD), OWNED(float, mean, 1), OWNED(float, inverse, 1), int N, int D, int lanes, float eps) {
+    OWN(float, total, 1);
+    PHASE(t) {
+        float s = 0.0f;
+        each_held(part_of(t, N, D, lanes), [&](int k, int) {
+            float v[VECTOR];
+            unpack(OF(held, t)[k], v);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) s += v[j];
+        });
+        OF(total, t)[0] = s;
+    }
+    PHASE(t) OF(mean, t)[0] = across(total, t, lanes) / D;
+    PHASE(t) {
+        const float middle = OF(mean, t)[0];
+        float q = 0.0f;
+        each_held(part_of(t, N, D, lanes), [&](int k, int) {
+            float v[VECTOR];
+            forget(OF(held, t)[k]);
+            unpack(OF(held, t)[k], v);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) q += (v[j] - middle) * (v[j] - middle);
+        });
+        OF(total, t)[0] = q;
+    }
+    PHASE(t) OF(inverse, t)[0] = 1.0f / sqrt(across(total, t, lanes) / D + eps);
+}
+
+// Keeps a row's mean and 1/σ in stats [N, 2].
+DEVICE void keep_moments(const Part& part, float mean, float inverse, float* stats) {
+    if (part.lane == 0 && part.packs > 0) {
+        stats[part.row * 2] = mean;
+        stats[part.row * 2 + 1] = inverse;
+    }
+}
+
 // sum = a + b (b may be null: then sum is not written, and stands for a), y = norm(sum) · γ + β, stats [N, 2]: mean and 1/σ.
 template <class T>
 DEVICE void layer_norm(const T* a, const T* b, const T* gamma, const T* beta, T* sum, T* y, float* stats, int N, int D, int lanes, float eps) {
     OWN(Pack<T>, held, HELD);
-    OWN(float, total, 1);
     OWN(float, mean, 1);
+    OWN(float, inverse, 1);
     PHASE(t) {
         const Part part = part_of(t, N, D, lanes);
         const T *const from = a + part.row * D, *const and_from = b + part.row * D;
@@ -649,31 +687,11 @@ DEVICE void layer_norm(const T* a, const T* b, const T* gamma, const T* beta, T*
                 *reinterpret_cast<Pack<T>*>(to + c) = row[k];
             });
         }
-        float s = 0.0f;
-        each_held(part, [&](int k, int) {
-            float v[VECTOR];
-            unpack(row[k], v);
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) s += v[j];
-        });
-        OF(total, t)[0] = s;
     }
-    PHASE(t) OF(mean, t)[0] = across(total, t, lanes) / D;
-    PHASE(t) {
-        const float middle = OF(mean, t)[0];
-        float q = 0.0f;
-        each_held(part_of(t, N, D, lanes), [&](int k, int) {
-            float v[VECTOR];
-            forget(OF(held, t)[k]);
-            unpack(OF(held, t)[k], v);
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) q += (v[j] - middle) * (v[j] - middle);
-        });
-        OF(total, t)[0] = q;
-    }
+    row_moments<T>(held, mean, inverse, N, D, lanes, eps);
     PHASE(t) {
         const Part part = part_of(t, N, D, lanes);
-        const float middle = OF(mean, t)[0], inverse = 1.0f / sqrt(across(total, t, lanes) / D + eps);
+        const float middle = OF(mean, t)[0], factor = OF(inverse, t)[0];
         T* const to = y + part.row * D;
         each_held(part, [&](int k, int c) {
             float v[VECTOR], scale[VECTOR], shift[VECTOR];
@@ -682,13 +700,25 @@ DEVICE void layer_norm(const T* a, const T* b, const T* gamma, const T* beta, T*
             load(gamma + c, scale);
             load(beta + c, shift);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) v[j] = (v[j] - middle) * inverse * scale[j] + shift[j];
+            for (int j = 0; j < VECTOR; ++j) v[j] = (v[j] - middle) * factor * scale[j] + shift[j];
             store(v, to + c);
         });
-        if (part.lane == 0 && part.packs > 0) {
-            stats[part.row * 2] = middle;
-            stats[part.row * 2 + 1] = inverse;
-        }
+        keep_moments(part, middle, factor, stats);
+    }
+}
+
+// x̂ and γ dy of one pack.
+template <class X, class T>
+DEVICE void normed_and_slope(Pack<X>& number, Pack<T>& slope, const float (&gamma)[VECTOR], float mean, float inverse, float (&v)[VECTOR],
+                             float (&d)[VECTOR]) {
+    forget(number);
+    forget(slope);
+    unpack(number, v);
+    unpack(slope, d);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+        v[j] = (v[j] - mean) * inverse;
+        d[j] *= gamma[j];
     }
 }
 
@@ -699,19 +729,10 @@ DEVICE void layer_norm_back(const T* x, const T* gamma, const float* stats, cons
     OWN(Pack<T>, slopes, HELD);
     OWN(float, first, 1);
     OWN(float, second, 1);
-    // x̂ and γ dy of one pack.
     const auto both = [&](Pack<T>& number, Pack<T>& slope, int c, float mean, float inverse, float (&v)[VECTOR], float (&d)[VECTOR]) {
         float scale[VECTOR];
-        forget(number);
-        forget(slope);
-        unpack(number, v);
-        unpack(slope, d);
         load(gamma + c, scale);
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) {
-            v[j] = (v[j] - mean) * inverse;
-            d[j] *= scale[j];
-        }
+        normed_and_slope(number, slope, scale, mean, inverse, v, d);
     };
     PHASE(t) {
         const Part part = part_of(t, N, D, lanes);
@@ -748,6 +769,149 @@ DEVICE void layer_norm_back(const T* x, const T* gamma, const float* stats, cons
             for (int j = 0; j < VECTOR; ++j) v[j] = past[j] + inverse * (d[j] - middle - v[j] * along);
             store(v, to + c);
         });
+    }
+}
+
+// --- Adaptive layer norm ------------------------------------------------------------------------------------------------------------------
+//
+// A connector's (AdaLN): rows of [B, tokens, D], as above, whose shift and scale are their sample's own, `lead` [B, 2 D] in float32: shifts, then scales.
+
+// y = norm(x) · (1 + scale) + shift, in another kind than x maybe; stats [B · tokens, 2]: mean and 1/σ.
+template <class X, class T>
+DEVICE void ada_layer_norm(const X* x, const float* lead, T* y, float* stats, int B, int tokens, int D, int lanes, float eps) {
+    OWN(Pack<X>, held, HELD);
+    OWN(float, mean, 1);
+    OWN(float, inverse, 1);
+    const int N = B * tokens;
+    PHASE(t) {
+        const Part part = part_of(t, N, D, lanes);
+        const X* const from = x + part.row * D;
+        each_held(part, [&](int k, int c) { OF(held, t)[k] = pack_at(from + c); });
+    }
+    row_moments<X>(held, mean, inverse, N, D, lanes, eps);
+    PHASE(t) {
+        const Part part = part_of(t, N, D, lanes);
+        const float middle = OF(mean, t)[0], factor = OF(inverse, t)[0];
+        const float* const shifts = lead + static_cast<int>(part.row) / tokens * 2 * D;
+        T* const to = y + part.row * D;
+        each_held(part, [&](int k, int c) {
+            float v[VECTOR], scale[VECTOR], shift[VECTOR];
+            forget(OF(held, t)[k]);
+            unpack(OF(held, t)[k], v);
+            load(shifts + c, shift);
+            load(shifts + D + c, scale);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) v[j] = (v[j] - middle) * factor * (1.0f + scale[j]) + shift[j];
+            store(v, to + c);
+        });
+        keep_moments(part, middle, factor, stats);
+    }
+}
+
+constexpr int ADA_ROWS = 4;  // of one sample, that the threads of a row take one after the other
+
+// dx as for layer_norm, of γ = 1 + scale; and of the gradient by `lead` the sums over each ADA_ROWS rows: sums [parts of a sample, B, 2 D].
+template <class X, class T>
+DEVICE void ada_layer_norm_back(const X* x, const float* lead, const float* stats, const T* dy, X* dx, float* sums, int B, int tokens, int D,
+                                int lanes) {
+    OWN(Pack<X>, numbers, HELD);
+    OWN(Pack<T>, slopes, HELD);
+    OWN(float, by_shift, HELD * VECTOR);
+    OWN(float, by_scale, HELD * VECTOR);
+    OWN(float, first, 1);
+    OWN(float, second, 1);
+    const int parts = (tokens + ADA_ROWS - 1) / ADA_ROWS;
+    // Task `row` is part `row` % parts of sample `row` / parts.
+    const auto task = [&](int t) { return part_of(t, B * parts, D, lanes); };
+    const auto sample_of = [&](int t) { return static_cast<int>(task(t).row) / parts; };
+    // Its i-th row, of which there is nothing if the sample has none.
+    const auto row_of = [&](int t, int i) {
+        Part row = task(t);
+        const int sample = sample_of(t), token = (static_cast<int>(row.row) - sample * parts) * ADA_ROWS + i;
+        row.row = static_cast<long long>(sample) * tokens + token;
+        if (token >= tokens) row.packs = 0;
+        return row;
+    };
+    const auto both = [&](Pack<X>& number, Pack<T>& slope, const float* scales, const float* moments, float (&v)[VECTOR], float (&d)[VECTOR]) {
+        float gamma[VECTOR];
+        load(scales, gamma);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) gamma[j] += 1.0f;
+        normed_and_slope(number, slope, gamma, moments[0], moments[1], v, d);
+    };
+    PHASE(t) {
+#pragma unroll
+        for (int j = 0; j < HELD * VECTOR; ++j) OF(by_shift, t)[j] = OF(by_scale, t)[j] = 0.0f;
+    }
+    for (int i = 0; i < ADA_ROWS; ++i) {
+        PHASE(t) {
+            const Part row = row_of(t, i);
+            const float *const scales = lead + (sample_of(t) * 2 + 1) * D, *const moments = stats + row.row * 2;
+            each_held(row, [&](int k, int c) {
+                OF(numbers, t)[k] = pack_at(x + row.row * D + c);
+                OF(slopes, t)[k] = pack_at(dy + row.row * D + c);
+            });
+            float s = 0.0f, q = 0.0f;
+            each_held(row, [&](int k, int c) {
+                float v[VECTOR], d[VECTOR], slope[VECTOR];
+                both(OF(numbers, t)[k], OF(slopes, t)[k], scales + c, moments, v, d);
+                unpack(OF(slopes, t)[k], slope);
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) {
+                    s += d[j];
+                    q += d[j] * v[j];
+                    OF(by_shift, t)[k * VECTOR + j] += slope[j];
+                    OF(by_scale, t)[k * VECTOR + j] += slope[j] * v[j];
+                }
+            });
+            OF(first, t)[0] = s;
+            OF(second, t)[0] = q;
+        }
+        PHASE(t) {
+            const Part row = row_of(t, i);
+            const float *const scales = lead + (sample_of(t) * 2 + 1) * D, *const moments = stats + row.row * 2;
+            const float middle = across(first, t, lanes) / D, along = across(second, t, lanes) / D;
+            each_held(row, [&](int k, int c) {
+                float v[VECTOR], d[VECTOR];
+                both(OF(numbers, t)[k], OF(slopes, t)[k], scales + c, moments, v, d);
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) v[j] = moments[1] * (d[j] - middle - v[j] * along);
+                store(v, dx + row.row * D + c);
+            });
+        }
+    }
+    PHASE(t) {
+        const Part part = task(t);
+        const int sample = sample_of(t), number = static_cast<int>(part.row) - sample * parts;
+        float* const to = sums + (static_cast<long long>(number) * B + sample) * 2 * D;
+        each_held(part, [&](int k, int c) {
+            float shift[VECTOR], scale[VECTOR];
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                shift[j] = OF(by_shift, t)[k * VECTOR + j];
+                scale[j] = OF(by_scale, t)[k * VECTOR + j];
+            }
+            store(shift, to + c);
+            store(scale, to + D + c);
+        });
+    }
+}
+
+// The sum over parts [parts, packs × 8]. One thread for eight numbers.
+template <class T>
+DEVICE void sum_parts(const float* sums, T* to, unsigned int packs, int parts) {
+    PHASE(t) {
+        const unsigned int pack = spot(t, 1).pack;
+        if (pack < packs) {
+            float sum[VECTOR] = {};
+            for (int part = 0; part < parts; ++part) {
+                float v[VECTOR];
+                load(sums + (static_cast<long long>(part) * packs + pack) * VECTOR, v);
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) sum[j] += v[j];
+            }
+            store(sum, to + static_cast<long long>(pack) * VECTOR);
+        }
     }
 }
 
@@ -968,6 +1132,9 @@ DEVICE void square_sums(const float* x, double* sums, long long count) {
     (const T* x, const T* gamma, const float* stats, const T* dy, const T* more, T* dx, int N, int D, int lanes) {                          \
         ella::layer_norm_back(x, gamma, stats, dy, more, dx, N, D, lanes);                                                                  \
     }                                                                                                                                       \
+    KERNEL(sum_parts, T, suffix)(const float* sums, T* to, unsigned int packs, int parts) {                                                 \
+        ella::sum_parts<T>(sums, to, packs, parts);                                                                                         \
+    }                                                                                                                                       \
     KERNEL(rms_norm, T, suffix)(const T* x, const T* weight, T* y, int N, int D, int lanes, float eps) {                                    \
         ella::rms_norm(x, weight, y, N, D, lanes, eps);                                                                                     \
     }                                                                                                                                       \
@@ -981,6 +1148,21 @@ DEVICE void square_sums(const float* x, double* sums, long long count) {
 KERNELS(float, f32)
 KERNELS(ella::bf16, bf16)
 KERNELS(ella::f16, f16)
+// NAME_X_T: of numbers of one kind to those of another.
+#define ADA_KERNELS(X, T, suffix)                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(ella::ROW_THREADS) ada_layer_norm_##suffix(                                                \
+        const X* x, const float* lead, T* y, float* stats, int B, int tokens, int D, int lanes, float eps) {                                \
+        ella::ada_layer_norm(x, lead, y, stats, B, tokens, D, lanes, eps);                                                                  \
+    }                                                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(ella::ROW_THREADS) ada_layer_norm_back_##suffix(                                           \
+        const X* x, const float* lead, const float* stats, const T* dy, X* dx, float* sums, int B, int tokens, int D, int lanes) {          \
+        ella::ada_layer_norm_back(x, lead, stats, dy, dx, sums, B, tokens, D, lanes);                                                       \
+    }
+ADA_KERNELS(float, float, f32_f32)
+ADA_KERNELS(float, ella::bf16, f32_bf16)
+ADA_KERNELS(float, ella::f16, f32_f16)
+ADA_KERNELS(ella::bf16, ella::bf16, bf16_bf16)
+ADA_KERNELS(ella::f16, ella::f16, f16_f16)
 KERNEL(adamw, float, f32)(float* p, const float* g, float* m, float* v, float* ema, long long count, ella::Rates r) {
     ella::adamw(p, g, m, v, ema, count, r);
 }

@@ -357,6 +357,74 @@ struct AddLayerNorm : torch::autograd::Function<AddLayerNorm> {
     }
 };
 
+// A connector's norm, of rows that may be float32 where what it makes is not.
+struct AdaLayerNorm : torch::autograd::Function<AdaLayerNorm> {
+    struct Shape {
+        int B, tokens, D, lanes, parts;
+        Grid there, back;
+
+        Shape(const Tensor& x, const Tensor& lead) {
+            TORCH_CHECK(x.dim() == 3 && x.numel() > 0 && lead.dim() == 2 && lead.size(0) == x.size(0) && lead.size(1) == 2 * x.size(2) &&
+                            lead.scalar_type() == at::kFloat && lead.device() == x.device(),
+                        "a fused adaptive norm takes [B, N, D] and float32 [B, 2 D], not ", x.sizes(), " and ", lead.sizes());
+            TORCH_CHECK(x.numel() < INT32_MAX, "a fused adaptive norm takes fewer than 2^31 numbers, not ", x.sizes());
+            const Rows n(x, ella::HELD);
+            B = static_cast<int>(x.size(0));
+            tokens = static_cast<int>(x.size(1));
+            D = n.D;
+            lanes = n.lanes;
+            parts = (tokens + ella::ADA_ROWS - 1) / ella::ADA_ROWS;
+            const int rows = ella::ROW_THREADS / lanes;
+            there = n.grid;
+            back = {(B * parts + rows - 1) / rows, 1, ella::ROW_THREADS};
+        }
+    };
+
+    // Calls `work` with a number of x's type and one of `kind`, and the suffix of their kernels' names.
+    template <class F>
+    static void by_types(const Tensor& x, at::ScalarType kind, F work) {
+        TORCH_CHECK(x.scalar_type() == kind || x.scalar_type() == at::kFloat, "a fused adaptive norm makes ", x.scalar_type(),
+                    " of itself or of float32, not ", kind);
+        by_type(x, [&](auto from, const char* name) {
+            using X = decltype(from);
+            if (x.scalar_type() == kind) return work(X{}, X{}, std::string(name) + name);
+            if constexpr (std::is_same_v<X, float>) {
+                kind == at::kBFloat16 ? work(X{}, ella::bf16{}, std::string("_f32_bf16")) : work(X{}, ella::f16{}, std::string("_f32_f16"));
+            }
+        });
+    }
+
+    static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& leading, double eps, at::ScalarType kind) {
+        const Tensor x = input.contiguous(), lead = leading.contiguous();
+        const Shape n(x, lead);
+        const Tensor y = at::empty(x.sizes(), x.options().dtype(kind)), stats = at::empty({n.B, n.tokens, 2}, lead.options());
+        by_types(x, kind, [&](auto from, auto to, const std::string& types) {
+            using X = decltype(from);
+            using T = decltype(to);
+            launch(x, "ada_layer_norm" + types, n.there, &ella::ada_layer_norm<X, T>, numbers<X>(x), numbers<float>(lead), numbers<T>(y),
+                   numbers<float>(stats), n.B, n.tokens, n.D, n.lanes, static_cast<float>(eps));
+        });
+        ctx->save_for_backward({x, lead, stats});
+        return y;
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const auto saved = ctx->get_saved_variables();
+        const Tensor &x = saved[0], &lead = saved[1], &stats = saved[2], none, dy = grads[0].contiguous();
+        const Shape n(x, lead);
+        const Tensor dx = at::empty_like(x), dlead = at::empty_like(lead), sums = at::empty({n.parts, n.B, 2 * n.D}, lead.options());
+        by_types(x, dy.scalar_type(), [&](auto from, auto to, const std::string& types) {
+            using X = decltype(from);
+            using T = decltype(to);
+            launch(x, "ada_layer_norm_back" + types, n.back, &ella::ada_layer_norm_back<X, T>, numbers<X>(x), numbers<float>(lead),
+                   numbers<float>(stats), numbers<T>(dy), numbers<X>(dx), numbers<float>(sums), n.B, n.tokens, n.D, n.lanes);
+            launch(x, "sum_parts_f32", flat(dlead.numel()), &ella::sum_parts<float>, numbers<float>(sums), numbers<float>(dlead),
+                   packs_of(dlead), n.parts);
+        });
+        return {dx, dlead, none, none};
+    }
+};
+
 struct AddBiased : torch::autograd::Function<AddBiased> {
     static Tensor forward(AutogradContext* ctx, const Tensor& first, const Tensor& second, const std::optional<Tensor>& third, const Tensor& bias) {
         const Tensor a = channels_last(first), b = channels_last(second), c = third ? channels_last(*third) : Tensor(), y = at::empty_like(a);
@@ -451,7 +519,7 @@ struct FewKeys : torch::autograd::Function<FewKeys> {
                 launch(q, "attention_few_keys_back_" + std::to_string(width()) + type, grid, &ella::few_keys_back<T, width()>, numbers<T>(q),
                        numbers<T>(kv), numbers<T>(dy), numbers<T>(dq), numbers<float>(sums), n.N, n.L, n.H, n.scale, n.slope);
             });
-            launch(q, std::string("attention_sum_parts") + type, flat(dkv.numel()), &ella::sum_parts<T>, numbers<float>(sums), numbers<T>(dkv),
+            launch(q, std::string("sum_parts") + type, flat(dkv.numel()), &ella::sum_parts<T>, numbers<float>(sums), numbers<T>(dkv),
                    packs_of(dkv), n.summed());
         });
         return {dq, dkv, none};
@@ -610,6 +678,11 @@ int ella_add_layer_norm(const void* a, const void* b, const void* gamma, const v
         *sum = given(made[0]);
         *y = given(made[1]);
         return 0;
+    });
+}
+void* ella_ada_layer_norm(const void* x, const void* lead, double eps, int kind) {
+    return ella_guarded<void*>(nullptr, [&] {
+        return given(AdaLayerNorm::apply(tensor_of(x), tensor_of(lead), eps, static_cast<at::ScalarType>(kind)));
     });
 }
 void* ella_square_sums(const void* x) {

@@ -27,6 +27,8 @@ void* ella_add_biased(const void* a, const void* b, const void* more, const void
 
 // `b` may be null.
 int ella_add_layer_norm(const void* a, const void* b, const void* gamma, const void* beta, double eps, void** sum, void** y);
+// `kind`: of what it makes, as c10::ScalarType counts them.
+void* ella_ada_layer_norm(const void* x, const void* lead, double eps, int kind);
 // Sums of the squares of shares of x, in float64.
 void* ella_square_sums(const void* x);
 // `rates`: the nine numbers of ella::Rates.

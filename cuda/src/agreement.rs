@@ -143,6 +143,11 @@ fn norms(on: (Kind, Device)) -> Result<Vec<Tensor>> {
     let (sum, y) = fused::layer_norm(&a, Some(&b), (&gamma, &beta), 1e-5)?;
     made.extend(with_gradients(vec![sum, y], &[&a])?);
     made.push(fused::rms_norm(&a.detach(), &gamma, 1e-6)?);
+    let lead = leaf(&[2, 640], 4.0, (Kind::Float, on.1))?;
+    for from in [Kind::Float, on.0] {
+        let x = leaf(&[2, 70, 320], 5.0, (from, on.1))?;
+        made.extend(with_gradients(vec![fused::ada_layer_norm(&x, &lead, 1e-6, on.0)?], &[&x, &lead])?);
+    }
     Ok(made)
 }
 

@@ -1,5 +1,5 @@
-//! Operators of frozen networks in one kernel, or a few, where libtorch takes many: what they save is passes over feature maps. Weights get no
-//! gradient; activations do.
+//! Operators in one kernel, or a few, where libtorch takes many: what they save is passes over feature maps. Weights get no gradient; activations do. All but
+//! [`ada_layer_norm`] are of frozen networks.
 //!
 //! All compute in float32 and take float32, bfloat16 or float16. Maps are `[B, C, H, W]` with a pixel's channels beside each other (channels-last; another
 //! layout is turned into it), C a multiple of 8. Norms need at most [`MOST_CHANNELS`], or [`MOST_OF_ROW`].
@@ -19,7 +19,8 @@ pub const MOST_OF_ROW: i64 = 1280;
 /// Which operators a network takes from here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fused {
-    /// [`group_norm`], with the activation after it and what is added before it; [`layer_norm`], with the residual before it; [`rms_norm`].
+    /// [`group_norm`], with the activation after it and what is added before it; [`layer_norm`], with the residual before it; [`ada_layer_norm`],
+    /// with the cast after it; [`rms_norm`].
     pub norm: bool,
     /// [`frozen_conv2d`], and its bias in whatever comes next.
     pub conv: bool,
@@ -284,6 +285,25 @@ pub fn layer_norm(x: &Tensor, more: Option<&Tensor>, (gamma, beta): (&Tensor, &T
     // SAFETY: all tensors are alive while they are borrowed, null stands for nothing to add, and the pointers are to live pointers.
     ops::check(unsafe { ops::ella_add_layer_norm(x.as_ptr(), more, gamma.as_ptr(), beta.as_ptr(), eps, &raw mut sum, &raw mut y) })?;
     Ok((returned(sum)?, returned(y)?))
+}
+
+/// `layernorm(x) · (1 + scale) + shift` over the last axis, in `kind`, each sample by its own scale and shift (AdaLN). All that goes in may want a gradient; what is
+/// kept for it is what goes in, and two numbers a row.
+///
+/// # Shapes
+/// `x` `[B, N, D]` of `kind` or float32, D a multiple of 8 up to [`MOST_OF_ROW`]; `lead` `[B, 2D]` float32, shifts before scales; to `x`'s shape.
+///
+/// # Errors
+/// A shape or kind that it does not take; CUDA's own.
+pub fn ada_layer_norm(x: &Tensor, lead: &Tensor, eps: f64, kind: Kind) -> Result<Tensor> {
+    let number = match kind {
+        Kind::Half => 5,
+        Kind::Float => 6,
+        Kind::BFloat16 => 15,
+        _ => return Err(Error(format!("a fused adaptive norm makes float32, bfloat16 or float16, not {kind:?}"))),
+    };
+    // SAFETY: both tensors are alive while they are borrowed.
+    returned(unsafe { ops::ella_ada_layer_norm(x.as_ptr(), lead.as_ptr(), eps, number) })
 }
 
 /// `x / √(mean(x²) + ε) · weight` over the last axis, rounded to `x`'s kind before the weight: T5's and LLaMA's norm. Without a gradient.

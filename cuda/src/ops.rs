@@ -45,6 +45,7 @@ unsafe extern "C" {
         sum: *mut *mut C_tensor,
         y: *mut *mut C_tensor,
     ) -> c_int;
+    pub(crate) fn ella_ada_layer_norm(x: *const C_tensor, lead: *const C_tensor, eps: c_double, kind: c_int) -> *mut C_tensor;
     pub(crate) fn ella_square_sums(x: *const C_tensor) -> *mut C_tensor;
     pub(crate) fn ella_adamw(
         p: *const C_tensor,

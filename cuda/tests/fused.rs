@@ -275,6 +275,42 @@ fn layer_norms_agree_with_libtorchs() {
 }
 
 #[test]
+fn adaptive_norms_agree_with_libtorchs() {
+    seed(10);
+    for device in devices() {
+        for (kind, tolerance) in KINDS {
+            // A connector's own sizes, fewer rows than are taken together, one, and a mean far from zero.
+            for (shape, mean) in [([2, 64, 768], 0.0), ([3, 13, 320], 0.0), ([2, 1, 8], 0.0), ([1, 7, 1280], 20.0)] {
+                for from in [Kind::Float, kind] {
+                    let [b, _, d] = shape;
+                    let x = leaf(&shape, mean, (from, device));
+                    let lead = leaf(&[b, 2 * d], 0.0, (Kind::Float, device));
+                    let parts = lead.unsqueeze(1).chunk(2, -1);
+                    let normed = x.to_kind(Kind::Float).layer_norm([d], None::<Tensor>, None::<Tensor>, 1e-6, false);
+                    let wanted = (normed * (&parts[1] + 1.0) + &parts[0]).to_kind(kind);
+                    let found = fused::ada_layer_norm(&x, &lead, 1e-6, kind).unwrap();
+                    assert_eq!(found.kind(), kind);
+                    let what = format!("{device:?} {from:?} to {kind:?} {shape:?} mean {mean}");
+                    let tolerance = tolerance * if mean > 0.0 { 20.0 } else { 1.0 };
+                    agree(&what, tolerance, &[found.shallow_clone()], &[wanted.shallow_clone()]);
+                    let (found, wanted) = (gradients(&found, &[&x, &lead]), gradients(&wanted, &[&x, &lead]));
+                    agree(&format!("{what}, gradients"), 4.0 * tolerance, &found, &wanted);
+                }
+            }
+        }
+    }
+    let ones = |shape: &[i64], kind| Tensor::ones(shape, (kind, Device::Cpu));
+    let refused = |x: Tensor, lead: &[i64], kind, word: &str| {
+        let error = fused::ada_layer_norm(&x, &ones(lead, Kind::Float), 1e-6, kind).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    };
+    refused(ones(&[2, 3, 16], Kind::Float), &[2, 16], Kind::Float, "[2, 16]");
+    refused(ones(&[2, 3, 12], Kind::Float), &[2, 24], Kind::Float, "not 12");
+    refused(ones(&[2, 3, 16], Kind::Half), &[2, 32], Kind::BFloat16, "BFloat16");
+    refused(ones(&[2, 3, 16], Kind::Float), &[2, 32], Kind::Double, "Double");
+}
+
+#[test]
 fn text_encoders_operators_agree_with_libtorchs() {
     seed(7);
     for device in devices() {

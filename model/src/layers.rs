@@ -141,6 +141,11 @@ impl LayerNorm {
         Ok(LayerNorm { affine: Some(affine), width, eps, fused: fits && p.fused().norm })
     }
 
+    /// The same, whose scale and shift take gradients: fused norms make none.
+    pub(crate) fn trained(p: &Params, width: i64, eps: f64) -> Result<Self> {
+        Ok(LayerNorm { fused: false, ..Self::new(p, width, eps)? })
+    }
+
     /// Without parameters.
     pub fn plain(width: i64, eps: f64) -> Self {
         LayerNorm { affine: None, width, eps, fused: false }

@@ -136,14 +136,15 @@ pub fn unet_workspace(config: &UNetConfig, pass: Pass) -> Figure {
 }
 
 /// What autograd keeps of a connector, which trains: linear layers' inputs too. `tokens` is S, `number` the bytes of a number in what it computes in;
-/// norms and the stream of latents are float32.
-pub fn connector_activations(config: &ConnectorConfig, (samples, tokens): (u64, u64), number: u64) -> Figure {
+/// norms and the stream of latents are float32. Of the `fused` operators norms are its own.
+pub fn connector_activations(config: &ConnectorConfig, (samples, tokens): (u64, u64), number: u64, fused: Fused) -> Figure {
     let size = |n: i64| n.unsigned_abs();
     let (d, l, e, heads) = (size(config.width), size(config.latents), size(config.text_width), size(config.heads));
+    let fused = fused.norm && config.fits_fused_norm();
     // What a norm makes goes into a linear layer; the timestep's factor comes between.
-    let made = number + if config.kind.is_timed() { FLOAT } else { 0 };
+    let made = number + if config.kind.is_timed() && !fused { FLOAT } else { 0 };
     // The text is the same for all blocks, unless each needs it in float32.
-    let text = if number == FLOAT { 0 } else { FLOAT };
+    let text = if number == FLOAT || fused { 0 } else { FLOAT };
     let gates = if config.kind == ConnectorKind::TscZero { 2 } else { 0 };
     let norms = 2 * (FLOAT + made) * l * d + (text + made) * tokens * d;
     // Queries with the latents' own keys and values, all keys, all values, what is mixed; the MLP: four times the width, twice.

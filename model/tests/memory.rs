@@ -215,12 +215,15 @@ fn what_autograd_keeps_of_a_connector_is_what_was_reckoned() {
     let _alone = ALONE.lock();
     tch::set_num_threads(1);
     let kinds = [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler, ConnectorKind::Mlp];
-    for (kind, dtype) in kinds.into_iter().flat_map(|kind| [(kind, Kind::Float), (kind, Kind::BFloat16)]) {
+    let ways =
+        |kind| [Fused::NONE, Fused::ALL].into_iter().flat_map(move |fused| [(kind, Kind::Float, fused), (kind, Kind::BFloat16, fused)]);
+    for (kind, dtype, fused) in kinds.into_iter().flat_map(ways) {
         let (samples, tokens) = (16, 48);
         let sizes = ConnectorConfig { layers: 3, latents: 32, ..ConnectorConfig::new(kind, 256, 320) };
         let connector = Connector::init(&sizes, 1, Device::Cpu).unwrap();
         let tensors = connector.tensors().iter().map(|(name, t)| (name.clone(), t.detach().set_requires_grad(true)));
-        let connector = Connector::from_tensors(&sizes, tensors.collect::<Vec<_>>()).unwrap();
+        let compute = Compute { fused, ..Compute::PLAIN };
+        let connector = Connector::from_tensors(&sizes, tensors.collect::<Vec<_>>(), compute).unwrap();
         let timesteps = Tensor::from_slice(&vec![500i64; samples]);
         let gradient = random(&[samples as i64, if kind == ConnectorKind::Mlp { tokens } else { 32 }, 256]);
         let forward = || {
@@ -236,9 +239,9 @@ fn what_autograd_keeps_of_a_connector_is_what_was_reckoned() {
         // In bfloat16 the weights are kept as they were multiplied.
         let weights: i64 = Connector::layout(&sizes).unwrap().iter().map(|(_, shape)| shape.iter().product::<i64>()).sum();
         let weights = if dtype == Kind::Float { 0 } else { number * weights as u64 };
-        let planned = connector_activations(&sizes, (samples as u64, tokens as u64), number).bytes + weights;
+        let planned = connector_activations(&sizes, (samples as u64, tokens as u64), number, fused).bytes + weights;
         // In bfloat16 some of it is shared: an upper bound.
-        within(&format!("{kind:?} {dtype:?}"), kept, planned as f64, 0.95, 1.15);
+        within(&format!("{kind:?} {dtype:?} {fused:?}"), kept, planned as f64, 0.95, 1.15);
     }
 }
 

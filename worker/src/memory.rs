@@ -177,7 +177,7 @@ impl Needs {
         let kept = if train.gradient_checkpointing { unet_checkpointed(&self.unet, pass) } else { unet_activations(&self.unet, pass) };
         let mut parts: Vec<Figure> = kept.into_iter().map(|part| Figure { name: format!("kept of {}", part.name), ..part }).collect();
         let number = if self.config.connector_dtype() == ConnectorDtype::Bf16 { 2 } else { 4 };
-        let connector = connector_activations(&self.connector, (samples, text.max_tokens as u64), number);
+        let connector = connector_activations(&self.connector, (samples, text.max_tokens as u64), number, self.fused);
         parts.push(Figure { name: format!("kept of the {}", connector.name), ..connector });
         parts.push(unet_workspace(&self.unet, pass));
         if self.encodes_pictures {

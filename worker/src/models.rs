@@ -10,6 +10,7 @@ use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
 use ella_model::lora::Lora;
+use ella_model::params::Compute;
 use ella_model::schedule::Prediction;
 use ella_model::unet::UNetConfig;
 use ella_model::vae::{Vae, VaeConfig};
@@ -60,7 +61,7 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     };
     let values: Vec<_> = first.tensors().iter().map(|(_, t)| t.shallow_clone()).collect();
     let state = TrainState::fresh(layout.clone(), layout.gather(&values, device)?)?;
-    let connector = Connector::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
+    let connector = Connector::from_tensors(&sizes, layout.views(&state.buffers.params)?, Compute::fastest(kind, device)?)?;
     let digest = models_digest(&base, &loras, &text, begun_from.as_deref())?;
     let train = &config.train;
     let checkpointing = train.gradient_checkpointing;

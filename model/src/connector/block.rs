@@ -1,5 +1,6 @@
 //! One perceiver block, and its norms: plain, or led by the timestep.
 
+use ella_cuda::fused;
 use tch::{Kind, Tensor};
 
 use super::linear::{Linear, linear};
@@ -96,10 +97,10 @@ impl Block {
             Ok(x.f_reshape([b, -1, self.heads, d / self.heads])?.f_transpose(1, 2)?) // [B, heads, tokens, head]
         };
         let (weight, bias) = (self.in_proj.0.f_to_kind(kind)?, self.in_proj.1.f_to_kind(kind)?);
-        let own = linear(queries, &weight, &bias)?.f_chunk(3, -1)?;
-        let theirs = linear(text, &weight.f_narrow(0, d, 2 * d)?, &bias.f_narrow(0, d, 2 * d)?)?.f_chunk(2, -1)?;
-        let both = |part: usize| split(&Tensor::f_cat(&[&own[part + 1], &theirs[part]], 1)?);
-        Ok([split(&own[0])?, both(0)?, both(1)?])
+        let own = linear(queries, &weight, &bias)?.f_split_with_sizes([d, 2 * d], -1)?;
+        let theirs = linear(text, &weight.f_narrow(0, d, 2 * d)?, &bias.f_narrow(0, d, 2 * d)?)?;
+        let both = Tensor::f_cat(&[&own[1], &theirs], 1)?.f_chunk(2, -1)?; // keys and values
+        Ok([split(&own[0])?, split(&both[0])?, split(&both[1])?])
     }
 }
 
@@ -115,25 +116,34 @@ struct Norm {
     /// For kinds that know the timestep.
     linear: Option<Linear>,
     norm: LayerNorm,
+    fused: bool,
 }
 
 impl Norm {
     fn new(p: &Params, config: &ConnectorConfig) -> Result<Self> {
         let width = config.width;
         if !config.kind.is_timed() {
-            return Ok(Norm { linear: None, norm: LayerNorm::new(p, width, PLAIN_EPS)? });
+            return Ok(Norm { linear: None, norm: LayerNorm::trained(p, width, PLAIN_EPS)?, fused: false });
         }
         let linear = Linear::with_init(&p.at("linear"), config.time_embed_dim, 2 * width, (Init::Zeros, Init::Zeros))?;
-        Ok(Norm { linear: Some(linear), norm: LayerNorm::plain(width, ADA_EPS) })
+        let fused = p.fused().norm && config.fits_fused_norm();
+        Ok(Norm { linear: Some(linear), norm: LayerNorm::plain(width, ADA_EPS), fused })
     }
 
     /// `x` `[B, tokens, D]`, `time` `[B, T]` after SiLU; to `kind`, in float32 until then.
     fn forward(&self, x: &Tensor, time: Option<&Tensor>, kind: Kind) -> Result<Tensor> {
+        let lead = self.linear.as_ref().zip(time).map(|(linear, time)| linear.forward(time)).transpose()?; // [B, 2 D]: shift, scale
+        if let Some(lead) = &lead
+            && self.fused
+            && lead.f_kind()? == Kind::Float
+        {
+            return Ok(fused::ada_layer_norm(x, lead, ADA_EPS, kind)?);
+        }
         let normed = self.norm.forward(&x.f_to_kind(Kind::Float)?)?;
-        let Some((linear, time)) = self.linear.as_ref().zip(time) else {
+        let Some(lead) = lead else {
             return Ok(normed.f_to_kind(kind)?);
         };
-        let shift_scale = linear.forward(time)?.f_unsqueeze(1)?.f_chunk(2, -1)?;
+        let shift_scale = lead.f_unsqueeze(1)?.f_chunk(2, -1)?;
         let scale = shift_scale[1].f_add_scalar(1.0)?;
         Ok(normed.f_mul(&scale)?.f_add(&shift_scale[0])?.f_to_kind(kind)?)
     }

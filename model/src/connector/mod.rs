@@ -20,11 +20,12 @@ mod tsc;
 use std::ops::Range;
 use std::path::Path;
 
+use ella_cuda::fused;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{ModelError, Result};
 use crate::layers::inner_product;
-use crate::params::Params;
+use crate::params::{Compute, Params};
 use crate::weights::{self, Weights};
 use chain::Chain;
 use mlp::Mlp;
@@ -116,6 +117,11 @@ impl ConnectorConfig {
         let config = file::config_of(weights, heads)?;
         config.check()?;
         Ok(config)
+    }
+
+    /// Whether its norms, where the timestep leads them, may be [`fused::ada_layer_norm`].
+    pub(crate) fn fits_fused_norm(&self) -> bool {
+        self.kind.is_timed() && self.width % 8 == 0 && self.width <= fused::MOST_OF_ROW
     }
 
     /// Its sizes by name, and whether a connector of its kind has them.
@@ -281,9 +287,11 @@ impl Connector {
         Self::new(config, &Params::random(seed, Kind::Float, device))
     }
 
-    /// A connector over tensors that are at hand: views into a flat buffer, leaves that require gradients.
-    pub fn from_tensors(config: &ConnectorConfig, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<Self> {
-        Self::new(config, &Params::given(tensors))
+    /// A connector over tensors that are at hand (views into a flat buffer, leaves that require gradients), to compute in this way.
+    pub fn from_tensors(config: &ConnectorConfig, tensors: impl IntoIterator<Item = (String, Tensor)>, compute: Compute) -> Result<Self> {
+        let params = Params::given(tensors);
+        params.compute_by(compute);
+        Self::new(config, &params)
     }
 
     /// Loads a safetensors file. Its kind is told by the names of its tensors, and all sizes but `heads` by their shapes.
@@ -297,7 +305,9 @@ impl Connector {
     /// Builds the network from what [`Connector::load`] finds in a file; errors as there.
     pub fn from_weights(weights: Weights, heads: i64, kind: Kind, device: Device) -> Result<Self> {
         let config = ConnectorConfig::of_file(&weights, heads)?;
-        Self::new(&config, &Params::from_weights(weights, kind, device))
+        let params = Params::from_weights(weights, kind, device);
+        params.compute_by(Compute::fastest(kind, device)?);
+        Self::new(&config, &params)
     }
 
     /// Checkpoint names and shapes in the order that flat buffers keep them.

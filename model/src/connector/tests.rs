@@ -1,6 +1,7 @@
 //! Every kind's layout, initial values and files.
 
 use super::*;
+use ella_cuda::fused::Fused;
 
 const KINDS: [ConnectorKind; 4] = [ConnectorKind::Tsc, ConnectorKind::TscZero, ConnectorKind::Resampler, ConnectorKind::Mlp];
 
@@ -14,10 +15,14 @@ fn made(kind: ConnectorKind) -> Connector {
 
 /// The same without what is zero at first.
 fn stirred(config: &ConnectorConfig) -> Connector {
+    stirred_by(config, Compute::PLAIN)
+}
+
+fn stirred_by(config: &ConnectorConfig, compute: Compute) -> Connector {
     let values = |shape: &[i64]| Tensor::arange(shape.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().reshape(shape) * 0.3;
     let layout = Connector::layout(config).unwrap();
     let tensors = layout.into_iter().map(|(name, shape)| (name, values(&shape)));
-    Connector::from_tensors(config, tensors).unwrap()
+    Connector::from_tensors(config, tensors, compute).unwrap()
 }
 
 /// Every kind, without a pooled head and with one.
@@ -258,6 +263,30 @@ fn computing_in_bfloat16_gives_the_same_but_for_its_rounding() {
         let (values, by_parameters) = (off(&short.0, &exact.0), off(&short.1, &exact.1));
         println!("{:?} {:?}: values {values:.1e}, gradients {by_parameters:.1e}", config.kind, config.pooled);
         assert!(values > 0.0 && values < 2e-2 && by_parameters < 2e-2, "{config:?}: {values} {by_parameters}");
+    }
+}
+
+/// Norms that the timestep leads, by one operator each: the same values and gradients, in what is computed in.
+#[test]
+fn fused_norms_give_the_same() {
+    for config in all() {
+        let plain = stirred(&config);
+        let fused = stirred_by(&config, Compute { fused: Fused::ALL, ..Compute::PLAIN });
+        for (kind, most) in [(Kind::Float, 1e-5), (Kind::BFloat16, 2e-2)] {
+            let (expected, found) = (gradients(&plain, kind, true), gradients(&fused, kind, true));
+            assert_eq!((found.0.kind(), found.1.kind()), (kind, Kind::Float));
+            // Rounded at other places, unless there is nothing to fuse.
+            assert!(!config.kind.is_timed() || !found.1.equal(&expected.1), "{config:?}");
+            let (values, by_parameters) = (off(&found.0, &expected.0), off(&found.1, &expected.1));
+            println!("{:?} {:?} {kind:?}: values {values:.1e}, gradients {by_parameters:.1e}", config.kind, config.pooled);
+            assert!(values < most && by_parameters < most, "{config:?} {kind:?}: {values} {by_parameters}");
+        }
+    }
+    // A width that no vector fits, and one that no row does, go the plain way.
+    for width in [4, 2048] {
+        let config = ConnectorConfig { width, layers: 1, ..small(ConnectorKind::Tsc) };
+        let (plain, fused) = (stirred(&config), stirred_by(&config, Compute { fused: Fused::ALL, ..Compute::PLAIN }));
+        assert!(gradients(&plain, Kind::Float, true).1.equal(&gradients(&fused, Kind::Float, true).1), "{width}");
     }
 }
 

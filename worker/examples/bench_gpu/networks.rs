@@ -88,7 +88,8 @@ pub(crate) fn step(setting: &Setting, seed: u64) -> Result<(Networks, TrainState
     let first = Connector::init(&sizes, seed, device)?;
     let first: Vec<_> = first.tensors().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
     let state = TrainState::fresh(layout.clone(), layout.gather(&first, device)?)?;
-    let connector = Connector::from_tensors(&sizes, layout.views(&state.buffers.params)?)?;
+    let compute = Compute::fastest(setting.kind, device)?;
+    let connector = Connector::from_tensors(&sizes, layout.views(&state.buffers.params)?, compute)?;
     let schedule = setting.preset().schedule(device)?;
     let networks = Networks {
         connector,

@@ -14,6 +14,7 @@ use crate::text::{TextEncoder, TextOptions};
 use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::connector::Connector;
+use ella_model::params::Compute;
 use ella_model::unet::UNet;
 use ella_model::vae::Vae;
 use ella_proto::config::RunConfig;
@@ -22,7 +23,7 @@ use ella_proto::v1::{Activity, Progress, from_worker};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// How long a rank draws until it asks, and answers, the others again.
 const ASK: Duration = Duration::from_secs(1);
@@ -267,10 +268,11 @@ impl Trainer {
         let buffers = &self.state.buffers;
         let weights = if self.config.sample.average { &buffers.ema } else { &buffers.params };
         // In memory of their own: a processor's products may round otherwise where a tensor does not begin where its vectors do, as in the flat buffer, and
-        // what is drawn from the commit's file would differ in a bit.
+        // what is drawn from the commit's file would differ in a bit. And by the operators that it would be drawn by.
         let own = |(name, view): (String, Tensor)| Ok((name, tch::no_grad(|| view.f_mul_scalar(1.0))?));
         let tensors = self.state.layout.views(weights)?.into_iter().map(own).collect::<Result<Vec<_>, TrainError>>()?;
-        studio.begin(step, Connector::from_tensors(self.networks.connector.config(), tensors)?, place);
+        let compute = Compute::fastest(Kind::Float, buffers.params.device())?;
+        studio.begin(step, Connector::from_tensors(self.networks.connector.config(), tensors, compute)?, place);
         Ok(())
     }
 
