@@ -58,11 +58,18 @@ DEVICE void finish(Fragment (&c)[COUNT]) {
     touch(c);
 }
 
-// Where a matrix of 8 × 8 blocks lies, each of 128 bytes: how far the next block is along what is added up over, and across it.
-DEVICE unsigned long long blocks_at(const void* at, unsigned int along, unsigned int across) {
-    return static_cast<unsigned long long>(place_of(at) >> 4 & 0x3fff) | static_cast<unsigned long long>(along >> 4) << 16 |
-           static_cast<unsigned long long>(across >> 4) << 32;
-}
+// Where a matrix of 8 × 8 blocks lies, each of 128 bytes: how far the next block is along what is added up over, and across it. In units of 16 bytes, of
+// which the place takes 14 bits.
+struct Blocks {
+    unsigned int place, across;
+    DEVICE Blocks further(unsigned int bytes) const { return {place + (bytes >> 4), across}; }
+    DEVICE unsigned long long words() const {
+        unsigned long long both;
+        asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(place), "r"(across));
+        return both;
+    }
+};
+DEVICE Blocks blocks_at(const void* at, unsigned int along, unsigned int across) { return {place_of(at) >> 4 | along >> 4 << 16, across >> 4}; }
 
 #define IN4(n) "+f"(c[n].at[0]), "+f"(c[n].at[1]), "+f"(c[n].at[2]), "+f"(c[n].at[3])
 #define IN20 IN4(0), IN4(1), IN4(2), IN4(3), IN4(4)
@@ -76,22 +83,21 @@ DEVICE unsigned long long blocks_at(const void* at, unsigned int along, unsigned
 #define WGMMA(n, name) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name "." name
 // Both operands on the chip, nothing to add to or something; the left one in registers, to add to or not.
 #define ON_CHIP(type, name)                                                                                                       \
-    DEVICE void group_first(Fragment (&c)[8], unsigned long long a, unsigned long long b, type) {                                 \
-        asm volatile("{" WGMMA(64, name) " {" REG32 "}, %32, %33, 0, 1, 1, 0, 0;}" : OUT32 : "l"(a), "l"(b));                     \
+    DEVICE void group_first(Fragment (&c)[8], Blocks a, Blocks b, type) {                                                         \
+        asm volatile("{" WGMMA(64, name) " {" REG32 "}, %32, %33, 0, 1, 1, 0, 0;}" : OUT32 : "l"(a.words()), "l"(b.words()));     \
     }                                                                                                                             \
-    DEVICE void group_more(Fragment (&c)[8], unsigned long long a, unsigned long long b, type) {                                  \
-        asm volatile("{" WGMMA(64, name) " {" REG32 "}, %32, %33, 1, 1, 1, 0, 0;}" : IN32 : "l"(a), "l"(b));                      \
+    DEVICE void group_more(Fragment (&c)[8], Blocks a, Blocks b, type) {                                                          \
+        asm volatile("{" WGMMA(64, name) " {" REG32 "}, %32, %33, 1, 1, 1, 0, 0;}" : IN32 : "l"(a.words()), "l"(b.words()));      \
     }
-#define HELD_LEFT(type, name, n, count, in, regs, a0, a1, a2, a3, b0, p0)                                                         \
-    DEVICE void group_held(Fragment (&c)[count], const unsigned int (&a)[4], unsigned long long b, int more, type) {              \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #p0 ", 0; " WGMMA(n, name) " {" regs "}, {%" #a0 ", %" #a1 ", %" #a2       \
-                     ", %" #a3 "}, %" #b0 ", p, 1, 1, 1;}"                                                                        \
-                     : in : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));                                       \
+#define HELD_LEFT(type, name, n, count, in, regs, a0, a1, a2, a3, b0)                                                             \
+    DEVICE void group_held(Fragment (&c)[count], const unsigned int (&a)[4], Blocks b, type) {                                    \
+        asm volatile("{" WGMMA(n, name) " {" regs "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", 1, 1, 1, 1;}"           \
+                     : in : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.words()));                                          \
     }
 #define GROUP_MULTIPLY(type, name)                                         \
     ON_CHIP(type, name)                                                    \
-    HELD_LEFT(type, name, 40, 5, IN20, REG20, 20, 21, 22, 23, 24, 25)      \
-    HELD_LEFT(type, name, 80, 10, IN40, REG40, 40, 41, 42, 43, 44, 45)
+    HELD_LEFT(type, name, 40, 5, IN20, REG20, 20, 21, 22, 23, 24)          \
+    HELD_LEFT(type, name, 80, 10, IN40, REG40, 40, 41, 42, 43, 44)
 GROUP_MULTIPLY(bf16, "bf16")
 GROUP_MULTIPLY(f16, "f16")
 
@@ -99,11 +105,11 @@ GROUP_MULTIPLY(f16, "f16")
 template <int WIDE, class T>
 DEVICE void start(int, Fragment (&c)[TILE / 8], ByToken<T> a, ByToken<T> b) {
     constexpr unsigned int EIGHT = TILE * VECTOR * sizeof(T), BLOCK = 128;
-    const unsigned long long left = blocks_at(a.at, EIGHT, BLOCK), right = blocks_at(b.at, EIGHT, BLOCK);
+    const Blocks left = blocks_at(a.at, EIGHT, BLOCK), right = blocks_at(b.at, EIGHT, BLOCK);
     begin();
     group_first(c, left, right, T{});
 #pragma unroll
-    for (int k = 1; k < WIDE / 16; ++k) group_more(c, left + (2 * k * EIGHT >> 4), right + (2 * k * EIGHT >> 4), T{});
+    for (int k = 1; k < WIDE / 16; ++k) group_more(c, left.further(2 * k * EIGHT), right.further(2 * k * EIGHT), T{});
     commit();
 }
 // A left operand as it is held, rounded.
@@ -127,16 +133,16 @@ DEVICE void touch(Held<T>& a) {
         for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a.at[k][i])::"memory");
     }
 }
-// c = a b over a tile's tokens, or c += a b.
+// c += a b over a tile's tokens.
 template <int COUNT, class T>
-DEVICE void start(int, Fragment (&c)[COUNT], Held<T> (&a)[1], ByChannel<T> b, bool more) {
+DEVICE void start(int, Fragment (&c)[COUNT], Held<T> (&a)[1], ByChannel<T> b) {
     constexpr unsigned int EIGHT = TILE * VECTOR * sizeof(T), BLOCK = 128;
-    const unsigned long long right = blocks_at(b.at, BLOCK, EIGHT);
+    const Blocks right = blocks_at(b.at, BLOCK, EIGHT);
     touch(c);
     touch(a[0]);
     begin();
 #pragma unroll
-    for (int k = 0; k < TILE / 16; ++k) group_held(c, a[0].at[k], right + (2 * k * BLOCK >> 4), more || k > 0, T{});
+    for (int k = 0; k < TILE / 16; ++k) group_held(c, a[0].at[k], right.further(2 * k * BLOCK), T{});
     commit();
 }
 #elif !defined(__CUDACC_RTC__)
@@ -168,14 +174,14 @@ DEVICE void hold(Held<T>& to, const Fragment (&from)[TILE / 8]) {
     }
 }
 template <int COUNT, class T>
-DEVICE void start(int t, Fragment (&c)[COUNT], const Held<T> (*a)[1], ByChannel<T> b, bool more) {
+DEVICE void start(int t, Fragment (&c)[COUNT], const Held<T> (*a)[1], ByChannel<T> b) {
     for (int n = 0; n < COUNT; ++n) {
         for (int i = 0; i < 4; ++i) {
             float sum = 0.0f;
             for (int k = 0; k < TILE; ++k) {
                 sum += a[t / 4 * 4 + k % 8 / 2][0].at[k / 8].at[i / 2 * 2 + k % 2] * b.entry(n * 8 + column_of(t, i), k);
             }
-            c[n].at[i] = more ? c[n].at[i] + sum : sum;
+            c[n].at[i] += sum;
         }
     }
 }
@@ -204,6 +210,15 @@ template <int LEFT>
 DEVICE void arrived() {}
 #endif
 
+// What the compiler keeps, and does not make again at every step.
+template <class T>
+DEVICE const T* kept(const T* at) {
+#ifdef __CUDACC_RTC__
+    asm volatile("" : "+l"(at));
+#endif
+    return at;
+}
+
 // The tile of tokens from `first` of N, `step` apart. Eight threads beside each other ask for eight tokens, which lie beside each other on the chip.
 template <int D, int THREADS, class T>
 DEVICE void ask_tile(int t, T* tile, const T* from, int first, int N, int step) {
@@ -214,7 +229,7 @@ DEVICE void ask_tile(int t, T* tile, const T* from, int first, int N, int step) 
         if (i < TASKS) {
             const int pixel = first + static_cast<int>(token), c = static_cast<int>(lane) * VECTOR;
             const bool there = pixel < N && c < D;
-            const T* const place = there ? from + (pixel * step + c) : from;
+            const T* const place = from + (there ? static_cast<unsigned int>(pixel * step + c) : 0u);
             T* const to = tile + (lane * TILE + token) * VECTOR;
 #pragma unroll
             for (int part = 0; part < static_cast<int>(VECTOR * sizeof(T)); part += 16)
@@ -284,9 +299,11 @@ struct Columns {
     T* tiles;
     float* numbers;
     DEVICE explicit Columns(T* at) : tiles(at), numbers(reinterpret_cast<float*>(at + STAGES * 2 * SIZE)) {}
-    DEVICE T* tile(int first, int which) const { return tiles + (first / TILE % STAGES * 2 + which) * SIZE; }
-    DEVICE float* number(int first, int which) const { return numbers + (first / TILE % STAGES * 2 + which) * TILE; }
+    DEVICE T* tile(unsigned int stage, int which) const { return tiles + (stage * 2 + which) * SIZE; }
+    DEVICE float* number(unsigned int stage, int which) const { return numbers + (stage * 2 + which) * TILE; }
 };
+// The stage of the tile so many after that of this one; STAGES - 1 for the tile before it.
+DEVICE unsigned int after(unsigned int stage, unsigned int by) { return (stage + by) % STAGES; }
 
 // The tiles of a block's own rows, one for each group.
 template <int D, int GROUPS, class T>
@@ -295,20 +312,28 @@ DEVICE void ask_own(int t, T* tiles, const T* from, const PixelPlace& here, int 
     for (int g = 0; g < GROUPS; ++g)
         ask_tile<D, GROUPS * GROUP>(t, tiles + g * Tile<T, D>::SIZE, from, here.first + g * TILE, here.N, step);
 }
-// The tile of keys and values from `first`.
+// The tile of keys and values from `first`; `from`: this head's keys.
 template <int THREADS, class T, int D>
-DEVICE void ask_keys_and_values(int t, const Columns<T, D>& columns, const T* qkv, const PixelPlace& here, int first) {
-    ask_tile<D, THREADS>(t, columns.tile(first, 0), qkv + here.of(KEYS_OF, QKV), first, here.N, QKV * here.C);
-    ask_tile<D, THREADS>(t, columns.tile(first, 1), qkv + here.of(VALUES, QKV), first, here.N, QKV * here.C);
+DEVICE void ask_keys_and_values(int t, const Columns<T, D>& columns, unsigned int stage, const T* from, const PixelPlace& here, int first) {
+    ask_tile<D, THREADS>(t, columns.tile(stage, 0), from, first, here.N, QKV * here.C);
+    ask_tile<D, THREADS>(t, columns.tile(stage, 1), from + here.C, first, here.N, QKV * here.C);
     asked();
 }
 
-// The tile before, or the first.
-DEVICE int before(int first) { return first > 0 ? first - TILE : 0; }
-
 // A block goes through its columns by steps of a tile. A step starts the last product of the step before it beside its own first ones, so that there
 // is one to work on while it takes its exponentials; and leaves none on its way, which the compiler would not let go on over the end of a loop.
-// Before the first step nothing is held: it multiplies zeros.
+// Before the first step nothing is held: zeros are multiplied by a tile of zeros, the one before the first, which lies where the fourth will.
+template <int THREADS, class T, int D>
+DEVICE void ask_zeros(int t, const Columns<T, D>& columns, int which, const T* from) {
+    ask_tile<D, THREADS>(t, columns.tile(STAGES - 1, which), from, 0, 0, 0);
+}
+
+// What `number` is made of is there before a product is waited for: the compiler would wait first, and make it then. No number has these bits.
+DEVICE void before_waiting([[maybe_unused]] float number) {
+#ifdef __CUDACC_RTC__
+    if (__any_sync(0xffffffffu, to_bits(number) == 0xffc12345u)) asm volatile("nanosleep.u32 0;");
+#endif
+}
 
 // --- Forward ------------------------------------------------------------------------------------------------------------------------------
 
@@ -326,23 +351,27 @@ DEVICE void pixels(const T* qkv, T* y, float* log, int N, int H, float scale) {
     OWN(float, most, 2);
     OWN(float, total, 2);
     const PixelPlace here(N, H, D, GROUPS * TILE);
+    const T* const keys = kept(qkv + here.of(KEYS_OF, QKV));
     PHASE(t) {
         ask_own<D, GROUPS>(t, queries, qkv + here.of(QUERIES, QKV), here, QKV * here.C);
-        ask_keys_and_values<THREADS>(t, columns, qkv, here, 0);
-        ask_keys_and_values<THREADS>(t, columns, qkv, here, TILE);
+        ask_zeros<THREADS>(t, columns, 1, keys);
+        ask_keys_and_values<THREADS>(t, columns, 0, keys, here, 0);
+        ask_keys_and_values<THREADS>(t, columns, 1, keys, here, TILE);
         OF(shares, t)[0] = {};
+        clear(OF(mixed, t));
         for (int i = 0; i < 2; ++i) {
             OF(most, t)[i] = from_bits(0xff800000u);
             OF(total, t)[i] = 0.0f;
         }
     }
-    for (int first = 0; first < N; first += TILE) {
+    unsigned int stage = 0;
+    for (int first = 0; first < N; first += TILE, stage = after(stage, 1)) {
         arrived<1>();
         SYNC();
         PHASE(t) {
-            ask_keys_and_values<THREADS>(t, columns, qkv, here, first + 2 * TILE);
-            start<WIDE>(t, OF(scores, t), ByToken<T>{queries + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 0)});
-            start(t, OF(mixed, t), shares, ByChannel<T>{columns.tile(before(first), 1)}, first > 0);
+            ask_keys_and_values<THREADS>(t, columns, after(stage, 2), keys, here, first + 2 * TILE);
+            start<WIDE>(t, OF(scores, t), ByToken<T>{queries + t / GROUP * SIZE}, ByToken<T>{columns.tile(stage, 0)});
+            start(t, OF(mixed, t), shares, ByChannel<T>{columns.tile(after(stage, STAGES - 1), 1)});
             finish<1>(OF(scores, t));
             largest_of(t, OF(scores, t), N - first, OF(upper, t), OF(lower, t));
         }
@@ -357,15 +386,15 @@ DEVICE void pixels(const T* qkv, T* y, float* log, int N, int H, float scale) {
                 OF(total, t)[i] = OF(total, t)[i] * shrink[i] + sum[i][0];
                 OF(most, t)[i] = top[i];
             }
+            before_waiting(sum[0][0] + sum[1][0]);
             finish<0>(OF(mixed, t));
-            if (first == 0) clear(OF(mixed, t));  // zeros times what is infinite are no zeros
             times(OF(mixed, t), shrink);
             hold(OF(shares, t)[0], OF(scores, t));
         }
     }
     PHASE(t) {
         arrived<0>();
-        start(t, OF(mixed, t), shares, ByChannel<T>{columns.tile(here.M - TILE, 1)}, true);
+        start(t, OF(mixed, t), shares, ByChannel<T>{columns.tile(after(stage, STAGES - 1), 1)});
         finish<0>(OF(mixed, t));
         OF(upper, t)[0] = OF(total, t)[0];
         OF(lower, t)[0] = OF(total, t)[1];
@@ -401,12 +430,15 @@ DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const flo
     OWN(float, mean, 2);
     OWN(float, logs, 2);
     const PixelPlace here(N, H, D, GROUPS * TILE);
+    const T* const keys = kept(qkv + here.of(KEYS_OF, QKV));
     PHASE(t) {
         ask_own<D, GROUPS>(t, queries, qkv + here.of(QUERIES, QKV), here, QKV * here.C);
         ask_own<D, GROUPS>(t, slopes, dy + here.of(0, 1), here, here.C);
-        ask_keys_and_values<THREADS>(t, columns, qkv, here, 0);
-        ask_keys_and_values<THREADS>(t, columns, qkv, here, TILE);
+        ask_zeros<THREADS>(t, columns, 0, keys);
+        ask_keys_and_values<THREADS>(t, columns, 0, keys, here, 0);
+        ask_keys_and_values<THREADS>(t, columns, 1, keys, here, TILE);
         OF(held, t)[0] = {};
+        clear(OF(by_queries, t));
         // A row's Σ dy · y, by the four threads that share it.
         float sum[2] = {};
         for (int i = 0; i < 2; ++i) {
@@ -431,14 +463,15 @@ DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const flo
             if (t % PARTNERS == 0 && row < here.M) slant[here.row(row)] = OF(mean, t)[i];
         }
     }
-    for (int first = 0; first < N; first += TILE) {
+    unsigned int stage = 0;
+    for (int first = 0; first < N; first += TILE, stage = after(stage, 1)) {
         arrived<1>();
         SYNC();
         PHASE(t) {
-            ask_keys_and_values<THREADS>(t, columns, qkv, here, first + 2 * TILE);
-            start<WIDE>(t, OF(scores, t), ByToken<T>{queries + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 0)});
-            start<WIDE>(t, OF(slants, t), ByToken<T>{slopes + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 1)});
-            start(t, OF(by_queries, t), held, ByChannel<T>{columns.tile(before(first), 0)}, first > 0);
+            ask_keys_and_values<THREADS>(t, columns, after(stage, 2), keys, here, first + 2 * TILE);
+            start<WIDE>(t, OF(scores, t), ByToken<T>{queries + t / GROUP * SIZE}, ByToken<T>{columns.tile(stage, 0)});
+            start<WIDE>(t, OF(slants, t), ByToken<T>{slopes + t / GROUP * SIZE}, ByToken<T>{columns.tile(stage, 1)});
+            start(t, OF(by_queries, t), held, ByChannel<T>{columns.tile(after(stage, STAGES - 1), 0)});
             finish<2>(OF(scores, t));
 #pragma unroll
             for (int n = 0; n < TILE / 8; ++n) {
@@ -468,7 +501,7 @@ DEVICE void pixels_back_queries(const T* qkv, const T* y, const T* dy, const flo
     }
     PHASE(t) {
         arrived<0>();
-        start(t, OF(by_queries, t), held, ByChannel<T>{columns.tile(here.M - TILE, 0)}, true);
+        start(t, OF(by_queries, t), held, ByChannel<T>{columns.tile(after(stage, STAGES - 1), 0)});
         finish<0>(OF(by_queries, t));
         put_pixels(t, OF(by_queries, t), dqkv, here, QUERIES, QKV);
     }
@@ -488,30 +521,36 @@ DEVICE void pixels_back_keys(const T* qkv, const T* dy, const float* log, const 
     OWN(Fragment, by_keys, D / 8);
     OWN(Fragment, by_values, D / 8);
     const PixelPlace here(N, H, D, GROUPS * TILE);
-    const auto ask_columns = [&](int t, int first) {
-        ask_tile<D, THREADS>(t, columns.tile(first, 0), qkv + here.of(QUERIES, QKV), first, N, QKV * here.C);
-        ask_tile<D, THREADS>(t, columns.tile(first, 1), dy + here.of(0, 1), first, N, here.C);
-        ask_numbers(t, columns.number(first, 0), log + here.row(0), first, here.M);
-        ask_numbers(t, columns.number(first, 1), slant + here.row(0), first, here.M);
+    const T *const queries = kept(qkv + here.of(QUERIES, QKV)), *const slopes = kept(dy + here.of(0, 1));
+    const float *const logs_from = kept(log + here.row(0)), *const slants_from = kept(slant + here.row(0));
+    const auto ask_columns = [&](int t, unsigned int stage, int first) {
+        ask_tile<D, THREADS>(t, columns.tile(stage, 0), queries, first, N, QKV * here.C);
+        ask_tile<D, THREADS>(t, columns.tile(stage, 1), slopes, first, N, here.C);
+        ask_numbers(t, columns.number(stage, 0), logs_from, first, here.M);
+        ask_numbers(t, columns.number(stage, 1), slants_from, first, here.M);
         asked();
     };
     PHASE(t) {
         ask_own<D, GROUPS>(t, keys, qkv + here.of(KEYS_OF, QKV), here, QKV * here.C);
         ask_own<D, GROUPS>(t, values, qkv + here.of(VALUES, QKV), here, QKV * here.C);
-        ask_columns(t, 0);
-        ask_columns(t, TILE);
+        ask_zeros<THREADS>(t, columns, 0, queries);
+        ask_columns(t, 0, 0);
+        ask_columns(t, 1, TILE);
         OF(held, t)[0] = {};
+        clear(OF(by_keys, t));
+        clear(OF(by_values, t));
     }
-    for (int first = 0; first < N; first += TILE) {
+    unsigned int stage = 0;
+    for (int first = 0; first < N; first += TILE, stage = after(stage, 1)) {
         arrived<1>();
         SYNC();
         PHASE(t) {
-            ask_columns(t, first + 2 * TILE);
-            start<WIDE>(t, OF(scores, t), ByToken<T>{keys + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 0)});
-            start<WIDE>(t, OF(slants, t), ByToken<T>{values + t / GROUP * SIZE}, ByToken<T>{columns.tile(first, 1)});
-            start(t, OF(by_keys, t), held, ByChannel<T>{columns.tile(before(first), 0)}, first > 0);
+            ask_columns(t, after(stage, 2), first + 2 * TILE);
+            start<WIDE>(t, OF(scores, t), ByToken<T>{keys + t / GROUP * SIZE}, ByToken<T>{columns.tile(stage, 0)});
+            start<WIDE>(t, OF(slants, t), ByToken<T>{values + t / GROUP * SIZE}, ByToken<T>{columns.tile(stage, 1)});
+            start(t, OF(by_keys, t), held, ByChannel<T>{columns.tile(after(stage, STAGES - 1), 0)});
             finish<2>(OF(scores, t));
-            const float* const logs = columns.number(first, 0) + column_of(t, 0);
+            const float* const logs = columns.number(stage, 0) + column_of(t, 0);
 #pragma unroll
             for (int n = 0; n < TILE / 8; ++n) {
 #pragma unroll
@@ -520,9 +559,9 @@ DEVICE void pixels_back_keys(const T* qkv, const T* dy, const float* log, const 
             hold(OF(shares, t)[0], OF(scores, t));
         }
         PHASE(t) {
-            start(t, OF(by_values, t), shares, ByChannel<T>{columns.tile(first, 1)}, first > 0);
+            start(t, OF(by_values, t), shares, ByChannel<T>{columns.tile(stage, 1)});
             finish<2>(OF(slants, t));
-            const float* const means = columns.number(first, 1) + column_of(t, 0);
+            const float* const means = columns.number(stage, 1) + column_of(t, 0);
 #pragma unroll
             for (int n = 0; n < TILE / 8; ++n) {
 #pragma unroll
@@ -535,7 +574,7 @@ DEVICE void pixels_back_keys(const T* qkv, const T* dy, const float* log, const 
     }
     PHASE(t) {
         arrived<0>();
-        start(t, OF(by_keys, t), held, ByChannel<T>{columns.tile(here.M - TILE, 0)}, true);
+        start(t, OF(by_keys, t), held, ByChannel<T>{columns.tile(after(stage, STAGES - 1), 0)});
         finish<0>(OF(by_keys, t));
         put_pixels(t, OF(by_keys, t), dqkv, here, KEYS_OF, QKV);
         put_pixels(t, OF(by_values, t), dqkv, here, VALUES, QKV);
