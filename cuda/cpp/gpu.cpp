@@ -74,8 +74,10 @@ void set_kernels(int device, const void* image) {
     at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
     const c10::cuda::CUDAGuard on(static_cast<c10::DeviceIndex>(device));
     C10_CUDA_CHECK(cudaFree(nullptr));
-    const int code = load_module(&modules[device], image);
+    void* module = nullptr;
+    const int code = load_module(&module, image);
     TORCH_CHECK(code == 0, "the kernels: ", words(code));
+    modules[device] = module;
 }
 
 void* function_of(int device, const char* name) {
@@ -94,8 +96,10 @@ constexpr int MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;  // CU_FUNC_ATTRIBUTE_...
 constexpr int SHARED_UNASKED = 48 << 10;          // what every kernel may have
 
 void launch(const char* name, int device, int pieces, int rows, int threads, int shared, void** args) {
-    // The driver's calls want the device's context on this thread, which the runtime's make on demand.
+    // The driver's calls want the device's context on this thread, which the runtime's make on demand; and who has turned to another device meanwhile
+    // stays with that.
     thread_local int bound = -1;
+    const c10::cuda::CUDAGuard on(static_cast<c10::DeviceIndex>(device));
     if (bound != device) {
         C10_CUDA_CHECK(cudaSetDevice(device));
         bound = device;

@@ -32,6 +32,7 @@ struct Grid {
 // Runs one kernel on the device of `on`: on a GPU by its name, elsewhere block by block.
 template <class... A>
 void launch(const Tensor& on, const std::string& name, Grid grid, void (*kernel)(A...), std::type_identity_t<A>... args) {
+    if (grid.pieces == 0 || grid.rows == 0) return;  // of nothing
     if (on.is_cuda()) {
         TORCH_CHECK(gpu, "the GPU's part is not loaded");
         void* places[] = {const_cast<void*>(static_cast<const void*>(&args))...};
@@ -484,8 +485,11 @@ struct FewKeys : torch::autograd::Function<FewKeys> {
 
         // Four tiles of queries pay for a block's keys and values.
         int parts() const { return std::max(1, tiles / 4); }
-        // So few that what they add up, in float32, is little beside the queries.
-        int summed() const { return std::min(4, parts()); }
+        // So few that what they add up, in float32, is little beside the queries; but enough blocks for a GPU, of which there are few samples.
+        int summed() const {
+            constexpr int fewest = 4, busy = 512;
+            return std::min(parts(), std::max(fewest, busy / (B * H)));
+        }
     };
 
     static Tensor forward(AutogradContext* ctx, const Tensor& queries, const Tensor& both, int64_t heads) {

@@ -12,8 +12,19 @@ const KINDS: [(Kind, f64); 2] = [(Kind::BFloat16, 4e-2), (Kind::Half, 5e-3)];
 /// The same of the update, whose numbers are float32.
 const UPDATE: f64 = 1e-5;
 
-/// What an operator makes of made-up numbers, and its gradients.
-type Trial = fn((Kind, Device)) -> Result<Vec<Tensor>>;
+/// The same numbers so many times, on a GPU: enough to fill it, so that what one block does at another's cost is seen in what they make.
+const COPIES: i64 = 16;
+
+/// Where a trial is made: in which kind, on which device, of so many copies of its samples.
+#[derive(Clone, Copy)]
+struct On {
+    kind: Kind,
+    device: Device,
+    copies: i64,
+}
+
+/// What an operator makes of made-up numbers, and its gradients: copies before all else.
+type Trial = fn(On) -> Result<Vec<Tensor>>;
 
 /// Of every operator that has kernels; convolutions' own are libtorch's, and so are the products of `attention`.
 const TRIALS: [(&str, Switch, Trial); 6] = [
@@ -31,8 +42,9 @@ const TRIALS: [(&str, Switch, Trial); 6] = [
 /// # Errors
 /// The update gives something else; the GPU has no memory left, or answers no more.
 pub(crate) fn wrong(used: Fused, device: Device) -> Result<(Fused, Vec<String>)> {
-    let updated = |device| update((Kind::Float, device));
-    if let Some(why) = judged(updated(device), &updated(Device::Cpu)?, UPDATE) {
+    let on = |kind| On { kind, device, copies: if device.is_cuda() { COPIES } else { 1 } };
+    let updated = seen(update, On { copies: 1, ..on(Kind::Float) }, "the update")?;
+    if let Some(why) = judged(updated, &update(on(Kind::Float).plain())?, UPDATE) {
         return Err(Error(format!("the update's kernel is not usable on this GPU: {why}")));
     }
     let (mut wrong, mut lines) = (Fused::NONE, Vec::new());
@@ -44,17 +56,17 @@ pub(crate) fn wrong(used: Fused, device: Device) -> Result<(Fused, Vec<String>)>
             if !*switch(&mut there) || *switch(&mut wrong) {
                 continue;
             }
-            let wanted = match trial((kind, Device::Cpu)) {
+            let wanted = match trial(on(kind).plain()) {
                 Ok(wanted) => wanted,
                 Err(error) => {
                     lines.push(format!("the fused operator `{name}` could not be tried in {kind:?}: {}", first_line(&error)));
                     continue;
                 }
             };
-            let found = trial((kind, device));
-            if let Err(error) = &found {
-                answers(device, error)?;
-            }
+            let found = seen(trial, on(kind), &format!("the fused operator `{name}` (ELLA_FUSED=none leaves that out)"))?;
+            // A convolution of libtorch's may add up in another order at another place.
+            let found =
+                if name == "resize" { found.and_then(|found| first(&found, on(kind).copies)) } else { alike(found, on(kind).copies) };
             if let Some(why) = judged(found, &wanted, bound) {
                 *switch(&mut wrong) = true;
                 lines.push(format!("the fused operator `{name}` is off: in {kind:?}, on this GPU, {why}"));
@@ -62,6 +74,36 @@ pub(crate) fn wrong(used: Fused, device: Device) -> Result<(Fused, Vec<String>)>
         }
     }
     Ok((wrong, lines))
+}
+
+/// What a trial makes, on the processor: a kernel's fault may show only when somebody looks.
+///
+/// # Errors
+/// The GPU lacked memory, which says nothing of the operator; or it does not answer any more.
+fn seen(trial: Trial, on: On, what: &str) -> Result<Result<Vec<Tensor>>> {
+    let fetched = |made: Vec<Tensor>| made.iter().map(|tensor| Ok(tensor.f_to_device(Device::Cpu)?)).collect();
+    let found: Result<Vec<Tensor>> = trial(on).and_then(fetched);
+    if let Err(error) = &found {
+        answers(on.device, error, what)?;
+    }
+    Ok(found)
+}
+
+/// The first of the copies.
+fn first(found: &[Tensor], copies: i64) -> Result<Vec<Tensor>> {
+    found.iter().map(|tensor| Ok(tensor.f_narrow(0, 0, tensor.size().first().copied().unwrap_or(0) / copies)?)).collect()
+}
+
+/// The same, if all have its bits.
+fn alike(found: Result<Vec<Tensor>>, copies: i64) -> Result<Vec<Tensor>> {
+    let found = found?;
+    for tensor in &found {
+        let rows = tensor.f_reshape([copies, -1])?;
+        if !rows.f_equal(&rows.f_narrow(0, 0, 1)?.f_expand_as(&rows)?)? {
+            return Err(Error("it makes different things of the same numbers".to_owned()));
+        }
+    }
+    first(&found, copies)
 }
 
 /// What is wrong with what was found, if anything.
@@ -74,16 +116,23 @@ fn judged(found: Result<Vec<Tensor>>, wanted: &[Tensor], bound: f64) -> Option<S
     }
 }
 
-/// Whether a GPU goes on after an operator's `error`.
+/// Whether a GPU goes on after the `error` of what was tried.
 ///
 /// # Errors
 /// It lacked memory, which says nothing of the operator; or the GPU does not answer.
-fn answers(device: Device, error: &Error) -> Result<()> {
+fn answers(device: Device, error: &Error, what: &str) -> Result<()> {
     let lost = Tensor::f_ones([1], (Kind::Float, device)).and_then(|one| one.f_double_value(&[])).is_err();
     if lost || error.to_string().contains("out of memory") {
-        return Err(Error(format!("while fused operators were tried (ELLA_FUSED=none leaves that out): {}", first_line(error))));
+        return Err(Error(format!("while {what} was tried: {}", first_line(error))));
     }
     Ok(())
+}
+
+impl On {
+    /// The same on the processor, once.
+    fn plain(self) -> Self {
+        Self { device: Device::Cpu, copies: 1, ..self }
+    }
 }
 
 /// Without the C++ frames that may follow.
@@ -107,22 +156,36 @@ fn difference(found: &[Tensor], wanted: &[Tensor]) -> Result<f64> {
 }
 
 /// Numbers without a pattern between -1.5 and 1.5, the same everywhere: libtorch's generator is left alone, whose numbers runs depend on.
-fn numbers(shape: &[i64], salt: f64, (kind, device): (Kind, Device)) -> Result<Tensor> {
+fn weights(shape: &[i64], salt: f64, On { kind, device, .. }: On) -> Result<Tensor> {
     let count = shape.iter().product::<i64>();
     let angles =
         Tensor::f_arange(count, (Kind::Double, Device::Cpu))?.f_mul_scalar(12.9898 + salt)?.f_sin()?.f_mul_scalar(437.585)?.f_sin()?;
     Ok(angles.f_mul_scalar(1.5)?.f_reshape(shape)?.f_to_kind(kind)?.f_to_device(device)?)
 }
 
-fn leaf(shape: &[i64], salt: f64, on: (Kind, Device)) -> Result<Tensor> {
+/// Such numbers as samples, in copies.
+fn numbers(shape: &[i64], salt: f64, on: On) -> Result<Tensor> {
+    let times: Vec<i64> = std::iter::once(on.copies).chain(std::iter::repeat_n(1, shape.len().saturating_sub(1))).collect();
+    Ok(weights(shape, salt, on)?.f_repeat(times)?)
+}
+
+fn leaf(shape: &[i64], salt: f64, on: On) -> Result<Tensor> {
     Ok(numbers(shape, salt, on)?.f_set_requires_grad(true)?)
 }
 
+fn wide(on: On) -> On {
+    On { kind: Kind::Float, ..on }
+}
+
 /// Values, and one functional's gradients by `leaves`.
-fn with_gradients(values: Vec<Tensor>, leaves: &[&Tensor]) -> Result<Vec<Tensor>> {
+fn with_gradients(values: Vec<Tensor>, leaves: &[&Tensor], on: On) -> Result<Vec<Tensor>> {
     let mut functional = Vec::new();
     for (i, value) in values.iter().enumerate() {
-        let by = numbers(&value.size(), 0.1 * i as f64, (Kind::Float, value.device()))?;
+        let mut shape = value.size();
+        if let Some(samples) = shape.first_mut() {
+            *samples /= on.copies;
+        }
+        let by = numbers(&shape, 0.1 * i as f64, wide(on))?;
         functional.push(value.f_to_kind(Kind::Float)?.f_mul(&by)?.f_sum(Kind::Float)?);
     }
     let gradients = Tensor::f_run_backward(&functional, leaves, false, false)?;
@@ -131,67 +194,69 @@ fn with_gradients(values: Vec<Tensor>, leaves: &[&Tensor]) -> Result<Vec<Tensor>
 
 // Shapes are such that every kernel has more than one block, and sums more than one part.
 
-fn norms(on: (Kind, Device)) -> Result<Vec<Tensor>> {
+fn norms(on: On) -> Result<Vec<Tensor>> {
     let (x, second) = (leaf(&[2, 48, 30, 21], 0.0, on)?, leaf(&[2, 16, 30, 21], 1.0, on)?);
-    let (gamma, beta) = (numbers(&[64], 2.0, on)?, numbers(&[64], 3.0, on)?);
-    let (map, add) =
-        (fused::Joined { first: x.shallow_clone(), second: Some(second.shallow_clone()) }, numbers(&[2, 64], 4.0, (Kind::Float, on.1))?);
+    let (gamma, beta) = (weights(&[64], 2.0, on)?, weights(&[64], 3.0, on)?);
+    let (map, add) = (fused::Joined { first: x.shallow_clone(), second: Some(second.shallow_clone()) }, numbers(&[2, 64], 4.0, wide(on))?);
     let (past, y) = fused::group_norm(&map, (&gamma, &beta), Some(&add), (8, 1e-5), true)?;
-    let mut made = with_gradients(vec![past.one()?, y], &[&x, &second])?;
+    let mut made = with_gradients(vec![past.one()?, y], &[&x, &second], on)?;
     let (a, b) = (leaf(&[70, 320], 0.0, on)?, leaf(&[70, 320], 1.0, on)?);
-    let (gamma, beta) = (numbers(&[320], 2.0, on)?, numbers(&[320], 3.0, on)?);
+    let (gamma, beta) = (weights(&[320], 2.0, on)?, weights(&[320], 3.0, on)?);
     let (sum, y) = fused::layer_norm(&a, Some(&b), (&gamma, &beta), 1e-5)?;
-    made.extend(with_gradients(vec![sum, y], &[&a])?);
+    made.extend(with_gradients(vec![sum, y], &[&a], on)?);
     made.push(fused::rms_norm(&a.detach(), &gamma, 1e-6)?);
-    let lead = leaf(&[2, 640], 4.0, (Kind::Float, on.1))?;
-    for from in [Kind::Float, on.0] {
-        let x = leaf(&[2, 70, 320], 5.0, (from, on.1))?;
-        made.extend(with_gradients(vec![fused::ada_layer_norm(&x, &lead, 1e-6, on.0)?], &[&x, &lead])?);
+    let lead = leaf(&[2, 640], 4.0, wide(on))?;
+    for from in [wide(on), on] {
+        let x = leaf(&[2, 70, 320], 5.0, from)?;
+        made.extend(with_gradients(vec![fused::ada_layer_norm(&x, &lead, 1e-6, on.kind)?], &[&x, &lead], on)?);
     }
     Ok(made)
 }
 
-fn residual(on: (Kind, Device)) -> Result<Vec<Tensor>> {
+fn residual(on: On) -> Result<Vec<Tensor>> {
     let [a, b, c] = [0.0, 1.0, 2.0].map(|salt| numbers(&[2, 24, 9, 7], salt, on));
-    Ok(vec![fused::add_biased(&a?, &b?, Some(&c?), &numbers(&[24], 3.0, (Kind::Float, on.1))?)?])
+    Ok(vec![fused::add_biased(&a?, &b?, Some(&c?), &weights(&[24], 3.0, wide(on))?)?])
 }
 
-fn resizes(on: (Kind, Device)) -> Result<Vec<Tensor>> {
-    let (x, weight) = (leaf(&[2, 16, 12, 10], 0.0, on)?, numbers(&[16, 16, 3, 3], 1.0, on)?.f_mul_scalar(0.1)?);
-    let double = FrozenDouble::new(&weight, &numbers(&[16], 2.0, on)?)?.forward(&x)?;
+fn resizes(on: On) -> Result<Vec<Tensor>> {
+    let (x, weight) = (leaf(&[2, 16, 12, 10], 0.0, on)?, weights(&[16, 16, 3, 3], 1.0, on)?.f_mul_scalar(0.1)?);
+    let double = FrozenDouble::new(&weight, &weights(&[16], 2.0, on)?)?.forward(&x)?;
     let half = FrozenHalf::new(&fused::channels_last(&weight)?)?.forward(&x)?;
-    with_gradients(vec![double, half], &[&x])
+    with_gradients(vec![double, half], &[&x], on)
 }
 
-fn gates(on: (Kind, Device)) -> Result<Vec<Tensor>> {
+fn gates(on: On) -> Result<Vec<Tensor>> {
     let both = leaf(&[150, 48], 0.0, on)?;
-    let mut made = with_gradients(vec![fused::geglu(&both)?], &[&both])?;
+    let mut made = with_gradients(vec![fused::geglu(&both)?], &[&both], on)?;
     made.push(fused::gated_gelu(&both.detach())?);
     Ok(made)
 }
 
-fn few_keys(on: (Kind, Device)) -> Result<Vec<Tensor>> {
+fn few_keys(on: On) -> Result<Vec<Tensor>> {
     let mut made = Vec::new();
-    // All widths, fewer keys than there may be, tiles that are not full.
+    // All widths, fewer keys than there may be, tiles that are not full; and queries that take no gradient, as a U-Net's first do.
     for (width, keys, queries) in [(40, 64, 590), (64, 9, 70), (80, 64, 70), (160, 33, 70)] {
-        let (q, kv) = (leaf(&[2, queries, 2 * width], 0.0, on)?, leaf(&[2, keys, 4 * width], 1.0, on)?);
-        made.extend(with_gradients(vec![fused::few_keys(&q, &kv, 2)?], &[&q, &kv])?);
+        let (q, kv) = (leaf(&[1, queries, 2 * width], 0.0, on)?, leaf(&[1, keys, 4 * width], 1.0, on)?);
+        made.extend(with_gradients(vec![fused::few_keys(&q, &kv, 2)?], &[&q, &kv], on)?);
+        if width == 40 {
+            made.extend(with_gradients(vec![fused::few_keys(&q.detach(), &kv, 2)?], &[&kv], on)?);
+        }
     }
     Ok(made)
 }
 
-fn pixels(on: (Kind, Device)) -> Result<Vec<Tensor>> {
+fn pixels(on: On) -> Result<Vec<Tensor>> {
     let mut made = Vec::new();
     // More tiles than are on the chip at once, the last of them not full.
     for width in [40, 80] {
-        let qkv = leaf(&[2, 350, 3 * width], 0.0, on)?;
-        made.extend(with_gradients(vec![fused::pixels(&qkv, 1)?], &[&qkv])?);
+        let qkv = leaf(&[1, 350, 2 * 3 * width], 0.0, on)?;
+        made.extend(with_gradients(vec![fused::pixels(&qkv, 2)?], &[&qkv], on)?);
     }
     Ok(made)
 }
 
 /// One update of four buffers, and the squares of a gradient.
-fn update(on: (Kind, Device)) -> Result<Vec<Tensor>> {
+fn update(on: On) -> Result<Vec<Tensor>> {
     let of = |salt| numbers(&[5003], salt, on);
     let (mut p, mut m, mut v, mut ema, grad) = (of(0.0)?, of(1.0)?, of(2.0)?.f_square()?, of(3.0)?, of(4.0)?);
     let by = AdamW { scale: 0.5, lr: 0.01, weight_decay: 0.1, betas: [0.9, 0.99], eps: 1e-8, corrections: [0.271, 0.0297], ema_decay: 0.7 };
@@ -209,10 +274,18 @@ mod tests {
         let tried: Vec<&str> = TRIALS.iter().map(|(name, ..)| *name).collect();
         assert!(fused::SWITCHES.iter().all(|(name, _)| *name == "attention" || tried.contains(name)), "{tried:?}");
         for (name, _, trial) in TRIALS {
-            let wide = trial((Kind::Float, Device::Cpu)).unwrap();
+            let on = |kind, copies| On { kind, device: Device::Cpu, copies };
+            let wide = trial(on(Kind::Float, 1)).unwrap();
             for (kind, bound) in KINDS {
-                let error = difference(&trial((kind, Device::Cpu)).unwrap(), &wide).unwrap();
+                let found = trial(on(kind, 1)).unwrap();
+                let error = difference(&found, &wide).unwrap();
                 assert!(error > 1e-5 && error <= bound / 2.0, "{name} {kind:?}: {error:e}");
+                // Copies go beside each other, and not into each other.
+                if kind == Kind::BFloat16 {
+                    let copies = trial(on(kind, 2)).unwrap();
+                    let first = if name == "resize" { first(&copies, 2) } else { alike(Ok(copies), 2) };
+                    assert!(difference(&first.unwrap(), &found).unwrap() < bound / 10.0, "{name} {kind:?}");
+                }
             }
         }
         assert_eq!(wrong(Fused::ALL, Device::Cpu).unwrap(), (Fused::NONE, Vec::new()));
@@ -228,7 +301,12 @@ mod tests {
             assert!(judged(Ok(of(&[bad, 4.0]))).is_some());
         }
         assert_eq!(judged(Err(Error("kernel x: not found\nframe #0".into()))).unwrap(), "kernel x: not found");
-        assert!(answers(Device::Cpu, &Error("kernel x: not found".into())).is_ok());
-        assert!(answers(Device::Cpu, &Error("CUDA out of memory".into())).unwrap_err().to_string().contains("ELLA_FUSED=none"));
+        let answers = |error: &str| answers(Device::Cpu, &Error(error.into()), "the update");
+        assert!(answers("kernel x: not found").is_ok());
+        assert_eq!(answers("CUDA out of memory\nframe #0").unwrap_err().to_string(), "while the update was tried: CUDA out of memory");
+        // Two copies of two samples, of which one has a number that the other has not.
+        let made = |last: f32| alike(Ok(of(&[1.0, 2.0, 1.0, last])), 2);
+        assert!(made(2.0).unwrap()[0].equal(&of(&[1.0, 2.0])[0]));
+        assert!([2.5, f32::NAN].into_iter().all(|last| made(last).unwrap_err().to_string().contains("different things")));
     }
 }
