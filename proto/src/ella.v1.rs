@@ -838,6 +838,8 @@ pub enum FailureKind {
     /// Numbers that are not finite, or out of the exact range.
     Numeric = 4,
     Internal = 5,
+    /// What this machine has: its memory, its devices. Others may have more.
+    Machine = 6,
 }
 impl FailureKind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -852,6 +854,7 @@ impl FailureKind {
             Self::Store => "FAILURE_KIND_STORE",
             Self::Numeric => "FAILURE_KIND_NUMERIC",
             Self::Internal => "FAILURE_KIND_INTERNAL",
+            Self::Machine => "FAILURE_KIND_MACHINE",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -863,6 +866,7 @@ impl FailureKind {
             "FAILURE_KIND_STORE" => Some(Self::Store),
             "FAILURE_KIND_NUMERIC" => Some(Self::Numeric),
             "FAILURE_KIND_INTERNAL" => Some(Self::Internal),
+            "FAILURE_KIND_MACHINE" => Some(Self::Machine),
             _ => None,
         }
     }

@@ -368,6 +368,7 @@ fn kind_text(kind: v1::FailureKind) -> &'static str {
         v1::FailureKind::Input => "input",
         v1::FailureKind::Store => "store",
         v1::FailureKind::Numeric => "numbers",
+        v1::FailureKind::Machine => "its machine",
         v1::FailureKind::Internal | v1::FailureKind::Unspecified => "internal",
     }
 }

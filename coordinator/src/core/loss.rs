@@ -94,9 +94,13 @@ impl Core {
         let message: String = failed.message.chars().take(MOST_TEXT).collect();
         let others = self.members.which(|_| true).len() - 1;
         let begun = self.lineup.is_some() || self.members.any(|member| member.is_busy() || member.state(self.last_commit()).is_some());
+        let too_few = others < self.least();
         let fatal = match permanent {
+            // What one machine lacks, others may have.
+            true if kind == v1::FailureKind::Machine => too_few || !begun,
             true => member.is_busy() || !begun,
-            false => others < self.least(),
+            // It may come back, as one that was killed may.
+            false => too_few && !begun,
         };
         let all_done = self.phase.has_begun() && self.last_commit().0 >= self.config.steps;
         if fatal && !all_done && !self.has_done_its_work(member) {

@@ -119,11 +119,11 @@ impl WorkError {
             Self::Collective(error) => (FailureKind::Collective, matches!(error, CollectiveError::SharedGpu { .. })),
             Self::Control(error) => (FailureKind::Internal, error.is_permanent()),
             Self::Job(error) => (FailureKind::Internal, error.is_permanent()),
-            Self::Device(_) | Self::OtherDevice { .. } => (FailureKind::Internal, true),
-            Self::Memory(error) => (FailureKind::Internal, error.is_permanent()),
+            Self::Device(_) | Self::OtherDevice { .. } => (FailureKind::Machine, true),
+            Self::Memory(error) => (FailureKind::Machine, error.is_permanent()),
             // A GPU that has no kernels here has none the next time; the others may well work in a new process.
-            Self::Broken { fault, .. } => (FailureKind::Internal, *fault == Fault::Generation),
-            Self::Gpu(_) => (FailureKind::Internal, false),
+            Self::Broken { fault, .. } => (FailureKind::Machine, *fault == Fault::Generation),
+            Self::Gpu(_) => (FailureKind::Machine, false),
             Self::Peer { .. } | Self::Protocol(_) | Self::OtherState { .. } | Self::Spent | Self::Torch(_) | Self::System { .. } => {
                 (FailureKind::Internal, false)
             }
@@ -191,7 +191,7 @@ mod tests {
             let error = error.explained(None, || None);
             assert!(matches!(error, WorkError::Broken { .. }) && !error.spares_the_rank(), "{error}");
             // Exit code 1: another process may do well.
-            assert_eq!(error.failure(), (FailureKind::Internal, false));
+            assert_eq!(error.failure(), (FailureKind::Machine, false));
             let text = error.to_string();
             assert!(text.contains("of no more use to it, and it ends") && !text.contains("Exception raised"), "{text}");
         }
