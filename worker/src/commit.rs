@@ -163,6 +163,23 @@ impl Committer {
         Ok(())
     }
 
+    /// Whether a commit can be handed over without a wait; waits for that, but no longer than `patience`, and not beyond the end of the generation.
+    ///
+    /// # Errors
+    /// The thread has given up.
+    pub(crate) fn has_room(&mut self, patience: Duration) -> Result<bool, CommitError> {
+        let until = Instant::now() + patience;
+        self.take_back();
+        while self.under_way == UNDER_WAY {
+            match self.flags.receive(&self.saved, until.saturating_duration_since(Instant::now())) {
+                Ok(done) => self.done(done),
+                Err(RecvTimeoutError::Timeout) => return Ok(false),
+                Err(RecvTimeoutError::Disconnected) => return Err(self.failure()),
+            }
+        }
+        Ok(true)
+    }
+
     fn send(&self, turn: Turn) -> bool {
         self.jobs.as_ref().is_some_and(|jobs| jobs.send(turn).is_ok())
     }
@@ -375,6 +392,20 @@ mod tests {
         for name in names {
             assert!(bench.runtime.block_on(bench.store.head(&name)).unwrap().is_some(), "{name}");
         }
+    }
+
+    /// Who asks first is held up no longer than it says; what is stored meanwhile makes room.
+    #[test]
+    fn there_is_room_for_two_commits_and_again_when_one_is_stored() {
+        let bench = Bench::new();
+        bench.faults.push(Operation::Put, "", Failure::Slow(Duration::from_millis(300)), 1);
+        let (mut committer, _, _queue) = bench.start(10_000);
+        for step in [1, 2] {
+            assert!(committer.has_room(Duration::ZERO).unwrap());
+            committer.save(snapshot(step), START, ALONE).unwrap();
+        }
+        assert!(!committer.has_room(Duration::ZERO).unwrap());
+        assert!(committer.has_room(Duration::from_secs(60)).unwrap());
     }
 
     /// LIVE: a store that hangs holds training up only when two commits are under way, and then no longer than the deadline.

@@ -98,7 +98,8 @@ impl Core {
         }
         let enough = self.attached().saturating_sub(stragglers.len()) >= self.least();
         if overdue || (self.config.straggler_evict && enough) {
-            for (conn, activity) in stragglers {
+            // The store is no rank's fault, and it does not wait for that for long.
+            for (conn, activity) in stragglers.into_iter().filter(|(_, activity)| overdue || *activity != Activity::Commit) {
                 self.let_go(now, conn, Loss::Straggler { activity, waited_ms });
             }
         }

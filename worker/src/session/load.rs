@@ -145,6 +145,7 @@ pub(super) fn assemble(
         studio,
         drawing: Duration::ZERO,
         began: 0,
+        behind: false,
         supplied: false,
         not_finite: 0,
         seat: Seat::default(),

@@ -40,6 +40,9 @@ use supply::Supply;
 use tch::{Device, Kind, Tensor};
 use times::{Passes, Times};
 
+/// What part of a step's patience a commit may hold up a step: the others wait meanwhile.
+const PATIENCE: u32 = 4;
+
 /// How a generation ended that nothing broke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Halt {
@@ -93,6 +96,8 @@ pub struct Trainer {
     pub began: u64,
     /// The step of the newest commit, saved or being saved.
     pub saved: u64,
+    /// Whether the last commit that was to be made was left out, because a rank's last ones are not stored yet.
+    pub behind: bool,
     /// Whether all ranks are known to have the next step's samples.
     pub supplied: bool,
     /// How many steps in a row, up to now and in this generation, were left out because a number was not finite.
@@ -147,7 +152,10 @@ impl Trainer {
             {
                 return Ok(halt);
             }
-            if attended && (leaving || step == last || stats.due > 0 || self.cadence.names(step)) {
+            let named = self.cadence.names(step);
+            // Nobody waits where the others would wait for it in the next step: that commit comes later.
+            self.behind = named && stats.behind > 0;
+            if attended && (leaving || step == last || stats.due > 0 || named && !self.behind) {
                 self.commit()?;
             }
             self.committer.check()?;
@@ -222,6 +230,7 @@ impl Trainer {
         let due = self.cadence.is_due(self.state.step, self.flags.committed.load(Ordering::Relaxed), Instant::now());
         mine.due = i64::from(due && self.collective.rank() == 0);
         mine.drawing = i64::from(self.draws_after(number));
+        mine.behind = i64::from(!self.has_room(number)?);
 
         let reduced = self.over_ranks(sum, &mine, &mut times)?;
         times.passes(&marks)?;
@@ -245,6 +254,22 @@ impl Trainer {
         times.update = updating.elapsed();
         self.report(&all, norm, begin.elapsed() + input.waited + commit + draw, &times);
         Ok(all)
+    }
+
+    /// Whether a commit after this step could be handed over at once, if the config names it. A store that is slow for a moment is waited for, which holds
+    /// all ranks up alike; one that has fallen behind is not waited for again until it has caught up.
+    fn has_room(&mut self, step: u64) -> Result<bool, TrainError> {
+        if !self.cadence.names(step) {
+            return Ok(true);
+        }
+        let (begin, patience) = (Instant::now(), self.config.workers.step_timeout.duration() / PATIENCE);
+        self.flags.at(Activity::Commit);
+        let room = self.committer.has_room(if self.behind { Duration::ZERO } else { patience })?;
+        self.committing += begin.elapsed();
+        if !room && !self.behind {
+            tracing::warn!(step, "no commit after this step: the store is far behind; the next one comes when it has caught up");
+        }
+        Ok(room)
     }
 
     /// Sums over all ranks. Up to here a GPU was only given work: now it is waited for, and then what its sums take longer.
@@ -340,6 +365,7 @@ impl Trainer {
             ("held_out_samples_not_finite", all.held_out_lost),
             ("steps_not_finite", i64::from(self.not_finite > 0)),
             ("lanes_split_for_memory", all.split),
+            ("commits_left_out", i64::from(all.behind > 0 && all.leaving == 0 && step < self.config.train.steps)),
         ];
         for (name, count) in counts {
             if count > 0 {

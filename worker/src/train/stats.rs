@@ -12,7 +12,7 @@ use tch::{Kind, TchError, Tensor};
 const LOSS_SCALE: f64 = 4_294_967_296.0;
 /// What a lane's loss counts as at most, in those units: 2²⁰, so that two thousand such lanes do not wrap.
 const MOST: f64 = (1_u64 << 52) as f64;
-const FIXED: usize = 16;
+const FIXED: usize = 17;
 
 /// Length of the vector.
 pub const WORDS: usize = FIXED + TALLY_WORDS;
@@ -81,6 +81,8 @@ pub struct StepStats {
     pub ranks: i64,
     /// Ranks that ask for a commit after this step.
     pub due: i64,
+    /// Ranks that could not hand over a commit after this step without a wait.
+    pub behind: i64,
     /// Ranks that have the next step's samples already.
     pub supplied: i64,
     /// Ranks that are to draw samples after this step.
@@ -132,6 +134,7 @@ impl StepStats {
             self.authority,
             self.split,
             self.drawing,
+            self.behind,
         ]);
         words[FIXED..].copy_from_slice(&self.tally.words());
         words
@@ -143,7 +146,7 @@ impl StepStats {
         tally.copy_from_slice(&words[FIXED..]);
         let tally = Tally::from_words(tally)?;
         let [loss, held_out_loss, held_out_samples, held_out_lost, lost, refused_lanes, leaving, rest @ ..] = *words;
-        let [dropped, truncated, ranks, supplied, due, boundary, authority, split, drawing, ..] = rest;
+        let [dropped, truncated, ranks, supplied, due, boundary, authority, split, drawing, behind, ..] = rest;
         Ok(Self {
             loss,
             held_out_loss,
@@ -158,6 +161,7 @@ impl StepStats {
             truncated,
             ranks,
             due,
+            behind,
             supplied,
             split,
             drawing,
@@ -185,7 +189,7 @@ mod tests {
             let mut part = StepStats { ranks: 1, dropped: rank, ..StepStats::default() };
             for sample in 0..20 {
                 let key = KeyHash::of(&format!("{rank}/{sample}"));
-                (part.supplied, part.due, part.split, part.drawing) = (rank % 2, rank % 3, rank, 1);
+                (part.supplied, part.due, part.split, part.drawing, part.behind) = (rank % 2, rank % 3, rank, 1, rank / 3);
                 part.tally.add(key);
                 whole.tally.add(key);
             }
@@ -201,7 +205,7 @@ mod tests {
         }
         let sum = StepStats::from_words(&words).unwrap();
         assert_eq!(sum.tally, whole.tally);
-        assert_eq!((sum.ranks, sum.supplied, sum.due, sum.split, sum.drawing), (5, 2, 4, 10, 5));
+        assert_eq!((sum.ranks, sum.supplied, sum.due, sum.split, sum.drawing, sum.behind), (5, 2, 4, 10, 5, 2));
         assert_eq!((sum.dropped, sum.held_out_samples, sum.held_out_lost), (10, 10, 5));
         assert_eq!((sum.lost, sum.refused_lanes), (0, 1));
         assert_eq!(sum.mean_loss(), 12.5 / 100.0);

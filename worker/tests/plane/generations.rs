@@ -84,6 +84,50 @@ async fn to_the_end(workers: Vec<Worker>, expected: &v1::StateDigest) {
     }
 }
 
+/// The folders of commits, which nobody writes into while this holds them: a store that hangs.
+fn hung(url: &str, steps: std::ops::RangeInclusive<u64>) -> Vec<std::fs::File> {
+    let hold = |step| {
+        let folder = std::path::Path::new(url).join(ella_store::commit_folder(step, TERM, 1));
+        std::fs::create_dir_all(&folder).unwrap();
+        let file = std::fs::File::open(&folder).unwrap();
+        file.lock().unwrap();
+        file
+    };
+    steps.map(hold).collect()
+}
+
+/// Training goes on while a store hangs: commits are left out, counted, until there is room for them again.
+#[test]
+fn a_store_that_hangs_costs_commits_and_no_worker() {
+    RUNTIME.block_on(async {
+        let config = prepared(&["checkpoint.every=1", "workers.step_timeout=2s"]);
+        let (_folder, url) = run_folder();
+        let hung = hung(&url, 1..=3);
+        let mut coordinator = Scripted::start().await;
+        let mut workers = idle(&mut coordinator, &config, &url, 2).await;
+        begin(&mut workers).await;
+        // Two are under way, and far more steps are taken than there is patience for.
+        let mut left_out = 0;
+        for step in 1..=20 {
+            left_out += workers[0].progress(step).await.skipped.get("commits_left_out").copied().unwrap_or_default();
+        }
+        assert_eq!(left_out, 18);
+        drop(hung);
+        let mut committed = Vec::new();
+        for worker in &mut workers {
+            let (heard, finished) = Heard::of(worker).await;
+            assert_eq!((finished.step, finished.outcome()), (STEPS, Outcome::Done));
+            let steps: Vec<u64> = heard.states.iter().map(|state| state.step).collect();
+            assert!(steps.contains(&STEPS) && steps.iter().all(|step| !(3..=20).contains(step)), "{steps:?}");
+            committed.push(steps.into_iter().filter(|step| *step > 20).collect::<Vec<_>>());
+        }
+        assert_eq!(committed[0], committed[1]);
+        for worker in workers {
+            assert_eq!(worker.committed(STEPS).await.unwrap(), Ending::Done);
+        }
+    });
+}
+
 /// A death, in each of three generations; a joiner at a boundary; and the same state in the end as that of one worker alone (SAME).
 #[test]
 fn the_state_goes_on_from_generation_to_generation() {

@@ -97,6 +97,9 @@ fn it_is_let_go_at_once_if_that_is_asked_for_and_enough_remain() {
 
     let mut run = at_pace(CoreConfig { straggler_evict: true, min: 2, ..config(2) });
     assert_eq!(beat_until(&mut run, 6_000, &[(1, A::Reduce), (2, A::Compute)]).len(), 1, "named only");
+
+    let mut run = at_pace(CoreConfig { straggler_evict: true, ..config(2) });
+    assert_eq!(beat_until(&mut run, 6_000, &[(1, A::Reduce), (2, A::Commit)]).len(), 1, "named only: that is the store");
 }
 
 /// Of ranks that draw samples one may have more of them to draw: neither it nor who computes first afterwards is late, however long that takes.
