@@ -180,7 +180,7 @@ async fn open_run(config: &RunConfig, options: &Options) -> anyhow::Result<Optio
     match Coordinator::open(config, store, options).await? {
         Opened::Ready(coordinator) => Ok(Some(*coordinator)),
         Opened::Done { step } => {
-            tracing::info!(step, "the run is done already; raise train.steps to train further");
+            tracing::info!(step, "the run is done already; {}", config.further());
             println!("{}", serde_json::json!({ "outcome": "done", "step": step }));
             Ok(None)
         }

@@ -136,10 +136,7 @@ async fn a_lost_reply_or_a_store_that_is_away_for_a_moment_ends_nothing() {
 
 #[tokio::test]
 async fn a_run_of_another_config_is_refused_naming_the_keys() {
-    let store = Store::open("memory://").unwrap();
-    let served = Served::start(&config(&[]), &store).await;
-    served.stops.send("enough".into()).await.unwrap();
-    served.outcome().await;
+    let (_, store) = cut_off_after_step_4().await;
     let other = config(&["run.seed=9", "train.optimizer.lr=1", "checkpoint.every=3"]);
     let error = Coordinator::open(&other, store.clone(), &options()).await.unwrap_err();
     let RunError::OtherConfig { keys, .. } = &error else { panic!("{error}") };
@@ -153,6 +150,22 @@ async fn a_run_of_another_config_is_refused_naming_the_keys() {
     store.put("run.toml", Bytes::from_static(b"[run")).await.unwrap();
     let error = Coordinator::open(&free, store.clone(), &options()).await.unwrap_err();
     assert!(matches!(error, RunError::BadRunToml { .. }) && error.exit_code() == 2, "{error}");
+}
+
+/// A first start that came to nothing leaves a folder that the mended config may use.
+#[tokio::test]
+async fn a_run_that_ended_before_its_first_commit_takes_another_config() {
+    let store = Store::open("memory://").unwrap();
+    let served = Served::start(&config(&[]), &store).await;
+    let other = config(&["run.seed=9"]);
+    let refused = Coordinator::open(&other, store.clone(), &options()).await.unwrap_err();
+    assert!(matches!(refused, RunError::OtherConfig { .. }), "somebody has it: {refused}");
+    served.stops.send("enough".into()).await.unwrap();
+    served.outcome().await;
+    let served = Served::start(&other, &store).await;
+    assert_eq!(store.get("run.toml").await.unwrap(), other.to_toml().as_bytes());
+    assert_eq!(train_two(&served, &other, &store, [Script::default(); 2]).await, [Ended::Finished, Ended::Finished]);
+    assert_eq!(served.outcome().await, Outcome::Done);
 }
 
 /// A run whose coordinator died, with all its workers, when the commits of step 2 and 4 stood.
@@ -227,6 +240,30 @@ async fn a_damaged_commit_is_given_up_for_the_one_before() {
     });
     let folders: Vec<String> = commits.collect();
     assert!(folders.contains(&"commits/000000000004.4".to_owned()), "{folders:?}");
+}
+
+/// A run that is done is done as long as its newest commit is whole, and its config can be read.
+#[tokio::test]
+async fn a_done_run_is_looked_at_before_it_is_called_done() {
+    let (config, store) = (config(&[]), Store::open("memory://").unwrap());
+    let served = Served::start(&config, &store).await;
+    assert_eq!(train_two(&served, &config, &store, [Script::default(); 2]).await, [Ended::Finished, Ended::Finished]);
+    assert_eq!(served.outcome().await, Outcome::Done);
+    store.delete("run.toml").await.unwrap();
+    let opened = Coordinator::open(&config, store.clone(), &options()).await.unwrap();
+    assert!(matches!(opened, Opened::Done { .. }));
+    assert_eq!(store.get("run.toml").await.unwrap(), config.to_toml().as_bytes());
+
+    let state = ella_store::RunState::from_records(&RunLog::read(&store).await.unwrap());
+    let file = format!("{}/connector.safetensors", state.last_commit().unwrap().folder);
+    let bytes = store.get(&file).await.unwrap();
+    store.put(&file, bytes.slice(..3)).await.unwrap();
+    let Opened::Ready(opened) = Coordinator::open(&config, store.clone(), &options()).await.unwrap() else { panic!("it is not done") };
+    assert!(opened.fell_back().unwrap().contains(&file));
+    drop(opened);
+    let served = Served::start(&config, &store).await;
+    assert_eq!(train_two(&served, &config, &store, [Script::default(); 2]).await, [Ended::Finished, Ended::Finished]);
+    assert_eq!(served.outcome().await, Outcome::Done);
 }
 
 async fn get(address: std::net::SocketAddr, path: &str) -> (u16, String) {

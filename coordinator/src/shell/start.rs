@@ -31,15 +31,20 @@ pub(super) struct Damaged {
 /// Opens the run. Nothing is written to it before its config and log have been found fit.
 pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, RunError> {
     logs::in_run(store.url());
-    let written = check_config(config, store).await?;
     let state = RunState::from_records(&RunLog::read(store).await?);
-    if let Some(step) = complete(&state, config) {
-        return Ok(Run::Done { step, state: Box::new(state) });
-    }
+    let written = check_config(config, store, &state).await?;
     if let (None, Some(commit)) = (&written, state.last_commit().filter(|commit| commit.config_digest.to_string() != config.digest())) {
         return Err(RunError::OtherDigest { url: store.url().to_owned(), step: commit.step });
     }
     let mut damaged = damaged_commits(store, &state).await?;
+    if damaged.is_empty()
+        && let Some(step) = complete(&state, config)
+    {
+        if written.is_none() {
+            store.put(RUN_TOML, config.to_toml().into()).await?;
+        }
+        return Ok(Run::Done { step, state: Box::new(state) });
+    }
     probe(store).await?;
     let (mut log, records) = RunLog::claim(store, term(config)?, &nonce(), unix_ms()).await?;
     let before = state.last_commit().map(|commit| commit.step);
@@ -75,14 +80,16 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     Ok(Run::Done { step, state })
 }
 
-/// The step at which the run was completed, if it was and no further steps are asked for.
+/// The step at which the run was completed, if it was, its last commit was not given up since, and no further steps are asked for.
 fn complete(state: &RunState, config: &RunConfig) -> Option<u64> {
     let ended = state.ended.as_ref().filter(|_| state.is_done())?;
-    (ended.step >= config.train.steps).then_some(ended.step)
+    let held = state.last_commit().map_or(0, |commit| commit.step);
+    (ended.step.min(held) >= config.train.steps).then_some(ended.step)
 }
 
-/// Refuses a config that would train other bits than the run's first (SAME). Gives the config that is there.
-async fn check_config(config: &RunConfig, store: &Store) -> Result<Option<String>, RunError> {
+/// Refuses a config that would train other bits than the run's first (SAME). Gives the config that is there. A run that ended before its first commit
+/// is not bound to anything.
+async fn check_config(config: &RunConfig, store: &Store, state: &RunState) -> Result<Option<String>, RunError> {
     let bad = |reason: String| RunError::BadRunToml { reason };
     let bytes = match store.get(RUN_TOML).await {
         Err(StoreError::NotFound { .. }) => return Ok(None),
@@ -92,7 +99,8 @@ async fn check_config(config: &RunConfig, store: &Store) -> Result<Option<String
     let origin = format!("{}/{RUN_TOML}", store.url());
     let there = RunConfig::parse(&text, &origin, &[]).map_err(|e| bad(e.to_string()))?;
     let keys = config.binding_differences(&there);
-    if keys.is_empty() { Ok(Some(text)) } else { Err(RunError::OtherConfig { url: store.url().to_owned(), keys }) }
+    let bound = !state.commits.is_empty() || !state.is_over();
+    if keys.is_empty() || !bound { Ok(Some(text)) } else { Err(RunError::OtherConfig { url: store.url().to_owned(), keys }) }
 }
 
 /// Deletes what earlier terms left behind. It costs space only, so a failure is only told.

@@ -115,6 +115,14 @@ impl RunConfig {
         if bound { OnResume::Same } else { OnResume::Free }
     }
 
+    /// How to train further once this run is done.
+    pub fn further(&self) -> &'static str {
+        match self.on_resume("train.steps") {
+            OnResume::Free => "raise train.steps to go on",
+            _ => "its schedule ends with train.steps; another run can go on from what it trained (connector.from)",
+        }
+    }
+
     fn binding(&self) -> serde_json::Value {
         let mut value = serde_json::to_value(self).unwrap_or_default();
         // Models count by what is in their files, which commits bind.

@@ -218,5 +218,6 @@ fn the_digest_binds_what_determines_the_bits_and_nothing_else() {
     let cosine = parse("", &["train.schedule.kind=cosine"]).unwrap();
     assert_ne!(parse("", &["train.schedule.kind=cosine", "train.steps=9"]).unwrap().digest(), cosine.digest());
     assert_eq!(cosine.on_resume("train.steps"), OnResume::Same);
+    assert!(base.further().contains("raise train.steps") && cosine.further().contains("connector.from"));
     assert_eq!(base.on_resume("text.model"), OnResume::SameContent);
 }
