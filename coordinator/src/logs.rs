@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{PoisonError, RwLock};
 
 use serde_json::json;
+use tracing::level_filters::LevelFilter;
 use tracing::{Event, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::{Format, Json, Writer};
@@ -111,12 +112,25 @@ pub fn wanted(usual: &str) -> (EnvFilter, Option<String>) {
 fn filter(said: &str, usual: &str) -> (EnvFilter, Option<String>) {
     let misunderstood = match EnvFilter::try_new(said) {
         _ if said.is_empty() => None,
-        Ok(filter) => return (filter, None),
+        Ok(filter) => return (with_errors(filter, said), no_level(said)),
         Err(error) => Some(format!(
             "ELLA_LOG={said}: {error}; {usual} is logged (give a level, or levels of modules, as in info,ella_worker::train=debug)"
         )),
     };
     (EnvFilter::new(usual), misunderstood)
+}
+
+/// Errors are told whatever else is: they are why a process ended.
+fn with_errors(filter: EnvFilter, said: &str) -> EnvFilter {
+    let all = said.split(',').any(|part| part.trim().parse().is_ok_and(|level: LevelFilter| level != LevelFilter::OFF));
+    if all { filter } else { filter.add_directive(LevelFilter::ERROR.into()) }
+}
+
+/// A word that is taken for a module, as all are that are no level, but was hardly meant for one.
+fn no_level(said: &str) -> Option<String> {
+    let word = said.trim();
+    let module = word.contains(['=', ',', ':', '[']) || word.starts_with("ella") || word.parse::<LevelFilter>().is_ok();
+    (!module).then(|| format!("ELLA_LOG={word}: no level (error, warn, info, debug, trace, off), so that it is taken for a module's name"))
 }
 
 /// JSON lines that say where the process is.
@@ -144,9 +158,18 @@ mod tests {
     #[test]
     fn a_wish_that_is_not_understood_is_told() {
         assert_eq!((filter("", "info").1, filter("warn,ella_worker::train=debug", "info").1), (None, None));
+        assert_eq!((filter("off", "info").1, filter("hyper=info", "info").1), (None, None));
+        assert!(filter("inof", "info").1.is_some_and(|why| why.contains("ELLA_LOG=inof: no level")));
         let (usual, why) = filter("ella_worker=loudly", "warn");
         assert_eq!(usual.to_string(), EnvFilter::new("warn").to_string());
         assert!(why.is_some_and(|why| why.contains("ELLA_LOG=ella_worker=loudly") && why.contains("warn is logged")));
+    }
+
+    #[test]
+    fn errors_are_told_whatever_is_asked_for() {
+        let told = |said: &str| filter(said, "info").0.to_string();
+        assert_eq!(["off", "warn"].map(told), ["error", "warn"]);
+        assert!(["inof", "ella_worker=off", "off,hyper=info"].iter().all(|said| told(said).split(',').any(|part| part == "error")));
     }
 
     #[test]

@@ -130,7 +130,7 @@ impl Train {
             Some(Opened::Done { step }) => {
                 children.reap(LEAVING).await;
                 let trained = read(config, "done", 0).await?;
-                out.result(&trained, || format!("{}: the run is done already, at step {step}; raise train.steps to go on", trained.run));
+                out.result(&trained, || format!("{}: the run is done already, at step {step}; {}", trained.run, config.further()));
                 return Ok(DONE);
             }
             None => return Err(self.refused(children).await),
@@ -150,7 +150,13 @@ impl Train {
     async fn join(&self, config: &RunConfig, url: &str, out: Out) -> Result<u8, Fail> {
         let worker = binary("ella-worker")?;
         let access = self.credentials.access(url)?;
-        client::status(&access).await?;
+        let status = client::status(&access).await?;
+        if status.job.is_some() {
+            return Err(Fail::usage(format_args!(
+                "{url} coordinates a job, for {}, and no run: `ella-worker --coordinator {url}` works for it",
+                status.run_url
+            )));
+        }
         have_models(config)?;
         let grpc = access.full_url();
         let mut signals = Signals::new()?;
@@ -205,7 +211,9 @@ impl Train {
         (last, restarts): (Option<StatusReport>, u32),
         out: Out,
     ) -> Result<u8, Fail> {
-        let code = children.members().first().map_or(FAILED, exit_code);
+        // One that was killed had no say: it could not begin without a worker that had ended.
+        let itself = children.members().first().filter(|coordinator| coordinator.ended.is_some_and(|status| status.code().is_some()));
+        let code = itself.map_or_else(|| children.members().iter().map(exit_code).max().unwrap_or(FAILED), exit_code);
         let name = match code {
             DONE => "done",
             PREEMPTED => "preempted",
