@@ -136,7 +136,8 @@ async fn end_when_stuck(flags: Arc<Flags>) {
     while flags.stopped().is_none() {
         if let Some(took) = flags.hangs() {
             tracing::error!(
-                "it has computed one micro-batch for {:.0} s, far longer than any before: something in it hangs",
+                "it has computed for {:.0} s on end, longer than workers.step_timeout and ten times the longest before (before its first step, than \
+                 workers.start_timeout): something in it hangs",
                 took.as_secs_f64()
             );
             leave(Exit::Failed.code());

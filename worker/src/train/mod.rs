@@ -241,7 +241,7 @@ impl Trainer {
         }
         self.state.step = number;
         self.state.ledger.add_tally(input.epoch, &all.tally);
-        self.flags.step.store(number, Ordering::Relaxed);
+        self.flags.applied(number);
         times.update = updating.elapsed();
         self.report(&all, norm, begin.elapsed() + input.waited + commit + draw, &times);
         Ok(all)
