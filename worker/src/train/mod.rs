@@ -179,8 +179,10 @@ impl Trainer {
         let step = self.state.step;
         if step > self.saved {
             let begin = Instant::now();
-            self.flags.at(Activity::Commit);
+            // A copy waits for the device, which may hang, and for nobody else.
+            self.flags.at(Activity::Compute);
             let snapshot = self.state.snapshot(self.committer.kept())?;
+            self.flags.at(Activity::Commit);
             self.cadence.taken(step, Instant::now());
             self.committer.save(snapshot, self.feed.position(step), self.seat)?;
             self.saved = step;
