@@ -13,10 +13,10 @@ use ella_coordinator::shell::{AccessControl, Coordinator, Options};
 use ella_coordinator::status::{JobReport, StatusReport};
 use ella_proto::access::Access;
 use ella_proto::config::{Device, JobConfig};
+use ella_proto::stops::Stops;
 use ella_worker::job::{JobEnd, kinds, run_leased, run_local};
 use ella_worker::train::Ending;
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -95,11 +95,11 @@ impl Who {
     }
 }
 
-/// SIGTERM and SIGINT give back what is in hand; a second one leaves at once.
+/// SIGTERM and SIGINT give back what is in hand; a second wish leaves at once.
 async fn stop_on_signals(stop: CancellationToken) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else { return };
+    let Ok(mut stops) = Stops::catch() else { return };
     loop {
-        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        stops.next().await;
         if stop.is_cancelled() {
             ella_worker::leave(PREEMPTED);
         }

@@ -9,6 +9,7 @@ use ella_coordinator::shell::{AccessControl, Addresses, Coordinator, Opened, Opt
 use ella_coordinator::{logs, trace};
 use ella_proto::config::{Config, ConfigError, RunConfig};
 use ella_proto::exit::Exit;
+use ella_proto::stops::Stops;
 use ella_store::Store;
 use serde::Serialize;
 use std::io::Write;
@@ -16,7 +17,6 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 /// How long the last spans of traces may take.
@@ -210,21 +210,10 @@ fn announce(serving: &Serving, file: Option<&Path>) -> anyhow::Result<()> {
     writeln!(out, "{line}").and_then(|()| out.flush()).context("stdout: the addresses could not be written")
 }
 
-/// SIGTERM and SIGINT, in words.
+/// Wishes that this process stops, in words.
 fn stops() -> anyhow::Result<mpsc::Receiver<String>> {
-    let (stops, receiver) = mpsc::channel(4);
-    let mut term = signal(SignalKind::terminate()).context("SIGTERM can't be caught")?;
-    let mut int = signal(SignalKind::interrupt()).context("SIGINT can't be caught")?;
-    tokio::spawn(async move {
-        loop {
-            let name = tokio::select! {
-                _ = term.recv() => "SIGTERM",
-                _ = int.recv() => "SIGINT",
-            };
-            if stops.send(format!("the coordinator got {name}")).await.is_err() {
-                return;
-            }
-        }
-    });
+    let (tell, receiver) = mpsc::channel(4);
+    let mut stops = Stops::catch().context("signals can't be caught")?;
+    tokio::spawn(async move { while tell.send(format!("the coordinator got {}", stops.next().await)).await.is_ok() {} });
     Ok(receiver)
 }

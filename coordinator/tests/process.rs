@@ -6,6 +6,7 @@ mod common;
 
 use common::*;
 use ella_coordinator::client;
+use ella_proto::stops::SAME_WISH;
 use ella_store::Store;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -115,18 +116,22 @@ async fn sigterm_while_the_store_does_not_answer_is_preemption() {
     assert_eq!(process.code().await, 3);
 }
 
+/// Whoever signals a whole group has several signals come to it at once, which are one wish: its workers may commit.
 #[tokio::test]
-async fn sigterm_twice_leaves_without_waiting_for_the_workers() {
+async fn only_a_later_signal_leaves_without_waiting_for_the_workers() {
     let folder = tempfile::tempdir().unwrap();
     let process = Process::start(folder.path(), &["--set", "workers.count=1"]).await;
     let mut worker = Fake::attach(&process.grpc, hello("a")).await.unwrap();
     worker.get_ready().await.unwrap();
     process.signal(libc::SIGTERM);
+    process.signal(libc::SIGINT);
     let told = worker.next().await;
     assert!(
-        matches!(&told, Some(ella_proto::v1::to_worker::Body::Drain(drain)) if drain.reason == "the coordinator got SIGTERM"),
+        matches!(&told, Some(ella_proto::v1::to_worker::Body::Drain(drain)) if drain.reason.starts_with("the coordinator got SIG")),
         "{told:?}"
     );
+    let more = tokio::time::timeout(SAME_WISH + Duration::from_millis(100), worker.next()).await;
+    assert!(more.is_err(), "it does not wait: {more:?}");
     process.signal(libc::SIGTERM);
     assert!(matches!(worker.until_committed(1).await, Some(Ended::Aborted(_))));
     assert_eq!(process.code().await, 3);

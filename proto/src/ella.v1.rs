@@ -757,10 +757,11 @@ pub enum Activity {
     Unspecified = 0,
     /// It waits for samples.
     Data = 1,
+    /// It computes, or copies its state for a commit.
     Compute = 2,
     /// It waits for the other ranks, or sums with them.
     Reduce = 3,
-    /// It copies its state for a commit, or waits for an earlier one to be saved.
+    /// It waits for a commit to be saved.
     Commit = 4,
     /// It draws samples (sample.every), or waits for others that do.
     Draw = 5,

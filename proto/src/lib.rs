@@ -1,5 +1,5 @@
 //! What coordinator, workers and clients agree on: the wire messages ([`v1`]), the run's config ([`config`]), the numbers that
-//! name things ([`ids`]), how a coordinator is reached ([`access`]) and how processes end ([`exit`]).
+//! name things ([`ids`]), how a coordinator is reached ([`access`]), and how processes are asked to stop ([`stops`]) and end ([`exit`]).
 
 pub mod access;
 mod codec;
@@ -7,6 +7,7 @@ pub mod config;
 pub mod exit;
 pub mod ids;
 pub mod samples;
+pub mod stops;
 
 /// An error with its causes, which transports keep to themselves.
 pub fn with_causes(error: &dyn std::error::Error) -> String {

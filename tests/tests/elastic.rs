@@ -140,3 +140,23 @@ fn workers_join_a_run_that_goes_on() -> Result<()> {
     ensure!(status["membership"]["joined"] == 2 && status["membership"]["lost"] == 0, "{status}");
     Ok(())
 }
+
+/// As by systemd, which signals the command, its coordinator and both processes of each worker; some of them are told by others too.
+#[test]
+fn a_signal_to_all_processes_of_a_run_is_one_wish_to_stop() -> Result<()> {
+    let world = World::new(40)?;
+    let run = world.run("stopped", 100_000, "[checkpoint]\nevery = 100000\n")?;
+    let command = spawn(&run.train(&["workers.count=2"]))?;
+    wait_until("the first steps", || status(&run).is_some_and(|(step, _)| step > 1))?;
+    let workers = children_of(command.id(), "ella-worker");
+    let watched = workers.iter().flat_map(|worker| children_of(*worker, "ella-worker"));
+    let all = [vec![command.id()], children_of(command.id(), "ella-coordinator"), watched.collect(), workers.clone()].concat();
+    ensure!(all.len() == 6, "{all:?}");
+    for wish in [libc::SIGTERM, libc::SIGINT] {
+        all.iter().for_each(|process| signal(*process, wish));
+    }
+    let output = wait(command)?;
+    ensure!(output.status.code() == Some(3), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(run.last_commit()?.step > 1, "what was done is not committed");
+    Ok(())
+}

@@ -6,6 +6,7 @@ use ella_coordinator::credentials::Credentials;
 use ella_coordinator::{logs, trace};
 use ella_proto::config::Device;
 use ella_proto::exit::Exit;
+use ella_proto::stops::Stops;
 use ella_worker::control::Flags;
 use ella_worker::device;
 use ella_worker::job::MOST_SLOTS;
@@ -18,7 +19,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// How often it is looked whether this worker's part in the run is over, and how long it may take to leave then.
 const LOOK: Duration = Duration::from_millis(500);
@@ -136,7 +136,8 @@ async fn end_when_stuck(flags: Arc<Flags>) {
     while flags.stopped().is_none() {
         if let Some(took) = flags.hangs() {
             tracing::error!(
-                "it has computed one micro-batch for {:.0} s, far longer than any before: something in it hangs",
+                "it has computed for {:.0} s on end, longer than workers.step_timeout and ten times the longest before (before its first step, than \
+                 workers.start_timeout): something in it hangs",
                 took.as_secs_f64()
             );
             leave(Exit::Failed.code());
@@ -148,15 +149,15 @@ async fn end_when_stuck(flags: Arc<Flags>) {
     leave(Exit::Failed.code());
 }
 
-/// SIGTERM and SIGINT have this worker leave at the next step boundary, or give back a job's units. A second one, or one before the first step,
+/// SIGTERM and SIGINT have this worker leave at the next step boundary, or give back a job's units. A second wish, or one before the first step,
 /// when there is nothing to lose, leaves at once: resumable.
 async fn watch_signals(flags: Arc<Flags>) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let Ok(mut stops) = Stops::catch() else {
         tracing::error!("signals cannot be watched: SIGTERM will end this worker without a commit");
         return;
     };
     loop {
-        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        stops.next().await;
         if flags.parting.is_cancelled() || !flags.working.load(Ordering::Relaxed) {
             leave(Exit::Preempted.code());
         }

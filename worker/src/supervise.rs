@@ -114,24 +114,40 @@ fn die_with(parent: u32) -> io::Result<()> {
 
 /// Watches the worker to its end, and says with which code.
 fn watch(child: i32, mut pulse: File, signals: &libc::sigset_t, patience: Duration) -> u8 {
-    let (mut heard, mut bytes) = (Instant::now(), [0; 64]);
+    let (mut silence, mut bytes) = (Silence::from(Instant::now()), [0; 64]);
     loop {
         if let Some(status) = ended(child) {
             return code(status);
         }
-        match pulse.read(&mut bytes) {
-            Ok(1..) => heard = Instant::now(),
-            _ if heard.elapsed() >= patience => {
-                eprintln!("ERROR the worker process {child} has not moved for {} s and is ended; start it again", patience.as_secs());
-                kill(child, libc::SIGKILL);
-                heard = Instant::now();
-            }
-            _ => {}
+        let heard = matches!(pulse.read(&mut bytes), Ok(1..));
+        if silence.look(Instant::now(), heard) >= patience {
+            eprintln!("ERROR the worker process {child} has not moved for {} s and is ended; start it again", patience.as_secs());
+            kill(child, libc::SIGKILL);
+            silence = Silence::from(Instant::now());
         }
         let signal = next_signal(signals, PULSE);
         if PASSED_ON.contains(&signal) {
             kill(child, signal);
         }
+    }
+}
+
+/// How long nothing has been heard of the worker, by one who looks once in a [`PULSE`]. No more than that is counted between two looks: while this
+/// process was stopped or asleep, so was the other.
+struct Silence {
+    looked: Instant,
+    lasts: Duration,
+}
+
+impl Silence {
+    fn from(now: Instant) -> Self {
+        Self { looked: now, lasts: Duration::ZERO }
+    }
+
+    fn look(&mut self, now: Instant, heard: bool) -> Duration {
+        let since = now.saturating_duration_since(self.looked).min(PULSE);
+        *self = Self { looked: now, lasts: if heard { Duration::ZERO } else { self.lasts + since } };
+        self.lasts
     }
 }
 
@@ -165,4 +181,20 @@ fn kill(child: i32, signal: i32) {
 /// The worker's exit code; of one that a signal has ended, that of a failure.
 fn code(status: i32) -> u8 {
     if libc::WIFEXITED(status) { u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(Exit::Failed.code()) } else { Exit::Failed.code() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both are stopped (Ctrl-Z, a container that is paused), and go on: the other one has had no time to say so. Stopped alone, it is silent.
+    #[test]
+    fn the_time_in_which_the_supervisor_did_not_run_is_no_silence() {
+        let begin = Instant::now();
+        let mut silence = Silence::from(begin);
+        let mut silent = |seconds, heard| silence.look(begin + Duration::from_secs(seconds), heard).as_secs();
+        assert_eq!([silent(1, true), silent(2, false), silent(3, false)], [0, 1, 2]);
+        assert_eq!([silent(3_000, false), silent(3_001, true)], [3, 0]);
+        assert_eq!((3_002..=3_060).map(|second| silent(second, false)).last(), Some(59));
+    }
 }

@@ -18,12 +18,13 @@ use ella_coordinator::status::StatusReport;
 use ella_model::ModelError;
 use ella_proto::access::Access;
 use ella_proto::config::{Device, RunConfig};
+use ella_proto::stops::Stops;
 use ella_store::Store;
 use ella_worker::hub::HubId;
 use ella_worker::models;
 use places::Places;
 use serde::Serialize;
-use watch::{LEAVING, Signals, Watch};
+use watch::{LEAVING, Watch};
 pub(crate) use watch::{Opened, first_line};
 
 use crate::run::{ADDRESS, RunFolder};
@@ -104,7 +105,7 @@ impl Train {
         have_models(config)?;
         let store = Store::open(&config.run.output)?;
         let logs = Logs { folder: store.local_path().map(|run| run.join("logs")), verbose: self.verbose };
-        let mut signals = Signals::new()?;
+        let mut stops = catch()?;
         let mut children = Children::default();
         let mut arguments = vec![self.config.display().to_string()];
         arguments.extend(self.credentials.arguments());
@@ -112,7 +113,7 @@ impl Train {
         let stdout = children.start("coordinator", &coordinator, &arguments, &logs)?;
         let opened = tokio::select! {
             opened = first_line(stdout) => opened,
-            () = signals.next() => None,
+            _ = stops.next() => None,
         };
         let same = same_config(config).ok();
         let (access, http) = match opened {
@@ -141,7 +142,7 @@ impl Train {
         let address = store.local_path().map(|run| run.join(ADDRESS));
         let _ = address.as_ref().map(|file| std::fs::write(file, &grpc));
         self.start_workers(&mut children, config, &worker, (&grpc, &logs))?;
-        let watched = self.watch(config, &mut children, (access, true), &mut signals).await;
+        let watched = self.watch(config, &mut children, (access, true), &mut stops).await;
         let _ = address.as_ref().map(std::fs::remove_file);
         self.conclude(config, &children, watched, out).await
     }
@@ -159,10 +160,10 @@ impl Train {
         }
         have_models(config)?;
         let grpc = access.full_url();
-        let mut signals = Signals::new()?;
+        let mut stops = catch()?;
         let mut children = Children::default();
         self.start_workers(&mut children, config, &worker, (&grpc, &Logs { folder: None, verbose: self.verbose }))?;
-        let (last, restarts) = self.watch(config, &mut children, (access, false), &mut signals).await;
+        let (last, restarts) = self.watch(config, &mut children, (access, false), &mut stops).await;
         let code = children.members().iter().map(exit_code).max().unwrap_or(FAILED);
         if code == DONE || code == PREEMPTED {
             let name = if code == DONE { "done" } else { "preempted" };
@@ -196,11 +197,11 @@ impl Train {
         config: &RunConfig,
         children: &mut Children,
         (coordinator, owned): (Access, bool),
-        signals: &mut Signals,
+        stops: &mut Stops,
     ) -> (Option<StatusReport>, u32) {
         let meter = if self.verbose { Meter::lines("train", config.train.steps) } else { Meter::new("train", config.train.steps) };
         let places = Places::new(children.members().len(), owned, self.no_restart);
-        Watch::new(children, places, meter).run(coordinator, signals).await
+        Watch::new(children, places, meter).run(coordinator, stops).await
     }
 
     /// Turns what is left into the result: the coordinator's exit code counts, and its reason is in the run's log.
@@ -238,6 +239,10 @@ impl Train {
         };
         Fail { code, message: said.unwrap_or_else(|| format!("the coordinator did not open the run: {how}")) }
     }
+}
+
+fn catch() -> Result<Stops, Fail> {
+    Stops::catch().map_err(|error| Fail::failed(format_args!("signals cannot be caught ({error})")))
 }
 
 /// Leaves the run's measurements as a table in its folder. It is made of what stays there, so that a failure is only told.

@@ -6,18 +6,18 @@ use std::time::Duration;
 use ella_coordinator::client;
 use ella_coordinator::status::StatusReport;
 use ella_proto::access::Access;
+use ella_proto::stops::Stops;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::ChildStdout;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
 use super::places::{MOST, Places, Then};
 use crate::children::Children;
-use crate::ui::{Fail, Meter, note};
+use crate::ui::{Meter, note};
 
 /// How long a coordinator may take to open the run.
 const OPENING: Duration = Duration::from_secs(300);
@@ -74,7 +74,7 @@ impl<'a> Watch<'a> {
     }
 
     /// Gives the status as it was last seen, and how often a process was started again.
-    pub(super) async fn run(mut self, coordinator: Access, signals: &mut Signals) -> (Option<StatusReport>, u32) {
+    pub(super) async fn run(mut self, coordinator: Access, stops: &mut Stops) -> (Option<StatusReport>, u32) {
         let (send, mut status) = watch::channel(None);
         let poll = tokio::spawn(poll(coordinator, send));
         let mut polled = true;
@@ -95,7 +95,7 @@ impl<'a> Watch<'a> {
                     }
                 }
                 () = until(self.deadline) => self.kill(),
-                () = signals.next() => self.signalled(),
+                _ = stops.next() => self.asked_to_leave(),
             }
         }
         poll.abort();
@@ -200,7 +200,7 @@ impl<'a> Watch<'a> {
         }
     }
 
-    fn signalled(&mut self) {
+    fn asked_to_leave(&mut self) {
         self.asked += 1;
         self.places.leave();
         if self.asked > 1 {
@@ -301,23 +301,6 @@ fn time(n: u32) -> String {
     if n > 1 { format!(" ({n}{end} time)") } else { String::new() }
 }
 
-/// SIGTERM and SIGINT.
-pub(super) struct Signals {
-    term: Signal,
-    int: Signal,
-}
-
-impl Signals {
-    pub(super) fn new() -> Result<Self, Fail> {
-        let caught = |kind| signal(kind).map_err(|error| Fail::failed(format_args!("signals cannot be caught ({error})")));
-        Ok(Self { term: caught(SignalKind::terminate())?, int: caught(SignalKind::interrupt())? })
-    }
-
-    pub(super) async fn next(&mut self) {
-        tokio::select! { _ = self.term.recv() => {}, _ = self.int.recv() => {} }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -360,7 +343,7 @@ mod tests {
         }
         let places = Places::new(scripts.len(), true, false);
         let watch = Watch::new(&mut children, places, Meter::lines("test", 1));
-        let (_, restarts) = watch.run("http://127.0.0.1:1".into(), &mut Signals::new().unwrap()).await;
+        let (_, restarts) = watch.run("http://127.0.0.1:1".into(), &mut Stops::catch().unwrap()).await;
         (children, restarts)
     }
 

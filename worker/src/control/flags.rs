@@ -162,8 +162,14 @@ impl Flags {
         self.stretches.next(Instant::now(), matches!(activity, Activity::Compute | Activity::Draw));
     }
 
-    /// From now on a part that is computed for longer than `least`, and far longer than any before, or the first one for longer than `first`,
-    /// is one that hangs.
+    /// A step has been applied.
+    pub fn applied(&self, step: u64) {
+        self.step.store(step, Ordering::Relaxed);
+        self.stretches.warmed_up();
+    }
+
+    /// From now on a part that is computed for longer than `least`, and far longer than any before, is one that hangs; until this process has applied a
+    /// step, one that is computed for longer than `first`.
     pub fn limit_computing(&self, least: Duration, first: Duration) {
         self.stretches.limit(least, first);
     }

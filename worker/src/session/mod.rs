@@ -354,6 +354,7 @@ impl<'a> Rank<'a> {
     /// Says farewell, once this rank's part of the last commit is saved. It stays until the coordinator ends its stream, which that does when it
     /// has read all farewells and the commit's record stands; or until the generation ends before that.
     fn finish(&mut self, ending: Ending) -> Result<(), WorkError> {
+        self.trainer.flags.at(Activity::Commit);
         // Whoever coordinates from here on finds nobody who takes steps.
         self.control.outbox().done(self.waits());
         let trainer = &mut self.trainer;

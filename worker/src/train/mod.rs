@@ -187,8 +187,10 @@ impl Trainer {
         let step = self.state.step;
         if step > self.saved {
             let begin = Instant::now();
-            self.flags.at(Activity::Commit);
+            // A copy waits for the device, which may hang, and for nobody else.
+            self.flags.at(Activity::Compute);
             let snapshot = self.state.snapshot(self.committer.kept())?;
+            self.flags.at(Activity::Commit);
             self.cadence.taken(step, Instant::now());
             self.committer.save(snapshot, self.feed.position(step), self.seat)?;
             self.saved = step;
@@ -250,7 +252,7 @@ impl Trainer {
         }
         self.state.step = number;
         self.state.ledger.add_tally(input.epoch, &all.tally);
-        self.flags.step.store(number, Ordering::Relaxed);
+        self.flags.applied(number);
         times.update = updating.elapsed();
         self.report(&all, norm, begin.elapsed() + input.waited + commit + draw, &times);
         Ok(all)

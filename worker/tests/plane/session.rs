@@ -4,6 +4,7 @@ use crate::coordinator::{Scripted, TERM, Worker, soon, welcome};
 use crate::world::{EPOCH, LANES, RUNTIME, SCENES, config, damaged_copy, embedded, load, order, path, sdxl, text};
 use ella_model::connector::{Connector, ConnectorKind};
 use ella_proto::config::RunConfig;
+use ella_proto::stops::SAME_WISH;
 use ella_proto::v1::from_worker::Body as Said;
 use ella_proto::v1::to_worker::Body as Say;
 use ella_proto::v1::{self, FailureKind, Outcome, RefusedReason};
@@ -535,10 +536,7 @@ fn the_process_ends_with_the_code_that_says_what_to_do_next() {
         let config = prepared(&["train.steps=100000", "checkpoint.every=100000"]);
         let (_folder, url) = run_folder();
         let mut coordinator = Scripted::start().await;
-        let terminate = |child: &tokio::process::Child| {
-            // SAFETY: kill has no memory effects here; the process was started by this test and has not been waited for.
-            unsafe { libc::kill(child.id().unwrap() as i32, libc::SIGTERM) };
-        };
+        let terminate = |child: &tokio::process::Child| signal(child.id().unwrap(), libc::SIGTERM);
 
         let (worker, mut child) = coordinator.process().await;
         worker.say(Say::Refused(v1::Refused { reason: RefusedReason::Version.into(), detail: "not you".into(), ..Default::default() }));
@@ -573,6 +571,36 @@ fn the_process_ends_with_the_code_that_says_what_to_do_next() {
     });
 }
 
+/// To a process that this test has started, or one that such a process has, and that is not gone.
+fn signal(process: u32, signal: i32) {
+    // SAFETY: kill has no memory effects here.
+    unsafe { libc::kill(process as i32, signal) };
+}
+
+/// Both processes of a worker are signalled, as by a terminal or systemd, and the one that watches passes its signal on: that is one wish to leave.
+/// A later one is another.
+#[test]
+fn a_signal_to_a_whole_worker_loses_nothing_and_a_later_one_leaves_at_once() {
+    RUNTIME.block_on(async {
+        let config = prepared(&["train.steps=100000", "checkpoint.every=100000"]);
+        let (_folder, url) = run_folder();
+        let (mut worker, mut child) = Scripted::start().await.process().await;
+        worker.say(welcome(&config, &url));
+        let peers = vec![worker.address.clone()];
+        worker.assign(0, peers, None);
+        worker.ready().await;
+        worker.say(Say::Start(v1::Start {}));
+        worker.progress(2).await;
+        signal(worker.pid, libc::SIGTERM);
+        signal(child.id().unwrap(), libc::SIGINT);
+        worker.leaving().await;
+        tokio::time::sleep(SAME_WISH).await;
+        assert!(child.try_wait().unwrap().is_none(), "it has left without its coordinator's word");
+        signal(child.id().unwrap(), libc::SIGTERM);
+        assert_eq!(soon("the end", child.wait()).await.unwrap().code(), Some(3));
+    });
+}
+
 /// A worker in which nothing moves any more, as in a device call that never returns, is ended by the process that watches it.
 #[test]
 fn a_worker_that_is_stuck_is_ended_from_outside() {
@@ -580,8 +608,7 @@ fn a_worker_that_is_stuck_is_ended_from_outside() {
         let mut coordinator = Scripted::start().await;
         let (worker, mut child) = coordinator.process_with(&["--stuck-timeout", "3"]).await;
         assert_ne!(worker.pid, child.id().unwrap(), "the one that works is not the one that was started");
-        // SAFETY: kill has no memory effects here; the process belongs to one that this test started and has not waited for.
-        unsafe { libc::kill(worker.pid as i32, libc::SIGSTOP) };
+        signal(worker.pid, libc::SIGSTOP);
         assert_eq!(soon("the end", child.wait()).await.unwrap().code(), Some(1));
         assert!(!std::path::Path::new(&format!("/proc/{}", worker.pid)).exists());
     });
