@@ -242,7 +242,7 @@ pub(crate) fn parse<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T, 
 
 /// A small file's bytes, or none if it is not there.
 pub(crate) async fn read(store: &Store, key: &str) -> Result<Option<Bytes>, DataError> {
-    match store.get(key).await {
+    match store.get_record(key).await {
         Ok(bytes) => Ok(Some(bytes)),
         Err(StoreError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error.into()),

@@ -107,7 +107,7 @@ impl Plan {
                 return Ok(());
             }
         }
-        let there: Plan = parse(&at(out, PLAN), &out.get(PLAN).await?)?;
+        let there: Plan = parse(&at(out, PLAN), &out.get_record(PLAN).await?)?;
         same(self, &there, at(out, PLAN))
     }
 
@@ -194,7 +194,7 @@ impl UnitRecord {
         if out.create(&key, pretty(self)).await? == Created::Yes {
             return Ok(());
         }
-        let there: UnitRecord = parse(&at(out, &key), &out.get(&key).await?)?;
+        let there: UnitRecord = parse(&at(out, &key), &out.get_record(&key).await?)?;
         same(self, &UnitRecord { stamp: self.stamp.clone(), ..there }, at(out, &key))
     }
 }
