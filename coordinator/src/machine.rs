@@ -114,6 +114,11 @@ pub enum Effect {
     Finish(Outcome),
 }
 
+/// The sum of numbers that a worker sent: any that 64 bits hold.
+pub(crate) fn total(numbers: impl IntoIterator<Item = u64>) -> u64 {
+    numbers.into_iter().fold(0, u64::saturating_add)
+}
+
 /// Counters by name (KNOWN). Names that come from outside are bounded in number and length.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Counts(pub(crate) BTreeMap<String, u64>);
@@ -124,7 +129,8 @@ pub(crate) const MOST_NAMES: usize = 128;
 impl Counts {
     pub(crate) fn add(&mut self, name: &str, n: u64) {
         let fits = name.len() <= 64 && (self.0.contains_key(name) || self.0.len() < MOST_NAMES);
-        *self.0.entry(if fits { name } else { "other" }.to_owned()).or_default() += n;
+        let count = self.0.entry(if fits { name } else { "other" }.to_owned()).or_default();
+        *count = count.saturating_add(n);
     }
 
     /// As the wire has them.

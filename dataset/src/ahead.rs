@@ -100,7 +100,7 @@ async fn read_rows(runtime: Handle, reading: Reading, mut steps: watch::Receiver
 impl Reading {
     /// Over how many steps rows are read ahead.
     fn steps_ahead(&self) -> u64 {
-        let features: u64 = self.features.iter().map(|features| features.bytes()).sum();
+        let features = self.features.iter().map(|features| features.bytes()).fold(0, u64::saturating_add);
         let bytes = self.data.manifest().shards.iter().map(|shard| shard.bytes).sum::<u64>().saturating_add(features);
         let samples = self.lanes.len() as u64 * u64::from(self.order.config().micro_batch);
         let step = u128::from(bytes) * u128::from(samples) / u128::from(self.order.samples().max(1));

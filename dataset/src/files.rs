@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::content::{Content, map};
 use crate::error::DataError;
-use crate::manifest::{ShardEntry, at, read};
+use crate::manifest::{ShardEntry, at};
 use crate::room::{Memory, Room, Share};
 use crate::tree;
 
@@ -255,7 +255,11 @@ impl Files {
         let FileAt { store, entry, hint } = file;
         let Some(share) = self.share(entry.bytes, Held::Memory, why).await else { return Ok(None) };
         let name = at(store, &entry.name);
-        let bytes = read(store, &entry.name).await?.ok_or_else(|| DataError::RecordMissing { file: name.clone(), hint })?;
+        // Of a size that another file has nothing is read: the share is that of the one recorded.
+        let bytes = match store.get_sized(&entry.name, entry.bytes).await {
+            Err(StoreError::NotFound { .. }) => return Err(DataError::RecordMissing { file: name, hint }),
+            read => read?,
+        };
         let digest = entry.blake3;
         blocking(file, move || Content::good(&name, Bytes::from_owner(Fetched { bytes, _share: share })).unchecked(digest, None))
             .await

@@ -195,9 +195,10 @@ impl Manifest {
     }
 }
 
-/// The rules for a list of files: safe, unique names; rows.
+/// The rules for a list of files: safe, unique names; rows; numbers that can be summed up.
 pub(crate) fn validate_shards(shards: &[ShardEntry]) -> Result<(), String> {
     let mut names = HashSet::with_capacity(shards.len());
+    let (mut rows, mut bytes) = (0_u64, 0_u64);
     for (i, shard) in shards.iter().enumerate() {
         let name = &shard.name;
         let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b));
@@ -209,6 +210,10 @@ pub(crate) fn validate_shards(shards: &[ShardEntry]) -> Result<(), String> {
         }
         if shard.rows == 0 {
             return Err(format!("shards[{i}].rows: must be 1 or more (found 0)"));
+        }
+        for (field, sum, more) in [("rows", &mut rows, shard.rows), ("bytes", &mut bytes, shard.bytes)] {
+            let beyond = || format!("shards[{i}].{field}: the sum up to here must be below 2^64 (found {more}, and {sum} before)");
+            *sum = sum.checked_add(more).ok_or_else(beyond)?;
         }
     }
     Ok(())
@@ -242,7 +247,7 @@ pub(crate) fn parse<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T, 
 
 /// A small file's bytes, or none if it is not there.
 pub(crate) async fn read(store: &Store, key: &str) -> Result<Option<Bytes>, DataError> {
-    match store.get(key).await {
+    match store.get_record(key).await {
         Ok(bytes) => Ok(Some(bytes)),
         Err(StoreError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error.into()),

@@ -107,7 +107,7 @@ impl Plan {
                 return Ok(());
             }
         }
-        let there: Plan = parse(&at(out, PLAN), &out.get(PLAN).await?)?;
+        let there: Plan = parse(&at(out, PLAN), &out.get_record(PLAN).await?)?;
         same(self, &there, at(out, PLAN))
     }
 
@@ -171,6 +171,7 @@ impl UnitRecord {
 
     fn validate(&self, file: &str) -> Result<(), DataError> {
         let wrong = |what: &str| Err(DataError::Record { file: file.to_owned(), what: what.to_owned() });
+        validate_shards(&self.shards).or_else(|what| wrong(&what))?;
         let rows: u64 = self.shards.iter().map(|s| s.rows).sum();
         let as_many = |list: &[String]| list.is_empty() || list.len() as u64 == rows;
         if !self.report.adds_up() || self.report.kept != rows || self.keys.len() as u64 != rows {
@@ -179,7 +180,7 @@ impl UnitRecord {
         if !as_many(&self.contents) || !as_many(&self.looks) {
             return wrong("contents, looks: must be as many as the keys, or none");
         }
-        validate_shards(&self.shards).or_else(|what| wrong(&what))
+        Ok(())
     }
 
     /// Notes that a source which looks newer was found to be the same, so that it need not be read again the next time.
@@ -194,7 +195,7 @@ impl UnitRecord {
         if out.create(&key, pretty(self)).await? == Created::Yes {
             return Ok(());
         }
-        let there: UnitRecord = parse(&at(out, &key), &out.get(&key).await?)?;
+        let there: UnitRecord = parse(&at(out, &key), &out.get_record(&key).await?)?;
         same(self, &UnitRecord { stamp: self.stamp.clone(), ..there }, at(out, &key))
     }
 }

@@ -118,10 +118,10 @@ async fn preparing(store: &Store, plan: &Plan, now_ms: u64) -> Result<Progress, 
     }
     let (units, records) = (plan.parts().count(), last.into_values().collect::<Vec<_>>());
     let sums = sums(&records, |meta| async move {
-        let record: UnitRecord = parse(&at(store, &meta.key), &store.get(&meta.key).await?)?;
+        let record: UnitRecord = parse(&at(store, &meta.key), &store.get_record(&meta.key).await?)?;
         let mut sums = Sums::default();
         sums.report(&record.report);
-        sums.bytes = record.shards.iter().map(|shard| shard.bytes).sum();
+        sums.bytes = record.shards.iter().map(|shard| shard.bytes).fold(0, u64::saturating_add);
         Ok(sums)
     });
     let pace = Pace::of(&records, units, now_ms);
@@ -141,7 +141,7 @@ async fn sidecar<K: Kind>(
     sidecar.is_begun().await?;
     if let Some(manifest) = sidecar.manifest().await? {
         let files = [manifest.shards, manifest.extra].concat();
-        let (bytes, samples) = (files.iter().map(|file| file.bytes).sum(), data.samples);
+        let (bytes, samples) = (files.iter().map(|file| file.bytes).fold(0, u64::saturating_add), data.samples);
         let units = files.len();
         return Ok(Some(Sums { samples, counts: manifest.counts, bytes }.progress(what, true, (units, units, units), None)));
     }

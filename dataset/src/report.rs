@@ -148,7 +148,7 @@ impl Report {
 
     /// Whether the counts add up: every sample read was kept or refused.
     pub fn adds_up(&self) -> bool {
-        self.read == self.kept + self.refused.values().map(|keys| keys.len() as u64).sum::<u64>()
+        self.read == self.refused.values().map(|keys| keys.len() as u64).fold(self.kept, u64::saturating_add)
     }
 
     /// Counts by reason as one line, such as `7 min_edge, 1 image_missing`.

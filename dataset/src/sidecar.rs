@@ -86,7 +86,8 @@ impl FileRecord {
     pub(crate) fn total(records: &[FileRecord]) -> Counts {
         let mut total = Counts::new();
         for (name, count) in records.iter().flat_map(|record| &record.counts) {
-            *total.entry(name.clone()).or_default() += count;
+            let total = total.entry(name.clone()).or_default();
+            *total = total.saturating_add(*count);
         }
         total
     }

@@ -75,7 +75,7 @@ impl Inventory {
 
     /// Bytes of all files.
     pub fn bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.bytes).sum()
+        self.files.iter().map(|file| file.bytes).fold(0, u64::saturating_add)
     }
 
     /// Reads all of them. `watch` is told of every piece that was read. A store that can't be read is an error; a file that is missing or

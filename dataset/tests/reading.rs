@@ -198,6 +198,22 @@ fn reading(data: &Arc<DataSet>, features: &Arc<Features>, window: u32) -> (Arc<B
     (Arc::clone(&order), Reading { data, features, order, lanes: 0..LANES })
 }
 
+/// Its share of the memory is that of the file recorded. A body that was asked for would break off, again and again.
+#[tokio::test(start_paused = true)]
+async fn a_file_larger_than_recorded_is_refused_before_it_is_fetched() {
+    let spec = spec(Padding::None);
+    let (store, _) = far(1, &spec).await;
+    let bytes = store.head("shards/00000.arrow").await.unwrap().unwrap().bytes;
+    store.put("shards/00000.arrow", vec![0; 4 << 20].into()).await.unwrap();
+    let faults = Faults::new();
+    faults.push(Operation::Get, "shards", Failure::CutAt(0), u32::MAX);
+    let (data, _) = open(&faults.inject(&store), CacheLimits::default(), &spec).await;
+    let error = data.shard(0).await.unwrap_err();
+    let expected = format!("/shards/00000.arrow: corrupt (expected {bytes} bytes, found {} bytes)", 4 << 20);
+    assert!(matches!(error, DataError::Store(_)) && error.to_string().contains(&expected), "{error}");
+    assert!(data.memory().peak <= bytes && data.memory().held == 0, "{:?}", data.memory());
+}
+
 /// Whatever the size of the data set, and however slow and unsound its store: never more in memory than the bound.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_stays_within_its_bound() {

@@ -215,6 +215,7 @@ async fn manifests_are_read_strictly() {
     let text = std::fs::read_to_string(out.path().join("manifest.json")).unwrap();
     let digest = manifest.shards[0].blake3.to_string();
     let rows = format!("\"rows\": {}", manifest.shards[0].rows);
+    let bytes = format!("\"bytes\": {}", manifest.shards[0].bytes);
     let name = format!("\"name\": \"{}\"", manifest.shards[0].name);
     let cases = [
         ("\"schema\": 1", "\"schema\": 2", "schema: unknown version (expected 1, found 2)"),
@@ -224,6 +225,8 @@ async fn manifests_are_read_strictly() {
         (&format!("\"bytes\": {},", manifest.bytes), "\"bytes\": 1,", "bytes: must be the sum"),
         (&digest, "abc", "not a BLAKE3 digest"),
         (&rows, "\"rows\": 0", "shards[0].rows: must be 1 or more"),
+        (&rows, &format!("\"rows\": {}", u64::MAX), "shards[1].rows: the sum up to here must be below 2^64"),
+        (&bytes, &format!("\"bytes\": {}", u64::MAX), "shards[1].bytes: the sum up to here must be below 2^64"),
         (&name, "\"name\": \"../evil\"", "shards[0].name: must be a plain relative name"),
         ("\"resolution\": 32", "\"resolution\": 31", "settings.resolution: must be a multiple of 8"),
         ("\"samples\": 30,", "", "missing field `samples`"),

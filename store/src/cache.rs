@@ -250,12 +250,9 @@ impl Shared {
 async fn fetch(store: &Store, key: &str, recorded: (&Digest, u64), file: File) -> Result<(), Miss> {
     let mut file = tokio::fs::File::from_std(file);
     let mut hasher = Hasher::new();
-    let mut chunks = store.stream(key);
+    let mut chunks = store.stream_sized(key, recorded.1);
     while let Some(chunk) = chunks.try_next().await.map_err(Miss::Store)? {
         hasher.update(&chunk);
-        if hasher.bytes() > recorded.1 {
-            break;
-        }
         file.write_all(&chunk).await?;
     }
     check(store, key, recorded, (&hasher.finish(), hasher.bytes())).map_err(Miss::Store)?;

@@ -256,7 +256,11 @@ impl Place<'_> {
 
     /// The object is another than when its reading began.
     pub(crate) fn replaced(&self) -> StoreError {
-        let (expected, found) = ("an object that does not change".into(), "one replaced while it was read".into());
+        self.corrupt("an object that does not change".into(), "one replaced while it was read".into())
+    }
+
+    /// The object is not what was recorded.
+    pub(crate) fn corrupt(&self, expected: String, found: String) -> StoreError {
         StoreError::Corrupt { url: self.url.into(), key: self.key.into(), expected, found }
     }
 

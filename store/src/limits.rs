@@ -44,12 +44,12 @@ impl Default for Limits {
 impl Limits {
     /// The deadline of one attempt that moves `bytes`.
     pub(crate) fn attempt_for(&self, bytes: u64) -> Duration {
-        self.attempt + self.transfer(bytes)
+        self.attempt.saturating_add(self.transfer(bytes))
     }
 
     /// The deadline of a whole call that moves `bytes`.
     pub(crate) fn overall_for(&self, bytes: u64) -> Duration {
-        self.overall + 3 * self.transfer(bytes)
+        self.overall.saturating_add(self.transfer(bytes).saturating_mul(3))
     }
 
     fn transfer(&self, bytes: u64) -> Duration {
@@ -110,7 +110,9 @@ impl Retries {
         let left = deadline.saturating_duration_since(Instant::now());
         // Jitter on top of what the store asks for: else all that it sent away come back at once.
         let asked = error.retry_after().unwrap_or_default();
-        let Some(pause) = self.pauses.next().map(|pause| asked + pause).filter(|pause| *pause < left) else { return ends(error) };
+        let Some(pause) = self.pauses.next().map(|pause| asked.saturating_add(pause)).filter(|pause| *pause < left) else {
+            return ends(error);
+        };
         tracing::warn!(%error, ?pause, "store call is retried");
         store.count_retry(place.operation, error.kind());
         sleep(pause).await;

@@ -182,19 +182,20 @@ fn encode(store: &Store, record: &Record) -> Result<Bytes, LogError> {
 
 /// How many records the newest name in the log's folder stands for.
 fn count_listed(store: &Store, listed: &[Meta]) -> Result<u64, LogError> {
-    let number = |key: &str| {
+    // The largest number has no next one: its file is none of a log's.
+    let next = |key: &str| {
         let seq = key.strip_prefix("log/")?.strip_suffix(".json")?.parse::<u64>().ok()?;
-        (record_key(seq) == key).then_some(seq)
+        (record_key(seq) == key).then(|| seq.checked_add(1)).flatten()
     };
-    listed.iter().try_fold(0, |count, meta| match number(&meta.key) {
-        Some(seq) => Ok(count.max(seq + 1)),
+    listed.iter().try_fold(0, |count, meta| match next(&meta.key) {
+        Some(next) => Ok(count.max(next)),
         None => Err(bad(store, &meta.key, "the log's folder holds only files named like 000000000042.json; remove this one")),
     })
 }
 
 async fn fetch(store: &Store, seq: u64) -> Result<Record, LogError> {
     let key = record_key(seq);
-    parse(store, &key, &store.get(&key).await?)
+    parse(store, &key, &store.get_record(&key).await?)
 }
 
 fn parse(store: &Store, key: &str, bytes: &[u8]) -> Result<Record, LogError> {

@@ -3,7 +3,7 @@
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::TryStreamExt;
 use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream, StreamExt};
@@ -19,6 +19,10 @@ use crate::tally;
 
 /// Local files are streamed in chunks of this many bytes.
 const CHUNK_BYTES: u64 = 1 << 20;
+/// Room is made for so many bytes before they come. An object's size is only its server's word.
+const FIRST_ROOM: usize = 16 << 20;
+/// No record is larger.
+const MOST_RECORD: u64 = 1 << 30;
 
 impl Store {
     /// Reads a whole object.
@@ -27,6 +31,22 @@ impl Store {
     /// Any of [`StoreError`].
     pub async fn get(&self, key: &str) -> Result<Bytes, StoreError> {
         Reader::new(self, key, None)?.collect().await
+    }
+
+    /// Reads a whole object that has `bytes` bytes. Of another nothing is read.
+    ///
+    /// # Errors
+    /// `Corrupt` if it has another size; else any of [`StoreError`].
+    pub async fn get_sized(&self, key: &str, bytes: u64) -> Result<Bytes, StoreError> {
+        Reader::new(self, key, None)?.of(Size::Exactly(bytes)).collect().await
+    }
+
+    /// Reads a record (a manifest, a report, one of the log), of which no sound one is larger than 1 GiB. Of a larger one nothing is read.
+    ///
+    /// # Errors
+    /// `Corrupt` if it is larger; else any of [`StoreError`].
+    pub async fn get_record(&self, key: &str) -> Result<Bytes, StoreError> {
+        Reader::new(self, key, None)?.of(Size::AtMost(MOST_RECORD)).collect().await
     }
 
     /// Reads the bytes `range` of an object. From a web server that serves no ranges, all bytes before them are read too.
@@ -46,30 +66,18 @@ impl Store {
         let found = self.head(key).await?.map_or(0, |meta| meta.bytes);
         Err(match error {
             Some(error) if found >= range.end => error,
-            _ => StoreError::Corrupt {
-                url: self.url().into(),
-                key: key.into(),
-                expected: format!("at least {} bytes", range.end),
-                found: format!("{found} bytes"),
-            },
+            _ => self.place(Operation::Get, key).corrupt(format!("at least {} bytes", range.end), format!("{found} bytes")),
         })
     }
 
     /// Reads a whole object chunk by chunk. A broken connection is resumed where it broke; the first error ends the stream.
     pub fn stream(&self, key: &str) -> BoxStream<'static, Result<Bytes, StoreError>> {
-        let reader = match Reader::new(self, key, None) {
-            Ok(reader) => reader,
-            Err(error) => return stream::once(async { Err(error) }).boxed(),
-        };
-        stream::unfold(Some(reader), |reader| async {
-            let mut reader = reader?;
-            match reader.next().await {
-                Ok(None) => None,
-                Ok(Some(chunk)) => Some((Ok(chunk), Some(reader))),
-                Err(error) => Some((Err(error), None)),
-            }
-        })
-        .boxed()
+        chunks(Reader::new(self, key, None))
+    }
+
+    /// The same of an object that has `bytes` bytes: of another nothing is read.
+    pub(crate) fn stream_sized(&self, key: &str, bytes: u64) -> BoxStream<'static, Result<Bytes, StoreError>> {
+        chunks(Reader::new(self, key, None).map(|reader| reader.of(Size::Exactly(bytes))))
     }
 
     /// Reads a whole object and checks that it has `bytes` bytes and the digest recorded.
@@ -77,7 +85,7 @@ impl Store {
     /// # Errors
     /// `Corrupt` if it is another; else any of [`StoreError`].
     pub async fn get_verified(&self, key: &str, digest: &Digest, bytes: u64) -> Result<Bytes, StoreError> {
-        let found = self.get(key).await?;
+        let found = self.get_sized(key, bytes).await?;
         check(self, key, (digest, bytes), (&Digest::of(&found), found.len() as u64))?;
         Ok(found)
     }
@@ -90,7 +98,53 @@ pub(crate) fn check(store: &Store, key: &str, recorded: (&Digest, u64), found: (
         (false, _) => (format!("{} bytes", recorded.1), format!("{} bytes", found.1)),
         (true, false) => (format!("blake3 {}", recorded.0), format!("blake3 {}", found.0)),
     };
-    Err(StoreError::Corrupt { url: store.url().into(), key: key.into(), expected, found })
+    Err(store.place(Operation::Get, key).corrupt(expected, found))
+}
+
+/// Reads chunk by chunk; the first error ends the stream.
+fn chunks(reader: Result<Reader, StoreError>) -> BoxStream<'static, Result<Bytes, StoreError>> {
+    let reader = match reader {
+        Ok(reader) => reader,
+        Err(error) => return stream::once(async { Err(error) }).boxed(),
+    };
+    stream::unfold(Some(reader), |reader| async {
+        let mut reader = reader?;
+        match reader.next().await {
+            Ok(None) => None,
+            Ok(Some(chunk)) => Some((Ok(chunk), Some(reader))),
+            Err(error) => Some((Err(error), None)),
+        }
+    })
+    .boxed()
+}
+
+/// Appends a chunk. Where room must be made, it is for as many of the bytes still `to_come` as have come already: so memory is taken for
+/// what is there, and in the end for no byte more.
+fn append(all: &mut Vec<u8>, chunk: &[u8], to_come: u64) {
+    if all.capacity() - all.len() < chunk.len() {
+        let ahead = usize::try_from(to_come).unwrap_or(usize::MAX).min(all.len().max(FIRST_ROOM));
+        all.reserve_exact(chunk.len() + ahead);
+    }
+    all.extend_from_slice(chunk);
+}
+
+/// The size that an object must have to be read at all.
+#[derive(Clone, Copy, Debug)]
+enum Size {
+    Any,
+    Exactly(u64),
+    AtMost(u64),
+}
+
+impl Size {
+    fn check(self, place: Place<'_>, found: u64) -> Result<(), StoreError> {
+        let expected = match self {
+            Self::Exactly(bytes) if found != bytes => format!("{bytes} bytes"),
+            Self::AtMost(bytes) if found > bytes => format!("at most {bytes} bytes"),
+            _ => return Ok(()),
+        };
+        Err(place.corrupt(expected, format!("{found} bytes")))
+    }
 }
 
 /// A read in progress.
@@ -98,6 +152,7 @@ struct Reader {
     store: Store,
     key: String,
     path: Path,
+    size: Size,
     /// The bytes still to come; the end is known once the object was opened.
     next: u64,
     end: Option<u64>,
@@ -112,31 +167,40 @@ impl Reader {
     fn new(store: &Store, key: &str, range: Option<Range<u64>>) -> Result<Self, StoreError> {
         let path = store.path(key)?;
         let (next, end) = range.map_or((0, None), |range| (range.start, Some(range.end)));
-        Ok(Self { store: store.clone(), key: key.into(), path, next, end, version: None, e_tag: None, body: None, retries: None })
+        let (store, size) = (store.clone(), Size::Any);
+        Ok(Self { store, key: key.into(), path, size, next, end, version: None, e_tag: None, body: None, retries: None })
+    }
+
+    fn of(self, size: Size) -> Self {
+        Self { size, ..self }
     }
 
     fn place(&self) -> Place<'_> {
         Place { url: self.store.url(), key: &self.key, operation: Operation::Get }
     }
 
+    /// The bytes still to come, once the object was opened.
+    fn left(&self) -> u64 {
+        self.end.unwrap_or_default().saturating_sub(self.next)
+    }
+
     fn collect(mut self) -> BoxFuture<'static, Result<Bytes, StoreError>> {
         Box::pin(async move {
             let Some(first) = self.next().await? else { return Ok(Bytes::new()) };
-            let left = self.end.unwrap_or_default().saturating_sub(self.next);
-            if left == 0 {
+            if self.left() == 0 {
                 return Ok(first);
             }
-            let mut all = BytesMut::with_capacity(first.len() + usize::try_from(left).unwrap_or(0));
-            all.extend_from_slice(&first);
-            let deadline = self.store.limits().overall_for(left);
+            let mut all = Vec::new();
+            append(&mut all, &first, self.left());
+            let deadline = self.store.limits().overall_for(self.left());
             let rest = async {
                 while let Some(chunk) = self.next().await? {
-                    all.extend_from_slice(&chunk);
+                    append(&mut all, &chunk, self.left());
                 }
                 Ok(())
             };
             match timeout(deadline, rest).await {
-                Ok(read) => read.map(|()| all.freeze()),
+                Ok(read) => read.map(|()| all.into()),
                 Err(_) => Err(self.place().timeout(deadline)),
             }
         })
@@ -202,6 +266,7 @@ impl Reader {
         if *self.version.get_or_insert_with(|| version.clone()) != version {
             return Err(self.place().replaced());
         }
+        self.size.check(self.place(), result.meta.size)?;
         self.e_tag = result.meta.e_tag.clone().filter(|tag| !tag.starts_with("W/"));
         let (given, whole) = (result.range.clone(), body_of(result));
         let end = wanted.as_ref().map_or(given.end, |wanted| wanted.end.min(given.end));

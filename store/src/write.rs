@@ -50,6 +50,31 @@ fn left_over(path: &Path, error: &dyn std::fmt::Display) {
     tracing::warn!(%path, %error, "an unfinished upload could not be aborted; the bucket's lifecycle rules should remove it");
 }
 
+/// An upload that the store does not know any more.
+const ENDED: &str = "the store no longer knows the upload, which something else ended: another client, or a lifecycle rule of the bucket";
+
+/// Why an upload in parts came to nothing.
+enum Undone {
+    /// Something else ended it: it can only begin anew.
+    Ended,
+    Failed(StoreError),
+}
+
+impl From<StoreError> for Undone {
+    fn from(error: StoreError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// None: the store does not know the upload.
+fn known<T>(reply: object_store::Result<T>, place: Place<'_>) -> Result<Option<T>, StoreError> {
+    match reply {
+        Ok(value) => Ok(Some(value)),
+        Err(object_store::Error::NotFound { .. }) => Ok(None),
+        Err(error) => Err(place.error(error)),
+    }
+}
+
 /// Whether a conditional write took place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Created {
@@ -194,12 +219,25 @@ impl Store {
         done
     }
 
+    /// Uploads in parts; from the start again if something else ended the upload, as long as the call has time.
     async fn upload_parts(&self, parts: &dyn MultipartStore, path: &Path, pieces: &[Bytes], place: Place<'_>) -> Result<(), StoreError> {
+        let mut retries = self.limits().retries(length(pieces) as u64);
+        loop {
+            match self.try_parts(parts, path, pieces, place).await {
+                Ok(()) => return Ok(()),
+                Err(Undone::Failed(error)) => return Err(error),
+                Err(Undone::Ended) => retries.pause(self, place, place.unavailable(ENDED)).await?,
+            }
+        }
+    }
+
+    async fn try_parts(&self, parts: &dyn MultipartStore, path: &Path, pieces: &[Bytes], place: Place<'_>) -> Result<(), Undone> {
         let begin = |_| async { parts.create_multipart(path).await.map_err(|error| place.error(error)) };
         let id = &retrying(self, place, 0, begin).await?;
         let deadline = self.limits().overall_for(length(pieces) as u64);
-        let sent = timeout(deadline, self.send_parts(parts, path, id, pieces, place)).await.unwrap_or(Err(place.timeout(deadline)));
-        if sent.is_err() {
+        let sent = timeout(deadline, self.send_parts(parts, path, id, pieces, place)).await;
+        let sent = sent.unwrap_or_else(|_| Err(place.timeout(deadline).into()));
+        if let Err(Undone::Failed(_)) = sent {
             match timeout(self.limits().attempt, parts.abort_multipart(path, id)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => left_over(path, &error),
@@ -216,26 +254,31 @@ impl Store {
         id: &MultipartId,
         pieces: &[Bytes],
         place: Place<'_>,
-    ) -> Result<(), StoreError> {
-        let send = |(index, part): (usize, PutPayload)| {
-            retrying(self, place, part.content_length() as u64, move |_| {
+    ) -> Result<(), Undone> {
+        let send = |(index, part): (usize, PutPayload)| async move {
+            let sent = retrying(self, place, part.content_length() as u64, |_| {
                 let sent = parts.put_part(path, id, index, part.clone());
-                async move { sent.await.map_err(|error| place.error(error)) }
-            })
+                async move { known(sent.await, place) }
+            });
+            sent.await?.ok_or(Undone::Ended)
         };
         let sent: Vec<PartId> = stream::iter(in_parts(pieces).into_iter().enumerate()).map(send).buffered(CONCURRENT).try_collect().await?;
-        retrying(self, place, 0, |attempt| {
+        let completed = retrying(self, place, 0, |attempt| {
             let completed = parts.complete_multipart(path, id, sent.clone());
             async move {
-                match completed.await {
-                    Ok(_) => Ok(()),
-                    // The upload is gone because an attempt whose reply was lost completed it.
-                    Err(object_store::Error::NotFound { .. }) if attempt > 0 => Ok(()),
-                    Err(error) => Err(place.error(error)),
+                match known(completed.await, place)? {
+                    // Perhaps an attempt whose reply was lost completed it. Only the object itself tells (COMMIT).
+                    None if attempt > 0 => self.is_there(path, length(pieces) as u64, place).await,
+                    completed => Ok(completed.is_some()),
                 }
             }
-        })
-        .await
+        });
+        if completed.await? { Ok(()) } else { Err(Undone::Ended) }
+    }
+
+    /// Whether an object of that size is there.
+    async fn is_there(&self, path: &Path, bytes: u64, place: Place<'_>) -> Result<bool, StoreError> {
+        Ok(known(self.object().head(path).await, place)?.is_some_and(|meta| meta.size == bytes))
     }
 
     /// Deletes an object; one that is not there counts as deleted.

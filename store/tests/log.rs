@@ -194,7 +194,7 @@ async fn a_damaged_record_is_an_error_that_names_it() {
         store.put(&record_key(3), Bytes::from(bytes)).await.unwrap();
         assert!(matches!(RunLog::read(&store).await, Err(LogError::Bad { file, .. }) if file == record_key(3)));
     }
-    for stray in ["log/notes.txt", "log/6.json", "log/sub/000000000006.json", "log/00000000000x.json"] {
+    for stray in ["log/notes.txt", "log/6.json", "log/sub/000000000006.json", "log/00000000000x.json", "log/18446744073709551615.json"] {
         let store = six().await;
         store.put(stray, Bytes::new()).await.unwrap();
         assert!(matches!(RunLog::read(&store).await, Err(LogError::Bad { file, .. }) if file == stray));

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use ella_store::{Limits, Store, StoreError};
+use ella_store::{Digest, Limits, Store, StoreError};
 use futures::TryStreamExt;
 use proptest::prelude::*;
 use support::{Manners, Reply, Server};
@@ -108,6 +108,39 @@ async fn a_server_that_hides_sizes_is_refused_with_the_reason() {
     let (_server, store) = serve(Manners { length: false, ..Manners::GOOD }).await;
     let error = store.get("sets/a.tar").await.unwrap_err();
     assert!(!error.is_retryable() && error.to_string().contains("Content-Length Header missing"), "{error}");
+}
+
+/// A size is only the server's word: memory is taken for what comes.
+#[tokio::test]
+async fn a_size_beyond_all_memory_is_an_error_that_names_the_file() {
+    let (server, store) = serve(Manners::GOOD).await;
+    let store = store.with_limits(Limits { overall: Duration::from_millis(300), ..store.limits() });
+    for bytes in [1 << 50, 1 << 63] {
+        server.plan(vec![Reply::Claims(bytes); 10_000]);
+        let error = store.get("sets/a.tar").await.unwrap_err();
+        assert!(error.is_retryable() && error.to_string().contains("/data/sets/a.tar: "), "{error}");
+        let error = store.get_record("sets/a.tar").await.unwrap_err();
+        let expected = format!("/data/sets/a.tar: corrupt (expected at most {} bytes, found {bytes} bytes)", 1 << 30);
+        assert!(error.to_string().contains(&expected), "{error}");
+        server.forget();
+    }
+}
+
+#[tokio::test]
+async fn an_object_of_another_size_than_recorded_is_refused_before_its_body_is_read() {
+    for manners in kinds() {
+        let (server, store) = serve(manners).await;
+        let digest = Digest::of(&content());
+        for bytes in [LEN as u64 - 1, LEN as u64 + 1] {
+            // Its body would not end.
+            server.plan([Reply::Held]);
+            let error = store.get_verified("sets/a.tar", &digest, bytes).await.unwrap_err();
+            let expected = format!("/data/sets/a.tar: corrupt (expected {bytes} bytes, found {LEN} bytes)");
+            assert!(error.to_string().contains(&expected), "{manners:?}: {error}");
+        }
+        assert_eq!(store.get_verified("sets/a.tar", &digest, LEN as u64).await.unwrap(), content(), "{manners:?}");
+        assert_eq!(store.retries(), 0, "{manners:?}: {:?}", store.retry_report());
+    }
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use super::members::{Held, Member};
 use super::{ConnId, Core, Effect, Failure, Field, Mutation, Note, Outcome, Phase, Time};
+use crate::machine::total;
 use ella_proto::ids::{Generation, Rank, Step};
 use ella_proto::v1::{self, to_worker};
 use ella_store::{Body, Commit, Digest, LedgerEpoch, Part, commit_folder};
@@ -265,11 +266,11 @@ impl Core {
 
     fn committed(&mut self, now: Time, commit: Commit) {
         let (step, generation, folder) = (commit.step, commit.generation, commit.folder.clone());
-        let bytes: u64 = commit.parts.iter().map(|part| part.bytes).sum();
+        let bytes = total(commit.parts.iter().map(|part| part.bytes));
         let pending = self.commits.pending.remove(&Step(step));
         let took_ms = pending.map_or(0, |pending| now.since(pending.since));
         self.commits.written_ms += took_ms;
-        self.commits.written_bytes += bytes;
+        self.commits.written_bytes = self.commits.written_bytes.saturating_add(bytes);
         self.commits.last_at = now;
         self.progress.correct(&commit);
         self.commits.live.push(commit);

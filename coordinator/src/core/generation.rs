@@ -1,7 +1,8 @@
 //! Generations: forming one of those that are idle, and ending it when its members change.
 
+use super::loss::MOST_TEXT;
 use super::members::{Held, Member};
-use super::{ConnId, Core, Failure, Mutation, Note, Outcome, Phase, Time};
+use super::{ConnId, Core, Failure, Mutation, Note, Outcome, Phase, Time, Who};
 use ella_proto::ids::{Generation, Rank, Step};
 use ella_proto::v1::{self, to_worker};
 use ella_store::Commit;
@@ -284,7 +285,7 @@ impl Core {
         let asked = idle.broken.is_empty() && self.lineup.as_ref().is_some_and(|lineup| lineup.boundary);
         match self.phase {
             Phase::Starting { .. } | Phase::Training | Phase::Draining { .. } | Phase::Closing { .. } if placed && !asked => {
-                let why = if idle.broken.is_empty() { format!("{who} stopped unasked") } else { format!("{who}: {}", idle.broken) };
+                let why = if idle.broken.is_empty() { format!("{who} stopped unasked") } else { broke(&who, &idle.broken) };
                 self.end_generation(now, why, true);
             }
             Phase::Starting { .. } | Phase::Training | Phase::Draining { .. } | Phase::Closing { .. } if placed => {
@@ -292,9 +293,7 @@ impl Core {
                 self.settle(now);
             }
             // Others may still wait for it in a collective, if they were to stop at a boundary.
-            Phase::Regrouping { .. } if placed && !idle.broken.is_empty() => {
-                self.end_generation(now, format!("{who}: {}", idle.broken), true)
-            }
+            Phase::Regrouping { .. } if placed && !idle.broken.is_empty() => self.end_generation(now, broke(&who, &idle.broken), true),
             _ => self.settle(now),
         }
     }
@@ -340,4 +339,9 @@ impl Core {
             self.let_go(now, conn, super::Loss::NotIdle { waited_ms });
         }
     }
+}
+
+/// What a worker says of its end in a generation, which all ranks are told.
+fn broke(who: &Who, words: &str) -> String {
+    format!("{who}: {words}").chars().take(MOST_TEXT).collect()
 }

@@ -5,7 +5,7 @@ use super::{Closed, ConnId, Core, Failure, Loss, Note, Phase, Time};
 use ella_proto::v1::{self, to_worker};
 
 /// Characters that are kept of a worker's words.
-const MOST_TEXT: usize = 2_000;
+pub(super) const MOST_TEXT: usize = 2_000;
 
 impl Core {
     pub(super) fn closed(&mut self, now: Time, conn: ConnId, how: Closed) {

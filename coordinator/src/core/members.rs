@@ -1,6 +1,7 @@
 //! The workers that are here, and what each of them is at.
 
 use super::{ConnId, Failure, Field, RankTiming, Than, Time, Wait, Who};
+use crate::machine::total;
 use ella_proto::ids::{Rank, Step};
 use ella_proto::v1;
 use std::collections::BTreeMap;
@@ -205,7 +206,7 @@ impl Members {
     pub(super) fn encoding(&self) -> Option<Wait> {
         let waiting = self.placed().into_iter().filter_map(|(rank, _, member)| Some((rank, member.encoding?)));
         let (ranks, captions): (Vec<Rank>, Vec<u64>) = waiting.unzip();
-        (!ranks.is_empty()).then(|| Wait::Encoding { ranks, captions: captions.iter().sum() })
+        (!ranks.is_empty()).then(|| Wait::Encoding { ranks, captions: total(captions) })
     }
 
     pub(super) fn all_ready(&self) -> Option<Vec<(Rank, v1::Ready)>> {

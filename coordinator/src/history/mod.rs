@@ -121,7 +121,8 @@ impl Past {
         self.curves.add(point);
         for (reason, n) in &point.skipped {
             let fits = self.skipped.contains_key(reason) || (self.skipped.len() < MOST_REASONS && reason.len() <= 64);
-            *self.skipped.entry(if fits { reason.clone() } else { "other".to_owned() }).or_default() += n;
+            let count = self.skipped.entry(if fits { reason.clone() } else { "other".to_owned() }).or_default();
+            *count = count.saturating_add(*n);
         }
     }
 
@@ -130,7 +131,10 @@ impl Past {
         self.curves.append(later.curves);
         self.timings.append(later.timings);
         self.events.append(later.events);
-        later.skipped.into_iter().for_each(|(reason, n)| *self.skipped.entry(reason).or_default() += n);
+        for (reason, n) in later.skipped {
+            let count = self.skipped.entry(reason).or_default();
+            *count = count.saturating_add(n);
+        }
         self.faults.add(later.faults);
     }
 }

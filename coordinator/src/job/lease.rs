@@ -34,10 +34,24 @@ impl JobCore {
         self.sample_rate.note(now, self.samples_now());
     }
 
+    /// Names of units that follow. They are kept for a lease that the worker holds: of those there are few.
+    pub(super) fn lease_then(&mut self, conn: ConnId, then: v1::LeaseThen) {
+        if self.units.is_held(conn, then.lease_id) {
+            return self.workers.name(conn, then);
+        }
+        self.workers.refuse_names(conn, then.lease_id);
+        self.counts.add("refused_lost_lease", 1);
+    }
+
     pub(super) fn lease_done(&mut self, now: Time, conn: ConnId, mut done: v1::LeaseDone) {
         let then = self.workers.take_names(conn, done.lease_id, std::mem::take(&mut done.then));
         let failed = !done.error.is_empty();
-        let report = if failed { self.units.fail(conn, &done) } else { self.units.finish(&done.unit, &then) };
+        let report = match then {
+            _ if failed => self.units.fail(conn, &done),
+            Some(then) => self.units.finish(&done.unit, &then),
+            // What would follow is not all known: whoever holds the unit now does it again.
+            None => Report::Unknown,
+        };
         self.counts.add(
             match report {
                 Report::Done => "units_done",

@@ -171,7 +171,7 @@ impl JobCore {
         match body {
             B::LeaseRequest(request) => self.workers.ask(conn, request.slots.min(MOST_SLOTS)),
             B::LeaseRenew(renew) => self.lease_renew(now, conn, renew),
-            B::LeaseThen(then) => self.workers.name(conn, then),
+            B::LeaseThen(then) => self.lease_then(conn, then),
             B::LeaseDone(done) => self.lease_done(now, conn, done),
             B::Finished(_) => self.left(now, conn),
             B::Failed(failed) => self.worker_failed(now, conn, failed),

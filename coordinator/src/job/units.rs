@@ -149,6 +149,10 @@ impl Units {
         true
     }
 
+    pub(super) fn is_held(&self, holder: ConnId, lease_id: u64) -> bool {
+        self.held.get(&lease_id).is_some_and(|lease| lease.holder == holder)
+    }
+
     /// A unit's output stands. Whose report it is does not matter. `then` are the units that follow.
     pub(super) fn finish(&mut self, unit: &str, then: &[String]) -> Report {
         let name: Name = unit.into();

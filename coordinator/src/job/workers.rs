@@ -19,6 +19,8 @@ pub(super) struct Worker {
     pub(super) vitals: Option<v1::Vitals>,
     /// Units that follow one whose end it has not told yet, by lease.
     named: BTreeMap<u64, Vec<String>>,
+    /// The lease whose names were refused last: its end does not tell all that follow.
+    unnamed: Option<u64>,
 }
 
 impl Worker {
@@ -71,11 +73,25 @@ impl Workers {
         }
     }
 
-    /// The names kept for a lease, and the last of them.
-    pub(super) fn take_names(&mut self, conn: ConnId, lease_id: u64, last: Vec<String>) -> Vec<String> {
-        let mut names = self.0.get_mut(&conn).and_then(|worker| worker.named.remove(&lease_id)).unwrap_or_default();
+    /// Notes that names were not kept.
+    pub(super) fn refuse_names(&mut self, conn: ConnId, lease_id: u64) {
+        if let Some(worker) = self.0.get_mut(&conn) {
+            worker.unnamed = Some(lease_id);
+        }
+    }
+
+    /// The names kept for a lease, and the last of them. None: some were refused.
+    pub(super) fn take_names(&mut self, conn: ConnId, lease_id: u64, last: Vec<String>) -> Option<Vec<String>> {
+        let Some(worker) = self.0.get_mut(&conn) else { return Some(last) };
+        let mut names = worker.named.remove(&lease_id).unwrap_or_default();
         names.extend(last);
-        names
+        (worker.unnamed != Some(lease_id)).then_some(names)
+    }
+
+    /// For how many leases names are kept.
+    #[cfg(test)]
+    pub(super) fn leases_named(&self) -> usize {
+        self.0.values().map(|worker| worker.named.len()).sum()
     }
 
     pub(super) fn remove_all(&mut self) -> Vec<ConnId> {
@@ -92,7 +108,8 @@ impl JobCore {
             return self.refuse(conn, shown(&hello.worker_id), &refusal);
         }
         let (worker, host, pid) = (hello.worker_id.clone(), hello.host.clone(), hello.pid);
-        self.workers.0.insert(conn, Worker { hello, heard: now, slots: 0, units_done: 0, vitals: None, named: BTreeMap::new() });
+        let named = BTreeMap::new();
+        self.workers.0.insert(conn, Worker { hello, heard: now, slots: 0, units_done: 0, vitals: None, named, unnamed: None });
         if self.alone.take().is_some() {
             self.sample_rate.restart(now);
             self.unit_rate.restart(now);

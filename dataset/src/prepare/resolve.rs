@@ -68,7 +68,7 @@ impl Preparation {
             };
             let found = LeftOuts { schema: SCHEMA, parts: self.name_repeats(&repeats).await? };
             if self.out.create(DUPLICATES, pretty(&found)).await? == Created::AlreadyThere {
-                let there: LeftOuts = parse(&at(&self.out, DUPLICATES), &self.out.get(DUPLICATES).await?)?;
+                let there: LeftOuts = parse(&at(&self.out, DUPLICATES), &self.out.get_record(DUPLICATES).await?)?;
                 same(&found, &there, at(&self.out, DUPLICATES))?;
             }
             Ok(found.parts.into_keys().collect())

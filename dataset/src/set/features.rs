@@ -45,7 +45,8 @@ impl Features {
 
     /// Bytes of all files; of those that are not known to be there, as many as they can have.
     pub fn bytes(&self) -> u64 {
-        self.shards.iter().zip(self.set.most_bytes()).map(|(entry, most)| entry.get().map_or(most, |entry| entry.bytes)).sum()
+        let bytes = self.shards.iter().zip(self.set.most_bytes()).map(|(entry, most)| entry.get().map_or(most, |entry| entry.bytes));
+        bytes.fold(0, u64::saturating_add)
     }
 
     /// Whether a shard has its features, as far as this process knows.

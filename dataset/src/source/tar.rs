@@ -36,11 +36,9 @@ pub(super) fn read(source: &Source, each: &mut dyn FnMut(Sample) -> bool) -> Res
 /// Reads a tar to its end and hands over each sample in turn; `each` returns false to stop early (then `None`).
 /// Never holds more than one sample in memory.
 fn read_samples(name: &str, from: impl Read, each: &mut dyn FnMut(Sample) -> bool) -> Result<Option<PieceRead>, DataError> {
-    let mut counted = Counted { inner: from, hash: Hasher::new(), bytes: 0, failed: false };
+    let mut counted = Counted { inner: from, hash: Hasher::new(), bytes: 0, ended: false, failed: false };
     let mut grouper = Grouper::default();
-    // Where the last member ends, rounded up to whole blocks: the end marker must follow.
-    let mut end = 0;
-    let walked = walk(&mut counted, &mut end, &mut |member| grouper.add(member, each));
+    let walked = walk(&mut counted, &mut |member| grouper.add(member, each));
     let corrupt = |offset, what: String| DataError::SourceCorrupt { source_name: name.to_owned(), offset, what };
     match walked {
         Ok(true) => {}
@@ -51,10 +49,11 @@ fn read_samples(name: &str, from: impl Read, each: &mut dyn FnMut(Sample) -> boo
     if counted.bytes == 0 {
         return Err(corrupt(0, "is empty (expected a tar)".into()));
     }
-    if counted.bytes < end + BLOCK {
+    // The walk is over at the first block of zeroes, or at the end of the bytes if there is none.
+    if counted.ended {
         return Err(corrupt(counted.bytes, "is truncated (expected an end-of-archive block)".into()));
     }
-    if end == 0 {
+    if counted.bytes == BLOCK {
         return Err(corrupt(0, "holds no files (expected samples)".into()));
     }
     if let Err(error) = io::copy(&mut counted, &mut io::sink()) {
@@ -110,12 +109,11 @@ impl Kind {
 }
 
 /// Walks a tar's members; false if `each` stopped it.
-fn walk(from: &mut impl Read, end: &mut u64, each: &mut dyn FnMut(TarMember) -> bool) -> io::Result<bool> {
+fn walk(from: &mut impl Read, each: &mut dyn FnMut(TarMember) -> bool) -> io::Result<bool> {
     let mut archive = tar::Archive::new(from);
     for entry in archive.entries()? {
         let mut entry = entry?;
         let size = entry.size();
-        *end = entry.raw_file_position() + size.div_ceil(BLOCK) * BLOCK;
         let path = entry.path_bytes().into_owned();
         let kind = if entry.header().entry_type().is_file() {
             split(&path).map_or(Kind::Other, |(_, extension)| Kind::of(extension))
@@ -221,6 +219,8 @@ struct Counted<R> {
     inner: R,
     hash: Hasher,
     bytes: u64,
+    /// There are no more bytes.
+    ended: bool,
     /// Reading itself failed, whatever the bytes mean.
     failed: bool,
 }
@@ -230,6 +230,7 @@ impl<R: Read> Read for Counted<R> {
         let n = self.inner.read(buf).inspect_err(|_| self.failed = true)?;
         self.hash.update(&buf[..n]);
         self.bytes += n as u64;
+        self.ended |= n == 0 && !buf.is_empty();
         Ok(n)
     }
 }
@@ -267,6 +268,39 @@ mod tests {
         }
         let error = read_samples("s3://b/x.tar", Failing, &mut |_| true).unwrap_err().to_string();
         assert!(error.contains("s3://b/x.tar: cannot be read (connection reset)"), "{error}");
+    }
+
+    /// A member of GNU tar's sparse kind is longer unpacked than it lies in the archive.
+    #[test]
+    fn a_tar_that_ends_with_a_sparse_member_is_whole_or_truncated_as_any() {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(1);
+        builder.append_data(&mut header, "a.txt", &b"x"[..]).unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_path("b.txt").unwrap();
+        header.set_entry_type(tar::EntryType::GNUSparse);
+        header.set_size(512);
+        let gnu = header.as_gnu_mut().unwrap();
+        // 64 GiB of nothing, then a block.
+        gnu.sparse[0].offset = *b"777777770000";
+        gnu.sparse[0].numbytes = *b"000000001000";
+        gnu.realsize = *b"777777771000";
+        header.set_cksum();
+        builder.append(&header, &[b'y'; 512][..]).unwrap();
+        let tar = builder.into_inner().unwrap();
+        let keys = |tar: &[u8]| {
+            let mut keys = Vec::new();
+            let read = read_samples("x.tar", tar, &mut |sample| {
+                keys.push(sample.key);
+                true
+            });
+            read.map(|read| (keys.join(" "), read.unwrap().bytes))
+        };
+        assert_eq!(keys(&tar).unwrap(), ("a b".to_owned(), tar.len() as u64));
+        assert_eq!(keys(&tar[..tar.len() - 512]).unwrap().0, "a b", "one block of zeroes is enough");
+        let error = keys(&tar[..tar.len() - 1024]).unwrap_err().to_string();
+        assert!(error.contains("is truncated (expected an end-of-archive block)"), "{error}");
     }
 
     #[test]

@@ -125,12 +125,16 @@ async fn a_store_that_asks_for_time_is_given_it() {
 
 #[tokio::test]
 async fn a_wait_beyond_the_deadline_is_not_begun() {
-    let (store, server) = store([Reply::With(503, "Retry-After: 3600".into())]).await;
-    let begun = Instant::now();
-    let error = store.get("a").await.unwrap_err();
-    assert!(begun.elapsed() < store.limits().overall, "{:?}", begun.elapsed());
-    assert_eq!((error.retry_after(), server.requests().len()), (Some(Duration::from_secs(3600)), 1));
-    assert!(error.is_retryable() && error.to_string().contains("(status 503) and asks to wait 3600s"), "{error}");
+    // The last is the longest that there is, and the pause comes on top.
+    for seconds in [3600, u64::MAX] {
+        let (store, server) = store([Reply::With(503, format!("Retry-After: {seconds}"))]).await;
+        let store = store.with_limits(Limits { first_pause: Duration::from_secs(2), ..store.limits() });
+        let begun = Instant::now();
+        let error = store.get("a").await.unwrap_err();
+        assert!(begun.elapsed() < store.limits().overall, "{:?}", begun.elapsed());
+        assert_eq!((error.retry_after(), server.requests().len()), (Some(Duration::from_secs(seconds)), 1));
+        assert!(error.is_retryable() && error.to_string().contains(&format!("(status 503) and asks to wait {seconds}s")), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -164,6 +168,54 @@ async fn an_upload_that_is_given_up_is_aborted() {
     let error = store.upload("a", &[vec![0; 20 << 20].into()]).await.unwrap_err();
     assert_eq!(error.kind(), "permission", "{error}");
     assert!(server.requests().iter().any(|request| request.starts_with("DELETE /bucket/a?uploadId=7")), "{:?}", server.requests());
+}
+
+/// What begins an upload of two parts, and sends them; then how often completing it fails, and how.
+fn completing(replies: impl IntoIterator<Item = Reply>) -> Vec<Reply> {
+    [Reply::Proper, Reply::Proper, Reply::Proper].into_iter().chain(replies).collect()
+}
+
+async fn patient_store(script: Vec<Reply>) -> (Store, Arc<Server>) {
+    let (store, server) = store(script).await;
+    let limits = Limits { attempt: Duration::from_secs(10), overall: Duration::from_secs(20), ..store.limits() };
+    (store.with_limits(limits), server)
+}
+
+/// A reply that was lost may be that of the attempt which completed it. It may as well be that something else ended it (COMMIT).
+#[tokio::test]
+async fn an_upload_that_the_store_forgot_counts_only_if_its_object_is_there() {
+    let large: Bytes = vec![7; 20 << 20].into();
+    let begun = |server: &Server| {
+        server.requests().iter().filter(|request| request.ends_with("?uploads") || request.ends_with("?uploads=")).count()
+    };
+    let (store, server) = patient_store(completing([Reply::Lost])).await;
+    store.upload("a", std::slice::from_ref(&large)).await.unwrap();
+    assert_eq!((store.get("a").await.unwrap(), begun(&server)), (large.clone(), 1));
+    // Neither no object nor one of another size is ours.
+    for before in [None, Some(b"another")] {
+        let (store, server) = patient_store(completing([Reply::Status(503), Reply::Status(404)])).await;
+        before.into_iter().for_each(|before| server.keep("/bucket/a", before));
+        store.upload("a", std::slice::from_ref(&large)).await.unwrap();
+        assert_eq!((store.get("a").await.unwrap(), begun(&server)), (large.clone(), 2));
+    }
+    let (store, server) = patient_store(completing([Reply::Status(503), Reply::Status(404), Reply::Proper, Reply::Status(403)])).await;
+    assert_eq!(store.upload("a", std::slice::from_ref(&large)).await.unwrap_err().kind(), "permission", "{:?}", server.requests());
+    assert!(store.head("a").await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn an_upload_that_ends_while_its_parts_are_sent_begins_anew_and_is_said_to() {
+    let large: Bytes = vec![7; 20 << 20].into();
+    let (store, _) = patient_store(vec![Reply::Proper, Reply::Status(404)]).await;
+    store.upload("a", std::slice::from_ref(&large)).await.unwrap();
+    assert_eq!(store.get("a").await.unwrap(), large);
+    for script in [vec![Reply::Proper, Reply::Status(404)], completing([Reply::Status(404)])] {
+        let (store, _) = patient_store(script).await;
+        let hasty = Limits { first_pause: Duration::from_secs(100), longest_pause: Duration::from_secs(100), ..store.limits() };
+        let error = store.with_limits(Limits { bytes_per_second: u64::MAX, ..hasty }).upload("a", std::slice::from_ref(&large)).await;
+        let error = error.unwrap_err();
+        assert!(error.is_retryable() && error.to_string().contains("no longer knows the upload"), "{error}");
+    }
 }
 
 #[tokio::test]

@@ -26,6 +26,8 @@ pub(crate) enum Reply {
     Silent,
     /// A get's body breaks off half-way.
     Half,
+    /// A get that is said to have so many bytes breaks off after a hundred.
+    Claims(u64),
     /// A get's body stops half-way, until [`Server::stop_held`] breaks it off.
     Held,
     /// As it should be.
@@ -124,6 +126,11 @@ impl Server {
         lock(&self.script).extend(replies);
     }
 
+    /// Drops what is left of the script.
+    pub(crate) fn forget(&self) {
+        lock(&self.script).clear();
+    }
+
     /// The requests so far, as `GET /path`.
     pub(crate) fn requests(&self) -> Vec<String> {
         lock(&self.requests).clone()
@@ -159,6 +166,11 @@ impl Server {
             };
             let text = format!("HTTP/1.1 {status} X\r\n{more}content-length: 5\r\n\r\noops\n");
             return connection.write_all(text.as_bytes()).await.ok();
+        }
+        if let Reply::Claims(bytes) = reply {
+            let text = format!("HTTP/1.1 200 X\r\ncontent-length: {bytes}\r\n\r\n{}", "{".repeat(100));
+            let _ = connection.write_all(text.as_bytes()).await;
+            return None;
         }
         let (head, body) = self.effect(&request);
         match reply {

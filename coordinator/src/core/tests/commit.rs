@@ -49,6 +49,20 @@ fn a_state_that_differs_ends_the_run_for_good_naming_the_rank() {
 }
 
 #[test]
+fn sizes_are_summed_up_without_a_turn_to_zero() {
+    let mut run = Run::training(vec![]);
+    for step in [2, 4] {
+        let mut commit = commit_at(step, TERM);
+        commit.parts.iter_mut().for_each(|part| part.bytes = u64::MAX);
+        commit.ledger.push(ella_store::LedgerEpoch { epoch: 1, samples: u64::MAX, hash: "0".repeat(32) });
+        let effects = run.event(Event::Appended(Body::Commit(commit)));
+        assert!(matches!(&effects[0], Effect::Note(Note::Committed { bytes: u64::MAX, .. })), "{effects:?}");
+    }
+    let status = run.core.status(run.now);
+    assert_eq!((status.totals.unwrap().commit_bytes, status.samples), (u64::MAX, u64::MAX));
+}
+
+#[test]
 fn a_part_saved_twice_must_be_the_same() {
     let mut run = Run::training(vec![]);
     run.say(1, part(2, 0));

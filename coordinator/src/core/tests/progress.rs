@@ -93,6 +93,18 @@ fn skipped_samples_are_counted_by_reason_and_reasons_are_bounded() {
     assert!(run.count("other") > 0);
 }
 
+/// Any number is what a worker may send.
+#[test]
+fn what_workers_count_is_summed_up_without_a_turn_to_zero() {
+    let mut run = Run::training(vec![]);
+    for n in [1, 2] {
+        let beat = v1::Heartbeat { encoding: Some(u64::MAX - 1), counts: [("kept".to_owned(), u64::MAX)].into(), ..Default::default() };
+        run.say(n, from_worker::Body::Heartbeat(beat));
+    }
+    assert_eq!(run.count("kept"), u64::MAX);
+    assert_eq!(run.core.wait(), Some(Wait::Encoding { ranks: vec![Rank(0), Rank(1)], captions: u64::MAX }));
+}
+
 #[test]
 fn progress_out_of_turn_is_refused() {
     let mut run = Run::assigned(vec![]);

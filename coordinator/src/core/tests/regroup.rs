@@ -134,6 +134,31 @@ fn a_worker_that_stops_unasked_ends_its_generation_and_is_said_to() {
     assert_eq!(run.say(1, idle(Some(2))).last(), Some(&run.regroup(2, reason)));
 }
 
+/// It goes to every rank, and into the run's events.
+#[test]
+fn of_what_a_worker_says_of_its_end_no_more_is_told_than_can_be_read() {
+    let words = "é".repeat(1 << 19);
+    for asked in [false, true] {
+        let mut run = three();
+        if asked {
+            run.come(4);
+            run.until(2_000, &[1, 2, 3, 4]);
+            run.say(1, idle(Some(5)));
+        }
+        let effects = run.say(2, broken(4, &words));
+        let told: Vec<&str> = effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::Send(_, ToWorker { body: Some(to_worker::Body::Regroup(regroup)), .. }) => Some(regroup.reason.as_str()),
+                Effect::Note(Note::Regroup { reason, .. }) => Some(reason.as_str()),
+                _ => None,
+            })
+            .collect();
+        assert!(told.len() > 1 && told.iter().all(|reason| reason.chars().count() == 2_000), "{}", told.len());
+        assert!(told[0].starts_with("worker w2 (rank 1, host h2, pid 2): éé"));
+    }
+}
+
 /// Three generations that end where they began are no accident.
 #[test]
 fn a_run_that_makes_no_progress_fails_for_good() {

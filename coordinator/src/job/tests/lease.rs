@@ -96,6 +96,36 @@ fn a_plan_of_many_units_comes_in_parts_that_count_with_its_end_only() {
 }
 
 #[test]
+fn names_for_leases_that_a_worker_does_not_hold_are_refused_and_counted() {
+    let mut job = Job::planned(&["a", "b"]);
+    let then = |lease_id| from_worker::Body::LeaseThen(v1::LeaseThen { lease_id, units: names(&["x"]) });
+    // 1 is done, 3 is the other worker's, and the rest are nobody's.
+    for lease_id in (0..1_001).filter(|id| *id != 2) {
+        assert_eq!(job.say(1, then(lease_id)), vec![]);
+    }
+    assert_eq!((job.core.workers.leases_named(), job.count("refused_lost_lease")), (0, 1_000));
+    job.say(1, then(2));
+    assert_eq!(job.core.workers.leases_named(), 1);
+}
+
+/// It was away while its unit was requeued, and some of the names were refused: the unit would be done without all that follows.
+#[test]
+fn an_end_whose_names_were_refused_does_not_count() {
+    let mut job = Job::planned(&["a", "b"]);
+    let then = |lease_id, units: &[&str]| from_worker::Body::LeaseThen(v1::LeaseThen { lease_id, units: names(units) });
+    job.close(1);
+    job.hello(3);
+    job.say(3, then(2, &["x", "y"]));
+    assert_eq!(job.say(3, done(2, "a", &["z"])), vec![]);
+    assert_eq!((job.count("refused_lost_lease"), job.count("refused_unknown_unit"), job.status().units_done), (1, 1, 0));
+    assert_eq!(job.say(3, ask(1)), vec![grant(3, 4, "a")]);
+    job.say(3, then(4, &["x", "y"]));
+    job.say(3, done(4, "a", &["z"]));
+    let effects = job.say(2, done(3, "b", &[]));
+    assert_eq!(effects[0], note(JobNote::Stage { stage: 3, units: 3 }));
+}
+
+#[test]
 fn what_a_run_says_and_what_another_session_says_changes_nothing() {
     let mut job = Job::planned(&["a"]);
     job.say_as(SESSION + 1, 1, done(2, "a", &[]));
