@@ -1,4 +1,4 @@
-//! What asks a process to stop, SIGTERM and SIGINT: one rule for all binaries of when two signals are two wishes.
+//! What asks a process to stop, SIGTERM, SIGINT, and SIGHUP where a terminal is closed: one rule for all binaries of when two signals are two wishes.
 
 use std::io;
 use std::time::Duration;
@@ -9,11 +9,13 @@ use tokio::time::Instant;
 /// the process that watches it, or to a coordinator by the command that started it; and `timeout` signals its command twice.
 pub const SAME_WISH: Duration = Duration::from_secs(1);
 
-/// SIGTERM and SIGINT of this process, which they end no more.
+/// SIGTERM, SIGINT and SIGHUP of this process, which they end no more.
 #[derive(Debug)]
 pub struct Stops {
     term: Signal,
     int: Signal,
+    /// None where it is ignored, as `nohup` has it: then the process is to outlive its terminal.
+    hup: Option<Signal>,
     wishes: Wishes,
 }
 
@@ -23,7 +25,9 @@ impl Stops {
     /// # Errors
     /// What the system refuses.
     pub fn catch() -> io::Result<Self> {
-        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())?, wishes: Wishes::default() })
+        let ignored = std::fs::read_to_string("/proc/self/status").is_ok_and(|status| ignores_hangups(&status));
+        let hup = if ignored { None } else { Some(signal(SignalKind::hangup())?) };
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())?, hup, wishes: Wishes::default() })
     }
 
     /// Waits until it is wished, or wished again, that this process stops. By which signal.
@@ -32,12 +36,28 @@ impl Stops {
             let name = tokio::select! {
                 _ = self.term.recv() => "SIGTERM",
                 _ = self.int.recv() => "SIGINT",
+                () = hung_up(self.hup.as_mut()) => "SIGHUP",
             };
             if self.wishes.is_another(Instant::now()) {
                 return name;
             }
         }
     }
+}
+
+async fn hung_up(signal: Option<&mut Signal>) {
+    match signal {
+        Some(signal) => {
+            signal.recv().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether a process ignores SIGHUP, the first of signals, by what the system says of it.
+fn ignores_hangups(status: &str) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).map(str::trim);
+    mask.and_then(|mask| u64::from_str_radix(mask, 16).ok()).is_some_and(|mask| mask & 1 == 1)
 }
 
 /// When the last one was first said.
@@ -58,6 +78,12 @@ impl Wishes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_ignores_hangups_is_known() {
+        let of = |mask: &str| format!("Name:\tx\nSigBlk:\t0000000000000001\nSigIgn:\t{mask}\nSigCgt:\t0000000000000001\n");
+        assert!(ignores_hangups(&of("0000000000001001")) && !ignores_hangups(&of("0000000000001000")) && !ignores_hangups("Name:\tx\n"));
+    }
 
     #[test]
     fn signals_within_a_second_of_the_first_are_one_wish() {

@@ -10,7 +10,7 @@ use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// Signals that are passed on.
-const PASSED_ON: [i32; 2] = [libc::SIGTERM, libc::SIGINT];
+const PASSED_ON: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 /// How often the watched process says that it lives.
 const PULSE: Duration = Duration::from_secs(1);
 
