@@ -13,6 +13,7 @@ use ella_coordinator::shell::{AccessControl, Coordinator, Options};
 use ella_coordinator::status::{JobReport, StatusReport};
 use ella_proto::access::Access;
 use ella_proto::config::{Device, JobConfig};
+use ella_proto::v1::RunStatus;
 use ella_worker::job::{JobEnd, kinds, run_leased, run_local};
 use ella_worker::train::Ending;
 use tokio::runtime::Runtime;
@@ -20,8 +21,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::children::{Children, Logs, binary, ending};
-use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, PREEMPTED, note, span};
+use crate::children::{Children, Logs, binary};
+use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, PREEMPTED, USAGE, note, span};
 
 /// How often the coordinator is asked for the status.
 const POLL: Duration = Duration::from_millis(250);
@@ -175,6 +176,8 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
     let mut workers = Workers::start(joins, count, device)?;
     let mut shown = Shown::new(config);
     let mut ticks = tokio::time::interval(POLL);
+    // Why no worker takes the place of the last one that ended.
+    let mut given_up = None;
     let outcome = loop {
         tokio::select! {
             outcome = &mut serving => break outcome.map_err(Fail::failed)?.map_err(Fail::failed)?,
@@ -183,8 +186,13 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
                 let _ = stops.try_send("asked to stop by a signal".to_owned());
                 workers.children.signal(libc::SIGTERM);
             }
-            at = workers.children.next_end() => if !stop.is_cancelled() && let Some(reason) = workers.replace(at)? {
-                let _ = stops.try_send(reason);
+            at = workers.children.next_end() => {
+                // Whoever ends because the job is over leaves nothing to do.
+                let over = stop.is_cancelled() || given_up.is_some() || serving.is_finished() || is_over(client::status(&access).await.ok());
+                if !over && let Some(fail) = workers.replace(at).await? {
+                    let _ = stops.try_send(fail.message.clone());
+                    given_up = Some(fail);
+                }
             },
             _ = ticks.tick() => if let Ok(status) = client::status(&access).await {
                 shown.show(&status.into());
@@ -192,9 +200,10 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
         }
     };
     workers.children.reap(LEAVING).await;
-    let code = match &outcome {
-        Outcome::Done => DONE,
-        Outcome::Preempted { reason } => {
+    let code = match (&outcome, given_up) {
+        (Outcome::Done, _) => DONE,
+        (Outcome::Preempted { .. }, Some(fail)) => return Err(fail),
+        (Outcome::Preempted { reason }, None) => {
             note(format_args!("stopped ({reason}); the same command goes on where it was"));
             PREEMPTED
         }
@@ -204,6 +213,11 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
         }
     };
     Ok(Ran { status: shown.last, code })
+}
+
+/// Whether a status is that of a job whose outcome is decided.
+fn is_over(status: Option<RunStatus>) -> bool {
+    status.is_some_and(|status| matches!(status.phase.as_str(), "done" | "failed" | "preempted"))
 }
 
 /// Where this machine reaches what listens there: an address that stands for all of a machine's is none to call.
@@ -240,16 +254,21 @@ impl Workers {
         self.children.start(&name, &self.program, &self.arguments, &logs).map(|_| ())
     }
 
-    /// Starts another in the place of one that died; or says why no more are.
-    fn replace(&mut self, at: usize) -> Result<Option<String>, Fail> {
-        let member = &self.children.members()[at];
-        let Some(status) = member.ended.filter(|status| !status.success()) else { return Ok(None) };
-        let why = member.last_error().unwrap_or_else(|| ending(status));
+    /// Starts another in the place of one that died; or says why no more are: it would end in the same way, or too many have.
+    async fn replace(&mut self, at: usize) -> Result<Option<Fail>, Fail> {
+        let Some(status) = self.children.members()[at].ended.filter(|status| !status.success()) else { return Ok(None) };
+        let why = self.children.last_words(at).await;
+        let name = &self.children.members()[at].name;
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        if let Some(code) = code.filter(|code| [USAGE, NO_RETRY].contains(code)) {
+            return Ok(Some(Fail { code, message: format!("{name} cannot work ({why}), nor could another in its place") }));
+        }
         if self.deaths_left == 0 {
-            return Ok(Some(format!("workers die again and again, the last: {why}")));
+            let message = format!("workers die again and again, the last: {why}; the same command goes on where it was");
+            return Ok(Some(Fail::failed(message)));
         }
         self.deaths_left -= 1;
-        note(format_args!("{} is gone ({why}); another takes its place", member.name));
+        note(format_args!("{name} is gone ({why}); another takes its place"));
         self.add().map(|()| None)
     }
 }
