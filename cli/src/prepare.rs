@@ -1,14 +1,14 @@
 //! `ella prepare`: sources to a prepared data set.
 
 use clap::Args;
-use ella_dataset::{Damage, DataError, REPORT, Report};
+use ella_dataset::{Damage, DataError, Plan, REPORT, Report};
 use ella_proto::config::{Config, Device as Choice, JobConfig, JobKind, JobTable};
 use ella_store::Store;
 use ella_worker::prepare::{CONFIG, PrepareSettings};
 
 use crate::embed::Device;
-use crate::jobs::Who;
-use crate::ui::{DONE, Fail, Meter, Out};
+use crate::jobs::{Ran, Who};
+use crate::ui::{DONE, Fail, Meter, NO_RETRY, Out, note};
 
 #[derive(Debug, Args)]
 pub(crate) struct Prepare {
@@ -32,13 +32,31 @@ impl Prepare {
             Store::open(&self.out)?;
             self.settings.check()?;
         }
-        let ran = self.who.run(&config, self.device.into())?;
+        let ran = self.who.run(&config, self.device.into()).or_else(|fail| self.failed(fail, &config))?;
         if ran.status.is_some() && ran.code == DONE {
             let store = Store::open(&self.out)?;
             let report = read_report(&store)?;
             out.result(&report, || table_of(&report, store.url()));
         }
         Ok(ran.code)
+    }
+
+    /// What failed for good before anything was made does not bind the destination to what was asked for.
+    fn failed(&self, fail: Fail, config: &JobConfig) -> Result<Ran, Fail> {
+        if fail.code == NO_RETRY && !self.who.is_elsewhere() {
+            let store = Store::open(&self.out)?;
+            let withdrawn = crate::runtime()?.block_on(async {
+                // Written once the plan is there: of another's destination it is another.
+                match store.get(CONFIG).await {
+                    Ok(there) if there == config.to_toml() => Plan::withdraw(&store).await,
+                    _ => Ok(()),
+                }
+            });
+            if let Err(error) = withdrawn {
+                note(error);
+            }
+        }
+        Err(fail)
     }
 }
 

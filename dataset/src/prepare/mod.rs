@@ -218,6 +218,8 @@ impl Preparation {
             }
             if report.kept == 0 {
                 write_report(&self.out, &report).await?;
+                // All parts are done, and loosened filters are another plan.
+                Plan::withdraw(&self.out).await?;
                 return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
             }
             let manifest = Manifest::new(Some(plan.settings.clone()), plan.latents.clone(), sources, shards);
