@@ -1,7 +1,7 @@
 //! What people and scripts see: results, progress, errors, exit codes (design.md §6).
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 
 use ella_coordinator::client::ClientError;
 use ella_coordinator::credentials::CredentialError;
@@ -168,8 +168,10 @@ impl Out {
     /// Gives the result: the object, or the text made for people.
     pub(crate) fn result(self, value: &impl Serialize, text: impl FnOnce() -> String) {
         let text = if self.json { serde_json::to_string(value).unwrap_or_default() } else { text() };
-        // Whoever closed stdout does not want to read it.
-        let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+        if let Err(fail) = print(&text) {
+            // Nothing is left to do but to give the result.
+            ella_worker::leave(Self { json: false }.fail(&fail));
+        }
     }
 
     /// Tells why there is no result, and gives the exit code.
@@ -177,9 +179,20 @@ impl Out {
         let message = one_line(&fail.message);
         let _ = writeln!(std::io::stderr(), "ella: {message}");
         if self.json {
-            self.result(&serde_json::json!({ "error": message }), String::new);
+            // It was said on stderr, and the code says more than that stdout took nothing.
+            let _ = print(&serde_json::json!({ "error": message }).to_string());
         }
         fail.code
+    }
+}
+
+/// Writes to stdout, to the end: what is in its buffer at the end of the process nobody would hear of.
+pub(crate) fn print(text: &str) -> Result<(), Fail> {
+    let mut stdout = std::io::stdout();
+    match writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush()) {
+        // Whoever closed stdout does not want to read it.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Fail::failed(format_args!("stdout: cannot be written ({error})"))),
+        _ => Ok(()),
     }
 }
 

@@ -24,6 +24,17 @@ fn scenes_are_the_same_for_the_same_seed_and_wrong_sizes_are_refused() {
 }
 
 #[test]
+fn a_result_that_nobody_gets_is_no_success() {
+    let dir = tempfile::tempdir().unwrap();
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ella"));
+    command.args(["scenes", "--out", "a", "--count", "1", "--json"]).current_dir(dir.path()).stdout(full);
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && said.contains("ella: stdout: cannot be written"), "{said}");
+}
+
+#[test]
 fn prepare_counts_what_it_refuses_and_names_broken_sources() {
     let dir = tempfile::tempdir().unwrap();
     let here = dir.path();
