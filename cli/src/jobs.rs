@@ -143,7 +143,7 @@ fn alone(runtime: &Runtime, config: &JobConfig, device: Device) -> Result<Ran, F
         let made = tokio::task::spawn_blocking(move || kinds::make(&making, device)).await;
         match made.map_err(Fail::failed)? {
             Ok(job) => code(run_local(config, job, 1, stop, &mut |status| shown.show(status)).await),
-            Err(error) => Err(Fail { code: if error.permanent { NO_RETRY } else { FAILED }, message: error.message }),
+            Err(error) => Err(error.into()),
         }
     });
     Ok(Ran { code: ended.map_err(|fail| told(fail, shown.last.as_ref()))?, status: shown.last })

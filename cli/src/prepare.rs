@@ -4,6 +4,7 @@ use clap::Args;
 use ella_dataset::{Damage, DataError, Plan, REPORT, Report};
 use ella_proto::config::{Config, Device as Choice, JobConfig, JobKind, JobTable};
 use ella_store::Store;
+use ella_worker::models;
 use ella_worker::prepare::{CONFIG, PrepareSettings};
 
 use crate::embed::Device;
@@ -31,6 +32,10 @@ impl Prepare {
         if !self.who.is_elsewhere() {
             Store::open(&self.out)?;
             self.settings.check()?;
+            // Whoever does the work on this machine finds the models there.
+            for (option, model) in [("--tokenizer", &self.settings.tokenizer), ("--latents", &self.settings.latents)] {
+                model.as_ref().map(|model| models::locate(option, model)).transpose()?;
+            }
         }
         let ran = self.who.run(&config, self.device.into()).or_else(|fail| self.failed(fail, &config))?;
         if ran.status.is_some() && ran.code == DONE {
@@ -69,7 +74,7 @@ fn told(data: &str, sources: &[String]) -> Result<(JobTable, PrepareSettings), F
             None => Ok(None),
         }
     })?;
-    let missing = || Fail::failed(format_args!("{data}/{CONFIG}: not found; run the same `ella prepare` again: it writes it"));
+    let missing = || Fail::lasting(format_args!("{data}/{CONFIG}: not found; run the same `ella prepare` again: it writes it"));
     let text = String::from_utf8_lossy(&there.ok_or_else(missing)?).into_owned();
     let Config::Job(config) = Config::parse(&text, &format!("{data}/{CONFIG}"), &[])? else { return Err(missing()) };
     let mut settings = config.settings(&PrepareSettings::full())?;
@@ -120,7 +125,7 @@ pub(crate) fn again(data: &str, sources: &[String]) -> Result<(), Fail> {
 
 fn read_report(store: &Store) -> Result<Report, Fail> {
     let bytes = crate::runtime()?.block_on(store.get(REPORT))?;
-    serde_json::from_slice(&bytes).map_err(|error| Fail::failed(format_args!("{}/{REPORT}: {error}", store.url())))
+    serde_json::from_slice(&bytes).map_err(|error| Fail::lasting(format_args!("{}/{REPORT}: {error}", store.url())))
 }
 
 /// Counts by reason, and where the whole list is.

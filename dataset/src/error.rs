@@ -316,6 +316,11 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// Whether a setting is at fault, whatever the data are.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, DataError::Setting { .. } | DataError::Store(StoreError::BadUrl { .. } | StoreError::Unsupported { .. }))
+    }
+
     /// Whether it would come again wherever and whenever the same is tried: input or settings that can't be used. Else it may pass.
     pub fn is_permanent(&self) -> bool {
         match self {

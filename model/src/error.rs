@@ -212,10 +212,31 @@ pub enum ModelError {
 }
 
 impl ModelError {
+    /// Whether what was asked for cannot be, whatever the files hold.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, ModelError::Input { .. } | ModelError::Unsupported { .. })
+    }
+
+    /// Whether the same would fail again on this machine: a model that is not there, or cannot be used.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            ModelError::Unreadable { source, .. } | ModelError::Unwritable { source, .. } => is_lasting(source),
+            ModelError::Unavailable { passes, .. } => !passes,
+            ModelError::Torch(_) | ModelError::Fused(_) => false,
+            _ => true,
+        }
+    }
+
     /// The error of an argument that a network or schedule cannot work with.
     pub fn argument(what: impl Into<String>, expected: impl Display, found: impl Display) -> Self {
         ModelError::Input { what: what.into(), expected: expected.to_string(), found: found.to_string() }
     }
+}
+
+/// Whether the system would say the same again: of a path that leads nowhere, not of a right, room or a connection that is missing.
+pub fn is_lasting(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind as E;
+    matches!(error.kind(), E::NotFound | E::NotADirectory | E::IsADirectory | E::InvalidInput | E::InvalidFilename | E::InvalidData)
 }
 
 /// The first few names of a list, and how many more there are.

@@ -112,9 +112,9 @@ impl EmbedJob {
         Precision::OF_FILES.set(device).map_err(JobError::passing)?;
         gpu::limit(device, settings.gpu_memory).map_err(JobError::passing)?;
         // Another machine may have the model.
-        let model = models::locate("--text", &settings.text).map_err(JobError::passing)?;
+        let model = models::locate("--text", &settings.text).map_err(|error| JobError::of_model(&error))?;
         let (text, load) = (settings.text(), (settings.batch, settings.threads));
-        let spec = feed::spec(&text, &identity(&model, settings.max_tokens).map_err(JobError::passing)?)?;
+        let spec = feed::spec(&text, &identity(&model, settings.max_tokens).map_err(|error| JobError::of_model(&error))?)?;
         let encoder =
             ShardEncoder::load(&text, model, spec.clone(), device, load).map_err(JobError::passing)?.splitting(settings.split_on_oom);
         let runtime = Handle::current();
