@@ -17,7 +17,7 @@ use ella_worker::draw::NoiseError;
 use ella_worker::feed::FeedError;
 use ella_worker::grids::DrawError;
 use ella_worker::job::JobError;
-pub(crate) use ella_worker::meter::{Meter, note};
+pub(crate) use ella_worker::meter::{Meter, note, plain};
 use ella_worker::prepare::PrepareError;
 use serde::Serialize;
 
@@ -154,7 +154,7 @@ pub(crate) struct Out {
 impl Out {
     /// Gives the result: the object, or the text made for people.
     pub(crate) fn result(self, value: &impl Serialize, text: impl FnOnce() -> String) {
-        let text = if self.json { serde_json::to_string(value).unwrap_or_default() } else { text() };
+        let text = if self.json { serde_json::to_string(value).unwrap_or_default() } else { plain(&text()).into_owned() };
         if let Err(fail) = print(&text) {
             // Nothing is left to do but to give the result.
             ella_worker::leave(Self { json: false }.fail(&fail));
@@ -163,8 +163,8 @@ impl Out {
 
     /// Tells why there is no result, and gives the exit code.
     pub(crate) fn fail(self, fail: &Fail) -> u8 {
-        let message = one_line(&fail.message);
-        let _ = writeln!(std::io::stderr(), "ella: {message}");
+        let message = plain(&one_line(&fail.message)).into_owned();
+        note(format_args!("ella: {message}"));
         if self.json {
             // It was said on stderr, and the code says more than that stdout took nothing.
             let _ = print(&serde_json::json!({ "error": message }).to_string());

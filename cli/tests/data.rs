@@ -61,6 +61,12 @@ fn prepare_counts_what_it_refuses_and_names_broken_sources() {
     let tar = std::fs::read(here.join("small/scenes-00000.tar")).unwrap();
     std::fs::write(here.join("cut.tar"), &tar[..tar.len() / 2]).unwrap();
     ella(here, &["prepare", "cut.tar", "--out", "y", "--resolution", "64", "--json"]).fails(4, &["cut.tar", "truncated"]);
+    // What the file holds is told, and steers no terminal.
+    let noise: Vec<u8> = std::iter::repeat_n(b"\x1b[31m\x0e\x07", 128).flatten().copied().collect();
+    std::fs::write(here.join("noise.tar"), noise).unwrap();
+    let told = ella(here, &["prepare", "noise.tar", "--out", "n", "--resolution", "64"]);
+    assert!(!told.stderr.contains(['\u{1b}', '\u{e}', '\u{7}']) && told.stderr.contains("\\u{1b}"), "{told:?}");
+    told.fails(4, &["noise.tar", "not a plain tar"]);
     std::fs::write(here.join("empty.tar"), "").unwrap();
     ella(here, &["prepare", "empty.tar", "--out", "z", "--resolution", "64"]).fails(4, &["empty.tar", "is empty"]);
 }
