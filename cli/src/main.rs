@@ -36,7 +36,7 @@ mod why;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use ui::{Fail, Out};
 
 /// Train ELLA connectors: a frozen diffusion model learns to follow long prompts through a large language model.
@@ -109,7 +109,8 @@ enum Command {
 fn main() -> ExitCode {
     // SAFETY: no thread has been started yet.
     unsafe { ella_worker::device::set_environment() };
-    let cli = match Cli::try_parse() {
+    let parsed = numbers(Cli::command()).try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => return ExitCode::from(refused(&error)),
     };
@@ -143,6 +144,12 @@ fn main() -> ExitCode {
         Command::Report(command) => command.run(out),
     };
     ella_worker::leave(result.unwrap_or_else(|fail| out.fail(&fail)))
+}
+
+/// Has every option take a negative number, for its own rule to name it: else -1 is told to be an unknown option.
+fn numbers(command: clap::Command) -> clap::Command {
+    let takes = |option: clap::Arg| if option.get_action().takes_values() { option.allow_negative_numbers(true) } else { option };
+    command.mut_args(takes).mut_subcommands(numbers)
 }
 
 /// Help is help; anything else is bad usage, said in one line.
