@@ -1,7 +1,7 @@
 //! `ella prepare`: sources to a prepared data set.
 
 use clap::Args;
-use ella_dataset::{Damage, DataError, Plan, REPORT, Report};
+use ella_dataset::{Damage, DataError, Plan, REPORT, Report, Source, SourceOptions};
 use ella_proto::config::{Config, Device as Choice, JobConfig, JobKind, JobTable};
 use ella_store::Store;
 use ella_worker::models;
@@ -9,7 +9,7 @@ use ella_worker::prepare::{CONFIG, PrepareSettings};
 
 use crate::embed::Device;
 use crate::jobs::{Ran, Who};
-use crate::ui::{DONE, Fail, Meter, NO_RETRY, Out, note};
+use crate::ui::{DONE, Fail, Meter, NO_RETRY, Out, count, note};
 
 #[derive(Debug, Args)]
 pub(crate) struct Prepare {
@@ -81,7 +81,29 @@ fn told(data: &str, sources: &[String]) -> Result<(JobTable, PrepareSettings), F
     if !sources.is_empty() {
         settings.sources = sources.to_vec();
     }
+    if !sources.is_empty() {
+        crate::runtime()?.block_on(same_names(&store, &settings))?;
+    }
     Ok((JobTable { data: data.to_owned(), ..config.job }, settings))
+}
+
+/// A source may be moved, but is known by its name: another one is another source.
+async fn same_names(store: &Store, settings: &PrepareSettings) -> Result<(), Fail> {
+    let options = SourceOptions { image_column: settings.image_column.clone(), key_column: settings.key_column.clone() };
+    let given = Source::find_all(&settings.sources, &options).await?;
+    let there = Plan::load(store).await?.map(|plan| plan.sources).unwrap_or_default();
+    if given.len() != there.len() {
+        let (was, now) = (count(there.len(), "source"), given.len());
+        return Err(Fail::usage(format_args!("--source: the data set was prepared from {was}, in their order (found {now}); give all of them")));
+    }
+    match given.iter().zip(&there).find(|(given, there)| given.file_name() != there.name) {
+        None => Ok(()),
+        Some((given, there)) => Err(Fail::usage(format_args!(
+            "--source {}: the data set was prepared from {:?} in its place; a source may be moved, but must have the name that it had",
+            given.name(),
+            there.name
+        ))),
+    }
 }
 
 /// Reads all sources of a data set again, and the pictures that lists name. Gives those that are not what was prepared.
