@@ -79,7 +79,7 @@ impl Caption {
             Some(file) => std::fs::read_to_string(file).map_err(|error| Fail { code: USAGE, ..Fail::io(file, "read", &error) })?,
             None => String::new(),
         };
-        let origin = self.config.as_ref().map_or_else(|| "--set".to_owned(), |file| file.display().to_string());
+        let origin = self.config.as_ref().map_or_else(|| "ella caption".to_owned(), |file| file.display().to_string());
         let ask = CaptionConfig::parse(&text, &origin, &self.set)?;
         Ok(CaptionSettings { column: self.column.clone(), shown: self.shown.clone(), ask })
     }

@@ -175,7 +175,8 @@ impl CaptionConfig {
         let holds = |good: bool, key, found: String, rule: &str| if good { Ok(()) } else { Err(value(key, found, rule)) };
         // The URL itself is not shown: what it holds besides may be a secret.
         let url = "it must be a base URL such as http://host:8000/v1, without user, password, query or fragment";
-        holds(plain(&self.endpoint), "endpoint", "no such URL".to_owned(), url)?;
+        let found = if self.endpoint.is_empty() { "left out" } else { "no such URL" };
+        holds(plain(&self.endpoint), "endpoint", found.to_owned(), url)?;
         let said = |text: &str| !text.trim().is_empty();
         holds(said(&self.model), "model", "empty".to_owned(), "it must be the model's name at the endpoint")?;
         holds(said(&self.prompt), "prompt", "empty".to_owned(), "it must say what is asked")?;
