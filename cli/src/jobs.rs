@@ -40,7 +40,7 @@ pub(crate) struct Who {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     workers: Option<u32>,
     /// Where that coordinator listens
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0", requires = "workers")]
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0", requires = "workers", value_parser = ella_coordinator::listens)]
     listen: SocketAddr,
     /// Let it listen on an address that other machines reach, even if nothing is asked of them
     #[arg(long, requires = "workers")]
