@@ -203,6 +203,9 @@ pub enum ModelError {
         /// What is wrong, and what to do.
         reason: String,
     },
+    /// Numbers came out that no picture has.
+    #[error("what was drawn is not finite, so it is no picture; lower the guidance, or compute in fp32 where fp16 overflows")]
+    NotFinite,
     /// An operation that libtorch refused.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),

@@ -158,7 +158,7 @@ impl Studio {
             sheet.drawing = Some((number, drawing));
             return Ok(None);
         }
-        let picture = self.drawer.finish(&self.vae, &drawing)?.pop();
+        let picture = self.drawer.finish_anyhow(&self.vae, &drawing)?.pop();
         sheet.left.pop_front();
         let (step, last) = (sheet.step, sheet.left.is_empty());
         let png = picture.map(|picture| picture.png(&self.parameters(step, number))).transpose();
