@@ -91,6 +91,9 @@ impl Sample {
         if !self.how.guidance.is_finite() {
             return Err(Fail::usage(format_args!("--guidance must be a finite number (found {})", self.how.guidance)));
         }
+        if self.out_dir.is_none() && !self.out.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("png")) {
+            return Err(Fail::usage(format_args!("--out {}: the ending must be .png", self.out.display())));
+        }
         let seeds = if self.seeds.is_empty() { Seeds::From(self.seed) } else { Seeds::Each(&self.seeds) };
         let plan = Plan::new(&self.all_prompts()?, self.images.map(|n| n as usize), &seeds)?;
         self.check_folder()?;
