@@ -75,6 +75,11 @@ impl Who {
         self.coordinator.is_some() || self.write_job.is_some()
     }
 
+    /// Whether the work is that of a job which another command began.
+    pub(crate) fn is_joined(&self) -> bool {
+        self.coordinator.is_some()
+    }
+
     /// How many processes of this machine do the work.
     pub(crate) fn workers(&self) -> u32 {
         self.workers.unwrap_or(1)

@@ -26,7 +26,7 @@ pub struct CaptionSettings {
 }
 
 impl CaptionSettings {
-    fn full() -> Self {
+    pub(crate) fn full() -> Self {
         Self { column: String::new(), shown: Some(String::new()), ask: full() }
     }
 
