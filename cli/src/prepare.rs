@@ -29,9 +29,11 @@ impl Prepare {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let table = JobTable::new(JobKind::Prepare, self.out.clone());
         let config = JobConfig::new(table, &self.settings)?;
-        if !self.who.is_elsewhere() {
+        if !self.who.is_joined() {
             Store::open(&self.out)?;
             self.settings.check()?;
+        }
+        if !self.who.is_elsewhere() {
             // Whoever does the work on this machine finds the models there.
             for (option, model) in [("--tokenizer", &self.settings.tokenizer), ("--latents", &self.settings.latents)] {
                 model.as_ref().map(|model| models::locate(option, model)).transpose()?;
@@ -94,7 +96,9 @@ async fn same_names(store: &Store, settings: &PrepareSettings) -> Result<(), Fai
     let there = Plan::load(store).await?.map(|plan| plan.sources).unwrap_or_default();
     if given.len() != there.len() {
         let (was, now) = (count(there.len(), "source"), given.len());
-        return Err(Fail::usage(format_args!("--source: the data set was prepared from {was}, in their order (found {now}); give all of them")));
+        return Err(Fail::usage(format_args!(
+            "--source: the data set was prepared from {was}, in their order (found {now}); give all of them"
+        )));
     }
     match given.iter().zip(&there).find(|(given, there)| given.file_name() != there.name) {
         None => Ok(()),
@@ -104,6 +108,11 @@ async fn same_names(store: &Store, settings: &PrepareSettings) -> Result<(), Fai
             there.name
         ))),
     }
+}
+
+/// Whether these are a data set's sources, by their names.
+pub(crate) fn find_again(data: &str, sources: &[String]) -> Result<(), Fail> {
+    told(data, sources).map(drop)
 }
 
 /// Reads all sources of a data set again, and the pictures that lists name. Gives those that are not what was prepared.
