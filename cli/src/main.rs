@@ -165,7 +165,12 @@ fn refused(error: &clap::Error) -> u8 {
     let text = error.to_string();
     let body = text.split("\n\nUsage:").next().unwrap_or_default().split("\n\nFor more information").next().unwrap_or_default();
     let json = std::env::args().any(|argument| argument == "--json");
-    Out { json }.fail(&Fail::usage(format_args!("{}; see --help", ui::one_line(body.trim_start_matches("error: ")))))
+    Out { json }.fail(&Fail::usage(format_args!("{}; see --help", ui::one_line(&worded(body)))))
+}
+
+/// A parser's words as people would say them.
+fn worded(text: &str) -> String {
+    text.trim_start_matches("error: ").replace("invalid digit found in string", "expected a whole number of 0 or more")
 }
 
 /// What libraries have to say, such as retries; `ELLA_LOG` asks for more. What a coordinator in this process logs, its status tells.

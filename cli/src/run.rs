@@ -39,8 +39,8 @@ impl RunFolder {
         let origin = format!("{}/{RUN_TOML}", store.url());
         let text =
             String::from_utf8(bytes.to_vec()).map_err(|_| Fail::lasting(format_args!("{origin}: is not UTF-8; restore it from a copy")))?;
-        let config =
-            RunConfig::parse(&text, &origin, &[]).map_err(|error| Fail::lasting(format_args!("{error}; restore {RUN_TOML} from a copy")))?;
+        let config = RunConfig::parse(&text, &origin, &[])
+            .map_err(|error| Fail::lasting(format_args!("{error}; restore {RUN_TOML} from a copy")))?;
         Ok(Self { store, config })
     }
 
@@ -83,7 +83,8 @@ impl RunFolder {
     /// What the index of a step's samples says.
     pub(crate) async fn samples(&self, step: u64) -> Result<Index, Fail> {
         let key = format!("{}/{}", samples::folder(step), samples::INDEX);
-        let wrong = |error| Fail::lasting(format_args!("{}/{key}: {error}; delete the folder, and its step is not shown", self.store.url()));
+        let wrong =
+            |error| Fail::lasting(format_args!("{}/{key}: {error}; delete the folder, and its step is not shown", self.store.url()));
         serde_json::from_slice(&self.store.get(&key).await?).map_err(wrong)
     }
 

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use common::{files, good_tar, jpeg, png, png_alpha, refused, small, sources, store, tar_of, threads, webp};
 use ella_dataset::{
-    CaptionColumn, DataError, DataSet, Duplicates, Encoding, Filters, LatentEncoder, LatentSpec, Manifest, Plan, Preparation, PrepareOptions,
-    Row, Settings, ShardLayout, ShardReader, ShardWriter, Source, decode_rgb, prepare,
+    CaptionColumn, DataError, DataSet, Duplicates, Encoding, Filters, LatentEncoder, LatentSpec, Manifest, Plan, Preparation,
+    PrepareOptions, Row, Settings, ShardLayout, ShardReader, ShardWriter, Source, decode_rgb, prepare,
 };
 use ella_store::{Digest, Store};
 use half::f16;

@@ -153,6 +153,18 @@ pub enum ModelError {
         /// What it was.
         found: String,
     },
+    /// What a file holds, and a network cannot work with.
+    #[error("{}: {what} must be {expected} (found {found})", file.display())]
+    FileInput {
+        /// The file.
+        file: PathBuf,
+        /// Which of its tensors.
+        what: String,
+        /// What it must be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
     /// A model that is named by where it is to be had from, and cannot be had.
     #[error("{reason}")]
     Unavailable {

@@ -69,10 +69,14 @@ pub(super) async fn refuse_others(path: &str) -> Result<(), Fail> {
     }
     let store = Store::open(path)?;
     if store.head(RUN_TOML).await?.is_some() {
-        return Err(Fail::lasting(format_args!("{path}: a run; `ella status` says what became of it, and `ella export` takes its connector out")));
+        return Err(Fail::lasting(format_args!(
+            "{path}: a run; `ella status` says what became of it, and `ella export` takes its connector out"
+        )));
     }
     if store.head(PLAN).await?.is_some() {
-        return Err(Fail::lasting(format_args!("{path}: a data set whose preparing did not finish; the same `ella prepare` goes on with it")));
+        return Err(Fail::lasting(format_args!(
+            "{path}: a data set whose preparing did not finish; the same `ella prepare` goes on with it"
+        )));
     }
     Ok(())
 }

@@ -203,4 +203,3 @@ fn decoded(vae: &Vae, drawing: &Drawing) -> Result<Tensor, ModelError> {
 fn is_finite(images: &Tensor) -> Result<bool, ModelError> {
     Ok(images.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }
-

@@ -249,6 +249,12 @@ impl Follow for Recorder<'_> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_value_that_is_none_is_named() {
+        assert_eq!([None, Some(""), Some("on"), Some("off")].map(wanted), [Ok(true), Ok(true), Ok(true), Ok(false)]);
+        assert!(wanted(Some("blah")).unwrap_err().contains("ELLA_GRAPHS=\"blah\""));
+    }
+
     fn shape(samples: i64) -> Shape {
         Shape { latents: vec![samples, 4, 8, 8], features: (vec![samples, 16, 32], Kind::Half), masked: false, step_samples: 64 }
     }
