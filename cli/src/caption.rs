@@ -9,7 +9,7 @@ use ella_worker::caption::{CaptionConfig, CaptionJob, CaptionSettings, Estimate,
 use serde_json::json;
 
 use crate::jobs::Who;
-use crate::ui::{DONE, Fail, Out, note};
+use crate::ui::{DONE, Fail, Out, USAGE, note};
 
 /// Captions of which the statistics are told.
 const COUNTED: usize = 50_000;
@@ -76,23 +76,22 @@ impl Caption {
 
     fn settings(&self) -> Result<CaptionSettings, Fail> {
         let text = match &self.config {
-            Some(file) => std::fs::read_to_string(file).map_err(|error| Fail::io(file, "read", &error))?,
+            Some(file) => std::fs::read_to_string(file).map_err(|error| Fail { code: USAGE, ..Fail::io(file, "read", &error) })?,
             None => String::new(),
         };
-        let origin = self.config.as_ref().map_or_else(|| "--set".to_owned(), |file| file.display().to_string());
+        let origin = self.config.as_ref().map_or_else(|| "ella caption".to_owned(), |file| file.display().to_string());
         let ask = CaptionConfig::parse(&text, &origin, &self.set)?;
         Ok(CaptionSettings { column: self.column.clone(), shown: self.shown.clone(), ask })
     }
 
     /// What is left to do, as one request shows. None: nothing.
     async fn reckon(&self, settings: &CaptionSettings) -> Result<Option<Estimate>, Fail> {
-        let failed = |error: ella_worker::job::JobError| Fail::failed(error.message);
-        let job = CaptionJob::open(&self.data, settings).await.map_err(failed)?;
+        let job = CaptionJob::open(&self.data, settings).await?;
         let pictures = job.left().await?;
         if pictures == 0 {
             return Ok(None);
         }
-        let probe = job.probe().await.map_err(failed)?;
+        let probe = job.probe().await?;
         let work = Work { pictures, existing_words: job.existing_words().await?, workers: u64::from(self.who.workers()) };
         Ok(Some(Estimate::new(&settings.ask, work, Some(&probe))))
     }

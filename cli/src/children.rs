@@ -95,6 +95,13 @@ impl Children {
         self.members[at].arguments = arguments;
     }
 
+    /// What one that has ended last said was wrong, or how it ended.
+    pub(crate) async fn last_words(&mut self, at: usize) -> String {
+        let Some(member) = self.members.get_mut(at) else { return String::new() };
+        member.hear_out().await;
+        member.last_error().unwrap_or_else(|| member.ended.map_or_else(String::new, ending))
+    }
+
     pub(crate) fn members(&self) -> &[Member] {
         &self.members
     }
@@ -189,9 +196,13 @@ impl Member {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
-    /// What it last logged as an error, without time, level and module. Events, which are JSON, are the run's journal's.
+    /// What it last logged as an error, without time, level and module, or why its arguments were refused. Events, which are JSON, are the
+    /// run's journal's.
     pub(crate) fn last_error(&self) -> Option<String> {
         let said = |line: &String| {
+            if let Some(refused) = line.strip_prefix("error: ") {
+                return Some(refused.to_owned());
+            }
             let message = line.split_once("ERROR ")?.1.trim();
             let message = message.strip_prefix("ella_worker: ").unwrap_or(message);
             (!message.starts_with('{')).then(|| message.to_owned())

@@ -190,13 +190,13 @@ impl Embed {
             (None, true) => return Ok((self.data.clone(), None)),
             (None, false) if folder.is_dir() && captions_from_txt(folder)?.kept.is_empty() => {
                 let hint = "expected a prepared data set (run `ella prepare`), or .txt files";
-                return Err(Fail::failed(format_args!("{}: no {MANIFEST} and no .txt files are there; {hint}", self.data)));
+                return Err(Fail::lasting(format_args!("{}: no {MANIFEST} and no .txt files are there; {hint}", self.data)));
             }
             (None, false) if folder.is_dir() => {
                 return Err(Fail::usage(format_args!("{}: a folder of .txt files needs --out DST for its data set", self.data)));
             }
             (None, false) => {
-                return Err(Fail::failed(format_args!("{}: not found (expected a data set or a folder of .txt files)", self.data)));
+                return Err(Fail::lasting(format_args!("{}: not found (expected a data set or a folder of .txt files)", self.data)));
             }
             (Some(_), true) => {
                 return Err(Fail::usage(format_args!("{}: --out is for folders of .txt files; this is a data set", self.data)));

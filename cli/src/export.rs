@@ -55,7 +55,7 @@ impl Export {
         let name = if self.ema { EMA_FILE } else { CONNECTOR_FILE };
         let folder = run.store.child(&commit.folder);
         let part = commit.parts.iter().find(|part| part.name == name);
-        let part = part.ok_or_else(|| Fail::failed(format_args!("{}: the commit's record names no {name}", folder.url())))?;
+        let part = part.ok_or_else(|| Fail::lasting(format_args!("{}: the commit's record names no {name}", folder.url())))?;
         Ok(folder.get_verified(name, &part.blake3, part.bytes).await?.to_vec())
     }
 

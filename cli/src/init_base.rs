@@ -38,7 +38,7 @@ impl InitBase {
             crate::runtime()?.block_on(read(path, &mut captions))?;
             if captions.len() == before {
                 let expected = "expected .txt files, WebDataset tars with captions, or a prepared data set";
-                return Err(Fail::failed(format_args!("{}: no caption is there ({expected}); give another path", path.display())));
+                return Err(Fail::lasting(format_args!("{}: no caption is there ({expected}); give another path", path.display())));
             }
         }
         if self.captions.is_empty() {

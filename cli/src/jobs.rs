@@ -14,14 +14,15 @@ use ella_coordinator::status::{JobReport, StatusReport};
 use ella_proto::access::Access;
 use ella_proto::config::{Device, JobConfig};
 use ella_proto::stops::Stops;
+use ella_proto::v1::RunStatus;
 use ella_worker::job::{JobEnd, kinds, run_leased, run_local};
 use ella_worker::train::Ending;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::children::{Children, Logs, binary, ending};
-use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, PREEMPTED, note, span};
+use crate::children::{Children, Logs, binary};
+use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, PREEMPTED, USAGE, note, span};
 
 /// How often the coordinator is asked for the status.
 const POLL: Duration = Duration::from_millis(250);
@@ -39,7 +40,7 @@ pub(crate) struct Who {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     workers: Option<u32>,
     /// Where that coordinator listens
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0", requires = "workers")]
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0", requires = "workers", value_parser = ella_coordinator::listens)]
     listen: SocketAddr,
     /// Let it listen on an address that other machines reach, even if nothing is asked of them
     #[arg(long, requires = "workers")]
@@ -72,6 +73,11 @@ impl Who {
     /// Whether the work is another's: joined to, or only described.
     pub(crate) fn is_elsewhere(&self) -> bool {
         self.coordinator.is_some() || self.write_job.is_some()
+    }
+
+    /// Whether the work is that of a job which another command began.
+    pub(crate) fn is_joined(&self) -> bool {
+        self.coordinator.is_some()
     }
 
     /// How many processes of this machine do the work.
@@ -142,7 +148,7 @@ fn alone(runtime: &Runtime, config: &JobConfig, device: Device) -> Result<Ran, F
         let made = tokio::task::spawn_blocking(move || kinds::make(&making, device)).await;
         match made.map_err(Fail::failed)? {
             Ok(job) => code(run_local(config, job, 1, stop, &mut |status| shown.show(status)).await),
-            Err(error) => Err(Fail { code: if error.permanent { NO_RETRY } else { FAILED }, message: error.message }),
+            Err(error) => Err(error.into()),
         }
     });
     Ok(Ran { code: ended.map_err(|fail| told(fail, shown.last.as_ref()))?, status: shown.last })
@@ -175,6 +181,8 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
     let mut workers = Workers::start(joins, count, device)?;
     let mut shown = Shown::new(config);
     let mut ticks = tokio::time::interval(POLL);
+    // Why no worker takes the place of the last one that ended.
+    let mut given_up = None;
     let outcome = loop {
         tokio::select! {
             outcome = &mut serving => break outcome.map_err(Fail::failed)?.map_err(Fail::failed)?,
@@ -183,8 +191,13 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
                 let _ = stops.try_send("asked to stop by a signal".to_owned());
                 workers.children.signal(libc::SIGTERM);
             }
-            at = workers.children.next_end() => if !stop.is_cancelled() && let Some(reason) = workers.replace(at)? {
-                let _ = stops.try_send(reason);
+            at = workers.children.next_end() => {
+                // Whoever ends because the job is over leaves nothing to do.
+                let over = stop.is_cancelled() || given_up.is_some() || serving.is_finished() || is_over(client::status(&access).await.ok());
+                if !over && let Some(fail) = workers.replace(at).await? {
+                    let _ = stops.try_send(fail.message.clone());
+                    given_up = Some(fail);
+                }
             },
             _ = ticks.tick() => if let Ok(status) = client::status(&access).await {
                 shown.show(&status.into());
@@ -192,9 +205,10 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
         }
     };
     workers.children.reap(LEAVING).await;
-    let code = match &outcome {
-        Outcome::Done => DONE,
-        Outcome::Preempted { reason } => {
+    let code = match (&outcome, given_up) {
+        (Outcome::Done, _) => DONE,
+        (Outcome::Preempted { .. }, Some(fail)) => return Err(fail),
+        (Outcome::Preempted { reason }, None) => {
             note(format_args!("stopped ({reason}); the same command goes on where it was"));
             PREEMPTED
         }
@@ -204,6 +218,11 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
         }
     };
     Ok(Ran { status: shown.last, code })
+}
+
+/// Whether a status is that of a job whose outcome is decided.
+fn is_over(status: Option<RunStatus>) -> bool {
+    status.is_some_and(|status| matches!(status.phase.as_str(), "done" | "failed" | "preempted"))
 }
 
 /// Where this machine reaches what listens there: an address that stands for all of a machine's is none to call.
@@ -240,16 +259,21 @@ impl Workers {
         self.children.start(&name, &self.program, &self.arguments, &logs).map(|_| ())
     }
 
-    /// Starts another in the place of one that died; or says why no more are.
-    fn replace(&mut self, at: usize) -> Result<Option<String>, Fail> {
-        let member = &self.children.members()[at];
-        let Some(status) = member.ended.filter(|status| !status.success()) else { return Ok(None) };
-        let why = member.last_error().unwrap_or_else(|| ending(status));
+    /// Starts another in the place of one that died; or says why no more are: it would end in the same way, or too many have.
+    async fn replace(&mut self, at: usize) -> Result<Option<Fail>, Fail> {
+        let Some(status) = self.children.members()[at].ended.filter(|status| !status.success()) else { return Ok(None) };
+        let why = self.children.last_words(at).await;
+        let name = &self.children.members()[at].name;
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        if let Some(code) = code.filter(|code| [USAGE, NO_RETRY].contains(code)) {
+            return Ok(Some(Fail { code, message: format!("{name} cannot work ({why}), nor could another in its place") }));
+        }
         if self.deaths_left == 0 {
-            return Ok(Some(format!("workers die again and again, the last: {why}")));
+            let message = format!("workers die again and again, the last: {why}; the same command goes on where it was");
+            return Ok(Some(Fail::failed(message)));
         }
         self.deaths_left -= 1;
-        note(format_args!("{} is gone ({why}); another takes its place", member.name));
+        note(format_args!("{name} is gone ({why}); another takes its place"));
         self.add().map(|()| None)
     }
 }

@@ -36,7 +36,7 @@ mod why;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use ui::{Fail, Out};
 
 /// Train ELLA connectors: a frozen diffusion model learns to follow long prompts through a large language model.
@@ -109,7 +109,8 @@ enum Command {
 fn main() -> ExitCode {
     // SAFETY: no thread has been started yet.
     unsafe { ella_worker::device::set_environment() };
-    let cli = match Cli::try_parse() {
+    let parsed = numbers(Cli::command()).try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => return ExitCode::from(refused(&error)),
     };
@@ -145,6 +146,12 @@ fn main() -> ExitCode {
     ella_worker::leave(result.unwrap_or_else(|fail| out.fail(&fail)))
 }
 
+/// Has every option take a negative number, for its own rule to name it: else -1 is told to be an unknown option.
+fn numbers(command: clap::Command) -> clap::Command {
+    let takes = |option: clap::Arg| if option.get_action().takes_values() { option.allow_negative_numbers(true) } else { option };
+    command.mut_args(takes).mut_subcommands(numbers)
+}
+
 /// Help is help; anything else is bad usage, said in one line.
 fn refused(error: &clap::Error) -> u8 {
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
@@ -158,7 +165,12 @@ fn refused(error: &clap::Error) -> u8 {
     let text = error.to_string();
     let body = text.split("\n\nUsage:").next().unwrap_or_default().split("\n\nFor more information").next().unwrap_or_default();
     let json = std::env::args().any(|argument| argument == "--json");
-    Out { json }.fail(&Fail::usage(format_args!("{}; see --help", ui::one_line(body.trim_start_matches("error: ")))))
+    Out { json }.fail(&Fail::usage(format_args!("{}; see --help", ui::one_line(&worded(body)))))
+}
+
+/// A parser's words as people would say them.
+fn worded(text: &str) -> String {
+    text.trim_start_matches("error: ").replace("invalid digit found in string", "expected a whole number of 0 or more")
 }
 
 /// What libraries have to say, such as retries; `ELLA_LOG` asks for more. What a coordinator in this process logs, its status tells.

@@ -1,14 +1,15 @@
 //! `ella prepare`: sources to a prepared data set.
 
 use clap::Args;
-use ella_dataset::{Damage, DataError, REPORT, Report};
+use ella_dataset::{Damage, DataError, Plan, REPORT, Report, Source, SourceOptions};
 use ella_proto::config::{Config, Device as Choice, JobConfig, JobKind, JobTable};
 use ella_store::Store;
+use ella_worker::models;
 use ella_worker::prepare::{CONFIG, PrepareSettings};
 
 use crate::embed::Device;
-use crate::jobs::Who;
-use crate::ui::{DONE, Fail, Meter, Out};
+use crate::jobs::{Ran, Who};
+use crate::ui::{DONE, Fail, Meter, NO_RETRY, Out, count, note};
 
 #[derive(Debug, Args)]
 pub(crate) struct Prepare {
@@ -28,17 +29,41 @@ impl Prepare {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let table = JobTable::new(JobKind::Prepare, self.out.clone());
         let config = JobConfig::new(table, &self.settings)?;
-        if !self.who.is_elsewhere() {
+        if !self.who.is_joined() {
             Store::open(&self.out)?;
             self.settings.check()?;
         }
-        let ran = self.who.run(&config, self.device.into())?;
+        if !self.who.is_elsewhere() {
+            // Whoever does the work on this machine finds the models there.
+            for (option, model) in [("--tokenizer", &self.settings.tokenizer), ("--latents", &self.settings.latents)] {
+                model.as_ref().map(|model| models::locate(option, model)).transpose()?;
+            }
+        }
+        let ran = self.who.run(&config, self.device.into()).or_else(|fail| self.failed(fail, &config))?;
         if ran.status.is_some() && ran.code == DONE {
             let store = Store::open(&self.out)?;
             let report = read_report(&store)?;
             out.result(&report, || table_of(&report, store.url()));
         }
         Ok(ran.code)
+    }
+
+    /// What failed for good before anything was made does not bind the destination to what was asked for.
+    fn failed(&self, fail: Fail, config: &JobConfig) -> Result<Ran, Fail> {
+        if fail.code == NO_RETRY && !self.who.is_elsewhere() {
+            let store = Store::open(&self.out)?;
+            let withdrawn = crate::runtime()?.block_on(async {
+                // Written once the plan is there: of another's destination it is another.
+                match store.get(CONFIG).await {
+                    Ok(there) if there == config.to_toml() => Plan::withdraw(&store).await,
+                    _ => Ok(()),
+                }
+            });
+            if let Err(error) = withdrawn {
+                note(error);
+            }
+        }
+        Err(fail)
     }
 }
 
@@ -51,14 +76,43 @@ fn told(data: &str, sources: &[String]) -> Result<(JobTable, PrepareSettings), F
             None => Ok(None),
         }
     })?;
-    let missing = || Fail::failed(format_args!("{data}/{CONFIG}: not found; run the same `ella prepare` again: it writes it"));
+    let missing = || Fail::lasting(format_args!("{data}/{CONFIG}: not found; run the same `ella prepare` again: it writes it"));
     let text = String::from_utf8_lossy(&there.ok_or_else(missing)?).into_owned();
     let Config::Job(config) = Config::parse(&text, &format!("{data}/{CONFIG}"), &[])? else { return Err(missing()) };
     let mut settings = config.settings(&PrepareSettings::full())?;
     if !sources.is_empty() {
         settings.sources = sources.to_vec();
     }
+    if !sources.is_empty() {
+        crate::runtime()?.block_on(same_names(&store, &settings))?;
+    }
     Ok((JobTable { data: data.to_owned(), ..config.job }, settings))
+}
+
+/// A source may be moved, but is known by its name: another one is another source.
+async fn same_names(store: &Store, settings: &PrepareSettings) -> Result<(), Fail> {
+    let options = SourceOptions { image_column: settings.image_column.clone(), key_column: settings.key_column.clone() };
+    let given = Source::find_all(&settings.sources, &options).await?;
+    let there = Plan::load(store).await?.map(|plan| plan.sources).unwrap_or_default();
+    if given.len() != there.len() {
+        let (was, now) = (count(there.len(), "source"), given.len());
+        return Err(Fail::usage(format_args!(
+            "--source: the data set was prepared from {was}, in their order (found {now}); give all of them"
+        )));
+    }
+    match given.iter().zip(&there).find(|(given, there)| given.file_name() != there.name) {
+        None => Ok(()),
+        Some((given, there)) => Err(Fail::usage(format_args!(
+            "--source {}: the data set was prepared from {:?} in its place; a source may be moved, but must have the name that it had",
+            given.name(),
+            there.name
+        ))),
+    }
+}
+
+/// Whether these are a data set's sources, by their names.
+pub(crate) fn find_again(data: &str, sources: &[String]) -> Result<(), Fail> {
+    told(data, sources).map(drop)
 }
 
 /// Reads all sources of a data set again, and the pictures that lists name. Gives those that are not what was prepared.
@@ -102,7 +156,7 @@ pub(crate) fn again(data: &str, sources: &[String]) -> Result<(), Fail> {
 
 fn read_report(store: &Store) -> Result<Report, Fail> {
     let bytes = crate::runtime()?.block_on(store.get(REPORT))?;
-    serde_json::from_slice(&bytes).map_err(|error| Fail::failed(format_args!("{}/{REPORT}: {error}", store.url())))
+    serde_json::from_slice(&bytes).map_err(|error| Fail::lasting(format_args!("{}/{REPORT}: {error}", store.url())))
 }
 
 /// Counts by reason, and where the whole list is.

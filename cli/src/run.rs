@@ -32,15 +32,15 @@ impl RunFolder {
         let bytes = match store.get(RUN_TOML).await {
             Err(StoreError::NotFound { .. }) => {
                 let hint = "this is no run folder: give what `run.output` names in the run's config";
-                return Err(Fail::failed(format_args!("{}/{RUN_TOML}: not found; {hint}", store.url())));
+                return Err(Fail::lasting(format_args!("{}/{RUN_TOML}: not found; {hint}", store.url())));
             }
             read => read?,
         };
         let origin = format!("{}/{RUN_TOML}", store.url());
         let text =
-            String::from_utf8(bytes.to_vec()).map_err(|_| Fail::failed(format_args!("{origin}: is not UTF-8; restore it from a copy")))?;
-        let config =
-            RunConfig::parse(&text, &origin, &[]).map_err(|error| Fail::failed(format_args!("{error}; restore {RUN_TOML} from a copy")))?;
+            String::from_utf8(bytes.to_vec()).map_err(|_| Fail::lasting(format_args!("{origin}: is not UTF-8; restore it from a copy")))?;
+        let config = RunConfig::parse(&text, &origin, &[])
+            .map_err(|error| Fail::lasting(format_args!("{error}; restore {RUN_TOML} from a copy")))?;
         Ok(Self { store, config })
     }
 
@@ -83,7 +83,8 @@ impl RunFolder {
     /// What the index of a step's samples says.
     pub(crate) async fn samples(&self, step: u64) -> Result<Index, Fail> {
         let key = format!("{}/{}", samples::folder(step), samples::INDEX);
-        let wrong = |error| Fail::failed(format_args!("{}/{key}: {error}; delete the folder, and its step is not shown", self.store.url()));
+        let wrong =
+            |error| Fail::lasting(format_args!("{}/{key}: {error}; delete the folder, and its step is not shown", self.store.url()));
         serde_json::from_slice(&self.store.get(&key).await?).map_err(wrong)
     }
 
@@ -96,7 +97,7 @@ impl RunFolder {
             for (number, line) in text.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
                 let line = serde_json::from_slice(line).map_err(|error| {
                     let place = format!("{}/{}: line {}", self.store.url(), file.key, number + 1);
-                    Fail::failed(format_args!("{place}: {error}; the file was changed or written by another version of ella"))
+                    Fail::lasting(format_args!("{place}: {error}; the file was changed or written by another version of ella"))
                 })?;
                 lines.push((term, line));
             }

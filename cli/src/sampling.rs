@@ -37,7 +37,7 @@ pub(crate) struct HowDrawn {
     #[arg(long, default_value_t = Method::Ddim, value_parser = method(), help_heading = "How to draw")]
     pub(crate) sampler: Method,
     /// Steps from noise to picture
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..), help_heading = "How to draw")]
+    #[arg(long, default_value_t = 50, value_parser = steps, help_heading = "How to draw")]
     pub(crate) steps: u32,
     /// How much the prompt counts beside the negative one; 1 is no guidance, in half the time
     #[arg(long, default_value_t = 7.5, help_heading = "How to draw")]
@@ -57,6 +57,12 @@ pub(crate) struct HowDrawn {
     /// The connector's attention heads, which its file does not tell
     #[arg(long, default_value_t = DEFAULT_HEADS as u32, help_heading = "How to draw")]
     pub(crate) heads: u32,
+}
+
+/// Reads a number of steps, of which the base knows how many there may be.
+fn steps(text: &str) -> Result<u32, String> {
+    let steps = text.parse().ok().filter(|steps| *steps >= 1);
+    steps.ok_or_else(|| "must be from 1 to the timesteps that the base was trained with, mostly 1000".to_owned())
 }
 
 /// Reads what a base predicts; `--help` and errors list all there is.

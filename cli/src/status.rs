@@ -112,6 +112,12 @@ async fn read_data(url: &str) -> Result<Option<DataStatus>, Fail> {
 }
 
 async fn read(url: &str) -> Result<FolderStatus, Fail> {
+    let store = Store::open(url)?;
+    if store.head(RUN_TOML).await?.is_none() {
+        let hint = "this is no run folder, and no data set. A job that waits for its first worker has written nothing yet: \
+                    `ella status --coordinator URL` asks whoever coordinates it";
+        return Err(Fail::lasting(format_args!("{}/{RUN_TOML}: not found; {hint}", store.url())));
+    }
     let run = RunFolder::open(url).await?;
     let state = run.state().await?;
     let metrics = run.metrics().await?;

@@ -1,20 +1,23 @@
 //! What people and scripts see: results, progress, errors, exit codes (design.md §6).
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 
 use ella_coordinator::client::ClientError;
 use ella_coordinator::credentials::CredentialError;
 use ella_dataset::DataError;
 use ella_dataset::scenes::ScenesError;
 use ella_model::ModelError;
+use ella_model::error::is_lasting;
 use ella_proto::config::ConfigError;
 use ella_proto::exit::Exit;
 use ella_store::{LogError, StoreError};
 use ella_worker::device::NoDevice;
+use ella_worker::draw::NoiseError;
 use ella_worker::feed::FeedError;
 use ella_worker::grids::DrawError;
-pub(crate) use ella_worker::meter::{Meter, note};
+use ella_worker::job::JobError;
+pub(crate) use ella_worker::meter::{Meter, note, plain};
 use ella_worker::prepare::PrepareError;
 use serde::Serialize;
 
@@ -45,15 +48,32 @@ impl Fail {
         Self { code: USAGE, message: message.to_string() }
     }
 
+    /// What is named is not there, or cannot be used: the same would fail again.
+    pub(crate) fn lasting(message: impl Display) -> Self {
+        Self { code: NO_RETRY, message: message.to_string() }
+    }
+
     /// A file of this machine that could not be read or written.
     pub(crate) fn io(path: impl AsRef<std::path::Path>, action: &str, error: &std::io::Error) -> Self {
         let hint = "check the path, its permissions and free space";
-        Self::failed(format!("{}: cannot be {action} ({error}); {hint}", path.as_ref().display()))
+        let message = format!("{}: cannot be {action} ({error}); {hint}", path.as_ref().display());
+        Self { code: Exit::of(false, is_lasting(error)).code(), message }
     }
 }
 
-/// Errors that are the outcome of work, not of how the command was typed.
+/// Errors that tell by their type whose fault they are ([`Exit::of`]): of what was typed, or of what is there.
 macro_rules! fail_from {
+    ($($error:ty),+) => { $(impl From<$error> for Fail {
+        fn from(error: $error) -> Self {
+            Self { code: Exit::of(error.is_usage(), error.is_permanent()).code(), message: error.to_string() }
+        }
+    })+ };
+}
+
+fail_from!(ModelError, DataError, FeedError, PrepareError, DrawError);
+
+/// Errors that may pass: of a device, and libtorch's own.
+macro_rules! failed_from {
     ($($error:ty),+) => { $(impl From<$error> for Fail {
         fn from(error: $error) -> Self {
             Self::failed(error)
@@ -61,99 +81,66 @@ macro_rules! fail_from {
     })+ };
 }
 
-fail_from!(ModelError, NoDevice, tch::TchError);
+failed_from!(NoDevice, tch::TchError);
 
-impl From<ClientError> for Fail {
-    fn from(error: ClientError) -> Self {
-        Self { code: if matches!(error, ClientError::NoEntry { .. }) { NO_RETRY } else { FAILED }, message: error.to_string() }
-    }
+/// Errors of what was typed alone.
+macro_rules! usage_from {
+    ($($error:ty),+) => { $(impl From<$error> for Fail {
+        fn from(error: $error) -> Self {
+            Self::usage(error)
+        }
+    })+ };
 }
+
+usage_from!(CredentialError, ConfigError);
 
 impl From<StoreError> for Fail {
     fn from(error: StoreError) -> Self {
-        Self { code: store_code(&error), message: error.to_string() }
+        DataError::from(error).into()
+    }
+}
+
+impl From<JobError> for Fail {
+    fn from(error: JobError) -> Self {
+        Self { code: error.alone.code(), message: error.message }
+    }
+}
+
+impl From<ClientError> for Fail {
+    fn from(error: ClientError) -> Self {
+        let (usage, permanent) = (matches!(error, ClientError::BadUrl { .. }), matches!(error, ClientError::NoEntry { .. }));
+        Self { code: Exit::of(usage, permanent).code(), message: error.to_string() }
     }
 }
 
 impl From<LogError> for Fail {
     fn from(error: LogError) -> Self {
-        let code = match &error {
-            LogError::Store(inner) => store_code(inner),
-            LogError::Gap { .. } | LogError::Bad { .. } => NO_RETRY,
-            LogError::Superseded { .. } | LogError::Contended { .. } => FAILED,
-        };
-        Self { code, message: error.to_string() }
-    }
-}
-
-impl From<DataError> for Fail {
-    fn from(error: DataError) -> Self {
-        Self { code: data_code(&error), message: error.to_string() }
-    }
-}
-
-impl From<FeedError> for Fail {
-    fn from(error: FeedError) -> Self {
-        let code = if let FeedError::Data(inner) = &error { data_code(inner) } else { FAILED };
-        Self { code, message: error.to_string() }
-    }
-}
-
-impl From<PrepareError> for Fail {
-    fn from(error: PrepareError) -> Self {
-        let code = match &error {
-            PrepareError::Data(inner) => data_code(inner),
-            other if other.is_usage() => USAGE,
-            _ => FAILED,
-        };
-        Self { code, message: error.to_string() }
-    }
-}
-
-impl From<DrawError> for Fail {
-    fn from(error: DrawError) -> Self {
         match error {
-            DrawError::Data(error) => error.into(),
-            error if error.is_usage() => Self::usage(error),
-            error @ DrawError::Folder { .. } => Self { code: NO_RETRY, message: error.to_string() },
-            error => Self::failed(error),
+            LogError::Store(error) => error.into(),
+            LogError::Gap { .. } | LogError::Bad { .. } => Self::lasting(error),
+            LogError::Superseded { .. } | LogError::Contended { .. } => Self::failed(error),
         }
     }
 }
 
 impl From<ScenesError> for Fail {
     fn from(error: ScenesError) -> Self {
-        let code = if matches!(error, ScenesError::Setting { .. }) { USAGE } else { FAILED };
-        Self { code, message: error.to_string() }
+        let (usage, permanent) = match &error {
+            ScenesError::Setting { .. } => (true, true),
+            ScenesError::Io { source, .. } => (false, is_lasting(source)),
+            _ => (false, true),
+        };
+        Self { code: Exit::of(usage, permanent).code(), message: error.to_string() }
     }
 }
 
-impl From<CredentialError> for Fail {
-    fn from(error: CredentialError) -> Self {
-        Self::usage(error)
-    }
-}
-
-impl From<ConfigError> for Fail {
-    fn from(error: ConfigError) -> Self {
-        Self::usage(error)
-    }
-}
-
-fn store_code(error: &StoreError) -> u8 {
-    match error {
-        StoreError::BadUrl { .. } | StoreError::Unsupported { .. } => USAGE,
-        other if other.is_permanent() => NO_RETRY,
-        _ => FAILED,
-    }
-}
-
-fn data_code(error: &DataError) -> u8 {
-    match error {
-        DataError::Setting { .. } => USAGE,
-        DataError::Store(error) => store_code(error),
-        other if other.is_permanent() => NO_RETRY,
-        _ => FAILED,
+impl From<NoiseError> for Fail {
+    fn from(error: NoiseError) -> Self {
+        match error {
+            NoiseError::Size { .. } => Self::usage(format_args!("--size: {error}")),
+            NoiseError::Shape { .. } => Self::lasting(error),
+            NoiseError::Model(error) => error.into(),
+        }
     }
 }
 
@@ -167,19 +154,32 @@ pub(crate) struct Out {
 impl Out {
     /// Gives the result: the object, or the text made for people.
     pub(crate) fn result(self, value: &impl Serialize, text: impl FnOnce() -> String) {
-        let text = if self.json { serde_json::to_string(value).unwrap_or_default() } else { text() };
-        // Whoever closed stdout does not want to read it.
-        let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+        let text = if self.json { serde_json::to_string(value).unwrap_or_default() } else { plain(&text()).into_owned() };
+        if let Err(fail) = print(&text) {
+            // Nothing is left to do but to give the result.
+            ella_worker::leave(Self { json: false }.fail(&fail));
+        }
     }
 
     /// Tells why there is no result, and gives the exit code.
     pub(crate) fn fail(self, fail: &Fail) -> u8 {
-        let message = one_line(&fail.message);
-        let _ = writeln!(std::io::stderr(), "ella: {message}");
+        let message = plain(&one_line(&fail.message)).into_owned();
+        note(format_args!("ella: {message}"));
         if self.json {
-            self.result(&serde_json::json!({ "error": message }), String::new);
+            // It was said on stderr, and the code says more than that stdout took nothing.
+            let _ = print(&serde_json::json!({ "error": message }).to_string());
         }
         fail.code
+    }
+}
+
+/// Writes to stdout, to the end: what is in its buffer at the end of the process nobody would hear of.
+pub(crate) fn print(text: &str) -> Result<(), Fail> {
+    let mut stdout = std::io::stdout();
+    match writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush()) {
+        // Whoever closed stdout does not want to read it.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Fail::failed(format_args!("stdout: cannot be written ({error})"))),
+        _ => Ok(()),
     }
 }
 
@@ -235,7 +235,7 @@ mod tests {
         let (url, key, file) = (|| "file:///r".to_owned(), || "k".to_owned(), || "a.arrow".to_owned());
         let corrupt = || StoreError::Corrupt { url: url(), key: key(), expected: "1 byte".to_owned(), found: "2 bytes".to_owned() };
         let bad_url = || StoreError::BadUrl { url: url(), reason: "it is none".to_owned() };
-        let cases: [(Fail, u8); 9] = [
+        let cases: [(Fail, u8); 13] = [
             (corrupt().into(), NO_RETRY),
             (bad_url().into(), USAGE),
             (DataError::Store(corrupt()).into(), NO_RETRY),
@@ -245,6 +245,10 @@ mod tests {
             (PrepareError::Data(DataError::SourceMissing { source_name: file() }).into(), NO_RETRY),
             (LogError::Gap { url: url(), file: key(), last: 3 }.into(), NO_RETRY),
             (LogError::Contended { url: url(), tries: 9 }.into(), FAILED),
+            (ModelError::argument("steps", "1 to 1000", 1001).into(), USAGE),
+            (ModelError::MissingFile { file: "nowhere".into(), expected: "a model".to_owned() }.into(), NO_RETRY),
+            (Fail::io("nowhere", "read", &std::io::ErrorKind::NotFound.into()), NO_RETRY),
+            (Fail::io("full", "written", &std::io::ErrorKind::StorageFull.into()), FAILED),
         ];
         for (fail, code) in cases {
             assert_eq!(fail.code, code, "{}", fail.message);

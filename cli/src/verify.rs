@@ -43,6 +43,10 @@ impl Verify {
         if !self.sources.is_empty() && !self.repair && !self.originals {
             return Err(Fail::usage("--source: says where sources are for --repair or --originals; give one of them"));
         }
+        if !self.sources.is_empty() {
+            // Before anything damaged is deleted.
+            prepare::find_again(&self.data, &self.sources)?;
+        }
         let runtime = crate::runtime()?;
         let store = Store::open(&self.data)?;
         let (inventory, verified) = runtime.block_on(read(&store))?;

@@ -1,6 +1,7 @@
 //! Files that are there whole, or not at all: others see the old one or the new one.
 
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use tempfile::NamedTempFile;
@@ -18,7 +19,9 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<usize, Fail> {
 /// What is to become `path`, beside it.
 pub(crate) fn partial(path: &Path) -> Result<NamedTempFile, Fail> {
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    tempfile::Builder::new().prefix(".ella-").tempfile_in(folder).map_err(|error| Fail::io(path, "written", &error))
+    // As readable as any other new file: else only its owner could read it.
+    let mode = std::fs::Permissions::from_mode(0o666);
+    tempfile::Builder::new().prefix(".ella-").permissions(mode).tempfile_in(folder).map_err(|error| Fail::io(path, "written", &error))
 }
 
 /// It takes the name that it is for.

@@ -20,7 +20,18 @@ fn scenes_are_the_same_for_the_same_seed_and_wrong_sizes_are_refused() {
     ella(here, &["scenes", "--out", "c", "--size", "8", "--json"]).fails(2, &["size", "8", "16 to 4096"]);
     ella(here, &["scenes", "--count", "5"]).fails(2, &["--out"]);
     std::fs::write(here.join("file"), "x").unwrap();
-    ella(here, &["scenes", "--out", "file/x", "--json"]).fails(1, &["file/x"]);
+    ella(here, &["scenes", "--out", "file/x", "--json"]).fails(4, &["file/x"]);
+}
+
+#[test]
+fn a_result_that_nobody_gets_is_no_success() {
+    let dir = tempfile::tempdir().unwrap();
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ella"));
+    command.args(["scenes", "--out", "a", "--count", "1", "--json"]).current_dir(dir.path()).stdout(full);
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && said.contains("ella: stdout: cannot be written"), "{said}");
 }
 
 #[test]
@@ -44,14 +55,61 @@ fn prepare_counts_what_it_refuses_and_names_broken_sources() {
     ella(here, &["prepare", "nowhere", "--out", "x", "--json"]).fails(4, &["nowhere", "no source is there"]);
     ella(here, &["prepare", "small", "--out", "x", "--resolution", "63", "--json"]).fails(2, &["resolution", "multiple of 8", "63"]);
     ella(here, &["prepare", "small", "--out", "x", "--resolution", "512", "--json"]).fails(4, &["no sample was kept", "min_edge"]);
+    ella(here, &["prepare", "small", "--out", "x", "--resolution", "64", "--json"]).ok();
+    for (more, words) in [
+        (["--resolution", "-5"], ["--resolution", "-5 is not in"]),
+        (["--seed", "-1"], ["--seed", "a whole number of 0 or more"]),
+        (["--shard-mib", "0"], ["--shard-mib", "1 to 4096"]),
+        (["--format", "none"], ["--format none", "--latents"]),
+        (["--workers", "-1"], ["--workers", "-1 is not in 1..=1024"]),
+        (["--listen", "localhost:7000"], ["--listen", "expected ADDRESS:PORT"]),
+    ] {
+        ella(here, &[&["prepare", "small", "--out", "y", "--json"], &more[..]].concat()).fails(2, &words);
+    }
+    for more in [&[][..], &["--workers", "1"]] {
+        let latents = ["prepare", "small", "--out", "y", "--resolution", "64", "--latents", "nowhere", "--json"];
+        ella(here, &[&latents[..], more].concat()).fails(4, &["--latents", "nowhere", "not found"]);
+    }
+    let bad = ["prepare", "small", "--out", "y", "--resolution", "65", "--write-job", "job.toml", "--json"];
+    ella(here, &bad).fails(2, &["resolution", "65"]);
     ella(here, &["prepare", "small", "--out", "data", "--resolution", "32", "--json"])
         .fails(4, &["data/plan.json", "holds something else"]);
     ella(here, &["prepare", "small", "--out", "ftp://x/y"]).fails(2, &["ftp"]);
     let tar = std::fs::read(here.join("small/scenes-00000.tar")).unwrap();
     std::fs::write(here.join("cut.tar"), &tar[..tar.len() / 2]).unwrap();
     ella(here, &["prepare", "cut.tar", "--out", "y", "--resolution", "64", "--json"]).fails(4, &["cut.tar", "truncated"]);
+    // What the file holds is told, and steers no terminal.
+    let noise: Vec<u8> = std::iter::repeat_n(b"\x1b[31m\x0e\x07", 128).flatten().copied().collect();
+    std::fs::write(here.join("noise.tar"), noise).unwrap();
+    let told = ella(here, &["prepare", "noise.tar", "--out", "n", "--resolution", "64"]);
+    assert!(!told.stderr.contains(['\u{1b}', '\u{e}', '\u{7}']) && told.stderr.contains("\\u{1b}"), "{told:?}");
+    told.fails(4, &["noise.tar", "not a plain tar"]);
     std::fs::write(here.join("empty.tar"), "").unwrap();
     ella(here, &["prepare", "empty.tar", "--out", "z", "--resolution", "64"]).fails(4, &["empty.tar", "is empty"]);
+}
+
+#[test]
+fn what_is_unfinished_or_told_wrongly_is_named() {
+    let dir = world();
+    let here = dir.path();
+    // A source that was moved must keep its name.
+    let shards = |data: &str| std::fs::read_dir(here.join(data).join("shards")).unwrap().map(|entry| entry.unwrap().path());
+    let shard = shards("data").find(|path| path.extension().is_some_and(|ending| ending == "arrow")).unwrap();
+    std::fs::write(&shard, "no shard").unwrap();
+    std::fs::rename(here.join("tars/scenes-00000.tar"), here.join("renamed.tar")).unwrap();
+    ella(here, &["verify", "data", "--repair", "--source", "renamed.tar", "--source", "tars/scenes-00001.tar", "--json"])
+        .fails(2, &["--source renamed.tar", "scenes-00000.tar", "must have the name"]);
+    ella(here, &["verify", "data", "--repair", "--source", "renamed.tar"]).fails(2, &["--source", "2 sources", "found 1"]);
+
+    std::fs::remove_file(here.join("data/manifest.json")).unwrap();
+    ella(here, &["inspect", "data", "--json"]).fails(4, &["data: a data set whose preparing did not finish"]);
+    ella(here, &["embed", "data", "--text", "models/text"]).fails(4, &["manifest.json"]);
+    std::fs::create_dir(here.join("run")).unwrap();
+    std::fs::write(here.join("run/run.toml"), "").unwrap();
+    ella(here, &["inspect", "run", "--json"]).fails(4, &["run: a run", "ella status"]);
+    ella(here, &["status", "tars"]).fails(4, &["no run folder, and no data set", "ella status --coordinator"]);
+    ella(here, &["caption", "tars", "--json"]).fails(2, &["ella caption: `endpoint` is left out"]);
+    ella(here, &["caption", "tars", "--set", "model=m"]).fails(2, &["ella caption with --set: `endpoint` is left out"]);
 }
 
 #[test]
@@ -62,7 +120,7 @@ fn latents_are_those_of_the_base_models_vae() {
     assert_eq!(ella(here, &arguments).ok().json()["kept"], 16);
     let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(here.join("latent/manifest.json")).unwrap()).unwrap();
     assert_eq!((&manifest["latents"]["channels"], &manifest["latents"]["downscale"]), (&json!(8), &json!(8)));
-    ella(here, &["prepare", "tars", "--out", "l2", "--resolution", "64", "--latents", "models/text"]).fails(1, &["models/text"]);
+    ella(here, &["prepare", "tars", "--out", "l2", "--resolution", "64", "--latents", "models/text"]).fails(4, &["models/text"]);
 }
 
 #[test]
@@ -81,8 +139,8 @@ fn init_base_takes_captions_of_every_kind_and_gives_the_same_bytes() {
     assert_eq!(std::fs::read(here.join("models").join(file)).unwrap(), std::fs::read(here.join("m2").join(file)).unwrap());
 
     std::fs::create_dir(here.join("none")).unwrap();
-    ella(here, &["init-base", "--preset", "nano", "--captions", "none", "--out", "m3", "--json"]).fails(1, &["none: no caption"]);
-    ella(here, &["init-base", "--preset", "nano", "--captions", "gone.txt", "--out", "m3"]).fails(1, &["gone.txt", "cannot be read"]);
+    ella(here, &["init-base", "--preset", "nano", "--captions", "none", "--out", "m3", "--json"]).fails(4, &["none: no caption"]);
+    ella(here, &["init-base", "--preset", "nano", "--captions", "gone.txt", "--out", "m3"]).fails(4, &["gone.txt", "cannot be read"]);
     ella(here, &["init-base", "--preset", "huge", "--out", "m3", "--json"]).fails(2, &["huge", "nano"]);
 }
 
@@ -113,9 +171,9 @@ fn embed_goes_on_where_it_was_and_takes_plain_texts() {
 
     ella(here, &["embed", "texts", "--text", "models/text", "--json"]).fails(2, &["texts", "--out"]);
     ella(here, &["embed", "data", "--text", "models/text", "--out", "x"]).fails(2, &["--out"]);
-    ella(here, &["embed", "nowhere", "--text", "models/text", "--json"]).fails(1, &["nowhere", "not found"]);
-    ella(here, &["embed", "tars", "--text", "models/text"]).fails(1, &["tars", "manifest.json"]);
-    ella(here, &["embed", "data", "--text", "models/base", "--json"]).fails(1, &["models/base/config.json", "not found"]);
+    ella(here, &["embed", "nowhere", "--text", "models/text", "--json"]).fails(4, &["nowhere", "not found"]);
+    ella(here, &["embed", "tars", "--text", "models/text"]).fails(4, &["tars", "manifest.json"]);
+    ella(here, &["embed", "data", "--text", "models/base", "--json"]).fails(4, &["models/base/config.json", "not found"]);
     ella(here, &["embed", "data", "--text", "models/text", "--max-tokens", "0"]).fails(2, &["--max-tokens"]);
     ella(here, &["embed", "data", "--text", "models/text", "--dtype", "int8"]).fails(2, &["int8"]);
     if !std::path::Path::new("/dev/nvidiactl").exists() {

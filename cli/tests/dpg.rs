@@ -197,7 +197,7 @@ fn pictures_that_do_not_fit_are_refused_with_the_rule() {
     std::fs::write(here.join("set.csv"), SET).unwrap();
     let all = ["dpg", "questions", "--csv", "set.csv", "--images", "images", "--out", "list.jsonl", "--json"];
     let more = |more: &[&str]| ella(here, &[&all[..], more].concat());
-    more(&[]).fails(1, &["images", "cannot be read"]);
+    more(&[]).fails(4, &["images", "cannot be read"]);
     std::fs::create_dir(here.join("images")).unwrap();
     more(&[]).fails(4, &["images: has no readable picture of any item of set.csv", "a.png"]);
     grid(&here.join("images/a.png"), 8);
@@ -237,9 +237,10 @@ fn bad_sets_and_answers_are_refused_with_file_place_and_rule() {
     run(SET, &answer[..20], &[]).fails(4, &["answers.jsonl: line 1 is no JSON object"]);
     run(SET, &answer.replace("\"a\"", "\"z\""), &[]).fails(4, &["answers.jsonl: none of its answers", "\"z\""]);
     run(SET, answer, &["--resamples", "1"]).fails(2, &["--resamples"]);
-    ella(here, &["dpg", "score", "--csv", "none.csv", "--answers", "answers.jsonl", "--json"]).fails(1, &["none.csv", "cannot be read"]);
+    ella(here, &["dpg", "score", "--csv", "none.csv", "--answers", "answers.jsonl", "--json"]).fails(4, &["none.csv", "cannot be read"]);
     ella(here, &["dpg", "score", "--csv", "set.csv", "--json"]).fails(2, &["--answers"]);
-    // No answers at all: no official score, and 0 in the correct mode.
-    let found = run(SET, "", &[]).ok().json();
+    run(SET, "\n", &[]).fails(4, &["answers.jsonl: holds no answers"]);
+    // No picture could be looked at: no official score, and 0 in the correct mode.
+    let found = run(SET, "{\"item_id\":\"a\",\"error\":\"no picture\"}\n", &[]).ok().json();
     assert_eq!((&found["official"]["score"], &found["correct"]["score"]["value"]), (&Value::Null, &json!(0.0)));
 }

@@ -221,13 +221,13 @@ fn input_that_cannot_be_used_is_named_before_anything_is_drawn() {
     refused(2, &["--seed", "9223372036854775808"], &["--seed"]);
     refused(2, &["--only-clip"], &["--only-clip", "cannot be used with"]);
     let heads = ["--prompts", "prompts", "--out", "bad", "--connector", "connector.safetensors", "--heads", "7", "--text", "models/text"];
-    world.run(&heads).fails(1, &["connector heads", "a divisor of the width"]);
+    world.run(&heads).fails(2, &["connector heads", "a divisor of the width"]);
     refused(1, &["--lora", "gone.safetensors"], &["gone.safetensors", "not found"]);
     world.run(&["--prompts", "prompts", "--out", "bad"]).fails(2, &["--connector"]);
     world.run(&["--prompts", "prompts", "--out", "bad", "--connector", "connector.safetensors"]).fails(2, &["--text"]);
     untrained(&world.path("narrow.safetensors"), ConnectorKind::Tsc, 16);
     let narrow = ["--prompts", "prompts", "--out", "bad", "--connector", "narrow.safetensors", "--heads", "4", "--text", "models/text"];
-    world.run(&narrow).fails(1, &["narrow.safetensors", "the connector's width is 16", "do not belong together"]);
+    world.run(&narrow).fails(4, &["narrow.safetensors", "the connector's width is 16", "do not belong together"]);
     world.prompt("broken", b"caf\xe9");
     refused(4, &[], &["prompts/broken.txt", "is not UTF-8"]);
     std::fs::rename(world.path("prompts/broken.txt"), world.path("prompts/v1.5.txt")).unwrap();
@@ -237,7 +237,7 @@ fn input_that_cannot_be_used_is_named_before_anything_is_drawn() {
     refused(4, &[], &["prompts/blank.txt", "is empty"]);
     std::fs::remove_file(world.path("prompts/blank.txt")).unwrap();
     std::fs::remove_dir_all(world.path("models/base/text_encoder")).unwrap();
-    world.run(&["--prompts", "prompts", "--out", "bad", "--only-clip"]).fails(1, &["models/base/text_encoder", "--only-clip"]);
+    world.run(&["--prompts", "prompts", "--out", "bad", "--only-clip"]).fails(4, &["models/base/text_encoder", "--only-clip"]);
     std::fs::write(world.path("file"), "").unwrap();
     world.draw("file", &[]).fails(2, &["file: a file is there (expected a folder"]);
 }

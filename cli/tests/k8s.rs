@@ -44,7 +44,7 @@ fn workers_have_as_long_as_the_saves_of_an_earlier_run_took() {
     run_folder(&here.join("earlier"));
     let yaml = ella(here, &["k8s", "render", "run.toml", "--overlay", "local", "--save-of", "earlier"]).ok().stdout;
     assert!(yaml.contains("terminationGracePeriodSeconds: 180\n"), "30 s and thrice 50: {yaml}");
-    ella(here, &["k8s", "render", "run.toml", "--overlay", "local", "--save-of", "none"]).fails(1, &["this is no run folder"]);
+    ella(here, &["k8s", "render", "run.toml", "--overlay", "local", "--save-of", "none"]).fails(4, &["this is no run folder"]);
 }
 
 #[test]

@@ -51,11 +51,11 @@ fn forward_runs_a_network_on_a_files_tensors() {
     }
     connector(here);
 
-    ella(here, &[&arguments[..], &["in.safetensors", "--json"]].concat()).fails(1, &["in.safetensors", "grad_output"]);
-    ella(here, &[&arguments[..], &["none.safetensors"]].concat()).fails(1, &["none.safetensors", "not found"]);
+    ella(here, &[&arguments[..], &["in.safetensors", "--json"]].concat()).fails(4, &["in.safetensors", "grad_output"]);
+    ella(here, &[&arguments[..], &["none.safetensors"]].concat()).fails(4, &["none.safetensors", "not found"]);
     ella(here, &["forward", "unit", "--model", "m", "--inputs", "i", "--outputs", "o", "--json"]).fails(2, &["unit", "unet"]);
     std::fs::write(here.join("cut.safetensors"), &std::fs::read(here.join("in.safetensors")).unwrap()[..600]).unwrap();
-    ella(here, &[&arguments[..], &["cut.safetensors"]].concat()).fails(1, &["cut.safetensors", "cut short"]);
+    ella(here, &[&arguments[..], &["cut.safetensors"]].concat()).fails(4, &["cut.safetensors", "cut short"]);
 }
 
 /// A LoRA of one layer, and of one layer of a text encoder.
@@ -87,13 +87,13 @@ fn a_lora_changes_what_is_drawn_and_says_what_it_leaves_out() {
     run(&["--out", "velocity.png", "--prediction", "v_prediction"]).ok();
     assert_ne!(picture("velocity.png"), picture("plain.png"));
     run(&["--prediction", "noise"]).fails(2, &["--prediction", "epsilon"]);
-    run(&["--lora", "none.safetensors:0.8", "--json"]).fails(1, &["none.safetensors", "not found"]);
+    run(&["--lora", "none.safetensors:0.8", "--json"]).fails(4, &["none.safetensors", "not found"]);
     run(&["--lora", "style.safetensors:inf", "--json"]).fails(2, &["--lora", "finite"]);
     weights::save(&here.join("other.safetensors"), &[("lora_unet_x.alpha".to_owned(), Tensor::from(1.0))]).unwrap();
-    run(&["--lora", "other.safetensors", "--json"]).fails(1, &["other.safetensors", "lora_unet_x", "missing"]);
+    run(&["--lora", "other.safetensors", "--json"]).fails(4, &["other.safetensors", "lora_unet_x", "missing"]);
 
     let forward = ["forward", "text", "--model", "models/text", "--inputs", "style.safetensors", "--outputs", "out.safetensors"];
-    ella(here, &[&forward[..], &["--lora", "style.safetensors", "--json"]].concat()).fails(1, &["--lora", "not supported"]);
+    ella(here, &[&forward[..], &["--lora", "style.safetensors", "--json"]].concat()).fails(2, &["--lora", "not supported"]);
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn a_prompts_picture_does_not_depend_on_its_neighbours_but_on_sampler_kind_and_n
         run(&["--prompt", "a red circle", "--out", "kind.png"]).ok();
         assert_ne!(read("kind.png"), one, "{kind:?}");
     }
-    run(&["--prompt", "x", "--padding", "none", "--json"]).fails(1, &["mlp", "fixed"]);
+    run(&["--prompt", "x", "--padding", "none", "--json"]).fails(2, &["mlp", "fixed"]);
     connector(here);
 
     let sampler = |name: &str, more: &[&str]| {
@@ -150,18 +150,23 @@ fn a_prompts_picture_does_not_depend_on_its_neighbours_but_on_sampler_kind_and_n
     assert_eq!((seed("euler"), seed("euler-a")), (json!(null), json!(5)));
 
     run(&["--prompt", "x", "--sampler", "heun", "--json"]).fails(2, &["--sampler", "heun", "dpm++2m-karras"]);
+    let none = ["--heads", "4", "--prompt", "x", "--steps", "0", "--json"];
+    ella(here, &[&models[..], &none[..]].concat()).fails(2, &["--steps", "from 1 to the timesteps"]);
     let many = ["--heads", "4", "--prompt", "x", "--sampler", "dpm++2m", "--steps", "1000", "--json"];
-    ella(here, &[&models[..], &many[..]].concat()).fails(1, &["steps must be 1 to 999", "1000"]);
+    ella(here, &[&models[..], &many[..]].concat()).fails(2, &["steps must be 1 to 999", "1000"]);
     run(&["--json"]).fails(2, &["--prompt"]);
     run(&["--prompt", "x", "--size", "60", "--json"]).fails(2, &["--size", "multiples of the VAE's 8", "60"]);
-    run(&["--prompt", "x", "--steps", "0"]).fails(2, &["--steps"]);
-    run(&["--prompt", "x", "--latents", "noise.safetensors", "--json"]).fails(1, &["noise.safetensors", "[1, 4, h, w]"]);
-    run(&["--prompt", "x", "--out", "no/such/grid.png"]).fails(1, &["no/such/grid.png"]);
+    run(&["--prompt", "x", "--seed", "-1"]).fails(2, &["--seed"]);
+    run(&["--prompt", "x", "--out", "g.jpg"]).fails(2, &["--out g.jpg", ".png"]);
+    run(&["--prompt", "x", "--guidance", "1e30", "--out", "huge.png"]).fails(4, &["not finite", "guidance"]);
+    assert!(!here.join("huge.png").exists() && !here.join("g.jpg").exists());
+    run(&["--prompt", "x", "--latents", "noise.safetensors", "--json"]).fails(4, &["noise.safetensors", "[1, 4, h, w]"]);
+    run(&["--prompt", "x", "--out", "no/such/grid.png"]).fails(4, &["no/such/grid.png"]);
     let other = ["--heads", "4", "--prompt", "x", "--base", "models/base", "--text", "models/text", "--json"];
     ella(here, &[&["sample", "--connector", "models/text/model.safetensors"], &other[..]].concat())
-        .fails(1, &["model.safetensors", "holds no connector", "connector.latents"]);
+        .fails(4, &["model.safetensors", "holds no connector", "connector.latents"]);
     untrained(&here.join("wide.safetensors"), ConnectorKind::Tsc, 32);
-    ella(here, &[&["sample", "--connector", "wide.safetensors"], &other[..]].concat()).fails(1, &["wide.safetensors", "width is 32", "64"]);
+    ella(here, &[&["sample", "--connector", "wide.safetensors"], &other[..]].concat()).fails(4, &["wide.safetensors", "width is 32", "64"]);
 }
 
 #[test]
@@ -206,5 +211,5 @@ fn inspect_says_what_a_model_is_and_why_it_cannot_be_used() {
     std::fs::write(here.join("model.ckpt"), "x").unwrap();
     let pickle = look("model.ckpt");
     assert!(pickle.code == 1 && pickle.json()["problems"][0].as_str().unwrap().contains("pickle"));
-    look("nothing").fails(1, &["nothing", "not found"]);
+    look("nothing").fails(4, &["nothing", "not found"]);
 }

@@ -121,6 +121,8 @@ fn metrics(here: &Path) {
     let made = ella(here, &["metrics", "run", "--json"]).ok().json();
     assert_eq!((&made["steps"], std::fs::read(here.join("run/metrics.parquet")).unwrap() == kept), (&json!(7), true));
     ella(here, &["metrics", "run", "--out", "m.csv"]).ok();
+    let mode = |name: &str| std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(here.join(name)).unwrap().permissions());
+    assert_eq!(mode("m.csv"), mode("run.toml"), "as readable as any other new file");
     let csv = std::fs::read_to_string(here.join("m.csv")).unwrap();
     let lines: Vec<&str> = csv.lines().collect();
     assert!(
@@ -130,8 +132,8 @@ fn metrics(here: &Path) {
     let made = ella(here, &["metrics", "run", "--tensorboard", "tb", "--json"]).ok().json();
     assert!(here.join(made["file"].as_str().unwrap()).is_file() && made["pictures"] == 0, "{made}");
     ella(here, &["metrics", "run", "--out", "m.xlsx", "--json"]).fails(2, &["m.xlsx", ".parquet"]);
-    ella(here, &["metrics", "run", "--out", "no/m.csv"]).fails(1, &["no/m.csv"]);
-    ella(here, &["metrics", "data"]).fails(1, &["data/run.toml"]);
+    ella(here, &["metrics", "run", "--out", "no/m.csv"]).fails(4, &["no/m.csv"]);
+    ella(here, &["metrics", "data"]).fails(4, &["data/run.toml"]);
 }
 
 fn export(here: &Path) {
@@ -149,7 +151,7 @@ fn export(here: &Path) {
     }
     let half = Weights::open(&here.join("ema16.safetensors")).unwrap();
     assert_eq!(half.describe("connector.latents").unwrap().1, tch::Kind::Half);
-    ella(here, &["export", "run", "--out", "no/c.safetensors", "--json"]).fails(1, &["no/c.safetensors"]);
+    ella(here, &["export", "run", "--out", "no/c.safetensors", "--json"]).fails(4, &["no/c.safetensors"]);
 }
 
 fn report(here: &Path, audit: &serde_json::Value) {
@@ -164,9 +166,9 @@ fn report(here: &Path, audit: &serde_json::Value) {
     }
     let text = ella(here, &arguments).ok().stdout;
     assert!(text.contains("held-out loss") && text.contains("first tenth"), "{text}");
-    ella(here, &["report", "run", "--out", "r.html", "--audit", "run.toml", "--json"]).fails(1, &["run.toml", "no audit's verdict"]);
-    ella(here, &["report", "run", "--out", "r.html", "--samples", "run.toml"]).fails(1, &["run.toml", "not a PNG"]);
-    ella(here, &["report", "run", "--out", "no/r.html"]).fails(1, &["no/r.html"]);
+    ella(here, &["report", "run", "--out", "r.html", "--audit", "run.toml", "--json"]).fails(4, &["run.toml", "no audit's verdict"]);
+    ella(here, &["report", "run", "--out", "r.html", "--samples", "run.toml"]).fails(4, &["run.toml", "not a PNG"]);
+    ella(here, &["report", "run", "--out", "no/r.html"]).fails(4, &["no/r.html"]);
 }
 
 /// Each kind of damage fails the audit, which says what; put back, the audit holds again.
@@ -225,7 +227,7 @@ fn what_is_no_run_or_config_is_refused_in_one_line() {
     for command in
         [&["audit", "x", "--json"][..], &["status", "x", "--json"], &["export", "x", "--out", "o"], &["report", "x", "--out", "o"]]
     {
-        ella(here, command).fails(1, &["x/run.toml", "no run folder"]);
+        ella(here, command).fails(4, &["x/run.toml", "no run folder"]);
     }
     ella(here, &["status", "http://127.0.0.1:1", "--json"]).fails(1, &["127.0.0.1:1", "no coordinator"]);
     ella(here, &["drain", "0", "http://127.0.0.1:1", "--json"]).fails(1, &["127.0.0.1:1", "no coordinator"]);

@@ -186,9 +186,9 @@ fn the_bases_own_clip_stands_beside_the_connector() {
     assert_eq!(sheet.width(), 2 * 64 + 3 * 2);
 
     std::fs::remove_dir_all(world.path("models/base/tokenizer")).unwrap();
-    world.run(&["--prompt", "a", "--compare"]).fails(1, &["models/base/tokenizer", "not found", "CLIP"]);
+    world.run(&["--prompt", "a", "--compare"]).fails(4, &["models/base/tokenizer", "not found", "CLIP"]);
     std::fs::remove_dir_all(world.path("models/base/text_encoder")).unwrap();
-    world.run(&["--prompt", "a", "--with-clip"]).fails(1, &["models/base/text_encoder", "not found", "--with-clip"]);
+    world.run(&["--prompt", "a", "--with-clip"]).fails(4, &["models/base/text_encoder", "not found", "--with-clip"]);
     world.run(&["--prompt", "a"]).ok();
 }
 

@@ -32,10 +32,10 @@ struct Args {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Where workers and clients connect; port 0 takes any free one.
-    #[arg(long, env = "ELLA_LISTEN", default_value = "127.0.0.1:0")]
+    #[arg(long, env = "ELLA_LISTEN", value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0", value_parser = ella_coordinator::listens)]
     listen: SocketAddr,
     /// Where people and probes look.
-    #[arg(long, env = "ELLA_HTTP", default_value = "127.0.0.1:0")]
+    #[arg(long, env = "ELLA_HTTP", value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0", value_parser = ella_coordinator::listens)]
     http: SocketAddr,
     /// Also write the addresses to this file, as JSON.
     #[arg(long, value_name = "PATH")]

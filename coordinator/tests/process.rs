@@ -30,7 +30,7 @@ fn run_toml(folder: &Path) -> PathBuf {
 
 fn job_toml(folder: &Path) -> PathBuf {
     let path = folder.join("job.toml");
-    std::fs::write(&path, "[job]\nkind = \"prepare\"\ndata = \"d\"\n[prepare]\nwhat = \"only workers know\"\n").unwrap();
+    std::fs::write(&path, "[job]\nkind = \"prepare\"\ndata = \"d\"\n[prepare]\nsources = [\"only workers know\"]\n").unwrap();
     path
 }
 
@@ -216,6 +216,16 @@ async fn a_job_is_served_shown_and_ends_with_its_outcomes_code() {
     let output = soon("the exit", command_for(job_toml(folder.path()), &["--set", "job.leese=1s"]).output()).await.unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.code() == Some(2) && stderr.contains("did you mean `job.lease`?"), "{stderr}");
+    // Nobody has to come for what only workers use to be refused.
+    for (set, words) in [
+        ("prepare.resolutoin=64", "did you mean `prepare.resolution`?"),
+        ("prepare.resolution=\"64\"", "it must be of type integer"),
+        ("prepare.sources=[]", "`prepare.sources` is left out or empty"),
+    ] {
+        let output = soon("the exit", command_for(job_toml(folder.path()), &["--set", set]).output()).await.unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && stderr.contains(words), "{set}: {stderr}");
+    }
 }
 
 #[tokio::test]
@@ -225,7 +235,7 @@ async fn bad_usage_and_bad_config_are_told_on_stderr_with_exit_code_2() {
         (&["--set", "train.stepz=1"], "did you mean `train.steps`?"),
         (&["--set", "workers.count=100"], "workers.count"),
         (&["--set", "run.output=ftp://x/y"], "unknown scheme ftp"),
-        (&["--listen", "nonsense"], "--listen"),
+        (&["--listen", "localhost:7000"], "expected ADDRESS:PORT"),
     ];
     for (extra, words) in cases {
         let output = soon("the exit", command(folder.path(), extra).output()).await.unwrap();

@@ -134,7 +134,14 @@ impl CaptionSet {
                 return Err(DataError::Setting { field: "column", rule, found });
             }
             let folder = format!("{FOLDER}/{}", spec.column);
-            Ok(CaptionSet(Sidecar::new(store, &folder, data, spec).begin().await?))
+            let begun = Sidecar::new(store, &folder, data, spec).begin().await;
+            Ok(CaptionSet(begun.map_err(|error| match error {
+                DataError::Other { file, field, expected, found } => {
+                    let field = field.strip_prefix("spec.made_by.").map(str::to_owned).unwrap_or(field);
+                    DataError::OtherColumn { file, field, expected, found }
+                }
+                error => error,
+            })?))
         })
     }
 

@@ -152,6 +152,22 @@ pub enum DataError {
         found: String,
     },
 
+    /// An added column of captions is made by other settings.
+    #[error(
+        "{file}: the column is made otherwise: {field} differs (expected {expected}, found {found}); choose another --column, or delete its \
+         folder"
+    )]
+    OtherColumn {
+        /// The file that says how it is made.
+        file: String,
+        /// The first setting that differs.
+        field: String,
+        /// What this command would write.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+
     /// A record (manifest, plan, unit, features) cannot be understood.
     #[error("{file}: {what}; the file was written by another version of ella, or was changed: prepare the data again")]
     Record {
@@ -300,6 +316,11 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// Whether a setting is at fault, whatever the data are.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, DataError::Setting { .. } | DataError::Store(StoreError::BadUrl { .. } | StoreError::Unsupported { .. }))
+    }
+
     /// Whether it would come again wherever and whenever the same is tried: input or settings that can't be used. Else it may pass.
     pub fn is_permanent(&self) -> bool {
         match self {

@@ -31,6 +31,8 @@ use crate::tree;
 pub const PLAN: &str = "plan.json";
 /// The report's key in a data set's folder.
 pub const REPORT: &str = "report.json";
+/// What was found of duplicates, in a data set's folder.
+pub(crate) const DUPLICATES: &str = "duplicates.json";
 /// The folder of units' records.
 pub(crate) const UNITS: &str = "units";
 /// The folder of shards.
@@ -109,6 +111,21 @@ impl Plan {
         }
         let there: Plan = parse(&at(out, PLAN), &out.get_record(PLAN).await?)?;
         same(self, &there, at(out, PLAN))
+    }
+
+    /// Gives a destination up that came to nothing, for a plan of other settings to take it: no shard was written. What was refused stays
+    /// told in its report. Only for who knows that nobody works there.
+    pub async fn withdraw(out: &Store) -> Result<(), DataError> {
+        if read(out, MANIFEST).await?.is_some() || !out.list(SHARDS).await?.is_empty() {
+            return Ok(());
+        }
+        for unit in out.list(UNITS).await? {
+            out.delete(&unit.key).await?;
+        }
+        for key in [DUPLICATES, PLAN] {
+            out.delete(key).await?;
+        }
+        Ok(())
     }
 
     /// The parts in order.

@@ -49,6 +49,12 @@ async fn a_field_that_no_sample_of_a_source_has_is_one_error_that_names_what_the
 }
 
 #[tokio::test]
+async fn small_sources_conclude_it_together() {
+    let (a, b) = (good_tar(0, 3), good_tar(3, 3));
+    is_told(prepared(&[("a.tar", &a), ("b.tar", &b)], &["nofield"]).await.1, "a.tar", "nofield", "txt");
+}
+
+#[tokio::test]
 async fn samples_that_lack_what_others_have_are_refused_one_by_one() {
     let tar = tar_of(&[("a.jpg", &jpeg(48, 1)), ("a.txt", b"a cup"), ("b.jpg", &jpeg(48, 2)), ("b.json", b"{\"title\": 1}")]);
     let (_, report) = prepared(&[("a.tar", &tar)], &["txt"]).await;

@@ -95,8 +95,9 @@ async fn a_column_made_otherwise_or_of_a_taken_name_is_refused() {
     let (out, data) = prepared().await;
     CaptionSet::begin(&store(&out), data.shared_manifest(), spec("m")).await.unwrap();
     let error = CaptionSet::begin(&store(&out), data.shared_manifest(), spec("other")).await.unwrap_err();
-    let DataError::Other { field, expected, found, .. } = &error else { panic!("{error}") };
-    assert_eq!((field.as_str(), expected.as_str(), found.as_str()), ("spec.made_by.model", "\"other\"", "\"m\""));
+    let DataError::OtherColumn { field, expected, found, .. } = &error else { panic!("{error}") };
+    assert_eq!((field.as_str(), expected.as_str(), found.as_str()), ("model", "\"other\"", "\"m\""));
+    assert!(error.to_string().contains("--column"), "{error}");
     for column in ["caption", "", "../x", "a/b", ".hidden"] {
         let spec = CaptionSpec { column: column.into(), ..spec("m") };
         let error = CaptionSet::begin(&store(&out), data.shared_manifest(), spec).await.unwrap_err();

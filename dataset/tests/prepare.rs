@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use common::{files, good_tar, jpeg, png, png_alpha, refused, small, sources, store, tar_of, threads, webp};
 use ella_dataset::{
-    CaptionColumn, DataError, DataSet, Duplicates, Encoding, Filters, LatentEncoder, LatentSpec, Manifest, Preparation, PrepareOptions,
-    Row, Settings, ShardLayout, ShardReader, ShardWriter, Source, decode_rgb, prepare,
+    CaptionColumn, DataError, DataSet, Duplicates, Encoding, Filters, LatentEncoder, LatentSpec, Manifest, Plan, Preparation,
+    PrepareOptions, Row, Settings, ShardLayout, ShardReader, ShardWriter, Source, decode_rgb, prepare,
 };
 use ella_store::{Digest, Store};
 use half::f16;
@@ -313,6 +313,23 @@ async fn nothing_kept_is_an_error_and_still_reported() {
     let error = prepare(&sources, &store(&out), &settings, &threads(1)).await.unwrap_err();
     assert!(matches!(&error, DataError::NothingKept { read: 3, refused } if refused == "3 caption_short"), "{error}");
     assert!(out.path().join("report.json").exists() && !out.path().join("manifest.json").exists());
+    // Who loosens the filters, as the message says, may go on there, and nothing of the first try is left.
+    assert_eq!(prepare(&sources, &store(&out), &small(), &threads(1)).await.unwrap().kept, 3);
+    assert_eq!(out.path().join("units").read_dir().unwrap().count(), 1);
+}
+
+#[tokio::test]
+async fn only_a_destination_without_shards_is_given_up() {
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let two = sources(dir.path(), &[("a.tar", &good_tar(0, 3)), ("b.tar", &good_tar(0, 3)[..2000])]).await;
+    prepare(&two, &store(&out), &small(), &threads(1)).await.unwrap_err();
+    let before = files(out.path());
+    Plan::withdraw(&store(&out)).await.unwrap();
+    assert_eq!(files(out.path()), before);
+    let (one, out) = (&two[1..], TempDir::new().unwrap());
+    prepare(one, &store(&out), &small(), &threads(1)).await.unwrap_err();
+    Plan::withdraw(&store(&out)).await.unwrap();
+    assert!(files(out.path()).is_empty());
 }
 
 #[tokio::test]

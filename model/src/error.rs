@@ -153,6 +153,18 @@ pub enum ModelError {
         /// What it was.
         found: String,
     },
+    /// What a file holds, and a network cannot work with.
+    #[error("{}: {what} must be {expected} (found {found})", file.display())]
+    FileInput {
+        /// The file.
+        file: PathBuf,
+        /// Which of its tensors.
+        what: String,
+        /// What it must be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
     /// A model that is named by where it is to be had from, and cannot be had.
     #[error("{reason}")]
     Unavailable {
@@ -203,6 +215,9 @@ pub enum ModelError {
         /// What is wrong, and what to do.
         reason: String,
     },
+    /// Numbers came out that no picture has.
+    #[error("what was drawn is not finite, so it is no picture; lower the guidance, or compute in fp32 where fp16 overflows")]
+    NotFinite,
     /// An operation that libtorch refused.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
@@ -212,10 +227,31 @@ pub enum ModelError {
 }
 
 impl ModelError {
+    /// Whether what was asked for cannot be, whatever the files hold.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, ModelError::Input { .. } | ModelError::Unsupported { .. })
+    }
+
+    /// Whether the same would fail again on this machine: a model that is not there, or cannot be used.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            ModelError::Unreadable { source, .. } | ModelError::Unwritable { source, .. } => is_lasting(source),
+            ModelError::Unavailable { passes, .. } => !passes,
+            ModelError::Torch(_) | ModelError::Fused(_) => false,
+            _ => true,
+        }
+    }
+
     /// The error of an argument that a network or schedule cannot work with.
     pub fn argument(what: impl Into<String>, expected: impl Display, found: impl Display) -> Self {
         ModelError::Input { what: what.into(), expected: expected.to_string(), found: found.to_string() }
     }
+}
+
+/// Whether the system would say the same again: of a path that leads nowhere, not of a right, room or a connection that is missing.
+pub fn is_lasting(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind as E;
+    matches!(error.kind(), E::NotFound | E::NotADirectory | E::IsADirectory | E::InvalidInput | E::InvalidFilename | E::InvalidData)
 }
 
 /// The first few names of a list, and how many more there are.

@@ -285,7 +285,7 @@ impl<'a> Inputs<'a> {
         let (low, high) = (i64::try_from(tensor.f_min()?)?, i64::try_from(tensor.f_max()?)?);
         if low < 0 || high >= limit {
             let rule = format!("integers from 0 to {}", limit - 1);
-            return Err(ModelError::argument(self.label(name), rule, format!("{low} to {high}")));
+            return Err(self.wrong(name, rule, format!("{low} to {high}")));
         }
         Ok(tensor)
     }
@@ -316,7 +316,7 @@ impl<'a> Inputs<'a> {
             Dim::Any(letter) => letters.get(letter).map_or(letter.to_owned(), |size| format!("{letter}={size}")),
         });
         let expected = format!("of shape [{}]", words.collect::<Vec<_>>().join(", "));
-        Err(ModelError::argument(self.label(name), expected, format!("{shape:?}")))
+        Err(self.wrong(name, expected, format!("{shape:?}")))
     }
 
     /// Refuses inputs that the network did not take.
@@ -326,8 +326,7 @@ impl<'a> Inputs<'a> {
             None => Ok(()),
             Some(name) => {
                 let expected = taken.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-                let what = format!("{}: inputs", self.file.path().display());
-                Err(ModelError::argument(what, format!("{expected} and no other"), name))
+                Err(self.wrong("inputs", format!("{expected} and no other"), name.to_owned()))
             }
         }
     }
@@ -365,7 +364,7 @@ impl<'a> Inputs<'a> {
         self.floats(key, &dims)
     }
 
-    fn label(&self, name: &str) -> String {
-        format!("{}: {name}", self.file.path().display())
+    fn wrong(&self, name: &str, expected: String, found: String) -> ModelError {
+        ModelError::FileInput { file: self.file.path().to_owned(), what: name.to_owned(), expected, found }
     }
 }

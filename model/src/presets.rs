@@ -223,7 +223,8 @@ fn write_json(file: &Path, value: &Value) -> Result<()> {
 fn write(file: &Path, bytes: &[u8]) -> Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)
-        .and_then(|()| std::fs::write(file, bytes))
+        // Half a file would be taken for one.
+        .and_then(|()| std::fs::write(file, bytes).inspect_err(|_| drop(std::fs::remove_file(file))))
         .map_err(|source| ModelError::Unwritable { file: file.into(), source })
 }
 

@@ -1,10 +1,10 @@
 //! Leased work by real processes that are killed: the bytes are those of a calm run, no unit's output is there twice, nothing is left over.
 
 use anyhow::{Context as _, Result, ensure};
-use ella_tests::{Dice, Files, World, children_of, ella, exists, signal, spawn, try_ella, wait};
+use ella_tests::{Dice, Files, World, binary, children_of, ella, exists, lead, signal, spawn, try_ella, wait};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Child, Output};
+use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
 /// Every file below a folder but the records that tell where sources were read, by name.
@@ -66,6 +66,26 @@ fn a_data_set_prepared_under_kills_has_the_bytes_of_a_calm_run() -> Result<()> {
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     ensure!(killed > 0, "the job was over before anyone was killed");
     same(&world.path("calm"), &world.path("killed"))
+}
+
+#[test]
+fn workers_that_cannot_work_end_the_job_with_their_code_and_words() -> Result<()> {
+    let world = World::new(8)?;
+    let at = |name: &str| world.path(name).display().to_string();
+    let prepare = |out: &str, more: &[&str], slots: &str| -> Result<Output> {
+        let mut command = Command::new(binary("ella")?);
+        command.args(["prepare", &at("scenes"), "--out", &at(out), "--resolution", "64", "--workers", "2"]).args(more);
+        command.env("ELLA_SLOTS", slots);
+        wait(lead(command)?)
+    };
+    let output = prepare("none", &[], "0")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(2) && said.contains("--slots") && !said.contains("takes its place"), "{said}");
+    // Whoever ends because the job is over leaves nothing to do for another.
+    let output = prepare("failed", &["--where", "width>10000000"], "1")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(4) && said.contains("no sample was kept") && !said.contains("takes its place"), "{said}");
+    Ok(())
 }
 
 #[test]

@@ -205,7 +205,11 @@ fn a_store_that_takes_no_samples_ends_nothing_and_is_told() -> Result<()> {
 fn settings_that_do_not_suit_the_base_are_refused_by_name() -> Result<()> {
     let world = World::new(40)?;
     let run = world.run("bad", STEPS, &settings(""))?;
-    for (set, name) in [("sample.size=63x64", "sample.size"), ("sample.steps=0", "sample.steps"), ("sample.sampler=ddpm", "ddpm")] {
+    for (set, name) in [
+        ("sample.size=63x64", "sample.size: width and height must be multiples of the VAE's 8, up to"),
+        ("sample.steps=0", "sample.steps"),
+        ("sample.sampler=ddpm", "ddpm"),
+    ] {
         let output = try_ella(&run.train(&[set]))?;
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(matches!(output.status.code(), Some(2 | 4)) && said.contains(name), "{set}: {said}");

@@ -1,5 +1,6 @@
 //! What people see of long work, on stderr.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -11,7 +12,17 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 
 /// One line for whoever watches, on stderr.
 pub fn note(text: impl Display) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "{}", plain(&text.to_string()));
+}
+
+/// A text whose control characters, but for the ends of lines and tabs, are spelt out: what files hold must not steer a terminal.
+pub fn plain(text: &str) -> Cow<'_, str> {
+    let steers = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if !text.contains(steers) {
+        return text.into();
+    }
+    let spelt = |text: String, c: char| if steers(c) { text + &c.escape_default().to_string() } else { text + c.encode_utf8(&mut [0; 4]) };
+    text.chars().fold(String::new(), spelt).into()
 }
 
 /// How far something has come: a bar on a terminal, now and then a plain line elsewhere.
@@ -76,5 +87,16 @@ impl Drop for Meter {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::plain;
+
+    #[test]
+    fn what_would_steer_a_terminal_is_spelt_out() {
+        assert_eq!(plain("a\u{1b}[31m\0\u{7}\r\u{9b}b"), "a\\u{1b}[31m\\u{0}\\u{7}\\r\\u{9b}b");
+        assert_eq!(plain("two\n\tlines, 日本"), "two\n\tlines, 日本");
     }
 }

@@ -58,11 +58,13 @@ impl Item {
 impl Answers {
     /// Reads a file: CSV if its name ends so, else JSON lines.
     pub(super) fn read(path: &Path) -> Result<Self, Fail> {
-        if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("csv")) {
-            return Self::csv(&path.display().to_string(), &Table::read(path)?);
-        }
-        let bytes = std::fs::read(path).map_err(|error| Fail::io(path, "read", &error))?;
-        Self::jsonl(&path.display().to_string(), &bytes)
+        let file = path.display().to_string();
+        let all = if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("csv")) {
+            Self::csv(&file, &Table::read(path)?)?
+        } else {
+            Self::jsonl(&file, &std::fs::read(path).map_err(|error| Fail::io(path, "read", &error))?)?
+        };
+        if all.items.is_empty() { Err(bad(format_args!("{file}: holds no answers"))) } else { Ok(all) }
     }
 
     pub(super) fn jsonl(file: &str, bytes: &[u8]) -> Result<Self, Fail> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ella_dataset::{
-    CaptionManifest, CaptionSet, CaptionStats, DataSet, Encoding, FeatureManifest, FeatureSet, MANIFEST, REPORT, Report, Tokens,
+    CaptionManifest, CaptionSet, CaptionStats, DataSet, Encoding, FeatureManifest, FeatureSet, MANIFEST, PLAN, REPORT, Report, Tokens,
     captions_in, features_in,
 };
 use ella_model::text::TextConfig;
@@ -15,6 +15,7 @@ use ella_worker::models;
 use serde::Serialize;
 
 use crate::caption::column_stats;
+use crate::run::RUN_TOML;
 use crate::ui::{Fail, bytes, count};
 
 /// Rows that are looked at for histograms.
@@ -59,6 +60,25 @@ pub(super) async fn is_data(path: &str) -> Result<bool, Fail> {
         return Ok(false);
     }
     Ok(Store::open(path)?.head(MANIFEST).await?.is_some())
+}
+
+/// Refuses what is neither a model nor whole, but known all the same.
+pub(super) async fn refuse_others(path: &str) -> Result<(), Fail> {
+    if !path.contains("://") && !std::path::Path::new(path).is_dir() {
+        return Ok(());
+    }
+    let store = Store::open(path)?;
+    if store.head(RUN_TOML).await?.is_some() {
+        return Err(Fail::lasting(format_args!(
+            "{path}: a run; `ella status` says what became of it, and `ella export` takes its connector out"
+        )));
+    }
+    if store.head(PLAN).await?.is_some() {
+        return Err(Fail::lasting(format_args!(
+            "{path}: a data set whose preparing did not finish; the same `ella prepare` goes on with it"
+        )));
+    }
+    Ok(())
 }
 
 impl DataFacts {

@@ -42,6 +42,7 @@ impl Inspect {
         {
             return Err(Fail::usage(format_args!("{}: {option} is for prepared data sets, and this is none", self.path)));
         }
+        runtime.block_on(data::refuse_others(&self.path))?;
         let report = look::look(Path::new(&self.path))?;
         out.result(&report, || text(&report));
         Ok(if report.usable { DONE } else { FAILED })

@@ -116,8 +116,9 @@ mod tests {
 
     #[test]
     fn captions_cannot_break_the_page() {
-        let shown = Shown { key: "a\"b".into(), captions: vec!["<script>".into()], original: None, size: None, picture: None };
+        let shown = Shown { key: "a\"b".into(), captions: vec!["<script>\u{1b}[31m\0".into()], original: None, size: None, picture: None };
         let html = figure(&shown);
+        assert!(!html.contains(['\u{1b}', '\0']) && html.contains("\\u{1b}[31m\\u{0}"), "{html}");
         assert!(!html.contains("<script>") && html.contains("a&quot;b"), "{html}");
     }
 }

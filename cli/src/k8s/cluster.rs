@@ -1,6 +1,6 @@
 //! What is asked of the cluster's API.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::time::Duration;
 
 use ella_k8s::client::{ClientError, Cluster};
@@ -41,11 +41,12 @@ impl There {
 impl Logs {
     pub(super) fn run(&self, out: Out) -> Result<u8, Fail> {
         // Whoever closed stdout wants no more lines.
-        let closed = CancellationToken::new();
+        let (closed, mut failed) = (CancellationToken::new(), None);
         let mut told = |pod: &str, line: &str| {
             let text = if out.json { json!({ "pod": pod, "line": line }).to_string() } else { format!("{pod}  {line}") };
-            if writeln!(std::io::stdout(), "{text}").is_err() {
+            if let Err(error) = writeln!(std::io::stdout(), "{text}") {
                 closed.cancel();
+                failed = (error.kind() != ErrorKind::BrokenPipe).then_some(error);
             }
         };
         let telling = async {
@@ -53,7 +54,7 @@ impl Logs {
             cluster.logs(&self.there.name, &self.of, self.follow, &mut told).await
         };
         crate::runtime()?.block_on(closed.run_until_cancelled(telling)).unwrap_or(Ok(()))?;
-        Ok(DONE)
+        failed.map_or(Ok(DONE), |error| Err(Fail::failed(format_args!("stdout: cannot be written ({error})"))))
     }
 }
 

@@ -4,7 +4,7 @@ use ella_proto::config::Bytes;
 use ella_worker::memory::{Fit, Needs, Plan};
 use serde::Serialize;
 
-use crate::ui::bytes;
+use crate::ui::{bytes, count};
 
 /// The memory of the GPUs that `--gpu` knows, in MiB as nvidia-smi tells it; of those that come in several sizes, the A100 of 80 GB and the V100 of 16.
 const GPUS: [(&str, u64); 9] = [
@@ -26,6 +26,10 @@ pub(super) struct Memory {
     plan: Plan,
     /// None if the GPU's memory is not known.
     fit: Option<Fit>,
+    #[serde(skip)]
+    workers: usize,
+    #[serde(skip)]
+    global_batch: usize,
 }
 
 impl Memory {
@@ -34,7 +38,8 @@ impl Memory {
         let known = GPUS.iter().find(|(name, _)| gpu.eq_ignore_ascii_case(name)).map(|(_, mib)| mib << 20);
         let limit = needs.config.workers.gpu_memory.map_or(u64::MAX, |most| most.0);
         let there = said.map(|said| said.0).or(known).map(|there| there.min(limit));
-        Self { plan: needs.plan(needs.config.train.micro_batch as u64), fit: there.map(|there| needs.fit(there)) }
+        let (workers, global_batch) = (needs.config.workers.count, needs.config.train.global_batch);
+        Self { plan: needs.plan(needs.config.train.micro_batch as u64), fit: there.map(|there| needs.fit(there)), workers, global_batch }
     }
 
     pub(super) fn text(&self) -> String {
@@ -54,7 +59,11 @@ impl Memory {
         text += &format!("micro-batch of {micro_batch}: {verdict}");
         text += &match (largest, of_the_batch) {
             (Some(largest), Some(usable)) => {
-                format!("; the largest that does is {largest}, of those that divide the global batch {usable}\n")
+                let (batch, workers) = (self.global_batch, count(self.workers, "worker"));
+                format!(
+                    "; the largest that does is {largest}; of those that divide the global batch of {batch} and leave {workers} (workers.count) a \
+                     lane each, {usable}\n"
+                )
             }
             (Some(largest), None) => {
                 format!("; the largest that does is {largest}, and no divisor of the global batch leaves every worker a lane\n")

@@ -100,15 +100,16 @@ impl Plan {
         let unknown = || Fail::usage(format_args!("--gpu {}: not known (known are {}); give its --peak in TFLOP/s", self.gpu, names()));
         let peak = self.peak.or(known).ok_or_else(unknown)?;
         let positive = |value: f64| value > 0.0 && value.is_finite();
-        for (option, value, holds) in [
-            ("--peak", peak, positive(peak)),
-            ("--efficiency", self.efficiency, positive(self.efficiency) && self.efficiency <= 1.0),
-            ("--gpu-hour", self.gpu_hour, self.gpu_hour >= 0.0),
-            ("--gb-month", self.gb_month, self.gb_month >= 0.0),
-            ("--months", self.months, self.months >= 0.0),
+        let (some, any) = ("more than 0", "0 or more");
+        for (option, value, holds, rule) in [
+            ("--peak", peak, positive(peak), some),
+            ("--efficiency", self.efficiency, positive(self.efficiency) && self.efficiency <= 1.0, "more than 0, and 1 at most"),
+            ("--gpu-hour", self.gpu_hour, self.gpu_hour >= 0.0, any),
+            ("--gb-month", self.gb_month, self.gb_month >= 0.0, any),
+            ("--months", self.months, self.months >= 0.0, any),
         ] {
-            if !holds {
-                return Err(Fail::usage(format_args!("{option} {value} is out of its range")));
+            if !(holds && value.is_finite()) {
+                return Err(Fail::usage(format_args!("{option} must be a number of {rule} (found {value})")));
             }
         }
         let (gpu, efficiency) = (self.gpu.to_lowercase(), self.efficiency);

@@ -74,14 +74,14 @@ impl Report {
 fn read_audit(file: &PathBuf) -> Result<Verdict, Fail> {
     let text = std::fs::read_to_string(file).map_err(|error| Fail::io(file, "read", &error))?;
     let hint = "give the output of `ella audit RUN --json`";
-    serde_json::from_str(&text).map_err(|error| Fail::failed(format_args!("{}: is no audit's verdict ({error}); {hint}", file.display())))
+    serde_json::from_str(&text).map_err(|error| Fail::lasting(format_args!("{}: is no audit's verdict ({error}); {hint}", file.display())))
 }
 
 /// A PNG's bytes, ready to stand in a page.
 fn read_png(file: &PathBuf) -> Result<String, Fail> {
     let bytes = std::fs::read(file).map_err(|error| Fail::io(file, "read", &error))?;
     if !bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
-        return Err(Fail::failed(format_args!("{}: is not a PNG; give what `ella sample` wrote", file.display())));
+        return Err(Fail::lasting(format_args!("{}: is not a PNG; give what `ella sample` wrote", file.display())));
     }
     Ok(base64::engine::general_purpose::STANDARD.encode(bytes))
 }

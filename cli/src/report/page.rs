@@ -9,7 +9,7 @@ use super::chart::{Chart, short};
 use super::facts::{Facts, TermFact};
 use super::numbers::{Numbers, Tenths};
 use crate::audit::{Epoch, Verdict};
-use crate::ui::{count, span};
+use crate::ui::{count, plain, span};
 
 const STYLE: &str = include_str!("style.css");
 /// Of the parts of a step, from the largest on.
@@ -43,7 +43,7 @@ pub(crate) fn document(title: &str, own: &str, body: &str) -> String {
 
 /// Text as it stands in HTML.
 pub(crate) fn escape(text: impl Display) -> String {
-    text.to_string().replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    plain(&text.to_string()).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 fn head(facts: &Facts, numbers: &Numbers) -> String {

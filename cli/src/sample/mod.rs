@@ -15,7 +15,7 @@ use ella_model::connector::Connector;
 use ella_model::text::TextConfig;
 use ella_model::unet::UNetConfig;
 use ella_proto::config::Size;
-use ella_worker::draw::{self as drawing, BaseText, Noise, NoiseError, Reading, Script, check_fit};
+use ella_worker::draw::{self as drawing, BaseText, Noise, Reading, Script, check_fit};
 use ella_worker::text::{TextEncoder, TextOptions};
 use ella_worker::{device, models};
 use plan::{Plan, Seeds};
@@ -91,6 +91,9 @@ impl Sample {
         if !self.how.guidance.is_finite() {
             return Err(Fail::usage(format_args!("--guidance must be a finite number (found {})", self.how.guidance)));
         }
+        if self.out_dir.is_none() && !self.out.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("png")) {
+            return Err(Fail::usage(format_args!("--out {}: the ending must be .png", self.out.display())));
+        }
         let seeds = if self.seeds.is_empty() { Seeds::From(self.seed) } else { Seeds::Each(&self.seeds) };
         let plan = Plan::new(&self.all_prompts()?, self.images.map(|n| n as usize), &seeds)?;
         self.check_folder()?;
@@ -102,10 +105,7 @@ impl Sample {
             Some(file) => Noise::given(&base, file, plan.shots.len()),
             None => Noise::seeded(&base, self.size),
         };
-        let noise = noise.map_err(|error| match error {
-            NoiseError::Size { .. } => Fail::usage(format_args!("--size: {error}")),
-            error => Fail::failed(error),
-        })?;
+        let noise = noise?;
         let loras = self.loras.open()?;
         let connector = Connector::load(&self.connector, self.how.heads.into(), Kind::Float, place.1)?;
         let (ella, clip) = self.scripts(&plan, (&base, &text), &connector, place)?;
@@ -169,7 +169,7 @@ impl Sample {
             let text = std::fs::read_to_string(file).map_err(|error| Fail::io(file, "read", &error))?;
             prompts.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned));
             if prompts.is_empty() {
-                return Err(Fail::failed(format_args!("{}: no prompt is there (expected one on each line)", file.display())));
+                return Err(Fail::lasting(format_args!("{}: no prompt is there (expected one on each line)", file.display())));
             }
         }
         Ok(prompts)
@@ -181,7 +181,7 @@ impl Sample {
         match (&self.out_dir, file.parent().filter(|folder| !folder.as_os_str().is_empty())) {
             (Some(folder), _) => std::fs::create_dir_all(folder).map_err(|error| Fail::io(folder, "created", &error)),
             (None, Some(folder)) if !folder.is_dir() => {
-                Err(Fail::failed(format_args!("{}: its folder is not there; make it, or name another file with --out", file.display())))
+                Err(Fail::lasting(format_args!("{}: its folder is not there; make it, or name another file with --out", file.display())))
             }
             (None, _) => Ok(()),
         }

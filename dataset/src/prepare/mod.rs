@@ -21,7 +21,7 @@ use tokio::sync::OnceCell;
 use crate::error::DataError;
 use crate::manifest::{LatentSpec, MANIFEST, Manifest, ShardEntry, at, read};
 use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, unit_key, write_report};
-use crate::report::Report;
+use crate::report::{Refusal, Report};
 use crate::settings::Settings;
 use crate::source::{Piece, Source};
 use crate::tree::{TREES, file_of};
@@ -218,13 +218,31 @@ impl Preparation {
             }
             if report.kept == 0 {
                 write_report(&self.out, &report).await?;
-                return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
+                // All parts are done, and loosened filters are another plan.
+                Plan::withdraw(&self.out).await?;
+                return Err(self.nothing_kept(plan, &report).await);
             }
             let manifest = Manifest::new(Some(plan.settings.clone()), plan.latents.clone(), sources, shards);
             publish(&self.out, &manifest, &report).await?;
             self.delete_leftovers(&manifest).await?;
             Ok(report)
         })
+    }
+
+    /// Why nothing was kept: what refused the samples or, where none had any of the fields that were named for captions, just that. Parts of few
+    /// samples do not conclude it by themselves.
+    async fn nothing_kept(&self, plan: &Plan, report: &Report) -> DataError {
+        let nothing = DataError::NothingKept { read: report.read, refused: report.refused_line() };
+        let without = report.refused.get(&Refusal::CaptionMissing).map_or(0, Vec::len) as u64;
+        let named = self.settings.captions.iter().map(|column| column.field.clone()).collect::<Option<Vec<_>>>();
+        let first = plan.parts().next().and_then(|part| Some((self.source(&part).ok()?.clone(), part)));
+        let (Some(named), Some((source, part)), true) = (named, first, without == report.read) else { return nothing };
+        let (source_name, piece) = (source.name().to_owned(), piece_of(&source, &part));
+        let found = tokio::task::spawn_blocking(move || part::fields_of(&source, &piece)).await;
+        match found {
+            Ok(Ok(found)) if !found.is_empty() => DataError::CaptionField { source_name, fields: named.join(", "), found },
+            _ => nothing,
+        }
     }
 
     /// Deletes shards that no manifest names, of attempts at sources that were replaced and of parts that were prepared again; and what

@@ -115,6 +115,10 @@ impl Unseen {
         self.found.extend(sample.fields.keys().take(room).cloned());
     }
 
+    fn named(&self) -> String {
+        self.found.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
+    }
+
     /// Where no sample of a whole source has any, that is an error of whoever named them: refusing all samples one by one would not tell.
     /// A small tar or list among others may be just a bad one. Parts of a list of JSON may differ, so then the others are looked at.
     fn judge(self, source: &Source, piece: &Piece) -> Result<(), DataError> {
@@ -126,9 +130,19 @@ impl Unseen {
         if source.kind() == SourceKind::Jsonl && piece.bytes != (0..source.bytes()) && source.has_field(&self.fields)? {
             return Ok(());
         }
-        let found = self.found.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let found = self.named();
         Err(DataError::CaptionField { source_name: source.name().to_owned(), fields: self.fields.join(", "), found })
     }
+}
+
+/// The fields that the first samples of a source have.
+pub(super) fn fields_of(source: &Source, piece: &Piece) -> Result<String, DataError> {
+    let mut unseen = Unseen { fields: vec![String::new()], found: BTreeSet::new(), samples: 0, alone: true };
+    source.read(piece, &mut |sample| {
+        unseen.look(&sample);
+        unseen.samples < FEW_SAMPLES
+    })?;
+    Ok(unseen.named())
 }
 
 fn read_source(

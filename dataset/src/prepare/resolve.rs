@@ -12,11 +12,8 @@ use super::{Preparation, READ_AT_ONCE};
 use crate::error::DataError;
 use crate::ipc::unspoolable;
 use crate::manifest::{SCHEMA, at, parse, pretty, read};
-use crate::plan::{Plan, same};
+use crate::plan::{DUPLICATES, Plan, same};
 use crate::report::Refusal;
-
-/// What was found of duplicates, in a data set's folder.
-const DUPLICATES: &str = "duplicates.json";
 
 /// One sample that is left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

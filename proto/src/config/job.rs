@@ -1,6 +1,7 @@
-//! A job's config: `[job]`, which its coordinator reads, and one table named like its kind, which only those read who do the work.
+//! A job's config: `[job]`, which its coordinator reads, and one table named like its kind, which those read who do the work. Whoever loads the
+//! file sees to the table's keys, lest the first worker be the one to refuse them.
 
-use super::{ConfigError, Millis, RunConfig, Workers, check, keys, read, text_of};
+use super::{ConfigError, Millis, RunConfig, Workers, check, job_keys, keys, read, text_of};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -15,9 +16,14 @@ pub enum Config {
 }
 
 impl Config {
-    /// Reads a config file and applies overrides of the form `section.key=value`.
+    /// Reads a config file and applies overrides of the form `section.key=value`. Of a job's own table the keys are checked too.
     pub fn load(path: &std::path::Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        Self::parse(&text_of(path)?, &path.display().to_string(), overrides)
+        let origin = path.display().to_string();
+        let config = Self::parse(&text_of(path)?, &origin, overrides)?;
+        if let Self::Job(job) = &config {
+            job_keys::check(job.job.kind, job.table(job.job.kind), &origin)?;
+        }
+        Ok(config)
     }
 
     /// Parses TOML text. `origin` names it in errors.

@@ -5,6 +5,7 @@ mod check;
 mod data;
 mod error;
 mod job;
+pub mod job_keys;
 mod keys;
 mod networks;
 mod run;

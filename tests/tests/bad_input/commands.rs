@@ -1,6 +1,6 @@
 //! `sample`, `forward`, `export`, `audit`, `status` on what they cannot use.
 
-use super::{CONNECTOR, FAILED, USAGE, cut, ella_refused, files, shared};
+use super::{CONNECTOR, FAILED, PERMANENT, USAGE, cut, ella_refused, files, shared};
 use anyhow::Result;
 use ella_tests::{ella, try_ella};
 use safetensors::tensor::{Dtype, TensorView};
@@ -39,20 +39,20 @@ fn forward_names_the_input_and_its_rule() -> Result<()> {
     ];
     for (tensors, words) in cases {
         write_tensors(Path::new(&inputs), tensors)?;
-        ella_refused(&connector, FAILED, &[words, &["inputs.safetensors"]].concat())?;
+        ella_refused(&connector, PERMANENT, &[words, &["inputs.safetensors"]].concat())?;
     }
     write_tensors(Path::new(&inputs), &[features, steps])?;
-    ella_refused(&[&connector[..], &["--grad"]].concat(), FAILED, &["inputs.safetensors", "grad_output", "missing"])?;
-    ella_refused(&[&connector[..], &["--heads", "7"]].concat(), FAILED, &["heads", "divisor of the width 64", "found 7"])?;
+    ella_refused(&[&connector[..], &["--grad"]].concat(), PERMANENT, &["inputs.safetensors", "grad_output", "missing"])?;
+    ella_refused(&[&connector[..], &["--heads", "7"]].concat(), USAGE, &["heads", "divisor of the width 64", "found 7"])?;
     let unet = ["forward", "unet", "--model", &shared.path("models/base/unet"), "--inputs", &inputs, "--outputs", &outputs];
-    ella_refused(&unet, FAILED, &["inputs.safetensors", "tensor sample", "missing"])?;
+    ella_refused(&unet, PERMANENT, &["inputs.safetensors", "tensor sample", "missing"])?;
     ella_refused(&["forward", "unit", "--model", "m", "--inputs", "i", "--outputs", "o"], USAGE, &["unit", "unet"])?;
     cut(Path::new(&inputs))?;
-    ella_refused(&connector, FAILED, &["inputs.safetensors", "cut short"])?;
+    ella_refused(&connector, PERMANENT, &["inputs.safetensors", "cut short"])?;
     std::fs::write(&inputs, "no tensors here")?;
-    ella_refused(&connector, FAILED, &["inputs.safetensors", "not a safetensors file"])?;
+    ella_refused(&connector, PERMANENT, &["inputs.safetensors", "not a safetensors file"])?;
     std::fs::remove_file(&inputs)?;
-    ella_refused(&connector, FAILED, &["inputs.safetensors", "not found"])?;
+    ella_refused(&connector, PERMANENT, &["inputs.safetensors", "not found"])?;
     assert!(!Path::new(&outputs).exists(), "outputs of a refused input");
     Ok(())
 }
@@ -68,20 +68,20 @@ fn sample_names_what_it_cannot_use() -> Result<()> {
     };
     let prompt = ["--prompt", "a red box"];
     let (nothing, other) = (shared.path("no-connector"), shared.path("models/text/model.safetensors"));
-    refused(&nothing, &base, &text, &prompt, FAILED, &["no-connector", "not found"])?;
-    refused(&other, &base, &text, &prompt, FAILED, &["models/text/model.safetensors", "holds no connector", "connector.latents"])?;
-    refused(&connector, &text, &text, &prompt, FAILED, &["models/text/unet/config.json", "not found"])?;
-    refused(&connector, &base, &base, &prompt, FAILED, &["models/base/config.json", "not found"])?;
+    refused(&nothing, &base, &text, &prompt, PERMANENT, &["no-connector", "not found"])?;
+    refused(&other, &base, &text, &prompt, PERMANENT, &["models/text/model.safetensors", "holds no connector", "connector.latents"])?;
+    refused(&connector, &text, &text, &prompt, PERMANENT, &["models/text/unet/config.json", "not found"])?;
+    refused(&connector, &base, &base, &prompt, PERMANENT, &["models/base/config.json", "not found"])?;
     refused(&connector, &base, &text, &[], USAGE, &["--prompt"])?;
     refused(&connector, &base, &text, &[&prompt[..], &["--size", "13"]].concat(), USAGE, &["--size", "multiple", "13"])?;
     refused(&connector, &base, &text, &[&prompt[..], &["--guidance", "nan"]].concat(), USAGE, &["--guidance", "finite"])?;
-    refused(&connector, &base, &text, &["--prompts", &shared.path("no-prompts.txt")], FAILED, &["no-prompts.txt", "cannot be read"])?;
+    refused(&connector, &base, &text, &["--prompts", &shared.path("no-prompts.txt")], PERMANENT, &["no-prompts.txt", "cannot be read"])?;
     let latents = shared.path("latents.safetensors");
     let given = [&prompt[..], &["--latents", &latents]].concat();
     write_tensors(Path::new(&latents), &[("latents", false, &[1, 3, 8, 8])])?;
-    refused(&connector, &base, &text, &given, FAILED, &["latents.safetensors", "[1, 4, h, w]", "[1, 3, 8, 8]"])?;
+    refused(&connector, &base, &text, &given, PERMANENT, &["latents.safetensors", "[1, 4, h, w]", "[1, 3, 8, 8]"])?;
     write_tensors(Path::new(&latents), &[("noise", false, &[1, 4, 8, 8])])?;
-    refused(&connector, &base, &text, &given, FAILED, &["latents.safetensors", "tensor latents", "missing"])?;
+    refused(&connector, &base, &text, &given, PERMANENT, &["latents.safetensors", "tensor latents", "missing"])?;
     assert!(!Path::new(&png).exists(), "a picture of refused input");
     Ok(())
 }
@@ -94,10 +94,10 @@ fn what_is_no_run_is_named_and_left_alone() -> Result<()> {
     for (folder, file) in [("data", "data/run.toml"), ("no-run", "no-run/run.toml")] {
         let folder = shared.path(folder);
         for command in [&["audit", &folder][..], &["export", &folder, "--out", &out]] {
-            ella_refused(command, FAILED, &[file, "not found", "no run folder"])?;
+            ella_refused(command, PERMANENT, &[file, "not found", "no run folder"])?;
         }
     }
-    ella_refused(&["status", &shared.path("no-run")], FAILED, &["no-run/run.toml", "not found", "no run folder"])?;
+    ella_refused(&["status", &shared.path("no-run")], PERMANENT, &["no-run/run.toml", "not found", "no run folder"])?;
     // A data set has a status too, and is left as it is.
     assert!(ella(&["status", &shared.path("data")])?.contains("48 samples"));
     assert!(files(&shared.world.path("data"))? == before && !Path::new(&out).exists());
@@ -113,7 +113,7 @@ fn a_run_without_commits_and_a_place_that_cannot_be_written_are_named() -> Resul
     let (empty, run) = (empty.display().to_string(), shared.path("run"));
     ella_refused(&["export", &empty, "--out", &shared.path("exported")], FAILED, &["run-without-commits", "no commit yet"])?;
     let below = format!("{}/c.safetensors", shared.path("run.toml"));
-    ella_refused(&["export", &run, "--out", &below], FAILED, &["run.toml/c.safetensors", "cannot be written"])?;
+    ella_refused(&["export", &run, "--out", &below], PERMANENT, &["run.toml/c.safetensors", "cannot be written"])?;
     let elsewhere = try_ella(&["audit", &run, "--data", &shared.path("models"), "--json"])?;
     let audit: serde_json::Value = serde_json::from_slice(&elsewhere.stdout)?;
     assert_eq!((elsewhere.status.code(), &audit["ok"]), (Some(FAILED), &false.into()));
@@ -142,5 +142,5 @@ fn damaged_metrics_do_not_fail_a_run_that_is_done() -> Result<()> {
     std::fs::write(run.join("metrics/000001-000001.jsonl"), "no metrics\n")?;
     let output = try_ella(&shared.run.train(&[&format!("run.output={}", run.display())]))?;
     assert!(output.status.success() && String::from_utf8_lossy(&output.stderr).contains("metrics/000001-000001.jsonl: line 1"));
-    ella_refused(&["status", &run.display().to_string()], FAILED, &["run-bad-metrics/metrics/000001-000001.jsonl: line 1"])
+    ella_refused(&["status", &run.display().to_string()], PERMANENT, &["run-bad-metrics/metrics/000001-000001.jsonl: line 1"])
 }

@@ -110,5 +110,5 @@ fn a_run_folder_whose_config_was_damaged_is_named() -> Result<()> {
     std::fs::write(run.output.join("run.toml"), "gar=bage")?;
     let words = ["run-bad-toml/run.toml", "line 1", "restore"];
     refused(try_ella(&run.train(&set.iter().map(String::as_str).collect::<Vec<_>>()))?, super::USAGE, &words);
-    ella_refused(&["status", &run.output.display().to_string()], 1, &words)
+    ella_refused(&["status", &run.output.display().to_string()], PERMANENT, &words)
 }

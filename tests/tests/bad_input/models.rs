@@ -1,6 +1,6 @@
 //! Model folders that lack something, hold something else, or were cut: the file, and the tensor or field, are named.
 
-use super::{CONNECTOR, FAILED, PERMANENT, cut, ella_refused, shared};
+use super::{CONNECTOR, PERMANENT, cut, ella_refused, shared};
 use anyhow::{Context as _, Result};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -57,7 +57,7 @@ fn text_refused(name: &str, damage: impl FnOnce(&Path) -> Result<()>, words: &[&
     let shared = shared()?;
     let text = shared.copy("models/text", &format!("text-{name}"))?;
     damage(&text)?;
-    ella_refused(&["embed", &shared.path("data"), "--text", &text.display().to_string()], FAILED, words)
+    ella_refused(&["embed", &shared.path("data"), "--text", &text.display().to_string()], PERMANENT, words)
 }
 
 #[test]
@@ -151,7 +151,7 @@ fn a_base_models_settings_are_checked_before_its_weights() -> Result<()> {
         set_field(&base.join(file), field, value)?;
         let (base, connector) = (base.display().to_string(), shared.path(CONNECTOR));
         let text = shared.path("models/text");
-        ella_refused(&["sample", "--connector", &connector, "--base", &base, "--text", &text, "--prompt", "a box"], FAILED, words)
+        ella_refused(&["sample", "--connector", &connector, "--base", &base, "--text", &text, "--prompt", "a box"], PERMANENT, words)
     };
     sample("act", "unet/config.json", "act_fn", "tanhexp".into(), &["base-act/unet/config.json", "act_fn", "tanhexp", "silu"])?;
     sample("groups", "unet/config.json", "norm_num_groups", 0.into(), &["base-groups/unet/config.json", "norm_num_groups", "at least 1"])?;

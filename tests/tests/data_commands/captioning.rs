@@ -3,7 +3,7 @@
 use crate::endpoint::{Endpoint, FATES, Fate, PROMPT, expected, fate};
 use crate::{captions, json, prepared};
 use anyhow::{Context as _, Result};
-use ella_tests::{ella, kill_group, signal, spawn, wait_until};
+use ella_tests::{ella, kill_group, signal, spawn, try_ella, wait_until};
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
 use std::process::Child;
@@ -114,6 +114,10 @@ fn captions_from_a_bad_endpoint_are_whole_after_a_kill_and_a_resume() -> Result<
     // Nothing is left to ask, and nothing was left half-written.
     ella(&arguments)?;
     assert_eq!(endpoint.asked(), asked);
+    let other = try_ella(&[&arguments[..], &["--set".to_owned(), "max_tokens=64".to_owned()]].concat())?;
+    let said = String::from_utf8_lossy(&other.stderr);
+    assert!(other.status.code() == Some(4) && said.contains("max_tokens differs (expected 64, found 300)"), "{said}");
+    assert!(said.contains("another --column"), "{said}");
     let verified = json(&["verify", &data])?;
     assert_eq!((&verified["damaged"], &verified["stray"]), (&serde_json::json!([]), &serde_json::json!([])));
     Ok(())

@@ -11,10 +11,10 @@ const BINARIES: [&str; 3] = ["ella", "ella-coordinator", "ella-worker"];
 const OTHERS: [(&str, &str); 4] = [
     (
         "ELLA_FUSED",
-        "Which fused operators take the place of libtorch's: `all`, `none`, or names beside commas (`norm`, `conv`, `gate`, `attention`); left \
-         out: those that are fastest on the device",
+        "Which fused operators take the place of libtorch's: `all`, `none`, or names beside commas (`norm`, `conv`, `resize`, `gate`, \
+         `attention`, `cross`, `pixels`); left out: those that are fastest on the device",
     ),
-    ("ELLA_GRAPHS", "`off`: no lane is recorded as CUDA graphs"),
+    ("ELLA_GRAPHS", "`on` or `off`: whether lanes are recorded as CUDA graphs; left out: `on`"),
     (
         "ELLA_LOG",
         "What is logged: a level, and levels of modules, as in `info,ella_worker::train=debug`; left out: `info`, and for `ella` itself `warn`",

@@ -111,6 +111,14 @@ fn every_config_that_the_docs_show_is_taken() {
 }
 
 #[test]
+fn every_fused_operator_is_named() {
+    let variables = commands::variables();
+    for operator in &Source::read(&["cuda/src/fused.rs"]).get("Fused").members {
+        assert!(variables.contains(&format!("`{}`", operator.name)), "{}", operator.name);
+    }
+}
+
+#[test]
 fn only_what_stands_in_blocks_is_made() {
     let page = "# Title\n\n<!-- reference: exit-codes -->\nold\n<!-- end -->\n\nafter\n";
     let new = renewed(Path::new("x.md"), page);

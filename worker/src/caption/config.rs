@@ -1,7 +1,6 @@
 //! What is asked of which endpoint: a TOML table.
 
 use ella_proto::config::{ConfigError, Millis, read};
-use ella_store::Digest;
 use reqwest::Url;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -16,6 +15,20 @@ const IMAGE_TOKENS: u64 = 324;
 const MOST_RETRIES: u64 = 20;
 /// The most pictures asked for at once.
 const MOST_CONCURRENT: u64 = 4096;
+
+/// Keys that determine no caption.
+const FREE: [&str; 10] = [
+    "endpoint",
+    "concurrency",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "timeout",
+    "retries",
+    "api_key_env",
+    "image_tokens",
+    "input_price",
+    "output_price",
+];
 
 /// How a model declines. Found in a caption's first sentence, whatever the case and the apostrophe.
 const REFUSALS: [&str; 14] = [
@@ -162,7 +175,8 @@ impl CaptionConfig {
         let holds = |good: bool, key, found: String, rule: &str| if good { Ok(()) } else { Err(value(key, found, rule)) };
         // The URL itself is not shown: what it holds besides may be a secret.
         let url = "it must be a base URL such as http://host:8000/v1, without user, password, query or fragment";
-        holds(plain(&self.endpoint), "endpoint", "no such URL".to_owned(), url)?;
+        let found = if self.endpoint.is_empty() { "left out" } else { "no such URL" };
+        holds(plain(&self.endpoint), "endpoint", found.to_owned(), url)?;
         let said = |text: &str| !text.trim().is_empty();
         holds(said(&self.model), "model", "empty".to_owned(), "it must be the model's name at the endpoint")?;
         holds(said(&self.prompt), "prompt", "empty".to_owned(), "it must say what is asked")?;
@@ -209,23 +223,14 @@ impl CaptionConfig {
         self.api_key_env.as_deref().unwrap_or(KEY_ENV)
     }
 
-    /// BLAKE3 over what determines captions: model and prompt, and how answers are made and judged; not the endpoint, its limits and prices.
-    pub fn digest(&self) -> Digest {
-        let free = Self::default();
-        let bound = Self {
-            endpoint: free.endpoint,
-            concurrency: free.concurrency,
-            requests_per_minute: None,
-            tokens_per_minute: None,
-            timeout: free.timeout,
-            retries: free.retries,
-            api_key_env: None,
-            image_tokens: free.image_tokens,
-            input_price: None,
-            output_price: None,
-            ..self.clone()
+    /// What determines captions: model and prompt, and how answers are made and judged; not the endpoint, its limits and prices.
+    pub fn binding(&self) -> Map<String, Value> {
+        let mut all = match serde_json::to_value(self) {
+            Ok(Value::Object(all)) => all,
+            _ => Map::new(),
         };
-        Digest::of(serde_json::to_string(&bound).unwrap_or_default().as_bytes())
+        FREE.iter().for_each(|key| drop(all.remove(*key)));
+        all
     }
 }
 

@@ -26,15 +26,15 @@ pub struct CaptionSettings {
 }
 
 impl CaptionSettings {
-    fn full() -> Self {
+    pub(crate) fn full() -> Self {
         Self { column: String::new(), shown: Some(String::new()), ask: full() }
     }
 
     /// What decides the captions.
     fn spec(&self) -> CaptionSpec {
-        let made_by =
-            json!({ "model": self.ask.model, "prompt": self.ask.prompt, "shown": self.shown, "digest": self.ask.digest().to_string() });
-        CaptionSpec { column: self.column.clone(), made_by }
+        let mut made_by = self.ask.binding();
+        made_by.insert("shown".to_owned(), json!(self.shown));
+        CaptionSpec { column: self.column.clone(), made_by: made_by.into() }
     }
 }
 

@@ -69,7 +69,7 @@ impl Default for EmbedSettings {
 
 impl EmbedSettings {
     /// Settings in which every key is there.
-    fn full() -> Self {
+    pub(crate) fn full() -> Self {
         Self { captions: vec![String::new()], gpu_memory: Some(Bytes(1)), ..Self::default() }
     }
 
@@ -112,11 +112,12 @@ impl EmbedJob {
         Precision::OF_FILES.set(device).map_err(JobError::passing)?;
         gpu::limit(device, settings.gpu_memory).map_err(JobError::passing)?;
         // Another machine may have the model.
-        let model = models::locate("--text", &settings.text).map_err(JobError::passing)?;
+        let model = models::locate("--text", &settings.text).map_err(|error| JobError::of_model(&error))?;
         let (text, load) = (settings.text(), (settings.batch, settings.threads));
-        let spec = feed::spec(&text, &identity(&model, settings.max_tokens).map_err(JobError::passing)?)?;
-        let encoder =
-            ShardEncoder::load(&text, model, spec.clone(), device, load).map_err(JobError::passing)?.splitting(settings.split_on_oom);
+        let spec = feed::spec(&text, &identity(&model, settings.max_tokens).map_err(|error| JobError::of_model(&error))?)?;
+        let encoder = ShardEncoder::load(&text, model, spec.clone(), device, load)
+            .map_err(|error| JobError::of_model(&error))?
+            .splitting(settings.split_on_oom);
         let runtime = Handle::current();
         let data = runtime.block_on(DataSet::open(data))?;
         let own = || data.manifest().captions.iter().map(|column| column.name.clone()).collect();

@@ -115,6 +115,15 @@ pub enum FeedError {
 }
 
 impl FeedError {
+    /// Whether a setting is at fault, whatever the data and models are.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Data(error) => error.is_usage(),
+            Self::Model(error) => error.is_usage(),
+            _ => false,
+        }
+    }
+
     /// Whether starting again would fail in the same way.
     pub fn is_permanent(&self) -> bool {
         match self {

@@ -50,7 +50,22 @@ pub enum DrawError {
 impl DrawError {
     /// Whether what was typed is at fault.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Setting(_))
+        match self {
+            Self::Setting(_) => true,
+            Self::Data(error) => error.is_usage(),
+            Self::Model(error) => error.is_usage(),
+            _ => false,
+        }
+    }
+
+    /// Whether the same would fail again on this machine.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::Data(error) => error.is_permanent(),
+            Self::Model(error) => error.is_permanent(),
+            Self::Setting(_) | Self::Folder { .. } => true,
+            Self::Device(_) | Self::OtherDevice { .. } | Self::Leaves => false,
+        }
     }
 }
 
@@ -71,7 +86,8 @@ impl From<DrawError> for JobError {
         match error {
             DrawError::Data(error) => error.into(),
             DrawError::Model(error) => of_model(&error),
-            DrawError::Setting(_) | DrawError::Folder { .. } => Self::permanent(error),
+            DrawError::Setting(_) => Self::permanent(error).alone(true, true),
+            DrawError::Folder { .. } => Self::permanent(error),
             // Others may have the device.
             DrawError::Device(_) | DrawError::OtherDevice { .. } | DrawError::Leaves => Self::passing(error),
         }
@@ -85,6 +101,6 @@ fn of_model(error: &ModelError) -> JobError {
             JobError::passing(format_args!("{}: {}", first_line(error), fault.hint())).of_a_broken_worker()
         }
         Some(_) => JobError::passing(format_args!("{}: use a smaller --batch, or --dtype fp16 or bf16", first_line(error))),
-        None => JobError::passing(error),
+        None => JobError::of_model(error),
     }
 }

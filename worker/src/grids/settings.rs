@@ -91,7 +91,7 @@ impl Default for DrawSettings {
 
 impl DrawSettings {
     /// Settings in which every key is there.
-    pub(super) fn full() -> Self {
+    pub(crate) fn full() -> Self {
         Self {
             loras: vec![Lora { file: String::new(), weight: 1.0 }],
             connector: Some(String::new()),

@@ -1,7 +1,9 @@
 //! Why a unit was not done, and why a worker ended without the job being done.
 
 use crate::control::ControlError;
+use ella_model::ModelError;
 use ella_proto::config::ConfigError;
+use ella_proto::exit::Exit;
 
 /// Why a unit could not be done.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -13,17 +15,29 @@ pub struct JobError {
     pub permanent: bool,
     /// This worker can do no unit any more: its GPU is broken. It ends, and others go on.
     pub breaks_the_worker: bool,
+    /// How a process ends that does the job by itself: no other machine has what this one lacks.
+    pub alone: Exit,
 }
 
 impl JobError {
     /// Input that cannot be used, wherever it is tried.
     pub fn permanent(message: impl ToString) -> Self {
-        Self { message: message.to_string(), permanent: true, breaks_the_worker: false }
+        Self { message: message.to_string(), permanent: true, breaks_the_worker: false, alone: Exit::NoRetry }
     }
 
     /// What may pass: a store that is away, a full disk.
     pub fn passing(message: impl ToString) -> Self {
-        Self { message: message.to_string(), permanent: false, breaks_the_worker: false }
+        Self { message: message.to_string(), permanent: false, breaks_the_worker: false, alone: Exit::Failed }
+    }
+
+    /// The same, as the type of an error tells it of this machine.
+    pub fn alone(self, is_usage: bool, is_permanent: bool) -> Self {
+        Self { alone: Exit::of(is_usage, is_permanent), ..self }
+    }
+
+    /// A model that cannot be used here. Another machine may have it.
+    pub fn of_model(error: &ModelError) -> Self {
+        Self::passing(error).alone(error.is_usage(), error.is_permanent())
     }
 
     /// The same, of a worker that can do nothing more.

@@ -22,3 +22,34 @@ pub fn make(config: &JobConfig, device: Device) -> Result<Box<dyn Job>, JobError
         None => Err(JobError::permanent(format!("this build of ella-worker cannot do {kind} jobs"))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ella_proto::config::job_keys;
+    use serde_json::{Value, to_value};
+    use std::mem::discriminant;
+
+    /// Whether both have the same keys, and values of the same kind for each.
+    fn alike(a: &Value, b: &Value) -> bool {
+        match (a, b) {
+            (Value::Object(a), Value::Object(b)) => a.len() == b.len() && a.iter().all(|(key, a)| b.get(key).is_some_and(|b| alike(a, b))),
+            _ => discriminant(a) == discriminant(b) && a.is_f64() == b.is_f64(),
+        }
+    }
+
+    #[test]
+    fn coordinators_know_all_keys_of_every_kind() {
+        let full = [
+            (JobKind::Prepare, to_value(prepare::PrepareSettings::full())),
+            (JobKind::Embed, to_value(embed::EmbedSettings::full())),
+            (JobKind::Caption, to_value(caption::CaptionSettings::full())),
+            (JobKind::Draw, to_value(grids::DrawSettings::full())),
+        ];
+        assert_eq!(full.len(), KINDS.len());
+        for (kind, full) in full {
+            let (full, known) = (full.unwrap(), to_value(job_keys::known(kind)).unwrap());
+            assert!(alike(&full, &known), "{kind}: {full}\n{known}");
+        }
+    }
+}

@@ -38,15 +38,18 @@ impl From<PrepareError> for JobError {
         match error {
             PrepareError::Data(error) => error.into(),
             // Another machine may have the model, or the device.
-            PrepareError::Model(_) | PrepareError::Device(_) | PrepareError::Gpu(_) => Self::passing(error),
-            PrepareError::Digest(_) | PrepareError::KeyList { .. } | PrepareError::Usage(_) => Self::permanent(error),
+            PrepareError::Model(error) => Self::of_model(&error),
+            PrepareError::Device(_) | PrepareError::Gpu(_) => Self::passing(error),
+            PrepareError::Usage(_) => Self::permanent(error).alone(true, true),
+            PrepareError::Digest(_) | PrepareError::KeyList { .. } => Self::permanent(error),
         }
     }
 }
 
 impl From<DataError> for JobError {
     fn from(error: DataError) -> Self {
-        if error.is_permanent() { Self::permanent(error) } else { Self::passing(error) }
+        let (usage, permanent) = (error.is_usage(), error.is_permanent());
+        if permanent { Self::permanent(error).alone(usage, permanent) } else { Self::passing(error) }
     }
 }
 

@@ -14,7 +14,7 @@ use ella_model::text::TextConfig;
 use ella_model::tokenizer::{Padding, TextTokenizer};
 use ella_proto::config::Device as Choice;
 use ella_store::digest::BadDigest;
-use ella_store::{Digest, Store, StoreError};
+use ella_store::{Digest, Store};
 
 use crate::device::{self, NoDevice};
 use crate::latents::VaeLatents;
@@ -60,7 +60,22 @@ pub enum PrepareError {
 impl PrepareError {
     /// Whether what was typed is at fault.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Usage(_) | Self::Data(DataError::Setting { .. } | DataError::Store(StoreError::BadUrl { .. })))
+        match self {
+            Self::Usage(_) => true,
+            Self::Data(error) => error.is_usage(),
+            Self::Model(error) => error.is_usage(),
+            _ => false,
+        }
+    }
+
+    /// Whether the same would fail again on this machine.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::Data(error) => error.is_permanent(),
+            Self::Model(error) => error.is_permanent(),
+            Self::Digest(_) | Self::KeyList { .. } | Self::Usage(_) => true,
+            Self::Device(_) | Self::Gpu(_) => false,
+        }
     }
 }
 

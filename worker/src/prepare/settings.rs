@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::PrepareError;
 
+/// The largest shards.
+const MOST_SHARD_MIB: u64 = 4096;
+
 /// Which part of a picture is kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -201,6 +204,12 @@ impl PrepareSettings {
         if self.sources.is_empty() {
             return Err(PrepareError::Usage("no source was given; name tars, Parquet files, lists or folders of them".into()));
         }
+        if !(1..=MOST_SHARD_MIB).contains(&self.shard_mib) {
+            return Err(PrepareError::Usage(format!("--shard-mib must be 1 to {MOST_SHARD_MIB} (found {})", self.shard_mib)));
+        }
+        if self.format == Format::None && self.latents.is_none() {
+            return Err(PrepareError::Usage("--format none stores no pictures: give --latents, or another format".into()));
+        }
         Ok(self.settings()?.check()?)
     }
 
@@ -224,7 +233,7 @@ impl PrepareSettings {
                 Twice::Exact => Duplicates::Exact,
                 Twice::Near => Duplicates::Near { bits: self.near_bits },
             },
-            // 0 and what is too large to be bytes are refused as out of range.
+            // What is too large to be bytes is refused as out of range.
             shard_bytes: self.shard_mib.saturating_mul(1 << 20),
             key_prefix: self.key_prefix,
             image_column: self.image_column.clone(),
@@ -298,6 +307,8 @@ mod tests {
             settings.check().unwrap_err()
         };
         assert!(error(|s| s.buckets = Some("many".into())).to_string().contains("--buckets"));
+        assert!(error(|s| s.shard_mib = 0).to_string().contains("--shard-mib must be 1 to 4096 (found 0)"));
+        assert!(error(|s| s.format = Format::None).to_string().contains("--format none"));
         assert!(error(|s| s.min_caption_tokens = Some(3)).to_string().contains("--tokenizer"));
         assert!(error(|s| s.conditions.push("a".into())).is_usage());
         assert!(error(|s| s.captions.push("a:b".into())).is_usage());

@@ -19,6 +19,15 @@ const MOST: usize = 8;
 /// The variable that turns recording off.
 const SWITCH: &str = "ELLA_GRAPHS";
 
+/// Whether lanes are to be recorded, as the variable says; or what is wrong with it.
+fn wanted(said: Option<&str>) -> Result<bool, String> {
+    match said {
+        None | Some("" | "on") => Ok(true),
+        Some("off") => Ok(false),
+        Some(other) => Err(format!("{SWITCH}={other:?} is not understood (expected on or off): lanes are recorded")),
+    }
+}
+
 /// What a recording holds for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Shape {
@@ -62,8 +71,11 @@ pub struct Graphs {
 impl Graphs {
     /// None yet; there never are any on a processor, or if `ELLA_GRAPHS=off`.
     pub fn new(device: Device) -> Self {
-        let off = std::env::var(SWITCH).is_ok_and(|value| value == "off");
-        Self { on: device.is_cuda() && !off, seen: Vec::new(), recorded: Vec::new() }
+        let wanted = wanted(std::env::var(SWITCH).ok().as_deref()).unwrap_or_else(|why| {
+            tracing::warn!("{why}");
+            true
+        });
+        Self { on: device.is_cuda() && wanted, seen: Vec::new(), recorded: Vec::new() }
     }
 
     /// Shapes that are recorded.
@@ -236,6 +248,12 @@ impl Follow for Recorder<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_value_that_is_none_is_named() {
+        assert_eq!([None, Some(""), Some("on"), Some("off")].map(wanted), [Ok(true), Ok(true), Ok(true), Ok(false)]);
+        assert!(wanted(Some("blah")).unwrap_err().contains("ELLA_GRAPHS=\"blah\""));
+    }
 
     fn shape(samples: i64) -> Shape {
         Shape { latents: vec![samples, 4, 8, 8], features: (vec![samples, 16, 32], Kind::Half), masked: false, step_samples: 64 }

@@ -17,7 +17,7 @@ use ella_model::connector::Connector;
 use ella_model::params::Compute;
 use ella_model::unet::UNet;
 use ella_model::vae::Vae;
-use ella_proto::config::RunConfig;
+use ella_proto::config::{LONGEST_SIDE, RunConfig};
 use ella_proto::samples::{self, Image, Index};
 use ella_proto::v1::{Activity, Progress, from_worker};
 use std::collections::VecDeque;
@@ -78,8 +78,12 @@ impl Studio {
         }
         let base = Base::open(&models::locate("base.model", &config.base.model)?)?.predicting(models::predicts(config));
         let noise = Noise::seeded(&base, sample.size).map_err(|error| match error {
+            NoiseError::Size { downscale, found } => {
+                let expected = format!("multiples of the VAE's {downscale}, up to {LONGEST_SIDE}");
+                ModelError::argument("sample.size: width and height", expected, found)
+            }
             NoiseError::Model(error) => error,
-            error => ModelError::argument("sample.size", error, sample.size.map_or_else(String::new, |size| size.to_string())),
+            error => ModelError::argument("sample.size", "one of the base's", error),
         })?;
         let settings = Settings { method: method(sample.sampler), steps: sample.steps as usize, guidance: sample.guidance };
         let drawer = Drawer::new(settings, &base.schedule(device)?, device)?;
@@ -154,7 +158,7 @@ impl Studio {
             sheet.drawing = Some((number, drawing));
             return Ok(None);
         }
-        let picture = self.drawer.finish(&self.vae, &drawing)?.pop();
+        let picture = self.drawer.finish_anyhow(&self.vae, &drawing)?.pop();
         sheet.left.pop_front();
         let (step, last) = (sheet.step, sheet.left.is_empty());
         let png = picture.map(|picture| picture.png(&self.parameters(step, number))).transpose();

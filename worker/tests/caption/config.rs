@@ -58,8 +58,8 @@ fn what_is_wrong_is_named_with_its_rule() {
 }
 
 #[test]
-fn the_digest_binds_what_determines_captions_and_nothing_else() {
-    let base = parse("", &[]).unwrap().digest();
+fn what_binds_a_column_is_what_determines_captions_and_nothing_else() {
+    let base = parse("", &[]).unwrap().binding();
     for free in [
         "endpoint=http://other/v1",
         "concurrency=2",
@@ -72,7 +72,7 @@ fn the_digest_binds_what_determines_captions_and_nothing_else() {
         "input_price=1.0",
         "output_price=1.0",
     ] {
-        assert_eq!(parse("", &[free]).unwrap().digest(), base, "{free}");
+        assert_eq!(parse("", &[free]).unwrap().binding(), base, "{free}");
     }
     for bound in [
         "model=x",
@@ -88,6 +88,6 @@ fn the_digest_binds_what_determines_captions_and_nothing_else() {
         "cut=trim",
         "extra.top_p=0.5",
     ] {
-        assert_ne!(parse("", &[bound]).unwrap().digest(), base, "{bound}");
+        assert_ne!(parse("", &[bound]).unwrap().binding(), base, "{bound}");
     }
 }

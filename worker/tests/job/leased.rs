@@ -287,7 +287,7 @@ async fn the_worker_binary_takes_part_in_jobs_and_says_which_it_cannot_do() {
     command.args(["--coordinator", &served.url(), "--device", "cpu", "--slots", "2"]).kill_on_drop(true);
     let output = soon("its exit", command.output()).await.unwrap();
     // Captions of no endpoint.
-    let words = "`endpoint` is no such URL";
+    let words = "`endpoint` is left out";
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.code() == Some(4) && stderr.contains(words), "{stderr}");
     let outcome = served.outcome().await;
