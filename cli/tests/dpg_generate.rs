@@ -222,7 +222,7 @@ fn input_that_cannot_be_used_is_named_before_anything_is_drawn() {
     refused(2, &["--only-clip"], &["--only-clip", "cannot be used with"]);
     let heads = ["--prompts", "prompts", "--out", "bad", "--connector", "connector.safetensors", "--heads", "7", "--text", "models/text"];
     world.run(&heads).fails(2, &["connector heads", "a divisor of the width"]);
-    refused(1, &["--lora", "gone.safetensors"], &["gone.safetensors", "not found"]);
+    refused(4, &["--lora", "gone.safetensors"], &["gone.safetensors", "not found"]);
     world.run(&["--prompts", "prompts", "--out", "bad"]).fails(2, &["--connector"]);
     world.run(&["--prompts", "prompts", "--out", "bad", "--connector", "connector.safetensors"]).fails(2, &["--text"]);
     untrained(&world.path("narrow.safetensors"), ConnectorKind::Tsc, 16);

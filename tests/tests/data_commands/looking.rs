@@ -147,7 +147,8 @@ fn a_plan_gives_every_figure_with_its_formula() -> Result<()> {
     let sum: u64 = parts.iter().filter_map(|part| part["bytes"].as_u64()).sum();
     assert_eq!((memory["bytes"].as_u64(), memory["fit"]["memory"].as_u64()), (Some(sum), Some(2 << 30)));
     assert!(memory["fit"]["largest"].as_u64() > Some(16) && memory["fit"]["of_the_batch"].as_u64() == Some(16), "{memory}");
-    assert!(text.contains("of those that divide the global batch of 16 and leave 2 workers (workers.count) a lane each, "), "{text}");
+    let two = ella(&["plan", &config, "--set", "workers.count=2"])?;
+    assert!(two.contains("of those that divide the global batch of 16 and leave 2 workers (workers.count) a lane each, 8"), "{two}");
     assert!(text.contains("kept of up_blocks.0") && text.contains("fits into 79.6 GiB"), "{text}");
     let little = ella(&["plan", &config, "--gpu-memory", "512MiB"])?;
     assert!(little.contains("DOES NOT FIT into 512.0 MiB; not one sample does"), "{little}");
