@@ -38,7 +38,7 @@ struct Arguments {
     #[command(flatten)]
     credentials: Credentials,
     /// Where this worker's collective listens; port 0 takes a free one
-    #[arg(long, default_value = "127.0.0.1:0", env = "ELLA_LISTEN")]
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0", env = "ELLA_LISTEN", value_parser = ella_coordinator::listens)]
     listen: SocketAddr,
     /// Where other workers reach this one, if not where it listens: HOST, or HOST:PORT if the port is another one too (a NodePort, a proxy)
     #[arg(long, value_name = "HOST[:PORT]", env = "ELLA_ADVERTISE")]
