@@ -259,7 +259,7 @@ fn inputs_that_do_not_fit_are_named() {
     };
     let float = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
     let about = |name: &str, result: Result<()>| match result {
-        Err(ModelError::Input { what, .. }) => assert!(what.contains(name), "{what}"),
+        Err(ModelError::FileInput { what, .. }) => assert!(what.contains(name), "{what}"),
         other => panic!("{name}: {other:?}"),
     };
     about("text_features", set("text_features", float(&[2, 33, 11])));
@@ -282,7 +282,7 @@ fn ids_beyond_the_vocabulary_and_gradients_of_frozen_nets_are_refused() {
     weights::save(&inputs, &[("input_ids".into(), ids), ("attention_mask".into(), Tensor::ones([1, 2], (Kind::Int64, Device::Cpu)))])
         .unwrap();
     let run = |options: &Options| forward(Net::Text, &folder, &inputs, &outputs, options);
-    assert!(matches!(run(&Options::default()), Err(ModelError::Input { what, .. }) if what.contains("input_ids")));
+    assert!(matches!(run(&Options::default()), Err(ModelError::FileInput { what, .. }) if what.contains("input_ids")));
     assert!(matches!(run(&Options { grad: true, ..Options::default() }), Err(ModelError::Unsupported { .. })));
     assert!(!outputs.exists());
     assert!("vae".parse::<Net>().is_err() && "vae-encode".parse::<Net>().is_ok());

@@ -289,5 +289,5 @@ fn forward_takes_the_added_conditions() {
         assert!(matches!(&error, ModelError::MissingTensor { key, .. } if key == name), "{error}");
     }
     let error = run("unet-sd2", &inputs(), Kind::Float).unwrap_err();
-    assert!(matches!(&error, ModelError::Input { found, .. } if found == "text_embeds"), "{error}");
+    assert!(matches!(&error, ModelError::FileInput { found, .. } if found == "text_embeds"), "{error}");
 }

@@ -99,8 +99,8 @@ impl Core {
             // What one machine lacks, others may have.
             true if kind == v1::FailureKind::Machine => too_few || !begun,
             true => member.is_busy() || !begun,
-            // It may come back, as one that was killed may.
-            false => too_few && !begun,
+            // It may come back, as one that was killed may. The store is everybody's: who starts the run again waits for it better.
+            false => too_few && (!begun || kind == v1::FailureKind::Store),
         };
         let all_done = self.phase.has_begun() && self.last_commit().0 >= self.config.steps;
         if fatal && !all_done && !self.has_done_its_work(member) {

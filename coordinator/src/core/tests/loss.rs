@@ -94,6 +94,14 @@ fn a_workers_own_failure_that_may_pass_loses_it_if_enough_others_remain() {
     let why = "it failed (store): no answer";
     let reason = format!("worker w1 (rank 0, host h1, pid 1) was lost: {why}");
     assert_eq!(effects, vec![Effect::Close(conn(1)), lost(1, 0, why), regrouping(1, &reason), run.regroup(2, &reason)]);
+    run.say(2, idle(Some(0)));
+    run.say(2, failed(Kind::Store, "no answer", false));
+    assert_eq!(run.failure().to_string(), "worker w2 (rank 0, host h2, pid 2) failed (store): no answer");
+    assert_eq!(Outcome::from(run.failure()).exit_code(), 1);
+
+    let mut run = Run::new(CoreConfig { min: 2, ..config(2) }, vec![]).both_in();
+    run.say(2, failed(Kind::Store, "no answer", false));
+    assert!(!run.failure().permanent(), "fewer than workers.min would remain, and the store is theirs too");
 }
 
 /// As one that was killed may: whoever starts it again finds the run waiting.
@@ -102,9 +110,9 @@ fn a_workers_own_failure_that_may_pass_is_waited_for_if_too_few_remain() {
     for min in [1, 2] {
         let mut run = Run::new(CoreConfig { min, ..config(2) }, vec![]).both_in().both_ready(0);
         run.commit(2);
-        run.say(1, failed(Kind::Store, "no answer", false));
+        run.say(1, failed(Kind::Internal, "it broke", false));
         run.say(2, idle(Some(2)));
-        run.say(2, failed(Kind::Store, "no answer", false));
+        run.say(2, failed(Kind::Internal, "it broke", false));
         assert!(matches!(run.core.phase(), Phase::Waiting { .. }), "{min}: {:?}", run.core.phase());
     }
 }
