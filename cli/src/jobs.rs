@@ -101,7 +101,7 @@ impl Who {
     }
 }
 
-/// SIGTERM and SIGINT give back what is in hand; a second wish leaves at once.
+/// SIGTERM, SIGINT and SIGHUP give back what is in hand; a second wish leaves at once.
 async fn stop_on_signals(stop: CancellationToken) {
     let Ok(mut stops) = Stops::catch() else { return };
     loop {

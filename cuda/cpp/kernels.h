@@ -654,6 +654,20 @@ DEVICE void row_moments(OWNED(Pack<T>, held, HELD), OWNED(float, mean, 1), OWNED
     PHASE(t) OF(inverse, t)[0] = 1.0f / sqrt(across(total, t, lanes) / D + eps);
 }
 
+// The row that a thread holds, less its mean and over its σ, times the scale and plus the shift that affine(channel, scale, shift) gives.
+template <class X, class T, class A>
+DEVICE void put_normed(const Part& part, Pack<X> (&held)[HELD], float mean, float inverse, T* to, A affine) {
+    each_held(part, [&](int k, int c) {
+        float v[VECTOR], scale[VECTOR], shift[VECTOR];
+        forget(held[k]);
+        unpack(held[k], v);
+        affine(c, scale, shift);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) v[j] = (v[j] - mean) * inverse * scale[j] + shift[j];
+        store(v, to + c);
+    });
+}
+
 // Keeps a row's mean and 1/σ in stats [N, 2].
 DEVICE void keep_moments(const Part& part, float mean, float inverse, float* stats) {
     if (part.lane == 0 && part.packs > 0) {
@@ -693,15 +707,9 @@ DEVICE void layer_norm(const T* a, const T* b, const T* gamma, const T* beta, T*
         const Part part = part_of(t, N, D, lanes);
         const float middle = OF(mean, t)[0], factor = OF(inverse, t)[0];
         T* const to = y + part.row * D;
-        each_held(part, [&](int k, int c) {
-            float v[VECTOR], scale[VECTOR], shift[VECTOR];
-            forget(OF(held, t)[k]);
-            unpack(OF(held, t)[k], v);
+        put_normed(part, OF(held, t), middle, factor, to, [&](int c, float(&scale)[VECTOR], float(&shift)[VECTOR]) {
             load(gamma + c, scale);
             load(beta + c, shift);
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) v[j] = (v[j] - middle) * factor * scale[j] + shift[j];
-            store(v, to + c);
         });
         keep_moments(part, middle, factor, stats);
     }
@@ -776,6 +784,13 @@ DEVICE void layer_norm_back(const T* x, const T* gamma, const float* stats, cons
 //
 // A connector's (AdaLN): rows of [B, tokens, D], as above, whose shift and scale are their sample's own, `lead` [B, 2 D] in float32: shifts, then scales.
 
+// γ = 1 + scale.
+DEVICE void load_gamma(const float* scales, float (&to)[VECTOR]) {
+    load(scales, to);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) to[j] += 1.0f;
+}
+
 // y = norm(x) · (1 + scale) + shift, in another kind than x maybe; stats [B · tokens, 2]: mean and 1/σ.
 template <class X, class T>
 DEVICE void ada_layer_norm(const X* x, const float* lead, T* y, float* stats, int B, int tokens, int D, int lanes, float eps) {
@@ -794,15 +809,9 @@ DEVICE void ada_layer_norm(const X* x, const float* lead, T* y, float* stats, in
         const float middle = OF(mean, t)[0], factor = OF(inverse, t)[0];
         const float* const shifts = lead + static_cast<int>(part.row) / tokens * 2 * D;
         T* const to = y + part.row * D;
-        each_held(part, [&](int k, int c) {
-            float v[VECTOR], scale[VECTOR], shift[VECTOR];
-            forget(OF(held, t)[k]);
-            unpack(OF(held, t)[k], v);
+        put_normed(part, OF(held, t), middle, factor, to, [&](int c, float(&scale)[VECTOR], float(&shift)[VECTOR]) {
+            load_gamma(shifts + D + c, scale);
             load(shifts + c, shift);
-            load(shifts + D + c, scale);
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) v[j] = (v[j] - middle) * factor * (1.0f + scale[j]) + shift[j];
-            store(v, to + c);
         });
         keep_moments(part, middle, factor, stats);
     }
@@ -834,9 +843,7 @@ DEVICE void ada_layer_norm_back(const X* x, const float* lead, const float* stat
     };
     const auto both = [&](Pack<X>& number, Pack<T>& slope, const float* scales, const float* moments, float (&v)[VECTOR], float (&d)[VECTOR]) {
         float gamma[VECTOR];
-        load(scales, gamma);
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) gamma[j] += 1.0f;
+        load_gamma(scales, gamma);
         normed_and_slope(number, slope, gamma, moments[0], moments[1], v, d);
     };
     PHASE(t) {

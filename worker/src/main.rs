@@ -149,7 +149,7 @@ async fn end_when_stuck(flags: Arc<Flags>) {
     leave(Exit::Failed.code());
 }
 
-/// SIGTERM and SIGINT have this worker leave at the next step boundary, or give back a job's units. A second wish, or one before the first step,
+/// SIGTERM, SIGINT and SIGHUP have this worker leave at the next step boundary, or give back a job's units. A second wish, or one before the first step,
 /// when there is nothing to lose, leaves at once: resumable.
 async fn watch_signals(flags: Arc<Flags>) {
     let Ok(mut stops) = Stops::catch() else {

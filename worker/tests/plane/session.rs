@@ -549,12 +549,7 @@ fn the_process_ends_with_the_code_that_says_what_to_do_next() {
         assert_eq!(soon("the end", child.wait()).await.unwrap().code(), Some(3));
 
         let (mut worker, mut child) = coordinator.process().await;
-        worker.say(welcome(&config, &url));
-        let peers = vec![worker.address.clone()];
-        worker.assign(0, peers, None);
-        worker.ready().await;
-        worker.say(Say::Start(v1::Start {}));
-        worker.progress(2).await;
+        train_alone(&mut worker, &config, &url).await;
         terminate(&child);
         worker.leaving().await;
         worker.say(Say::Drain(v1::Drain { reason: "nobody else is there".into() }));
@@ -571,6 +566,16 @@ fn the_process_ends_with_the_code_that_says_what_to_do_next() {
     });
 }
 
+/// Has a worker train until its second step.
+async fn train_alone(worker: &mut Worker, config: &RunConfig, url: &str) {
+    worker.say(welcome(config, url));
+    let peers = vec![worker.address.clone()];
+    worker.assign(0, peers, None);
+    worker.ready().await;
+    worker.say(Say::Start(v1::Start {}));
+    worker.progress(2).await;
+}
+
 /// To a process that this test has started, or one that such a process has, and that is not gone.
 fn signal(process: u32, signal: i32) {
     // SAFETY: kill has no memory effects here.
@@ -585,12 +590,7 @@ fn a_signal_to_a_whole_worker_loses_nothing_and_a_later_one_leaves_at_once() {
         let config = prepared(&["train.steps=100000", "checkpoint.every=100000"]);
         let (_folder, url) = run_folder();
         let (mut worker, mut child) = Scripted::start().await.process().await;
-        worker.say(welcome(&config, &url));
-        let peers = vec![worker.address.clone()];
-        worker.assign(0, peers, None);
-        worker.ready().await;
-        worker.say(Say::Start(v1::Start {}));
-        worker.progress(2).await;
+        train_alone(&mut worker, &config, &url).await;
         signal(worker.pid, libc::SIGTERM);
         signal(child.id().unwrap(), libc::SIGINT);
         worker.leaving().await;
