@@ -39,12 +39,13 @@ impl JobCore {
         if self.units.is_held(conn, then.lease_id) {
             return self.workers.name(conn, then);
         }
-        self.workers.refuse_names(conn, then.lease_id);
+        self.workers.refuse_names(conn);
         self.counts.add("refused_lost_lease", 1);
     }
 
     pub(super) fn lease_done(&mut self, now: Time, conn: ConnId, mut done: v1::LeaseDone) {
-        let then = self.workers.take_names(conn, done.lease_id, std::mem::take(&mut done.then));
+        let lease = (done.lease_id, self.units.is_held(conn, done.lease_id));
+        let then = self.workers.take_names(conn, lease, std::mem::take(&mut done.then));
         let failed = !done.error.is_empty();
         let report = match then {
             _ if failed => self.units.fail(conn, &done),

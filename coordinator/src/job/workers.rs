@@ -19,8 +19,8 @@ pub(super) struct Worker {
     pub(super) vitals: Option<v1::Vitals>,
     /// Units that follow one whose end it has not told yet, by lease.
     named: BTreeMap<u64, Vec<String>>,
-    /// The lease whose names were refused last: its end does not tell all that follow.
-    unnamed: Option<u64>,
+    /// Names were refused, of leases that it does not hold: the end of such a one may not tell all that follow.
+    unnamed: bool,
 }
 
 impl Worker {
@@ -74,18 +74,18 @@ impl Workers {
     }
 
     /// Notes that names were not kept.
-    pub(super) fn refuse_names(&mut self, conn: ConnId, lease_id: u64) {
+    pub(super) fn refuse_names(&mut self, conn: ConnId) {
         if let Some(worker) = self.0.get_mut(&conn) {
-            worker.unnamed = Some(lease_id);
+            worker.unnamed = true;
         }
     }
 
-    /// The names kept for a lease, and the last of them. None: some were refused.
-    pub(super) fn take_names(&mut self, conn: ConnId, lease_id: u64, last: Vec<String>) -> Option<Vec<String>> {
+    /// The names kept for a lease, which the worker still holds or not, and the last of them. None: some may have been refused.
+    pub(super) fn take_names(&mut self, conn: ConnId, (lease_id, held): (u64, bool), last: Vec<String>) -> Option<Vec<String>> {
         let Some(worker) = self.0.get_mut(&conn) else { return Some(last) };
         let mut names = worker.named.remove(&lease_id).unwrap_or_default();
         names.extend(last);
-        (worker.unnamed != Some(lease_id)).then_some(names)
+        (held || !worker.unnamed).then_some(names)
     }
 
     /// For how many leases names are kept.
@@ -109,7 +109,7 @@ impl JobCore {
         }
         let (worker, host, pid) = (hello.worker_id.clone(), hello.host.clone(), hello.pid);
         let named = BTreeMap::new();
-        self.workers.0.insert(conn, Worker { hello, heard: now, slots: 0, units_done: 0, vitals: None, named, unnamed: None });
+        self.workers.0.insert(conn, Worker { hello, heard: now, slots: 0, units_done: 0, vitals: None, named, unnamed: false });
         if self.alone.take().is_some() {
             self.sample_rate.restart(now);
             self.unit_rate.restart(now);

@@ -115,9 +115,11 @@ fn an_end_whose_names_were_refused_does_not_count() {
     let then = |lease_id, units: &[&str]| from_worker::Body::LeaseThen(v1::LeaseThen { lease_id, units: names(units) });
     job.close(1);
     job.hello(3);
+    // Two leases of one worker, turn by turn: it is the first one's end that comes.
     job.say(3, then(2, &["x", "y"]));
+    job.say(3, then(1, &["w"]));
     assert_eq!(job.say(3, done(2, "a", &["z"])), vec![]);
-    assert_eq!((job.count("refused_lost_lease"), job.count("refused_unknown_unit"), job.status().units_done), (1, 1, 0));
+    assert_eq!((job.count("refused_lost_lease"), job.count("refused_unknown_unit"), job.status().units_done), (2, 1, 0));
     assert_eq!(job.say(3, ask(1)), vec![grant(3, 4, "a")]);
     job.say(3, then(4, &["x", "y"]));
     job.say(3, done(4, "a", &["z"]));
