@@ -26,14 +26,17 @@ struct On {
 /// What an operator makes of made-up numbers, and its gradients: copies before all else.
 type Trial = fn(On) -> Result<Vec<Tensor>>;
 
+/// What of the copies is asked: that they are alike; or nothing, as a convolution of libtorch's may add up in another order at another place.
+type Of = fn(Vec<Tensor>, i64) -> Result<Vec<Tensor>>;
+
 /// Of every operator that has kernels; convolutions' own are libtorch's, and so are the products of `attention`.
-const TRIALS: [(&str, Switch, Trial); 6] = [
-    ("norm", |f| &mut f.norm, norms),
-    ("conv", |f| &mut f.conv, residual),
-    ("resize", |f| &mut f.resize, resizes),
-    ("gate", |f| &mut f.gate, gates),
-    ("cross", |f| &mut f.cross, few_keys),
-    ("pixels", |f| &mut f.pixels, pixels),
+const TRIALS: [(&str, Switch, Trial, Of); 6] = [
+    ("norm", |f| &mut f.norm, norms, alike),
+    ("conv", |f| &mut f.conv, residual, alike),
+    ("resize", |f| &mut f.resize, resizes, first),
+    ("gate", |f| &mut f.gate, gates, alike),
+    ("cross", |f| &mut f.cross, few_keys, alike),
+    ("pixels", |f| &mut f.pixels, pixels, alike),
 ];
 
 /// Tries those of `used` that there are on the GPU `device`, and the update. To those that give something else there than on the processor, and are to be off; and
@@ -52,7 +55,7 @@ pub(crate) fn wrong(used: Fused, device: Device) -> Result<(Fused, Vec<String>)>
     let old = gpu::capability().is_some_and(|capability| capability < (8, 0));
     for (kind, bound) in KINDS.into_iter().filter(|(kind, _)| !old || *kind != Kind::BFloat16) {
         let mut there = used.on(kind, device);
-        for (name, switch, trial) in TRIALS {
+        for (name, switch, trial, of) in TRIALS {
             if !*switch(&mut there) || *switch(&mut wrong) {
                 continue;
             }
@@ -64,9 +67,7 @@ pub(crate) fn wrong(used: Fused, device: Device) -> Result<(Fused, Vec<String>)>
                 }
             };
             let found = seen(trial, on(kind), &format!("the fused operator `{name}` (ELLA_FUSED=none leaves that out)"))?;
-            // A convolution of libtorch's may add up in another order at another place.
-            let found =
-                if name == "resize" { found.and_then(|found| first(&found, on(kind).copies)) } else { alike(found, on(kind).copies) };
+            let found = found.and_then(|found| of(found, on(kind).copies));
             if let Some(why) = judged(found, &wanted, bound) {
                 *switch(&mut wrong) = true;
                 lines.push(format!("the fused operator `{name}` is off: in {kind:?}, on this GPU, {why}"));
@@ -90,20 +91,19 @@ fn seen(trial: Trial, on: On, what: &str) -> Result<Result<Vec<Tensor>>> {
 }
 
 /// The first of the copies.
-fn first(found: &[Tensor], copies: i64) -> Result<Vec<Tensor>> {
-    found.iter().map(|tensor| Ok(tensor.f_narrow(0, 0, tensor.size().first().copied().unwrap_or(0) / copies)?)).collect()
+fn first(found: Vec<Tensor>, copies: i64) -> Result<Vec<Tensor>> {
+    found.into_iter().map(|tensor| Ok(tensor.f_narrow(0, 0, tensor.size().first().copied().unwrap_or(0) / copies)?)).collect()
 }
 
 /// The same, if all have its bits.
-fn alike(found: Result<Vec<Tensor>>, copies: i64) -> Result<Vec<Tensor>> {
-    let found = found?;
+fn alike(found: Vec<Tensor>, copies: i64) -> Result<Vec<Tensor>> {
     for tensor in &found {
         let rows = tensor.f_reshape([copies, -1])?;
         if !rows.f_equal(&rows.f_narrow(0, 0, 1)?.f_expand_as(&rows)?)? {
             return Err(Error("it makes different things of the same numbers".to_owned()));
         }
     }
-    first(&found, copies)
+    first(found, copies)
 }
 
 /// What is wrong with what was found, if anything.
@@ -273,7 +273,7 @@ mod tests {
     fn every_operator_is_tried_with_numbers_that_tell() {
         let tried: Vec<&str> = TRIALS.iter().map(|(name, ..)| *name).collect();
         assert!(fused::SWITCHES.iter().all(|(name, _)| *name == "attention" || tried.contains(name)), "{tried:?}");
-        for (name, _, trial) in TRIALS {
+        for (name, _, trial, of) in TRIALS {
             let on = |kind, copies| On { kind, device: Device::Cpu, copies };
             let wide = trial(on(Kind::Float, 1)).unwrap();
             for (kind, bound) in KINDS {
@@ -282,9 +282,8 @@ mod tests {
                 assert!(error > 1e-5 && error <= bound / 2.0, "{name} {kind:?}: {error:e}");
                 // Copies go beside each other, and not into each other.
                 if kind == Kind::BFloat16 {
-                    let copies = trial(on(kind, 2)).unwrap();
-                    let first = if name == "resize" { first(&copies, 2) } else { alike(Ok(copies), 2) };
-                    assert!(difference(&first.unwrap(), &found).unwrap() < bound / 10.0, "{name} {kind:?}");
+                    let first = of(trial(on(kind, 2)).unwrap(), 2).unwrap();
+                    assert!(difference(&first, &found).unwrap() < bound / 10.0, "{name} {kind:?}");
                 }
             }
         }
@@ -305,7 +304,7 @@ mod tests {
         assert!(answers("kernel x: not found").is_ok());
         assert_eq!(answers("CUDA out of memory\nframe #0").unwrap_err().to_string(), "while the update was tried: CUDA out of memory");
         // Two copies of two samples, of which one has a number that the other has not.
-        let made = |last: f32| alike(Ok(of(&[1.0, 2.0, 1.0, last])), 2);
+        let made = |last: f32| alike(of(&[1.0, 2.0, 1.0, last]), 2);
         assert!(made(2.0).unwrap()[0].equal(&of(&[1.0, 2.0])[0]));
         assert!([2.5, f32::NAN].into_iter().all(|last| made(last).unwrap_err().to_string().contains("different things")));
     }
