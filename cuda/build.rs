@@ -17,7 +17,8 @@ fn main() {
         .std("c++20")
         .files(["cpp/ops.cpp", "cpp/context.cpp"])
         .includes([torch.join("include"), torch.join("include/torch/csrc/api/include")])
-        .flag("-Wno-unknown-pragmas")
+        // Packs of numbers move as words.
+        .flags(["-Wno-unknown-pragmas", "-fno-strict-aliasing"])
         .warnings(false)
         .compile("ella_ops");
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it")).join("libella_gpu.so");

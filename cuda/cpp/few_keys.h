@@ -12,20 +12,9 @@ namespace ella {
 
 constexpr int KEYS = 64;  // at most
 constexpr int TILE = 64;  // queries at a time
-constexpr int WARP = 32;
 
 #ifdef __CUDACC_RTC__
 constexpr int MOST_ON_CHIP = 99 << 10;  // of the GPUs that have least
-#define DYNAMIC(name) extern __shared__ __align__(16) unsigned char name[]
-#else
-constexpr int MOST_ON_CHIP = 320 << 10;
-struct alignas(16) Sixteen { unsigned char at[16]; };
-// One for all kernels.
-inline Sixteen* on_chip() {
-    SHARED(Sixteen, memory, MOST_ON_CHIP / 16);
-    return memory;
-}
-#define DYNAMIC(name) Sixteen* const name = on_chip()
 #endif
 
 // What follows from D. A tile's rows are filled up with zeros to whole steps of a product, and their distance keeps eight of them in different banks.
@@ -39,12 +28,8 @@ struct Head {
 
 // --- Products on the chip -----------------------------------------------------------------------------------------------------------------
 //
-// A warp's products are of 16 rows, by tensor cores on a GPU: the thread with place p in its warp has rows p / 4 and p / 4 + 8 of the result, and
-// columns 2 (p % 4) and the next, of each eight.
+// A warp's products are of 16 rows, by tensor cores on a GPU.
 
-struct Fragment {
-    float at[4];
-};
 DEVICE int row_of(int t, int i) { return t % WARP / 4 + i / 2 * 8; }
 DEVICE int column_of(int t, int i) { return t % 4 * 2 + i % 2; }
 
@@ -66,41 +51,20 @@ struct Across {
 
 #ifdef __CUDACC_RTC__
 #if __CUDA_ARCH__ >= 800
-// Four or two 8 × 8 matrices, a pair of each for every thread. The lanes say where rows lie, each of one.
-#define MATRICES(count, suffix, outputs, address, ...) \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x" #count suffix ".shared.b16 {" outputs "}, [%" #count "];" : __VA_ARGS__ : "r"(address))
-#define FOUR(suffix, to, address)                                                                                                   \
-    MATRICES(4, suffix, "%0, %1, %2, %3", address, "=r"((to)[0]), "=r"((to)[1]), "=r"((to)[2]), "=r"((to)[3]))
-#define TWO(suffix, to, address) MATRICES(2, suffix, "%0, %1", address, "=r"((to)[0]), "=r"((to)[1]))
-DEVICE unsigned int place_of(const void* at) { return static_cast<unsigned int>(__cvta_generic_to_shared(at)); }
-
+// The left operand of a product: 16 rows, 16 to add up over. The lanes say where rows of 8 lie.
 template <class T>
-DEVICE void left(Along<T> a, int lane, unsigned int (&to)[4]) { FOUR("", to, place_of(a.at + lane % 16 * a.stride + lane / 16 * 8)); }
+DEVICE void left(Along<T> a, int lane, unsigned int (&to)[4]) { matrices(to, a.at + lane % 16 * a.stride + lane / 16 * 8); }
 template <class T>
-DEVICE void left(Across<T> a, int lane, unsigned int (&to)[4]) {
-    FOUR(".trans", to, place_of(a.at + (lane / 16 * 8 + lane % 8) * a.stride + lane / 8 % 2 * 8));
-}
-// Of two times eight columns, or of eight.
+DEVICE void left(Across<T> a, int lane, unsigned int (&to)[4]) { turned(to, a.at + (lane / 16 * 8 + lane % 8) * a.stride + lane / 8 % 2 * 8); }
+// The right one: two times eight columns, or eight.
 template <class T>
-DEVICE void right(Along<T> b, int lane, unsigned int (&to)[4]) {
-    FOUR("", to, place_of(b.at + (lane / 16 * 8 + lane % 8) * b.stride + lane / 8 % 2 * 8));
-}
+DEVICE void right(Along<T> b, int lane, unsigned int (&to)[4]) { matrices(to, b.at + (lane / 16 * 8 + lane % 8) * b.stride + lane / 8 % 2 * 8); }
 template <class T>
-DEVICE void right(Across<T> b, int lane, unsigned int (&to)[4]) { FOUR(".trans", to, place_of(b.at + lane % 16 * b.stride + lane / 16 * 8)); }
+DEVICE void right(Across<T> b, int lane, unsigned int (&to)[4]) { turned(to, b.at + lane % 16 * b.stride + lane / 16 * 8); }
 template <class T>
-DEVICE void right(Along<T> b, int lane, unsigned int (&to)[2]) { TWO("", to, place_of(b.at + lane % 8 * b.stride + lane / 8 % 2 * 8)); }
+DEVICE void right(Along<T> b, int lane, unsigned int (&to)[2]) { matrices(to, b.at + lane % 8 * b.stride + lane / 8 % 2 * 8); }
 template <class T>
-DEVICE void right(Across<T> b, int lane, unsigned int (&to)[2]) { TWO(".trans", to, place_of(b.at + lane % 16 * b.stride)); }
-
-#define MULTIPLY(type, name)                                                                                                          \
-    DEVICE void multiply_add(Fragment& c, const unsigned int (&a)[4], const unsigned int* b, type) {                                  \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "     \
-                     "{%0, %1, %2, %3};"                                                                                              \
-                     : "+f"(c.at[0]), "+f"(c.at[1]), "+f"(c.at[2]), "+f"(c.at[3])                                                     \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                             \
-    }
-MULTIPLY(bf16, "bf16")
-MULTIPLY(f16, "f16")
+DEVICE void right(Across<T> b, int lane, unsigned int (&to)[2]) { turned(to, b.at + lane % 16 * b.stride); }
 
 template <class T>
 DEVICE Along<T> further(Along<T> a, int k) { return {a.at + k, a.stride}; }
@@ -153,14 +117,8 @@ DEVICE void put(T* to, float first, float second) {
     narrow(second, to[1]);
 }
 #if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 800
-#define PUT(type, instruction)                                                                  \
-    DEVICE void put(type* to, float first, float second) {                                      \
-        unsigned int pair;                                                                      \
-        asm(instruction " %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));                 \
-        *reinterpret_cast<unsigned int*>(to) = pair;                                            \
-    }
-PUT(bf16, "cvt.rn.bf16x2.f32")
-PUT(f16, "cvt.rn.f16x2.f32")
+DEVICE void put(bf16* to, float first, float second) { *reinterpret_cast<unsigned int*>(to) = pair(first, second, bf16{}); }
+DEVICE void put(f16* to, float first, float second) { *reinterpret_cast<unsigned int*>(to) = pair(first, second, f16{}); }
 #endif
 template <int COUNT, class T>
 DEVICE void put_rows(int t, const Fragment (&c)[COUNT], T* to, int stride) {

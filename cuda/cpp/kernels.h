@@ -1,113 +1,9 @@
-// The fused operators' kernels, in one text for two compilers: NVRTC makes GPU code of it at run time, and the C++ compiler makes functions
-// of it that go through a block's threads one after the other. So what runs on a GPU is tested where there is none.
+// The fused operators' kernels, but for attention's.
 //
 // Letters: B samples, P pixels, C channels, G groups of channels, N rows. Feature maps are [B, P, C] (channels-last), C a multiple of 8.
 // Every thread moves 16 bytes of 16-bit numbers at a time; sums are float32, in an order that depends on the shape alone.
 
-#ifdef __CUDACC_RTC__
-#define DEVICE __device__ __forceinline__
-#define SHARED(type, name, count) __shared__ type name[count]
-#define SYNC() __syncthreads()
-// What stands in a PHASE is done by every thread of the block; nothing of it but what is SHARED, or a thread's OWN, lives on to the next one.
-// OWNED is that as a function takes it.
-#define PHASE(t) if ([[maybe_unused]] const int t = threadIdx.x; true)
-#define OWN(type, name, count) type name[count]
-#define OWNED(type, name, count) type(&name)[count]
-#define OF(name, t) name
-#else
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <memory>
 namespace ella {
-struct Place { int x, y; };
-inline thread_local Place blockIdx, blockDim, gridDim;
-}  // namespace ella
-#define DEVICE inline
-// Of each thread of the processor, and not beside its stack, which may be small.
-#define HELD_BY_THREAD(type, name, memory)                                 \
-    static thread_local const std::unique_ptr<type> name##_memory(memory); \
-    auto* const name = name##_memory.get()
-#define SHARED(type, name, count) HELD_BY_THREAD(type[], name, new type[count])
-#define SYNC()
-#define PHASE(t) for (int t = 0; t < blockDim.x; ++t)
-#define OWN(type, name, count) HELD_BY_THREAD(type[][count], name, new type[MAX_THREADS][count])
-#define OWNED(type, name, count) type(*name)[count]
-#define OF(name, t) name[t]
-#endif
-
-namespace ella {
-
-constexpr int VECTOR = 8;         // numbers that a thread moves at once
-constexpr int MAX_THREADS = 512;  // of a block
-
-// bfloat16 and IEEE half, as they lie in memory.
-struct bf16 { unsigned short bits; };
-struct f16 { unsigned short bits; };
-
-#ifdef __CUDACC_RTC__
-DEVICE float from_bits(unsigned int bits) { return __uint_as_float(bits); }
-DEVICE unsigned int to_bits(float x) { return __float_as_uint(x); }
-DEVICE float widen(f16 x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-    return y;
-}
-DEVICE void narrow(float x, f16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-DEVICE float power_of_two(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-DEVICE float inverse(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-#else
-DEVICE float from_bits(unsigned int bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-DEVICE unsigned int to_bits(float x) {
-    unsigned int bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-DEVICE float widen(f16 x) {
-    const unsigned int sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
-    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // infinity, not a number
-    // Subnormal ones come out right too: the product moves the exponent, and is exact.
-    const float y = from_bits(rest << 13) * from_bits(0x77800000u);
-    return sign ? -y : y;
-}
-DEVICE void narrow(float x, f16& y) {
-    const unsigned int bits = to_bits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-    unsigned int half;
-    if (rest > 0x7f800000u) half = 0x7e00u;
-    else if (rest >= 0x477ff000u) half = 0x7c00u;                                     // rounds to infinity
-    else if (rest < 0x38800000u) half = to_bits(from_bits(rest) + 0.5f) - 0x3f000000u;  // subnormal: the sum rounds it
-    else half = (rest + 0xfffu + (rest >> 13 & 1u) - 0x38000000u) >> 13;
-    y.bits = static_cast<unsigned short>(sign | half);
-}
-DEVICE float power_of_two(float x) { return std::exp2(x); }
-DEVICE float inverse(float x) { return 1.0f / x; }
-using std::erf;
-using std::exp;
-using std::min;
-using std::sqrt;
-#endif
-
-DEVICE float widen(float x) { return x; }
-DEVICE float widen(bf16 x) { return from_bits(static_cast<unsigned int>(x.bits) << 16); }
-DEVICE void narrow(float x, float& y) { y = x; }
-// To nearest, half to even; what is not a number stays none.
-DEVICE void narrow(float x, bf16& y) {
-    const unsigned int bits = to_bits(x);
-    const unsigned int rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    y.bits = static_cast<unsigned short>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded >> 16);
-}
 
 // Eight numbers that lie beside each other, in one or two accesses.
 template <class T>
@@ -119,7 +15,7 @@ DEVICE void forget(Pack<T>& pack) {
 #ifdef __CUDACC_RTC__
     unsigned int* words = reinterpret_cast<unsigned int*>(&pack);
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof pack / 4); ++i) asm volatile("" : "+r"(words[i]));
+    for (int i = 0; i < static_cast<int>(sizeof pack / 4); ++i) forget(words[i]);
 #endif
 }
 
@@ -155,19 +51,18 @@ DEVICE Pack<T> packed(const float (&from)[VECTOR]) {
     return pack;
 }
 #if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 800
-// Two by one instruction, the second of them above the first.
-#define PACKED(type, instruction)                                                                                         \
-    template <>                                                                                                           \
-    DEVICE Pack<type> packed<type>(const float (&from)[VECTOR]) {                                                         \
-        Pack<type> pack;                                                                                                  \
-        unsigned int* pairs = reinterpret_cast<unsigned int*>(&pack);                                                     \
-        _Pragma("unroll") for (int j = 0; j < VECTOR; j += 2) {                                                           \
-            asm(instruction " %0, %1, %2;" : "=r"(pairs[j / 2]) : "f"(from[j + 1]), "f"(from[j]));                        \
-        }                                                                                                                 \
-        return pack;                                                                                                      \
-    }
-PACKED(bf16, "cvt.rn.bf16x2.f32")
-PACKED(f16, "cvt.rn.f16x2.f32")
+template <class T>
+DEVICE Pack<T> packed_by_pairs(const float (&from)[VECTOR]) {
+    Pack<T> pack;
+    unsigned int* pairs = reinterpret_cast<unsigned int*>(&pack);
+#pragma unroll
+    for (int j = 0; j < VECTOR; j += 2) pairs[j / 2] = pair(from[j], from[j + 1], T{});
+    return pack;
+}
+template <>
+DEVICE Pack<bf16> packed<bf16>(const float (&from)[VECTOR]) { return packed_by_pairs<bf16>(from); }
+template <>
+DEVICE Pack<f16> packed<f16>(const float (&from)[VECTOR]) { return packed_by_pairs<f16>(from); }
 #endif
 
 template <class T>

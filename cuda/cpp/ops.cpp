@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "error.h"
+#include "device.h"
 #include "kernels.h"
 #include "few_keys.h"
 #include "pixels.h"
@@ -23,6 +24,7 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 const EllaGpu* gpu = nullptr;
+const EllaEmulator* emulator = nullptr;
 
 // How a kernel is launched: (pieces, rows) blocks of so many threads, with so many bytes on the chip beside those that it names itself.
 struct Grid {
@@ -37,6 +39,11 @@ void launch(const Tensor& on, const std::string& name, Grid grid, void (*kernel)
         TORCH_CHECK(gpu, "the GPU's part is not loaded");
         void* places[] = {const_cast<void*>(static_cast<const void*>(&args))...};
         TORCH_CHECK(gpu->launch(name.c_str(), on.get_device(), grid.pieces, grid.rows, grid.threads, grid.shared, places) == 0, gpu->error());
+        return;
+    }
+    if (auto* const emulated = emulator ? reinterpret_cast<void (*)(A...)>(emulator->find(name.c_str())) : nullptr) {
+        auto thread = [&] { emulated(args...); };
+        emulator->run(grid.pieces, grid.rows, grid.threads, grid.shared, [](void* work) { (*static_cast<decltype(thread)*>(work))(); }, &thread);
         return;
     }
     for (int row = 0; row < grid.rows; ++row) {
@@ -647,6 +654,7 @@ void* given(Tensor tensor) { return new Tensor(std::move(tensor)); }
 
 const char* ella_error() { return ella_last_error.c_str(); }
 void ella_use_gpu(const EllaGpu* table) { gpu = table; }
+void ella_use_emulator(const EllaEmulator* table) { emulator = table; }
 
 int ella_group_norm(const void* x, const void* second, const void* gamma, const void* beta, const void* add, int64_t groups, double eps,
                     int activate, void** made) {

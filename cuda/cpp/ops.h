@@ -10,6 +10,13 @@ extern "C" {
 const char* ella_error();
 // From here on, operators on a GPU launch by this table.
 void ella_use_gpu(const EllaGpu* gpu);
+// For tests: the GPU's half of the kernels on the processor (emulated.cpp). `find` gives a kernel's function, or null for one that a GPU has not.
+struct EllaEmulator {
+    void* (*find)(const char* name);
+    void (*run)(int pieces, int rows, int threads, int shared, void (*thread)(void*), void* state);
+};
+// From here on, operators on the processor launch by this one.
+void ella_use_emulator(const EllaEmulator* emulator);
 
 // Tensors are at::Tensor*; those returned are the caller's. See src/fused.rs and src/resize.rs. A norm gives what goes past it too: x, or a + b.
 // `second`, `add` and `more` may be null. The group norm makes two tensors, or three of an x of two parts.

@@ -47,59 +47,17 @@ DEVICE void touch(Fragment (&c)[COUNT]) {
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n].at[i])::"memory");
+        for (int i = 0; i < 4; ++i) touch(c[n].at[i]);
     }
 }
-DEVICE void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT, int COUNT>
 DEVICE void finish(Fragment (&c)[COUNT]) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+    wait<LEFT>();
     touch(c);
 }
 
-// Where a matrix of 8 × 8 blocks lies, each of 128 bytes: how far the next block is along what is added up over, and across it. In units of 16 bytes, of
-// which the place takes 14 bits.
-struct Blocks {
-    unsigned int place, across;
-    DEVICE Blocks further(unsigned int bytes) const { return {place + (bytes >> 4), across}; }
-    DEVICE unsigned long long words() const {
-        unsigned long long both;
-        asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(place), "r"(across));
-        return both;
-    }
-};
 DEVICE Blocks blocks_at(const void* at, unsigned int along, unsigned int across) { return {place_of(at) >> 4 | along >> 4 << 16, across >> 4}; }
-
-#define IN4(n) "+f"(c[n].at[0]), "+f"(c[n].at[1]), "+f"(c[n].at[2]), "+f"(c[n].at[3])
-#define IN20 IN4(0), IN4(1), IN4(2), IN4(3), IN4(4)
-#define IN32 IN20, IN4(5), IN4(6), IN4(7)
-#define IN40 IN32, IN4(8), IN4(9)
-#define OUT4(n) "=f"(c[n].at[0]), "=f"(c[n].at[1]), "=f"(c[n].at[2]), "=f"(c[n].at[3])
-#define OUT32 OUT4(0), OUT4(1), OUT4(2), OUT4(3), OUT4(4), OUT4(5), OUT4(6), OUT4(7)
-#define REG20 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
-#define REG32 REG20 ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define REG40 REG32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define WGMMA(n, name) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name "." name
-// Both operands on the chip, nothing to add to or something; the left one in registers, to add to or not.
-#define ON_CHIP(type, name)                                                                                                       \
-    DEVICE void group_first(Fragment (&c)[8], Blocks a, Blocks b, type) {                                                         \
-        asm volatile("{" WGMMA(64, name) " {" REG32 "}, %32, %33, 0, 1, 1, 0, 0;}" : OUT32 : "l"(a.words()), "l"(b.words()));     \
-    }                                                                                                                             \
-    DEVICE void group_more(Fragment (&c)[8], Blocks a, Blocks b, type) {                                                          \
-        asm volatile("{" WGMMA(64, name) " {" REG32 "}, %32, %33, 1, 1, 1, 0, 0;}" : IN32 : "l"(a.words()), "l"(b.words()));      \
-    }
-#define HELD_LEFT(type, name, n, count, in, regs, a0, a1, a2, a3, b0)                                                             \
-    DEVICE void group_held(Fragment (&c)[count], const unsigned int (&a)[4], Blocks b, type) {                                    \
-        asm volatile("{" WGMMA(n, name) " {" regs "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", 1, 1, 1, 1;}"           \
-                     : in : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.words()));                                          \
-    }
-#define GROUP_MULTIPLY(type, name)                                         \
-    ON_CHIP(type, name)                                                    \
-    HELD_LEFT(type, name, 40, 5, IN20, REG20, 20, 21, 22, 23, 24)          \
-    HELD_LEFT(type, name, 80, 10, IN40, REG40, 40, 41, 42, 43, 44)
-GROUP_MULTIPLY(bf16, "bf16")
-GROUP_MULTIPLY(f16, "f16")
+DEVICE Blocks further(Blocks of, unsigned int bytes) { return {of.place + (bytes >> 4), of.across}; }
 
 // c = a bᵀ over the channels of two tiles.
 template <int WIDE, class T>
@@ -109,7 +67,7 @@ DEVICE void start(int, Fragment (&c)[TILE / 8], ByToken<T> a, ByToken<T> b) {
     begin();
     group_first(c, left, right, T{});
 #pragma unroll
-    for (int k = 1; k < WIDE / 16; ++k) group_more(c, left.further(2 * k * EIGHT), right.further(2 * k * EIGHT), T{});
+    for (int k = 1; k < WIDE / 16; ++k) group_more(c, further(left, 2 * k * EIGHT), further(right, 2 * k * EIGHT), T{});
     commit();
 }
 // A left operand as it is held, rounded.
@@ -130,7 +88,7 @@ DEVICE void touch(Held<T>& a) {
 #pragma unroll
     for (int k = 0; k < TILE / 16; ++k) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a.at[k][i])::"memory");
+        for (int i = 0; i < 4; ++i) touch(a.at[k][i]);
     }
 }
 // c += a b over a tile's tokens.
@@ -142,7 +100,7 @@ DEVICE void start(int, Fragment (&c)[COUNT], Held<T> (&a)[1], ByChannel<T> b) {
     touch(a[0]);
     begin();
 #pragma unroll
-    for (int k = 0; k < TILE / 16; ++k) group_held(c, a[0].at[k], right.further(2 * k * BLOCK), T{});
+    for (int k = 0; k < TILE / 16; ++k) group_held(c, a[0].at[k], further(right, 2 * k * BLOCK), T{});
     commit();
 }
 #elif !defined(__CUDACC_RTC__)
@@ -192,32 +150,21 @@ DEVICE void start(int t, Fragment (&c)[COUNT], const Held<T> (*a)[1], ByChannel<
 // --- Tiles on their way -------------------------------------------------------------------------------------------------------------------
 
 #ifdef __CUDACC_RTC__
-// 16 bytes, or so many zeros.
-DEVICE void ask(void* to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place_of(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-DEVICE void asked() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // What was asked for is there, but for the last so many times; and products see it.
 template <int LEFT>
 DEVICE void arrived() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    wait_asked<LEFT>();
+    show_products();
 }
 #else
 DEVICE void ask(void* to, const void* from, bool there) { there ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); }
 DEVICE void asked() {}
 template <int LEFT>
 DEVICE void arrived() {}
-#endif
-
-// What the compiler keeps, and does not make again at every step.
 template <class T>
-DEVICE const T* kept(const T* at) {
-#ifdef __CUDACC_RTC__
-    asm volatile("" : "+l"(at));
+DEVICE const T* kept(const T* at) { return at; }
+DEVICE void before_waiting(float) {}
 #endif
-    return at;
-}
 
 // The tile of tokens from `first` of N, `step` apart. Eight threads beside each other ask for eight tokens, which lie beside each other on the chip.
 template <int D, int THREADS, class T>
@@ -326,13 +273,6 @@ DEVICE void ask_keys_and_values(int t, const Columns<T, D>& columns, unsigned in
 template <int THREADS, class T, int D>
 DEVICE void ask_zeros(int t, const Columns<T, D>& columns, int which, const T* from) {
     ask_tile<D, THREADS>(t, columns.tile(STAGES - 1, which), from, 0, 0, 0);
-}
-
-// What `number` is made of is there before a product is waited for: the compiler would wait first, and make it then. No number has these bits.
-DEVICE void before_waiting([[maybe_unused]] float number) {
-#ifdef __CUDACC_RTC__
-    if (__any_sync(0xffffffffu, to_bits(number) == 0xffc12345u)) asm volatile("nanosleep.u32 0;");
-#endif
 }
 
 // --- Forward ------------------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,13 @@ use libloading::os::unix::Library;
 use crate::error::reason;
 use crate::{Error, Result};
 
-const KERNELS: &str = concat!(include_str!("../cpp/kernels.h"), include_str!("../cpp/few_keys.h"), include_str!("../cpp/pixels.h"));
+const KERNELS: &str = concat!(
+    include_str!("../cpp/device.h"),
+    include_str!("../cpp/ptx.h"),
+    include_str!("../cpp/kernels.h"),
+    include_str!("../cpp/few_keys.h"),
+    include_str!("../cpp/pixels.h")
+);
 
 /// `nvrtcProgram`.
 type Program = *mut c_void;

@@ -3,6 +3,8 @@
 // Every test program uses a part of this; and the lint's exception for tests does not reach helpers.
 #![allow(dead_code, clippy::unwrap_used)]
 
+mod emulator;
+
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -28,19 +30,28 @@ pub(crate) fn gpu() -> Option<Device> {
     })
 }
 
-/// One test at a time: what is measured, limited and recorded is the whole process's.
+/// One test at a time: what is measured, limited, recorded and seeded is the whole process's.
 pub(crate) fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Seeds libtorch. Not before the GPU's libraries are loaded: it asks for them once, and takes them for absent from then on.
-pub(crate) fn seed(number: i64) {
+/// Seeds libtorch, whose numbers are this test's as long as it holds what this returns. Not before the GPU's libraries are loaded: libtorch asks for them
+/// once, and takes them for absent from then on.
+#[must_use]
+pub(crate) fn seed(number: i64) -> MutexGuard<'static, ()> {
+    let alone = alone();
     let _ = gpu();
     tch::manual_seed(number);
+    alone
 }
 
+/// Where operators are tried: on the processor, and on a GPU where there is one; in the test program `emulated` by the GPU's half of the kernels.
 pub(crate) fn devices() -> Vec<Device> {
+    if env!("CARGO_CRATE_NAME") == "emulated" {
+        emulator::install();
+        return vec![Device::Cpu];
+    }
     std::iter::once(Device::Cpu).chain(gpu()).collect()
 }
 
