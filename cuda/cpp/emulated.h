@@ -1,8 +1,9 @@
 // A GPU's threads on a processor, for tests: what kernels find on a GPU, and the functions of ptx.h as the PTX ISA describes their instructions.
 //
-// A block's threads take turns: one goes on until it must meet others. Blocks differ in whether its first or its last thread goes first, and in whether what is
-// started (copies, products) is done at once or not before it is waited for; and what is on the chip is no number at a block's start. So a barrier that is
-// missing, a wait too few, a number that nobody wrote show in what comes out. The order in which memory is seen by others, and speed, do not.
+// A block's threads take turns: one goes on until it must meet others, and a warp until it must meet other warps. Blocks differ in whether their first
+// or their last thread goes first, and in whether what is started (copies, products) is done at once or not before it is waited for; and what is on
+// the chip is no number at a block's start. So a barrier that is missing, a wait too few, a number that nobody wrote show in what comes out. The
+// order in which memory is seen by others, and speed, do not.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -116,21 +117,23 @@ inline void scramble_once(void* at, size_t bytes) {
 }
 
 void body();
-// Another thread's turn: the next one's that is not done, or nobody's.
-inline void pass_on(jmp_buf& from) {
+// Another thread's turn: the next one's that is not done, of all or of the same warp; or nobody's. A warp goes on as long as it can: so it is as far
+// ahead of the others as barriers let it.
+inline void pass_on(jmp_buf& from, bool within) {
     if (_setjmp(from) != 0) return;
     if (left == 0) _longjmp(outside, 1);
-    do threadIdx.x = (threadIdx.x + (backward ? blockDim.x - 1 : 1)) % blockDim.x;
+    const unsigned int first = within ? threadIdx.x / WARP * WARP : 0, count = within ? std::min<unsigned int>(WARP, blockDim.x - first) : blockDim.x;
+    do threadIdx.x = first + (threadIdx.x - first + (backward ? count - 1 : 1)) % count;
     while (threads[threadIdx.x].done);
     Thread& thread = threads[threadIdx.x];
     if (thread.stack) _longjmp(thread.place, 1);
     thread.stack.reset(new unsigned char[STACK]);
-    ucontext_t first;
-    getcontext(&first);
-    first.uc_stack = {thread.stack.get(), 0, STACK};
-    first.uc_link = nullptr;
-    makecontext(&first, body, 0);
-    setcontext(&first);
+    ucontext_t start;
+    getcontext(&start);
+    start.uc_stack = {thread.stack.get(), 0, STACK};
+    start.uc_link = nullptr;
+    makecontext(&start, body, 0);
+    setcontext(&start);
 }
 inline void body() {
     for (;;) {
@@ -139,7 +142,7 @@ inline void body() {
         thread.done = true;
         --left;
         idle = 0;
-        pass_on(thread.place);
+        pass_on(thread.place, false);
     }
 }
 inline void meet(Meeting& at, unsigned int count) {
@@ -152,7 +155,7 @@ inline void meet(Meeting& at, unsigned int count) {
     }
     while (at.times == now) {
         if (++idle > left) fail("all threads wait, some for others than they meet");
-        pass_on(threads[threadIdx.x].place);
+        pass_on(threads[threadIdx.x].place, &at != &everybody);
     }
 }
 
@@ -187,7 +190,7 @@ inline void run_block(unsigned int x, unsigned int y, unsigned int shared) {
     left = blockDim.x;
     idle = 0;
     threadIdx = {backward ? 0 : blockDim.x - 1, 0};
-    pass_on(outside);
+    pass_on(outside, false);
     for (size_t i = shared; i < sizeof chip; ++i) {
         if (chip[i] != 0xff) fail("something was written beyond what the kernel has on the chip");
     }

@@ -85,7 +85,8 @@ impl Communicator {
         // SAFETY: both pointers are to live values; NCCL copies the configuration before it returns, and does not keep `&mut comm`:
         // a non-blocking call has stored the handle when it returns.
         let code = unsafe { (library.table().comm_init_rank_config)(&raw mut comm, n, RawId(id.0), r, &raw mut config) };
-        let shared = Shared { library: library.clone(), comm: Mutex::new(Handle(comm)), aborted: AtomicBool::new(false) };
+        let shared =
+            Shared { library: library.clone(), comm: Mutex::new(Handle(comm)), aborting: Mutex::new(()), aborted: AtomicBool::new(false) };
         let new = Self { shared: Arc::new(shared), rank, world };
         let started = library.check(call, code, comm);
         begun(new.abort_handle());
@@ -180,7 +181,7 @@ pub struct AbortHandle(Arc<Shared>);
 
 impl AbortHandle {
     /// Ends everything that the communicator is doing, on the device too, and gives it back. Calls that wait on it return [`Error::Aborted`] at once.
-    /// Harmless when repeated, or when the communicator is gone.
+    /// Harmless when repeated, or when the communicator is gone: whoever comes second waits for the first, so that nothing runs any more for either.
     ///
     /// # Errors
     /// [`Error::Timeout`] when NCCL does not come back: only the end of the process helps then. [`Error::Nccl`].
@@ -189,6 +190,7 @@ impl AbortHandle {
         self.0.aborted.store(true, Ordering::Release);
         let shared = Arc::clone(&self.0);
         bounded("ncclCommAbort", timeout, move || {
+            let _one = shared.aborting.lock().unwrap_or_else(PoisonError::into_inner);
             let comm = std::mem::replace(&mut shared.lock().0, std::ptr::null_mut());
             if comm.is_null() {
                 return Ok(());
@@ -214,6 +216,8 @@ struct Shared {
     library: Library,
     /// Held for the length of each call into NCCL, never between polls.
     comm: Mutex<Handle>,
+    /// Held for as long as NCCL takes to abort.
+    aborting: Mutex<()>,
     aborted: AtomicBool,
 }
 
@@ -307,6 +311,33 @@ mod tests {
         .expect("the 300th answer is yes");
         assert!(matches!(poll("x", later, || Err(Error::Aborted { call: "x" })), Err(Error::Aborted { .. })));
         assert!(matches!(poll("x", Instant::now(), || Ok(false)), Err(Error::Timeout { call: "x", .. })));
+    }
+
+    /// Whoever aborts second comes back when nothing runs any more, and not before: memory is given back then.
+    #[test]
+    fn a_second_abort_waits_for_the_first() {
+        static BEGUN: AtomicBool = AtomicBool::new(false);
+        static DONE: AtomicBool = AtomicBool::new(false);
+        unsafe extern "C" fn slow_abort(_: Comm) -> c_int {
+            BEGUN.store(true, Ordering::SeqCst);
+            thread::sleep(Duration::from_millis(200));
+            DONE.store(true, Ordering::SeqCst);
+            sys::SUCCESS
+        }
+        let handle = |comm: usize| {
+            let table = sys::fake(slow_abort);
+            let comm = Mutex::new(Handle(comm as Comm));
+            AbortHandle(Arc::new(Shared { library: Library::of(table), comm, aborting: Mutex::new(()), aborted: AtomicBool::new(false) }))
+        };
+        let first = handle(1);
+        let second = first.clone();
+        let aborting = thread::spawn(move || first.abort(CLOSE));
+        while !BEGUN.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        second.abort(CLOSE).expect("it was aborted");
+        assert!(DONE.load(Ordering::SeqCst));
+        aborting.join().expect("no panic").expect("it aborted");
     }
 
     #[test]

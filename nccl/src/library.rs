@@ -49,6 +49,11 @@ impl Library {
         Ok(UniqueId(id.0))
     }
 
+    #[cfg(test)]
+    pub(crate) fn of(table: Nccl) -> Self {
+        Self(Arc::new(table))
+    }
+
     pub(crate) fn table(&self) -> &Nccl {
         &self.0
     }

@@ -121,6 +121,32 @@ table! {
     }
 }
 
+/// A table for tests, of which an abort alone may be called.
+#[cfg(test)]
+pub(crate) fn fake(comm_abort: unsafe extern "C" fn(Comm) -> c_int) -> Nccl {
+    macro_rules! never {
+        ($($ty:ty),* => $result:ty) => {{
+            unsafe extern "C" fn never($(_: $ty),*) -> $result {
+                unreachable!("a test calls nothing but the abort")
+            }
+            never
+        }};
+    }
+    Nccl {
+        get_version: never!(*mut c_int => c_int),
+        get_unique_id: never!(*mut RawId => c_int),
+        comm_init_rank_config: never!(*mut Comm, c_int, RawId, c_int, *mut Config => c_int),
+        comm_get_async_error: never!(Comm, *mut c_int => c_int),
+        comm_abort,
+        comm_finalize: never!(Comm => c_int),
+        comm_destroy: never!(Comm => c_int),
+        all_reduce: never!(*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream => c_int),
+        broadcast: never!(*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream => c_int),
+        get_error_string: never!(c_int => *const c_char),
+        get_last_error: never!(Comm => *const c_char),
+    }
+}
+
 table! {
     /// The functions of the CUDA driver.
     Cuda of "libcuda.so.1" {

@@ -46,9 +46,14 @@ pub(crate) fn seed(number: i64) -> MutexGuard<'static, ()> {
     alone
 }
 
-/// Where operators are tried: on the processor, and on a GPU where there is one; in the test program `emulated` by the GPU's half of the kernels.
+/// Whether this is the test program that tries the GPU's half of the kernels without a GPU.
+pub(crate) fn is_emulated() -> bool {
+    env!("CARGO_CRATE_NAME") == "emulated"
+}
+
+/// Where operators are tried: on the processor, and on a GPU where there is one.
 pub(crate) fn devices() -> Vec<Device> {
-    if env!("CARGO_CRATE_NAME") == "emulated" {
+    if is_emulated() {
         emulator::install();
         return vec![Device::Cpu];
     }

@@ -1,7 +1,7 @@
 //! The rules for values, which types cannot hold. Each is checked once, and named with its file and key.
 
 use super::sample::MOST_PICTURES;
-use super::{Bytes, Compression, ConfigError, ConnectorKind, LONGEST_SIDE, Millis, Padding, Reduction, RunConfig};
+use super::{Bytes, Compression, ConfigError, ConnectorKind, Dtype, Features, LONGEST_SIDE, Millis, Padding, Reduction, RunConfig};
 use std::ops::RangeInclusive;
 
 /// Most threads of a worker: more than any machine has, and fewer than a system refuses to start.
@@ -23,6 +23,7 @@ pub(super) fn values(config: &RunConfig, origin: &str) -> Result<(), ConfigError
     check.memory()?;
     check.sample()?;
     check.padding()?;
+    check.ahead()?;
     check.compression()
 }
 
@@ -198,6 +199,16 @@ impl Check<'_> {
         if text.padding == Padding::None && connector.kind == ConnectorKind::Mlp {
             let rule = "connector.kind = \"mlp\" makes a state of every position, and a U-Net attends to all of them; use \"fixed\"";
             return Err(self.wrong("text.padding", "\"none\"", rule.to_owned()));
+        }
+        Ok(())
+    }
+
+    fn ahead(&self) -> Result<(), ConfigError> {
+        let RunConfig { text, workers, .. } = self.config;
+        if text.features == Features::Ahead && text.dtype == Dtype::Fp32 && workers.tf32 {
+            let rule = "features that are made ahead stay with the data set as float32, for runs that round nothing to 10 bits too; use \"inline\", \
+                        another text.dtype, or `ella embed` and \"cached\"";
+            return Err(self.wrong("workers.tf32", true, rule.to_owned()));
         }
         Ok(())
     }

@@ -103,6 +103,10 @@ fn values_out_of_range_name_key_rule_and_value() {
         let error = parse(toml, &[]).unwrap_err().to_string();
         assert!(error.contains(&format!("`{key}`")), "{toml}: {error}");
     }
+    let rounded =
+        |set: &[&str]| parse("", &[&["text.features=ahead", "workers.tf32=true"], set].concat()).map_err(|error| error.to_string());
+    assert!(rounded(&[]).unwrap_err().contains("`workers.tf32`"));
+    assert!(rounded(&["text.dtype=bf16"]).is_ok() && rounded(&["text.features=inline"]).is_ok());
     let error = parse("[train]\nsteps = \"many\"", &[]).unwrap_err().to_string();
     assert_eq!(error, "run.toml: line 12, column 9: invalid type: string \"many\", expected u64");
     let error = parse("[train\nsteps = 3", &[]).unwrap_err().to_string();

@@ -312,7 +312,11 @@ impl Sources {
                 let half = both.size()[1] / 2;
                 (both.f_narrow(1, 0, half)?, both.f_narrow(1, half, half)?)
             }
-            Pictures::Rgb(images) => tch::no_grad(|| self.parts.vae.encode(&images))?,
+            Pictures::Rgb(images) => {
+                // A new size may have cuDNN search, which waits for the device.
+                let _unrecorded = ella_cuda::graph::unrecorded();
+                tch::no_grad(|| self.parts.vae.encode(&images))?
+            }
         };
         let (mean, logvar) = (mean.f_to_kind(Kind::Float)?, logvar.f_to_kind(Kind::Float)?);
         let noise = self.normals(picked, Stream::Posterior, &mean.size())?;
