@@ -215,7 +215,9 @@ template <class T>
 DEVICE const T* kept(const T* at) { return at; }
 DEVICE unsigned int place_of(const void* at) {
     const auto bytes = static_cast<const unsigned char*>(at) - emulated::chip;
-    if (bytes < 0 || bytes >= static_cast<long>(sizeof emulated::chip)) emulated::fail("an operand that is not on the chip");
+    if (bytes < 0 || bytes >= static_cast<long>(sizeof emulated::chip) || bytes % 16) {
+        emulated::fail("an operand that is not on the chip, or not at a multiple of 16 bytes");
+    }
     return static_cast<unsigned int>(bytes) + emulated::CHIP_BEGIN;
 }
 
@@ -273,6 +275,7 @@ DEVICE void multiply_add(Fragment& c, const unsigned int (&a)[4], const unsigned
 
 inline void ask(void* to, const void* from, bool there) {
     place_of(to);
+    if (reinterpret_cast<size_t>(from) % 16) emulated::fail("a copy from no multiple of 16 bytes");
     emulated::threads[threadIdx.x].copies.start({to, from, there}, emulated::late);
 }
 inline void asked() { ++emulated::threads[threadIdx.x].copies.groups; }
