@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import unittest
+import unittest.mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import draw
@@ -16,7 +17,7 @@ import gpu_parts
 
 def result():
     own = {"images_per_second": 210.0, "share_of_peak": 0.45, "tflops": 355.0, "memory": {"peak_reserved_bytes": 2**34}}
-    rates = {"default": 140.0, "max-autotune-no-cudagraphs": 150.0, "eager": 105.0}
+    rates = {"default": 140.0, "reduce-overhead": 150.0, "max-autotune-no-cudagraphs": 145.0, "eager": 105.0}
     peer = {mode: {"images_per_second": rate} for mode, rate in rates.items()}
     return {
         "schema": 1, "date": "2027-01-02T03:04:05+00:00", "commit": "a" * 40, "preset": "sd15", "gpus": [{"name": "NVIDIA H200"}], "cpu": "x",
@@ -57,6 +58,33 @@ class Parts(unittest.TestCase):
         self.assertEqual((code, out), ("late", "begun\n"))
         self.assertLess(time.monotonic() - begin, 20)
         self.assertEqual(gpu_parts.read(gpu_parts.finished(["/no/such/program"], None, 1, io.StringIO()), 1)[0], None)
+
+
+class Order(unittest.TestCase):
+    def commands(self, gpus, *options):
+        """The commands of all parts, none of which is run."""
+        with tempfile.TemporaryDirectory() as folder:
+            given = ["gpu_parts.py", "--out", folder, "--binary", "bench_gpu", "--libtorch", folder, "--libraries", "", *options]
+            with unittest.mock.patch.object(sys, "argv", given):
+                run = gpu_parts.Run(gpu_parts.arguments())
+            run.result["gpus"], commands = gpus, []
+            run.part = lambda name, kind, command, env=None: commands.append(command)
+            with contextlib.redirect_stderr(io.StringIO()), run.log:
+                run.all()
+        return commands
+
+    def test_the_peer_has_graphs_too_where_minutes_are_left(self):
+        mode = lambda command: (command[command.index("--micro-batch") + 1], command[command.index("--compile") + 1] if "--compile" in command else "eager")
+        peers = [mode(command) for command in self.commands([{"name": "G"}], "--only", "peer")]
+        self.assertEqual(peers[:3], [("32", "eager"), ("32", "default"), ("32", "reduce-overhead")])
+        self.assertEqual(peers.count(("32", "reduce-overhead")), 1)
+
+    def test_ella_and_the_peer_compute_in_the_same_place(self):
+        device = lambda command: command[command.index("--device") + 1]
+        for gpus, options, expected in (([{"name": "G"}], [], "cuda"), ([], [], "auto"), ([{"name": "G"}], ["--device", "cpu"], "cpu")):
+            commands = self.commands(gpus, *options)
+            self.assertTrue(any("peer_trainer" in command[1] for command in commands) and any(command[0] == "bench_gpu" for command in commands))
+            self.assertEqual({device(command) for command in commands}, {expected})
 
 
 class Page(unittest.TestCase):

@@ -86,6 +86,7 @@ guidance = 3.0
 
 [workers]
 count = 2
+device = "cpu"
 EOF
 
 say "4. Train with two workers, and kill everything (SIGKILL) half-way"

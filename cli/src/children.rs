@@ -30,6 +30,7 @@ pub(crate) struct Member {
     program: PathBuf,
     /// What it is started with again.
     arguments: Vec<String>,
+    environment: Vec<(String, String)>,
     logs: Logs,
     child: Child,
     lines: Arc<Mutex<VecDeque<String>>>,
@@ -83,9 +84,9 @@ impl Children {
     /// Starts one that has ended again, in its place. Says how it had ended.
     pub(crate) async fn start_again(&mut self, at: usize) -> Result<(String, Option<ChildStdout>), Fail> {
         self.members[at].hear_out().await;
-        let ended @ Member { name, program, arguments, logs, .. } = &self.members[at];
+        let ended @ Member { name, program, arguments, environment, logs, .. } = &self.members[at];
         let how = ended.how();
-        let (member, stdout) = Member::start(name, program, (arguments, &[]), logs)?;
+        let (member, stdout) = Member::start(name, program, (arguments, environment), logs)?;
         self.members[at] = member;
         Ok((how, stdout))
     }
@@ -182,8 +183,14 @@ impl Member {
             tokio::spawn(listen(stderr, Arc::clone(&lines), file, shown))
         });
         let stdout = child.stdout.take();
-        let (name, program, arguments, logs) = (name.to_owned(), program.to_owned(), arguments.to_vec(), logs.clone());
-        Ok((Self { name, ended: None, program, arguments, logs, child, lines, listener }, stdout))
+        let (name, program, logs) = (name.to_owned(), program.to_owned(), logs.clone());
+        let (arguments, environment) = (arguments.to_vec(), environment.to_vec());
+        Ok((Self { name, ended: None, program, arguments, environment, logs, child, lines, listener }, stdout))
+    }
+
+    /// What it was given beside this process's environment: whoever takes its place gets the same.
+    pub(crate) fn environment(&self) -> &[(String, String)] {
+        &self.environment
     }
 
     /// The system's number for it; none once it has ended.
@@ -333,6 +340,21 @@ mod tests {
         assert_eq!((children.members().len(), children.members()[0].ended.unwrap().code()), (1, Some(3)));
         let log = std::fs::read_to_string(dir.path().join("one.log")).unwrap();
         assert_eq!(log, "begun\nbegun again\n");
+    }
+
+    #[tokio::test]
+    async fn what_is_started_again_has_the_environment_that_it_had() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut children, gpu) = (Children::default(), [("CUDA_VISIBLE_DEVICES".to_owned(), "3".to_owned())]);
+        let script = shell("echo GPU $CUDA_VISIBLE_DEVICES >&2; kill -9 $$");
+        children.start_in("one", Path::new("/bin/sh"), (&script, &gpu), &logs(Some(dir.path().into()))).unwrap();
+        for _ in 0..2 {
+            assert_eq!(children.next_end().await, 0);
+            children.start_again(0).await.unwrap();
+        }
+        children.reap(Duration::from_secs(5)).await;
+        assert_eq!(std::fs::read_to_string(dir.path().join("one.log")).unwrap(), "GPU 3\n".repeat(3));
+        assert_eq!(children.members()[0].environment(), gpu);
     }
 
     #[tokio::test]

@@ -22,6 +22,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::children::{Children, Logs, binary};
+use crate::gpus::Gpus;
 use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, PREEMPTED, USAGE, note, span};
 
 /// How often the coordinator is asked for the status.
@@ -245,18 +246,18 @@ struct Workers {
 impl Workers {
     /// Of which each joins by these arguments.
     fn start(joins: Vec<String>, count: u32, device: Device) -> Result<Self, Fail> {
+        let (count, gpus) = (count as usize, Gpus::for_job(count as usize, device));
         let device = serde_json::to_value(device).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default();
         let arguments = [joins, vec!["--device".to_owned(), device]].concat();
-        let mut workers =
-            Self { children: Children::default(), arguments, program: binary("ella-worker")?, deaths_left: DEATHS * count as usize };
-        (0..count).try_for_each(|_| workers.add())?;
+        let mut workers = Self { children: Children::default(), arguments, program: binary("ella-worker")?, deaths_left: DEATHS * count };
+        (0..count).try_for_each(|number| workers.add(&gpus.of_worker(number)))?;
         Ok(workers)
     }
 
-    fn add(&mut self) -> Result<(), Fail> {
+    fn add(&mut self, environment: &[(String, String)]) -> Result<(), Fail> {
         let name = format!("worker-{}", self.children.members().len());
         let logs = Logs { folder: None, verbose: false };
-        self.children.start(&name, &self.program, &self.arguments, &logs).map(|_| ())
+        self.children.start_in(&name, &self.program, (&self.arguments, environment), &logs).map(|_| ())
     }
 
     /// Starts another in the place of one that died; or says why no more are: it would end in the same way, or too many have.
@@ -274,7 +275,8 @@ impl Workers {
         }
         self.deaths_left -= 1;
         note(format_args!("{name} is gone ({why}); another takes its place"));
-        self.add().map(|()| None)
+        let environment = self.children.members()[at].environment().to_vec();
+        self.add(&environment).map(|()| None)
     }
 }
 

@@ -12,6 +12,7 @@ mod drain;
 mod embed;
 mod export;
 mod forward;
+mod gpus;
 mod init_base;
 mod inspect;
 mod jobs;

@@ -2,11 +2,15 @@
 //!
 //! Every part has its formula. What only a GPU can tell is assumed, and says so: the context of CUDA, the workspaces of its libraries, and what the
 //! allocator loses between blocks.
+//!
+//! Lanes are counted as large as the data set's largest, each recorded shape too ([`crate::train::graph`]). What is computed beside recorded lanes in
+//! the plain way is not counted: a lane whose shape is not recorded, for which recordings are given up if need be, and held-out samples' forward pass.
 
 use crate::device;
 use crate::feed::AHEAD;
 use crate::gpu::fault::{Fault, first_line};
 use crate::models;
+use crate::train::graph;
 use ella_cuda::fused::Fused;
 use ella_dataset::Manifest;
 use ella_model::ModelError;
@@ -18,8 +22,9 @@ use ella_model::part::Part;
 use ella_model::text::TextConfig;
 use ella_model::unet::UNetConfig;
 use ella_model::vae::VaeConfig;
-use ella_proto::config::{ConnectorDtype, Dtype, Features, Reduction, RunConfig};
+use ella_proto::config::{ConnectorDtype, Dtype, Features, Padding, Reduction, RunConfig};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::fmt;
 use tch::Device;
 
@@ -57,6 +62,8 @@ pub struct Needs {
     pub downscale: u64,
     /// Which operators are fused.
     pub fused: Fused,
+    /// Shapes of lanes that are recorded; 0 if none is to be.
+    pub recorded: u64,
 }
 
 /// A plan: every part, and their sum.
@@ -108,6 +115,7 @@ impl Needs {
             latents: (height / downscale.max(1), width / downscale.max(1)),
             downscale,
             fused: Compute::fastest(device::kind(config.base.dtype), Device::Cuda(0))?.fused,
+            recorded: if graph::is_wanted() { shapes(config, &data.order_shards()) } else { 0 },
         })
     }
 
@@ -116,6 +124,7 @@ impl Needs {
         let mut parts = self.fixed();
         parts.extend(self.of_a_lane(micro_batch));
         parts.push(self.staged(micro_batch));
+        parts.extend(self.of_recorded(micro_batch));
         parts.extend(self.of_a_sample());
         let tensors: u64 = parts.iter().map(|part| part.bytes).sum();
         let idle = (tensors as f64 * IDLE) as u64;
@@ -196,6 +205,24 @@ impl Needs {
         parts
     }
 
+    /// What recorded lanes keep beside the activations, whose memory they share and never give back.
+    fn of_recorded(&self, samples: u64) -> Vec<Figure> {
+        let (shapes, params, each) = (self.recorded, self.connector_parameters, self.input_bytes());
+        if shapes == 0 {
+            return Vec::new();
+        }
+        let mut parts = vec![
+            figure("gradients of recorded lanes", shapes * 4 * params, format!("{shapes} shapes × {params} parameters × 4 bytes")),
+            figure("samples of recorded lanes", shapes * samples * each, format!("{shapes} shapes × {samples} samples × {each} bytes")),
+        ];
+        // Otherwise it has the memory that the activations had.
+        if self.config.train.reduction == Reduction::Exact {
+            let formula = format!("{params} parameters × 8 bytes, while it is made float32 (train.reduction)");
+            parts.push(figure("the step's sum in float64", 8 * params, formula));
+        }
+        parts
+    }
+
     /// What drawing a sample takes between steps, beside what recorded lanes keep (`sample.every`).
     fn of_a_sample(&self) -> Vec<Figure> {
         let RunConfig { base, connector, sample, text, .. } = &self.config;
@@ -222,14 +249,18 @@ impl Needs {
 
     /// The steps that lie ready on the device.
     fn staged(&self, samples: u64) -> Figure {
-        let RunConfig { text, train, workers, .. } = &self.config;
+        let RunConfig { train, workers, .. } = &self.config;
         let lanes = (train.global_batch as u64 / samples.max(1)).max(1).div_ceil(workers.count as u64);
-        let (steps, places) = (AHEAD as u64 + 1, self.latents.0 * self.latents.1);
-        let features = text.max_tokens as u64 * self.connector.text_width.unsigned_abs() * bytes(text.dtype);
-        // Latents and noise in float32.
-        let each = features + 2 * places * self.unet.in_channels.unsigned_abs() * 4;
+        let (steps, each) = (AHEAD as u64 + 1, self.input_bytes());
         let formula = format!("{steps} steps × {lanes} lanes × {samples} samples × {each} bytes: features, latents, noise");
         figure("input that is ready", steps * lanes * samples * each, formula)
+    }
+
+    /// A sample's features, and its latents and noise in float32.
+    fn input_bytes(&self) -> u64 {
+        let text = &self.config.text;
+        let features = text.max_tokens as u64 * self.connector.text_width.unsigned_abs() * bytes(text.dtype);
+        features + 2 * self.latents.0 * self.latents.1 * self.unet.in_channels.unsigned_abs() * 4
     }
 }
 
@@ -358,6 +389,27 @@ fn advice(needs: &Needs, room: Room) -> String {
     }
 }
 
+/// How many shapes of lanes come often enough to be recorded, at most, as far as the sizes and rows of a data set's shards tell: for each size the full
+/// lane, and those that its epochs end with, if there are enough epochs.
+fn shapes(config: &RunConfig, shards: &[(Option<(u32, u32)>, u64)]) -> u64 {
+    if config.text.padding == Padding::None {
+        // A lane's longest caption is in its shape.
+        return graph::MOST as u64;
+    }
+    let (lanes, micro_batch) = (config.train.lanes() as u64, config.train.micro_batch as u64);
+    let mut sizes: BTreeMap<_, u64> = BTreeMap::new();
+    for (size, rows) in shards {
+        *sizes.entry(size).or_default() += rows;
+    }
+    // Each lane has as many rows of a size, some have one more.
+    let full = |rows: u64| rows / lanes / micro_batch;
+    let last = |rows: u64| u64::from(rows / lanes % micro_batch > 0) + u64::from(rows % lanes > 0);
+    let of_all = |count: &dyn Fn(u64) -> u64| sizes.values().map(|rows| count(*rows)).sum::<u64>();
+    let epoch = of_all(&|rows| full(rows) + last(rows).min(1));
+    let ends = if config.train.steps >= epoch * u64::from(graph::RECORD_AT) { of_all(&last) } else { 0 };
+    (of_all(&|rows| full(rows).min(1)) + ends).min(graph::MOST as u64)
+}
+
 fn figure(name: &str, bytes: u64, formula: String) -> Figure {
     Figure { name: name.to_owned(), bytes, formula }
 }
@@ -413,6 +465,7 @@ mod tests {
             latents: (64, 64),
             downscale: 8,
             fused: Fused::NONE,
+            recorded: 1,
         }
     }
 
@@ -431,6 +484,13 @@ mod tests {
         assert_eq!(part(&paper(&["train.reduction=fast"]).plan(32), "the step's sum"), 4 * 66_820_608);
         // 3 steps of 8 lanes of 32: 512 KiB of features, 64 KiB each of latents and noise.
         assert_eq!(part(&plan, "input that is ready"), 3 * 8 * 32 * (512 + 128) * 1024);
+        // A shape's gradient and lane, and the sum of 8 bytes as it is made one of 4.
+        let of_recorded = ["gradients of recorded lanes", "samples of recorded lanes", "the step's sum in float64"];
+        assert_eq!(of_recorded.map(|name| part(&plan, name)), [4 * 66_820_608, 32 * (512 + 128) * 1024, 8 * 66_820_608]);
+        let more = Needs { recorded: 3, ..paper(&["train.reduction=fast"]) }.plan(32);
+        assert_eq!(of_recorded.map(|name| part(&more, name)), [12 * 66_820_608, 3 * 32 * (512 + 128) * 1024, 0]);
+        let off = Needs { recorded: 0, ..paper(&[]) }.plan(32);
+        assert_eq!(of_recorded.map(|name| part(&off, name)), [0; 3]);
         assert_eq!(part(&plan, "text encoder, until all features are there"), 0);
         let ahead = paper(&["text.features=ahead"]).plan(32);
         assert_eq!(part(&ahead, "text encoder, until all features are there"), 2 * 1_222_655_488);
@@ -445,6 +505,23 @@ mod tests {
         let sample = (needs.plan(33).bytes - plan.bytes) as f64;
         assert!((0.85e9..1.1e9).contains(&sample), "{sample}");
         assert!(plan.parts.iter().all(|part| !part.formula.is_empty()));
+    }
+
+    /// 256 samples a step, in 8 lanes of 32.
+    #[test]
+    fn shapes_are_those_that_come_thrice() {
+        let of = |set: &[&str], sizes: &[(u32, u64)]| {
+            let shards: Vec<_> = sizes.iter().map(|(width, rows)| (Some((*width, 512)), *rows)).collect();
+            shapes(&paper(set).config, &shards)
+        };
+        let (one, thrice) = (["train.steps=8"], ["train.steps=9"]);
+        assert_eq!(of(&thrice, &[(512, 256), (512, 512)]), 1, "an epoch of three full steps");
+        // Two full steps, and one in which a lane has 10 samples, another 11.
+        assert_eq!((of(&one, &[(512, 512 + 84)]), of(&thrice, &[(512, 512 + 84)])), (1, 3));
+        assert_eq!(of(&thrice, &[(512, 512 + 4)]), 2, "some lanes have none of the last step");
+        assert_eq!(of(&thrice, &[(512, 256), (640, 256), (768, 3)]), 3, "of the last size no lane is ever full");
+        let many: Vec<_> = (1..=20).map(|n| (64 * n, 256)).collect();
+        assert_eq!((of(&[], &many), of(&["text.padding=none"], &many[..1])), (8, 8));
     }
 
     #[test]

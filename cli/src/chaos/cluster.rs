@@ -10,6 +10,7 @@ use tokio::process::ChildStdout;
 use super::plan::Off;
 use super::proxy::{Door, Network, Way};
 use crate::children::{Children, Logs};
+use crate::gpus::Gpus;
 use crate::ui::Fail;
 
 /// Ports that systems do not give to outgoing connections of their own accord.
@@ -23,6 +24,7 @@ pub(super) struct Setting {
     /// The run's config.
     pub(super) config: PathBuf,
     pub(super) device: &'static str,
+    pub(super) gpus: Gpus,
     pub(super) logs: PathBuf,
     pub(super) seed: u64,
     /// The share of store operations that fail always, and while the surge's file exists; none: none.
@@ -47,6 +49,8 @@ pub(super) struct Process {
 #[derive(Debug)]
 pub(super) struct Seat {
     pub(super) process: Option<Process>,
+    /// The number of the GPU that whoever fills it is shown.
+    gpu: usize,
     starts: u32,
     to_coordinator: Door,
     from_peers: Door,
@@ -91,8 +95,15 @@ impl Cluster {
         let door = || self.network.door().map_err(|error| Fail::failed(format_args!("no port can be had for a proxy ({error})")));
         let (to_coordinator, from_peers) = (door()?, door()?);
         to_coordinator.lead(self.at);
-        self.seats.push(Seat { process: None, starts: 0, to_coordinator, from_peers, guest, closed: false });
+        let gpu = self.free_gpu();
+        self.seats.push(Seat { process: None, gpu, starts: 0, to_coordinator, from_peers, guest, closed: false });
         Ok(self.seats.len() - 1)
+    }
+
+    /// The number of the first GPU that no seat has.
+    fn free_gpu(&self) -> usize {
+        let has = |seat: &Seat, gpu| seat.gpu == gpu && (seat.process.is_some() || !seat.closed);
+        (0..self.seats.len()).find(|gpu| !self.seats.iter().any(|seat| has(seat, *gpu))).unwrap_or(self.seats.len())
     }
 
     /// Starts a coordinator; what it says of itself comes on its stdout.
@@ -115,7 +126,8 @@ impl Cluster {
 
     /// Puts a worker into a seat.
     pub(super) fn start_worker(&mut self, number: usize) -> Result<(), Fail> {
-        let environment = self.environment(number as u32 + 1, self.seats[number].starts);
+        let mut environment = self.environment(number as u32 + 1, self.seats[number].starts);
+        environment.extend(self.setting.gpus.of_worker(self.seats[number].gpu));
         let seat = &mut self.seats[number];
         seat.starts += 1;
         let listen = free_port()?;

@@ -19,6 +19,7 @@ use ella_proto::config::RunConfig;
 use serde::Serialize;
 
 use crate::children::binary;
+use crate::gpus::Gpus;
 use crate::train::{device, have_models};
 use crate::ui::{Fail, Meter, Out, count, note, span};
 use cluster::{Cluster, Setting};
@@ -82,6 +83,8 @@ impl Command {
     async fn report(&self, plan: &Plan) -> Result<Report, Fail> {
         let output = std::path::absolute(&plan.chaos.output).map_err(|error| Fail::io(&plan.chaos.output, "found", &error))?;
         let config = plan.run(&self.set, plan.chaos.workers, &output)?;
+        // Said before the run without faults, which one worker does.
+        Gpus::for_run(plan.chaos.workers, config.workers.device)?;
         have_models(&config)?;
         let (calm_folder, calm) = self.calm(plan, &output).await?;
         let (first, last) = self.seeds.unwrap_or_else(|| {
@@ -174,6 +177,7 @@ fn setting(config: &RunConfig, folder: &Path, seed: u64, store: Option<[f64; 2]>
         worker: binary("ella-worker")?,
         config: file,
         device: device(config),
+        gpus: Gpus::for_run(config.workers.count, config.workers.device)?,
         logs: folder.join("logs"),
         seed,
         store,

@@ -117,7 +117,7 @@ impl Lab {
              [data]\npath = {data:?}\n\n[connector]\nkind = {kind:?}\nlayers = {layers}\nlatents = {LATENTS}\n\n\
              [train]\nsteps = {steps}\nglobal_batch = {batch}\nmicro_batch = {micro}\neval_every = {eval}\neval_samples = 128\nema_decay = 0.99\n\n\
              [train.optimizer]\nlr = {lr:e}\nbetas = [0.9, 0.99]\n\n[train.schedule]\nkind = \"cosine\"\nwarmup = 30\n\n[checkpoint]\nevery = 200\nkeep = 1\n\n\
-             [workers]\ncount = 2\n",
+             [workers]\ncount = 2\ndevice = \"cpu\"\n",
             base = text(&self.mini("base")),
             text = text(&self.mini("text")),
             data = self.path("data"),

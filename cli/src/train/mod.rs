@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::children::{Children, Logs, Member, binary, ending};
+use crate::gpus::Gpus;
 use crate::metrics;
 use clap::Args;
 use ella_coordinator::client;
@@ -101,6 +102,7 @@ impl Train {
     /// A coordinator and workers.
     async fn whole(&self, config: &RunConfig, out: Out) -> Result<u8, Fail> {
         let (coordinator, worker) = (binary("ella-coordinator")?, binary("ella-worker")?);
+        let gpus = Gpus::for_run(config.workers.count, config.workers.device)?;
         let access = self.credentials.unaddressed()?;
         have_models(config)?;
         let store = Store::open(&config.run.output)?;
@@ -141,7 +143,7 @@ impl Train {
         // For commands that are given the folder. That it can't be written is no reason not to train.
         let address = store.local_path().map(|run| run.join(ADDRESS));
         let _ = address.as_ref().map(|file| std::fs::write(file, &grpc));
-        self.start_workers(&mut children, config, &worker, (&grpc, &logs))?;
+        self.start_workers(&mut children, config, (&worker, &gpus), (&grpc, &logs))?;
         let watched = self.watch(config, &mut children, (access, true), &mut stops).await;
         let _ = address.as_ref().map(std::fs::remove_file);
         self.conclude(config, &children, watched, out).await
@@ -150,6 +152,7 @@ impl Train {
     /// Workers for a coordinator that runs elsewhere.
     async fn join(&self, config: &RunConfig, url: &str, out: Out) -> Result<u8, Fail> {
         let worker = binary("ella-worker")?;
+        let gpus = Gpus::for_run(config.workers.count, config.workers.device)?;
         let access = self.credentials.access(url)?;
         let status = client::status(&access).await?;
         if status.job.is_some() {
@@ -162,7 +165,7 @@ impl Train {
         let grpc = access.full_url();
         let mut stops = catch()?;
         let mut children = Children::default();
-        self.start_workers(&mut children, config, &worker, (&grpc, &Logs { folder: None, verbose: self.verbose }))?;
+        self.start_workers(&mut children, config, (&worker, &gpus), (&grpc, &Logs { folder: None, verbose: self.verbose }))?;
         let (last, restarts) = self.watch(config, &mut children, (access, false), &mut stops).await;
         let code = children.members().iter().map(exit_code).max().unwrap_or(FAILED);
         if code == DONE || code == PREEMPTED {
@@ -180,13 +183,13 @@ impl Train {
         &self,
         children: &mut Children,
         config: &RunConfig,
-        worker: &std::path::Path,
+        (worker, gpus): (&std::path::Path, &Gpus),
         (grpc, logs): (&str, &Logs),
     ) -> Result<(), Fail> {
         let mut arguments = ["--coordinator", grpc, "--device", device(config)].map(str::to_owned).to_vec();
         arguments.extend(self.credentials.arguments());
         for number in 0..config.workers.count {
-            children.start(&format!("worker-{number}"), worker, &arguments, logs)?;
+            children.start_in(&format!("worker-{number}"), worker, (&arguments, &gpus.of_worker(number)), logs)?;
         }
         Ok(())
     }

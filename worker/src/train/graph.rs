@@ -13,9 +13,10 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 /// The lane of its shape that is recorded: what libraries set up at first use cannot be, and a shape that comes twice may never come again.
-const RECORD_AT: u32 = 3;
-/// Shapes that are recorded, or counted, at a time. They share memory, but each has its samples' and results' own.
-const MOST: usize = 8;
+pub(crate) const RECORD_AT: u32 = 3;
+/// Shapes that are recorded, or counted, at a time. They share memory, but each has its samples' and its gradient's own, which [`crate::memory`]
+/// counts.
+pub(crate) const MOST: usize = 8;
 /// The variable that turns recording off.
 const SWITCH: &str = "ELLA_GRAPHS";
 
@@ -26,6 +27,14 @@ fn wanted(said: Option<&str>) -> Result<bool, String> {
         Some("off") => Ok(false),
         Some(other) => Err(format!("{SWITCH}={other:?} is not understood (expected on or off): lanes are recorded")),
     }
+}
+
+/// Whether a GPU's lanes are to be recorded here.
+pub(crate) fn is_wanted() -> bool {
+    wanted(std::env::var(SWITCH).ok().as_deref()).unwrap_or_else(|why| {
+        tracing::warn!("{why}");
+        true
+    })
 }
 
 /// What a recording holds for.
@@ -71,11 +80,7 @@ pub struct Graphs {
 impl Graphs {
     /// None yet; there never are any on a processor, or if `ELLA_GRAPHS=off`.
     pub fn new(device: Device) -> Self {
-        let wanted = wanted(std::env::var(SWITCH).ok().as_deref()).unwrap_or_else(|why| {
-            tracing::warn!("{why}");
-            true
-        });
-        Self { on: device.is_cuda() && wanted, seen: Vec::new(), recorded: Vec::new() }
+        Self { on: device.is_cuda() && is_wanted(), seen: Vec::new(), recorded: Vec::new() }
     }
 
     /// Shapes that are recorded.

@@ -46,12 +46,7 @@ static NVML: OnceLock<Option<Nvml>> = OnceLock::new();
 /// What is told of the GPU with this UUID, 32 hex digits.
 pub(super) fn look(uuid: &str) -> Option<Told> {
     let nvml = NVML.get_or_init(open).as_ref()?;
-    let name = CString::new(name(uuid)?).ok()?;
-    let mut device: Device = std::ptr::null_mut();
-    // SAFETY: the name is a C string, and the pointer is to a live place for a handle, which the call fills if it succeeds.
-    if unsafe { (nvml.by_uuid)(name.as_ptr(), &raw mut device) } != 0 {
-        return None;
-    }
+    let device = names(uuid)?.into_iter().find_map(|name| nvml.device(&name))?;
     let (mut memory, mut utilization) = (Memory::default(), Utilization::default());
     // SAFETY: the handle is the library's own, and the pointer is to a live struct of the layout that it fills.
     let sized = unsafe { (nvml.memory)(device, &raw mut memory) } == 0;
@@ -61,10 +56,20 @@ pub(super) fn look(uuid: &str) -> Option<Told> {
     sized.then_some(Told { used: memory.used, total: memory.total, busy })
 }
 
-/// A UUID as the library has it.
-fn name(uuid: &str) -> Option<String> {
+impl Nvml {
+    fn device(&self, name: &str) -> Option<Device> {
+        let name = CString::new(name).ok()?;
+        let mut device: Device = std::ptr::null_mut();
+        // SAFETY: the name is a C string, and the pointer is to a live place for a handle, which the call fills if it succeeds.
+        (unsafe { (self.by_uuid)(name.as_ptr(), &raw mut device) } == 0).then_some(device)
+    }
+}
+
+/// A UUID as the library has it: a whole GPU's, or a slice's, for which CUDA tells 16 bytes alike.
+fn names(uuid: &str) -> Option<[String; 2]> {
     let part = |range| uuid.get(range);
-    Some(format!("GPU-{}-{}-{}-{}-{}", part(0..8)?, part(8..12)?, part(12..16)?, part(16..20)?, part(20..32)?))
+    let digits = format!("{}-{}-{}-{}-{}", part(0..8)?, part(8..12)?, part(12..16)?, part(16..20)?, part(20..32)?);
+    Some(["GPU", "MIG"].map(|kind| format!("{kind}-{digits}")))
 }
 
 fn open() -> Option<Nvml> {
@@ -86,9 +91,9 @@ mod tests {
 
     #[test]
     fn uuids_are_written_as_the_library_has_them() {
-        let name = name("00112233445566778899aabbccddeeff");
-        assert_eq!(name.as_deref(), Some("GPU-00112233-4455-6677-8899-aabbccddeeff"));
-        assert_eq!(super::name("0011"), None);
+        let names = names("00112233445566778899aabbccddeeff");
+        assert_eq!(names.unwrap(), ["GPU-00112233-4455-6677-8899-aabbccddeeff", "MIG-00112233-4455-6677-8899-aabbccddeeff"]);
+        assert_eq!(super::names("0011"), None);
     }
 
     #[test]
