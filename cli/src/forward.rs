@@ -44,7 +44,7 @@ pub(crate) struct Forward {
     #[arg(long, value_enum, default_value_t = Dtype::Fp32)]
     dtype: Dtype,
     /// The connector's attention heads, which its file does not tell
-    #[arg(long, default_value_t = DEFAULT_HEADS)]
+    #[arg(long, default_value_t = DEFAULT_HEADS, value_parser = clap::value_parser!(i64).range(1..=1024))]
     heads: i64,
     /// With average, a text encoder gives the layer-normalized average over all layers too, as `features`
     #[arg(long, value_enum, default_value_t = Layers::Last)]

@@ -32,6 +32,7 @@ impl Prepare {
         if !self.who.is_joined() {
             Store::open(&self.out)?;
             self.settings.check()?;
+            self.settings.check_used()?;
         }
         if !self.who.is_elsewhere() {
             // Whoever does the work on this machine finds the models there.
@@ -124,8 +125,14 @@ pub(crate) fn changed(data: &str, sources: &[String]) -> Result<Vec<Damage>, Fai
         let mut changed = Vec::new();
         // A source of another size, or a list of other rows, is seen without reading it.
         match preparation.plan().await {
-            Err(error @ (DataError::SourceReplaced { .. } | DataError::Other { .. })) => {
+            Err(error @ DataError::SourceReplaced { .. }) => {
                 return Ok(vec![Damage { file: data.to_owned(), what: error.to_string() }]);
+            }
+            // It is the sources that are to be mended here, not the destination.
+            Err(DataError::Other { field, expected, found, .. }) => {
+                let hint = "bring back what it was prepared from, or prepare these anew into another folder";
+                let what = format!("{field}: not what it was prepared from (expected {found}, found {expected}); {hint}");
+                return Ok(vec![Damage { file: data.to_owned(), what }]);
             }
             planned => planned?,
         };

@@ -55,7 +55,7 @@ pub(crate) struct HowDrawn {
     #[arg(long, value_enum, default_value_t = Device::Auto, help_heading = "How to draw")]
     pub(crate) device: Device,
     /// The connector's attention heads, which its file does not tell
-    #[arg(long, default_value_t = DEFAULT_HEADS as u32, help_heading = "How to draw")]
+    #[arg(long, default_value_t = DEFAULT_HEADS as u32, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "How to draw")]
     pub(crate) heads: u32,
 }
 

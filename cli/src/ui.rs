@@ -249,6 +249,8 @@ mod tests {
             (ModelError::MissingFile { file: "nowhere".into(), expected: "a model".to_owned() }.into(), NO_RETRY),
             (Fail::io("nowhere", "read", &std::io::ErrorKind::NotFound.into()), NO_RETRY),
             (Fail::io("full", "written", &std::io::ErrorKind::StorageFull.into()), FAILED),
+            (Fail::io("locked", "written", &std::io::ErrorKind::PermissionDenied.into()), NO_RETRY),
+            (Fail::io("locked", "written", &std::io::ErrorKind::ReadOnlyFilesystem.into()), NO_RETRY),
         ];
         for (fail, code) in cases {
             assert_eq!(fail.code, code, "{}", fail.message);

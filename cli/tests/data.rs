@@ -60,6 +60,9 @@ fn prepare_counts_what_it_refuses_and_names_broken_sources() {
         (["--resolution", "-5"], ["--resolution", "-5 is not in"]),
         (["--seed", "-1"], ["--seed", "a whole number of 0 or more"]),
         (["--shard-mib", "0"], ["--shard-mib", "1 to 4096"]),
+        (["--threads", "100000"], ["--threads", "at most 1024"]),
+        (["--bucket-aspect", "3"], ["--bucket-aspect", "--buckets"]),
+        (["--near-bits", "65"], ["--near-bits", "--duplicates near"]),
         (["--format", "none"], ["--format none", "--latents"]),
         (["--workers", "-1"], ["--workers", "-1 is not in 1..=1024"]),
         (["--listen", "localhost:7000"], ["--listen", "expected ADDRESS:PORT"]),
@@ -75,6 +78,7 @@ fn prepare_counts_what_it_refuses_and_names_broken_sources() {
     ella(here, &["prepare", "small", "--out", "data", "--resolution", "32", "--json"])
         .fails(4, &["data/plan.json", "holds something else"]);
     ella(here, &["prepare", "small", "--out", "ftp://x/y"]).fails(2, &["ftp"]);
+    ella(here, &["prepare", "small", "--out", "memory://z"]).fails(2, &["unknown scheme memory"]);
     let tar = std::fs::read(here.join("small/scenes-00000.tar")).unwrap();
     std::fs::write(here.join("cut.tar"), &tar[..tar.len() / 2]).unwrap();
     ella(here, &["prepare", "cut.tar", "--out", "y", "--resolution", "64", "--json"]).fails(4, &["cut.tar", "truncated"]);

@@ -176,7 +176,7 @@ fn progress_to(args: &Args) -> Result<Vec<ProgressTo>, ClusterError> {
 
 /// The run, unless it is done already.
 async fn open_run(config: &RunConfig, options: &Options) -> anyhow::Result<Option<Coordinator>> {
-    let store = Store::open(&config.run.output).map_err(RunError::from)?;
+    let store = Store::open(&config.run.output).map_err(RunError::from).context("run.output")?;
     match Coordinator::open(config, store, options).await? {
         Opened::Ready(coordinator) => Ok(Some(*coordinator)),
         Opened::Done { step } => {

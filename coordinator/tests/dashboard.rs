@@ -167,7 +167,7 @@ async fn live(http: SocketAddr, more: &str) -> tokio::io::Lines<BufReader<TcpStr
 
 #[tokio::test]
 async fn what_happens_is_told_live_and_again_to_who_was_cut_off() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let served = Served::start(&config(&["workers.count=1"]), &store).await;
     let http = served.addresses.http;
     let mut stream = live(http, "").await;
@@ -216,7 +216,7 @@ async fn what_happens_is_told_live_and_again_to_who_was_cut_off() {
 
 #[tokio::test]
 async fn streams_are_bounded_in_number() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let served = Served::start(&config(&[]), &store).await;
     let mut open = Vec::new();
     for _ in 0..64 {
@@ -296,7 +296,7 @@ async fn samples_are_shown_and_nothing_else_of_the_folder() {
 #[tokio::test]
 async fn a_store_that_fails_is_told_on_the_page_and_breaks_nothing() {
     let faults = faulty::Faults::new();
-    let store = faults.inject(&Store::open("memory://").unwrap());
+    let store = faults.inject(&Store::in_memory());
     put(&store, "metrics/000001-000001.jsonl", &measured(1..=3)).await;
     let config = config(&["workers.count=1"]);
     Served::start(&config, &store).await.kill().await;

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 fn memory() -> Store {
-    Store::open("memory://").unwrap()
+    Store::in_memory()
 }
 
 /// Every commit of a run's log, in order.

@@ -23,7 +23,7 @@ use tonic::{Code, Request};
 /// A coordinator with these certificates and rules.
 async fn serve(file: Option<&Path>, token: Option<&Path>, tls: TlsFiles) -> Served {
     let access = AccessControl::load(file, token, tls, None).unwrap();
-    serve_with(access, &Store::open("memory://").unwrap()).await
+    serve_with(access, &Store::in_memory()).await
 }
 
 async fn serve_with(access: AccessControl, store: &Store) -> Served {
@@ -185,7 +185,7 @@ async fn people_look_with_a_viewers_token_and_change_nothing() {
 
 #[tokio::test]
 async fn what_is_too_much_is_refused_with_its_reason_and_counted() {
-    let served = Served::start(&patient(), &Store::open("memory://").unwrap()).await;
+    let served = Served::start(&patient(), &Store::in_memory()).await;
     let access = served.access();
     let mut client = access.connect(&access.endpoint().unwrap()).await.unwrap();
 
@@ -224,7 +224,7 @@ async fn what_is_too_much_is_refused_with_its_reason_and_counted() {
 
 #[tokio::test(start_paused = true)]
 async fn a_connection_that_shows_nothing_is_closed_and_counted() {
-    let served = Served::start(&patient(), &Store::open("memory://").unwrap()).await;
+    let served = Served::start(&patient(), &Store::in_memory()).await;
     for address in [served.addresses.grpc, served.addresses.http] {
         let mut silent = TcpStream::connect(address).await.unwrap();
         let _ = silent.read_to_end(&mut Vec::new()).await;
@@ -318,7 +318,7 @@ async fn service_accounts_have_the_roles_of_their_rules_and_an_api_that_is_away_
     let router = Router::new().route("/apis/authentication.k8s.io/v1/tokenreviews", post(reviewed));
     tokio::spawn(async move { axum::serve(listener, router).await });
     let access = AccessControl::from_file_reviewed(&rules, Cluster::at(&url, folder.path()), "ella").unwrap();
-    let served = serve_with(access, &Store::open("memory://").unwrap()).await;
+    let served = serve_with(access, &Store::in_memory()).await;
     let of = |name: &str, token: &str| with_token(&served, &file(name, token));
 
     let trainer = of("trainer", "header.trainer.signature");
@@ -348,7 +348,7 @@ async fn service_accounts_have_the_roles_of_their_rules_and_an_api_that_is_away_
 
 #[tokio::test]
 async fn nothing_listens_for_other_machines_unless_something_is_asked_of_them_or_it_is_said() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let everywhere = || Options { listen: ([0, 0, 0, 0], 0).into(), ..options() };
     let http = Options { http: ([0, 0, 0, 0], 0).into(), ..options() };
     for options in [everywhere(), http] {

@@ -70,7 +70,7 @@ async fn send_raw(url: &str, bytes: Bytes) {
 
 #[tokio::test]
 async fn garbage_and_oversized_messages_are_refused_and_counted() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let served = Served::start(&config(&[]), &store).await;
     send_raw(&served.url(), Bytes::from_static(&[0xff; 40])).await;
     send_raw(&served.url(), Bytes::from(vec![0x0a; 2 << 20])).await;
@@ -94,7 +94,7 @@ async fn garbage_and_oversized_messages_are_refused_and_counted() {
 #[tokio::test]
 async fn the_journal_outlives_a_store_that_refuses_it_and_says_so() {
     let faults = faulty::Faults::new();
-    let store = faults.inject(&Store::open("memory://").unwrap());
+    let store = faults.inject(&Store::in_memory());
     faults.push(Operation::Put, "metrics/", faulty::Failure::Denied, 100);
     let config = config(&[]);
     let served = Served::start(&config, &store).await;
@@ -108,7 +108,7 @@ async fn the_journal_outlives_a_store_that_refuses_it_and_says_so() {
 #[tokio::test]
 async fn a_log_that_cannot_be_written_fails_the_run() {
     let faults = faulty::Faults::new();
-    let store = faults.inject(&Store::open("memory://").unwrap());
+    let store = faults.inject(&Store::in_memory());
     let config = config(&[]);
     let served = Served::start(&config, &store).await;
     faults.push(Operation::Create, "log/", faulty::Failure::Full, 100);
@@ -123,7 +123,7 @@ async fn a_log_that_cannot_be_written_fails_the_run() {
 async fn a_lost_reply_or_a_store_that_is_away_for_a_moment_ends_nothing() {
     let faults = faulty::Faults::new();
     let limits = Limits { first_pause: Duration::from_millis(1), longest_pause: Duration::from_millis(2), ..Limits::default() };
-    let store = faults.inject(&Store::open("memory://").unwrap()).with_limits(limits);
+    let store = faults.inject(&Store::in_memory()).with_limits(limits);
     let config = config(&[]);
     let served = Served::start(&config, &store).await;
     faults.push(Operation::Create, "log/", faulty::Failure::Before, 2);
@@ -152,10 +152,21 @@ async fn a_run_of_another_config_is_refused_naming_the_keys() {
     assert!(matches!(error, RunError::BadRunToml { .. }) && error.exit_code() == 2, "{error}");
 }
 
+#[tokio::test]
+async fn a_data_sets_folder_is_no_runs() {
+    for file in ["manifest.json", "plan.json"] {
+        let store = Store::in_memory();
+        store.put(file, Bytes::from_static(b"{}")).await.unwrap();
+        let error = Coordinator::open(&config(&[]), store.clone(), &options()).await.unwrap_err();
+        assert!(matches!(error, RunError::HoldsData { .. }) && error.exit_code() == 4, "{error}");
+        assert_eq!(store.list("").await.unwrap().len(), 1, "nothing is written");
+    }
+}
+
 /// A first start that came to nothing leaves a folder that the mended config may use.
 #[tokio::test]
 async fn a_run_that_ended_before_its_first_commit_takes_another_config() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let served = Served::start(&config(&[]), &store).await;
     let other = config(&["run.seed=9"]);
     let refused = Coordinator::open(&other, store.clone(), &options()).await.unwrap_err();
@@ -170,7 +181,7 @@ async fn a_run_that_ended_before_its_first_commit_takes_another_config() {
 
 /// A run whose coordinator died, with all its workers, when the commits of step 2 and 4 stood.
 async fn cut_off_after_step_4() -> (RunConfig, Store) {
-    let (config, store) = (config(&[]), Store::open("memory://").unwrap());
+    let (config, store) = (config(&[]), Store::in_memory());
     let served = Served::start(&config, &store).await;
     let limit = tokio::sync::watch::channel(4).1;
     let life = |fake| Life::new(fake, &config, &store, Script::default()).up_to(limit.clone()).live();
@@ -245,7 +256,7 @@ async fn a_damaged_commit_is_given_up_for_the_one_before() {
 /// A run that is done is done as long as its newest commit is whole, and its config can be read.
 #[tokio::test]
 async fn a_done_run_is_looked_at_before_it_is_called_done() {
-    let (config, store) = (config(&[]), Store::open("memory://").unwrap());
+    let (config, store) = (config(&[]), Store::in_memory());
     let served = Served::start(&config, &store).await;
     assert_eq!(train_two(&served, &config, &store, [Script::default(); 2]).await, [Ended::Finished, Ended::Finished]);
     assert_eq!(served.outcome().await, Outcome::Done);
@@ -277,7 +288,7 @@ async fn get(address: std::net::SocketAddr, path: &str) -> (u16, String) {
 
 #[tokio::test]
 async fn people_and_probes_read_the_status_over_http() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let served = Served::start(&config(&["workers.count=1"]), &store).await;
     let mut worker = Fake::attach(&served.url(), hello("<b>w</b>")).await.unwrap();
     worker.get_ready().await.unwrap();
@@ -300,7 +311,7 @@ async fn people_and_probes_read_the_status_over_http() {
 
 #[tokio::test]
 async fn the_final_status_is_readable_for_a_moment() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let config = config(&["workers.count=1"]);
     let lingering = ella_coordinator::shell::Options { linger: Duration::from_secs(2), ..options() };
     let served = Served::start_with(&config, &store, lingering).await;
@@ -321,7 +332,7 @@ async fn a_client_says_what_is_wrong_with_an_address() {
     assert!(matches!(error, ClientError::Unreachable { .. }), "{error}");
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let options = ella_coordinator::shell::Options { http: taken.local_addr().unwrap(), ..options() };
-    let error = Coordinator::open(&config(&[]), Store::open("memory://").unwrap(), &options).await.unwrap_err();
+    let error = Coordinator::open(&config(&[]), Store::in_memory(), &options).await.unwrap_err();
     assert!(matches!(error, RunError::Bind { .. }) && error.exit_code() == 2, "{error}");
 }
 
@@ -354,7 +365,7 @@ async fn annotated() -> (tokio::sync::mpsc::Receiver<(String, serde_json::Value)
 #[tokio::test]
 async fn what_the_cluster_cannot_be_told_is_counted_and_holds_nobody_up() {
     let (mut patches, options, _folder) = annotated().await;
-    let served = Served::start_with(&config(&[]), &Store::open("memory://").unwrap(), options).await;
+    let served = Served::start_with(&config(&[]), &Store::in_memory(), options).await;
     let (told, body) = soon("a patch", patches.recv()).await.unwrap();
     assert_eq!((told.as_str(), &body["metadata"]["annotations"]["ella/phase"]), (ANNOTATED, &serde_json::json!("waiting")));
     let status = served.status_when(|status| status.counts.contains_key("progress_pushes_failed")).await;
@@ -364,7 +375,7 @@ async fn what_the_cluster_cannot_be_told_is_counted_and_holds_nobody_up() {
 #[tokio::test]
 async fn the_cluster_is_told_how_a_run_ended_however_soon_it_does() {
     let (mut patches, options, _folder) = annotated().await;
-    let (config, store) = (config(&[]), Store::open("memory://").unwrap());
+    let (config, store) = (config(&[]), Store::in_memory());
     let served = Served::start_with(&config, &store, options).await;
     train_two(&served, &config, &store, [Script::default(); 2]).await;
     assert_eq!(served.outcome().await, Outcome::Done);

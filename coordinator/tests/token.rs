@@ -47,7 +47,7 @@ async fn refusals(access: &Access) -> Vec<tonic::Status> {
 
 #[tokio::test]
 async fn strangers_are_refused_counted_and_told_of_and_the_run_goes_on() {
-    let (store, config) = (Store::open("memory://").unwrap(), config(&[]));
+    let (store, config) = (Store::in_memory(), config(&[]));
     let served = asking(&config, &store).await;
     let missing = Access::from(served.url());
     let wrong = Access { token: Some(token(GUESS)), ..missing.clone() };
@@ -77,7 +77,7 @@ async fn strangers_are_refused_counted_and_told_of_and_the_run_goes_on() {
 
 #[tokio::test]
 async fn who_has_the_token_stops_drains_and_attaches_and_where_none_is_asked_for_any_will_do() {
-    let (store, config) = (Store::open("memory://").unwrap(), config(&["workers.count=1"]));
+    let (store, config) = (Store::in_memory(), config(&["workers.count=1"]));
     let served = asking(&config, &store).await;
     let worker = Fake::attach(served.access(), hello("a")).await.unwrap();
     client::drain(served.access(), "a", "the node is needed").await.unwrap();
@@ -85,7 +85,7 @@ async fn who_has_the_token_stops_drains_and_attaches_and_where_none_is_asked_for
     client::stop(served.access(), "enough").await.unwrap();
     assert!(matches!(served.outcome().await, Outcome::Preempted { .. }));
 
-    let open = Served::start(&config, &Store::open("memory://").unwrap()).await;
+    let open = Served::start(&config, &Store::in_memory()).await;
     let access = Access { token: Some(token(GUESS)), ..Access::from(open.url()) };
     Fake::attach(&access, hello("a")).await.unwrap();
     assert!(!client::status(access).await.unwrap().counts.contains_key("refused_token"));

@@ -57,7 +57,7 @@ async fn two_workers_train_to_the_end_and_the_run_folder_holds_what_is_promised(
 
 #[tokio::test]
 async fn a_rank_with_another_state_fails_the_run_for_good_and_is_named() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let config = config(&[]);
     let served = Served::start(&config, &store).await;
     let differs = Script { differs_at: Some(4), ..Script::default() };
@@ -71,7 +71,7 @@ async fn a_rank_with_another_state_fails_the_run_for_good_and_is_named() {
 
 #[tokio::test]
 async fn a_killed_coordinators_unrecorded_commit_is_swept_by_the_next() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let config = config(&[]);
     let served = Served::start(&config, &store).await;
     let mut a = Fake::attach(&served.url(), hello("a")).await.unwrap();
@@ -96,7 +96,7 @@ async fn a_killed_coordinators_unrecorded_commit_is_swept_by_the_next() {
 
 #[tokio::test]
 async fn a_coordinator_cut_off_before_its_end_record_finds_the_run_done() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let config = config(&[]);
     let served = Served::start(&config, &store).await;
     let mut a = Fake::attach(&served.url(), hello("a")).await.unwrap();
@@ -112,7 +112,7 @@ async fn a_coordinator_cut_off_before_its_end_record_finds_the_run_done() {
 
 #[tokio::test]
 async fn stop_drains_commits_and_leaves() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let config = config(&[]);
     let served = Served::start(&config, &store).await;
     let mut a = Fake::attach(&served.url(), hello("a")).await.unwrap();
@@ -135,7 +135,7 @@ async fn stop_drains_commits_and_leaves() {
 
 #[tokio::test]
 async fn a_second_stop_leaves_at_once() {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     let config = config(&[]);
     let served = Served::start(&config, &store).await;
     let mut a = Fake::attach(&served.url(), hello("a")).await.unwrap();

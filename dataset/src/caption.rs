@@ -152,6 +152,7 @@ pub fn prepare_captions<'a>(captions: Captions, name: &'a str, out: &'a Store) -
         }
         let entries = shards.iter().map(|(entry, _)| entry.clone()).collect();
         let manifest = Manifest::new(None, None, vec![source], entries);
+        crate::plan::refuse_run(out).await?;
         crate::plan::refuse_other(out, &manifest).await?;
         for (entry, file) in shards {
             crate::plan::create_file(out, entry, file, |_| false).await?;

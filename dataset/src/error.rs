@@ -152,6 +152,15 @@ pub enum DataError {
         found: String,
     },
 
+    /// The destination is a run's folder.
+    #[error("{folder}: holds something else: a run ({file} is there); choose another destination")]
+    HoldsRun {
+        /// The destination.
+        folder: String,
+        /// What says so.
+        file: &'static str,
+    },
+
     /// An added column of captions is made by other settings.
     #[error(
         "{file}: the column is made otherwise: {field} differs (expected {expected}, found {found}); choose another --column, or delete its \
@@ -325,7 +334,9 @@ impl DataError {
     pub fn is_permanent(&self) -> bool {
         match self {
             DataError::Store(error) => error.is_permanent(),
-            DataError::Io { .. } | DataError::Temporary { .. } => false,
+            DataError::Io { source, .. } | DataError::Temporary { source, .. } => {
+                matches!(source.kind(), std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem)
+            }
             DataError::Latents(_) | DataError::Stopped { .. } | DataError::Crowded { .. } => false,
             _ => true,
         }

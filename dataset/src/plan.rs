@@ -37,6 +37,8 @@ pub(crate) const DUPLICATES: &str = "duplicates.json";
 pub(crate) const UNITS: &str = "units";
 /// The folder of shards.
 pub(crate) const SHARDS: &str = "shards";
+/// Sources that an error names.
+const SOURCES_NAMED: usize = 5;
 /// Sources looked into at once.
 const LOOKED_AT_ONCE: usize = 16;
 
@@ -105,11 +107,14 @@ impl Plan {
                 let (field, expected) = (PLAN.into(), "a plan beside it".into());
                 return Err(DataError::Other { file: at(out, MANIFEST), field, expected, found: "none".into() });
             }
+            refuse_run(out).await?;
             if out.create(PLAN, pretty(self)).await? == Created::Yes {
                 return Ok(());
             }
         }
         let there: Plan = parse(&at(out, PLAN), &out.get_record(PLAN).await?)?;
+        let names = |plan: &Plan| plan.sources.iter().map(|source| source.name.clone()).collect::<Vec<_>>();
+        same_sources(&names(self), &names(&there), at(out, PLAN))?;
         same(self, &there, at(out, PLAN))
     }
 
@@ -264,6 +269,15 @@ pub(crate) async fn create_file(
     Ok(entry)
 }
 
+/// Refuses a destination that a run trains into: what one of both deletes or looks for would be the other's.
+pub(crate) async fn refuse_run(out: &Store) -> Result<(), DataError> {
+    let file = "run.toml";
+    match out.head(file).await? {
+        Some(_) => Err(DataError::HoldsRun { folder: out.url().to_owned(), file }),
+        None => Ok(()),
+    }
+}
+
 /// Refuses a destination whose manifest is another one.
 pub(crate) async fn refuse_other(out: &Store, manifest: &Manifest) -> Result<(), DataError> {
     let Some(bytes) = read(out, MANIFEST).await? else { return Ok(()) };
@@ -288,6 +302,22 @@ pub(crate) async fn write_report(out: &Store, report: &Report) -> Result<(), Dat
         out.put(REPORT, text).await?;
     }
     Ok(())
+}
+
+/// Refuses a plan, in `file`, of more or fewer sources, and names those that only one has.
+pub(crate) fn same_sources(expected: &[String], there: &[String], file: String) -> Result<(), DataError> {
+    if expected.len() == there.len() {
+        return Ok(());
+    }
+    let told = |own: &[String], others: &[String]| {
+        let only: Vec<String> = own.iter().filter(|name| !others.contains(name)).map(|name| format!("{name:?}")).collect();
+        let more = if only.len() > SOURCES_NAMED { format!(" and {} more", only.len() - SOURCES_NAMED) } else { String::new() };
+        let only = only[..only.len().min(SOURCES_NAMED)].join(", ");
+        let sources = if own.len() == 1 { "1 source".to_owned() } else { format!("{} sources", own.len()) };
+        if only.is_empty() { sources } else { format!("{sources}, with {only}{more}") }
+    };
+    let (expected, found) = (told(expected, there), told(there, expected));
+    Err(DataError::Other { file, field: "sources".into(), expected, found })
 }
 
 /// Refuses a record, in `file`, that says something else than is expected.

@@ -323,7 +323,7 @@ impl Settings {
         let (Encoding::Jpeg { quality } | Encoding::Webp { quality }) = self.encoding;
         rule((1..=100).contains(&quality), "quality", "1 to 100", quality)?;
         if let Duplicates::Near { bits } = self.duplicates {
-            rule(bits <= Duplicates::MOST_BITS, "near duplicates", "0 to 12 bits", bits)?;
+            rule(bits <= Duplicates::MOST_BITS, "near_bits", "0 to 12 of the 64 bits", bits)?;
         }
         let bytes = self.shard_bytes;
         rule((1..=4 << 30).contains(&bytes), "shard_bytes", "1 byte to 4 GiB", bytes)
@@ -424,7 +424,7 @@ mod tests {
         assert!(settings(|s| s.buckets = Some(Buckets::Sdxl)).contains("1024"));
         assert!(settings(|s| s.buckets = Some(Buckets::Step { step: 12, max_aspect: 2.0 })).contains("multiple of 8"));
         assert!(settings(|s| s.encoding = Encoding::Webp { quality: 0 }).contains("quality"));
-        assert!(settings(|s| s.duplicates = Duplicates::Near { bits: 30 }).contains("12 bits"));
+        assert!(settings(|s| s.duplicates = Duplicates::Near { bits: 30 }).contains("0 to 12 of the 64 bits"));
         assert!(settings(|s| s.filters.max_aspect = Some(0.5)).contains("max_aspect"));
         assert!(settings(|s| (s.filters.min_area, s.filters.max_area) = (Some(5), Some(4))).contains("max_area"));
         Settings::new(512).check().unwrap();

@@ -92,7 +92,7 @@ async fn two_that_prepare_the_same_at_once_make_the_same_bytes() {
         assert_eq!(files(out.path()), files(calm.path()));
     }
     // And in a store that is no folder.
-    let remote = Store::open("memory://").unwrap();
+    let remote = Store::in_memory();
     let (first, second) = (small(), small());
     let (one, two) = (threads(1), threads(1));
     let (a, b) = tokio::join!(prepare(&sources, &remote, &first, &one), prepare(&sources, &remote, &second, &two));

@@ -226,11 +226,26 @@ async fn a_destination_with_other_data_is_refused_and_left_alone() {
     let found = field(prepare(&one, &store(&out), &settings, &threads(1)).await);
     assert_eq!(found, ("plan.json".into(), "settings.encoding.quality".into(), "80".into(), "95".into()));
     let two = sources(dir.path(), &[("a.tar", &good_tar(0, 5)), ("b.tar", &good_tar(9, 5))]).await;
-    assert_eq!(field(prepare(&two, &store(&out), &small(), &threads(1)).await).1, "sources");
+    let (_, what, expected, found) = field(prepare(&two, &store(&out), &small(), &threads(1)).await);
+    assert_eq!((what, expected, found), ("sources".into(), "2 sources, with \"b.tar\"".into(), "1 source".into()));
     // Another file of the same name is another source.
     let changed = sources(dir.path(), &[("a.tar", &good_tar(700, 9))]).await;
     let error = prepare(&changed, &store(&out), &small(), &threads(1)).await.unwrap_err();
     assert!(matches!(&error, DataError::SourceReplaced { source_name, .. } if source_name.ends_with("a.tar")), "{error}");
+    assert_eq!(files(out.path()), before);
+}
+
+#[tokio::test]
+async fn a_runs_folder_is_no_destination() {
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    std::fs::write(out.path().join("run.toml"), "").unwrap();
+    let before = files(out.path());
+    let one = sources(dir.path(), &[("a.tar", &good_tar(0, 5))]).await;
+    let error = prepare(&one, &store(&out), &small(), &threads(1)).await.unwrap_err();
+    assert!(error.to_string().contains("holds something else: a run (run.toml is there)") && error.is_permanent(), "{error}");
+    let captions = ella_dataset::Captions { kept: vec![("a".into(), "b".into())], ..Default::default() };
+    let error = ella_dataset::prepare_captions(captions, "c", &store(&out)).await.unwrap_err();
+    assert!(matches!(error, DataError::HoldsRun { .. }), "{error}");
     assert_eq!(files(out.path()), before);
 }
 

@@ -182,7 +182,7 @@ async fn without_trees_files_are_checked_when_they_are_opened() {
 
 /// A data set that is not on this machine, and what its largest file takes.
 async fn far(shards: usize, spec: &FeatureSpec) -> (Store, u64) {
-    let store = Store::open("memory://").unwrap();
+    let store = Store::in_memory();
     write(&store, shards, spec).await;
     let (data, _) = open(&store, CacheLimits::default(), spec).await;
     let features = data.begin_features(spec, "caption").await.unwrap().finish().await.unwrap();

@@ -180,7 +180,7 @@ async fn a_flipped_byte_is_an_error_naming_the_shard_and_both_digests() {
 async fn shards_beyond_the_limit_are_closed_and_open_again() {
     let out = prepared().await;
     // The same files in memory: fetched, not mapped.
-    let remote = Store::open("memory://").unwrap();
+    let remote = Store::in_memory();
     for (name, bytes) in files(out.path()) {
         remote.put(&name, bytes.into()).await.unwrap();
     }

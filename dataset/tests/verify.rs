@@ -200,6 +200,6 @@ async fn sidecars_that_are_not_whole_count_as_far_as_they_are() {
 
 #[tokio::test]
 async fn no_data_set_is_an_error() {
-    let error = Inventory::of(&Store::open("memory://").unwrap()).await.unwrap_err().to_string();
+    let error = Inventory::of(&Store::in_memory()).await.unwrap_err().to_string();
     assert!(error.contains("manifest.json: not found"), "{error}");
 }

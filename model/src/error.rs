@@ -248,10 +248,13 @@ impl ModelError {
     }
 }
 
-/// Whether the system would say the same again: of a path that leads nowhere, not of a right, room or a connection that is missing.
+/// Whether the system would say the same again: of a path that leads nowhere, or a right that somebody must give; not of room or a connection
+/// that is missing.
 pub fn is_lasting(error: &std::io::Error) -> bool {
     use std::io::ErrorKind as E;
-    matches!(error.kind(), E::NotFound | E::NotADirectory | E::IsADirectory | E::InvalidInput | E::InvalidFilename | E::InvalidData)
+    let of_path =
+        matches!(error.kind(), E::NotFound | E::NotADirectory | E::IsADirectory | E::InvalidInput | E::InvalidFilename | E::InvalidData);
+    of_path || matches!(error.kind(), E::PermissionDenied | E::ReadOnlyFilesystem)
 }
 
 /// The first few names of a list, and how many more there are.

@@ -141,7 +141,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn writes_and_reads_survive_them() {
         let faults = Faults::by(Chance { seed: 3, rate: 0.3, ..Chance::default() });
-        let store = faults.inject(&Store::open("memory://").unwrap());
+        let store = faults.inject(&Store::in_memory());
         for n in 0..200 {
             let (key, bytes) = (format!("log/{n}"), bytes::Bytes::from(vec![n as u8; 500]));
             assert_eq!(store.create(&key, bytes.clone()).await.unwrap(), crate::Created::Yes, "{key}");

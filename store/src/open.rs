@@ -44,7 +44,7 @@ pub(crate) struct Opened {
     pub(crate) local: Option<PathBuf>,
 }
 
-/// Opens a plain path, or a `file://`, `memory://`, `s3://`, `gs://`, `az://`, `http://` or `https://` URL.
+/// Opens a plain path, or a `file://`, `s3://`, `gs://`, `az://`, `http://` or `https://` URL.
 pub(crate) fn open(text: &str) -> Result<Opened, StoreError> {
     if text.is_empty() {
         return Err(bad("(empty)", "no path or URL given; name a folder, or a URL such as s3://bucket/folder"));
@@ -62,11 +62,16 @@ pub(crate) fn open(text: &str) -> Result<Opened, StoreError> {
     let at = |backend| Ok(Opened { backend, folder: folder_of(&url, &shown)?, url: shown.clone(), local: None });
     match url.scheme() {
         "file" => open_local(&url.to_file_path().map_err(|()| bad(&shown, "not a local path; write it as file:///folder"))?),
-        "memory" => at(Backend::whole(Arc::new(InMemory::new()))),
         "s3" | "gs" | "az" => at(cloud::open(&url, &shown)?),
         "http" | "https" => at(http::open(&url, &shown)?),
-        other => Err(bad(&shown, &format!("unknown scheme {other} (expected file, s3, gs, az, https, http or memory)"))),
+        other => Err(bad(&shown, &format!("unknown scheme {other} (expected file, s3, gs, az, https or http)"))),
     }
+}
+
+/// A folder of this process's memory, which no URL opens: what a command put there would be gone with it.
+pub(crate) fn in_memory() -> Opened {
+    let backend = Backend::whole(Arc::new(InMemory::new()));
+    Opened { backend, folder: Path::default(), url: "memory://".to_owned(), local: None }
 }
 
 /// The URL without user, password, query and fragment, and without a trailing slash. Of one whose password may go on behind a `/`, `?` or `#`
@@ -156,6 +161,7 @@ mod tests {
         for (url, rule) in [
             ("", "no path or URL given"),
             ("ftp://host/folder", "unknown scheme ftp"),
+            ("memory://z", "unknown scheme memory (expected file, s3, gs, az, https or http)"),
             ("file://host/folder", "not a local path"),
             ("s3://bucket/a?token=1", "credentials and options in the environment"),
             ("s3://bucket/a#b", "credentials and options in the environment"),

@@ -15,7 +15,7 @@ use object_store::{DynObjectStore, ObjectMeta, ObjectStoreExt};
 use crate::chance;
 use crate::error::{Operation, Place, StoreError};
 use crate::limits::{Limits, retrying};
-use crate::open::{self, Backend};
+use crate::open::{self, Backend, Opened};
 
 /// What a listing of a hundred thousand names moves, for its deadline.
 const LISTING_BYTES: u64 = 64 << 20;
@@ -75,9 +75,9 @@ impl fmt::Debug for Store {
 }
 
 impl Store {
-    /// Opens a folder: a plain path or `file://` (created on the first write), `memory://` (new and empty at each open; clones share it),
-    /// `s3://`, `gs://` or `az://` (credentials, region and endpoint from the cloud's usual environment variables), `https://` or `http://`
-    /// (read-only, and not listed). Nothing is contacted yet.
+    /// Opens a folder: a plain path or `file://` (created on the first write), `s3://`, `gs://` or `az://`
+    /// (credentials, region and endpoint from the cloud's usual environment variables), `https://` or `http://` (read-only, and not listed).
+    /// Nothing is contacted yet.
     ///
     /// With `ELLA_STORE_FAULTS` in the environment operations fail by chance ([`crate::Chance`]), which is warned of once.
     ///
@@ -85,13 +85,21 @@ impl Store {
     /// `BadUrl` for what is no folder's URL or lacks its settings, `Unsupported` for a remote store in a build without the feature `cloud`,
     /// and for an `ELLA_STORE_FAULTS` that is not understood.
     pub fn open(url: &str) -> Result<Self, StoreError> {
-        let opened = open::open(url)?;
-        chance::as_the_environment_says(Self {
+        chance::as_the_environment_says(Self::of(open::open(url)?))
+    }
+
+    /// A new and empty folder in memory, for tests. Clones share it; its URL is that of no store.
+    pub fn in_memory() -> Self {
+        Self::of(open::in_memory())
+    }
+
+    fn of(opened: Opened) -> Self {
+        Self {
             shared: Arc::new(Shared::new(opened.backend, Limits::default())),
             folder: opened.folder,
             url: opened.url.into(),
             local: opened.local.map(Into::into),
-        })
+        }
     }
 
     /// The same folder with other deadlines; retries are counted apart.

@@ -76,7 +76,7 @@ mod tests {
         let before = totals();
         let limits = Limits { first_pause: Duration::from_millis(1), ..Limits::default() };
         let faults = Faults::new();
-        let store = faults.inject(&Store::open("memory://").unwrap().with_limits(limits));
+        let store = faults.inject(&Store::in_memory().with_limits(limits));
         store.put("a", vec![7; 1000].into()).await.unwrap();
         faults.push(Operation::Get, "a", Failure::Before, 2);
         assert_eq!(store.get("a").await.unwrap().len(), 1000);

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 fn faulty() -> (Store, Faults) {
     let faults = Faults::new();
-    (faults.inject(&Store::open("memory://").unwrap()), faults)
+    (faults.inject(&Store::in_memory()), faults)
 }
 
 fn bytes() -> Bytes {

@@ -48,7 +48,7 @@ async fn claim(store: &Store, nonce: &str) -> (RunLog, Vec<Record>) {
 }
 
 fn memory() -> Store {
-    Store::open("memory://").unwrap()
+    Store::in_memory()
 }
 
 #[tokio::test]

@@ -16,12 +16,12 @@ fn local() -> (tempfile::TempDir, Store) {
 
 #[tokio::test]
 async fn memory_conforms() {
-    conformance(&Store::open("memory://").unwrap()).await.unwrap();
+    conformance(&Store::in_memory()).await.unwrap();
 }
 
 #[tokio::test]
 async fn a_folder_of_a_memory_store_conforms() {
-    let root = Store::open("memory://").unwrap();
+    let root = Store::in_memory();
     let child = root.child("some/run");
     assert_eq!(child.url(), "memory:///some/run");
     conformance(&child).await.unwrap();
@@ -65,7 +65,7 @@ async fn a_local_folder_with_an_odd_name_conforms() {
 
 #[tokio::test]
 async fn memory_stores_are_apart_and_clones_share() {
-    let (one, two) = (Store::open("memory://").unwrap(), Store::open("memory://").unwrap());
+    let (one, two) = (Store::in_memory(), Store::in_memory());
     one.clone().put("k", Bytes::new()).await.unwrap();
     assert!(one.head("k").await.unwrap().is_some());
     assert!(two.head("k").await.unwrap().is_none());

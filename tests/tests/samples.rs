@@ -119,7 +119,13 @@ fn as_ella_sample_draws(world: &World, run: &Run) -> Result<()> {
     Ok(())
 }
 
+/// Pictures of a run, by what became of them, as its metrics tell it.
+fn told(run: &Run, what: &str) -> Result<u64> {
+    Ok(journal(&run.output, "metrics")?.iter().filter_map(|line| line["read"][what].as_u64()).sum())
+}
+
 fn told_where_people_look(run: &Run) -> Result<()> {
+    assert_eq!((told(run, "pictures_saved")?, told(run, "pictures_given_up")?), (18, 0), "those of the last step too");
     let folder = run.output.display().to_string();
     let why: Value = serde_json::from_str(&ella(&["why", &folder, "--json"])?)?;
     let ranks = why["ranks"].as_array().context("no ranks")?;
@@ -191,13 +197,23 @@ fn a_store_that_takes_no_samples_ends_nothing_and_is_told() -> Result<()> {
     std::fs::write(run.output.join("samples"), "")?;
     ella(&run.train(&["workers.count=2"]))?;
     assert!(run.last_files()? == calm.last_files()?, "other bytes");
-    let given_up = journal(&run.output, "metrics")?.iter().filter_map(|line| line["read"]["pictures_given_up"].as_u64()).sum::<u64>();
-    assert!(given_up >= 6, "{given_up} pictures are told to be given up");
+    assert_eq!(told(&run, "pictures_given_up")?, 18);
     let mut logs = String::new();
     for file in run.output.join("logs").read_dir()? {
         logs += &std::fs::read_to_string(file?.path()).unwrap_or_default();
     }
     assert!(logs.contains("a sample cannot be stored"), "{logs}");
+    Ok(())
+}
+
+/// Black pictures would pass for what the weights draw.
+#[test]
+fn what_is_not_finite_is_no_picture() -> Result<()> {
+    let world = World::new(40)?;
+    let run = world.run("overflows", STEPS, &settings(""))?;
+    ella(&run.train(&["workers.count=1", "sample.guidance=1e30"]))?;
+    assert!(!exists(run.output.join("samples/000000000004/000.png")));
+    assert_eq!((told(&run, "pictures_saved")?, told(&run, "pictures_given_up")?), (0, 18));
     Ok(())
 }
 

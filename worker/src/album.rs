@@ -3,7 +3,9 @@
 //!
 //! Nothing that fails here ends anything: what cannot be stored is given up, counted and told.
 
+use crate::control::{Era, Outbox};
 use ella_proto::samples::{self, Index};
+use ella_proto::v1::{Progress, from_worker};
 use ella_store::{Store, StoreError};
 use futures::future::join_all;
 use std::collections::HashMap;
@@ -55,6 +57,14 @@ impl Counts {
         let all = [("pictures_saved", &self.saved), ("pictures_given_up", &self.given_up)];
         let news = all.map(|(name, count)| (name.to_owned(), count.swap(0, Ordering::Relaxed)));
         news.into_iter().filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// Tells the coordinator of that news, beside the report of any step.
+    pub(crate) fn tell(&self, outbox: &Outbox, era: Era, step: u64) {
+        let read = self.news();
+        if !read.is_empty() {
+            outbox.send(era, from_worker::Body::Progress(Progress { step, read, ..Progress::default() }));
+        }
     }
 }
 
@@ -175,7 +185,7 @@ mod tests {
     #[test]
     fn the_index_is_written_when_all_pictures_of_all_ranks_are_there() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let store = Store::open("memory://").unwrap();
+        let store = Store::in_memory();
         let (counts, ranks) = (Counts::default(), [0, 1].map(|_| Album::new(store.clone(), runtime.handle().clone())));
         counts.waiting.store(100, Ordering::Relaxed);
         let [mut one, mut two] = ranks;
@@ -210,7 +220,7 @@ mod tests {
     #[test]
     fn what_other_settings_drew_of_a_step_goes_before_it_is_drawn_again() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let store = Store::open("memory://").unwrap();
+        let store = Store::in_memory();
         let (counts, mut album) = (Counts::default(), Album::new(store.clone(), runtime.handle().clone()));
         counts.waiting.store(100, Ordering::Relaxed);
         for number in 0..3 {
@@ -233,7 +243,7 @@ mod tests {
     fn what_cannot_be_stored_is_given_up_with_the_rest_of_its_drawing_and_counted() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let faults = Faults::new();
-        let store = faults.inject(&Store::open("memory://").unwrap());
+        let store = faults.inject(&Store::in_memory());
         faults.push(Operation::Put, "000.png", Failure::Denied, 1);
         let (counts, mut album) = (Counts::default(), Album::new(store.clone(), runtime.handle().clone()));
         counts.waiting.store(100, Ordering::Relaxed);

@@ -123,6 +123,8 @@ impl Committer {
                 // Of a generation that is over nobody would record it.
                 if outbox.flags().era() == job.seat.era {
                     let begin = Instant::now();
+                    // After the run's last step no report of another one comes, and its line is written down with this commit.
+                    counts.tell(&outbox, job.seat.era, step);
                     let saved = save(&job, &store, &outbox, &runtime);
                     let error = saved.as_ref().err().map(ToString::to_string);
                     job.seat.tell(store.url(), step, "save", begin.elapsed(), error);
@@ -203,6 +205,11 @@ impl Committer {
     /// What became of pictures since the last call, by name (KNOWN).
     pub fn pictures(&self) -> HashMap<String, u64> {
         self.pictures.news()
+    }
+
+    /// Tells the coordinator of that, where no step's report will.
+    pub(crate) fn tell_pictures(&self, outbox: &Outbox, era: Era, step: u64) {
+        self.pictures.tell(outbox, era, step);
     }
 
     /// Whether all pictures of a step stand in the run folder, made in this way. A store that does not answer soon has none.
@@ -351,7 +358,7 @@ mod tests {
         fn new() -> Self {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
             let faults = Faults::new();
-            let store = faults.inject(&Store::open("memory://").unwrap());
+            let store = faults.inject(&Store::in_memory());
             Self { runtime, store, faults }
         }
 

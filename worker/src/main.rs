@@ -123,7 +123,7 @@ fn main() -> ExitCode {
             Ok(Ending::Preempted) => Exit::Preempted,
             Err(error) => {
                 tracing::error!("{error}");
-                if error.is_permanent() { Exit::NoRetry } else { Exit::Failed }
+                Exit::of(error.is_usage(), error.is_permanent())
             }
         }
         .code(),

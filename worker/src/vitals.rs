@@ -158,7 +158,7 @@ mod tests {
     fn what_stores_did_is_told_bit_by_bit_and_again_if_it_was_not_heard() {
         const NAME: &str = "store_written_bytes";
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let store = ella_store::Store::open("memory://").unwrap();
+        let store = ella_store::Store::in_memory();
         news();
         runtime.block_on(store.put("a", vec![1; 5000].into())).unwrap();
         let told = news();

@@ -9,10 +9,10 @@ use std::collections::BTreeSet;
 use clap::Args;
 use ella_dataset::DataSet;
 use ella_dataset::ledger::KeyHash;
-use ella_dataset::order::{BucketOrder, OrderConfig};
+use ella_dataset::order::BucketOrder;
 use ella_proto::config::RunConfig;
 use ella_store::{Record, RunState, Store, verify_commit};
-use ella_worker::feed::Captions;
+use ella_worker::feed::{Captions, order_config};
 use proof::{Expected, History};
 use serde::{Deserialize, Serialize};
 
@@ -155,13 +155,7 @@ async fn leftovers(store: &Store, history: &History, verdict: &mut Verdict) -> R
 async fn expected(data: &str, config: &RunConfig) -> Result<Expected, Fail> {
     let data = DataSet::open(data).await?;
     let manifest = data.manifest();
-    let order = OrderConfig {
-        seed: config.run.seed,
-        lanes: config.train.lanes() as u32,
-        micro_batch: config.train.micro_batch as u32,
-        window: config.data.window as u32,
-    };
-    let order = BucketOrder::new(order, &manifest.order_shards()).map_err(Fail::failed)?;
+    let order = BucketOrder::new(order_config(config), &manifest.order_shards()).map_err(Fail::failed)?;
     // With the columns of captions that were added to it and trained on.
     let identity = Captions::open(&data, &config.data.captions).await.map_err(Fail::failed)?.identity(&data);
     let identity = identity.parse().map_err(Fail::failed)?;

@@ -282,7 +282,7 @@ mod tests {
         let png = [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".as_slice(), &[0, 0, 0, 9, 0, 0, 0, 5]].concat();
         let (mut file, key) = (Vec::<u8>::new(), "samples/000000000002/001.png");
         let size = crate::runtime().unwrap().block_on(async {
-            let store = Store::open("memory://").unwrap();
+            let store = Store::in_memory();
             store.put(key, png.clone().into()).await.unwrap();
             let mut records = Records::new(&mut file, Path::new("x"));
             write(&table(), (&store, &[Picture { step: 2, number: 1, key: key.into() }]), &mut records).await.unwrap();
@@ -323,7 +323,7 @@ mod tests {
     fn pictures_are_found_by_step_and_number() {
         let runtime = crate::runtime().unwrap();
         let found = runtime.block_on(async {
-            let store = Store::open("memory://").unwrap();
+            let store = Store::in_memory();
             for key in [
                 "samples/000000000400/001.png",
                 "samples/000000000020/000.png",

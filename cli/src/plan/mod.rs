@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use cost::{Assumed, Costs, Facts, GPUS, costs};
-use ella_dataset::order::{BucketOrder, OrderConfig};
+use ella_dataset::order::BucketOrder;
 use ella_dataset::{DataSet, Manifest};
 use ella_model::base::Base;
 use ella_model::connector::{ConnectorConfig, ConnectorKind};
@@ -18,6 +18,7 @@ use ella_model::tokenizer::{Padding as Rule, TextTokenizer};
 use ella_model::unet::UNetConfig;
 use ella_model::vae::VaeConfig;
 use ella_proto::config::{Bytes, Dtype, Features, Padding, RunConfig};
+use ella_worker::feed::order_config;
 use ella_worker::memory::Needs;
 use ella_worker::models;
 use memory::Memory;
@@ -129,13 +130,7 @@ fn facts(config: &RunConfig, data: &Manifest, (text, positions): (&Path, f64), b
     };
     let connector = models::connector_config(config, &networks.unet, text.width())?;
     let train = &config.train;
-    let order = OrderConfig {
-        seed: config.run.seed,
-        lanes: train.lanes() as u32,
-        micro_batch: train.micro_batch as u32,
-        window: config.data.window as u32,
-    };
-    let order = BucketOrder::new(order, &data.order_shards()).map_err(Fail::failed)?;
+    let order = BucketOrder::new(order_config(config), &data.order_shards()).map_err(Fail::failed)?;
     let average = |of: &dyn Fn(i64, i64) -> f64| {
         let shard = |size: Option<(u32, u32)>| size.map_or(0.0, |(width, height)| of(i64::from(height), i64::from(width)));
         data.shards.iter().map(|each| shard(each.size) * each.rows as f64).sum::<f64>() / data.samples.max(1) as f64

@@ -104,8 +104,9 @@ impl Train {
         let (coordinator, worker) = (binary("ella-coordinator")?, binary("ella-worker")?);
         let gpus = Gpus::for_run(config.workers.count, config.workers.device)?;
         let access = self.credentials.unaddressed()?;
+        let store = open("run.output", &config.run.output)?;
+        open("data.path", &config.data.path)?;
         have_models(config)?;
-        let store = Store::open(&config.run.output)?;
         let logs = Logs { folder: store.local_path().map(|run| run.join("logs")), verbose: self.verbose };
         let mut stops = catch()?;
         let mut children = Children::default();
@@ -242,6 +243,14 @@ impl Train {
         };
         Fail { code, message: said.unwrap_or_else(|| format!("the coordinator did not open the run: {how}")) }
     }
+}
+
+/// Opens what a key names, without looking into it.
+fn open(key: &str, place: &str) -> Result<Store, Fail> {
+    Store::open(place).map_err(|error| {
+        let fail = Fail::from(error);
+        Fail { message: format!("{key}: {}", fail.message), ..fail }
+    })
 }
 
 fn catch() -> Result<Stops, Fail> {

@@ -275,6 +275,9 @@ impl Core {
         self.progress.correct(&commit);
         self.commits.live.push(commit);
         self.commits.written += 1;
+        if step >= self.config.steps {
+            self.write_last_down();
+        }
         self.note(Note::Committed { step, generation, folder, bytes, took_ms });
         if self.phase.is_over() {
             return;

@@ -198,6 +198,7 @@ impl Core {
 
     fn over(&mut self, outcome: Outcome, record: bool) {
         self.keep_all_timing();
+        self.write_last_down();
         let reason = outcome.reason();
         if let Some(word) = self.last_word(&outcome) {
             let conns = self.members.which(|member| member.finished.is_none() || matches!(word, to_worker::Body::Abort(_)));

@@ -31,6 +31,8 @@ pub(super) struct Progress {
     kept: BTreeSet<u64>,
     /// What the other ranks have read since rank 0's last message, for its next one: so metrics have all of it.
     read: Counts,
+    /// The run's last step, which is written down with its commit: its pictures are drawn before that, and no later step tells of them.
+    last: Option<v1::Progress>,
 }
 
 impl Progress {
@@ -200,10 +202,7 @@ impl Core {
         for (reason, n) in &progress.skipped {
             self.counts.add(&format!("skipped_{reason}"), *n);
         }
-        for (name, n) in std::mem::take(&mut progress.read) {
-            self.counts.add(&name, n);
-            self.progress.read.add(&name, n);
-        }
+        self.add_reads(&mut progress);
         let Some(member) = self.members.get_mut(conn) else { return };
         member.step = member.step.max(progress.step);
         member.parts = progress.parts.or(member.parts);
@@ -223,13 +222,37 @@ impl Core {
         self.progress.pace(now);
         self.progress.total(now, &progress);
         self.progress.is_news(progress.step);
+        self.write_down(progress);
+    }
+
+    /// What was read is counted, and told with the next step that is written down.
+    fn add_reads(&mut self, progress: &mut v1::Progress) {
+        for (name, n) in std::mem::take(&mut progress.read) {
+            self.counts.add(&name, n);
+            self.progress.read.add(&name, n);
+        }
+    }
+
+    fn write_down(&mut self, mut progress: v1::Progress) {
+        if progress.step == self.config.steps {
+            self.progress.last = Some(progress);
+            return;
+        }
         progress.read = std::mem::take(&mut self.progress.read).to_map();
         self.effects.push(Effect::Metric(progress));
     }
 
+    /// Writes the run's last step down, with all that ranks have told since.
+    pub(super) fn write_last_down(&mut self) {
+        if let Some(last) = self.progress.last.take() {
+            let read = std::mem::take(&mut self.progress.read).to_map();
+            self.effects.push(Effect::Metric(v1::Progress { read, ..last }));
+        }
+    }
+
     /// A step that was applied while nobody listened, or whoever did has not lived to write it down: it is kept if it was not before.
     /// Beyond where the run is only its own rank 0 may speak of any, or whoever comes before the first generation.
-    fn missed(&mut self, conn: ConnId, progress: v1::Progress) {
+    fn missed(&mut self, conn: ConnId, mut progress: v1::Progress) {
         let leads = self.lineup.is_none() || self.members.rank(conn) == Some(Rank(0));
         let most = if leads { self.config.steps } else { self.progress.step };
         if progress.step > most {
@@ -241,14 +264,12 @@ impl Core {
         for (reason, n) in &progress.skipped {
             self.counts.add(&format!("skipped_{reason}"), *n);
         }
-        for (name, n) in &progress.read {
-            self.counts.add(name, *n);
-        }
+        self.add_reads(&mut progress);
         self.progress.totals.steps_missed += 1;
         if progress.step > self.progress.step {
             let samples_per_epoch = self.agreed.as_ref().map_or(0, |ready| ready.samples_per_epoch);
             self.progress.take(&progress, samples_per_epoch);
         }
-        self.effects.push(Effect::Metric(progress));
+        self.write_down(progress);
     }
 }

@@ -166,7 +166,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_folder_is_read_with_what_is_damaged_counted_and_then_what_is_new() {
-        let store = Store::open("memory://").unwrap();
+        let store = Store::in_memory();
         put(&store, "metrics/000001-000001.jsonl", metric(1, 5.0) + "{\"step\":2,\n" + &metric(3, 3.0)).await;
         put(&store, "metrics/000002-000001.jsonl", metric(3, 2.0) + &metric(4, 1.0)).await;
         put(&store, "metrics/notes.txt", "hello".into()).await;
@@ -193,7 +193,7 @@ mod tests {
     #[tokio::test]
     async fn a_store_that_fails_leaves_a_gap_that_is_told() {
         let faults = faulty::Faults::new();
-        let store = faults.inject(&Store::open("memory://").unwrap());
+        let store = faults.inject(&Store::in_memory());
         for file in 1..=3 {
             put(&store, &format!("metrics/000001-00000{file}.jsonl"), metric(file, 1.0)).await;
         }
@@ -207,7 +207,7 @@ mod tests {
     #[tokio::test]
     async fn a_folder_that_is_not_listed_is_told_until_it_is() {
         let faults = faulty::Faults::new();
-        let store = faults.inject(&Store::open("memory://").unwrap());
+        let store = faults.inject(&Store::in_memory());
         put(&store, "metrics/000001-000001.jsonl", metric(1, 1.0)).await;
         faults.push(Operation::List, "metrics", faulty::Failure::Denied, 1);
         let (mut reader, mut past) = (Reader::new(store, None), Past::default());

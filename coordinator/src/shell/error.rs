@@ -32,6 +32,14 @@ pub enum RunError {
         /// Which file, and what is wrong with it.
         reason: String,
     },
+    /// The run folder is a data set's.
+    #[error("{url}: holds something else: a data set ({file} is there); choose another run.output")]
+    HoldsData {
+        /// The folder.
+        url: String,
+        /// What says so.
+        file: &'static str,
+    },
     /// No commit is whole.
     #[error("{url}: the commit of step {step} is damaged, and so are those before it: {what}; restore the file from a copy")]
     DamagedCommits {
@@ -98,7 +106,9 @@ impl RunError {
             | Self::Unguarded { .. }
             | Self::Access(_) => Exit::Usage,
             Self::Store(StoreError::BadUrl { .. } | StoreError::Unsupported { .. }) => Exit::Usage,
-            Self::DamagedCommits { .. } | Self::Log(LogError::Gap { .. } | LogError::Bad { .. }) => Exit::NoRetry,
+            // As of any store: a right that is missing does not come by itself.
+            Self::Store(StoreError::Permission { .. }) | Self::Log(LogError::Store(StoreError::Permission { .. })) => Exit::NoRetry,
+            Self::HoldsData { .. } | Self::DamagedCommits { .. } | Self::Log(LogError::Gap { .. } | LogError::Bad { .. }) => Exit::NoRetry,
             Self::Store(_) | Self::Log(_) | Self::Server { .. } | Self::Task(_) | Self::NoOutcome | Self::NoRandomness(_) => Exit::Failed,
         };
         exit.code()

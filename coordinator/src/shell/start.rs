@@ -10,6 +10,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The effective config, in the run folder.
 const RUN_TOML: &str = "run.toml";
+/// What says that a folder is a data set's, or is to become one.
+const OF_DATA: [&str; 2] = ["manifest.json", "plan.json"];
 
 /// What a run folder holds.
 pub(super) enum Run {
@@ -33,6 +35,9 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     logs::in_run(store.url());
     let state = RunState::from_records(&RunLog::read(store).await?);
     let written = check_config(config, store, &state).await?;
+    if written.is_none() {
+        refuse_data(store).await?;
+    }
     if let (None, Some(commit)) = (&written, state.last_commit().filter(|commit| commit.config_digest.to_string() != config.digest())) {
         return Err(RunError::OtherDigest { url: store.url().to_owned(), step: commit.step });
     }
@@ -101,6 +106,16 @@ async fn check_config(config: &RunConfig, store: &Store, state: &RunState) -> Re
     let keys = config.binding_differences(&there);
     let bound = !state.commits.is_empty() || !state.is_over();
     if keys.is_empty() || !bound { Ok(Some(text)) } else { Err(RunError::OtherConfig { url: store.url().to_owned(), keys }) }
+}
+
+/// Refuses a folder that a data set is in.
+async fn refuse_data(store: &Store) -> Result<(), RunError> {
+    for file in OF_DATA {
+        if store.head(file).await?.is_some() {
+            return Err(RunError::HoldsData { url: store.url().to_owned(), file });
+        }
+    }
+    Ok(())
 }
 
 /// Deletes what earlier terms left behind. It costs space only, so a failure is only told.

@@ -20,7 +20,7 @@ use tokio::sync::OnceCell;
 
 use crate::error::DataError;
 use crate::manifest::{LatentSpec, MANIFEST, Manifest, ShardEntry, at, read};
-use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, unit_key, write_report};
+use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, same_sources, unit_key, write_report};
 use crate::report::{Refusal, Report};
 use crate::settings::Settings;
 use crate::source::{Piece, Source};
@@ -300,11 +300,9 @@ impl Preparation {
             plan.ok_or(DataError::RecordMissing { file: at(&self.out, crate::plan::PLAN), hint })
         };
         let plan = self.plan.get_or_try_init(load).await?;
-        let names = |count: usize| format!("{count} sources");
-        if plan.sources.len() != self.sources.len() {
-            let (file, field) = (at(&self.out, crate::plan::PLAN), "sources".into());
-            return Err(DataError::Other { file, field, expected: names(self.sources.len()), found: names(plan.sources.len()) });
-        }
+        let given: Vec<String> = self.sources.iter().map(|source| source.file_name().to_owned()).collect();
+        let there: Vec<String> = plan.sources.iter().map(|source| source.name.clone()).collect();
+        same_sources(&given, &there, at(&self.out, crate::plan::PLAN))?;
         Ok(plan)
     }
 

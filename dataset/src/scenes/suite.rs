@@ -1,5 +1,6 @@
 //! Scenes as a benchmark: prompts to draw, and a table of questions in DPG-Bench's form to score the pictures by.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
@@ -126,7 +127,7 @@ impl Suite {
     /// Writes `dense/KEY.txt` and `short/KEY.txt`, a prompt each, `dense.csv` and `short.csv` with their questions, and [`SUITE`].
     ///
     /// # Errors
-    /// A setting is out of its range, or the system refused.
+    /// A setting is out of its range, a prompt is there that is not of this suite, or the system refused.
     pub fn write(&self, out: &Path) -> Result<(), ScenesError> {
         ScenesConfig {
             world: self.world().unwrap_or_default(),
@@ -139,6 +140,10 @@ impl Suite {
         for telling in Telling::ALL {
             let folder = out.join(telling.name());
             fs::create_dir_all(&folder).map_err(failed(&folder, "create this folder"))?;
+            self.refuse_stale(&folder)?;
+        }
+        for telling in Telling::ALL {
+            let folder = out.join(telling.name());
             let mut table = HEADER.to_owned();
             for (key, scene) in self.scenes() {
                 let (caption, file) = (telling.caption(&scene), folder.join(format!("{key}.txt")));
@@ -150,6 +155,21 @@ impl Suite {
         }
         let file = out.join(SUITE);
         fs::write(&file, serde_json::json!(self).to_string()).map_err(failed(&file, "write this file"))
+    }
+}
+
+impl Suite {
+    /// Prompts of another suite would silently be drawn with this one's, and scored by nobody.
+    fn refuse_stale(&self, folder: &Path) -> Result<(), ScenesError> {
+        let own: HashSet<String> = (0..self.count).map(|index| format!("{}.txt", self.key(index))).collect();
+        for entry in fs::read_dir(folder).map_err(failed(folder, "list this folder"))? {
+            let path = entry.map_err(failed(folder, "list this folder"))?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if name.ends_with(".txt") && !own.contains(name) {
+                return Err(ScenesError::Stale { path, files: format!("{} prompts", self.count) });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -183,6 +203,19 @@ mod tests {
                 assert_eq!(prompt, telling.caption(&scene));
             }
         }
+    }
+
+    #[test]
+    fn prompts_of_another_suite_are_refused_before_anything_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        Suite::new(World::Mini, 9, 3, 1..=4).write(dir.path()).unwrap();
+        let fewer = Suite::new(World::Mini, 9, 2, 1..=4);
+        let error = fewer.write(dir.path()).unwrap_err();
+        assert!(
+            matches!(&error, ScenesError::Stale { path, files } if files == "2 prompts" && path.ends_with("dense/scene-9-000000002.txt"))
+        );
+        assert_eq!(Suite::read(dir.path()).unwrap().count, 3);
+        Suite::new(World::Mini, 9, 4, 1..=4).write(dir.path()).unwrap();
     }
 
     #[test]

@@ -76,13 +76,13 @@ pub enum ScenesError {
         /// What was given.
         found: String,
     },
-    /// The folder holds a tar of another, larger set, which would be read as part of this one.
-    #[error("{}: is not part of these {tars} tars (another set's?); remove it, or choose another folder", path.display())]
+    /// The folder holds a file of another set, which would be read as part of this one.
+    #[error("{}: is not part of these {files} (another set's?); remove it, or choose another folder", path.display())]
     Stale {
         /// The file in the way.
         path: PathBuf,
-        /// How many tars there will be.
-        tars: u64,
+        /// What there will be, as in `2 tars`.
+        files: String,
     },
     /// The system refused: no such folder, no permission, a full disk.
     #[error("{}: cannot {action} ({source}); free space or choose another folder, then run the same command again", path.display())]
@@ -177,7 +177,7 @@ fn refuse_stale(out: &Path, tars: u64) -> Result<(), ScenesError> {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let number = name.strip_prefix("scenes-").and_then(|rest| rest.strip_suffix(".tar"));
         if number.is_some_and(|number| number.parse::<u64>().is_ok_and(|number| number >= tars)) {
-            return Err(ScenesError::Stale { path, tars });
+            return Err(ScenesError::Stale { path, files: format!("{tars} tars") });
         }
     }
     Ok(())
@@ -383,7 +383,7 @@ mod tests {
         write(out.path(), &config(), &mut |_| ()).unwrap();
         let before = digests(out.path());
         let error = write(out.path(), &ScenesConfig { count: 40, ..config() }, &mut |_| ()).unwrap_err();
-        assert!(matches!(&error, ScenesError::Stale { path, tars: 2 } if path.ends_with("scenes-00002.tar")), "{error}");
+        assert!(matches!(&error, ScenesError::Stale { path, files } if files == "2 tars" && path.ends_with("scenes-00002.tar")), "{error}");
         assert_eq!(before, digests(out.path()));
         // The same set again: the same names, the same bytes.
         write(out.path(), &config(), &mut |_| ()).unwrap();

@@ -289,7 +289,7 @@ mod tests {
 
     /// A store with empty files, listed as a cloud's would be.
     async fn store(keys: &[&str]) -> Store {
-        let store = Store::open("memory://").unwrap();
+        let store = Store::in_memory();
         for key in keys {
             store.put(key, (*key).to_owned().into()).await.unwrap();
         }

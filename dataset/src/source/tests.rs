@@ -7,7 +7,7 @@ use super::*;
 
 /// A source in a store whose failures are scripted, beside other files.
 async fn source(faults: &Faults, name: &str, bytes: &[u8], others: &[(&str, &[u8])]) -> Source {
-    let store = faults.inject(&Store::open("memory://").unwrap());
+    let store = faults.inject(&Store::in_memory());
     for (name, bytes) in others.iter().chain([&(name, bytes)]) {
         store.put(name, bytes.to_vec().into()).await.unwrap();
     }

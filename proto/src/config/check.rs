@@ -10,6 +10,17 @@ const MOST_THREADS: u64 = 1024;
 const MOST_TOKENS: u64 = 1 << 16;
 /// Most steps from noise to picture: as many as diffusion schedules have.
 const MOST_SAMPLER_STEPS: u64 = 1000;
+/// Most samples of a step; and of a lane, which one device takes at once. Products of sizes have room below them.
+const MOST_BATCH: u64 = 1 << 20;
+const MOST_LANE: u64 = 1 << 16;
+/// Most shards that 32 bits number.
+const MOST_SHARDS: u64 = u32::MAX as u64;
+/// Most steps: with as many samples in each, 64 bits count them.
+const MOST_STEPS: u64 = 1 << 40;
+/// Most of what a connector has: far more than any has.
+const MOST_BLOCKS: u64 = 1 << 10;
+const MOST_LATENTS: u64 = 1 << 12;
+const MOST_CHANNELS: u64 = 1 << 16;
 /// Least memory of a GPU that anything can be computed in: CUDA's own libraries take about as much.
 const LEAST_GPU_MEMORY: Bytes = Bytes(1 << 30);
 
@@ -54,6 +65,11 @@ impl Check<'_> {
     /// A config is kept in the run's folder, shown and logged: no secret may stand in it.
     fn places(&self) -> Result<(), ConfigError> {
         let RunConfig { run, data, .. } = self.config;
+        for (key, place) in [("run.output", &run.output), ("data.path", &data.path)] {
+            if place.is_empty() {
+                return Err(self.wrong(key, "\"\"", "it must be a path or a URL".to_owned()));
+            }
+        }
         for (key, place) in [("run.output", run.output.as_str()), ("data.path", &data.path)].into_iter().chain(self.config.models()) {
             let bare = bare(place);
             if bare != place {
@@ -65,25 +81,26 @@ impl Check<'_> {
 
     fn sizes(&self) -> Result<(), ConfigError> {
         let RunConfig { text, data, connector, train, checkpoint, workers, .. } = self.config;
-        let any = 1..=u64::MAX;
+        let any = u64::MAX;
         self.within("text.max_tokens", text.max_tokens as u64, 1..=MOST_TOKENS)?;
         self.within("workers.threads", workers.threads as u64, 1..=MOST_THREADS)?;
-        for (key, found) in [
-            ("data.window", data.window as u64),
-            ("data.memory_bytes", data.memory_bytes),
-            ("connector.layers", connector.layers as u64),
-            ("connector.heads", connector.heads as u64),
-            ("connector.latents", connector.latents as u64),
-            ("train.steps", train.steps),
-            ("train.global_batch", train.global_batch as u64),
-            ("train.micro_batch", train.micro_batch as u64),
-            ("train.eval_samples", train.eval_samples as u64),
-            ("checkpoint.every", checkpoint.every.unwrap_or(1)),
-            ("checkpoint.keep", checkpoint.keep as u64),
-            ("workers.count", workers.count as u64),
-            ("workers.min", workers.min as u64),
+        for (key, found, most) in [
+            ("data.window", data.window as u64, MOST_SHARDS),
+            ("data.memory_bytes", data.memory_bytes, any),
+            ("connector.width", connector.width.unwrap_or(1) as u64, MOST_CHANNELS),
+            ("connector.layers", connector.layers as u64, MOST_BLOCKS),
+            ("connector.heads", connector.heads as u64, MOST_BLOCKS),
+            ("connector.latents", connector.latents as u64, MOST_LATENTS),
+            ("train.steps", train.steps, MOST_STEPS),
+            ("train.global_batch", train.global_batch as u64, MOST_BATCH),
+            ("train.micro_batch", train.micro_batch as u64, MOST_LANE),
+            ("train.eval_samples", train.eval_samples as u64, MOST_BATCH),
+            ("checkpoint.every", checkpoint.every.unwrap_or(1), any),
+            ("checkpoint.keep", checkpoint.keep as u64, any),
+            ("workers.count", workers.count as u64, any),
+            ("workers.min", workers.min as u64, any),
         ] {
-            self.within(key, found, any.clone())?;
+            self.within(key, found, 1..=most)?;
         }
         for (key, found) in [
             ("checkpoint.max_lost_work", checkpoint.max_lost_work.unwrap_or(Millis(1))),

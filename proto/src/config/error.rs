@@ -21,6 +21,12 @@ pub enum ConfigError {
         /// The parser's words, with line and column.
         message: String,
     },
+    /// A job's config where a run's is expected.
+    #[error("{origin}: this is a job's config, for `ella-coordinator {origin}` and workers with --coordinator; expected a run's")]
+    OfJob {
+        /// The file.
+        origin: String,
+    },
     /// No key of this name exists.
     #[error("{origin}: unknown key `{key}`{}", nearest.as_ref().map(|n| format!("; did you mean `{n}`?")).unwrap_or_default())]
     UnknownKey {

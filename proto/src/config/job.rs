@@ -28,13 +28,16 @@ impl Config {
 
     /// Parses TOML text. `origin` names it in errors.
     pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self, ConfigError> {
-        // What is no TOML is refused by either.
-        let is_job = text.parse::<toml::Table>().is_ok_and(|table| table.contains_key("job"));
-        if is_job {
+        if is_job(text) {
             return JobConfig::parse(text, origin, overrides).map(|job| Self::Job(Box::new(job)));
         }
         RunConfig::parse(text, origin, overrides).map(|run| Self::Run(Box::new(run)))
     }
+}
+
+/// Whether it is a job's text. What is no TOML is refused by whoever reads it.
+pub(super) fn is_job(text: &str) -> bool {
+    text.parse::<toml::Table>().is_ok_and(|table| table.contains_key("job"))
 }
 
 /// The kinds of job.
@@ -251,6 +254,10 @@ mod tests {
         assert_ne!(config.digest(), parse(SMALL, &[]).unwrap().digest());
         let run = "[run]\noutput = \"o\"\n[base]\nmodel = \"m\"\n[text]\nmodel = \"t\"\n[data]\npath = \"d\"\n";
         assert!(matches!(Config::parse(run, "run.toml", &[]).unwrap(), Config::Run(_)));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "[embed]\ntext = \"t\"\n[job]\nkind = \"embed\"\ndata = \"d\"\n").unwrap();
+        let error = RunConfig::load(file.path(), &[]).unwrap_err().to_string();
+        assert!(error.contains("this is a job's config, for `ella-coordinator "), "{error}");
         assert!(matches!(Config::parse("[job", "x", &[]), Err(ConfigError::Syntax { .. })));
     }
 

@@ -53,7 +53,9 @@ pub(super) fn check_below(table: &toml::Table, known: &toml::Table, origin: &str
     for (key, value) in table {
         let full = format!("{above}{key}");
         let Some(expected) = known.get(key) else {
-            let nearest = nearest(key, known.keys()).map(|n| format!("{above}{n}"));
+            let below = below(key, known, above);
+            let nearest =
+                if below.is_empty() { nearest(key, known.keys()).map(|n| format!("{above}{n}")) } else { Some(below.join("` or `")) };
             return Err(ConfigError::UnknownKey { origin: origin.to_owned(), key: full, nearest });
         };
         if let (toml::Value::Table(inner), toml::Value::Table(expected)) = (value, expected)
@@ -63,6 +65,17 @@ pub(super) fn check_below(table: &toml::Table, known: &toml::Table, origin: &str
         }
     }
     Ok(())
+}
+
+/// The known keys below `above` that end like this one: it lacks its section.
+fn below(key: &str, known: &toml::Table, above: &str) -> Vec<String> {
+    let inner = known.iter().filter_map(|(name, value)| Some((name, value.as_table()?)));
+    let ends = inner.flat_map(|(name, table)| {
+        let above = format!("{above}{name}.");
+        let own = table.contains_key(key).then(|| format!("{above}{key}"));
+        own.into_iter().chain(below(key, table, &above)).collect::<Vec<_>>()
+    });
+    ends.collect()
 }
 
 /// The known key within a third of the word's length in edits, or two (letters that changed places), if any.
@@ -95,6 +108,11 @@ pub(super) fn set(table: &mut toml::Table, item: &str) -> Result<(), ConfigError
         .ok()
         .and_then(|mut t| t.remove("v"))
         .unwrap_or_else(|| toml::Value::String(text.to_owned()));
+    // What is not TOML only because no number is so large was not meant as a string.
+    let digits = text.trim().trim_start_matches(['+', '-']);
+    if value.is_str() && !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(syntax(&format!("the number is out of range (expected {} to {})", i64::MIN, i64::MAX)));
+    }
     let mut parts: Vec<&str> = path.split('.').map(str::trim).collect();
     let last = parts.pop().filter(|p| !p.is_empty()).ok_or_else(|| syntax("expected section.key=value"))?;
     let mut at = table;

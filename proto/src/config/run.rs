@@ -70,7 +70,8 @@ impl RunConfig {
 
     /// Reads a config file and applies overrides of the form `section.key=value`.
     pub fn load(path: &std::path::Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        Self::parse(&text_of(path)?, &path.display().to_string(), overrides)
+        let (text, origin) = (text_of(path)?, path.display().to_string());
+        if super::job::is_job(&text) { Err(ConfigError::OfJob { origin }) } else { Self::parse(&text, &origin, overrides) }
     }
 
     /// Parses TOML text. `origin` names it in errors.

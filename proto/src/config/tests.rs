@@ -60,6 +60,9 @@ fn unknown_keys_are_refused_with_the_nearest() {
     );
     assert_eq!(text(parse("", &["worker.count=3"]).unwrap_err()), "--set worker.count=3: unknown key `worker`; did you mean `workers`?");
     assert_eq!(text(parse("", &["data.cahce_bytes=1"]).unwrap_err()).rsplit('`').nth(1), Some("data.cache_bytes"));
+    assert_eq!(text(parse("", &["lr=1"]).unwrap_err()).rsplit('`').nth(1), Some("train.optimizer.lr"));
+    let steps = text(parse("", &["steps=5"]).unwrap_err());
+    assert_eq!(steps, "--set steps=5: unknown key `steps`; did you mean `sample.steps` or `train.steps`?");
     assert_eq!(text(parse("[zzzzzzzzz]", &[]).unwrap_err()), "run.toml: unknown key `zzzzzzzzz`");
     assert_eq!(text(parse("[trian]", &[]).unwrap_err()), "run.toml: unknown key `trian`; did you mean `train`?");
 }
@@ -77,6 +80,16 @@ fn values_out_of_range_name_key_rule_and_value() {
         ("[train.optimizer]\nbetas = [0.9, 1.0]", "train.optimizer.betas"),
         ("[train.optimizer]\neps = 0.0", "train.optimizer.eps"),
         ("[workers]\ncount = 9", "workers.count"),
+        ("[connector]\nlatents = 9223372036854775807", "connector.latents"),
+        ("[connector]\nlayers = 9223372036854775807", "connector.layers"),
+        ("[connector]\nheads = 9223372036854775807", "connector.heads"),
+        ("[connector]\nwidth = 9223372036854775807", "connector.width"),
+        ("[connector]\nwidth = 0", "connector.width"),
+        ("window = 4294967297", "data.window"),
+        ("[train]\nglobal_batch = 4294967296", "train.global_batch"),
+        ("[train]\nglobal_batch = 4294967296\nmicro_batch = 4294967296", "train.global_batch"),
+        ("[train]\nmicro_batch = 4294967296", "train.micro_batch"),
+        ("[train]\nsteps = 9223372036854775807", "train.steps"),
         ("[workers]\nmin = 0", "workers.min"),
         ("[workers]\ncount = 2\nmin = 3", "workers.min"),
         ("[workers]\ncount = 2\nmax = 1", "workers.max"),
@@ -116,7 +129,11 @@ fn values_out_of_range_name_key_rule_and_value() {
     let error = parse("", &["text.max_tokens=100000"]).unwrap_err().to_string();
     assert_eq!(error, "run.toml with --set: `text.max_tokens` is 100000, but it must lie from 1 to 65536");
     let error = parse("", &["train.steps=0"]).unwrap_err().to_string();
-    assert_eq!(error, "run.toml with --set: `train.steps` is 0, but it must be 1 or more");
+    assert_eq!(error, "run.toml with --set: `train.steps` is 0, but it must lie from 1 to 1099511627776");
+    let error = parse("", &["train.steps=99999999999999999999"]).unwrap_err().to_string();
+    assert!(error.starts_with("--set train.steps=99999999999999999999: the number is out of range"), "{error}");
+    let error = parse("", &["run.output="]).unwrap_err().to_string();
+    assert_eq!(error, "run.toml with --set: `run.output` is \"\", but it must be a path or a URL");
     let error = parse("", &["workers.lease=0s"]).unwrap_err().to_string();
     assert_eq!(error, "run.toml with --set: `workers.lease` is \"0ms\", but it must be 1ms or more");
     let error = parse("", &["workers.gpu_memory=lots"]).unwrap_err().to_string();

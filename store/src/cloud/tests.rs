@@ -34,7 +34,7 @@ fn store_at(endpoint: &str) -> Store {
         first_pause: Duration::from_millis(1),
         ..Limits::default()
     };
-    Store::open("memory://").unwrap().rebuilt(client, limits)
+    Store::in_memory().rebuilt(client, limits)
 }
 
 fn bytes() -> Bytes {
@@ -227,14 +227,14 @@ async fn a_body_that_came_too_slowly_for_s3_is_sent_again() {
 
 fn classify_reply(body: &str) -> StoreError {
     let text = format!("Server returned non-2xx status code: 400 Bad Request: {body}");
-    Store::open("memory://").unwrap().place(Operation::Put, "a").error(object_store::Error::Generic { store: "S3", source: text.into() })
+    Store::in_memory().place(Operation::Put, "a").error(object_store::Error::Generic { store: "S3", source: text.into() })
 }
 
 #[tokio::test]
 async fn an_endpoint_without_encryption_needs_a_word() {
     let server = Server::start([], Manners::GOOD).await;
     let builder = AmazonS3Builder::new().with_endpoint(&server.url).with_access_key_id("id").with_secret_access_key("hunter2");
-    let store = Store::open("memory://").unwrap().rebuilt(s3(builder, "bucket").unwrap(), Limits::default());
+    let store = Store::in_memory().rebuilt(s3(builder, "bucket").unwrap(), Limits::default());
     let error = store.get("a").await.unwrap_err();
     assert!(matches!(error, StoreError::BadUrl { .. }) && error.to_string().contains("set AWS_ALLOW_HTTP=true"), "{error}");
     assert_eq!((store.retries(), server.requests().len()), (0, 0));
@@ -249,7 +249,7 @@ async fn an_instance_role_gives_credentials() {
     let given = format!(r#"{{"AccessKeyId":"id","SecretAccessKey":"hunter2","Token":"t","Expiration":"{expiry}"}}"#);
     server.keep("/latest/meta-data/iam/security-credentials/worker", given.as_bytes());
     let builder = AmazonS3Builder::new().with_endpoint(&server.url).with_allow_http(true).with_metadata_endpoint(&server.url);
-    let store = Store::open("memory://").unwrap().rebuilt(s3(builder, "bucket").unwrap(), Limits::default());
+    let store = Store::in_memory().rebuilt(s3(builder, "bucket").unwrap(), Limits::default());
     store.put("a", bytes()).await.unwrap();
     assert_eq!(server.requests()[0], "PUT /latest/api/token");
     assert_eq!(server.requests().last().unwrap(), "PUT /bucket/a");

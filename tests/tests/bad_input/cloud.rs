@@ -66,7 +66,7 @@ fn a_url_that_names_no_store_is_bad_usage() -> Result<()> {
     ella_refused(&train("ftp://host/run"), USAGE, &["ftp://host/run", "unknown scheme ftp"])?;
     ella_refused(&train("s3://"), USAGE, &["s3://", "bucket"])?;
     ella_refused(&train("s3://bucket/run?token=hunter2"), USAGE, &["s3://bucket/run", "environment"])?;
-    ella_refused(&train(""), USAGE, &["no path or URL given"])?;
+    ella_refused(&train(""), USAGE, &["`run.output`", "it must be a path or a URL"])?;
     for below in ["", "/run"] {
         let output = format!("{}{below}", shared.path("data/manifest.json"));
         ella_refused(&train(&output), USAGE, &["data/manifest.json", "file", "expected a folder"])?;

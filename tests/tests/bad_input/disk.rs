@@ -140,7 +140,7 @@ fn a_read_only_disk_is_a_refusal() -> Result<()> {
         Do::Ella(&["prepare", &shared.path("scenes"), "--out", &data, "--resolution", "64"]),
     ];
     let Some(ran) = on_disk(&disk, "1m", &steps)? else { return Ok(()) };
-    refused(ran[0].clone(), FAILED, &["read-only/run/", "refused", "Read-only file system", "permissions"]);
+    refused(ran[0].clone(), PERMANENT, &["read-only/run/", "refused", "Read-only file system", "permissions"]);
     refused(ran[1].clone(), PERMANENT, &["read-only/data/", "refused", "Read-only file system", "permissions"]);
     Ok(())
 }

@@ -134,21 +134,11 @@ impl Drawer {
     /// # Errors
     /// [`ModelError::NotFinite`], or libtorch's.
     pub fn finish(&self, vae: &Vae, drawing: &Drawing) -> Result<Vec<Picture>, ModelError> {
-        let images = decoded(vae, drawing)?;
-        if !is_finite(&images)? {
+        let latents = vae.unscale(&drawing.latents)?;
+        // `[b, 3, H, W]`, in −1…1 but for what the VAE makes beyond.
+        let images = tch::no_grad(|| vae.decode_each(&latents))?;
+        if images.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
             return Err(ModelError::NotFinite);
-        }
-        pictures(&images.f_clamp(-1.0, 1.0)?)
-    }
-
-    /// The same for who goes on whatever was drawn, and only says so.
-    ///
-    /// # Errors
-    /// libtorch's.
-    pub fn finish_anyhow(&self, vae: &Vae, drawing: &Drawing) -> Result<Vec<Picture>, ModelError> {
-        let images = decoded(vae, drawing)?;
-        if !is_finite(&images)? {
-            tracing::warn!("{}", ModelError::NotFinite);
         }
         pictures(&images.f_clamp(-1.0, 1.0)?)
     }
@@ -193,13 +183,4 @@ impl Drawer {
         let ids = Tensor::f_from_slice(&[height, width, 0.0, 0.0, height, width])?;
         Ok(ids.f_to_device(self.device)?.f_unsqueeze(0)?.f_expand([b, 6], false)?)
     }
-}
-/// Pictures `[b, 3, H, W]`, in −1…1 but for what the VAE makes beyond.
-fn decoded(vae: &Vae, drawing: &Drawing) -> Result<Tensor, ModelError> {
-    let latents = vae.unscale(&drawing.latents)?;
-    tch::no_grad(|| vae.decode_each(&latents))
-}
-
-fn is_finite(images: &Tensor) -> Result<bool, ModelError> {
-    Ok(images.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }

@@ -77,19 +77,20 @@ enum Pictures {
     Rgb(Tensor),
 }
 
+/// What a run's order depends on besides its data set.
+pub fn order_config(config: &RunConfig) -> OrderConfig {
+    // The config's own rules keep all three within 32 bits.
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let (train, window) = (&config.train, number(config.data.window));
+    OrderConfig { seed: config.run.seed, lanes: number(train.lanes()), micro_batch: number(train.micro_batch), window }
+}
+
 impl Sources {
     /// Fixes the order, and checks that the data set suits the networks.
     pub fn new(parts: Parts) -> Result<Self, FeedError> {
         check_suited(&parts)?;
         let manifest = parts.data.manifest();
-        let train = &parts.config.train;
-        let config = OrderConfig {
-            seed: parts.config.run.seed,
-            lanes: train.lanes() as u32,
-            micro_batch: train.micro_batch as u32,
-            window: parts.config.data.window as u32,
-        };
-        let order = Arc::new(BucketOrder::new(config, &manifest.order_shards())?);
+        let order = Arc::new(BucketOrder::new(order_config(&parts.config), &manifest.order_shards())?);
         let identity = Identity { data: parts.captions.identity(&parts.data), models: parts.models_digest.clone() };
         // All models are loaded by now.
         let side = Side::new(parts.device)?;

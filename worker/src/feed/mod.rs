@@ -15,7 +15,7 @@ mod features;
 mod side;
 mod staging;
 
-pub use assemble::{Parts, Sources};
+pub use assemble::{Parts, Sources, order_config};
 pub use cache::cache;
 pub use captions::Captions;
 pub use encoding::Encoding;

@@ -300,7 +300,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_folder_is_begun_once_and_gone_on_with_by_the_same_settings() {
-        let (out, record) = (Store::open("memory://").unwrap(), record().await);
+        let (out, record) = (Store::in_memory(), record().await);
         assert_eq!(Record::read(&out).await.unwrap(), None);
         record.begin(&out).await.unwrap();
         assert_eq!(Record::read(&out).await.unwrap(), Some(record.clone()));
@@ -334,7 +334,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_worker_with_another_device_leaves_the_work_to_others() {
-        let (out, record) = (Store::open("memory://").unwrap(), record().await);
+        let (out, record) = (Store::in_memory(), record().await);
         record.begin(&out).await.unwrap();
         out.put("a.png", b"x"[..].into()).await.unwrap();
         let mut other = record.clone();
@@ -345,7 +345,7 @@ mod tests {
 
     #[tokio::test]
     async fn pictures_of_others_and_files_that_are_no_record_are_left_alone() {
-        let (out, record) = (Store::open("memory://").unwrap(), record().await);
+        let (out, record) = (Store::in_memory(), record().await);
         out.put("holiday.png", b"x"[..].into()).await.unwrap();
         let error = record.begin(&out).await.unwrap_err().to_string();
         assert!(error.contains("generate.json: is not there, and pictures are"), "{error}");

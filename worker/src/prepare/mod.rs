@@ -167,6 +167,9 @@ fn bound_heaps() {
 /// Reads a list of keys from a path or URL.
 async fn key_list(location: Option<&str>) -> Result<Option<Arc<KeyList>>, PrepareError> {
     let Some(location) = location else { return Ok(None) };
+    if Path::new(location).is_dir() {
+        return Err(PrepareError::KeyList { file: location.to_owned(), what: "it is a folder".to_owned() });
+    }
     let (folder, key) = location.rsplit_once('/').unwrap_or((".", location));
     let store = Store::open(if folder.is_empty() { "/" } else { folder }).map_err(DataError::from)?;
     let bytes = store.get(key).await.map_err(DataError::from)?;

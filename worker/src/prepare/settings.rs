@@ -8,6 +8,8 @@ use super::PrepareError;
 
 /// The largest shards.
 const MOST_SHARD_MIB: u64 = 4096;
+/// Most threads: more than any machine has, and fewer than a system refuses to start.
+const MOST_THREADS: usize = 1024;
 
 /// Which part of a picture is kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -126,7 +128,7 @@ pub struct PrepareSettings {
     /// What becomes of pictures that are there twice
     #[arg(long, value_enum, default_value_t)]
     pub duplicates: Twice,
-    /// Bits of 64 in which the perceptual hashes of pictures that look alike may differ
+    /// How many of 64 bits may differ between the perceptual hashes of pictures that look alike: 0 to 12
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub near_bits: u32,
     /// How pictures are stored
@@ -207,10 +209,31 @@ impl PrepareSettings {
         if !(1..=MOST_SHARD_MIB).contains(&self.shard_mib) {
             return Err(PrepareError::Usage(format!("--shard-mib must be 1 to {MOST_SHARD_MIB} (found {})", self.shard_mib)));
         }
+        if self.threads > MOST_THREADS {
+            return Err(PrepareError::Usage(format!("--threads must be at most {MOST_THREADS} (found {})", self.threads)));
+        }
         if self.format == Format::None && self.latents.is_none() {
             return Err(PrepareError::Usage("--format none stores no pictures: give --latents, or another format".into()));
         }
         Ok(self.settings()?.check()?)
+    }
+
+    /// Refuses an option that was given and would change nothing. A data set's own settings may have such.
+    ///
+    /// # Errors
+    /// Which, and what it goes with.
+    pub fn check_used(&self) -> Result<(), PrepareError> {
+        let usual = Self::default();
+        let steps = self.buckets.as_ref().is_some_and(|buckets| buckets != "sdxl");
+        let unused = [
+            (self.bucket_aspect != usual.bucket_aspect && !steps, "--bucket-aspect goes with --buckets STEP"),
+            (self.seed != usual.seed && self.crop != CropAt::Random, "--seed goes with --crop random: nothing else is drawn"),
+            (self.near_bits != usual.near_bits && self.duplicates != Twice::Near, "--near-bits goes with --duplicates near"),
+        ];
+        match unused.into_iter().find(|(is_unused, _)| *is_unused) {
+            Some((_, why)) => Err(PrepareError::Usage(why.to_owned())),
+            None => Ok(()),
+        }
     }
 
     /// What the options say, without what is read from files.
@@ -308,9 +331,19 @@ mod tests {
         };
         assert!(error(|s| s.buckets = Some("many".into())).to_string().contains("--buckets"));
         assert!(error(|s| s.shard_mib = 0).to_string().contains("--shard-mib must be 1 to 4096 (found 0)"));
+        assert!(error(|s| s.threads = 100_000).to_string().contains("--threads must be at most 1024 (found 100000)"));
         assert!(error(|s| s.format = Format::None).to_string().contains("--format none"));
         assert!(error(|s| s.min_caption_tokens = Some(3)).to_string().contains("--tokenizer"));
         assert!(error(|s| s.conditions.push("a".into())).is_usage());
+        let unused = |change: fn(&mut PrepareSettings)| {
+            let mut settings = PrepareSettings::default();
+            change(&mut settings);
+            settings.check_used().map_err(|error| error.to_string())
+        };
+        assert!(unused(|s| s.seed = 3).unwrap_err().contains("--crop random"));
+        assert!(unused(|s| (s.bucket_aspect, s.buckets) = (3.0, Some("sdxl".into()))).unwrap_err().contains("--buckets STEP"));
+        assert!(unused(|s| s.near_bits = 4).unwrap_err().contains("--duplicates near"));
+        assert!(unused(|s| (s.seed, s.crop, s.bucket_aspect, s.buckets) = (3, CropAt::Random, 3.0, Some("8".into()))).is_ok());
         assert!(error(|s| s.captions.push("a:b".into())).is_usage());
     }
 }

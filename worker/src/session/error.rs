@@ -156,6 +156,11 @@ impl WorkError {
         }
     }
 
+    /// Whether what was typed is at fault: an address that this worker cannot listen on, as for a coordinator.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Collective(CollectiveError::Bind { .. }))
+    }
+
     /// Whether starting again would fail in the same way.
     pub fn is_permanent(&self) -> bool {
         self.failure().1

@@ -19,7 +19,7 @@ use ella_model::unet::UNet;
 use ella_model::vae::Vae;
 use ella_proto::config::{LONGEST_SIDE, RunConfig};
 use ella_proto::samples::{self, Image, Index};
-use ella_proto::v1::{Activity, Progress, from_worker};
+use ella_proto::v1::Activity;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -158,7 +158,7 @@ impl Studio {
             sheet.drawing = Some((number, drawing));
             return Ok(None);
         }
-        let picture = self.drawer.finish_anyhow(&self.vae, &drawing)?.pop();
+        let picture = self.drawer.finish(&self.vae, &drawing)?.pop();
         sheet.left.pop_front();
         let (step, last) = (sheet.step, sheet.left.is_empty());
         let png = picture.map(|picture| picture.png(&self.parameters(step, number))).transpose();
@@ -209,11 +209,7 @@ fn script(config: &RunConfig, device: Device) -> Result<Script, ModelError> {
 impl Trainer {
     /// Tells what became of the last pictures: no step comes that would.
     pub(crate) fn tell_pictures(&self) {
-        let read = self.committer.pictures();
-        if !read.is_empty() {
-            let told = Progress { step: self.state.step, read, ..Progress::default() };
-            self.outbox.send(self.seat.era, from_worker::Body::Progress(told));
-        }
+        self.committer.tell_pictures(&self.outbox, self.seat.era, self.state.step);
     }
 
     /// Whether this rank is to draw after a step.

@@ -128,6 +128,22 @@ fn what_all_ranks_read_is_counted_and_told_with_rank_0s_next_step() {
     assert_eq!(run.count("cache_hits"), 7);
 }
 
+/// Pictures of the last step are drawn after it, and before its commit: no later step tells of them.
+#[test]
+fn what_ranks_tell_after_the_last_step_is_written_down_with_it() {
+    let mut run = Run::training(vec![]);
+    let read = |of: v1::Progress, pictures| v1::Progress { read: [("pictures_saved".to_owned(), pictures)].into(), ..of };
+    let drew = |pictures| from_worker::Body::Progress(read(v1::Progress { step: 10, ..v1::Progress::default() }, pictures));
+    assert_eq!(run.say(1, from_worker::Body::Progress(progress(10, 4))), vec![]);
+    assert_eq!((run.say(1, drew(2)), run.say(2, drew(1))), (vec![], vec![]));
+    run.report_commit(10);
+    let effects = run.event(Event::Appended(Body::Commit(commit_at(10, TERM))));
+    assert_eq!(effects.first(), Some(&Effect::Metric(read(progress(10, 4), 3))));
+    let mut left = Run::training(vec![]);
+    left.say(1, from_worker::Body::Progress(progress(10, 4)));
+    assert!(left.event(Event::Leave("now".into())).contains(&Effect::Metric(progress(10, 4))));
+}
+
 /// The newest step may be lost with the rank that told of it.
 #[test]
 fn the_count_goes_back_to_where_a_generation_begins() {

@@ -143,7 +143,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_index_is_shown_as_far_as_it_makes_sense() {
-        let store = Store::open("memory://").unwrap();
+        let store = Store::in_memory();
         let text =
             r#"{"step":400,"images":[{"file":"000.png","prompt":"<b>","seed":7},{"file":"../../run.toml","prompt":"x"},{"file":"1.png"}]}"#;
         store.put("samples/000000000400/index.json", text.into()).await.unwrap();

@@ -126,8 +126,8 @@ fn parent(store: &Store) -> Option<Store> {
         Some(path) => path.parent()?.to_str()?.to_owned(),
         None => store.url().trim_end_matches('/').rsplit_once('/').map(|(parent, _)| parent.to_owned())?,
     };
-    // Of a bucket's own URL nothing is left but the scheme; a store in memory has nothing beside it.
-    if url.ends_with('/') || url.ends_with(':') || store.url().starts_with("memory:") {
+    // Of a bucket's own URL nothing is left but the scheme.
+    if url.ends_with('/') || url.ends_with(':') {
         return None;
     }
     Store::open(&url).ok()
@@ -384,7 +384,7 @@ mod tests {
     /// Runs of these names, in a store that fails as the script says.
     async fn beside_own(names: &[&str]) -> (Siblings, faulty::Faults) {
         let faults = faulty::Faults::new();
-        let runs = faults.inject(&Store::open("memory://").unwrap());
+        let runs = faults.inject(&Store::in_memory());
         for name in names {
             runs.put(&format!("{name}/run.toml"), "[train]\nsteps = 9\n".into()).await.unwrap();
         }
@@ -420,7 +420,7 @@ mod tests {
 
     #[tokio::test]
     async fn of_a_large_file_the_last_line_is_found() {
-        let store = Store::open("memory://").unwrap();
+        let store = Store::in_memory();
         let line = |step: u64| format!("{{\"at_unix_ms\":7,\"step\":{step},\"samples\":4,\"loss\":0.5}}\n");
         let many: String = (1..=3_000).map(line).collect();
         assert!(many.len() as u64 > 2 * TAIL);
@@ -466,8 +466,9 @@ mod tests {
         assert!(["mine", "a b", "<script>", "x..y"].iter().all(|name| is_name(name)));
         assert!(["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a\nb"].iter().all(|name| !is_name(name)));
         assert_eq!(["s3://b/runs/a", "/x/y/", "memory:///", "a"].map(name_of), ["a", "y", "memory:", "a"]);
-        let parent = |url: &str| parent(&Store::open(url).unwrap()).map(|store| store.url().to_owned());
-        assert_eq!((parent("/tmp/runs/a").as_deref(), parent("memory://")), (Some("/tmp/runs"), None));
+        let parent = |store: Store| parent(&store).map(|store| store.url().to_owned());
+        let local = Store::open("/tmp/runs/a").unwrap();
+        assert_eq!((parent(local).as_deref(), parent(Store::in_memory())), (Some("/tmp/runs"), None));
     }
 
     #[tokio::test]
