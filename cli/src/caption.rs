@@ -42,7 +42,7 @@ impl Caption {
         let settings = self.settings()?;
         let config = JobConfig::new(JobTable::new(JobKind::Caption, self.data.clone()), &settings)?;
         if self.who.is_elsewhere() {
-            return Ok(self.who.run(&config, Device::Cpu)?.code);
+            return Ok(self.who.conclude(&self.who.run(&config, Device::Cpu)?, &config, out));
         }
         let runtime = crate::runtime()?;
         let estimate = runtime.block_on(self.reckon(&settings))?;
@@ -55,23 +55,24 @@ impl Caption {
             None => note("every picture has its caption already"),
         }
         let ran = self.who.run(&config, Device::Cpu)?;
-        if ran.code == DONE {
-            let results = ran.status.and_then(|status| status.job).map(|job| job.results).unwrap_or_default();
-            let (counts, report, stats) = runtime.block_on(self.made())?;
-            let told = json!({
-                "data": self.data, "column": self.column, "counts": counts, "report": report, "results": results, "captions": stats,
-            });
-            out.result(&told, || {
-                let line = |(name, count): (&String, &u64)| format!("{count:>10}  {name}\n");
-                let retried = results.iter().filter(|(name, _)| name.starts_with("retried."));
-                let mut text: String = counts.iter().chain(retried).map(line).collect();
-                if counts.keys().any(|name| name.starts_with("refused.")) {
-                    text += &format!("every refused key with its reason: {report}\n");
-                }
-                format!("{text}\n{stats}\ncolumn: {}, for ella embed --caption {0} and data.captions", self.column)
-            });
+        if ran.code != DONE {
+            return Ok(self.who.conclude(&ran, &config, out));
         }
-        Ok(ran.code)
+        let results = ran.status.and_then(|status| status.job).map(|job| job.results).unwrap_or_default();
+        let (counts, report, stats) = runtime.block_on(self.made())?;
+        let told = json!({
+            "data": self.data, "column": self.column, "counts": counts, "report": report, "results": results, "captions": stats,
+        });
+        out.result(&told, || {
+            let line = |(name, count): (&String, &u64)| format!("{count:>10}  {name}\n");
+            let retried = results.iter().filter(|(name, _)| name.starts_with("retried."));
+            let mut text: String = counts.iter().chain(retried).map(line).collect();
+            if counts.keys().any(|name| name.starts_with("refused.")) {
+                text += &format!("every refused key with its reason: {report}\n");
+            }
+            format!("{text}\n{stats}\ncolumn: {}, for ella embed --caption {0} and data.captions", self.column)
+        });
+        Ok(DONE)
     }
 
     fn settings(&self) -> Result<CaptionSettings, Fail> {

@@ -6,6 +6,7 @@ use clap::Args;
 use ella_coordinator::client;
 use ella_coordinator::status::{StatusReport, WorkerReport};
 use ella_proto::access::Access;
+use ella_proto::config::MOST_SECONDS;
 use ella_store::Store;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
@@ -27,7 +28,7 @@ pub(crate) struct Drain {
     #[command(flatten)]
     asked: Asked,
     /// How long it may take to leave: it computes its step first
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(..=MOST_SECONDS))]
     timeout: u64,
 }
 

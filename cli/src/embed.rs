@@ -141,8 +141,14 @@ impl Embed {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let mut settings = self.settings();
         if self.who.is_elsewhere() {
+            if self.out.is_some() {
+                return Err(Fail::usage(
+                    "--out: with --write-job and --coordinator no data set is made of .txt files; leave these off and give --workers N, which \
+                     makes it and lets others join",
+                ));
+            }
             let config = JobConfig::new(JobTable::new(JobKind::Embed, self.data.clone()), &settings)?;
-            return Ok(self.who.run(&config, self.device.into())?.code);
+            return Ok(self.who.conclude(&self.who.run(&config, self.device.into())?, &config, out));
         }
         let runtime = crate::runtime()?;
         let (url, captions) = runtime.block_on(self.data_set())?;
@@ -156,15 +162,16 @@ impl Embed {
         let spec = settings.spec(&model)?;
         let config = JobConfig::new(JobTable::new(JobKind::Embed, url.clone()), &settings)?;
         let ran = self.who.run(&config, self.device.into())?;
-        let results = ran.status.and_then(|status| status.job).map(|job| job.results).unwrap_or_default();
-        if ran.code == DONE {
-            let captions_there = runtime.block_on(DataSet::open(&url))?.manifest().samples;
-            let seconds = begin.elapsed().as_secs_f64();
-            let done = Embedded { captions: captions_there, results, max_tokens: self.max_tokens.into(), seconds };
-            let fingerprint = spec.fingerprint().to_string();
-            out.result(&done.json(&url, &fingerprint, captions.as_ref()), || done.text(&url, &fingerprint));
+        if ran.code != DONE {
+            return Ok(self.who.conclude(&ran, &config, out));
         }
-        Ok(ran.code)
+        let results = ran.status.and_then(|status| status.job).map(|job| job.results).unwrap_or_default();
+        let captions_there = runtime.block_on(DataSet::open(&url))?.manifest().samples;
+        let seconds = begin.elapsed().as_secs_f64();
+        let done = Embedded { captions: captions_there, results, max_tokens: self.max_tokens.into(), seconds };
+        let fingerprint = spec.fingerprint().to_string();
+        out.result(&done.json(&url, &fingerprint, captions.as_ref()), || done.text(&url, &fingerprint));
+        Ok(DONE)
     }
 
     fn settings(&self) -> EmbedSettings {

@@ -12,18 +12,20 @@ use ella_coordinator::credentials::Credentials;
 use ella_coordinator::shell::{AccessControl, Coordinator, Options};
 use ella_coordinator::status::{JobReport, StatusReport};
 use ella_proto::access::Access;
-use ella_proto::config::{Device, JobConfig};
+use ella_proto::config::{Device, JobConfig, JobTable};
 use ella_proto::stops::Stops;
 use ella_proto::v1::RunStatus;
 use ella_worker::job::{JobEnd, kinds, run_leased, run_local};
 use ella_worker::train::Ending;
+use serde_json::json;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::children::{Children, Logs, binary};
 use crate::gpus::Gpus;
-use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, PREEMPTED, USAGE, note, span};
+use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, Out, PREEMPTED, USAGE, note, shell, span};
+use crate::whole;
 
 /// How often the coordinator is asked for the status.
 const POLL: Duration = Duration::from_millis(250);
@@ -90,8 +92,7 @@ impl Who {
     pub(crate) fn run(&self, config: &JobConfig, device: Device) -> Result<Ran, Fail> {
         let runtime = crate::runtime()?;
         if let Some(file) = &self.write_job {
-            std::fs::write(file, config.to_toml()).map_err(|error| Fail::io(file, "written", &error))?;
-            note(format_args!("{}: run `ella-coordinator {}`, and workers with --coordinator", file.display(), file.display()));
+            whole::write(file, config.to_toml().as_bytes())?;
             return Ok(Ran { status: None, code: DONE });
         }
         match (&self.coordinator, self.workers) {
@@ -99,6 +100,31 @@ impl Who {
             (None, Some(count)) => runtime.block_on(many(config, count, self, device)),
             (None, None) => alone(&runtime, config, device),
         }
+    }
+}
+
+impl Who {
+    /// Gives the result of work that has none of its own, with its exit code: it was only described, is another's, or was stopped.
+    pub(crate) fn conclude(&self, ran: &Ran, config: &JobConfig, out: Out) -> u8 {
+        let outcome = if ran.code == DONE { "done" } else { "preempted" };
+        let JobTable { kind, data, .. } = &config.job;
+        let kind = kind.name();
+        match (&self.write_job, &self.coordinator) {
+            (Some(file), _) => out.result(&json!({ "job": file.display().to_string(), "kind": kind, "data": data }), || {
+                let file = file.display().to_string();
+                format!("{file}: run `ella-coordinator {}`, and workers with --coordinator", shell(&file))
+            }),
+            (None, Some(url)) => {
+                out.result(&json!({ "outcome": outcome, "coordinator": url }), || format!("{outcome}: the job that {url} coordinates"));
+            }
+            (None, None) => {
+                let job = ran.status.as_ref().and_then(|status| status.job.as_ref());
+                let (units, units_done) = job.map_or((0, 0), |job| (job.units, job.units_done));
+                let stopped = json!({ "outcome": outcome, "kind": kind, "data": data, "units": units, "units_done": units_done });
+                out.result(&stopped, || format!("{outcome} at {units_done} of {units} units; the same command goes on where it was"));
+            }
+        }
+        ran.code
     }
 }
 
@@ -117,10 +143,7 @@ async fn stop_on_signals(stop: CancellationToken) {
 fn code(ended: Result<Ending, JobEnd>) -> Result<u8, Fail> {
     match ended {
         Ok(Ending::Done) => Ok(DONE),
-        Ok(Ending::Preempted) => {
-            note("stopped; the same command goes on where it was");
-            Ok(PREEMPTED)
-        }
+        Ok(Ending::Preempted) => Ok(PREEMPTED),
         Err(error) => Err(Fail { code: if error.is_permanent() { NO_RETRY } else { FAILED }, message: error.to_string() }),
     }
 }
@@ -210,7 +233,7 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
         (Outcome::Done, _) => DONE,
         (Outcome::Preempted { .. }, Some(fail)) => return Err(fail),
         (Outcome::Preempted { reason }, None) => {
-            note(format_args!("stopped ({reason}); the same command goes on where it was"));
+            note(format_args!("stopped ({reason})"));
             PREEMPTED
         }
         _ => {

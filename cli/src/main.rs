@@ -34,6 +34,7 @@ mod verify;
 mod whole;
 mod why;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -177,7 +178,12 @@ fn worded(text: &str) -> String {
 /// What libraries have to say, such as retries; `ELLA_LOG` asks for more. What a coordinator in this process logs, its status tells.
 fn log_to_stderr() {
     let (filter, misunderstood) = ella_coordinator::logs::wanted("warn,ella_coordinator=off");
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     if let Some(why) = misunderstood {
         ui::note(why);
     }

@@ -41,12 +41,13 @@ impl Prepare {
             }
         }
         let ran = self.who.run(&config, self.device.into()).or_else(|fail| self.failed(fail, &config))?;
-        if ran.status.is_some() && ran.code == DONE {
-            let store = Store::open(&self.out)?;
-            let report = read_report(&store)?;
-            out.result(&report, || table_of(&report, store.url()));
+        if self.who.is_elsewhere() || ran.code != DONE {
+            return Ok(self.who.conclude(&ran, &config, out));
         }
-        Ok(ran.code)
+        let store = Store::open(&self.out)?;
+        let report = read_report(&store)?;
+        out.result(&report, || table_of(&report, store.url()));
+        Ok(DONE)
     }
 
     /// What failed for good before anything was made does not bind the destination to what was asked for.

@@ -54,11 +54,11 @@ impl RunFolder {
         Ok(RunState::from_records(&self.records().await?))
     }
 
-    /// The steps that were measured, in order. A step that was computed again after a resume is there once, as it was last.
+    /// The steps that were measured, in order. A step that was computed again after a resume is there once, as it was last, and one that a
+    /// resume has undone is not there.
     pub(crate) async fn metrics(&self) -> Result<Vec<Metric>, Fail> {
-        let lines: Vec<(u64, Metric)> = self.lines("metrics").await?;
-        let steps: BTreeMap<u64, Metric> = lines.into_iter().map(|(term, metric)| (metric.step, Metric { term, ..metric })).collect();
-        Ok(steps.into_values().collect())
+        let lines = self.lines("metrics").await?;
+        Ok(that_count(lines, &resumed(&self.events().await?)))
     }
 
     /// What happened, each with the term that wrote it. Events are for people: a line that can't be read is passed over.
@@ -104,6 +104,48 @@ impl RunFolder {
         }
         Ok(lines)
     }
+}
+
+/// From which steps coordinators went on, each with its term. That at which the last one ended is such a step too, unless another has gone on.
+fn resumed(events: &[(u64, Value)]) -> Vec<(u64, u64)> {
+    let (mut resumed, mut ended) = (Vec::new(), None);
+    for (term, event) in events {
+        match event["event"].as_str() {
+            Some("generation") => {
+                resumed.extend(event["from_step"].as_u64().map(|step| (*term, step)));
+                ended = None;
+            }
+            Some("adopted") => ended = None,
+            Some("ended") => ended = event["step"].as_u64().map(|step| (*term, step)),
+            _ => {}
+        }
+    }
+    resumed.extend(ended);
+    resumed
+}
+
+/// What was measured without what was undone. Lines are in the order of their terms; in a term, those of steps that nobody had listened to
+/// may come after later ones.
+fn that_count(lines: Vec<(u64, Metric)>, resumed: &[(u64, u64)]) -> Vec<Metric> {
+    let bound = |term: u64| resumed.iter().filter(|(of, _)| *of > term).map(|(_, step)| *step).min().unwrap_or(u64::MAX);
+    let mut steps = BTreeMap::<u64, Metric>::new();
+    let mut newest = (0, bound(0));
+    for (term, metric) in lines {
+        if term != newest.0 {
+            newest = (term, bound(term));
+        }
+        if metric.step > newest.1 {
+            continue;
+        }
+        // What an earlier term, or this one before it went back, has measured from here on is undone.
+        let mut later = steps.split_off(&metric.step);
+        if later.get(&metric.step).is_none_or(|before| before.term != term) {
+            later.retain(|_, other| other.term == term);
+            steps.append(&mut later);
+        }
+        steps.insert(metric.step, Metric { term, ..metric });
+    }
+    steps.into_values().collect()
 }
 
 /// Samples trained on so far: exactly up to the newest commit (its ledger's), and as measured after it.
@@ -218,6 +260,37 @@ mod tests {
         });
         let seen: Vec<_> = metrics.iter().map(|m| (m.term, m.step, m.loss.unwrap())).collect();
         assert_eq!(seen, [(1, 1, 5.0), (1, 2, 4.0), (2, 3, 2.0), (2, 4, 1.0)]);
+    }
+
+    #[test]
+    fn steps_that_a_resume_undid_do_not_count() {
+        let lines = |terms: &[(u64, std::ops::RangeInclusive<u64>)]| -> Vec<(u64, Metric)> {
+            let lines = terms.iter().flat_map(|(term, steps)| steps.clone().map(move |step| (*term, step)));
+            lines.map(|(term, step)| (term, Metric { step, ..Metric::default() })).collect()
+        };
+        let seen = |lines, resumed: &[(u64, u64)]| -> Vec<(u64, u64)> {
+            that_count(lines, resumed).iter().map(|metric| (metric.term, metric.step)).collect()
+        };
+        let all = |term: u64, steps: std::ops::RangeInclusive<u64>| steps.map(move |step| (term, step)).collect::<Vec<_>>();
+        // Killed at step 155 without a commit, resumed, and stopped at step 22.
+        assert_eq!(seen(lines(&[(1, 1..=155), (2, 1..=22)]), &[]), all(2, 1..=22));
+        // Resumed from a commit of step 100, and nothing was measured yet.
+        assert_eq!(seen(lines(&[(1, 1..=155)]), &[(1, 0), (2, 100)]), all(1, 1..=100));
+        // In one term: the others went on from a commit; and another coordinator was told late of what it had missed.
+        assert_eq!(seen(lines(&[(1, 1..=9), (1, 5..=6)]), &[(1, 0), (1, 4)]), all(1, 1..=6));
+        assert_eq!(seen(lines(&[(1, 1..=4), (2, 7..=9), (2, 5..=6)]), &[]), [all(1, 1..=4), all(2, 5..=9)].concat());
+    }
+
+    #[test]
+    fn a_coordinator_that_ended_is_the_last_word_unless_another_goes_on() {
+        let event = |term: u64, text: &str| (term, serde_json::from_str::<Value>(text).unwrap());
+        let mut events = vec![
+            event(1, r#"{"event":"generation","workers":[],"from_step":0}"#),
+            event(2, r#"{"event":"ended","outcome":"preempted","step":4}"#),
+        ];
+        assert_eq!(resumed(&events), [(1, 0), (2, 4)]);
+        events.push(event(3, r#"{"event":"adopted","workers":[],"step":9}"#));
+        assert_eq!(resumed(&events), [(1, 0)]);
     }
 
     #[test]

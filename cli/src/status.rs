@@ -125,9 +125,9 @@ async fn read(url: &str) -> Result<FolderStatus, Fail> {
     let membership = Membership::of(&run.events().await?);
     let Metric { step, loss, .. } = metrics.last().cloned().unwrap_or_default();
     let held_out_loss = metrics.iter().rev().find_map(|metric| metric.held_out_loss);
-    let sampled_step = run.sampled_steps().await?.last().copied();
     let (outcome, reason) = outcome(&state);
     let last_commit_step = state.last_commit().map_or(0, |commit| commit.step);
+    let sampled_step = run.sampled_steps().await?.into_iter().rfind(|drawn| *drawn <= step.max(last_commit_step));
     let (steps, commits) = (run.config.train.steps, state.commits.len());
     let run_url = run.store.url().to_owned();
     Ok(FolderStatus {

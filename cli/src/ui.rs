@@ -72,7 +72,7 @@ macro_rules! fail_from {
 
 fail_from!(ModelError, DataError, FeedError, PrepareError, DrawError);
 
-/// Errors that may pass: of a device, and libtorch's own.
+/// Errors that may pass: libtorch's own.
 macro_rules! failed_from {
     ($($error:ty),+) => { $(impl From<$error> for Fail {
         fn from(error: $error) -> Self {
@@ -81,7 +81,7 @@ macro_rules! failed_from {
     })+ };
 }
 
-failed_from!(NoDevice, tch::TchError);
+failed_from!(tch::TchError);
 
 /// Errors of what was typed alone.
 macro_rules! usage_from {
@@ -93,6 +93,12 @@ macro_rules! usage_from {
 }
 
 usage_from!(CredentialError, ConfigError);
+
+impl From<NoDevice> for Fail {
+    fn from(error: NoDevice) -> Self {
+        Self::lasting(error)
+    }
+}
 
 impl From<StoreError> for Fail {
     fn from(error: StoreError) -> Self {
@@ -197,6 +203,12 @@ pub(crate) fn one_line(text: &str) -> String {
     message
 }
 
+/// A word as a shell takes it.
+pub(crate) fn shell(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
+}
+
 /// A number of things for people: `1 term`, `2 terms`.
 pub(crate) fn count(n: usize, thing: &str) -> String {
     format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
@@ -255,6 +267,11 @@ mod tests {
         for (fail, code) in cases {
             assert_eq!(fail.code, code, "{}", fail.message);
         }
+    }
+
+    #[test]
+    fn a_command_that_is_shown_can_be_typed() {
+        assert_eq!(["a/b-1.toml", "job \u{e9}.toml", "it's", ""].map(shell), ["a/b-1.toml", "'job \u{e9}.toml'", "'it'\\''s'", "''"]);
     }
 
     #[test]

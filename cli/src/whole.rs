@@ -8,11 +8,20 @@ use tempfile::NamedTempFile;
 
 use crate::ui::Fail;
 
-/// Writes the file, whole or not at all.
+/// Writes the file, whole or not at all. A link stays one; what is no file, as a pipe or a terminal, takes the bytes as they come.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<usize, Fail> {
-    let mut partial = partial(path)?;
-    partial.write_all(bytes).map_err(|error| Fail::io(path, "written", &error))?;
-    appear(partial, path)?;
+    let failed = |error: &std::io::Error| Fail::io(path, "written", error);
+    let target = match std::fs::metadata(path) {
+        Ok(there) if !there.is_file() => {
+            std::fs::write(path, bytes).map_err(|error| failed(&error))?;
+            return Ok(bytes.len());
+        }
+        Ok(_) => std::fs::canonicalize(path).map_err(|error| failed(&error))?,
+        Err(_) => path.to_owned(),
+    };
+    let mut partial = partial(&target)?;
+    partial.write_all(bytes).map_err(|error| failed(&error))?;
+    appear(partial, &target)?;
     Ok(bytes.len())
 }
 
@@ -27,4 +36,24 @@ pub(crate) fn partial(path: &Path) -> Result<NamedTempFile, Fail> {
 /// It takes the name that it is for.
 pub(crate) fn appear(partial: NamedTempFile, path: &Path) -> Result<(), Fail> {
     partial.persist(path).map(drop).map_err(|error| Fail::io(path, "written", &error.error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What had the name before is replaced, and not written over: so a disk that fills up takes nothing away.
+    #[test]
+    fn what_was_there_is_replaced_as_a_whole_and_links_and_folders_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let [file, before, link] = ["page.html", "before", "link"].map(|name| dir.path().join(name));
+        std::fs::write(&file, "old").unwrap();
+        std::fs::hard_link(&file, &before).unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert_eq!(write(&link, b"newer").unwrap(), 5);
+        assert!(link.is_symlink() && std::fs::read(&file).unwrap() == b"newer");
+        assert_eq!(std::fs::read(&before).unwrap(), b"old");
+        assert!(write(dir.path(), b"x").is_err() && dir.path().is_dir());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "nothing is left over");
+    }
 }

@@ -25,7 +25,7 @@ pub(crate) struct Why {
     /// The run's folder: a path or URL. A run that trains has written of all but its last 64 steps
     run: String,
     /// Look at about so many of the newest steps
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
 }
 

@@ -110,6 +110,8 @@ fn what_is_unfinished_or_told_wrongly_is_named() {
     ella(here, &["embed", "data", "--text", "models/text"]).fails(4, &["manifest.json"]);
     std::fs::create_dir(here.join("run")).unwrap();
     std::fs::write(here.join("run/run.toml"), "").unwrap();
+    let tars = ella(here, &["inspect", "tars", "--json"]).json();
+    assert!(tars["what"] == "unknown" && tars["problems"][0].as_str().unwrap().contains("ella prepare"), "{tars}");
     ella(here, &["inspect", "run", "--json"]).fails(4, &["run: a run", "ella status"]);
     ella(here, &["status", "tars"]).fails(4, &["no run folder, and no data set", "ella status --coordinator"]);
     ella(here, &["caption", "tars", "--json"]).fails(2, &["ella caption: `endpoint` is left out"]);
@@ -173,6 +175,14 @@ fn embed_goes_on_where_it_was_and_takes_plain_texts() {
     let texts = ella(here, &["embed", "texts", "--text", "models/text", "--out", "texts-data", "--json"]).ok().json();
     assert_eq!((&texts["captions"], &texts["refused"]), (&json!(2), &json!({ "caption_empty": ["b"] })));
 
+    let job = |data: &str, more: &[&str]| {
+        ella(here, &[&["embed", data, "--text", "models/text", "--write-job", "an embedding.toml", "--json"], more].concat())
+    };
+    let told = job("data", &[]).ok().json();
+    assert_eq!(told, json!({ "job": "an embedding.toml", "kind": "embed", "data": "data" }));
+    let text = ella(here, &["embed", "data", "--text", "models/text", "--write-job", "an embedding.toml"]).ok().stdout;
+    assert!(text.contains("ella-coordinator 'an embedding.toml'"), "{text}");
+    job("texts", &["--out", "texts-job"]).fails(2, &["--out", "--workers"]);
     ella(here, &["embed", "texts", "--text", "models/text", "--json"]).fails(2, &["texts", "--out"]);
     ella(here, &["embed", "data", "--text", "models/text", "--out", "x"]).fails(2, &["--out"]);
     ella(here, &["embed", "nowhere", "--text", "models/text", "--json"]).fails(4, &["nowhere", "not found"]);
@@ -181,6 +191,6 @@ fn embed_goes_on_where_it_was_and_takes_plain_texts() {
     ella(here, &["embed", "data", "--text", "models/text", "--max-tokens", "0"]).fails(2, &["--max-tokens"]);
     ella(here, &["embed", "data", "--text", "models/text", "--dtype", "int8"]).fails(2, &["int8"]);
     if !std::path::Path::new("/dev/nvidiactl").exists() {
-        ella(here, &["embed", "data", "--text", "models/text", "--device", "cuda"]).fails(1, &["cuda"]);
+        ella(here, &["embed", "data", "--text", "models/text", "--device", "cuda"]).fails(4, &["cuda", "--device"]);
     }
 }

@@ -27,7 +27,9 @@ fn what_a_run_would_stumble_over_is_wrong() {
     let here = dir.path();
     std::fs::write(here.join("file"), "in the way").unwrap();
     ella(here, &["doctor", "--store", "file/runs"]).fails(2, &["file is a file"]);
-    ella(here, &["doctor", "--store", "ftp://host/x"]).fails(2, &["ftp"]);
+    let refused = ella(here, &["doctor", "--store", "ftp://host/x"]);
+    assert!(!refused.stderr.contains("measuring"), "before anything is measured: {refused:?}");
+    refused.fails(2, &["ftp"]);
     let ran = ella(here, &["doctor", "--quick", "--store", "https://127.0.0.1:1/runs", "--json"]);
     let found = ran.json();
     assert_eq!((ran.code, &found["ok"]), (1, &json!(false)), "{ran:?}");

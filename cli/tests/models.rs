@@ -200,6 +200,11 @@ fn inspect_says_what_a_model_is_and_why_it_cannot_be_used() {
     weights::save(&here.join("lora.safetensors"), &[factor("lora_down", [4, 768]), factor("lora_up", [320, 4])]).unwrap();
     assert_eq!(look("lora.safetensors").ok().json()["what"], "a LoRA of rank 4 for SD 1.x");
 
+    // What is wrong is read with the encoder and with its tokenizer, and is one problem.
+    std::fs::create_dir(here.join("other")).unwrap();
+    std::fs::write(here.join("other/config.json"), "{}").unwrap();
+    std::fs::copy(here.join("models/text/model.safetensors"), here.join("other/model.safetensors")).unwrap();
+    assert_eq!(look("other").json()["problems"].as_array().unwrap().len(), 1);
     std::fs::remove_file(here.join("models/base/scheduler/scheduler_config.json")).unwrap();
     std::fs::create_dir(here.join("models/base/safety_checker")).unwrap();
     std::fs::remove_dir_all(here.join("models/base/text_encoder")).unwrap();

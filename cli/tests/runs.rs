@@ -164,6 +164,13 @@ fn report(here: &Path, audit: &serde_json::Value) {
     for expected in ["<h1>Small</h1>", "data:image/png;base64,", "holds", "7 of 7", "<svg", "global_batch"] {
         assert!(page.contains(expected), "{expected}");
     }
+    // A run may be named in more than one way, and is known by its id: another's audit says nothing about it.
+    let at = here.join("run").display().to_string();
+    ella(here, &["report", &at, "--out", "r.html", "--audit", "audit.json"]).ok();
+    let mut other = audit.clone();
+    (other["id"], other["run"]) = (json!("of-another"), json!("runs/other"));
+    std::fs::write(here.join("other.json"), other.to_string()).unwrap();
+    ella(here, &["report", "run", "--out", "r.html", "--audit", "other.json"]).fails(4, &["other.json", "another run, runs/other"]);
     let text = ella(here, &arguments).ok().stdout;
     assert!(text.contains("held-out loss") && text.contains("first tenth"), "{text}");
     ella(here, &["report", "run", "--out", "r.html", "--audit", "run.toml", "--json"]).fails(4, &["run.toml", "no audit's verdict"]);
@@ -232,6 +239,9 @@ fn what_is_no_run_or_config_is_refused_in_one_line() {
     ella(here, &["status", "http://127.0.0.1:1", "--json"]).fails(1, &["127.0.0.1:1", "no coordinator"]);
     ella(here, &["drain", "0", "http://127.0.0.1:1", "--json"]).fails(1, &["127.0.0.1:1", "no coordinator"]);
     ella(here, &["drain", "0", "--json"]).fails(2, &["RUN|URL"]);
+    let ever = u64::MAX.to_string();
+    ella(here, &["drain", "0", "http://127.0.0.1:1", "--timeout", &ever, "--json"]).fails(2, &["--timeout", "0..=31536000"]);
+    ella(here, &["why", "x", "--steps", "0", "--json"]).fails(2, &["--steps", "1.."]);
     ella(here, &["train", "gone.toml", "--json"]).fails(2, &["gone.toml", "cannot be read"]);
     std::fs::write(here.join("run.toml"), CONFIG).unwrap();
     ella(here, &["train", "run.toml", "--set", "train.step=3", "--json"]).fails(2, &["train.step", "train.steps"]);

@@ -7,7 +7,7 @@ use ella_coordinator::credentials::Credentials;
 use ella_coordinator::shell::cluster::{Cluster, ClusterError};
 use ella_coordinator::shell::{AccessControl, Addresses, Coordinator, Opened, Options, ProgressTo, RunError};
 use ella_coordinator::{logs, trace};
-use ella_proto::config::{Config, ConfigError, RunConfig};
+use ella_proto::config::{Config, ConfigError, MOST_SECONDS, RunConfig};
 use ella_proto::exit::Exit;
 use ella_proto::stops::Stops;
 use ella_store::Store;
@@ -53,7 +53,7 @@ struct Args {
     #[arg(long)]
     insecure: bool,
     /// How long the workers may take to commit and leave when told to, in seconds.
-    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 300, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=MOST_SECONDS))]
     drain_timeout: u64,
     /// Go on to serve the status of a run or job that is done, or failed for good, until told to leave: for who starts it again whenever it ends.
     #[arg(long)]

@@ -163,6 +163,18 @@ async fn a_data_sets_folder_is_no_runs() {
     }
 }
 
+/// Else a run that was cut off would be told to be done, at a step that it has passed.
+#[tokio::test]
+async fn fewer_steps_than_a_run_has_taken_are_refused_and_as_many_complete_it() {
+    let (begun, store) = cut_off_after_step_4().await;
+    let error = Coordinator::open(&config(&["train.steps=3"]), store.clone(), &options()).await.unwrap_err();
+    assert!(matches!(error, RunError::FewerSteps { step: 4, steps: 3, .. }) && error.exit_code() == 2, "{error}");
+    assert_eq!(store.get("run.toml").await.unwrap(), begun.to_toml().as_bytes());
+    let enough = config(&["train.steps=4"]);
+    let _served = Served::start(&enough, &store).await;
+    assert_eq!(store.get("run.toml").await.unwrap(), enough.to_toml().as_bytes());
+}
+
 /// A first start that came to nothing leaves a folder that the mended config may use.
 #[tokio::test]
 async fn a_run_that_ended_before_its_first_commit_takes_another_config() {

@@ -145,7 +145,7 @@ impl<'a> CaptionCounter<'a> {
 
     /// The fewest words that so many per cent of the captions do not exceed.
     fn quantile(&self, captions: u64, percent: u64) -> u64 {
-        let rank = (captions * percent).div_ceil(100).max(1);
+        let rank = quantile_rank(captions, percent);
         let mut below = 0;
         let reached = self.lengths.iter().find(|(_, count)| {
             below += **count;
@@ -153,6 +153,11 @@ impl<'a> CaptionCounter<'a> {
         });
         reached.map_or(0, |(words, _)| *words)
     }
+}
+
+/// Which of so many values in their order, from 1, is the least that so many per cent of them do not exceed.
+pub fn quantile_rank(values: u64, percent: u64) -> u64 {
+    (values * percent).div_ceil(100).max(1)
 }
 
 /// The statistics of `captions`, and of their tokens if told how to count them.

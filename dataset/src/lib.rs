@@ -38,7 +38,7 @@ mod verify;
 pub use ahead::{Ahead, Reading};
 pub use caption::{Captions, captions_from_txt, prepare_captions};
 pub use caption_set::{CaptionManifest, CaptionSet, CaptionSpec, Made, captions_in};
-pub use caption_stats::{CaptionCounter, CaptionStats, Lengths, Speech, Tokens, caption_stats, is_whole, sentences};
+pub use caption_stats::{CaptionCounter, CaptionStats, Lengths, Speech, Tokens, caption_stats, is_whole, quantile_rank, sentences};
 pub use error::DataError;
 pub use feature_file::{FeatureReader, FeatureSpool, FeatureWriter};
 pub use features::{FeatureDtype, FeatureLayers, FeatureManifest, FeatureSet, FeatureSpec, Padding, features_in};

@@ -9,7 +9,7 @@ use tch::{Cuda, Device, Kind, Tensor};
 
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("workers.device = \"cuda\", but {0}; or use \"cpu\"")]
+#[error("the device \"cuda\" (workers.device, --device) cannot be used: {0}; or use \"cpu\"")]
 pub struct NoDevice(pub Unusable);
 
 /// The device that the config asks for, with the process set up for it. Call it on each thread that computes.

@@ -4,7 +4,7 @@
 use clap::Parser;
 use ella_coordinator::credentials::Credentials;
 use ella_coordinator::{logs, trace};
-use ella_proto::config::Device;
+use ella_proto::config::{Device, MOST_SECONDS};
 use ella_proto::exit::Exit;
 use ella_proto::stops::Stops;
 use ella_worker::control::Flags;
@@ -50,10 +50,16 @@ struct Arguments {
     #[arg(long, default_value_t = 1, env = "ELLA_SLOTS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_SLOTS)))]
     slots: u32,
     /// Seconds to try again while no coordinator answers: it may start after its workers
-    #[arg(long, default_value_t = 60, value_name = "SECONDS", env = "ELLA_CONNECT_TIMEOUT")]
+    #[arg(
+        long, default_value_t = 60, value_name = "SECONDS", env = "ELLA_CONNECT_TIMEOUT",
+        value_parser = clap::value_parser!(u64).range(..=MOST_SECONDS)
+    )]
     connect_timeout: u64,
     /// Seconds without any sign of life from this process, after which a second one that watches it ends it
-    #[arg(long, default_value_t = 60, value_name = "SECONDS", env = "ELLA_STUCK_TIMEOUT", value_parser = clap::value_parser!(u64).range(3..))]
+    #[arg(
+        long, default_value_t = 60, value_name = "SECONDS", env = "ELLA_STUCK_TIMEOUT",
+        value_parser = clap::value_parser!(u64).range(3..=MOST_SECONDS)
+    )]
     stuck_timeout: u64,
     /// How log lines look
     #[arg(long, default_value = "text", env = "ELLA_LOG_FORMAT", value_parser = ["text", "json"])]

@@ -34,6 +34,8 @@ pub(crate) struct Verdict {
     /// Nothing is wrong.
     pub(crate) ok: bool,
     pub(crate) run: String,
+    /// The run's own mark, wherever it lies and however it is named: that of its log's first record.
+    pub(crate) id: String,
     /// Of the newest commit.
     pub(crate) step: u64,
     pub(crate) records: usize,
@@ -93,6 +95,7 @@ pub(crate) async fn judge(run: &str, data: Option<&str>) -> Result<Verdict, Fail
         }
     };
     let history = History::of(&records);
+    verdict.id = id(&records);
     verdict.records = records.len();
     verdict.terms = history.terms;
     verdict.retired = history.state.retired.len().saturating_sub(history.damaged);
@@ -115,6 +118,11 @@ pub(crate) async fn judge(run: &str, data: Option<&str>) -> Result<Verdict, Fail
     }
     verdict.ok = verdict.problems.is_empty();
     Ok(verdict)
+}
+
+/// A run's own mark; none of one whose first record is gone.
+pub(crate) fn id(records: &[Record]) -> String {
+    records.first().filter(|first| first.seq == 0).map_or_else(String::new, |first| first.nonce.clone())
 }
 
 /// The records that can still be read in a damaged log.

@@ -56,6 +56,7 @@ struct Nccl {
 
 impl Doctor {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
+        let store = self.store.as_deref().map(Store::open).transpose()?;
         let machine = Machine::look();
         let mut wrong = machine.wrong();
         let libtorch = libtorch();
@@ -71,7 +72,7 @@ impl Doctor {
                 speeds.push(measure("first GPU", || speed::of_gpu(gpus.devices[0].free_bytes), &mut wrong));
             }
         }
-        let store = self.store.as_deref().map(|url| try_store(url, &mut wrong)).transpose()?;
+        let store = store.map(|store| try_store(&store, &mut wrong)).transpose()?;
         let ok = wrong.is_empty();
         let report = Report {
             ella: env!("CARGO_PKG_VERSION"),
@@ -123,12 +124,12 @@ fn look_for_nccl(wrong: &mut Vec<String>) -> Option<Nccl> {
     }
 }
 
-fn try_store(url: &str, wrong: &mut Vec<String>) -> Result<String, Fail> {
-    let store = Store::open(url)?;
-    if let Err(error) = crate::runtime()?.block_on(probe(&store)) {
+fn try_store(store: &Store, wrong: &mut Vec<String>) -> Result<String, Fail> {
+    let url = store.url().to_owned();
+    if let Err(error) = crate::runtime()?.block_on(probe(store)) {
         wrong.push(format!("runs cannot be kept in {url}: {error}"));
     }
-    Ok(store.url().to_owned())
+    Ok(url)
 }
 
 impl Report {

@@ -68,18 +68,19 @@ impl Generate {
         let (settings, device) = (self.settings(), self.how.device.into());
         let config = JobConfig::new(JobTable::new(JobKind::Draw, self.out.clone()), &settings)?;
         if self.who.is_elsewhere() {
-            return Ok(self.who.run(&config, device)?.code);
+            return Ok(self.who.conclude(&self.who.run(&config, device)?, &config, out));
         }
         let (begin, store) = (Instant::now(), self.check(&settings)?);
         let ran = self.who.run(&config, device)?;
-        if ran.code == DONE {
-            let results = ran.status.and_then(|status| status.job).map(|job| job.results).unwrap_or_default();
-            let missing = || Fail::failed(format_args!("{}/{RECORD}: is gone; run the same command again", store.url()));
-            let record = crate::runtime()?.block_on(Record::read(&store))?.ok_or_else(missing)?;
-            let made = Generated { out: store.url(), record: &record, results, seconds: begin.elapsed().as_secs_f64() };
-            out.result(&made.json(), || made.text());
+        if ran.code != DONE {
+            return Ok(self.who.conclude(&ran, &config, out));
         }
-        Ok(ran.code)
+        let results = ran.status.and_then(|status| status.job).map(|job| job.results).unwrap_or_default();
+        let missing = || Fail::failed(format_args!("{}/{RECORD}: is gone; run the same command again", store.url()));
+        let record = crate::runtime()?.block_on(Record::read(&store))?.ok_or_else(missing)?;
+        let made = Generated { out: store.url(), record: &record, results, seconds: begin.elapsed().as_secs_f64() };
+        out.result(&made.json(), || made.text());
+        Ok(DONE)
     }
 
     /// What can be known to be wrong before minutes of work, and before workers are started; and where the grids go.

@@ -159,6 +159,11 @@ impl Report {
     }
 
     fn pipeline(&mut self) {
+        if !READ.iter().any(|folder| self.path.join(folder).is_dir()) {
+            let hint = "for a folder of sources, `ella prepare` makes a data set, which can be inspected";
+            let path = self.path.display();
+            return self.problems.push(format!("{path}: no folder of a model is there, such as unet/, and no config.json; {hint}"));
+        }
         match Base::open(&self.path) {
             Ok(base) => self.base(&base, "a folder in diffusers' layout"),
             Err(error) => self.problem(&error),
@@ -246,7 +251,11 @@ impl Report {
     }
 
     fn problem(&mut self, error: &ModelError) {
-        self.problems.push(error.to_string());
+        // What two readings of a file find is one problem.
+        let problem = error.to_string();
+        if !self.problems.contains(&problem) {
+            self.problems.push(problem);
+        }
     }
 }
 

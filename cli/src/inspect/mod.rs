@@ -13,6 +13,7 @@ use ella_dataset::DataSet;
 use look::{Network, Report};
 
 use crate::ui::{DONE, FAILED, Fail, Out, bytes, note};
+use crate::whole;
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
@@ -58,7 +59,7 @@ impl Inspect {
         }
         if let Some(file) = &self.html {
             let page = sheet::page(&facts, &data::look(&set).await?);
-            std::fs::write(file, page).map_err(|error| Fail::io(file, "written", &error))?;
+            whole::write(file, page.as_bytes())?;
             note(format_args!("contact sheet: {}", file.display()));
         }
         out.result(&facts, || facts.text());

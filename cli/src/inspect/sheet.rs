@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use ella_dataset::quantile_rank;
+
 use super::data::{DataFacts, Looked, Shown};
 use crate::report::{document, escape};
 
@@ -64,8 +66,8 @@ fn histogram(name: &str, values: &[f64]) -> String {
     }
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share) as usize];
-    let (low, high) = (sorted[0], at(0.99).max(sorted[0] + 1e-9));
+    let at = |percent: u64| sorted[quantile_rank(sorted.len() as u64, percent) as usize - 1];
+    let (low, high) = (sorted[0], at(99).max(sorted[0] + 1e-9));
     let mut bars = [0usize; BARS];
     for value in values {
         let bar = ((value - low) / (high - low) * BARS as f64) as usize;
@@ -89,12 +91,12 @@ fn histogram(name: &str, values: &[f64]) -> String {
     let _ = write!(
         svg,
         "<text class=\"tick\" x=\"0\" y=\"{y}\">{}</text><text class=\"tick\" x=\"{WIDTH}\" y=\"{y}\" text-anchor=\"end\">{}</text></svg>\n\
-         <figcaption><small>{name}: median {}, 5 % below {}, 5 % above {}</small></figcaption></figure>\n",
+         <figcaption><small>{name}: 5 % have {} or less, half have {}, 95 % have {}</small></figcaption></figure>\n",
         label(low),
         label(high),
-        label(at(0.5)),
-        label(at(0.05)),
-        label(at(0.95)),
+        label(at(5)),
+        label(at(50)),
+        label(at(95)),
         y = HEIGHT + 15.0
     );
     svg
@@ -112,6 +114,17 @@ mod tests {
             assert_eq!(svg.matches("<rect").count(), BARS);
             assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
         }
+    }
+
+    #[test]
+    fn quantiles_are_those_of_the_captions_statistics() {
+        let words: Vec<usize> = (0..96).map(|n| n * n % 97).collect();
+        let captions = words.iter().map(|words| "x ".repeat(*words));
+        let stats = ella_dataset::caption_stats(captions, None).words;
+        let html = histogram("words", &words.iter().map(|words| *words as f64).collect::<Vec<_>>());
+        let shown = |n: u64| if n < 10 { format!("{n}.00") } else { n.to_string() };
+        let said = format!("5 % have {} or less, half have {}, 95 % have {}<", shown(stats.p5), shown(stats.median), shown(stats.p95));
+        assert!(html.contains(&said), "{said}: {html}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use ella_k8s::{Options, RenderError, Rendered, Volume, render};
+use ella_proto::config::MOST_SECONDS;
 use serde_json::json;
 
 use crate::run::{Metric, RunFolder};
@@ -160,7 +161,10 @@ struct Cancel {
     #[command(flatten)]
     there: There,
     /// How long the workers may take to commit and leave, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 600, conflicts_with = "now")]
+    #[arg(
+        long, value_name = "SECONDS", default_value_t = 600, conflicts_with = "now",
+        value_parser = clap::value_parser!(u64).range(..=MOST_SECONDS)
+    )]
     timeout: u64,
     /// Wait for nobody: what is not committed is lost
     #[arg(long)]
@@ -221,7 +225,7 @@ impl Render {
         let rendered = self.what.render()?;
         let yaml = rendered.to_yaml()?;
         if let Some(file) = &self.out {
-            std::fs::write(file, &yaml).map_err(|error| Fail::io(file, "written", &error))?;
+            crate::whole::write(file, yaml.as_bytes())?;
         }
         let Rendered { name, namespace, objects, notes } = &rendered;
         let result = json!({ "name": name, "namespace": namespace, "objects": objects, "notes": notes });

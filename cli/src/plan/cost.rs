@@ -117,9 +117,12 @@ pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
     add("epochs", epochs, "epochs", format!("{} steps / {} per epoch", facts.steps, facts.steps_per_epoch));
 
     let caption = facts.positions * facts.text_width as f64 * facts.number as f64;
-    let Facts { text_width, number, positions, .. } = facts;
+    let Facts { text_width, number, .. } = facts;
+    // As many digits as make the product true.
+    let positions = format!("{:.2}", facts.positions);
+    let positions = positions.trim_end_matches('0').trim_end_matches('.');
     let columns = facts.columns.max(1) as f64;
-    add("features of a caption", caption, "bytes", format!("{positions:.0} positions × {text_width} × {number} bytes"));
+    add("features of a caption", caption, "bytes", format!("{positions} positions × {text_width} × {number} bytes"));
     let captions = samples * columns;
     let features = add("features of the data set", captions * caption, "bytes", format!("{captions:.0} captions × the above"));
     add("shards", facts.shard_bytes as f64, "bytes", format!("{} shards, as prepared", facts.shards));
@@ -150,7 +153,7 @@ pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
         "embed",
         hours(captions * caption_flop),
         "hours",
-        format!("{captions:.0} captions of {positions:.0} positions × {:.3} GFLOP / ({at})", caption_flop / 1e9),
+        format!("{captions:.0} captions of {positions} positions × {:.3} GFLOP / ({at})", caption_flop / 1e9),
     );
     let vae = add(
         "latents",
@@ -246,6 +249,15 @@ mod tests {
         // About 1.7 TFLOP an image: 195 images a second at that efficiency.
         let rate = 280_000.0 * 243.0 / value(&costs, "training") / 3600.0;
         assert!((195.0..210.0).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn a_captions_formula_has_the_product_that_is_told() {
+        for (positions, shown) in [(53.653, "53.65 positions"), (128.0, "128 positions"), (100.0, "100 positions")] {
+            let costs = costs(&Facts { positions, ..paper() }, &assumed());
+            let figure = costs.figures.iter().find(|figure| figure.name == "features of a caption").unwrap();
+            assert!(figure.formula.starts_with(shown), "{}", figure.formula);
+        }
     }
 
     #[test]

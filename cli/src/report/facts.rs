@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::numbers::{self, Numbers};
 use super::samples::Grid;
-use crate::audit::Verdict;
+use crate::audit::{Verdict, id};
 use crate::run::{Membership, Metric, RunFolder, samples};
 use crate::ui::Fail;
 
@@ -34,6 +34,8 @@ pub(super) struct TermFact {
 pub(super) struct Facts {
     pub(super) title: String,
     pub(super) run: String,
+    /// As an audit names the run, whatever its place.
+    pub(super) id: String,
     pub(super) config: RunConfig,
     pub(super) metrics: Vec<Metric>,
     pub(super) terms: Vec<TermFact>,
@@ -68,6 +70,7 @@ impl Facts {
         Ok(Self {
             title: String::new(),
             run: run.store.url().to_owned(),
+            id: id(&records),
             samples_used: samples(&state, &metrics),
             metrics,
             terms: terms(&records),

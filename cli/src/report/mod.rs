@@ -17,6 +17,7 @@ use serde_json::json;
 
 use crate::audit::Verdict;
 use crate::ui::{DONE, Fail, Out};
+use crate::whole;
 
 #[derive(Debug, Args)]
 pub(crate) struct Report {
@@ -40,11 +41,11 @@ impl Report {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let mut facts = crate::runtime()?.block_on(Facts::read(&self.run))?;
         facts.title.clone_from(&self.title);
-        facts.audit = self.audit.as_ref().map(read_audit).transpose()?;
+        facts.audit = self.audit.as_ref().map(|file| read_audit(file, &facts)).transpose()?;
         facts.samples = self.samples.as_ref().map(read_png).transpose()?;
         let numbers = facts.numbers();
         let page = page::page(&facts, &numbers);
-        std::fs::write(&self.out, page).map_err(|error| Fail::io(&self.out, "written", &error))?;
+        whole::write(&self.out, page.as_bytes())?;
         let held_out =
             numbers.held_out.map(|tenths| json!({ "first_tenth": tenths.first, "last_tenth": tenths.last, "ratio": tenths.ratio() }));
         let training =
@@ -71,10 +72,16 @@ impl Report {
     }
 }
 
-fn read_audit(file: &PathBuf) -> Result<Verdict, Fail> {
+fn read_audit(file: &PathBuf, facts: &Facts) -> Result<Verdict, Fail> {
     let text = std::fs::read_to_string(file).map_err(|error| Fail::io(file, "read", &error))?;
     let hint = "give the output of `ella audit RUN --json`";
-    serde_json::from_str(&text).map_err(|error| Fail::lasting(format_args!("{}: is no audit's verdict ({error}); {hint}", file.display())))
+    let bad = |error| Fail::lasting(format_args!("{}: is no audit's verdict ({error}); {hint}", file.display()));
+    let verdict: Verdict = serde_json::from_str(&text).map_err(bad)?;
+    if verdict.id == facts.id {
+        return Ok(verdict);
+    }
+    let (file, other, this) = (file.display(), &verdict.run, &facts.run);
+    Err(Fail::lasting(format_args!("{file}: is the audit of another run, {other}; give the output of `ella audit {this} --json`")))
 }
 
 /// A PNG's bytes, ready to stand in a page.

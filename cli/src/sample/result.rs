@@ -10,6 +10,7 @@ use super::Sample;
 use super::grid::{comparison, grid};
 use super::plan::Plan;
 use crate::ui::{Fail, Out, count};
+use crate::whole;
 
 /// The names of a comparison's columns.
 const COLUMNS: [&str; 2] = ["CLIP", "ELLA"];
@@ -131,5 +132,5 @@ impl Files<'_> {
 fn save(picture: &Picture, file: &Path, parameters: &str) -> Result<(), Fail> {
     let bytes = picture.png(parameters);
     let bytes = bytes.map_err(|error| Fail::failed(format_args!("{}: cannot be encoded ({error})", file.display())))?;
-    std::fs::write(file, bytes).map_err(|error| Fail::io(file, "written", &error))
+    whole::write(file, &bytes).map(drop)
 }

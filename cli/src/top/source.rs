@@ -191,7 +191,7 @@ impl Source {
             samples: committed.map_or(0, |commit| commit.ledger.iter().map(|epoch| epoch.samples).sum()),
             loss: last.and_then(|last| last.loss),
             last_commit_step: committed.map_or(0, |commit| commit.step),
-            counts: self.past.skipped.iter().map(|(name, n)| (clean(&format!("skipped_{name}")), *n)).collect(),
+            counts: self.past.skipped.sums().iter().map(|(name, n)| (clean(&format!("skipped_{name}")), *n)).collect(),
             ..Snapshot::default()
         };
         self.with_past(snapshot, self.past.timings.ranks(u64::MAX, 1024))

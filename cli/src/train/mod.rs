@@ -318,18 +318,18 @@ async fn read(config: &RunConfig, outcome: &'static str, restarts: u32) -> Resul
         note(&fail.message);
         Vec::new()
     });
-    let last = metrics.last().cloned().unwrap_or_default();
+    let last_commit_step = state.last_commit().map_or(0, |commit| commit.step);
+    let loss = metrics.iter().rfind(|metric| metric.step <= last_commit_step).and_then(|metric| metric.loss);
     let mut read = BTreeMap::new();
     for (name, count) in metrics.iter().flat_map(|metric| &metric.read) {
         *read.entry(name.clone()).or_default() += count;
     }
-    let last_commit_step = state.last_commit().map_or(0, |commit| commit.step);
     Ok(Trained {
         outcome,
         run: run.store.url().to_owned(),
         step: last_commit_step,
         steps: config.train.steps,
-        loss: last.loss,
+        loss,
         commits: state.commits.len(),
         last_commit_step,
         restarts,

@@ -256,7 +256,8 @@ async fn poll(coordinator: Access, to: watch::Sender<Option<StatusReport>>) {
 fn shown(status: &StatusReport) -> String {
     let StatusReport { phase, reason, commits, last_commit_step, samples_per_second: rate, .. } = status;
     if matches!(&**phase, "waiting" | "starting" | "regrouping") {
-        return format!("{phase} {reason}");
+        // What it waits for says so itself.
+        return if reason.starts_with(&**phase) { reason.clone() } else { format!("{phase} {reason}") };
     }
     let loss = status.loss.map_or_else(String::new, |loss| format!("loss {loss:.4}  "));
     let draining = if phase == "draining" { "  leaving after a commit" } else { "" };
@@ -325,6 +326,7 @@ mod tests {
     #[test]
     fn progress_says_why_nothing_moves() {
         assert_eq!(shown(&status(1, "regrouping", "rank 1 is gone", 1)), "regrouping rank 1 is gone");
+        assert_eq!(shown(&status(1, "waiting", "waiting for workers: 1 of 2", 0)), "waiting for workers: 1 of 2");
         assert_eq!(shown(&status(1, "training", "waits for rank 2", 0)), "0.0 samples/s  0 commits  waits for rank 2");
     }
 

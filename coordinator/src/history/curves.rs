@@ -1,7 +1,7 @@
 //! Curves over a whole run in bounded memory: every level holds the newest buckets of its own width, and each level's are four times as
 //! wide as those of the one before. A bucket keeps the least, the largest and the mean of what fell into it, so that no peak is lost.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use super::Point;
 
@@ -102,6 +102,22 @@ impl Bucket {
         self.seconds.merge(&other.seconds);
     }
 
+    /// Its measurements as those of one step, of no known term.
+    fn point(&self, step: u64) -> Point {
+        Point {
+            term: 0,
+            at_unix_ms: self.end_ms,
+            step,
+            samples: self.samples,
+            loss: self.loss.mean(),
+            held_out_loss: self.held_out.mean(),
+            grad_norm: self.grad_norm.mean(),
+            lr: self.lr.mean(),
+            step_seconds: self.seconds.mean().unwrap_or_default(),
+            skipped: BTreeMap::new(),
+        }
+    }
+
     /// Samples a second, if any time passed.
     pub fn samples_per_second(&self) -> Option<f64> {
         (self.millis > 0).then(|| self.samples as f64 * 1000.0 / self.millis as f64)
@@ -195,6 +211,20 @@ impl Curves {
         }
         self.first.get_or_insert(first);
         self.last = later.last;
+    }
+
+    /// Forgets all beyond `step`, of which nothing was measured anew yet.
+    pub(super) fn undo(&mut self, step: u64) {
+        if self.last.as_ref().is_none_or(|last| last.step <= step) {
+            return;
+        }
+        self.rewind(step.saturating_add(1));
+        // By the narrowest bucket that is left: of one step, unless more steps are undone than are kept one by one.
+        let newest = |(level, Level { buckets, .. }): (usize, &Level)| {
+            let bucket = buckets.back()?;
+            Some(bucket.point((((bucket.index + 1) << (2 * level)) - 1).min(step)))
+        };
+        self.last = self.levels.iter().enumerate().find_map(newest);
     }
 
     /// Forgets `step` and all later ones. A bucket that lies across is made anew from the narrower ones, as far back as those reach.

@@ -7,18 +7,19 @@
 mod curves;
 mod event;
 mod reader;
+mod skipped;
 mod verdict;
 
 pub use curves::{Bucket, Curves, MOST_BUCKETS, Spread, View};
 pub use event::{Events, Happening, Kind};
 pub use reader::{Gauge, Reader, term_of};
+pub use skipped::Skipped;
 pub use verdict::{Rank, Timing, Timings, judge};
 
 use serde::Deserialize;
+use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// Reasons beyond this many are counted together.
-const MOST_REASONS: usize = crate::machine::MOST_NAMES;
 /// Problems that are remembered in words.
 const MOST_PROBLEMS: usize = 8;
 
@@ -82,9 +83,11 @@ pub struct Past {
     /// What happened.
     pub events: Events,
     /// Samples that were skipped, by reason (KNOWN).
-    pub skipped: BTreeMap<String, u64>,
+    pub skipped: Skipped,
     /// What could not be taken in.
     pub faults: Faults,
+    /// The first step from which this goes on, whatever was measured before, if an event says so.
+    begun: Option<u64>,
 }
 
 /// What could not be read of a run's past (KNOWN).
@@ -119,22 +122,43 @@ impl Past {
     /// Takes in a step.
     pub fn measured(&mut self, point: &Point) {
         self.curves.add(point);
-        for (reason, n) in &point.skipped {
-            let fits = self.skipped.contains_key(reason) || (self.skipped.len() < MOST_REASONS && reason.len() <= 64);
-            let count = self.skipped.entry(if fits { reason.clone() } else { "other".to_owned() }).or_default();
-            *count = count.saturating_add(*n);
+        self.skipped.add(point.step, &point.skipped);
+    }
+
+    /// Takes in a line of `events/`, written in `term`. None if it is no event.
+    pub fn happened(&mut self, term: u64, line: &Value) -> Option<Happening> {
+        if let Some(step) = goes_on_from(line).filter(|_| self.curves.last().is_none_or(|last| last.term < term)) {
+            self.begun = Some(self.begun.map_or(step, |begun| begun.min(step)));
+            self.undo(step);
         }
+        self.events.add(term, line)
     }
 
     /// Takes in all that came after.
     pub fn append(&mut self, later: Self) {
+        let first = later.curves.first_step().map(|first| first.saturating_sub(1));
+        if let Some(step) = later.begun.into_iter().chain(first).min() {
+            self.undo(step);
+        }
         self.curves.append(later.curves);
         self.timings.append(later.timings);
         self.events.append(later.events);
-        for (reason, n) in later.skipped {
-            let count = self.skipped.entry(reason).or_default();
-            *count = count.saturating_add(n);
-        }
+        self.skipped.append(later.skipped);
         self.faults.add(later.faults);
+    }
+
+    /// A coordinator has gone on from `step`, so that what another measured beyond it is not of this run any more.
+    fn undo(&mut self, step: u64) {
+        self.curves.undo(step);
+        self.skipped.undo(step);
+    }
+}
+
+/// The step from which a run goes on by a line of `events/`, or at which it has ended.
+fn goes_on_from(line: &Value) -> Option<u64> {
+    match line["event"].as_str()? {
+        "generation" => line["from_step"].as_u64(),
+        "ended" => line["step"].as_u64(),
+        _ => None,
     }
 }

@@ -62,7 +62,7 @@ impl Reader {
         })
         .await;
         self.folder("events", MOST_FILES, past, |past, lines: Vec<Value>, term| {
-            past.faults.damaged_lines += lines.into_iter().filter(|line| past.events.add(term, line).is_none()).count() as u64;
+            past.faults.damaged_lines += lines.into_iter().filter(|line| past.happened(term, line).is_none()).count() as u64;
         })
         .await;
     }
@@ -179,7 +179,7 @@ mod tests {
         assert_eq!(seen.iter().map(|b| (b.index, b.loss.max)).collect::<Vec<_>>(), [(1, 5.0), (3, 2.0), (4, 1.0)]);
         assert_eq!((past.faults.damaged_lines, past.faults.unread_files), (2, 0));
         assert!(past.faults.problems[0].contains("metrics/000001-000001.jsonl: line 2"), "{:?}", past.faults);
-        assert_eq!((past.events.others().count(), past.skipped["odd"]), (1, 4));
+        assert_eq!((past.events.others().count(), past.skipped.sums()["odd"]), (1, 3));
         assert_eq!(past.timings.ranks(u64::MAX, 64)[0].part("forward"), 0.05);
 
         put(&store, "metrics/000002-000002.jsonl", metric(5, 0.5)).await;
@@ -188,6 +188,42 @@ mod tests {
         let mut before = Past::default();
         Reader::new(store, Some(2)).read(&mut before).await;
         assert_eq!(before.curves.last().unwrap().step, 3, "of earlier terms only");
+    }
+
+    #[tokio::test]
+    async fn what_a_resume_undid_does_not_count() {
+        let store = Store::open("memory://").unwrap();
+        put(&store, "metrics/000001-000001.jsonl", (1..=150).map(|step| metric(step, 1.0)).collect()).await;
+        put(&store, "events/000001-000001.jsonl", "{\"event\":\"generation\",\"from_step\":0,\"workers\":[]}\n".into()).await;
+        let (mut reader, mut past) = (Reader::new(store.clone(), None), Past::default());
+        reader.read(&mut past).await;
+        assert_eq!((past.curves.last().unwrap().step, past.skipped.sums()["odd"]), (150, 150));
+        // The coordinator of the second term knows of a commit of step 100 and has measured nothing yet.
+        let begun = "{\"event\":\"generation\",\"from_step\":100,\"workers\":[]}\n";
+        put(&store, "events/000002-000001.jsonl", begun.into()).await;
+        reader.read(&mut past).await;
+        assert_eq!((past.curves.last().unwrap().step, past.skipped.sums()["odd"]), (100, 100));
+        put(&store, "metrics/000002-000001.jsonl", metric(101, 1.0) + &metric(102, 1.0)).await;
+        reader.read(&mut past).await;
+        assert_eq!((past.curves.last().unwrap().step, past.skipped.sums()["odd"]), (102, 102));
+        // A third term ends before anything is measured: all that it does not know of is gone.
+        put(&store, "events/000003-000001.jsonl", "{\"event\":\"ended\",\"step\":100}\n".into()).await;
+        reader.read(&mut past).await;
+        assert_eq!((past.curves.last().unwrap().step, past.curves.view(0, 999, 999).buckets.len()), (100, 100));
+    }
+
+    #[tokio::test]
+    async fn what_was_before_is_joined_without_what_was_undone_since() {
+        let point = |term, step| Point { term, step, samples: 4, skipped: [("odd".to_owned(), 1)].into(), ..Point::default() };
+        let (mut before, mut begun, mut measured) = (Past::default(), Past::default(), Past::default());
+        (1..=9).for_each(|step| before.measured(&point(1, step)));
+        begun.happened(2, &serde_json::json!({"event": "generation", "from_step": 4})).unwrap();
+        (6..=7).for_each(|step| measured.measured(&point(2, step)));
+        for (later, step, odd) in [(begun, 4, 4), (measured, 7, 7)] {
+            let mut past = before.clone();
+            past.append(later);
+            assert_eq!((past.curves.last().unwrap().step, past.skipped.sums()["odd"]), (step, odd));
+        }
     }
 
     #[tokio::test]

@@ -104,8 +104,12 @@ pub struct Timings {
 }
 
 impl Timings {
-    /// Takes in some steps of a rank.
+    /// Takes in some steps of a rank. What an earlier generation told of steps that this one computes again does not count any more.
     pub fn add(&mut self, timing: Timing) {
+        let (this, from) = ((timing.term, timing.generation), timing.step.saturating_sub(timing.steps));
+        while self.lines.back().is_some_and(|last| (last.term, last.generation) < this && last.step > from) {
+            self.lines.pop_back();
+        }
         self.lines.push_back(timing);
         if self.lines.len() > MOST {
             self.lines.pop_front();
@@ -328,6 +332,15 @@ mod tests {
         assert_eq!(seen(128, 64), [(0, 64, 1.0, 0.5), (1, 64, 2.0, 1.0)], "as it was then");
         assert_eq!((timings.windows(2), timings.newest()), (vec![128, 192], Some(192)));
         assert!(Timings::default().ranks(u64::MAX, 10).is_empty());
+    }
+
+    #[test]
+    fn steps_that_a_resume_undid_are_told_of_no_more() {
+        let mut timings = Timings::default();
+        [64, 128].into_iter().for_each(|step| timings.add(line(1, 1, 0, step, 64.0)));
+        timings.add(Timing { steps: 22, ..line(2, 1, 0, 86, 22.0) });
+        assert_eq!((timings.newest(), timings.windows(9)), (Some(86), vec![64, 86]));
+        assert_eq!(timings.ranks(u64::MAX, 1024)[0].steps, 22);
     }
 
     #[test]

@@ -16,6 +16,18 @@ pub enum RunError {
         /// What differs, among what binds a run.
         keys: Vec<String>,
     },
+    /// The run has taken more steps than it is to take.
+    #[error(
+        "train.steps: must be {step} or more (found {steps}): the run {url} has reached step {step}; raise it, or choose another run.output"
+    )]
+    FewerSteps {
+        /// The run.
+        url: String,
+        /// Of its newest commit.
+        step: u64,
+        /// As the config has it.
+        steps: u64,
+    },
     /// The run folder holds commits of another config, and its own config is gone.
     #[error(
         "{url}/run.toml: missing, and the commit of step {step} was made with another config; restore it from a copy, or choose another run.output"
@@ -100,6 +112,7 @@ impl RunError {
     pub fn exit_code(&self) -> u8 {
         let exit = match self {
             Self::OtherConfig { .. }
+            | Self::FewerSteps { .. }
             | Self::OtherDigest { .. }
             | Self::BadRunToml { .. }
             | Self::Bind { .. }

@@ -3,7 +3,7 @@
 use super::{RunError, keeper};
 use crate::logs;
 use ella_proto::config::RunConfig;
-use ella_store::{Body, Fault, Outcome, RunLog, RunState, Store, StoreError, Term, collect_leftovers, probe, verify_commit};
+use ella_store::{Body, Commit, Fault, Outcome, RunLog, RunState, Store, StoreError, Term, collect_leftovers, probe, verify_commit};
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -50,6 +50,9 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
         }
         return Ok(Run::Done { step, state: Box::new(state) });
     }
+    if let Some(commit) = whole(&state, &damaged).filter(|commit| commit.step > config.train.steps) {
+        return Err(RunError::FewerSteps { url: store.url().to_owned(), step: commit.step, steps: config.train.steps });
+    }
     probe(store).await?;
     let (mut log, records) = RunLog::claim(store, term(config)?, &nonce(), unix_ms()).await?;
     let before = state.last_commit().map(|commit| commit.step);
@@ -83,6 +86,11 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
     log.append(Body::End { outcome: Outcome::Done, step, reason: String::new() }, unix_ms()).await?;
     state.term = log.term();
     Ok(Run::Done { step, state })
+}
+
+/// The newest commit that is not given up as damaged.
+fn whole<'a>(state: &'a RunState, damaged: &[Damaged]) -> Option<&'a Commit> {
+    state.commits.iter().rfind(|commit| damaged.iter().all(|damaged| damaged.folder != commit.folder))
 }
 
 /// The step at which the run was completed, if it was, its last commit was not given up since, and no further steps are asked for.

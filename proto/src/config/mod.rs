@@ -23,7 +23,7 @@ pub use networks::{Base, Connector, ConnectorDtype, ConnectorKind, Dtype, Featur
 pub use run::{OnResume, Run, RunConfig};
 pub use sample::{LONGEST_SIDE, Sample, Sampler, Size};
 pub use train::{Checkpoint, Compression, Optimizer, Reduction, Schedule, ScheduleKind, Train};
-pub use units::{Bytes, Millis};
+pub use units::{Bytes, MOST_SECONDS, Millis};
 pub use workers::{Device, Straggler, Workers};
 
 use serde::Serialize;

@@ -49,6 +49,9 @@ impl<'de> Deserialize<'de> for Millis {
     }
 }
 
+/// The longest that a command can be told to wait, in seconds: a year. Clocks can count no further than some bound.
+pub const MOST_SECONDS: u64 = 365 * 86_400;
+
 /// A number of bytes; in TOML a string such as `"512MiB"`, `"40GiB"` or `"80GB"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);

@@ -195,6 +195,7 @@ impl From<FeedError> for JobError {
 
 impl From<NoDevice> for JobError {
     fn from(error: NoDevice) -> Self {
-        Self::passing(error)
+        // Another machine may have it.
+        Self::passing(error).alone(false, true)
     }
 }

@@ -63,8 +63,8 @@ impl DrawError {
         match self {
             Self::Data(error) => error.is_permanent(),
             Self::Model(error) => error.is_permanent(),
-            Self::Setting(_) | Self::Folder { .. } => true,
-            Self::Device(_) | Self::OtherDevice { .. } | Self::Leaves => false,
+            Self::Setting(_) | Self::Folder { .. } | Self::Device(_) => true,
+            Self::OtherDevice { .. } | Self::Leaves => false,
         }
     }
 }
@@ -89,7 +89,8 @@ impl From<DrawError> for JobError {
             DrawError::Setting(_) => Self::permanent(error).alone(true, true),
             DrawError::Folder { .. } => Self::permanent(error),
             // Others may have the device.
-            DrawError::Device(_) | DrawError::OtherDevice { .. } | DrawError::Leaves => Self::passing(error),
+            DrawError::Device(_) => Self::passing(error).alone(false, true),
+            DrawError::OtherDevice { .. } | DrawError::Leaves => Self::passing(error),
         }
     }
 }

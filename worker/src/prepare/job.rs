@@ -39,7 +39,8 @@ impl From<PrepareError> for JobError {
             PrepareError::Data(error) => error.into(),
             // Another machine may have the model, or the device.
             PrepareError::Model(error) => Self::of_model(&error),
-            PrepareError::Device(_) | PrepareError::Gpu(_) => Self::passing(error),
+            PrepareError::Device(_) => Self::passing(error).alone(false, true),
+            PrepareError::Gpu(_) => Self::passing(error),
             PrepareError::Usage(_) => Self::permanent(error).alone(true, true),
             PrepareError::Digest(_) | PrepareError::KeyList { .. } => Self::permanent(error),
         }

@@ -73,8 +73,8 @@ impl PrepareError {
         match self {
             Self::Data(error) => error.is_permanent(),
             Self::Model(error) => error.is_permanent(),
-            Self::Digest(_) | Self::KeyList { .. } | Self::Usage(_) => true,
-            Self::Device(_) | Self::Gpu(_) => false,
+            Self::Digest(_) | Self::KeyList { .. } | Self::Usage(_) | Self::Device(_) => true,
+            Self::Gpu(_) => false,
         }
     }
 }

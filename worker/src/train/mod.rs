@@ -377,7 +377,8 @@ impl Trainer {
         self.outbox.progress(Progress {
             samples: all.tally.samples,
             loss: all.mean_loss(),
-            grad_norm: norm,
+            // Of a step that was left out, what its numbers come to is none.
+            grad_norm: if self.not_finite > 0 { f64::NAN } else { norm },
             learning_rate: optimizer::learning_rate(&self.config.train, step),
             skipped,
             held_out_loss: all.mean_held_out(),

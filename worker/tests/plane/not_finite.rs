@@ -77,6 +77,8 @@ fn the_run_stops_before_it_updates_anything_and_lists_the_step_s_samples() {
                 let failed = failed.unwrap();
                 assert_eq!((failed.kind(), failed.permanent), (FailureKind::Numeric, true), "{failed:?}");
                 assert_eq!(progress.iter().map(|step| step.step).collect::<Vec<_>>(), [1]);
+                let has_norm: Vec<_> = progress.iter().map(|step| step.grad_norm.is_finite()).collect();
+                assert_eq!(has_norm, if rank == 0 { [true, false, false] } else { [true; 3] }, "of a step that was left out there is none");
                 assert_eq!(states.iter().map(|state| state.step).collect::<Vec<_>>(), [1], "the last commit is kept");
                 said.push(failed.message);
             }

@@ -74,7 +74,7 @@ impl Summary {
             seconds_left: seconds_left(&status, &past),
             first_step: past.curves.first_step(),
             last_step: past.curves.last().map(|last| last.step),
-            skipped: past.skipped.clone(),
+            skipped: past.skipped.sums().clone(),
             history,
             status,
         }

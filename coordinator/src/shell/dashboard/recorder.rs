@@ -82,7 +82,7 @@ impl Recorder {
         let Ok(mut line) = serde_json::to_value(note) else { return };
         line["at_unix_ms"] = unix_ms().into();
         let mut past = self.view.past();
-        let Some(mut happening) = past.events.add(self.term, &line) else { return };
+        let Some(mut happening) = past.happened(self.term, &line) else { return };
         happening.step = happening.step.or(past.curves.last().map(|last| last.step));
         drop(past);
         self.feed.tell("event", serde_json::to_string(&happening).unwrap_or_default());

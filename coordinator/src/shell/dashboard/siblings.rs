@@ -233,7 +233,9 @@ async fn read(store: &Store) -> Result<Option<Listed>, StoreError> {
             (listed.state, listed.reason, listed.step) = (state.into(), reason, step);
         }
     }
-    if let Some(point) = newest::<Point>(store, "metrics").await? {
+    // Beyond the step at which its last coordinator ended are steps that were undone.
+    let counts = |point: &Point| listed.state == "open" || point.step <= listed.step;
+    if let Some(point) = newest::<Point>(store, "metrics").await?.filter(counts) {
         (listed.step, listed.loss, listed.at_unix_ms) = (point.step, point.loss, point.at_unix_ms);
     }
     Ok(Some(listed))
