@@ -10,7 +10,6 @@ static RECORDING: Mutex<()> = Mutex::new(());
 
 /// For what may wait for the whole device, which no thread may do while another records: cuDNN's search for the fastest algorithm. Nobody records as long as the
 /// caller holds it; who does meanwhile is waited for.
-#[must_use]
 pub fn unrecorded() -> MutexGuard<'static, ()> {
     RECORDING.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -192,7 +192,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_resume_undid_does_not_count() {
-        let store = Store::open("memory://").unwrap();
+        let store = Store::in_memory();
         put(&store, "metrics/000001-000001.jsonl", (1..=150).map(|step| metric(step, 1.0)).collect()).await;
         put(&store, "events/000001-000001.jsonl", "{\"event\":\"generation\",\"from_step\":0,\"workers\":[]}\n".into()).await;
         let (mut reader, mut past) = (Reader::new(store.clone(), None), Past::default());

@@ -38,7 +38,6 @@ pub(crate) fn alone() -> MutexGuard<'static, ()> {
 
 /// Seeds libtorch, whose numbers are this test's as long as it holds what this returns. Not before the GPU's libraries are loaded: libtorch asks for them
 /// once, and takes them for absent from then on.
-#[must_use]
 pub(crate) fn seed(number: i64) -> MutexGuard<'static, ()> {
     let alone = alone();
     let _ = gpu();
