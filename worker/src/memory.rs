@@ -403,7 +403,7 @@ fn shapes(config: &RunConfig, shards: &[(Option<(u32, u32)>, u64)]) -> u64 {
     }
     // Each lane has as many rows of a size, some have one more.
     let full = |rows: u64| rows / lanes / micro_batch;
-    let last = |rows: u64| u64::from(rows / lanes % micro_batch > 0) + u64::from(rows % lanes > 0);
+    let last = |rows: u64| u64::from(!(rows / lanes).is_multiple_of(micro_batch)) + u64::from(!rows.is_multiple_of(lanes));
     let of_all = |count: &dyn Fn(u64) -> u64| sizes.values().map(|rows| count(*rows)).sum::<u64>();
     let epoch = of_all(&|rows| full(rows) + last(rows).min(1));
     let ends = if config.train.steps >= epoch * u64::from(graph::RECORD_AT) { of_all(&last) } else { 0 };

@@ -325,6 +325,7 @@ mod tests {
         let facts = Facts {
             title: "A <title> & more".into(),
             run: "/runs/a".into(),
+            id: String::new(),
             config,
             metrics,
             terms: vec![
