@@ -247,7 +247,7 @@ mod tests {
         let (url, key, file) = (|| "file:///r".to_owned(), || "k".to_owned(), || "a.arrow".to_owned());
         let corrupt = || StoreError::Corrupt { url: url(), key: key(), expected: "1 byte".to_owned(), found: "2 bytes".to_owned() };
         let bad_url = || StoreError::BadUrl { url: url(), reason: "it is none".to_owned() };
-        let cases: [(Fail, u8); 13] = [
+        let cases: [(Fail, u8); 15] = [
             (corrupt().into(), NO_RETRY),
             (bad_url().into(), USAGE),
             (DataError::Store(corrupt()).into(), NO_RETRY),
