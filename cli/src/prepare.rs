@@ -130,9 +130,9 @@ pub(crate) fn changed(data: &str, sources: &[String]) -> Result<Vec<Damage>, Fai
                 return Ok(vec![Damage { file: data.to_owned(), what: error.to_string() }]);
             }
             // It is the sources that are to be mended here, not the destination.
-            Err(DataError::Other { field, expected, found, .. }) => {
+            Err(DataError::Other { file, field, expected, found }) => {
                 let hint = "bring back what it was prepared from, or prepare these anew into another folder";
-                let what = format!("{field}: not what it was prepared from (expected {found}, found {expected}); {hint}");
+                let what = format!("{file}: {field}: not what it was prepared from (expected {found}, found {expected}); {hint}");
                 return Ok(vec![Damage { file: data.to_owned(), what }]);
             }
             planned => planned?,

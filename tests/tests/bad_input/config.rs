@@ -38,7 +38,7 @@ fn unknown_keys_are_refused_with_the_nearest() -> Result<()> {
 
 #[test]
 fn values_out_of_range_name_file_key_and_rule() -> Result<()> {
-    text_refused("range", "steps = 4", "steps = 0", &["`train.steps` is 0", "1 or more"])?;
+    text_refused("range", "steps = 4", "steps = 0", &["`train.steps` is 0", "from 1 to"])?;
     text_refused("lanes", "global_batch = 16", "global_batch = 15", &["`train.global_batch` is 15", "multiple of train.micro_batch = 2"])?;
     set_refused("workers.count=9", &["refused.toml with --set", "`workers.count` is 9", "only 8 lanes"])?;
     for (item, rule) in [
