@@ -139,7 +139,11 @@ fn a_destination_that_holds_something_else_is_left_alone() -> Result<()> {
     let at = out.display().to_string();
     let (all, one) = (shared.path("scenes"), shared.path("scenes/scenes-00000.tar"));
     ella_refused(&["prepare", &all, "--out", &at, "--resolution", "32"], PERMANENT, &["other-data/plan.json", "min_edge", "32", "64"])?;
-    ella_refused(&["prepare", &one, "--out", &at, "--resolution", "64"], PERMANENT, &["other-data/plan.json", "sources", "found 2 sources, with \"scenes-00001.tar\""])?;
+    ella_refused(
+        &["prepare", &one, "--out", &at, "--resolution", "64"],
+        PERMANENT,
+        &["other-data/plan.json", "sources", "found 2 sources, with \"scenes-00001.tar\""],
+    )?;
     assert!(files(&out)? == before, "the other data set was changed");
 
     let file = shared.path("a-file");
