@@ -101,9 +101,7 @@ impl Who {
             (None, None) => alone(&runtime, config, device),
         }
     }
-}
 
-impl Who {
     /// Gives the result of work that has none of its own, with its exit code: it was only described, is another's, or was stopped.
     pub(crate) fn conclude(&self, ran: &Ran, config: &JobConfig, out: Out) -> u8 {
         let outcome = if ran.code == DONE { "done" } else { "preempted" };

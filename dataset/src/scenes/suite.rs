@@ -156,9 +156,7 @@ impl Suite {
         let file = out.join(SUITE);
         fs::write(&file, serde_json::json!(self).to_string()).map_err(failed(&file, "write this file"))
     }
-}
 
-impl Suite {
     /// Prompts of another suite would silently be drawn with this one's, and scored by nobody.
     fn refuse_stale(&self, folder: &Path) -> Result<(), ScenesError> {
         let own: HashSet<String> = (0..self.count).map(|index| format!("{}.txt", self.key(index))).collect();

@@ -108,14 +108,12 @@ pub struct EmbedJob {
 impl EmbedJob {
     /// Opens the data set and loads the encoder. Blocks, in a tokio runtime.
     pub fn open(data: &str, settings: &EmbedSettings, choice: Choice) -> Result<Self, JobError> {
-        // More threads than cores do no more, and wait for each other in every operation: with 1024 of them a caption took many seconds.
-        let threads = settings.threads.min(std::thread::available_parallelism().map_or(1, |n| n.get()));
-        let device = device::set_up(choice, threads)?;
+        let device = device::set_up(choice, settings.threads)?;
         Precision::OF_FILES.set(device).map_err(JobError::passing)?;
         gpu::limit(device, settings.gpu_memory).map_err(JobError::passing)?;
         // Another machine may have the model.
         let model = models::locate("--text", &settings.text).map_err(|error| JobError::of_model(&error))?;
-        let (text, load) = (settings.text(), (settings.batch, threads));
+        let (text, load) = (settings.text(), (settings.batch, settings.threads));
         let spec = feed::spec(&text, &identity(&model, settings.max_tokens).map_err(|error| JobError::of_model(&error))?)?;
         let encoder = ShardEncoder::load(&text, model, spec.clone(), device, load)
             .map_err(|error| JobError::of_model(&error))?
