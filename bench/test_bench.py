@@ -16,13 +16,13 @@ import gpu_parts
 
 
 def result():
-    own = {"images_per_second": 210.0, "share_of_peak": 0.45, "tflops": 355.0, "memory": {"peak_reserved_bytes": 2**34}}
+    own = {"images_per_second": 210.0, "share_of_peak": 0.45, "tflops": 355.0, "memory": {"peak_reserved_bytes": 2**34}, "timed": ["ours it is"]}
     rates = {"default": 140.0, "reduce-overhead": 150.0, "max-autotune-no-cudagraphs": 145.0, "eager": 105.0}
     peer = {mode: {"images_per_second": rate} for mode, rate in rates.items()}
     return {
         "schema": 1, "date": "2027-01-02T03:04:05+00:00", "commit": "a" * 40, "preset": "sd15", "gpus": [{"name": "NVIDIA H200"}], "cpu": "x",
         "cores": 16, "versions": {"libtorch": "2.11.0"}, "train": {"32": own, "128": {"skipped": "it does not fit"}}, "peer": {"32": peer, "16": {}},
-        "check": {}, "skipped": [{"part": "embed", "reason": "no time"}], "seconds": {}, "with": {"pixels": own}, "without": {"norm": {}},
+        "check": {}, "skipped": [{"part": "embed", "reason": "no time"}], "seconds": {}, "with": {"all": own}, "exact": own | {"micro_batch": 32}, "exact_without_pixels": own, "without": {"norm": {}},
         "attention": {"attentions": [
             {"pixels": 4096, "keys": 64, "heads": 8, "width": 40, "libtorch": {"both_ms": 0.9}, "own": {"both_ms": 0.3}, "libtorch_over_own": 3.0},
             {"pixels": 64, "keys": 64, "heads": 8, "width": 160, "libtorch": {"both_ms": 0.1}, "own": None, "libtorch_over_own": None},
@@ -41,7 +41,9 @@ class Parts(unittest.TestCase):
         text = gpu_parts.table(result() | {"summary": gpu_parts.summary(result())})
         self.assertIn("| 32 | 210.0 | 150.0 | 105.0 | 1.40 | 2.00 | 355.0 | 45.0 % | 16.0 GiB |", text)
         self.assertIn("| 128 | – | – |", text)
-        self.assertIn("With, images/s: pixels 210.0", text)
+        self.assertIn("With, images/s: all 210.0", text)
+        self.assertIn("In exact reduction, at 32: 210.0 images/s; without pixels 210.0", text)
+        self.assertIn("When it was loaded: ours it is", text)
         self.assertIn("| 4096 pixels | 64 keys | 8 × 40 | 0.900 | 0.300 | 3.00 |", text)
         self.assertIn("| 64 pixels | 64 keys | 8 × 160 | 0.100 | – | – |", text)
         self.assertIn("skipped: embed: no time", text)

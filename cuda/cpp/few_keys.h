@@ -92,15 +92,27 @@ DEVICE void multiply(int t, Fragment (&c)[COUNT], A<T> a, B<T> b) {
 }
 #endif
 #else
-template <int K, int COUNT, class T, template <class> class A, template <class> class B>
-DEVICE void multiply(int t, Fragment (&c)[COUNT], A<T> a, B<T> b) {
+// What this thread has of a product, of left(row, k) and right(column, k) added up over K; each is asked once for all that it is multiplied by.
+template <int K, int COUNT, class Left, class Right>
+DEVICE void add_up(int t, Fragment (&c)[COUNT], Left left, Right right) {
+    float rows[2][K], column[K];
+    for (int r = 0; r < 2; ++r) {
+        for (int k = 0; k < K; ++k) rows[r][k] = left(2 * r, k);
+    }
     for (int n = 0; n < COUNT; ++n) {
-        for (int i = 0; i < 4; ++i) {
-            float sum = 0.0f;
-            for (int k = 0; k < K; ++k) sum += a.entry(row_of(t, i), k) * b.entry(n * 8 + column_of(t, i), k);
-            c[n].at[i] += sum;
+        for (int j = 0; j < 2; ++j) {
+            for (int k = 0; k < K; ++k) column[k] = right(n * 8 + column_of(t, j), k);
+            for (int r = 0; r < 2; ++r) {
+                float sum = 0.0f;
+                for (int k = 0; k < K; ++k) sum += rows[r][k] * column[k];
+                c[n].at[2 * r + j] += sum;
+            }
         }
     }
+}
+template <int K, int COUNT, class T, template <class> class A, template <class> class B>
+DEVICE void multiply(int t, Fragment (&c)[COUNT], A<T> a, B<T> b) {
+    add_up<K>(t, c, [&](int i, int k) { return a.entry(row_of(t, i), k); }, [&](int i, int k) { return b.entry(i, k); });
 }
 #endif
 

@@ -109,13 +109,8 @@ template <int LEFT, int COUNT>
 DEVICE void finish(Fragment (&)[COUNT]) {}
 template <int WIDE, class T>
 DEVICE void start(int t, Fragment (&c)[TILE / 8], ByToken<T> a, ByToken<T> b) {
-    for (int n = 0; n < TILE / 8; ++n) {
-        for (int i = 0; i < 4; ++i) {
-            float sum = 0.0f;
-            for (int k = 0; k < WIDE; ++k) sum += a.entry(group_row(t, i), k) * b.entry(n * 8 + column_of(t, i), k);
-            c[n].at[i] = sum;
-        }
-    }
+    clear(c);
+    add_up<WIDE>(t, c, [&](int i, int k) { return a.entry(group_row(t, i), k); }, [&](int i, int k) { return b.entry(i, k); });
 }
 template <class T>
 struct Held {
@@ -133,15 +128,8 @@ DEVICE void hold(Held<T>& to, const Fragment (&from)[TILE / 8]) {
 }
 template <int COUNT, class T>
 DEVICE void start(int t, Fragment (&c)[COUNT], const Held<T> (*a)[1], ByChannel<T> b) {
-    for (int n = 0; n < COUNT; ++n) {
-        for (int i = 0; i < 4; ++i) {
-            float sum = 0.0f;
-            for (int k = 0; k < TILE; ++k) {
-                sum += a[t / 4 * 4 + k % 8 / 2][0].at[k / 8].at[i / 2 * 2 + k % 2] * b.entry(n * 8 + column_of(t, i), k);
-            }
-            c[n].at[i] += sum;
-        }
-    }
+    const auto held = [&](int i, int k) { return a[t / 4 * 4 + k % 8 / 2][0].at[k / 8].at[i + k % 2]; };
+    add_up<TILE>(t, c, held, [&](int i, int k) { return b.entry(i, k); });
 }
 #endif
 

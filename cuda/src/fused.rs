@@ -9,6 +9,7 @@ use std::ffi::c_int;
 use tch::{Device, Kind, Tensor};
 
 use crate::ops::{self, returned};
+use crate::speed::{self, Attention};
 use crate::{Error, Result, gpu};
 
 /// The most channels of a group norm, and of [`rms_norm`].
@@ -32,8 +33,10 @@ pub struct Fused {
     pub attention: bool,
     /// [`few_keys`], where it [fits](fits_few_keys).
     pub cross: bool,
-    /// [`pixels`], where it [fits](fits_pixels). Not among those that a GPU takes by itself: none has shown yet what it gains.
+    /// [`pixels`], where it [fits](fits_pixels).
     pub pixels: bool,
+    /// Of `cross` and `pixels` only what is not slower than libtorch's attention, where both were [timed](speed::measure).
+    pub timed: bool,
 }
 
 pub(crate) type Switch = fn(&mut Fused) -> &mut bool;
@@ -51,13 +54,16 @@ pub(crate) const SWITCHES: [(&str, Switch); 7] = [
 
 impl Fused {
     /// None of them: libtorch's own operators only.
-    pub const NONE: Self = Self { norm: false, conv: false, resize: false, gate: false, attention: false, cross: false, pixels: false };
+    pub const NONE: Self =
+        Self { norm: false, conv: false, resize: false, gate: false, attention: false, cross: false, pixels: false, timed: false };
     /// All of them.
-    pub const ALL: Self = Self { norm: true, conv: true, resize: true, gate: true, attention: true, cross: true, pixels: true };
+    pub const ALL: Self =
+        Self { norm: true, conv: true, resize: true, gate: true, attention: true, cross: true, pixels: true, timed: false };
     /// Those that a GPU takes unless it is told otherwise.
-    pub const USUAL: Self = Self { pixels: false, ..Self::ALL };
+    pub const USUAL: Self = Self { timed: true, ..Self::ALL };
 
-    /// What the environment variable `ELLA_FUSED` says: `all`, `none`, or names beside commas; nothing if it is not set.
+    /// What the environment variable `ELLA_FUSED` says: `all`, `none`, names beside commas, or names with a minus before each, which are left out of the usual
+    /// ones; nothing if it is not set.
     ///
     /// # Errors
     /// A name that is none.
@@ -83,6 +89,18 @@ impl Fused {
         SWITCHES.into_iter().filter(|(_, switch)| *switch(&mut self)).map(|(name, _)| name).collect()
     }
 
+    /// Whether attention to so many keys, by heads of `width` channels in `kind`, is [`few_keys`]'s.
+    #[must_use]
+    pub fn takes_few_keys(self, keys: i64, width: i64, kind: Kind) -> bool {
+        self.cross && fits_few_keys(keys, width) && !(self.timed && speed::lost(Attention::FewKeys, width, kind))
+    }
+
+    /// Whether attention of pixels to themselves, by heads of `width` channels in `kind`, is [`pixels`]'s.
+    #[must_use]
+    pub fn takes_pixels(self, width: i64, kind: Kind) -> bool {
+        self.pixels && fits_pixels(width) && !(self.timed && speed::lost(Attention::Pixels, width, kind))
+    }
+
     fn without(mut self, mut others: Self) -> Self {
         for (_, switch) in SWITCHES {
             *switch(&mut self) &= !*switch(&mut others);
@@ -96,13 +114,17 @@ impl Fused {
             "none" | "" => return Ok(Self::NONE),
             _ => {}
         }
-        let mut fused = Self::NONE;
-        for name in value.split(',') {
-            let Some((_, switch)) = SWITCHES.iter().find(|(known, _)| *known == name.trim()) else {
+        let less = value.trim_start().starts_with('-');
+        let mut fused = if less { Self::USUAL } else { Self::NONE };
+        for name in value.split(',').map(str::trim) {
+            let bare = if less { name.strip_prefix('-') } else { Some(name) };
+            let Some((_, switch)) = SWITCHES.iter().find(|(known, _)| bare == Some(*known)) else {
                 let known = SWITCHES.map(|(known, _)| known).join(", ");
-                return Err(Error(format!("ELLA_FUSED: `{name}` is no fused operator (expected all, none, or some of {known})")));
+                return Err(Error(format!(
+                    "ELLA_FUSED: `{name}` is no fused operator (expected all, none, some of {known}, or some of them with a minus before each)"
+                )));
             };
-            *switch(&mut fused) = true;
+            *switch(&mut fused) = !less;
         }
         Ok(fused)
     }
@@ -436,7 +458,10 @@ mod tests {
         assert_eq!(Fused::parse("all").unwrap(), Fused::ALL);
         assert_eq!(Fused::parse("none").unwrap(), Fused::NONE);
         assert_eq!(Fused::parse("norm, attention").unwrap(), Fused { norm: true, attention: true, ..Fused::NONE });
-        let error = Fused::parse("norm,gelu").unwrap_err().to_string();
-        assert!(error.contains("`gelu`") && error.contains("gate"), "{error}");
+        assert_eq!(Fused::parse("-norm, -cross").unwrap(), Fused { norm: false, cross: false, ..Fused::USUAL });
+        for (value, named) in [("norm,gelu", "`gelu`"), ("-norm,gate", "`gate`"), ("norm,-gate", "`-gate`"), ("-", "`-`")] {
+            let error = Fused::parse(value).unwrap_err().to_string();
+            assert!(error.contains(named) && error.contains("some of norm, conv"), "{error}");
+        }
     }
 }

@@ -72,7 +72,8 @@ pub fn load(libtorch: &Path) -> Result<&'static [String]> {
     if is_loaded() {
         return Ok(&[]);
     }
-    let used = Fused::from_env()?.unwrap_or(Fused::USUAL);
+    // All that may be taken later, whatever wins by time.
+    let used = Fused { timed: false, ..Fused::from_env()?.unwrap_or(Fused::USUAL) };
     let table = open()?;
     let (mut major, mut minor) = (0, 0);
     // SAFETY: the pointers are to live integers, which the call fills.

@@ -18,6 +18,7 @@ mod ops;
 pub mod precision;
 pub mod profile;
 pub mod resize;
+pub mod speed;
 pub mod stream;
 
 pub use error::Error;

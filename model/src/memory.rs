@@ -8,7 +8,7 @@
 //! Small things are left out: moments of group norms, embeddings of the time, biases. `model/tests/memory.rs` holds this against what
 //! libtorch really keeps.
 
-use ella_cuda::fused::{Fused, fits_few_keys};
+use ella_cuda::fused::Fused;
 use serde::Serialize;
 use tch::Kind;
 
@@ -215,7 +215,8 @@ impl Walk<'_> {
         // Values and gates, and the activated gates unless they are made again.
         let gated = if self.pass.fused.gate { 8 * c * self.number } else { 12 * c * self.number };
         let norm = c * self.number + MOMENTS;
-        let few = self.pass.fused.cross && !self.config.upcast_attention && fits_few_keys(self.pass.states as i64, (c / heads) as i64);
+        let fused = self.pass.fused.takes_few_keys(self.pass.states as i64, (c / heads) as i64, self.pass.kind);
+        let few = fused && !self.config.upcast_attention;
         let mut kept = Kept::default();
         if self.depends {
             kept.place += c * if self.pass.fused.norm { self.number } else { FLOAT }; // the group norm

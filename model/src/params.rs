@@ -8,6 +8,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use ella_cuda::fused::{Fused, channels_last};
+use ella_cuda::speed;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{ModelError, Result};
@@ -64,14 +65,17 @@ impl Compute {
     /// What a GPU takes.
     pub const FUSED: Self = Self { layout: Layout::ChannelsLast, fused: Fused::USUAL };
 
-    /// The one that is fastest in `kind` on `device`; the variable `ELLA_FUSED` chooses other fused operators ([`Fused::from_env`]).
+    /// The one that is fastest in `kind` on `device`; the variable `ELLA_FUSED` chooses other fused operators ([`Fused::from_env`]). What can only be known
+    /// by the clock is measured when this is first asked ([`speed::measure`]).
     ///
     /// # Errors
-    /// `ELLA_FUSED` names something else.
+    /// `ELLA_FUSED` names something else; CUDA's own.
     pub fn fastest(kind: Kind, device: Device) -> Result<Self> {
         // Tensor cores read NHWC; with NCHW, cuDNN turns the maps around before and after. On CPUs oneDNN has layouts of its own.
         let fastest = if device.is_cuda() && kind != Kind::Float { Self::FUSED } else { Self::PLAIN };
-        Ok(Self { fused: Fused::from_env()?.unwrap_or(fastest.fused).on(kind, device), ..fastest })
+        let fused = Fused::from_env()?.unwrap_or(fastest.fused).on(kind, device);
+        speed::measure(fused, kind, device)?;
+        Ok(Self { fused, ..fastest })
     }
 }
 

@@ -6,6 +6,7 @@ use crate::text::{self, TextIdentity};
 use crate::train::lane::Networks;
 use crate::train::split::Split;
 use crate::train::state::{Layout, TrainState};
+use ella_cuda::speed;
 use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::connector::{Connector, ConnectorConfig, ConnectorKind};
@@ -46,6 +47,9 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     let kind = device::kind(config.base.dtype);
     let loras = config.base.loras.iter().map(|named| lora("base.loras", named)).collect::<Result<Vec<_>, _>>()?;
     let (unet, vae, schedule) = (base.unet_with(&loras, kind, device)?, base.vae(kind, device)?, base.schedule(device)?);
+    for found in speed::measured(kind) {
+        tracing::info!("{found}");
+    }
     if vae.kind() != kind {
         tracing::info!("the VAE computes in float32: its config.json has force_upcast, because float16 overflows in it");
     }

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | TF32 in products and convolutions of float32 | off, unless `workers.tf32` | fp32 means fp32. libtorch's own default is on for convolutions, which costs 13 of 23 bits of mantissa and says so nowhere. It is part of a run's digest (SAME). |
 //! | deterministic algorithms | with `train.reduction = "exact"` | SAME: the same bits over two runs on like GPUs. libtorch then takes attention's and cuDNN's deterministic kernels, and refuses an operation that has none. |
-//! | cuDNN's search for the fastest algorithm | only with `reduction = "fast"` | It takes what was fastest in this process today: another one may round elsewhere. |
+//! | cuDNN's search for the fastest algorithm, and our own between its attention and ours | only with `reduction = "fast"` | It takes what was fastest in this process today: another one may round elsewhere. |
 //! | `CUBLAS_WORKSPACE_CONFIG=:4096:8` | always, before CUDA starts | cuBLAS gives the same bits only with workspaces of a fixed size, which it reads once, long before a run's config is known. It is what libtorch takes on Hopper anyway, 32 MiB, and elsewhere costs 24 MiB. |
 //!
 //! The rest follows from dtypes: frozen networks compute in `base.dtype`, norms and softmax in float32 at all times; weights that train, their

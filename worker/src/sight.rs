@@ -8,8 +8,8 @@ use ella_model::detector::{Detector, DetectorConfig};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-/// Pictures looked at together.
-const TOGETHER: i64 = 256;
+/// Pictures looked at together: so few that what is made of them is not given back to the system and taken anew for each layer.
+const TOGETHER: i64 = 32;
 
 /// Why nothing is seen.
 #[derive(Debug, thiserror::Error)]

@@ -163,7 +163,10 @@ impl Lab {
             self.ella(&format!("{label}-generate"), &generate)?;
             let (detector, suite, out) = (text(&self.mini("detector")), self.path("suite"), text(&answers));
             let look = ["dpg", "look", "--suite", &suite, "--prompts", told, "--images", &images, "--detector", &detector, "--out", &out];
-            self.ella(&format!("{label}-look"), &look)?;
+            let name = format!("{label}-look");
+            // The detector is tried once.
+            let tried: &[&str] = if name == self.tells_of_detector() { &[] } else { &["--tried", "0"] };
+            self.ella(&name, &[&look[..], tried].concat())?;
             self.counted(marks(&csv, &answers)?)
         };
         Ok(Marked { dense: of(Telling::Dense)?, short: of(Telling::Short)? })
@@ -176,10 +179,14 @@ impl Lab {
         Ok(marks.into_iter().map(|marks| Prompt { objects: objects.get(&marks.item).copied().unwrap_or(0), marks }).collect())
     }
 
+    /// Of the parts that have the detector look, the one that tries it too.
+    fn tells_of_detector(&self) -> String {
+        format!("{}-dense-look", base_run(self.recipe.seeds[0]))
+    }
+
     /// How far the detector can be trusted, as it was found when it looked.
     pub(super) fn detector(&self) -> Result<Value, Fail> {
-        let name = format!("{}-dense-look", base_run(self.recipe.seeds[0]));
-        let path = self.at(&format!("logs/{name}.json"));
+        let path = self.at(&format!("logs/{}.json", self.tells_of_detector()));
         let text = fs::read(&path).map_err(|error| Fail::io(&path, "read", &error))?;
         let value: Value = serde_json::from_slice(&text).map_err(|error| Fail::failed(format_args!("{}: {error}", path.display())))?;
         Ok(value["accuracy"].clone())

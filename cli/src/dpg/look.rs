@@ -14,10 +14,7 @@ use super::{TILES, bad};
 use crate::ui::{DONE, Fail, Meter, Out, count};
 use crate::whole;
 
-/// Scenes that the detector itself is tried on.
-const TRIED: u64 = 500;
-
-/// Apart from every seed that people type.
+/// The seed of the scenes that the detector itself is tried on, apart from every seed that people type.
 const TRIED_SEED: u64 = 777_777;
 
 #[derive(Debug, Args)]
@@ -37,6 +34,9 @@ pub(crate) struct LookArgs {
     /// The file that is written, for ella dpg score: JSON lines of item_id, tile, proposition_id and answer
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Scenes, rendered in each of six styles, that the detector itself is tried on; 0: it is not tried
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u64).range(..=100_000))]
+    tried: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -86,8 +86,13 @@ impl LookArgs {
             return Err(bad(format_args!("{}: has no grid of any prompt of {}; {hint}", self.images.display(), self.suite.display())));
         }
         whole::write(&self.out, lines.as_bytes())?;
-        let tried = Suite::new(ella_dataset::scenes::World::Mini, TRIED_SEED, TRIED, suite.objects.clone());
-        let accuracy = eyes.accuracy(&tried, side as u32).map_err(bad)?;
+        let accuracy = match self.tried {
+            0 => Vec::new(),
+            tried => {
+                let tried = Suite::new(ella_dataset::scenes::World::Mini, TRIED_SEED, tried, suite.objects.clone());
+                eyes.accuracy(&tried, side as u32).map_err(bad)?
+            }
+        };
         let made = json!({ "out": self.out, "answers": asked, "yes": yes, "missing": missing, "accuracy": accuracy });
         out.result(&made, || self.text((asked, yes), &missing, &accuracy));
         Ok(DONE)
@@ -98,7 +103,9 @@ impl LookArgs {
         if !missing.is_empty() {
             text += &format!("{} without a picture: {}\n", count(missing.len(), "prompt"), super::named(missing));
         }
-        text += "the detector itself, on rendered scenes of the same kind (right of: cells, objects, questions):\n";
+        if !accuracy.is_empty() {
+            text += "the detector itself, on rendered scenes of the same kind (right of: cells, objects, questions):\n";
+        }
         for Accuracy { style, cells, objects, questions, .. } in accuracy {
             let name = format!("{style:?}").to_lowercase();
             text += &format!("{name:>10}  {:6.2} % {:6.2} % {:6.2} %\n", 100.0 * cells, 100.0 * objects, 100.0 * questions);

@@ -3,7 +3,7 @@
 //! diffusers 0.42: `models/transformers/transformer_2d.py`, `models/attention.py` (`BasicTransformerBlock`, `FeedForward`),
 //! `models/attention_processor.py` (`Attention`, `AttnProcessor2_0`).
 
-use ella_cuda::fused;
+use ella_cuda::fused::{self, Fused};
 use tch::{Kind, Tensor};
 
 use super::UNetConfig;
@@ -68,8 +68,8 @@ struct Attention {
     to_out: Linear,
     heads: i64,
     upcast: bool,
-    cross: bool,
-    pixels: bool,
+    /// Which of them it takes from there.
+    fused: Fused,
 }
 
 impl Attention {
@@ -80,27 +80,26 @@ impl Attention {
             to_out: Linear::new(&p.at("to_out").at(0), width, width)?,
             heads,
             upcast,
-            cross: p.fused().cross,
-            pixels: p.fused().pixels,
+            fused: p.fused(),
         })
     }
 
     /// What `x` mixes of `source`, [B, N, D], where a fused operator takes it.
-    fn fused(&self, x: &Tensor, source: &Tensor) -> Result<Option<Tensor>> {
-        let width = x.size()[2] / self.heads;
+    fn by_own_kernels(&self, x: &Tensor, source: &Tensor) -> Result<Option<Tensor>> {
+        let (width, kind) = (x.size()[2] / self.heads, x.kind());
         Ok(match &self.projections {
             _ if self.upcast => None,
-            Projections::Text { q, kv } if self.cross && fused::fits_few_keys(source.size()[1], width) => {
+            Projections::Text { q, kv } if self.fused.takes_few_keys(source.size()[1], width, kind) => {
                 Some(fused::few_keys(&q.forward(x)?, &kv.forward(source)?, self.heads)?)
             }
-            Projections::Own(all) if self.pixels && fused::fits_pixels(width) => Some(fused::pixels(&all.forward(x)?, self.heads)?),
+            Projections::Own(all) if self.fused.takes_pixels(width, kind) => Some(fused::pixels(&all.forward(x)?, self.heads)?),
             _ => None,
         })
     }
 
     /// `x` [B, N, D] attends to `source` [B, M, E], to [B, N, D].
     fn forward(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
-        if let Some(mixed) = self.fused(x, source)? {
+        if let Some(mixed) = self.by_own_kernels(x, source)? {
             return self.to_out.forward(&mixed);
         }
         let (q, k, v) = self.projections.forward(x, source)?;

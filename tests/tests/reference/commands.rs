@@ -11,8 +11,9 @@ const BINARIES: [&str; 3] = ["ella", "ella-coordinator", "ella-worker"];
 const OTHERS: [(&str, &str); 4] = [
     (
         "ELLA_FUSED",
-        "Which fused operators take the place of libtorch's: `all`, `none`, or names beside commas (`norm`, `conv`, `resize`, `gate`, \
-         `attention`, `cross`, `pixels`); left out: those that are fastest on the device",
+        "Which fused operators take the place of libtorch's: `all`, `none`, names beside commas (`norm`, `conv`, `resize`, `gate`, \
+         `attention`, `cross`, `pixels`), or names with a minus before each, which are left out of the usual ones; unset: those that are \
+         fastest on the device",
     ),
     ("ELLA_GRAPHS", "`on` or `off`: whether lanes are recorded as CUDA graphs; left out: `on`"),
     (

@@ -113,7 +113,8 @@ fn every_config_that_the_docs_show_is_taken() {
 #[test]
 fn every_fused_operator_is_named() {
     let variables = commands::variables();
-    for operator in &Source::read(&["cuda/src/fused.rs"]).get("Fused").members {
+    // `timed` is how some of them are chosen.
+    for operator in Source::read(&["cuda/src/fused.rs"]).get("Fused").members.iter().filter(|member| member.name != "timed") {
         assert!(variables.contains(&format!("`{}`", operator.name)), "{}", operator.name);
     }
 }

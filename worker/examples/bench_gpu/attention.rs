@@ -3,7 +3,8 @@
 use crate::timing;
 use crate::{Setting, networks};
 use anyhow::Result;
-use ella_cuda::fused::{self, Fused};
+use ella_cuda::fused::Fused;
+use ella_cuda::speed;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
@@ -18,7 +19,7 @@ struct Shape {
 }
 
 /// Makes of queries, keys and values in one tensor, or of queries and both others, what an attention mixes.
-type Attend = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
+type Attend = fn(&[Tensor], i64) -> ella_cuda::Result<Tensor>;
 
 pub(crate) fn run(setting: &Setting) -> Result<Value> {
     let (config, states) = (setting.preset().unet()?, networks::connector_config(setting)?.latents);
@@ -35,16 +36,12 @@ pub(crate) fn run(setting: &Setting) -> Result<Value> {
 fn row(setting: &Setting, shape: Shape) -> Result<Value> {
     let Shape { pixels, states, heads, width } = shape;
     let there = Fused::ALL.on(setting.kind, setting.device);
-    let own: Option<Attend> = match states {
-        None if there.pixels && fused::fits_pixels(width) => Some(Box::new(move |x| Ok(fused::pixels(&x[0], heads)?))),
-        Some(states) if there.cross && fused::fits_few_keys(states, width) => {
-            Some(Box::new(move |x| Ok(fused::few_keys(&x[0], &x[1], heads)?)))
-        }
-        _ => None,
+    let fits = match states {
+        None => there.takes_pixels(width, setting.kind),
+        Some(states) => there.takes_few_keys(states, width, setting.kind),
     };
-    let libtorchs: Attend = Box::new(move |x| libtorchs(x, heads));
-    let theirs = times(setting, shape, &libtorchs)?;
-    let own = own.map(|own| times(setting, shape, &own)).transpose()?;
+    let theirs = times(setting, shape, speed::libtorchs_attention)?;
+    let own = fits.then(|| times(setting, shape, speed::own_attention)).transpose()?;
     let told = |[forward, both]: [f64; 2]| json!({ "forward_ms": 1e3 * forward, "both_ms": 1e3 * both });
     Ok(json!({
         "pixels": pixels, "keys": states.unwrap_or(pixels), "heads": heads, "width": width,
@@ -53,7 +50,7 @@ fn row(setting: &Setting, shape: Shape) -> Result<Value> {
 }
 
 /// Seconds of the forward pass, and of both.
-fn times(setting: &Setting, shape: Shape, attend: &Attend) -> Result<[f64; 2]> {
+fn times(setting: &Setting, shape: Shape, attend: Attend) -> Result<[f64; 2]> {
     let channels = shape.heads * shape.width;
     let leaf = |tokens, channels| -> Result<Tensor> {
         let x = Tensor::f_randn([setting.micro_batch, tokens, channels], (Kind::Float, setting.device))?.f_to_kind(setting.kind)?;
@@ -64,21 +61,11 @@ fn times(setting: &Setting, shape: Shape, attend: &Attend) -> Result<[f64; 2]> {
         Some(states) => vec![leaf(shape.pixels, channels)?, leaf(states, 2 * channels)?],
     };
     let slopes = leaf(shape.pixels, channels)?.detach();
-    let forward = timing::time(setting.device, setting.measure, || tch::no_grad(|| attend(&inputs).map(drop)))?;
+    let forward = timing::time(setting.device, setting.measure, || tch::no_grad(|| Ok(attend(&inputs, shape.heads).map(drop)?)))?;
     let both = timing::time(setting.device, setting.measure, || {
-        let functional = attend(&inputs)?.f_mul(&slopes)?.f_sum(Kind::Float)?;
+        let functional = attend(&inputs, shape.heads)?.f_mul(&slopes)?.f_sum(Kind::Float)?;
         let _ = Tensor::f_run_backward(&[functional], &inputs, false, false)?;
         Ok(())
     })?;
     Ok([forward.median(), both.median()])
-}
-
-fn libtorchs(x: &[Tensor], heads: i64) -> Result<Tensor> {
-    let parts = match x {
-        [all] => all.f_chunk(3, -1)?,
-        _ => std::iter::once(x[0].shallow_clone()).chain(x[1].f_chunk(2, -1)?).collect(),
-    };
-    let [q, k, v] = [0, 1, 2].map(|i| parts[i].f_unflatten(-1, [heads, -1])?.f_transpose(1, 2));
-    let y = Tensor::f_scaled_dot_product_attention(&q?, &k?, &v?, None::<&Tensor>, 0.0, false, None, false)?;
-    Ok(y.f_transpose(1, 2)?.f_flatten(2, 3)?)
 }

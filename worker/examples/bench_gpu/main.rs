@@ -17,6 +17,7 @@ mod train;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
+use ella_cuda::speed;
 use ella_model::params::Compute;
 use ella_model::presets::Preset;
 use ella_model::t5::T5Config;
@@ -201,6 +202,7 @@ fn describe(result: &mut Map<String, Value>, setting: &Setting, threads: usize) 
         ("ella_fused", json!(fused)),
         ("fused", json!(taken)),
         ("said_of_fused", json!(ella_cuda::said())),
+        ("timed", json!(speed::measured(setting.kind).iter().map(ToString::to_string).collect::<Vec<_>>())),
     ];
     result.extend(fields.map(|(name, value)| (name.to_owned(), value)));
 }
