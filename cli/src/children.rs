@@ -290,10 +290,11 @@ async fn listen(stderr: ChildStderr, kept: Arc<Mutex<VecDeque<String>>>, mut fil
     }
 }
 
-/// How a process ended, in words.
+/// How a process ended, in words. A worker's first process has a code that stands for the signal which ended the second.
 pub(crate) fn ending(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
+        (Some(code @ 129..=192), _) => format!("ended by signal {}", code - 128),
         (Some(code), _) => format!("exit code {code}"),
         (None, Some(signal)) => format!("ended by signal {signal}"),
         (None, None) => "ended".to_owned(),
@@ -370,6 +371,13 @@ mod tests {
         children.reap(Duration::from_millis(50)).await;
         assert!(children.all_ended());
         assert_eq!(ending(children.members()[0].ended.unwrap()), "ended by signal 9");
+    }
+
+    #[test]
+    fn a_code_that_stands_for_a_signal_is_told_as_that() {
+        use std::os::unix::process::ExitStatusExt as _;
+        let ends = [137 << 8, 9, 4 << 8, 101 << 8].map(|raw| ending(ExitStatus::from_raw(raw)));
+        assert_eq!(ends, ["ended by signal 9", "ended by signal 9", "exit code 4", "exit code 101"]);
     }
 
     #[test]

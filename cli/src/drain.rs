@@ -59,9 +59,9 @@ impl Drain {
         let (access, status) = self.find().await?;
         let url = &access.url;
         if status.job.is_some() {
-            return Err(Fail::usage(format_args!("{url}: coordinates a job; a SIGTERM to one of its workers lets that leave")));
+            return Err(Fail::lasting(format_args!("{url}: coordinates a job; a SIGTERM to one of its workers lets that leave")));
         }
-        let worker = resolve(&status.workers, &self.worker).map_err(Fail::usage)?;
+        let worker = resolve(&status.workers, &self.worker)?;
         client::drain(&access, &worker.worker_id, "asked by ella drain").await?;
         note(format_args!("{} is asked to leave after its step; waiting for up to {} s", named(worker), self.timeout));
         let status = self.gone(&access, worker).await?;
@@ -123,7 +123,7 @@ fn has_left(status: &StatusReport, worker_id: &str) -> bool {
 
 /// The worker of that rank; else the one whose id begins so; else the one on that host. A shorter beginning may be a rank's number that is
 /// mistaken: it must not fall on a worker by chance.
-fn resolve<'a>(workers: &'a [WorkerReport], wanted: &str) -> Result<&'a WorkerReport, String> {
+fn resolve<'a>(workers: &'a [WorkerReport], wanted: &str) -> Result<&'a WorkerReport, Fail> {
     let rank: Option<u32> = wanted.parse().ok();
     let ways: [&dyn Fn(&WorkerReport) -> bool; 3] = [
         &|worker| rank.is_some() && worker.rank == rank,
@@ -135,9 +135,11 @@ fn resolve<'a>(workers: &'a [WorkerReport], wanted: &str) -> Result<&'a WorkerRe
     let list = |workers: &mut dyn Iterator<Item = &WorkerReport>| workers.map(named).collect::<Vec<_>>().join("; ");
     match found.as_slice() {
         [worker] => Ok(worker),
-        [] if workers.is_empty() => Err(format!("{wanted:?}: the run has no worker now")),
-        [] => Err(format!("{wanted:?}: no worker has this rank, id or host; there are {}", list(&mut workers.iter()))),
-        several => Err(format!("{wanted:?}: could be any of {}; give more of the id", list(&mut several.iter().copied()))),
+        [] if workers.is_empty() => Err(Fail::lasting(format_args!("{wanted:?}: the run has no worker now"))),
+        [] => Err(Fail::lasting(format_args!("{wanted:?}: no worker has this rank, id or host; there are {}", list(&mut workers.iter())))),
+        several => {
+            Err(Fail::lasting(format_args!("{wanted:?}: could be any of {}; give more of the id", list(&mut several.iter().copied()))))
+        }
     }
 }
 
@@ -160,6 +162,7 @@ fn human(drained: &Drained) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ui::NO_RETRY;
 
     fn worker(worker_id: &str, rank: u32, host: &str) -> WorkerReport {
         WorkerReport { worker_id: worker_id.into(), rank: Some(rank), host: host.into(), pid: 5, ..WorkerReport::default() }
@@ -180,14 +183,16 @@ mod tests {
     #[test]
     fn whoever_is_meant_must_be_clear() {
         let workers = workers();
-        let several = resolve(&workers, "b").unwrap_err();
+        let several = resolve(&workers, "b").unwrap_err().message;
         assert!(several.contains("12ab12ab12 (rank 1, b pid 5); worker e0cd") && !several.contains("7f03"), "{several}");
         // A rank that is not there must not fall on the worker whose id happens to begin so.
         for wanted in ["7", "12", "9", "c", "12ab12ac"] {
-            let nobody = resolve(&workers, wanted).unwrap_err();
+            let nobody = resolve(&workers, wanted).unwrap_err().message;
             assert!(nobody.contains(wanted) && nobody.contains("7f03") && nobody.contains("e0cd"), "{nobody}");
         }
-        assert!(resolve(&[], "0").unwrap_err().contains("no worker now"));
+        assert!(resolve(&[], "0").unwrap_err().message.contains("no worker now"));
+        // It is not how it is written that is wrong: a name where nothing is.
+        assert_eq!([resolve(&[], "0"), resolve(&workers, "9")].map(|found| found.unwrap_err().code), [NO_RETRY; 2]);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `ella init-base`: random models to try things on, and the captions that their tokenizer learns from.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -24,7 +26,7 @@ pub(crate) struct InitBase {
     /// What the tokenizer learns from: .txt files or folders of them, WebDataset tars, prepared data sets [default: captions of scenes]
     #[arg(long, num_args = 1.., value_name = "FILE|DIR")]
     captions: Vec<PathBuf>,
-    /// Folder that gets `base/` and `text/`
+    /// Folder that gets `base/` and `text/`; files of other bytes that are there already are not replaced
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 }
@@ -44,8 +46,15 @@ impl InitBase {
         if self.captions.is_empty() {
             captions.extend((0..SCENES).map(|index| scenes::scene(0, index).dense_caption()));
         }
-        init_base(preset, self.seed, &captions, &self.out)?;
         let (base, text) = (self.out.join("base"), self.out.join("text"));
+        if base.exists() || text.exists() {
+            // A model that somebody trained may be there: what is made is looked at first.
+            let made = tempfile::tempdir_in(&self.out).map_err(|error| Fail::io(&self.out, "written", &error))?;
+            init_base(preset, self.seed, &captions, made.path())?;
+            join(made.path(), &self.out)?;
+        } else {
+            init_base(preset, self.seed, &captions, &self.out)?;
+        }
         let made = json!({ "preset": self.preset, "seed": self.seed, "captions": captions.len(), "base": base, "text": text });
         out.result(&made, || {
             let learned = captions.len();
@@ -56,6 +65,63 @@ impl InitBase {
             )
         });
         Ok(DONE)
+    }
+}
+
+/// Has a folder's files stand in another, where files of the same names and bytes may be already.
+fn join(made: &Path, out: &Path) -> Result<(), Fail> {
+    let (mut files, mut folders) = (Vec::new(), vec![PathBuf::new()]);
+    while let Some(folder) = folders.pop() {
+        let failed = |error: &std::io::Error| Fail::io(made.join(&folder), "read", error);
+        for entry in std::fs::read_dir(made.join(&folder)).map_err(|error| failed(&error))? {
+            let entry = entry.map_err(|error| failed(&error))?;
+            let name = folder.join(entry.file_name());
+            if entry.path().is_dir() { folders.push(name) } else { files.push(name) }
+        }
+    }
+    files.sort();
+    let mut new = Vec::new();
+    for file in files {
+        let there = out.join(&file);
+        match same(&made.join(&file), &there) {
+            Ok(true) => {}
+            Ok(false) => {
+                return Err(Fail::lasting(format_args!(
+                    "{}: is there already, with other bytes than this model's; nothing was written: give another --out, or remove it",
+                    there.display()
+                )));
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => new.push(file),
+            Err(error) => return Err(Fail::io(&there, "read", &error)),
+        }
+    }
+    for file in new {
+        let there = out.join(&file);
+        let folder = there.parent().unwrap_or(out);
+        let moved = std::fs::create_dir_all(folder).and_then(|()| std::fs::rename(made.join(&file), &there));
+        moved.map_err(|error| Fail::io(&there, "written", &error))?;
+    }
+    Ok(())
+}
+
+/// Whether two files hold the same bytes.
+fn same(one: &Path, other: &Path) -> std::io::Result<bool> {
+    let (one, other) = (File::open(one)?, File::open(other)?);
+    if one.metadata()?.len() != other.metadata()?.len() {
+        return Ok(false);
+    }
+    let (mut one, mut other) = (BufReader::with_capacity(1 << 20, one), BufReader::with_capacity(1 << 20, other));
+    loop {
+        let (a, b) = (one.fill_buf()?, other.fill_buf()?);
+        let n = a.len().min(b.len());
+        if n == 0 {
+            return Ok(a.len() == b.len());
+        }
+        if a[..n] != b[..n] {
+            return Ok(false);
+        }
+        one.consume(n);
+        other.consume(n);
     }
 }
 
@@ -109,5 +175,36 @@ fn caption(sample: &Sample) -> Option<String> {
     match sample.fields.get("txt").or_else(|| sample.fields.get("caption"))? {
         Field::Text(text) => Some(text.clone()),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_with_other_bytes_is_named_and_kept() {
+        let (made, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let put = |folder: &Path, name: &str, text: &str| {
+            std::fs::create_dir_all(folder.join(name).parent().unwrap()).unwrap();
+            std::fs::write(folder.join(name), text).unwrap();
+        };
+        let make = || {
+            put(made.path(), "base/unet/config.json", "same");
+            put(made.path(), "text/model.safetensors", "random");
+        };
+        make();
+        put(out.path(), "base/unet/config.json", "same");
+        put(out.path(), "text/model.safetensors", "traind");
+        let fail = join(made.path(), out.path()).unwrap_err();
+        assert!(fail.code == crate::ui::NO_RETRY && fail.message.contains("text/model.safetensors"), "{}", fail.message);
+        assert_eq!(std::fs::read(out.path().join("text/model.safetensors")).unwrap(), b"traind");
+        // What was begun is gone on with.
+        std::fs::remove_file(out.path().join("text/model.safetensors")).unwrap();
+        for _ in 0..2 {
+            make();
+            join(made.path(), out.path()).unwrap();
+            assert_eq!(std::fs::read(out.path().join("text/model.safetensors")).unwrap(), b"random");
+        }
     }
 }

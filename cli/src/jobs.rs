@@ -31,6 +31,8 @@ use crate::whole;
 const POLL: Duration = Duration::from_millis(250);
 /// How long workers may take to leave once the job is over.
 const LEAVING: Duration = Duration::from_secs(10);
+/// How long threads that block may take to end once the work is over.
+const ENDING: Duration = Duration::from_secs(5);
 /// Errors that are named.
 const NAMED: usize = 5;
 /// How many processes may die for each that was asked for, before the job is given up.
@@ -95,11 +97,14 @@ impl Who {
             whole::write(file, config.to_toml().as_bytes())?;
             return Ok(Ran { status: None, code: DONE });
         }
-        match (&self.coordinator, self.workers) {
-            (Some(url), _) => join(&runtime, self.credentials.access(url)?, device),
+        let ran = match (&self.coordinator, self.workers) {
+            (Some(url), _) => self.credentials.access(url).map_err(Fail::from).and_then(|access| join(&runtime, access, device)),
             (None, Some(count)) => runtime.block_on(many(config, count, self, device)),
             (None, None) => alone(&runtime, config, device),
-        }
+        };
+        // What is being written may come to its end. A thread that hangs in a file's opening, on a network's disk perhaps, never does.
+        runtime.shutdown_timeout(ENDING);
+        ran
     }
 
     /// Gives the result of work that has none of its own, with its exit code: it was only described, is another's, or was stopped.
@@ -126,9 +131,20 @@ impl Who {
     }
 }
 
-/// SIGTERM, SIGINT and SIGHUP give back what is in hand; a second wish leaves at once.
-async fn stop_on_signals(stop: CancellationToken) {
-    let Ok(mut stops) = Stops::catch() else { return };
+/// From now on SIGTERM, SIGINT and SIGHUP give back what is in hand; a second wish leaves at once. They are waited for on a thread of their own, until
+/// the process ends: a second wish must be heard also while the work's threads come to their end.
+fn watch_signals(stop: CancellationToken) {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+    let caught = {
+        let _within = runtime.enter();
+        Stops::catch()
+    };
+    if let Ok(stops) = caught {
+        std::thread::spawn(move || runtime.block_on(stop_on_signals(stops, stop)));
+    }
+}
+
+async fn stop_on_signals(mut stops: Stops, stop: CancellationToken) {
     loop {
         stops.next().await;
         if stop.is_cancelled() {
@@ -163,11 +179,16 @@ fn told(fail: Fail, last: Option<&StatusReport>) -> Fail {
 
 fn alone(runtime: &Runtime, config: &JobConfig, device: Device) -> Result<Ran, Fail> {
     let stop = CancellationToken::new();
-    runtime.spawn(stop_on_signals(stop.clone()));
+    watch_signals(stop.clone());
     let mut shown = Shown::new(config);
     let ended = runtime.block_on(async {
         let making = config.clone();
-        let made = tokio::task::spawn_blocking(move || kinds::make(&making, device)).await;
+        let making = tokio::task::spawn_blocking(move || kinds::make(&making, device));
+        // Looking for sources and models may take long, or for ever.
+        let made = tokio::select! {
+            made = making => made,
+            () = stop.cancelled() => return Ok(PREEMPTED),
+        };
         match made.map_err(Fail::failed)? {
             Ok(job) => code(run_local(config, job, 1, stop, &mut |status| shown.show(status)).await),
             Err(error) => Err(error.into()),
@@ -178,7 +199,7 @@ fn alone(runtime: &Runtime, config: &JobConfig, device: Device) -> Result<Ran, F
 
 fn join(runtime: &Runtime, access: Access, device: Device) -> Result<Ran, Fail> {
     let stop = CancellationToken::new();
-    runtime.spawn(stop_on_signals(stop.clone()));
+    watch_signals(stop.clone());
     let ended = runtime.block_on(run_leased(access, 1, stop, move |config| kinds::make(config, device)));
     Ok(Ran { status: None, code: code(ended)? })
 }
@@ -198,7 +219,7 @@ async fn many(config: &JobConfig, count: u32, who: &Who, device: Device) -> Resu
     note(format_args!("coordinator {} (page {scheme}://{http}); more workers: ella-worker {}", access.url, joins.join(" ")));
     let (stops, stopping) = mpsc::channel(2);
     let stop = CancellationToken::new();
-    tokio::spawn(stop_on_signals(stop.clone()));
+    watch_signals(stop.clone());
     let mut serving = tokio::spawn(coordinator.run(stopping));
     let mut workers = Workers::start(joins, count, device)?;
     let mut shown = Shown::new(config);

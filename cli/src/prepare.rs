@@ -1,7 +1,9 @@
 //! `ella prepare`: sources to a prepared data set.
 
+use std::sync::{Mutex, PoisonError};
+
 use clap::Args;
-use ella_dataset::{Damage, DataError, Plan, REPORT, Report, Source, SourceOptions};
+use ella_dataset::{Damage, Manifest, Plan, REPORT, Report, Source, SourceOptions, originals};
 use ella_proto::config::{Config, Device as Choice, JobConfig, JobKind, JobTable};
 use ella_store::Store;
 use ella_worker::models;
@@ -79,22 +81,43 @@ fn told(data: &str, sources: &[String]) -> Result<(JobTable, PrepareSettings), F
         }
     })?;
     let missing = || Fail::lasting(format_args!("{data}/{CONFIG}: not found; run the same `ella prepare` again: it writes it"));
-    let text = String::from_utf8_lossy(&there.ok_or_else(missing)?).into_owned();
+    let Some(there) = there else {
+        let manifest = crate::runtime()?.block_on(Manifest::load(&store));
+        return Err(if manifest.is_ok_and(|manifest| manifest.settings.is_none()) { of_captions(data) } else { missing() });
+    };
+    let text = String::from_utf8_lossy(&there).into_owned();
     let Config::Job(config) = Config::parse(&text, &format!("{data}/{CONFIG}"), &[])? else { return Err(missing()) };
     let mut settings = config.settings(&PrepareSettings::full())?;
     if !sources.is_empty() {
         settings.sources = sources.to_vec();
     }
-    if !sources.is_empty() {
-        crate::runtime()?.block_on(same_names(&store, &settings))?;
-    }
     Ok((JobTable { data: data.to_owned(), ..config.job }, settings))
+}
+
+/// A data set of captions alone has nothing that `ella prepare` made.
+fn of_captions(data: &str) -> Fail {
+    Fail::lasting(format_args!(
+        "{data}: made by `ella embed` from a folder of .txt files: it has no originals to compare, and no sources to make shards anew from; to \
+         replace a damaged shard delete it and run the same `ella embed` again"
+    ))
+}
+
+/// The same, where all sources that are given must be those that were prepared.
+fn told_of_all(data: &str, sources: &[String]) -> Result<(JobTable, PrepareSettings), Fail> {
+    let (table, settings) = told(data, sources)?;
+    if !sources.is_empty() {
+        crate::runtime()?.block_on(same_names(&Store::open(data)?, &settings))?;
+    }
+    Ok((table, settings))
+}
+
+fn options_of(settings: &PrepareSettings) -> SourceOptions {
+    SourceOptions { image_column: settings.image_column.clone(), key_column: settings.key_column.clone() }
 }
 
 /// A source may be moved, but is known by its name: another one is another source.
 async fn same_names(store: &Store, settings: &PrepareSettings) -> Result<(), Fail> {
-    let options = SourceOptions { image_column: settings.image_column.clone(), key_column: settings.key_column.clone() };
-    let given = Source::find_all(&settings.sources, &options).await?;
+    let given = Source::find_all(&settings.sources, &options_of(settings)).await?;
     let there = Plan::load(store).await?.map(|plan| plan.sources).unwrap_or_default();
     if given.len() != there.len() {
         let (was, now) = (count(there.len(), "source"), given.len());
@@ -114,47 +137,38 @@ async fn same_names(store: &Store, settings: &PrepareSettings) -> Result<(), Fai
 
 /// Whether these are a data set's sources, by their names.
 pub(crate) fn find_again(data: &str, sources: &[String]) -> Result<(), Fail> {
-    told(data, sources).map(drop)
+    told_of_all(data, sources).map(drop)
+}
+
+/// Whether a data set could be prepared again: sources of the same sizes, lists of keys and models are there.
+pub(crate) fn ready_again(data: &str, sources: &[String]) -> Result<(), Fail> {
+    let (table, settings) = told_of_all(data, sources)?;
+    let (runtime, models) = (crate::runtime()?, settings.load(Choice::Auto)?);
+    runtime.block_on(async {
+        settings.preparation(&table.data, models).await?.plan().await?;
+        Ok(())
+    })
 }
 
 /// Reads all sources of a data set again, and the pictures that lists name. Gives those that are not what was prepared.
 pub(crate) fn changed(data: &str, sources: &[String]) -> Result<Vec<Damage>, Fail> {
-    let (table, settings) = told(data, sources)?;
-    let (runtime, models) = (crate::runtime()?, settings.load(Choice::Auto)?);
-    runtime.block_on(async {
-        let preparation = settings.preparation(&table.data, models).await?;
-        let mut changed = Vec::new();
-        // A source of another size, or a list of other rows, is seen without reading it.
-        match preparation.plan().await {
-            Err(error @ DataError::SourceReplaced { .. }) => {
-                return Ok(vec![Damage { file: data.to_owned(), what: error.to_string() }]);
-            }
-            // It is the sources that are to be mended here, not the destination.
-            Err(DataError::Other { file, field, expected, found }) => {
-                let hint = "bring back what it was prepared from, or prepare these anew into another folder";
-                let what = format!("{file}: {field}: not what it was prepared from (expected {found}, found {expected}); {hint}");
-                return Ok(vec![Damage { file: data.to_owned(), what }]);
-            }
-            planned => planned?,
-        };
-        let parts = preparation.parts().await?;
-        let mut meter = Meter::new("sources", parts.len() as u64);
-        for part in parts {
-            match preparation.check(part).await {
-                Err(error @ (DataError::SourceReplaced { .. } | DataError::SourceMissing { .. } | DataError::SourceCorrupt { .. })) => {
-                    changed.push(Damage { file: preparation.name_of(part).await?, what: error.to_string() });
-                }
-                checked => checked?,
-            }
-            meter.at(part as u64 + 1, "parts");
-        }
-        Ok(changed)
+    let (_, settings) = told(data, sources)?;
+    let store = Store::open(data)?;
+    let meter = Mutex::new(Meter::new("sources", 0));
+    let watch = |done: usize, parts: usize| {
+        let mut meter = meter.lock().unwrap_or_else(PoisonError::into_inner);
+        meter.of(parts as u64);
+        meter.at(done as u64, "parts");
+    };
+    crate::runtime()?.block_on(async {
+        let (found, gone) = Source::find_there(&settings.sources, &options_of(&settings)).await?;
+        Ok(originals(&store, found, gone, &watch).await?)
     })
 }
 
 /// Prepares a data set again as it was told then, its sources being elsewhere now if any are given.
 pub(crate) fn again(data: &str, sources: &[String]) -> Result<(), Fail> {
-    let (table, settings) = told(data, sources)?;
+    let (table, settings) = told_of_all(data, sources)?;
     let config = JobConfig::new(table, &settings)?;
     match Who::here().run(&config, Choice::Auto)?.code {
         DONE => Ok(()),

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 
 use ella_proto::config::RunConfig;
 use ella_proto::samples::{self, Index};
@@ -10,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::ui::{Fail, count};
+use crate::ui::{Fail, count, note};
 
 /// The effective config's name in a run folder.
 pub(crate) const RUN_TOML: &str = "run.toml";
@@ -23,6 +24,8 @@ pub(crate) struct RunFolder {
     pub(crate) store: Store,
     /// The run's effective config.
     pub(crate) config: RunConfig,
+    /// Lines that are none, by file (KNOWN).
+    damaged: Mutex<BTreeMap<String, usize>>,
 }
 
 impl RunFolder {
@@ -41,7 +44,11 @@ impl RunFolder {
             String::from_utf8(bytes.to_vec()).map_err(|_| Fail::lasting(format_args!("{origin}: is not UTF-8; restore it from a copy")))?;
         let config = RunConfig::parse(&text, &origin, &[])
             .map_err(|error| Fail::lasting(format_args!("{error}; restore {RUN_TOML} from a copy")))?;
-        Ok(Self { store, config })
+        Ok(Self::new(store, config))
+    }
+
+    pub(crate) fn new(store: Store, config: RunConfig) -> Self {
+        Self { store, config, damaged: Mutex::default() }
     }
 
     /// The log, checked as [`RunLog::read`] does.
@@ -61,16 +68,9 @@ impl RunFolder {
         Ok(that_count(lines, &resumed(&self.events().await?)))
     }
 
-    /// What happened, each with the term that wrote it. Events are for people: a line that can't be read is passed over.
+    /// What happened, each with the term that wrote it.
     pub(crate) async fn events(&self) -> Result<Vec<(u64, Value)>, Fail> {
-        let mut events = Vec::new();
-        for file in self.store.list("events").await? {
-            let Some(term) = file.key.strip_prefix("events").and_then(term_of) else { continue };
-            let text = self.store.get(&file.key).await?;
-            let lines = text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
-            events.extend(lines.map(|event| (term, event)));
-        }
-        Ok(events)
+        self.lines("events").await
     }
 
     /// The steps whose samples are all there, in order.
@@ -88,22 +88,64 @@ impl RunFolder {
         serde_json::from_slice(&self.store.get(&key).await?).map_err(wrong)
     }
 
-    /// The lines of the files in one of the run's folders, in order, each with the term that wrote it.
+    /// The lines of the files in one of the run's folders, in order, each with the term that wrote it. They are for people, so one that cannot be
+    /// read, as at the end of a file that was cut off, is told of, counted and passed over.
     pub(crate) async fn lines<T: DeserializeOwned>(&self, folder: &str) -> Result<Vec<(u64, T)>, Fail> {
         let mut lines = Vec::new();
         for file in self.store.list(folder).await? {
             let Some(term) = file.key.strip_prefix(folder).and_then(term_of) else { continue };
             let text = self.store.get(&file.key).await?;
+            let (mut damaged, mut first) = (0, None);
             for (number, line) in text.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
-                let line = serde_json::from_slice(line).map_err(|error| {
-                    let place = format!("{}/{}: line {}", self.store.url(), file.key, number + 1);
-                    Fail::lasting(format_args!("{place}: {error}; the file was changed or written by another version of ella"))
-                })?;
-                lines.push((term, line));
+                match serde_json::from_slice(line) {
+                    Ok(line) => lines.push((term, line)),
+                    Err(error) => {
+                        damaged += 1;
+                        first.get_or_insert((number + 1, error));
+                    }
+                }
+            }
+            if let Some((number, error)) = first {
+                self.passed_over(&file.key, damaged, &format!("line {number}: {error}"));
             }
         }
         Ok(lines)
     }
+
+    /// Tells of a file's damaged lines, once however often it is read.
+    fn passed_over(&self, key: &str, lines: usize, first: &str) {
+        let before = self.damaged.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned(), lines);
+        if before != Some(lines) {
+            let (url, lines) = (self.store.url(), count(lines, "damaged line"));
+            note(format_args!(
+                "WARNING: {url}/{key}: {lines} passed over ({first}); the file was cut or changed, or another version of ella wrote it"
+            ));
+        }
+    }
+
+    /// Lines that could not be read, of all that was read so far.
+    pub(crate) fn damaged_lines(&self) -> usize {
+        self.damaged.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
+    }
+}
+
+/// What was skipped, refused and found damaged, and what reading came to, by name, as far as a run's folder holds it (KNOWN): by its metrics
+/// and its events.
+pub(crate) fn counts(metrics: &[Metric], events: &[(u64, Value)]) -> BTreeMap<String, u64> {
+    let mut counts = BTreeMap::new();
+    let skipped = metrics.iter().flat_map(|metric| &metric.skipped).map(|(reason, n)| (format!("skipped_{reason}"), *n));
+    let read = metrics.iter().flat_map(|metric| &metric.read).map(|(name, n)| (name.clone(), *n));
+    let told = events.iter().filter_map(|(_, event)| match event["event"].as_str()? {
+        "refused" => Some("workers_refused"),
+        // The first of each address in an hour.
+        "stranger" => Some("strangers_told_of"),
+        "damaged" => Some("commits_damaged"),
+        _ => None,
+    });
+    for (name, n) in skipped.chain(read).chain(told.map(|name| (name.to_owned(), 1))) {
+        *counts.entry(name).or_default() += n;
+    }
+    counts
 }
 
 /// From which steps coordinators went on, each with its term. That at which the last one ended is such a step too, unless another has gone on.
@@ -311,15 +353,37 @@ mod tests {
         assert_eq!(sums.to_string(), "5 generations, 1 worker lost, 2 joined, 1 straggler waited for");
     }
 
+    fn config() -> RunConfig {
+        RunConfig::parse("[run]\noutput='r'\n[base]\nmodel='m'\n[text]\nmodel='t'\n[data]\npath='d'\n", "x", &[]).unwrap()
+    }
+
     #[test]
-    fn a_damaged_line_is_named() {
+    fn damaged_lines_are_counted_and_the_others_are_read() {
         let dir = tempfile::tempdir().unwrap();
-        let fail = crate::runtime().unwrap().block_on(async {
-            let config = RunConfig::parse("[run]\noutput='r'\n[base]\nmodel='m'\n[text]\nmodel='t'\n[data]\npath='d'\n", "x", &[]).unwrap();
+        crate::runtime().unwrap().block_on(async {
             let store = Store::open(dir.path().to_str().unwrap()).unwrap();
-            store.put("metrics/000001-000001.jsonl", "{\"step\":1\n".into()).await.unwrap();
-            RunFolder { store, config }.metrics().await.unwrap_err()
+            let line = |step: u64| format!("{{\"at_unix_ms\":1,\"step\":{step},\"samples\":4,\"loss\":1.0}}\n");
+            store.put("metrics/000001-000001.jsonl", (line(1) + &line(2) + "{\"at_unix_ms\":1,\"st").into()).await.unwrap();
+            store.put("events/000001-000001.jsonl", "{\"event\":\"lost\"}\n{\"eve".into()).await.unwrap();
+            let run = RunFolder::new(store, config());
+            for _ in 0..2 {
+                assert_eq!(run.metrics().await.unwrap().iter().map(|metric| metric.step).collect::<Vec<_>>(), [1, 2]);
+                assert_eq!((run.events().await.unwrap().len(), run.damaged_lines()), (1, 2));
+            }
         });
-        assert!(fail.message.contains("metrics/000001-000001.jsonl: line 1"), "{}", fail.message);
+    }
+
+    #[test]
+    fn what_a_folder_holds_of_skips_refusals_and_reads_is_summed() {
+        let metric = |skipped: u64| Metric {
+            skipped: [("nonfinite".to_owned(), skipped)].into(),
+            read: [("cache_hits".to_owned(), 10)].into(),
+            ..Metric::default()
+        };
+        let events = ["refused", "refused", "damaged", "lost", "stranger"].map(|name| (1, serde_json::json!({"event": name})));
+        let counts: Vec<(String, u64)> = counts(&[metric(2), metric(3)], &events).into_iter().collect();
+        let expected =
+            [("cache_hits", 20), ("commits_damaged", 1), ("skipped_nonfinite", 5), ("strangers_told_of", 1), ("workers_refused", 2)];
+        assert_eq!(counts, expected.map(|(name, n)| (name.to_owned(), n)));
     }
 }

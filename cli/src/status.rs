@@ -7,12 +7,14 @@ use ella_coordinator::credentials::Credentials;
 use ella_coordinator::status::{JobReport, StatusReport};
 use ella_dataset::{Progress, progress};
 use ella_proto::access::Access;
-use ella_store::{RunState, Store};
-use serde::Serialize;
+use ella_store::{RunState, Store, StoreError};
+use ella_worker::grids::RECORD;
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::run::{Membership, Metric, RUN_TOML, RunFolder, samples};
+use crate::run::{self, Membership, Metric, RUN_TOML, RunFolder, samples};
 use crate::ui::{DONE, Fail, Out, bytes, span};
 
 /// Characters of a worker's id that are shown.
@@ -20,8 +22,8 @@ pub(crate) const SHOWN: usize = 8;
 
 #[derive(Debug, Args)]
 pub(crate) struct Status {
-    /// A run's folder, or a data set's, being prepared, embedded or captioned, or whole (path or URL); or the address of a run's or job's
-    /// coordinator, http://HOST:PORT
+    /// A run's folder, a data set's, being prepared, embedded or captioned, or whole, or a folder of grids (path or URL); or the address of a
+    /// run's or job's coordinator, http://HOST:PORT
     #[arg(value_name = "RUN|DATA|URL", required_unless_present = "coordinator")]
     what: Option<String>,
     #[command(flatten)]
@@ -46,6 +48,17 @@ struct DataStatus {
     work: Vec<Progress>,
 }
 
+/// A folder of grids (`ella dpg generate`).
+#[derive(Debug, PartialEq, Serialize)]
+struct GridStatus {
+    grids: String,
+    /// Of a tile.
+    resolution: u32,
+    prompts: usize,
+    /// Prompts whose grid is there.
+    drawn: usize,
+}
+
 /// A run by its folder.
 #[derive(Debug, Serialize)]
 struct FolderStatus {
@@ -58,7 +71,7 @@ struct FolderStatus {
     commits: usize,
     /// Steps in all.
     steps: u64,
-    /// The newest step that was measured.
+    /// The newest step that was measured, or committed.
     step: u64,
     samples: u64,
     loss: Option<f64>,
@@ -67,6 +80,10 @@ struct FolderStatus {
     /// The newest step whose samples are all in the folder.
     sampled_step: Option<u64>,
     membership: Membership,
+    /// What was skipped, refused and read, as the folder has it; a coordinator counts more (KNOWN).
+    counts: BTreeMap<String, u64>,
+    /// Lines of the folder's that could not be read.
+    damaged_lines: usize,
 }
 
 impl Asked {
@@ -92,6 +109,8 @@ impl Status {
             });
         } else if let Some(status) = runtime.block_on(read_data(folder_or_url))? {
             out.result(&status, || data(&status));
+        } else if let Some(status) = runtime.block_on(read_grids(folder_or_url))? {
+            out.result(&status, || grids(&status));
         } else {
             let status = runtime.block_on(read(folder_or_url))?;
             out.result(&status, || folder(&status));
@@ -111,10 +130,33 @@ async fn read_data(url: &str) -> Result<Option<DataStatus>, Fail> {
     Ok(work.map(|work| DataStatus { data: store.url().to_owned(), work }))
 }
 
+/// None: no grids are there.
+async fn read_grids(url: &str) -> Result<Option<GridStatus>, Fail> {
+    /// What is of interest here of the record.
+    #[derive(Deserialize)]
+    struct Record {
+        resolution: u32,
+        images: BTreeMap<String, IgnoredAny>,
+    }
+    let store = Store::open(url)?;
+    if store.head(RUN_TOML).await?.is_some() {
+        return Ok(None);
+    }
+    let text = match store.get(RECORD).await {
+        Err(StoreError::NotFound { .. }) => return Ok(None),
+        read => read?,
+    };
+    let wrong = |error| Fail::lasting(format_args!("{}/{RECORD}: {error}; restore it from a copy", store.url()));
+    let Record { resolution, images } = serde_json::from_slice(&text).map_err(wrong)?;
+    let files = store.files("").await?;
+    let drawn = files.iter().filter_map(|file| file.key.strip_suffix(".png")).filter(|name| images.contains_key(*name)).count();
+    Ok(Some(GridStatus { grids: store.url().to_owned(), resolution, prompts: images.len(), drawn }))
+}
+
 async fn read(url: &str) -> Result<FolderStatus, Fail> {
     let store = Store::open(url)?;
     if store.head(RUN_TOML).await?.is_none() {
-        let hint = "this is no run folder, and no data set. A job that waits for its first worker has written nothing yet: \
+        let hint = "this is no run folder, no data set and no folder of grids. A job that waits for its first worker has written nothing yet: \
                     `ella status --coordinator URL` asks whoever coordinates it";
         return Err(Fail::lasting(format_args!("{}/{RUN_TOML}: not found; {hint}", store.url())));
     }
@@ -122,14 +164,17 @@ async fn read(url: &str) -> Result<FolderStatus, Fail> {
     let state = run.state().await?;
     let metrics = run.metrics().await?;
     let samples = samples(&state, &metrics);
-    let membership = Membership::of(&run.events().await?);
+    let events = run.events().await?;
+    let (membership, counts) = (Membership::of(&events), run::counts(&metrics, &events));
     let Metric { step, loss, .. } = metrics.last().cloned().unwrap_or_default();
     let held_out_loss = metrics.iter().rev().find_map(|metric| metric.held_out_loss);
     let (outcome, reason) = outcome(&state);
     let last_commit_step = state.last_commit().map_or(0, |commit| commit.step);
-    let sampled_step = run.sampled_steps().await?.into_iter().rfind(|drawn| *drawn <= step.max(last_commit_step));
+    // A copy may have the commits alone.
+    let step = step.max(last_commit_step);
+    let sampled_step = run.sampled_steps().await?.into_iter().rfind(|drawn| *drawn <= step);
     let (steps, commits) = (run.config.train.steps, state.commits.len());
-    let run_url = run.store.url().to_owned();
+    let (run_url, damaged_lines) = (run.store.url().to_owned(), run.damaged_lines());
     Ok(FolderStatus {
         run_url,
         term: state.term,
@@ -144,6 +189,8 @@ async fn read(url: &str) -> Result<FolderStatus, Fail> {
         held_out_loss,
         sampled_step,
         membership,
+        counts,
+        damaged_lines,
     })
 }
 
@@ -185,15 +232,25 @@ fn data(status: &DataStatus) -> String {
     text
 }
 
+fn grids(status: &GridStatus) -> String {
+    let GridStatus { grids, resolution, prompts, drawn } = status;
+    let state = if drawn < prompts { "under way, or was stopped: the same command goes on" } else { "all are there" };
+    format!(
+        "grids    {grids}\ndrawn    {drawn} of {prompts}, of 2×2 tiles of {resolution}×{resolution}: {state}\nmade     as {grids}/{RECORD} has it"
+    )
+}
+
 fn folder(status: &FolderStatus) -> String {
     let FolderStatus { run_url, term, outcome, reason, last_commit_step, commits, steps, step, samples, membership, .. } = status;
     let reason = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
     let loss = status.loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
     let held_out = status.held_out_loss.map_or_else(String::new, |loss| format!(", on held-out noise {loss:.4}"));
     let drawn = status.sampled_step.map_or_else(String::new, |step| format!("\ndrawn    samples up to step {step}"));
+    let counted: String = status.counts.iter().map(|(name, count)| format!("\n{:<8} {name} {count}", "count")).collect();
+    let damaged = if status.damaged_lines == 0 { String::new() } else { format!("\ncount    damaged_lines {}", status.damaged_lines) };
     format!(
         "run      {run_url}\noutcome  {outcome}{reason}\nterm     {term}\nstep     {step} of {steps}, {samples} samples{loss}{held_out}\n\
-         commits  {commits} kept, the newest of step {last_commit_step}\nworkers  {membership}{drawn}"
+         commits  {commits} kept, the newest of step {last_commit_step}\nworkers  {membership}{drawn}{counted}{damaged}"
     )
 }
 
@@ -248,6 +305,62 @@ fn counts(what: &str, counts: &BTreeMap<String, u64>) -> String {
 mod tests {
     use super::*;
     use ella_coordinator::status::{FailedUnitReport, HeldUnitReport, JobWorkerReport};
+    use ella_proto::config::RunConfig;
+    use ella_store::{Body, Commit, Digest, Part, RunLog, Term};
+
+    /// Only `log/` was copied beside `run.toml`; then what was measured after the commit, with a line that is none.
+    #[test]
+    fn a_folder_is_at_its_newest_commit_at_least_and_tells_what_it_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = dir.path().to_str().unwrap();
+        crate::runtime().unwrap().block_on(async {
+            let store = Store::open(url).unwrap();
+            let config = RunConfig::parse("[run]\noutput='r'\n[base]\nmodel='m'\n[text]\nmodel='t'\n[data]\npath='d'\n", "x", &[]).unwrap();
+            store.put(RUN_TOML, config.to_toml().into()).await.unwrap();
+            let term = Term { host: "h".into(), version: "1".into(), config_digest: Digest::of(b"") };
+            let (mut log, _) = RunLog::claim(&store, term, "n", 1).await.unwrap();
+            let commit = Commit {
+                step: 60,
+                generation: 1,
+                world: 1,
+                folder: ella_store::commit_folder(60, 1, 1),
+                parts: vec![Part { name: "connector.safetensors".into(), bytes: 1, blake3: Digest::of(b"x") }],
+                config_digest: Digest::of(b""),
+                data_digest: Digest::of(b""),
+                models_digest: Digest::of(b""),
+                epoch: 0,
+                step_in_epoch: 60,
+                ledger: Vec::new(),
+                state_digest: Digest::of(b""),
+            };
+            log.append(Body::Commit(commit), 2).await.unwrap();
+            let status = read(url).await.unwrap();
+            assert_eq!((status.step, status.loss), (60, None));
+            let line = r#"{"at_unix_ms":1,"step":61,"samples":4,"loss":0.5,"skipped":{"nonfinite":3}}"#;
+            store.put("metrics/000001-000001.jsonl", format!("{line}\n{{\"at").into()).await.unwrap();
+            let status = read(url).await.unwrap();
+            assert_eq!((status.step, status.damaged_lines), (61, 1));
+            let shown = folder(&status);
+            assert!(shown.ends_with("\ncount    skipped_nonfinite 3\ncount    damaged_lines 1"), "{shown}");
+        });
+    }
+
+    #[test]
+    fn a_folder_of_grids_is_known_with_how_many_are_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = dir.path().to_str().unwrap();
+        crate::runtime().unwrap().block_on(async {
+            assert_eq!(read_grids(url).await.unwrap(), None);
+            let store = Store::open(url).unwrap();
+            let record = r#"{"made_by":"ella","resolution":64,"images":{"a":{"prompt":"x","seeds":[1]},"b":{"prompt":"y","seeds":[2]}}}"#;
+            store.put(RECORD, record.into()).await.unwrap();
+            store.put("a.png", "png".into()).await.unwrap();
+            store.put("other.png", "png".into()).await.unwrap();
+            let status = read_grids(url).await.unwrap().unwrap();
+            assert_eq!((status.drawn, status.prompts, status.resolution), (1, 2, 64));
+            assert!(grids(&status).contains("\ndrawn    1 of 2, of 2×2 tiles of 64×64: under way"), "{}", grids(&status));
+        });
+    }
 
     #[test]
     fn a_job_is_shown_as_a_job() {

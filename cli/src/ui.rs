@@ -114,7 +114,8 @@ impl From<JobError> for Fail {
 
 impl From<ClientError> for Fail {
     fn from(error: ClientError) -> Self {
-        let (usage, permanent) = (matches!(error, ClientError::BadUrl { .. }), matches!(error, ClientError::NoEntry { .. }));
+        let usage = matches!(error, ClientError::BadUrl { .. });
+        let permanent = matches!(error, ClientError::NoEntry { .. } | ClientError::Untrusted { .. });
         Self { code: Exit::of(usage, permanent).code(), message: error.to_string() }
     }
 }
@@ -123,7 +124,7 @@ impl From<LogError> for Fail {
     fn from(error: LogError) -> Self {
         match error {
             LogError::Store(error) => error.into(),
-            LogError::Gap { .. } | LogError::Bad { .. } => Self::lasting(error),
+            LogError::Gap { .. } | LogError::Bad { .. } | LogError::Gone { .. } => Self::lasting(error),
             LogError::Superseded { .. } | LogError::Contended { .. } => Self::failed(error),
         }
     }

@@ -113,7 +113,7 @@ fn what_is_unfinished_or_told_wrongly_is_named() {
     let tars = ella(here, &["inspect", "tars", "--json"]).json();
     assert!(tars["what"] == "unknown" && tars["problems"][0].as_str().unwrap().contains("ella prepare"), "{tars}");
     ella(here, &["inspect", "run", "--json"]).fails(4, &["run: a run", "ella status"]);
-    ella(here, &["status", "tars"]).fails(4, &["no run folder, and no data set", "ella status --coordinator"]);
+    ella(here, &["status", "tars"]).fails(4, &["no run folder, no data set and no folder of grids", "ella status --coordinator"]);
     ella(here, &["caption", "tars", "--json"]).fails(2, &["ella caption: `endpoint` is left out"]);
     ella(here, &["caption", "tars", "--set", "model=m"]).fails(2, &["ella caption with --set: `endpoint` is left out"]);
 }
@@ -192,5 +192,22 @@ fn embed_goes_on_where_it_was_and_takes_plain_texts() {
     ella(here, &["embed", "data", "--text", "models/text", "--dtype", "int8"]).fails(2, &["int8"]);
     if !std::path::Path::new("/dev/nvidiactl").exists() {
         ella(here, &["embed", "data", "--text", "models/text", "--device", "cuda"]).fails(4, &["cuda", "--device"]);
+    }
+}
+
+#[test]
+fn what_embed_made_has_no_originals_and_what_is_not_there_is_not_tried_again() {
+    let dir = world();
+    let here = dir.path();
+    ella(here, &["embed", "/nope", "--text", "models/text", "--out", "o"]).fails(4, &["/nope"]);
+    std::fs::create_dir(here.join("prompts")).unwrap();
+    std::fs::write(here.join("prompts/a.txt"), "a red square").unwrap();
+    ella(here, &["embed", "prompts", "--text", "models/text", "--out", "captions"]).ok();
+    ella(here, &["verify", "captions"]).ok();
+    ella(here, &["verify", "captions", "--originals"]).fails(4, &["made by `ella embed`", "no originals"]);
+
+    // A list of keys is read again by whoever goes on: from a pipe it could not be.
+    for option in ["--allow", "--deny"] {
+        ella(here, &["prepare", "tars", "--out", "x", "--resolution", "64", option, "/dev/null"]).fails(4, &[option, "pipe or device"]);
     }
 }

@@ -135,6 +135,8 @@ fn a_report_is_a_page_a_text_and_markdown() {
             assert!(text.contains(words), "{form} lacks {words:?}:\n{text}");
         }
     }
+    let one = ella(here, &[&all[..], &["--mode", "correct"]].concat()).ok().stdout;
+    assert!(one.contains("correct: all rows") && !one.contains("official: as"), "the legend of a column that is not there:\n{one}");
     assert!(page.starts_with("<!doctype html>") && page.contains("<svg") && !page.contains("src=") && !page.contains("href="));
     assert!(markdown.contains("| model | score | global |") && shown.contains("report: report.html"));
     ella(here, &[&all[..], &["--out", "report.pdf", "--json"]].concat()).fails(2, &["report.pdf", ".html or .md"]);

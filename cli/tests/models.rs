@@ -187,7 +187,13 @@ fn inspect_says_what_a_model_is_and_why_it_cannot_be_used() {
     assert_eq!(base["networks"][0]["dtypes"], json!({ "F32": 4 * parameters }));
 
     let text = look("models/text").ok().json();
-    assert!(text["what"].as_str().unwrap().contains("t5 text encoder of width 64"), "{text}");
+    let what = text["what"].as_str().unwrap();
+    assert!(what.contains("t5 text encoder of width 64, vocabulary of ") && what.contains("reads any length"), "{text}");
+    let clip = base["networks"][2]["what"].as_str().unwrap();
+    assert!(clip.contains("vocabulary of ") && clip.contains("reads at most "), "{clip}");
+    untrained(&here.join("mlp.safetensors"), ConnectorKind::Mlp, 64);
+    let mlp = look("mlp.safetensors").ok().json();
+    assert_eq!(mlp["networks"][0]["what"], "connector", "it has neither layers nor latents");
     let trained = look("connector.safetensors").ok().json();
     assert!(trained["what"].as_str().unwrap().contains("ELLA connector, tsc: text width 64 to width 64"), "{trained}");
     let plain = ella(here, &["inspect", "models/base/vae"]).ok();

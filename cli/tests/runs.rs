@@ -249,6 +249,11 @@ fn what_is_no_run_or_config_is_refused_in_one_line() {
     std::fs::write(here.join("bad.toml"), "[run]\noutput = 3\n").unwrap();
     ella(here, &["train", "bad.toml", "--json"]).fails(2, &["bad.toml", "line 2"]);
     ella(here, &["train", "run.toml", "--coordinator", "http://127.0.0.1:1", "--json"]).fails(1, &["no coordinator"]);
+    // Whatever is computed on, and before a folder is made.
+    for variable in [("ELLA_FUSED", "foo"), ("ELLA_GRAPHS", "maybe")] {
+        ella_with(here, &[variable], &["train", "run.toml", "--json"]).fails(2, &[variable.0, variable.1]);
+    }
+    assert!(!here.join("run").exists());
     ella(here, &["dance", "--json"]).fails(2, &["dance"]);
     assert!(ella(here, &["--help"]).ok().stdout.contains("Exit codes"));
     assert!(ella(here, &["--version"]).ok().stdout.starts_with("ella "));

@@ -78,6 +78,8 @@ pub enum Event {
     Superseded(Term),
     /// The record could not be appended; retries are spent.
     AppendFailed(String),
+    /// The record could not be appended, because the log is not there any more.
+    LogGone(String),
     /// Someone asks the run to commit and leave. Asked again while it drains: to leave at once.
     Stop(String),
     /// Someone asks one worker of a run to leave; the others go on.
@@ -100,7 +102,8 @@ pub enum Effect {
     Send(ConnId, ToWorker),
     /// End a worker's stream, after what was sent before.
     Close(ConnId),
-    /// Append to the log; answered by [`Event::Appended`], [`Event::Superseded`] or [`Event::AppendFailed`]. Appends are in order.
+    /// Append to the log; answered by [`Event::Appended`], [`Event::Superseded`], [`Event::AppendFailed`] or [`Event::LogGone`]. Appends are in
+    /// order.
     Append(Body),
     /// Delete these commit folders. The log has given them up; a failure costs space only.
     DeleteFolders(Vec<String>),

@@ -145,6 +145,8 @@ async fn run(args: &Args) -> anyhow::Result<u8> {
     // Before anything else: a container's first process is not ended by a signal that it does not catch.
     let mut stops = stops()?;
     let config = Config::load(&args.config, &args.set)?;
+    // Before a term is claimed, which ends the coordinator that has the run.
+    args.address_file.as_deref().map_or(Ok(()), try_address_file)?;
     let coordinator = tokio::select! {
         opened = open(&config, &options) => match opened? {
             Some(coordinator) => coordinator,
@@ -197,14 +199,23 @@ struct Serving {
     fell_back: Option<String>,
 }
 
+fn no_address_file(path: &Path) -> String {
+    format!("{}: the addresses could not be written; choose another --address-file", path.display())
+}
+
+/// Whether the addresses can be written there, once they are known.
+fn try_address_file(path: &Path) -> anyhow::Result<()> {
+    let partial = path.with_extension("partial");
+    let folder = if path.is_dir() { Err(std::io::ErrorKind::IsADirectory.into()) } else { Ok(()) };
+    folder.and_then(|()| std::fs::write(&partial, "")).and_then(|()| std::fs::remove_file(&partial)).with_context(|| no_address_file(path))
+}
+
 /// One line on stdout, and the same in a file that is never seen half-written.
 fn announce(serving: &Serving, file: Option<&Path>) -> anyhow::Result<()> {
     let line = serde_json::to_string(serving)?;
     if let Some(path) = file {
         let partial = path.with_extension("partial");
-        std::fs::write(&partial, &line)
-            .and_then(|()| std::fs::rename(&partial, path))
-            .with_context(|| format!("{}: the addresses could not be written; choose another --address-file", path.display()))?;
+        std::fs::write(&partial, &line).and_then(|()| std::fs::rename(&partial, path)).with_context(|| no_address_file(path))?;
     }
     let mut out = std::io::stdout();
     writeln!(out, "{line}").and_then(|()| out.flush()).context("stdout: the addresses could not be written")

@@ -324,7 +324,8 @@ impl From<v1::RunStatus> for StatusReport {
             step: status.step,
             steps: status.steps,
             samples: status.samples,
-            loss: (status.step > 0 && status.loss.is_finite()).then_some(status.loss),
+            // What was resumed from has a step, and no loss until the next one.
+            loss: (status.newest.is_some() && status.loss.is_finite()).then_some(status.loss),
             samples_per_second: status.samples_per_second,
             epoch: status.epoch,
             samples_per_epoch: status.samples_per_epoch,
@@ -388,6 +389,14 @@ impl From<v1::FailedUnit> for FailedUnitReport {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn there_is_no_loss_before_the_first_step_after_a_resume() {
+        let resumed = v1::RunStatus { step: 40, ..v1::RunStatus::default() };
+        assert_eq!(StatusReport::from(resumed.clone()).loss, None);
+        let stepped = v1::RunStatus { step: 41, loss: 0.5, newest: Some(v1::Newest::default()), ..resumed };
+        assert_eq!(StatusReport::from(stepped).loss, Some(0.5));
+    }
 
     #[test]
     fn every_part_of_a_step_has_its_name() {

@@ -129,8 +129,8 @@ async fn the_past_is_restored_with_damage_counted_and_live_steps_are_joined_to_i
     assert_eq!(part["step"], serde_json::json!([7, 8]));
     let events = get_when(http, "/api/v1/events", |events| events["total"].as_u64() > Some(0)).await;
     let lost = events["events"].as_array().unwrap().iter().find(|event| event["event"] == "lost").unwrap().clone();
-    assert_eq!((&lost["step"], &lost["text"]), (&4.into(), &"rank 1, <b>w was lost: x".into()), "by the time, as words");
-    assert!(events["marks"].as_array().unwrap().iter().any(|mark| mark["kind"] == "lost" && mark["step"] == 4));
+    assert_eq!((&lost["step"], &lost["text"]), (&3.into(), &"rank 1, <b>w was lost: x".into()), "by the time, as words");
+    assert!(events["marks"].as_array().unwrap().iter().any(|mark| mark["kind"] == "lost" && mark["step"] == 3));
 
     let mut worker = Fake::attach(&served.url(), hello("<img src=x>")).await.unwrap();
     worker.get_ready().await.unwrap();
@@ -290,6 +290,11 @@ async fn samples_are_shown_and_nothing_else_of_the_folder() {
     for path in ["..%2f..%2f..%2foutside.png", "..%2f..%2frun.toml", "%2e%2e", "..", "%2fetc%2fpasswd", ".hidden", "a%00b"] {
         let answer = get(http, &format!("/api/v1/samples/400/{path}")).await;
         assert!(matches!(answer.code, 400 | 404), "{path}: {}", answer.code);
+    }
+    // Whatever is wrong with a question is told as JSON.
+    for (path, code) in [("curves?points=abc", 400), ("events?limit=x", 400), ("ranks?top=-1", 400), ("samples/abc", 400), ("nix", 404)] {
+        let answer = get(http, &format!("/api/v1/{path}")).await;
+        assert!(answer.code == code && answer.json()["error"].as_str().is_some_and(|error| !error.is_empty()), "{path}: {}", answer.text());
     }
 }
 

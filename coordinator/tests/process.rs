@@ -248,6 +248,33 @@ async fn bad_usage_and_bad_config_are_told_on_stderr_with_exit_code_2() {
     assert_eq!(missing.status.code(), Some(2));
 }
 
+/// A term that is claimed ends whoever had the run: not for nothing.
+#[tokio::test]
+async fn one_that_cannot_serve_leaves_the_one_that_does_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (ours, other) = (Ca::new(), Ca::new());
+    ours.write(&folder.path().join("ours"), "127.0.0.1");
+    other.write(&folder.path().join("other"), "127.0.0.1");
+    let process = Process::start(folder.path(), &["--set", "workers.start_timeout=10min"]).await;
+    let log = folder.path().join("run/log");
+    for wrong in [
+        &["--tls-cert", &path("ours/tls.crt")][..],
+        &["--tls-cert", &path("ours/tls.crt"), "--tls-key", &path("other/tls.key")],
+        &["--tls-cert", &path("ours/tls.crt"), "--tls-key", &path("none")],
+        &["--address-file", &path("none/addresses.json")],
+        &["--token-file", &path("none")],
+        &["--listen", &process.grpc],
+    ] {
+        let extra = [&["--set", "workers.start_timeout=10min"], wrong].concat();
+        let output = soon("the exit", command(folder.path(), &extra).output()).await.unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && output.stdout.is_empty(), "{wrong:?}: {stderr}");
+        assert_eq!(std::fs::read_dir(&log).unwrap().count(), 1, "{wrong:?}: {stderr}");
+    }
+    assert_eq!(client::status(&process.grpc).await.unwrap().phase, "waiting");
+}
+
 #[tokio::test]
 async fn one_that_is_supervised_leaves_at_once_and_leaves_its_workers_be() {
     let folder = tempfile::tempdir().unwrap();

@@ -119,6 +119,34 @@ async fn a_log_that_cannot_be_written_fails_the_run() {
     assert_eq!(ended, [Ended::Aborted(outcome.reason()), Ended::Aborted(outcome.reason())]);
 }
 
+/// Else it would be "done", with a folder in which no run is.
+#[tokio::test]
+async fn a_run_whose_folder_is_removed_fails_for_good() {
+    let (config, store) = (config(&[]), Store::in_memory());
+    let served = Served::start(&config, &store).await;
+    store.delete(&ella_store::log::record_key(0)).await.unwrap();
+    let ended = train_two(&served, &config, &store, [Script::default(); 2]).await;
+    let outcome = served.outcome().await;
+    assert!(matches!(&outcome, Outcome::Failed(failure) if matches!(**failure, Failure::LogGone { .. })), "{outcome:?}");
+    assert!(outcome.exit_code() == 4 && outcome.reason().contains("removed or replaced"), "{}", outcome.reason());
+    assert_eq!(ended, [Ended::Aborted(outcome.reason()), Ended::Aborted(outcome.reason())]);
+}
+
+/// A worker that is stopped, or whose network is cut, does not close its connection. Kubernetes does not wait for long.
+#[tokio::test]
+async fn a_peer_that_does_not_hang_up_is_not_waited_for() {
+    let served = Served::start(&config(&[]), &Store::in_memory()).await;
+    let mut hung = tokio::net::TcpStream::connect(served.addresses.grpc).await.unwrap();
+    // HTTP/2's preface and empty settings: from here on it answers nothing.
+    hung.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    hung.read_u8().await.unwrap();
+    served.stops.send("night".into()).await.unwrap();
+    let began = std::time::Instant::now();
+    assert!(matches!(served.outcome().await, Outcome::Preempted { .. }));
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    drop(hung);
+}
+
 #[tokio::test]
 async fn a_lost_reply_or_a_store_that_is_away_for_a_moment_ends_nothing() {
     let faults = faulty::Faults::new();
@@ -262,6 +290,23 @@ async fn a_damaged_commit_is_given_up_for_the_one_before() {
     });
     let folders: Vec<String> = commits.collect();
     assert!(folders.contains(&"commits/000000000004.4".to_owned()), "{folders:?}");
+}
+
+/// Where the store is full no other commit comes to be before that.
+#[tokio::test]
+async fn a_keep_rule_that_was_lowered_holds_when_the_run_is_opened() {
+    let (_, store) = cut_off_after_step_4().await;
+    let before = store.folders("commits").await.unwrap();
+    let fewer = config(&["checkpoint.keep=1"]);
+    let Opened::Ready(opened) = Coordinator::open(&fewer, store.clone(), &options()).await.unwrap() else { panic!("it is not done") };
+    drop(opened);
+    let records = RunLog::read(&store).await.unwrap();
+    assert_eq!(records.last().unwrap().body, Body::Retire { commits: vec!["commits/000000000002.1".into()] });
+    let after = store.folders("commits").await.unwrap();
+    assert_eq!((before.len(), after), (2, vec!["commits/000000000004.1".to_owned()]));
+    // Once is enough.
+    drop(Coordinator::open(&fewer, store.clone(), &options()).await.unwrap());
+    assert!(matches!(RunLog::read(&store).await.unwrap().last().unwrap().body, Body::Term(_)));
 }
 
 /// A run that is done is done as long as its newest commit is whole, and its config can be read.

@@ -139,16 +139,16 @@ fn load(path: &Path) -> Result<Library> {
 mod tests {
     use super::*;
 
-    /// The GPU's half of the kernels, compiled as on a GPU machine, for every generation of GPUs that libtorch 2.11's wheel serves and newer than
-    /// those without bfloat16.
+    /// The GPU's half of the kernels, compiled as on a GPU machine: for the oldest and the newest GPUs that libtorch 2.11's wheel serves, and for the first of
+    /// each kind that the text tells apart.
     #[test]
-    fn the_kernels_compile_for_every_gpu() {
+    fn the_kernels_compile_for_every_kind_of_gpu() {
         let folders = folders(Path::new(env!("LIBTORCH_LIB")));
         if Nvrtc::open(&folders).is_err() {
             println!("skipped: there is no NVRTC beside libtorch");
             return;
         }
-        for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)] {
+        for capability in [(7, 5), (8, 0), (9, 0), (12, 0)] {
             let image = compile(&folders, capability).unwrap();
             assert!(image.starts_with(b"\x7fELF"));
             let has = |name: &str| image.windows(name.len()).any(|window| window == name.as_bytes());

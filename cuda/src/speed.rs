@@ -86,10 +86,10 @@ impl std::fmt::Display for Measured {
 static MEASURED: Mutex<Option<HashMap<Kind, Vec<Measured>>>> = Mutex::new(None);
 
 /// Times those attentions of `fused` that are [timed](Fused::timed), if they were not before in this kind: a second or two, and some hundred MB of memory for as
-/// long. Only where it is [searched](precision::searches).
+/// long; where that is not to be had, fewer are timed. Only where it is [searched](precision::searches).
 ///
 /// # Errors
-/// CUDA's own, lack of memory among them.
+/// CUDA's own.
 pub fn measure(fused: Fused, kind: Kind, device: Device) -> Result<()> {
     if !fused.timed || !gpu::is_loaded() || !device.is_cuda() || !precision::searches() {
         return Ok(());
@@ -105,7 +105,13 @@ pub fn measure(fused: Fused, kind: Kind, device: Device) -> Result<()> {
         Attention::Pixels => fused.pixels,
         Attention::FewKeys => fused.cross,
     };
-    let found = LEVELS.iter().filter(asked).map(|level| level.measure(kind, device)).collect::<Result<Vec<_>>>()?;
+    let mut found = Vec::new();
+    for level in LEVELS.iter().filter(asked) {
+        match level.measure(kind, device) {
+            Err(error) if error.to_string().contains("out of memory") => break,
+            measured => found.push(measured?),
+        }
+    }
     memory::empty_cache()?;
     all.insert(kind, found);
     Ok(())

@@ -81,8 +81,9 @@ pub struct Captions {
     pub refused: Refused,
 }
 
-/// Reads every `.txt` file directly in a local folder, in the order of their names. Empty files and files that are
-/// not UTF-8 are refused and counted; a file that cannot be read is an error.
+/// Reads every `.txt` file directly in a local folder, in the order of their names. Empty files, files that are
+/// not UTF-8, links that lead nowhere and what is no file (a pipe) are refused and counted; a file that cannot be read is an error. Folders are no
+/// captions, whatever their names.
 pub fn captions_from_txt(folder: &Path) -> Result<Captions, DataError> {
     let io = |path: &Path| {
         let path = path.to_owned();
@@ -91,7 +92,7 @@ pub fn captions_from_txt(folder: &Path) -> Result<Captions, DataError> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(io(folder))? {
         let path = entry.map_err(io(folder))?.path();
-        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("txt")) && path.is_file() {
+        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("txt")) && !path.is_dir() {
             files.push(path);
         }
     }
@@ -105,6 +106,8 @@ pub fn captions_from_txt(folder: &Path) -> Result<Captions, DataError> {
             Err(Refusal::KeyNotUtf8)
         } else if !seen.insert(key.clone()) {
             Err(Refusal::DuplicateKey)
+        } else if !path.is_file() {
+            Err(Refusal::CaptionMissing)
         } else if path.metadata().map_err(io(&path))?.len() > MAX_FILE_BYTES {
             Err(Refusal::CaptionLong)
         } else {

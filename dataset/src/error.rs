@@ -2,6 +2,7 @@
 //!
 //! One bad sample among many is not an error: it is a [`Refusal`](crate::Refusal), counted in the report (KNOWN).
 
+use std::io;
 use std::path::PathBuf;
 
 use ella_store::{Digest, StoreError};
@@ -103,8 +104,8 @@ pub enum DataError {
 
     /// A source is not what was prepared.
     #[error(
-        "{source_name}: changed since it was prepared ({expected} bytes then, {found} now, or others of as many); bring the old file back, or \
-         prepare into a new destination"
+        "{source_name}: changed since it was prepared ({expected} bytes then, {found} now, or others of as many, in it or in a file that it \
+         names); bring the old file back, or prepare into a new destination"
     )]
     SourceReplaced {
         /// The source as it was given.
@@ -113,6 +114,28 @@ pub enum DataError {
         expected: u64,
         /// Bytes that are there.
         found: u64,
+    },
+
+    /// A picture that a row names could not be fetched, and may be later; or its store refuses them.
+    #[error("{source_name}: row {key:?}: {source}; run the same command again to go on, or take the row out of the list")]
+    Picture {
+        /// The list as it was given.
+        source_name: String,
+        /// The row's key.
+        key: String,
+        /// What its store said.
+        source: Box<StoreError>,
+    },
+
+    /// Pictures that a list names are not what was prepared.
+    #[error(
+        "{pictures}: changed since the list was prepared, or gone (list: {source_name}); bring back the old, or prepare into a new destination"
+    )]
+    PicturesReplaced {
+        /// The list as it was given.
+        source_name: String,
+        /// Where the pictures are, the first of them.
+        pictures: String,
     },
 
     /// There is no such column of captions.
@@ -232,9 +255,7 @@ pub enum DataError {
     },
 
     /// Two samples of different sources have the same key.
-    #[error(
-        "{second}: key {key:?} is already taken by a sample of {first}; rename one, or prepare with key prefixes (the source's name before each key) into a new destination"
-    )]
+    #[error("{second}: key {key:?} is already taken by a sample of {first}; {hint}")]
     DuplicateKey {
         /// The key.
         key: String,
@@ -242,6 +263,8 @@ pub enum DataError {
         first: String,
         /// The source that repeats it.
         second: String,
+        /// What to do.
+        hint: &'static str,
     },
 
     /// Nothing was left after the filters.
@@ -334,11 +357,43 @@ impl DataError {
     pub fn is_permanent(&self) -> bool {
         match self {
             DataError::Store(error) => error.is_permanent(),
-            DataError::Io { source, .. } | DataError::Temporary { source, .. } => {
-                matches!(source.kind(), std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem)
-            }
+            DataError::Picture { source, .. } => source.is_permanent(),
+            DataError::Io { source, .. } => is_refused(source) || is_none(source),
+            DataError::Temporary { source, .. } => is_refused(source),
             DataError::Latents(_) | DataError::Stopped { .. } | DataError::Crowded { .. } => false,
             _ => true,
         }
+    }
+}
+
+fn is_refused(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
+}
+
+/// Whether what was named is not there, or is something else.
+fn is_none(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound};
+    [InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound].contains(&error.kind()) || is_link_loop(error)
+}
+
+/// Whether links lead in a circle. The kind has no stable name, but its text.
+pub(crate) fn is_link_loop(error: &io::Error) -> bool {
+    format!("{:?}", error.kind()) == "FilesystemLoop"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_there_is_not_tried_again() {
+        let io = |source: io::Error| DataError::Io { path: "/nope".into(), source };
+        for kind in [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory, io::ErrorKind::IsADirectory, io::ErrorKind::InvalidInput] {
+            assert!(io(kind.into()).is_permanent(), "{kind}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("round", dir.path().join("round")).unwrap();
+        assert!(io(std::fs::read(dir.path().join("round")).unwrap_err()).is_permanent());
+        assert!(!io(io::ErrorKind::Interrupted.into()).is_permanent() && !io(io::ErrorKind::StorageFull.into()).is_permanent());
     }
 }

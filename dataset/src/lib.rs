@@ -46,7 +46,7 @@ pub use files::{CacheLimits, Opened};
 pub use manifest::{LatentSpec, MANIFEST, Manifest, SCHEMA, ShardEntry, SourceEntry};
 pub use picture::{Crop, Encoding, Picture, PictureRules, SDXL_BUCKETS, Scratch, buckets, cut, decode_rgb, encode};
 pub use plan::{PLAN, Part, Plan, PlannedSource, REPORT, UnitRecord, write_file};
-pub use prepare::{KeyList, LatentEncoder, Preparation, PrepareOptions, ToDo, TokenCounter, UnitWatch, prepare};
+pub use prepare::{KeyList, LatentEncoder, Preparation, PrepareOptions, ToDo, TokenCounter, UnitWatch, originals, prepare};
 pub use progress::{Progress, progress};
 pub use prompts::{Prompt, Prompts};
 pub use report::{Refusal, Refused, Report};

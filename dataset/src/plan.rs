@@ -13,6 +13,8 @@
 //! manifest.json                   written last: the data set is whole
 //! ```
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use bytes::Bytes;
 use ella_store::{Created, Digest, Store};
 use futures::{StreamExt, TryStreamExt, stream};
@@ -24,7 +26,7 @@ use crate::manifest::{
 };
 use crate::report::Report;
 use crate::settings::Settings;
-use crate::source::{Piece, Source, SourceKind};
+use crate::source::{Piece, Source, SourceKind, stem};
 use crate::tree;
 
 /// The plan's key in a data set's folder.
@@ -67,6 +69,9 @@ pub struct PlannedSource {
     /// The parts of a table or list. None for a tar, which is one: so a broken tar may be replaced by a whole one.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub pieces: Vec<Piece>,
+    /// What stands before its keys, where keys have prefixes and its name without the ending would not tell it from another source.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub prefix: Option<String>,
 }
 
 /// One part of a plan: what a unit of work prepares.
@@ -88,7 +93,9 @@ impl Plan {
         if sources.is_empty() {
             return Err(DataError::SourceMissing { source_name: "(none given)".into() });
         }
-        let sources = stream::iter(sources.iter().map(planned)).buffered(LOOKED_AT_ONCE).try_collect().await?;
+        let prefixes = if settings.key_prefix { prefixes(sources) } else { vec![None; sources.len()] };
+        let planned = stream::iter(sources.iter().map(planned)).buffered(LOOKED_AT_ONCE).try_collect::<Vec<_>>().await?;
+        let sources = planned.into_iter().zip(prefixes).map(|(source, prefix)| PlannedSource { prefix, ..source }).collect();
         Ok(Plan { schema: SCHEMA, settings: settings.clone(), latents, sources })
     }
 
@@ -141,10 +148,16 @@ impl Plan {
         })
     }
 
-    /// The name of a part's files, made from its input: settings, place, the source's name and part, and what is left out of it. `bytes` is a
-    /// tar's size.
+    /// What stands before the keys of a part's samples.
+    pub(crate) fn key_prefix(&self, part: &Part<'_>) -> String {
+        let source = self.sources.get(part.source).filter(|_| self.settings.key_prefix);
+        source.map_or_else(String::new, |source| format!("{}/", source.prefix.as_deref().unwrap_or_else(|| stem(&source.name))))
+    }
+
+    /// The name of a part's files, made from its input: settings, place, the source's name (or the prefix that tells it from others) and part,
+    /// and what is left out of it. `bytes` is a tar's size.
     pub(crate) fn unit(&self, index: usize, part: &Part<'_>, bytes: u64, left_out: &[String]) -> String {
-        let source = self.sources.get(part.source).map(|source| (&source.name, source.kind));
+        let source = self.sources.get(part.source).map(|source| (source.prefix.as_ref().unwrap_or(&source.name), source.kind));
         let size = part.piece.is_none().then_some(bytes);
         let input = canonical(&(&self.settings, &self.latents, source, part.piece, size, left_out));
         unit_name(index, &Digest::of(&input))
@@ -154,7 +167,34 @@ impl Plan {
 async fn planned(source: &Source) -> Result<PlannedSource, DataError> {
     let kind = source.kind();
     let pieces = if kind == SourceKind::Tar { Vec::new() } else { source.pieces().await? };
-    Ok(PlannedSource { name: source.file_name().to_owned(), kind, pieces })
+    Ok(PlannedSource { name: source.file_name().to_owned(), kind, pieces, prefix: None })
+}
+
+/// Prefixes of the keys of those sources that are not told apart by their names without the ending: with the ending, or after as many of their
+/// folders as it takes.
+fn prefixes(sources: &[Source]) -> Vec<Option<String>> {
+    let mut namesakes = BTreeMap::<&str, Vec<usize>>::new();
+    for (at, source) in sources.iter().enumerate() {
+        namesakes.entry(source.stem()).or_default().push(at);
+    }
+    let mut prefixes = vec![None; sources.len()];
+    for group in namesakes.into_values().filter(|group| group.len() > 1) {
+        let deepest = group.iter().map(|at| sources[*at].folders().count()).max().unwrap_or(0);
+        let labels = |depth: usize, name: fn(&Source) -> &str| -> Vec<String> {
+            let label = |at: &usize| {
+                let folders: Vec<&str> = sources[*at].folders().collect();
+                [&folders[folders.len().saturating_sub(depth)..], &[name(&sources[*at])]].concat().join("/")
+            };
+            group.iter().map(label).collect()
+        };
+        let mut wanted = (0..=deepest).flat_map(|depth| [labels(depth, Source::stem), labels(depth, Source::file_name)]);
+        // Of two stores even all folders may be the same; then a key that both have is an error, as ever.
+        let found = wanted.find(|labels| labels.iter().collect::<BTreeSet<_>>().len() == group.len()).unwrap_or_default();
+        for (at, label) in group.into_iter().zip(found) {
+            prefixes[at] = Some(label);
+        }
+    }
+    prefixes
 }
 
 /// What became of one part. Written last of the unit's files.

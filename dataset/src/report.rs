@@ -19,7 +19,7 @@ pub enum Refusal {
     CaptionInvalid,
     /// More words or tokens than the settings allow, or a caption file of more than a mebibyte.
     CaptionLong,
-    /// None of the fields that hold captions.
+    /// None of the fields that hold captions; or a link that leads to no caption file.
     CaptionMissing,
     /// The caption is not UTF-8.
     CaptionNotUtf8,
@@ -39,7 +39,7 @@ pub enum Refusal {
     ImageMissing,
     /// More pixels or bytes than are decoded.
     ImageTooLarge,
-    /// Truncated, corrupt, or not a JPEG, PNG or WebP picture at all.
+    /// Truncated, corrupt, or not a JPEG, PNG, WebP or GIF picture at all.
     ImageUndecodable,
     /// The key is not UTF-8.
     KeyNotUtf8,

@@ -18,6 +18,8 @@ use crate::tree::TREES;
 
 /// Files read at once.
 const READ_AT_ONCE: usize = 4;
+/// Where damaged files lie while they are made anew: beside what lists and leftovers are looked for in.
+const ASIDE: &str = "damaged";
 
 /// A file that is not what its record says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -121,6 +123,52 @@ impl Inventory {
             stray.extend(self.store.half_written(folder).await?);
         }
         Ok(stray)
+    }
+
+    /// Moves damaged files out of the way, so that they can be made anew, and back if they cannot ([`put_back`](Self::put_back)).
+    ///
+    /// # Errors
+    /// If they can't be read or written. Then [`put_back`](Self::put_back) brings back what was moved already.
+    pub async fn put_aside(&self, damaged: &[Damage]) -> Result<(), DataError> {
+        for Damage { file, .. } in damaged {
+            match self.store.get(file).await {
+                Ok(bytes) => self.store.put(&join(ASIDE, file), bytes).await?,
+                // It is what is wrong with it; or a repair that was killed had put it aside.
+                Err(StoreError::NotFound { .. }) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            self.store.delete(file).await?;
+        }
+        Ok(())
+    }
+
+    /// Brings back files that were put aside, but for those that were made anew.
+    ///
+    /// # Errors
+    /// If they can't be read or written; they are aside still.
+    pub async fn put_back(&self, damaged: &[Damage]) -> Result<(), DataError> {
+        for Damage { file, .. } in damaged {
+            let aside = join(ASIDE, file);
+            let bytes = match self.store.get(&aside).await {
+                Ok(bytes) => bytes,
+                Err(StoreError::NotFound { .. }) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            self.store.create(file, bytes).await?;
+            self.store.delete(&aside).await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes files that were put aside: they were made anew.
+    ///
+    /// # Errors
+    /// If they can't be deleted.
+    pub async fn forget(&self, damaged: &[Damage]) -> Result<(), DataError> {
+        for Damage { file, .. } in damaged {
+            self.store.delete(&join(ASIDE, file)).await?;
+        }
+        Ok(())
     }
 
     /// Deletes files, so that they can be made anew.

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use common::{files, good_tar, jpeg, leftovers, png, small, sources, store, tar_of, threads, versions};
-use ella_dataset::{DataError, Manifest, Preparation, Settings, Source, ToDo, prepare};
+use ella_dataset::{DataError, Manifest, Preparation, Settings, Source, SourceOptions, ToDo, originals, prepare};
 use tempfile::TempDir;
 
 /// Sets the time of a file's last change, for clocks are coarse.
@@ -92,8 +92,10 @@ async fn a_picture_that_changed_behind_an_unchanged_list_is_found_by_a_check() {
     std::fs::write(dir.path().join("p.png"), png(8, 8, 2)).unwrap();
     assert_eq!(new().plan().await.unwrap(), ToDo::default());
     let error = new().check(0).await.unwrap_err();
-    assert!(matches!(&error, DataError::SourceReplaced { source_name, .. } if source_name.ends_with("l.jsonl")), "{error}");
-    assert!(new().name_of(0).await.unwrap().ends_with("l.jsonl"));
+    let DataError::PicturesReplaced { source_name, pictures } = &error else { panic!("{error}") };
+    assert!(source_name.ends_with("l.jsonl") && pictures.ends_with("/p.png"), "{error}");
+    std::fs::remove_file(dir.path().join("p.png")).unwrap();
+    assert!(matches!(new().check(0).await, Err(DataError::PicturesReplaced { .. })), "gone");
 }
 
 #[tokio::test]
@@ -174,4 +176,29 @@ async fn a_lost_shard_of_a_source_that_changed_is_not_made_of_other_bytes() {
     let error = prepare(&[find(&path).await], &store(&out), &small(), &threads(1)).await.unwrap_err();
     assert!(matches!(&error, DataError::MadeOtherwise { file, .. } if file.ends_with(&shard)), "{error}");
     assert!(!out.path().join(&shard).exists());
+}
+
+/// One that is gone or of another size does not hide what became of the others.
+#[tokio::test]
+async fn originals_are_compared_each_whatever_became_of_the_others() {
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let tars: Vec<Vec<u8>> = (0..4).map(|tar| good_tar(10 * tar, 5)).collect();
+    let names = ["a.tar", "b.tar", "c.tar", "d.tar"];
+    let all: Vec<(&str, &[u8])> = names.into_iter().zip(tars.iter().map(Vec::as_slice)).collect();
+    let before = sources(dir.path(), &all).await;
+    prepare(&before, &store(&out), &small(), &threads(1)).await.unwrap();
+    let locations: Vec<String> = before.iter().map(|source| source.name().to_owned()).collect();
+    let changed = async || {
+        let (found, gone) = Source::find_there(&locations, &SourceOptions::default()).await.unwrap();
+        let changed = originals(&store(&out), found, gone, &|_, _| {}).await.unwrap();
+        changed.into_iter().map(|damage| damage.file.rsplit('/').next().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(changed().await, Vec::<String>::new());
+    std::fs::remove_file(dir.path().join("a.tar")).unwrap();
+    std::fs::write(dir.path().join("b.tar"), good_tar(10, 6)).unwrap();
+    let mut other = good_tar(30, 5);
+    let caption = other.windows(9).position(|bytes| bytes == b"a picture").unwrap();
+    other[caption] = b'A';
+    std::fs::write(dir.path().join("d.tar"), other).unwrap();
+    assert_eq!(changed().await, ["a.tar", "b.tar", "d.tar"]);
 }

@@ -227,6 +227,16 @@ fn turned_png(orientation: u8) -> Vec<u8> {
     out
 }
 
+/// The same with the chunk behind the picture's own, as some programs write it.
+fn late_png(orientation: u8) -> Vec<u8> {
+    let mut png = turned_png(orientation);
+    let kind = png.windows(4).position(|bytes| bytes == b"eXIf").unwrap();
+    let chunk: Vec<u8> = png.drain(kind - 4..kind + 4 + exif(orientation).len() + 4).collect();
+    let end = png.len() - 12;
+    png.splice(end..end, chunk);
+    png
+}
+
 fn turned_webp(orientation: u8) -> Vec<u8> {
     let plain = encode(&photo(64, 48, 1), (64, 48), Encoding::Webp { quality: 90 }, &mut Scratch::default()).unwrap();
     let length = u32::from_le_bytes(*plain[16..].first_chunk().unwrap()) as usize;
@@ -237,7 +247,7 @@ fn turned_webp(orientation: u8) -> Vec<u8> {
 fn pictures_are_turned_upright_before_they_are_measured_and_cropped() {
     let sizes = [(24, 40)];
     let rules = PictureRules { sizes: &sizes, ..RULES };
-    for (make, most) in [(turned_jpeg as fn(u8) -> Vec<u8>, 1.0), (turned_png, 0.5), (turned_webp, 1.0)] {
+    for (make, most) in [(turned_jpeg as fn(u8) -> Vec<u8>, 1.0), (turned_png, 0.5), (late_png, 0.5), (turned_webp, 1.0)] {
         for orientation in 1..=8 {
             let turned = cut_one(&make(orientation), &rules).unwrap();
             let mut upright = DynamicImage::from(RgbImage::from_raw(64, 48, decode_rgb(&make(1)).unwrap().0).unwrap());

@@ -309,8 +309,9 @@ async fn a_key_in_two_sources_is_an_error_naming_both_unless_keys_are_prefixed()
     let (dir, out, prefixed) = (TempDir::new().unwrap(), TempDir::new().unwrap(), TempDir::new().unwrap());
     let sources = sources(dir.path(), &[("a.tar", &good_tar(0, 3)), ("b.tar", &good_tar(2, 3))]).await;
     let error = prepare(&sources, &store(&out), &small(), &threads(1)).await.unwrap_err();
-    let DataError::DuplicateKey { key, first, second } = &error else { panic!("{error}") };
-    assert_eq!((key.as_str(), first.as_str(), second.as_str()), ("000002", "a.tar", "b.tar"));
+    let DataError::DuplicateKey { key, first, second, hint } = &error else { panic!("{error}") };
+    assert_eq!((key.as_str(), first.as_str(), second.as_str()), ("000002", sources[0].name(), sources[1].name()));
+    assert!(hint.contains("--key-prefix"), "{error}");
     assert!(!out.path().join("manifest.json").exists());
 
     // They share a picture too.
@@ -318,6 +319,39 @@ async fn a_key_in_two_sources_is_an_error_naming_both_unless_keys_are_prefixed()
     assert_eq!(prepare(&sources, &store(&prefixed), &settings, &threads(1)).await.unwrap().kept, 6);
     let data = DataSet::open(prefixed.path().to_str().unwrap()).await.unwrap();
     assert_eq!(data.shard(0).await.unwrap().row(0).unwrap().key, "a/000000");
+}
+
+#[tokio::test]
+async fn prefixes_of_sources_with_the_same_name_have_their_folders_too() {
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let mut all = Vec::new();
+    for (name, from) in [("x/cc3m/0.tar", 0), ("x/cc12m/0.tar", 50), ("x/1.tar", 0)] {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, good_tar(from, 2)).unwrap();
+        all.extend(Source::find(path.to_str().unwrap()).await.unwrap());
+    }
+    let settings = Settings { key_prefix: true, duplicates: Duplicates::Keep, ..small() };
+    assert_eq!(prepare(&all, &store(&out), &settings, &threads(1)).await.unwrap().kept, 6);
+    let keys = |rows: Vec<common::Prepared>| rows.into_iter().map(|row| row.key).collect::<Vec<_>>();
+    let expected = ["cc3m/0/000000", "cc3m/0/000001", "cc12m/0/000050", "cc12m/0/000051", "1/000000", "1/000001"];
+    assert_eq!(keys(common::prepared_rows(&out).await), expected);
+    // Elsewhere, but in folders of the same names, they are the same sources.
+    let moved = dir.path().join("y");
+    std::fs::rename(dir.path().join("x"), &moved).unwrap();
+    let mut there = Vec::new();
+    for name in ["cc3m/0.tar", "cc12m/0.tar", "1.tar"] {
+        there.extend(Source::find(moved.join(name).to_str().unwrap()).await.unwrap());
+    }
+    assert_eq!(prepare(&there, &store(&out), &settings, &threads(1)).await.unwrap().kept, 6);
+
+    // Side by side, their endings tell them apart.
+    let (out, list) = (TempDir::new().unwrap(), moved.join("1.csv"));
+    std::fs::write(moved.join("p.jpg"), jpeg(50, 1)).unwrap();
+    std::fs::write(&list, "file_name,key,text\np.jpg,000000,a picture\n").unwrap();
+    let beside = [there[2].clone(), Source::find(list.to_str().unwrap()).await.unwrap().remove(0)];
+    prepare(&beside, &store(&out), &settings, &threads(1)).await.unwrap();
+    assert_eq!(keys(common::prepared_rows(&out).await), ["1.tar/000000", "1.tar/000001", "1.csv/000000"]);
 }
 
 #[tokio::test]

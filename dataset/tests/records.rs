@@ -379,14 +379,16 @@ async fn a_folder_of_text_files_becomes_a_data_set_of_captions() {
     write("empty.txt", b"\n");
     write("latin.txt", b"caf\xe9");
     write("other.json", b"{}");
+    std::os::unix::fs::symlink("nowhere", dir.path().join("broken.txt")).unwrap();
+    std::fs::create_dir(dir.path().join("folder.txt")).unwrap();
     let captions = captions_from_txt(dir.path()).unwrap();
     let kept = [("10".to_owned(), "zehn Äpfel".to_owned()), ("2".to_owned(), "two dogs".to_owned())];
     assert_eq!(captions.kept, kept);
-    let refused = [(Refusal::CaptionEmpty, vec!["empty".to_owned()]), (Refusal::CaptionNotUtf8, vec!["latin".to_owned()])];
-    assert_eq!(captions.refused, refused.into());
+    let refused = [(Refusal::CaptionEmpty, "empty"), (Refusal::CaptionNotUtf8, "latin"), (Refusal::CaptionMissing, "broken")];
+    assert_eq!(captions.refused, refused.map(|(why, key)| (why, vec![key.to_owned()])).into());
 
     let report = prepare_captions(captions.clone(), "prompts", &store(&out)).await.unwrap();
-    assert_eq!((report.read, report.kept, report.adds_up()), (4, 2, true));
+    assert_eq!((report.read, report.kept, report.adds_up()), (5, 2, true));
     let before = files(out.path());
     prepare_captions(captions.clone(), "prompts", &store(&out)).await.unwrap();
     assert_eq!(files(out.path()), before);

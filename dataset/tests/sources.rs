@@ -9,6 +9,7 @@ use common::{jpeg, read, read_pieces, refused, small, source, tar_of};
 use ella_dataset::{DataError, Field, Fields, Member, PrepareOptions, Refusal, Sample, Source, SourceKind, SourceOptions, prepare};
 use ella_store::Store;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 fn text(text: &str) -> Field {
     Field::Text(text.into())
@@ -53,6 +54,8 @@ async fn a_tars_texts_and_json_entries_are_fields() {
         ("c.json", b"\xff{}"),
         ("c.png", b"C"),
         ("c.jpg", b"second"),
+        ("d.GIF", b"D"),
+        ("d.json", b"\xef\xbb\xbf{\"caption\": \"NaN\", \"score\": NaN, \"low\": -Infinity, \"high\": 2}"),
     ]);
     let samples = read(&source(dir.path(), "s.tar", &tar).await).await.unwrap();
     let expected = fields(&[
@@ -67,7 +70,10 @@ async fn a_tars_texts_and_json_entries_are_fields() {
     assert_eq!(samples[0].fields, expected);
     assert_eq!(samples[1].fields, fields(&[("txt", Field::NotUtf8), ("json", Field::Other)]));
     assert_eq!(samples[2].fields, fields(&[("txt", Field::TooLong), ("json", Field::NotUtf8)]));
-    assert_eq!(outcome(&samples), ["a: A", "b: Absent", "c: C"]);
+    // What Python writes of numbers that are none costs no more than that field.
+    let expected = fields(&[("caption", text("NaN")), ("score", Field::Other), ("low", Field::Other), ("high", Field::Number(2.0))]);
+    assert_eq!(samples[3].fields, expected);
+    assert_eq!(outcome(&samples), ["a: A", "b: Absent", "c: C", "d: D"]);
 }
 
 #[tokio::test]
@@ -90,6 +96,7 @@ async fn rows_of_json_name_pictures_wherever_they_are() {
         r#"{"file_name": "in/0.jpg", "#.into(),
         r#"["in/0.jpg"]"#.into(),
         format!(r#"{{"file_name": "{}.jpg"}}"#, "n".repeat(300)),
+        r#"{"file_name": "in/0.jpg", "key": "nan", "score": NaN}"#.into(),
     ];
     let source = source(&root.join("set"), "list.jsonl", lines.join("\n").as_bytes()).await;
     let samples = read(&source).await.unwrap();
@@ -108,10 +115,70 @@ async fn rows_of_json_name_pictures_wherever_they_are() {
         "list/000000010: row_invalid",
         "list/000000011: row_invalid",
         &long,
+        "nan: 2",
     ];
     assert_eq!(outcome(&samples), expected);
     let first = fields(&[("file_name", text("in/0.jpg")), ("caption", text("c")), ("url", text("unused")), ("score", Field::Number(3.0))]);
     assert_eq!(samples[0].fields, first);
+}
+
+/// A server that answers a path `/STATUS` with that, `/round` with a redirect to itself, and others with a picture.
+async fn web() -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut connection, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut request = vec![0; 4096];
+                let read = connection.read(&mut request).await.unwrap();
+                let request = String::from_utf8_lossy(&request[..read]).into_owned();
+                let path = request.split(' ').nth(1).unwrap_or_default().trim_start_matches('/').to_owned();
+                let (status, more) = match path.parse::<u16>() {
+                    Ok(status) => (format!("{status} Other"), String::new()),
+                    Err(_) if path == "round" => ("302 Found".to_owned(), "Location: /round\r\n".to_owned()),
+                    Err(_) => ("200 OK".to_owned(), String::new()),
+                };
+                let reply = format!("HTTP/1.1 {status}\r\nContent-Length: 3\r\n{more}Connection: close\r\n\r\nweb");
+                connection.write_all(reply.as_bytes()).await.unwrap();
+            });
+        }
+    });
+    url
+}
+
+/// One bad address among millions must not cost the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_whose_picture_cannot_be_had_costs_that_row_only() {
+    let (dir, url) = (TempDir::new().unwrap(), web().await);
+    let root = dir.path().canonicalize().unwrap();
+    std::os::unix::fs::symlink("round", root.join("round")).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(root.join("pipe")).status().unwrap().success());
+    let missing = ["400", "401", "403", "404", "410", "451", "round"].map(|path| format!("{url}/{path}"));
+    let local = ["round", "pipe"].map(str::to_owned);
+    let invalid = ["http://[::bad/x.jpg", "http://127.0.0.1:999999/x.jpg", "http://a b/x.jpg", "s3://Bad Bucket/x.jpg"].map(str::to_owned);
+    let good = format!("{url}/picture.jpg");
+    let rows = missing.iter().chain(&local).chain(&invalid).chain([&good]).enumerate();
+    let list: String = rows.map(|(row, place)| format!("{{\"key\": \"{row}\", \"url\": \"{place}\"}}\n")).collect();
+    let found = read(&source(&root, "list.jsonl", list.as_bytes()).await).await.unwrap();
+    let became: Vec<String> = outcome(&found).into_iter().map(|told| told.split_once(": ").unwrap().1.to_owned()).collect();
+    let expected = [["Absent"; 9].as_slice(), &["row_invalid"; 4], &["web"]].concat();
+    assert_eq!(became, expected);
+
+    // What a server may get over is an error that names the list and the row.
+    let list = format!("{{\"key\": \"full\", \"url\": \"{url}/507\"}}\n");
+    let error = read(&source(&root, "full.jsonl", list.as_bytes()).await).await.unwrap_err();
+    let said = error.to_string();
+    assert!(!error.is_permanent() && ["full.jsonl", "row \"full\"", "/507"].iter().all(|word| said.contains(word)), "{said}");
+}
+
+/// Its opening would wait for ever, and with it the command.
+#[tokio::test]
+async fn a_source_that_is_a_pipe_is_refused_at_once() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("pipe.tar");
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    let error = Source::find(path.to_str().unwrap()).await.unwrap_err();
+    assert!(error.is_permanent() && error.to_string().contains("a pipe, socket or device"), "{error}");
 }
 
 #[tokio::test]

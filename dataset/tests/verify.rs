@@ -203,3 +203,29 @@ async fn no_data_set_is_an_error() {
     let error = Inventory::of(&Store::in_memory()).await.unwrap_err().to_string();
     assert!(error.contains("manifest.json: not found"), "{error}");
 }
+
+#[tokio::test]
+async fn what_was_put_aside_comes_back_unless_it_was_made_anew() {
+    let (out, _) = whole(&TempDir::new().unwrap()).await;
+    let shards: Vec<_> = arrow_files(out.path()).into_iter().filter(|name| name.starts_with("shards/")).collect();
+    let (first, second, third) = (out.path().join(&shards[0]), out.path().join(&shards[1]), out.path().join(&shards[2]));
+    std::fs::write(&first, b"damaged").unwrap();
+    std::fs::write(&second, b"too").unwrap();
+    std::fs::remove_file(&third).unwrap();
+    let before = files(out.path());
+    let inventory = Inventory::of(&store(&out)).await.unwrap();
+    let damaged = inventory.verify(|_| {}).await.unwrap().damaged;
+    assert_eq!(damaged.len(), 3);
+    inventory.put_aside(&damaged).await.unwrap();
+    assert!(!first.exists() && !second.exists());
+    // A repair that was killed is begun again.
+    inventory.put_aside(&damaged).await.unwrap();
+    inventory.put_back(&damaged).await.unwrap();
+    assert_eq!(files(out.path()), before);
+
+    inventory.put_aside(&damaged).await.unwrap();
+    std::fs::write(&first, b"made anew").unwrap();
+    inventory.put_back(&damaged).await.unwrap();
+    assert_eq!((std::fs::read(&first).unwrap(), std::fs::read(&second).unwrap()), (b"made anew".to_vec(), b"too".to_vec()));
+    assert_eq!(files(&out.path().join("damaged")), vec![]);
+}

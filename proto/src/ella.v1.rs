@@ -149,7 +149,7 @@ pub struct Welcome {
     #[prost(uint64, tag = "7")]
     pub step_timeout_ms: u64,
 }
-/// `outcome`: how the run or job ended, where the reason is RUN_OVER.
+/// `outcome`: how the run or job ended, where the reason is RUN_OVER; `permanent`: it failed, and starting it again would fail in the same way.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Refused {
     #[prost(enumeration = "RefusedReason", tag = "1")]
@@ -158,6 +158,8 @@ pub struct Refused {
     pub detail: ::prost::alloc::string::String,
     #[prost(enumeration = "Outcome", tag = "3")]
     pub outcome: i32,
+    #[prost(bool, tag = "4")]
+    pub permanent: bool,
 }
 /// A worker holds its models and is in no generation: it has just loaded them, or its generation has ended.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -173,6 +175,9 @@ pub struct Idle {
     pub data_digest: ::prost::alloc::string::String,
     #[prost(string, tag = "4")]
     pub models_digest: ::prost::alloc::string::String,
+    /// The ring did not close because nothing was reached where the next rank is to listen: one of the two is at fault.
+    #[prost(bool, tag = "5")]
+    pub next_unreached: bool,
 }
 /// The worker has been asked to leave (SIGTERM). It stays until it is released, or the run is drained.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -384,11 +389,13 @@ pub struct Drain {
     #[prost(string, tag = "1")]
     pub reason: ::prost::alloc::string::String,
 }
-/// Leave now; nothing is committed.
+/// Leave now; nothing is committed. `permanent`: starting again would fail in the same way.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Abort {
     #[prost(string, tag = "1")]
     pub reason: ::prost::alloc::string::String,
+    #[prost(bool, tag = "2")]
+    pub permanent: bool,
 }
 /// The worker has applied its last step; its commit, if any is due, is under way. The worker keeps its stream open until the commit's
 /// Committed has come; the coordinator ends the stream when the run is over.
@@ -713,6 +720,8 @@ pub enum RefusedReason {
     Malformed = 7,
     RunOver = 8,
     Superseded = 9,
+    /// It and another rank do not reach each other.
+    Unreached = 10,
 }
 impl RefusedReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -731,6 +740,7 @@ impl RefusedReason {
             Self::Malformed => "REFUSED_REASON_MALFORMED",
             Self::RunOver => "REFUSED_REASON_RUN_OVER",
             Self::Superseded => "REFUSED_REASON_SUPERSEDED",
+            Self::Unreached => "REFUSED_REASON_UNREACHED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -746,6 +756,7 @@ impl RefusedReason {
             "REFUSED_REASON_MALFORMED" => Some(Self::Malformed),
             "REFUSED_REASON_RUN_OVER" => Some(Self::RunOver),
             "REFUSED_REASON_SUPERSEDED" => Some(Self::Superseded),
+            "REFUSED_REASON_UNREACHED" => Some(Self::Unreached),
             _ => None,
         }
     }

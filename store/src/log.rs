@@ -32,7 +32,7 @@ pub enum LogError {
         last: u64,
     },
     /// A file in the log's folder is no valid record.
-    #[error("{url}/{file}: not a valid log record ({reason}); restore it from a copy")]
+    #[error("{url}/{file}: not a valid log record ({reason}); {remedy}")]
     Bad {
         /// The run.
         url: String,
@@ -40,6 +40,8 @@ pub enum LogError {
         file: String,
         /// The rule that it breaks.
         reason: String,
+        /// What to do with it.
+        remedy: &'static str,
     },
     /// Another coordinator has taken over the run: this one must stop.
     #[error("{url}: superseded: record {seq} was written by term {by_term}; another coordinator runs this run, so this one stops")]
@@ -50,6 +52,17 @@ pub enum LogError {
         seq: u64,
         /// The term of who took it.
         by_term: u64,
+    },
+    /// The record before the next one is not there any more: the run's folder was removed, or another put in its place.
+    #[error(
+        "{url}/{file}: not there any more, though this coordinator's log had it: the run's folder was removed or replaced while the run went on. Put it \
+         back from a copy, or begin anew in another folder"
+    )]
+    Gone {
+        /// The run.
+        url: String,
+        /// The missing file.
+        file: String,
     },
     /// Others kept taking the next number.
     #[error("{url}: no term could be claimed in {tries} tries; too many coordinators start at once: leave one")]
@@ -130,7 +143,8 @@ impl RunLog {
     /// the record was written; appending the same body again is safe, and never makes a second record of it.
     ///
     /// # Errors
-    /// `Superseded` if the next number was taken by another coordinator; `Bad` for a body that [`RunLog::read`] would refuse.
+    /// `Superseded` if the next number was taken by another coordinator; `Gone` if the log is not there any more, as far as a look at the record before
+    /// this one tells: a folder that was removed must not come back with this record alone; `Bad` for a body that [`RunLog::read`] would refuse.
     pub fn append(&mut self, body: Body, at_unix_ms: u64) -> BoxFuture<'_, Result<u64, LogError>> {
         Box::pin(async move {
             if matches!(body, Body::Term(_)) {
@@ -138,6 +152,10 @@ impl RunLog {
             }
             for _ in 0..MOST_TRIES {
                 let seq = self.next;
+                let before = record_key(seq.saturating_sub(1));
+                if self.store.head(&before).await?.is_none() {
+                    return Err(LogError::Gone { url: self.store.url().into(), file: before });
+                }
                 let record = Record { seq, term: self.term, nonce: self.nonce.clone(), at_unix_ms, body: body.clone() };
                 let key = record_key(seq);
                 check_body(&record).map_err(|reason| bad(&self.store, &key, reason))?;
@@ -171,7 +189,7 @@ impl RunLog {
 }
 
 fn bad(store: &Store, file: &str, reason: impl Into<String>) -> LogError {
-    LogError::Bad { url: store.url().into(), file: file.into(), reason: reason.into() }
+    LogError::Bad { url: store.url().into(), file: file.into(), reason: reason.into(), remedy: "restore it from a copy" }
 }
 
 fn encode(store: &Store, record: &Record) -> Result<Bytes, LogError> {
@@ -189,7 +207,12 @@ fn count_listed(store: &Store, listed: &[Meta]) -> Result<u64, LogError> {
     };
     listed.iter().try_fold(0, |count, meta| match next(&meta.key) {
         Some(next) => Ok(count.max(next)),
-        None => Err(bad(store, &meta.key, "the log's folder holds only files named like 000000000042.json; remove this one")),
+        None => Err(LogError::Bad {
+            url: store.url().into(),
+            file: meta.key.clone(),
+            reason: "the log's folder holds only files named like 000000000042.json".into(),
+            remedy: "remove it: it is none of the run's",
+        }),
     })
 }
 

@@ -252,6 +252,7 @@ impl Reader {
     }
 
     async fn open(&mut self) -> Result<BoxStream<'static, object_store::Result<Bytes>>, StoreError> {
+        self.store.refuse_special(self.place()).await?;
         let wanted = self.end.map(|end| self.next..end);
         let result = match (self.request(wanted.clone()).await, &wanted) {
             (Err(object_store::Error::NotSupported { .. }), Some(_)) => {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -232,13 +233,29 @@ impl Store {
     pub fn head<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Meta>, StoreError>> {
         Box::pin(async move {
             let (path, place) = self.at(Operation::Head, key)?;
-            let found = retrying(self, place, 0, |_| async { self.object().head(&path).await.map_err(|error| place.error(error)) }).await;
+            let found = retrying(self, place, 0, |_| async {
+                self.refuse_special(place).await?;
+                self.object().head(&path).await.map_err(|error| place.error(error))
+            });
+            let found = found.await;
             match found {
                 Ok(meta) => Ok(Some(self.meta(&meta))),
                 Err(StoreError::NotFound { .. }) => Ok(None),
                 Err(error) => Err(error),
             }
         })
+    }
+
+    /// Refuses what lies on this machine and is neither a file nor a folder: opening a pipe that nobody writes to never ends, and the size of a
+    /// device says nothing of its bytes.
+    pub(crate) async fn refuse_special(&self, place: Place<'_>) -> Result<(), StoreError> {
+        let Some(path) = self.local.as_ref().map(|local| local.join(place.key)) else { return Ok(()) };
+        // What goes wrong here the store itself will say.
+        let looked = tokio::task::spawn_blocking(move || std::fs::metadata(path).map(|meta| meta.is_file() || meta.is_dir())).await;
+        match looked {
+            Ok(Ok(false)) => Err(place.io(io::Error::new(io::ErrorKind::InvalidInput, "a pipe, socket or device (expected a file)"))),
+            _ => Ok(()),
+        }
     }
 
     /// Every object below the folder `prefix` (`""` for all), however deep, sorted by key. A folder that is not there is empty.

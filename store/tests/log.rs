@@ -163,6 +163,24 @@ async fn a_removed_record_is_an_error_that_names_it() {
     }
 }
 
+/// Else the folder would come back with the records from there on, and no run in it.
+#[tokio::test]
+async fn a_log_that_was_removed_takes_no_more_records() {
+    let dir = tempfile::tempdir().unwrap();
+    for store in [memory(), Store::open(dir.path().to_str().unwrap()).unwrap()] {
+        let (mut log, _) = claim(&store, "a").await;
+        log.append(Body::Commit(commit(10, 1)), 2).await.unwrap();
+        for seq in 0..2 {
+            store.delete(&record_key(seq)).await.unwrap();
+        }
+        match log.append(Body::Commit(commit(20, 1)), 3).await {
+            Err(LogError::Gone { file, .. }) => assert_eq!(file, record_key(1)),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(RunLog::read(&store).await.unwrap(), []);
+    }
+}
+
 #[tokio::test]
 async fn a_damaged_record_is_an_error_that_names_it() {
     let edits: [(u64, &str, &str, &str); 11] = [
@@ -197,7 +215,11 @@ async fn a_damaged_record_is_an_error_that_names_it() {
     for stray in ["log/notes.txt", "log/6.json", "log/sub/000000000006.json", "log/00000000000x.json", "log/18446744073709551615.json"] {
         let store = six().await;
         store.put(stray, Bytes::new()).await.unwrap();
-        assert!(matches!(RunLog::read(&store).await, Err(LogError::Bad { file, .. }) if file == stray));
+        let error = RunLog::read(&store).await.unwrap_err();
+        let told = error.to_string();
+        assert!(matches!(error, LogError::Bad { file, .. } if file == stray));
+        // No copy has it: one remedy, and no other.
+        assert!(told.contains("remove it") && !told.contains("copy"), "{told}");
     }
 }
 

@@ -177,3 +177,14 @@ async fn a_writer_waits_while_its_folder_is_swept() {
     drop(sweeper);
     assert_eq!(write.await.unwrap().unwrap(), Created::Yes);
 }
+
+/// Opening a pipe that nobody writes to never ends.
+#[tokio::test]
+async fn a_pipe_is_no_object() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(dir.path().join("pipe")).status().unwrap().success());
+    let store = ella_store::Store::open(dir.path().to_str().unwrap()).unwrap();
+    for error in [store.get("pipe").await.unwrap_err(), store.head("pipe").await.unwrap_err()] {
+        assert!(error.is_permanent() && error.to_string().contains("a pipe, socket or device (expected a file)"), "{error}");
+    }
+}

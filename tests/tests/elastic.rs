@@ -114,7 +114,7 @@ fn one_worker_leaves_and_the_others_go_on() -> Result<()> {
     let trained = Trained::begin(&world, "drained")?;
     let folder = trained.run.output.display().to_string();
     let nobody = try_ella(&["drain", "7", &folder])?;
-    ensure!(nobody.status.code() == Some(2), "{nobody:?}");
+    ensure!(nobody.status.code() == Some(4), "{nobody:?}");
     let drained: Value = serde_json::from_str(&ella(&["drain", "1", &folder, "--json"])?)?;
     ensure!(drained["rank"] == 1 && drained["workers"] == 2 && drained["step"].as_u64() < Some(STEPS), "{drained}");
     let pid = drained["pid"].as_u64().context("no pid")?;

@@ -46,6 +46,16 @@ pub unsafe fn set_environment() {
     }
 }
 
+/// Whether the variables that choose kernels (`ELLA_FUSED`, `ELLA_GRAPHS`) can be understood. A worker that finds only then that one can't be has begun
+/// a run already, and takes it along.
+///
+/// # Errors
+/// In words, the variable and what it may say.
+pub fn check_environment() -> Result<(), String> {
+    ella_cuda::fused::Fused::from_env().map_err(|error| error.to_string())?;
+    crate::train::graph::check()
+}
+
 /// A stream for this thread's own work on a GPU, until what is returned is dropped. The default one will not do: what it has recorded cannot be played
 /// again, and it waits for all others.
 ///

@@ -11,7 +11,7 @@ use ella_worker::control::Flags;
 use ella_worker::device;
 use ella_worker::job::MOST_SLOTS;
 use ella_worker::leave;
-use ella_worker::session::{Options, work};
+use ella_worker::session::{Options, advertised, work};
 use ella_worker::supervise::{self, Side};
 use ella_worker::train::Ending;
 use std::net::SocketAddr;
@@ -41,7 +41,7 @@ struct Arguments {
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0", env = "ELLA_LISTEN", value_parser = ella_coordinator::listens)]
     listen: SocketAddr,
     /// Where other workers reach this one, if not where it listens: HOST, or HOST:PORT if the port is another one too (a NodePort, a proxy)
-    #[arg(long, value_name = "HOST[:PORT]", env = "ELLA_ADVERTISE")]
+    #[arg(long, value_name = "HOST[:PORT]", env = "ELLA_ADVERTISE", value_parser = advertised)]
     advertise: Option<String>,
     /// Where to compute
     #[arg(long, default_value = "auto", env = "ELLA_DEVICE", value_parser = device)]
@@ -91,6 +91,10 @@ fn main() -> ExitCode {
         }
     };
     logs::start(if arguments.log_format == "json" { logs::Look::Json } else { logs::Look::Text });
+    if let Err(why) = device::check_environment() {
+        tracing::error!("{why}");
+        return ExitCode::from(Exit::Usage.code());
+    }
     let coordinator = match arguments.credentials.access(&arguments.coordinator) {
         Ok(access) => access,
         Err(error) => {

@@ -114,15 +114,22 @@ fn die_with(parent: u32) -> io::Result<()> {
 
 /// Watches the worker to its end, and says with which code.
 fn watch(child: i32, mut pulse: File, signals: &libc::sigset_t, patience: Duration) -> u8 {
-    let (mut silence, mut bytes) = (Silence::from(Instant::now()), [0; 64]);
+    let (mut silence, mut bytes, mut stuck) = (Silence::from(Instant::now()), [0; 64], false);
     loop {
         if let Some(status) = ended(child) {
-            return code(status);
+            let (code, told) = verdict(status);
+            // Why one that was stuck has ended is told already.
+            if stuck {
+                return Exit::Failed.code();
+            }
+            told.iter().for_each(|told| eprintln!("ERROR {told}"));
+            return code;
         }
         let heard = matches!(pulse.read(&mut bytes), Ok(1..));
         if silence.look(Instant::now(), heard) >= patience {
             eprintln!("ERROR the worker process {child} has not moved for {} s and is ended; start it again", patience.as_secs());
             kill(child, libc::SIGKILL);
+            stuck = true;
             silence = Silence::from(Instant::now());
         }
         let signal = next_signal(signals, PULSE);
@@ -178,9 +185,25 @@ fn kill(child: i32, signal: i32) {
     unsafe { libc::kill(child, signal) };
 }
 
-/// The worker's exit code; of one that a signal has ended, that of a failure.
-fn code(status: i32) -> u8 {
-    if libc::WIFEXITED(status) { u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(Exit::Failed.code()) } else { Exit::Failed.code() }
+/// The worker's exit code; of one that a signal has ended, what a shell would show, and words, as it could say nothing itself.
+fn verdict(status: i32) -> (u8, Option<String>) {
+    if libc::WIFEXITED(status) {
+        return (u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(Exit::Failed.code()), None);
+    }
+    let signal = libc::WTERMSIG(status);
+    let what = match signal {
+        libc::SIGKILL => "SIGKILL: somebody's kill -9, or the system's for its memory, which dmesg tells",
+        libc::SIGTERM => "SIGTERM, before it could leave in good order",
+        libc::SIGINT => "SIGINT, before it could leave in good order",
+        libc::SIGHUP => "SIGHUP, before it could leave in good order",
+        libc::SIGSEGV => "SIGSEGV: it crashed",
+        libc::SIGBUS => "SIGBUS: it crashed, or a file that it had mapped was cut, or its disk or /dev/shm is full",
+        libc::SIGILL => "SIGILL: this processor lacks an instruction that it was built with",
+        libc::SIGABRT => "SIGABRT: it gave itself up; look at the lines before",
+        libc::SIGFPE => "SIGFPE: it crashed",
+        _ => "nothing more is known",
+    };
+    (u8::try_from(128 + signal).unwrap_or(Exit::Failed.code()), Some(format!("the worker was ended by signal {signal} ({what})")))
 }
 
 #[cfg(test)]
@@ -196,5 +219,14 @@ mod tests {
         assert_eq!([silent(1, true), silent(2, false), silent(3, false)], [0, 1, 2]);
         assert_eq!([silent(3_000, false), silent(3_001, true)], [3, 0]);
         assert_eq!((3_002..=3_060).map(|second| silent(second, false)).last(), Some(59));
+    }
+
+    #[test]
+    fn a_worker_that_a_signal_ended_has_its_number_told() {
+        let (code, told) = verdict(libc::SIGKILL);
+        assert!(told.as_deref().is_some_and(|told| told.starts_with("the worker was ended by signal 9 (SIGKILL")), "{told:?}");
+        assert_eq!((code, verdict(libc::SIGSEGV).0, verdict(34).0), (137, 139, 162));
+        // What it says itself, it has said itself.
+        assert_eq!([0, 3, 4].map(|code| verdict(code << 8)), [(0, None), (3, None), (4, None)]);
     }
 }

@@ -16,6 +16,8 @@ pub(super) struct Gpus {
     unusable: Option<String>,
     /// Of fused operators: which give something else on the first than on the processor, or could not be tried.
     fused: Vec<String>,
+    /// Which attention is the fastest on the first; or why that is not known.
+    attention: Vec<String>,
     /// Whether that is as it should be on a machine without any.
     #[serde(skip)]
     none_expected: bool,
@@ -38,14 +40,18 @@ impl Gpus {
         });
         let why = has_gpu().err();
         let fused = ella_worker::gpu::of_fused().to_vec();
+        let attention = match why {
+            None => ella_worker::gpu::of_attention().unwrap_or_else(|error| vec![format!("attention cannot be timed: {error}")]),
+            Some(_) => Vec::new(),
+        };
         let (unusable, none_expected) = (why.as_ref().map(ToString::to_string), why == Some(Unusable::Nothing));
         match found {
-            Ok((version, devices)) => Self { driver: Some(version), devices, unusable, fused, none_expected },
-            Err(nccl_rs::Error::Absent { .. }) => Self { driver: None, devices: Vec::new(), unusable, fused, none_expected },
+            Ok((version, devices)) => Self { driver: Some(version), devices, unusable, fused, attention, none_expected },
+            Err(nccl_rs::Error::Absent { .. }) => Self { driver: None, devices: Vec::new(), unusable, fused, attention, none_expected },
             // There is one, and it does not work: on one of its devices, if not before.
             Err(error) => {
                 let unusable = unusable.or_else(|| Some(error.to_string()));
-                Self { driver: Some("broken".to_owned()), devices: Vec::new(), unusable, fused, none_expected }
+                Self { driver: Some("broken".to_owned()), devices: Vec::new(), unusable, fused, attention, none_expected }
             }
         }
     }
@@ -70,7 +76,7 @@ impl Gpus {
         if self.usable() && self.fused.is_empty() {
             text += "          its fused operators give what the processor's do\n";
         }
-        for line in &self.fused {
+        for line in self.fused.iter().chain(&self.attention) {
             text += &format!("          {line}\n");
         }
         text

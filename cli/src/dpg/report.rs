@@ -14,12 +14,18 @@ use crate::ui::count;
 
 const OWN: &str = "tr.own td { font-weight: 600; }\n.name { font-size: 13px; fill: var(--ink); }\n";
 
-const MODES: [&str; 3] = [
-    "official: as the official script reckons in one process: without the set's first row and without prompts that raise, dependencies in the \
-     order of the rows, categories of the last tile alone",
-    "correct: all rows, all dependencies, all tiles; a prompt without a picture is 0",
-    "95 % intervals: prompts drawn anew, with replacement",
-];
+const INTERVALS: &str = "95 % intervals: prompts drawn anew, with replacement";
+
+/// How a mode reckons.
+fn legend(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Official => {
+            "official: as the official script reckons in one process: without the set's first row and without prompts that raise, dependencies in \
+             the order of the rows, categories of the last tile alone"
+        }
+        Mode::Correct => "correct: all rows, all dependencies, all tiles; a prompt without a picture is 0",
+    }
+}
 
 const BESIDE: [&str; 2] = [
     "The published categories were made by the official script in several processes, which mixes them up; no mode reproduces that",
@@ -89,7 +95,8 @@ fn about(found: &Found<'_>) -> String {
 
 fn sections(found: &Found<'_>) -> Vec<Section> {
     let told = found.notes.iter().map(|note| note.text.clone()).collect::<Vec<_>>();
-    let mut sections = vec![Section { title: "Scores", words: MODES.map(str::to_owned).to_vec(), sheet: Some(scores(found)) }];
+    let words = found.modes().into_iter().map(|(mode, _)| legend(mode)).chain([INTERVALS]).map(str::to_owned).collect();
+    let mut sections = vec![Section { title: "Scores", words, sheet: Some(scores(found)) }];
     if !told.is_empty() {
         sections.push(Section { title: "What to know", words: told, sheet: None });
     }

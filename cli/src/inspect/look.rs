@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::config::ConfigFile;
-use ella_model::connector::Connector;
+use ella_model::connector::{Connector, ConnectorKind};
 use ella_model::lora::Lora;
 use ella_model::part::Part;
 use ella_model::schedule::{Prediction, ScheduleConfig};
@@ -129,7 +129,10 @@ impl Report {
             Ok(connector) => {
                 let c = connector.config();
                 self.what = format!("an ELLA connector, {}: text width {} to width {}", c.kind.name(), c.text_width, c.width);
-                network.what = format!("{} layers, {} latents", c.layers, c.latents);
+                // Of maps of each token the sizes are of no meaning.
+                if c.kind != ConnectorKind::Mlp {
+                    network.what = format!("{} layers, {} latents", c.layers, c.latents);
+                }
                 network.cross_attention_dim = Some(c.width);
             }
             Err(error) => self.problem(&error),
@@ -241,7 +244,9 @@ impl Report {
         let family = text_field(&part.config, "model_type").unwrap_or_default();
         let checked = Text::from_part(without_values(part), Kind::Float, CPU).and_then(|text| {
             let config = text.config();
-            network.what = format!("{family} text encoder of width {}, {} tokens", config.width(), config.vocab_size());
+            let length =
+                config.max_positions().map_or_else(|| "reads any length".to_owned(), |most| format!("reads at most {most} tokens"));
+            network.what = format!("{family} text encoder of width {}, vocabulary of {}, {length}", config.width(), config.vocab_size());
             tokenizer.map_or(Ok(()), |tokenizer| tokenizer.check_vocabulary(config.vocab_size()))
         });
         if let Err(error) = checked {

@@ -37,9 +37,9 @@ pub(crate) struct Plan {
     /// Override one key of the config, as in --set train.steps=280000; may be given more than once
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// The GPU that would be rented: h200, h100, a100, l40s, l4, a10, 4090, v100 or t4
-    #[arg(long, default_value = "h100")]
-    gpu: String,
+    /// The GPU that would be rented: h200, h100, a100, l40s, l4, a10, 4090, v100 or t4 [default: h100, or the one whose --peak is given]
+    #[arg(long)]
+    gpu: Option<String>,
     /// The GPU's peak in TFLOP/s, for others than these
     #[arg(long, value_name = "TFLOPS")]
     peak: Option<f64>,
@@ -89,16 +89,25 @@ impl Plan {
         };
         let facts = Facts { room, ..facts(&config, data.manifest(), (&text, positions), &base)? };
         let costs = costs(&facts, &assumed);
-        let memory = Memory::of(&Needs::read(&config, data.manifest())?, &self.gpu, self.gpu_memory);
+        let memory = Memory::of(&Needs::read(&config, data.manifest())?, self.gpu(), self.gpu_memory);
         let planned = Planned { facts, assumed, costs, memory };
         out.result(&planned, || table(&planned));
         Ok(DONE)
     }
 
+    /// As it is named, or what is said of one that has no name.
+    fn gpu(&self) -> &str {
+        match (&self.gpu, self.peak) {
+            (Some(gpu), _) => gpu,
+            (None, Some(_)) => "a GPU of that peak",
+            (None, None) => "h100",
+        }
+    }
+
     fn assumed(&self) -> Result<Assumed, Fail> {
-        let known = GPUS.iter().find(|(name, _)| self.gpu.eq_ignore_ascii_case(name)).map(|(_, peak)| *peak);
+        let known = GPUS.iter().find(|(name, _)| self.gpu().eq_ignore_ascii_case(name)).map(|(_, peak)| *peak);
         let names = || GPUS.map(|(name, _)| name).join(", ");
-        let unknown = || Fail::usage(format_args!("--gpu {}: not known (known are {}); give its --peak in TFLOP/s", self.gpu, names()));
+        let unknown = || Fail::usage(format_args!("--gpu {}: not known (known are {}); give its --peak in TFLOP/s", self.gpu(), names()));
         let peak = self.peak.or(known).ok_or_else(unknown)?;
         let positive = |value: f64| value > 0.0 && value.is_finite();
         let (some, any) = ("more than 0", "0 or more");
@@ -113,7 +122,8 @@ impl Plan {
                 return Err(Fail::usage(format_args!("{option} must be a number of {rule} (found {value})")));
             }
         }
-        let (gpu, efficiency) = (self.gpu.to_lowercase(), self.efficiency);
+        let gpu = self.gpu.as_ref().map_or_else(|| self.gpu().to_owned(), |gpu| gpu.to_lowercase());
+        let efficiency = self.efficiency;
         Ok(Assumed { gpu, peak, efficiency, gpu_hour: self.gpu_hour, gb_month: self.gb_month, months: self.months })
     }
 }
@@ -222,4 +232,24 @@ fn table(planned: &Planned) -> String {
         "recomputing them (text.features = \"inline\")"
     };
     text + &format!("cheaper: {what}: {why}\n") + &planned.memory.text()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Typed {
+        #[command(flatten)]
+        plan: Plan,
+    }
+
+    #[test]
+    fn a_gpu_of_another_peak_is_not_named_for_one_that_it_is_none_of() {
+        let of = |options: &[&str]| Typed::parse_from([&["ella", "run.toml"][..], options].concat()).plan.assumed().unwrap();
+        assert_eq!([of(&[]).gpu, of(&["--gpu", "L4"]).gpu, of(&["--gpu", "x1", "--peak", "9"]).gpu], ["h100", "l4", "x1"]);
+        let other = of(&["--peak", "100"]);
+        assert_eq!((other.gpu.as_str(), other.peak), ("a GPU of that peak", 100.0));
+    }
 }

@@ -57,7 +57,10 @@ fn head(facts: &Facts, numbers: &Numbers) -> String {
     let rate = format!("{} samples/s", short(numbers.samples_per_second));
     tiles += &tile("Throughput", &rate, &format!("{} of training", span(numbers.trained_seconds)));
     let verdict = match &facts.audit {
-        None => ("not audited".to_owned(), "run ella audit".to_owned()),
+        None => (
+            "not shown".to_owned(),
+            "<code>ella audit RUN --json &gt; a.json</code>, then this with <code>--audit a.json</code>".to_owned(),
+        ),
         Some(verdict) if verdict.ok => {
             ("<span class=\"good\">holds</span>".to_owned(), "every sample exactly once, every byte as committed".to_owned())
         }
@@ -341,7 +344,7 @@ mod tests {
             grid: super::super::samples::Grid::default(),
             samples: Some("QUJD".into()),
         };
-        let page = page(&facts, &facts.numbers());
+        let shown = page(&facts, &facts.numbers());
         for expected in [
             "A &lt;title&gt; &amp; more",
             "term 2 resumes at 10",
@@ -351,8 +354,12 @@ mod tests {
             "20 of 1000",
             "3 generations, 1 worker lost, 1 joined. Workers computed on cpu",
         ] {
-            assert!(page.contains(expected), "{expected}");
+            assert!(shown.contains(expected), "{expected}");
         }
-        assert!(!page.contains("http://") && !page.contains("https://") && !page.contains("<script") && !page.contains("NaN"));
+        assert!(!shown.contains("http://") && !shown.contains("https://") && !shown.contains("<script") && !shown.contains("NaN"));
+        // It may have been audited: what is missing is the verdict's file.
+        let numbers = facts.numbers();
+        let shown = page(&Facts { audit: None, ..facts }, &numbers);
+        assert!(shown.contains("ella audit RUN --json &gt; a.json") && shown.contains("--audit a.json"), "{shown}");
     }
 }

@@ -200,7 +200,7 @@ mod tests {
         let mut png = Cursor::new(Vec::new());
         image::RgbImage::from_pixel(400, 200, image::Rgb([9, 9, 9])).write_to(&mut png, ImageFormat::Png).unwrap();
         let store = Store::open(dir.path().to_str().unwrap()).unwrap();
-        let run = RunFolder { store: store.clone(), config };
+        let run = RunFolder::new(store.clone(), config);
         let grid = crate::runtime().unwrap().block_on(async {
             for (step, images) in [(4, &[("a <b>", 0), ("b", 0)][..]), (8, &[("a <b>", 0), ("b", 0)])] {
                 let folder = store.child(&folder(step));

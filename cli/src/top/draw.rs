@@ -218,7 +218,7 @@ fn event_line(event: &Happening, ui: &Ui) -> Line<'static> {
         Kind::Joined => Color::Green,
         Kind::Generation => Color::Blue,
         Kind::Commit => Color::DarkGray,
-        Kind::Phase | Kind::Other => Color::Reset,
+        Kind::Left | Kind::Phase | Kind::Other => Color::Reset,
     };
     Line::styled(told(event), ui.color(color))
 }

@@ -185,7 +185,8 @@ impl Source {
             reason: clean(&reason),
             term: self.state.term,
             generation: committed.map_or(0, |commit| commit.generation),
-            step: last.map(|last| last.step).or(committed.map(|commit| commit.step)).unwrap_or(0),
+            // A copy may have the commits alone, or more of them than of what was measured.
+            step: last.map(|last| last.step).max(committed.map(|commit| commit.step)).unwrap_or(0),
             steps: self.steps,
             epoch: committed.map(|commit| commit.epoch),
             samples: committed.map_or(0, |commit| commit.ledger.iter().map(|epoch| epoch.samples).sum()),

@@ -21,6 +21,7 @@ use ella_proto::access::Access;
 use ella_proto::config::{Device, RunConfig};
 use ella_proto::stops::Stops;
 use ella_store::Store;
+use ella_worker::device::check_environment;
 use ella_worker::hub::HubId;
 use ella_worker::models;
 use places::Places;
@@ -88,6 +89,7 @@ pub(crate) fn have_models(config: &RunConfig) -> Result<(), Fail> {
 impl Train {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let config = RunConfig::load(&self.config, &self.set)?;
+        check_environment().map_err(Fail::usage)?;
         // One thread: the kernel ties the children's lives to that of the thread which started them.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| Fail::failed(format_args!("the async runtime cannot be started ({error})")))?;
@@ -167,11 +169,13 @@ impl Train {
         let mut stops = catch()?;
         let mut children = Children::default();
         self.start_workers(&mut children, config, (&worker, &gpus), (&grpc, &Logs { folder: None, verbose: self.verbose }))?;
-        let (last, restarts) = self.watch(config, &mut children, (access, false), &mut stops).await;
+        let (last, restarts) = self.watch(config, &mut children, (access.clone(), false), &mut stops).await;
+        // The last steps may have come after the last poll; a coordinator stays a moment longer than its workers.
+        let last = client::status(&access).await.ok().map(StatusReport::from).or(last);
         let code = children.members().iter().map(exit_code).max().unwrap_or(FAILED);
         if code == DONE || code == PREEMPTED {
             let name = if code == DONE { "done" } else { "preempted" };
-            let step = last.as_ref().map_or(0, |status| status.step);
+            let step = last_step(last.as_ref(), code);
             let workers = children.members().len();
             let done = serde_json::json!({ "outcome": name, "coordinator": grpc, "step": step, "workers": workers, "restarts": restarts });
             out.result(&done, || format!("{name} at step {step}: the workers for {grpc} have left"));
@@ -287,6 +291,11 @@ fn exit_code(member: &Member) -> u8 {
     code.and_then(|code| u8::try_from(code).ok()).filter(|code| *code <= NO_RETRY).unwrap_or(FAILED)
 }
 
+/// The step at which workers have left a run. One that is done is at its last, whether or not anyone saw it there.
+fn last_step(last: Option<&StatusReport>, code: u8) -> u64 {
+    last.map_or(0, |status| if code == DONE { status.step.max(status.steps) } else { status.step })
+}
+
 /// Why the newest coordinator ended, by the run's log.
 async fn recorded(config: &RunConfig) -> Option<String> {
     let state = RunFolder::open(&config.run.output).await.ok()?.state().await.ok()?;
@@ -347,4 +356,16 @@ fn human(trained: &Trained) -> String {
     format!(
         "{outcome} at step {step} of {steps}{loss}{next}\ncommits  {commits} kept, the newest of step {last_commit_step}{again}{read}\nrun      {run}"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_is_done_is_at_its_last_step_though_the_last_status_was_of_one_before() {
+        let seen = StatusReport { step: 8, steps: 9, ..StatusReport::default() };
+        assert_eq!([DONE, PREEMPTED].map(|code| last_step(Some(&seen), code)), [9, 8]);
+        assert_eq!(last_step(None, DONE), 0);
+    }
 }

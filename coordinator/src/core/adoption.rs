@@ -40,6 +40,7 @@ impl Core {
         if let Some(member) = self.members.get_mut(conn) {
             member.step = place.step;
             member.place = Some(place);
+            member.trained = true;
         }
         self.try_adopt(now);
     }

@@ -42,7 +42,9 @@ impl Core {
     fn admit(&self, hello: &v1::Hello) -> Result<(), Refusal> {
         match &self.phase {
             Phase::Over(Outcome::Failed(failure)) if matches!(**failure, Failure::Superseded { .. }) => return Err(Refusal::Superseded),
-            Phase::Over(outcome) | Phase::Ending { outcome, .. } => return Err(Refusal::RunOver { outcome: outcome.on_the_wire() }),
+            Phase::Over(outcome) | Phase::Ending { outcome, .. } => {
+                return Err(Refusal::RunOver { outcome: outcome.on_the_wire(), permanent: outcome.is_permanent() });
+            }
             _ => {}
         }
         check_form(hello)?;

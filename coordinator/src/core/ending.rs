@@ -223,7 +223,7 @@ impl Core {
             (Outcome::Failed(failure), _) if matches!(**failure, Failure::Superseded { .. }) => None,
             (Outcome::Preempted { .. }, Phase::Ending { .. }) => Some(to_worker::Body::Release(v1::Release { reason })),
             (Outcome::Done, Phase::Ending { .. }) => None,
-            _ => Some(to_worker::Body::Abort(v1::Abort { reason })),
+            _ => Some(to_worker::Body::Abort(v1::Abort { reason, permanent: outcome.is_permanent() })),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Why a run failed: typed, and put into words at the edge only.
 
-use super::Outcome;
 use super::wait::activity_text;
+use super::{Outcome, Unreached};
 use crate::job::JobFailure;
 use crate::machine::Closed;
 use ella_proto::ids::{Rank, Step, Term};
@@ -78,6 +78,8 @@ pub enum Loss {
         /// In its words.
         message: String,
     },
+    /// It and its neighbour in the ring did not reach each other.
+    Unreached(Box<Unreached>),
     /// It came later, and reads other data or models than the run was trained on.
     Differs {
         /// What.
@@ -92,7 +94,7 @@ pub enum Loss {
 impl Loss {
     /// Whether a worker that had no place is lost, and has not merely gone.
     pub(super) fn is_own_fault(&self) -> bool {
-        matches!(self, Self::Failed { .. } | Self::NotIdle { .. })
+        matches!(self, Self::Failed { .. } | Self::NotIdle { .. } | Self::Unreached(_))
     }
 }
 
@@ -120,6 +122,7 @@ impl fmt::Display for Loss {
                 write!(f, "the others waited for it for {waited_ms} ms, and it {}", activity_text(*activity))
             }
             Self::Failed { kind, message } => write!(f, "it failed ({}): {message}", kind_text(*kind)),
+            Self::Unreached(unreached) => unreached.fmt(f),
             Self::Differs { field, expected, found } => {
                 write!(f, "its {field} is {found}, and the run's is {expected}; start it with the data and models of this run")
             }
@@ -214,6 +217,21 @@ pub enum Failure {
         waited_ms: u64,
         /// Who was lost last, and how.
         last: Option<(Who, Loss)>,
+    },
+    /// Two ranks cannot train together, and too few are left without them.
+    #[error(
+        "{by} does not reach {who} at {address}, so that they cannot train together; check the --advertise and --listen of the latter, and the \
+         ports between the two. Its words: {words}"
+    )]
+    Unreached {
+        /// Who is not reached.
+        who: Who,
+        /// Who calls it.
+        by: Who,
+        /// Where.
+        address: String,
+        /// The caller's.
+        words: String,
     },
     /// Generation after generation makes no step.
     #[error("training makes no progress: {generations} generations in a row ended at step {step}, where they began; the last one: {why}")]
@@ -315,6 +333,19 @@ pub enum Failure {
         /// Milliseconds.
         waited_ms: u64,
     },
+    /// The run was told to leave when nobody was left who held its state.
+    #[error(
+        "told to leave ({reason}) when all workers were gone: what was applied since the last commit (of step {last}) is lost, {steps} steps; start the \
+         run again to go on from that commit"
+    )]
+    StepsLost {
+        /// Why it was to leave.
+        reason: String,
+        /// The newest commit.
+        last: Step,
+        /// Applied since.
+        steps: u64,
+    },
     /// Another coordinator has the run (TERM).
     #[error("superseded: the coordinator of term {by} has taken over this run, so this one stops")]
     Superseded {
@@ -325,6 +356,12 @@ pub enum Failure {
     #[error("the run's log could not be written: {error}; start the run again once the store is well")]
     Append {
         /// The store's words.
+        error: String,
+    },
+    /// The log is not there any more (COMMIT).
+    #[error("{error}")]
+    LogGone {
+        /// What is missing.
         error: String,
     },
     /// A job's own reasons.
@@ -338,13 +375,17 @@ impl Failure {
         match self {
             Self::Worker { permanent, .. } => *permanent,
             Self::Job(failure) => failure.permanent(),
-            Self::Differs { .. } | Self::Malformed { .. } | Self::PartDiffers { .. } | Self::NoProgress { .. } => true,
+            Self::Differs { .. } | Self::Malformed { .. } | Self::PartDiffers { .. } | Self::NoProgress { .. } | Self::LogGone { .. } => {
+                true
+            }
             Self::TooFew { .. }
             | Self::TooFewLeft { .. }
             | Self::NotReady { .. }
+            | Self::Unreached { .. }
             | Self::CommitOverdue { .. }
             | Self::NoLastCommit { .. }
             | Self::DrainOverdue { .. }
+            | Self::StepsLost { .. }
             | Self::Superseded { .. }
             | Self::Append { .. } => false,
         }
@@ -352,7 +393,7 @@ impl Failure {
 
     /// Whether the log is out of reach, so that not even the end can be recorded.
     pub(super) fn is_of_log(&self) -> bool {
-        matches!(self, Self::Superseded { .. } | Self::Append { .. })
+        matches!(self, Self::Superseded { .. } | Self::Append { .. } | Self::LogGone { .. })
     }
 }
 

@@ -38,6 +38,10 @@ pub(super) struct Lineup {
     pub(super) broken: bool,
     /// A worker was lost before all were ready.
     pub(super) lost_early: bool,
+    /// Ranks of it did not reach each other, and nobody went for that.
+    pub(super) apart: bool,
+    /// By rank, if it was formed here.
+    pub(super) ranks: Vec<ConnId>,
 }
 
 impl Lineup {
@@ -55,6 +59,8 @@ impl Lineup {
             told: false,
             broken: false,
             lost_early: false,
+            apart: false,
+            ranks: Vec::new(),
         }
     }
 }
@@ -120,6 +126,9 @@ impl Core {
         if eligible.len() < self.need() || self.commits.appending().is_some_and(awaits_log) {
             return self.wait_for_workers(now);
         }
+        if self.paused_until.is_some() {
+            return self.wait_for_workers(now);
+        }
         eligible.sort_by_key(|(conn, state)| (Reverse(*state), *conn));
         eligible.truncate(self.config.max.max(1));
         eligible.sort_by_key(|(conn, _)| *conn);
@@ -165,7 +174,8 @@ impl Core {
         self.commits.drop_unrecorded();
         self.progress.restart(from, commit.as_ref());
         self.phase = Phase::Starting { until: now.after(self.config.start_timeout) };
-        let lineup = Lineup { source, commit, ..Lineup::new(chosen.len(), from) };
+        let ranks = chosen.iter().map(|(conn, _)| *conn).collect();
+        let lineup = Lineup { source, commit, ranks, ..Lineup::new(chosen.len(), from) };
         self.assign(chosen, &lineup, copy);
         self.lineup = Some(lineup);
     }
@@ -205,14 +215,15 @@ impl Core {
         blake3::keyed_hash(&own, &self.generation.0.to_le_bytes()).as_bytes()[..self.config.session.len()].to_vec()
     }
 
-    /// Counts generations that came to nothing. One that lost a worker before it could begin says nothing about the run.
+    /// Counts generations that came to nothing. One that lost a worker before it could begin says nothing about the run, nor does one whose ranks did
+    /// not reach each other.
     fn fruitless(&mut self, from: Step) -> Option<Failure> {
         let before = self.lineup.as_ref()?;
         if from != before.from {
             self.fruitless = 0;
             return None;
         }
-        if (before.started || before.broken) && !before.lost_early {
+        if (before.started || before.broken) && !before.lost_early && !before.apart {
             self.fruitless += 1;
         }
         let (generations, step, why) = (self.fruitless, from, before.why.clone());
@@ -275,6 +286,9 @@ impl Core {
         if placed && self.phase.has_begun() && self.last_commit().0 >= steps {
             return self.says_nothing_more(now, conn);
         }
+        if placed && idle.next_unreached && self.next_unreached(now, conn, held, &idle.broken) {
+            return;
+        }
         self.keep_timing(conn, true);
         if let Some(member) = self.members.get_mut(conn) {
             member.enter(held);
@@ -326,6 +340,8 @@ impl Core {
             None => Phase::Training,
             Some(drain) => Phase::Draining { reason: drain.reason.clone(), until: drain.until },
         };
+        self.members.iter_mut().for_each(|member| member.trained = member.rank().is_some());
+        (self.apart, self.paused_until) = (None, None);
         self.begin_pace(now);
         if let Phase::Draining { reason, .. } = &self.phase {
             let reason = reason.clone();

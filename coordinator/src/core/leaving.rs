@@ -1,7 +1,8 @@
 //! Workers that were asked to leave (SIGTERM, `drain`): they go as soon as others go on without them, or the whole run leaves.
 
 use super::members::{Held, Member};
-use super::{ConnId, Core, Note, Phase, Time};
+use super::{ConnId, Core, Failure, Note, Phase, Time};
+use ella_proto::ids::Step;
 use ella_proto::v1::{self, to_worker};
 
 impl Core {
@@ -83,6 +84,12 @@ impl Core {
     /// There is nothing to commit: everyone leaves, and the run can be resumed.
     pub(super) fn leave_resumable(&mut self, now: Time) {
         let reason = self.drain.as_ref().map_or_else(String::new, |drain| drain.reason.clone());
+        // A record on its way to the log gets there.
+        let (last, step) = (self.commits.appending().max(Some(self.last_commit())).unwrap_or_default(), Step(self.progress.step()));
+        if step > last && !self.members.any(|member| member.state(last).is_some()) {
+            // All who held what was applied since are gone: that is no good order.
+            return self.fail(Failure::StepsLost { reason, last, steps: step.0 - last.0 });
+        }
         for conn in self.members.close_all() {
             self.send(conn, to_worker::Body::Release(v1::Release { reason: reason.clone() }));
             self.close_stream(conn);

@@ -41,6 +41,8 @@ pub(super) struct Member {
     pub(super) timing: RankTiming,
     pub(super) ready: Option<v1::Ready>,
     pub(super) finished: Option<v1::Finished>,
+    /// It was in the last generation that trained: others reach it.
+    pub(super) trained: bool,
     /// Its stream lives. One that has done all its work stays known after that.
     pub(super) open: bool,
 }
@@ -62,6 +64,7 @@ impl Member {
             timing: RankTiming::default(),
             ready: None,
             finished: None,
+            trained: false,
             open: true,
         }
     }

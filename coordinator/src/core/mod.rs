@@ -26,6 +26,7 @@
 //! - **T-1** what another term or generation says changes nothing but a counter (TERM, KNOWN).
 
 mod adoption;
+mod apart;
 mod attach;
 mod commit;
 mod ending;
@@ -47,6 +48,7 @@ mod tests;
 mod timing;
 mod wait;
 
+pub use apart::Unreached;
 pub use commit::PARTS;
 pub use failure::{Failure, Field, Loss, Than, Who};
 pub use phase::{Outcome, Phase};
@@ -59,6 +61,7 @@ pub use wait::Wait;
 use crate::job::JobNote;
 use crate::machine::{Clock, Closed, ConnId, Counts, Effect, Event, Machine, Time};
 use adoption::Returning;
+use apart::Apart;
 use commit::Commits;
 use ella_proto::ids::{Generation, Step, Term};
 use ella_proto::v1::{self, FromWorker, RunStatus, ToWorker, from_worker, to_worker};
@@ -179,6 +182,10 @@ pub struct Core {
     farewells_until: Option<Time>,
     /// Generations in a row that made no step.
     fruitless: u32,
+    /// Since the last that trained, ranks did not reach each other.
+    apart: Option<Apart>,
+    /// Before then no generation is formed.
+    paused_until: Option<Time>,
     last_loss: Option<(Who, Loss)>,
     /// What all ranks reported when they were ready last.
     agreed: Option<v1::Ready>,
@@ -227,6 +234,7 @@ impl Machine for Core {
             Event::Appended(body) => self.appended(now, body),
             Event::Superseded(by) => self.fail(Failure::Superseded { by }),
             Event::AppendFailed(error) => self.fail(Failure::Append { error }),
+            Event::LogGone(error) => self.fail(Failure::LogGone { error }),
             Event::Stop(reason) => self.stop(now, reason),
             Event::Drain { worker, reason } => self.drain_worker(now, &worker, reason),
             Event::Leave(reason) => self.leave(reason),
@@ -270,6 +278,8 @@ impl Core {
             drain: None,
             farewells_until: None,
             fruitless: 0,
+            apart: None,
+            paused_until: None,
             last_loss: None,
             agreed: None,
             counts: Counts::default(),
@@ -305,7 +315,8 @@ impl Core {
         let commit = self.commit_due().map(|(at, _)| at);
         let pace = self.pace.alarm.filter(|_| self.phase == Phase::Training);
         let farewells = self.farewells_until.filter(|_| self.phase.has_begun());
-        [self.phase.deadline(), farewells, silent, returning, drain, commit, pace, self.join_deadline()].into_iter().flatten().min()
+        let deadlines = [self.phase.deadline(), self.paused_until, farewells, silent, returning, drain, commit, pace, self.join_deadline()];
+        deadlines.into_iter().flatten().min()
     }
 
     fn message(&mut self, now: Time, conn: ConnId, message: FromWorker) {
@@ -354,6 +365,7 @@ impl Core {
         }
         self.silent(now);
         self.adoption_expired(now);
+        self.pause_expired(now);
         self.watch_pace(now);
         let overdue = self.commit_due().filter(|(at, _)| *at <= now);
         if let Some(lacking) = overdue.and_then(|(_, step)| self.commits.lacking(step, self.world(), now)) {

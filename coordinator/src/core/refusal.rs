@@ -1,7 +1,7 @@
 //! Why a worker is turned away, and the form that its Hello must have.
 
 use super::failure::advice;
-use super::{Field, Who};
+use super::{Field, Unreached, Who};
 use ella_proto::v1;
 
 /// Longest text taken from a worker's Hello.
@@ -71,16 +71,23 @@ pub enum Refusal {
     RunOver {
         /// How it ended.
         outcome: v1::Outcome,
+        /// It failed, and would fail in the same way again.
+        permanent: bool,
     },
     /// The job ended.
     #[error("the job is over ({})", word(*outcome))]
     JobOver {
         /// How it ended.
         outcome: v1::Outcome,
+        /// It failed, and would fail in the same way again.
+        permanent: bool,
     },
     /// Another coordinator has the run (TERM).
     #[error("this coordinator has been superseded; attach to the new one")]
     Superseded,
+    /// The others cannot train with it.
+    #[error("{0}")]
+    Unreached(Box<Unreached>),
 }
 
 fn word(outcome: v1::Outcome) -> &'static str {
@@ -105,16 +112,17 @@ impl Refusal {
             Self::Malformed { .. } => R::Malformed,
             Self::RunOver { .. } | Self::JobOver { .. } => R::RunOver,
             Self::Superseded => R::Superseded,
+            Self::Unreached(_) => R::Unreached,
         }
     }
 
     /// As the wire says it, in words too.
     pub(crate) fn on_the_wire(&self) -> v1::Refused {
-        let outcome = match self {
-            Self::RunOver { outcome } | Self::JobOver { outcome } => *outcome,
-            _ => v1::Outcome::Unspecified,
+        let (outcome, permanent) = match self {
+            Self::RunOver { outcome, permanent } | Self::JobOver { outcome, permanent } => (*outcome, *permanent),
+            _ => (v1::Outcome::Unspecified, false),
         };
-        v1::Refused { reason: self.reason().into(), detail: self.to_string(), outcome: outcome.into() }
+        v1::Refused { reason: self.reason().into(), detail: self.to_string(), outcome: outcome.into(), permanent }
     }
 
     /// Refuses a worker of another version than `ours`, or one that insists on another config than that of `digest`.
@@ -140,6 +148,7 @@ impl Refusal {
             Self::Malformed { .. } => "refused_malformed",
             Self::RunOver { .. } | Self::JobOver { .. } => "refused_run_over",
             Self::Superseded => "refused_superseded",
+            Self::Unreached(_) => "refused_unreached",
         }
     }
 }

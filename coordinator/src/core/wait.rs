@@ -39,6 +39,11 @@ pub enum Wait {
         /// Why it is over.
         reason: String,
     },
+    /// For a moment, before ranks that did not reach each other try again.
+    Pause {
+        /// In a rank's words.
+        reason: String,
+    },
     /// For captions to be encoded, before the next step.
     Encoding {
         /// Whose.
@@ -80,6 +85,7 @@ impl fmt::Display for Wait {
             }
             Self::Loading { ranks } => write!(f, "waiting for ranks to load and restore: {}", listed(ranks)),
             Self::Regroup { busy, reason } => write!(f, "waiting for workers to stop, so that others can go on: {busy} ({reason})"),
+            Self::Pause { reason } => write!(f, "workers that do not reach each other try again shortly ({reason})"),
             Self::Encoding { ranks, captions } => {
                 write!(f, "the next step waits for captions to be encoded: {captions} are, by ranks {}", listed(ranks))
             }
@@ -145,6 +151,9 @@ impl Core {
         }
         let (have, need) = (self.attached(), self.need());
         let workers = self.loading();
+        if let (Some(_), Some(lineup)) = (self.paused_until, &self.lineup) {
+            return Wait::Pause { reason: lineup.why.clone() };
+        }
         if have >= need && !workers.is_empty() { Wait::Models { workers } } else { Wait::Workers { have, need } }
     }
 

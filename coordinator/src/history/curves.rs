@@ -284,13 +284,14 @@ impl Curves {
         view
     }
 
-    /// The first step that was applied at this time or later; the newest one, if none was.
+    /// The newest step that had been applied at this time: that before the first one, if none had.
     pub fn step_at(&self, unix_ms: u64) -> Option<u64> {
-        let at = |level: &Level| level.buckets.partition_point(|bucket| bucket.end_ms < unix_ms);
+        let at = |level: &Level| level.buckets.partition_point(|bucket| bucket.end_ms <= unix_ms);
         let known = |level: &Level| !level.cut || at(level) > 0;
         let (shift, level) = self.levels.iter().enumerate().find(|(_, level)| known(level))?;
-        let bucket = level.buckets.get(at(level)).or(level.buckets.back())?;
-        Some(bucket.index << (2 * shift))
+        let before = at(level).checked_sub(1).and_then(|at| level.buckets.get(at));
+        let last = self.last.as_ref()?.step;
+        Some(before.map_or_else(|| self.first.unwrap_or(1).saturating_sub(1), |bucket| (((bucket.index + 1) << (2 * shift)) - 1).min(last)))
     }
 
     /// Buckets that are held, of all widths.
@@ -432,7 +433,8 @@ mod tests {
         let curves = curves(&[point(1, 3.0), odd, point(3, 5.0)]);
         let all = curves.view(0, 10, 1);
         assert_eq!((all.buckets[0].steps, all.buckets[0].loss.mean(), all.buckets[0].held_out.mean()), (3, Some(4.0), None));
-        assert_eq!([0, 1_015, 1_030, 9_999].map(|at| curves.step_at(at)), [Some(1), Some(2), Some(3), Some(3)]);
+        // Who comes before the first step comes to a run at 0.
+        assert_eq!([0, 1_015, 1_030, 9_999].map(|at| curves.step_at(at)), [Some(0), Some(1), Some(3), Some(3)]);
         assert_eq!(Curves::default().step_at(5), None);
         assert!(Curves::default().view(0, 9, 9).buckets.is_empty());
     }

@@ -19,8 +19,10 @@ pub enum Kind {
     Commit,
     /// A generation begins, is adopted, or is over.
     Generation,
-    /// A worker is lost, or leaves.
+    /// A worker is lost.
     Lost,
+    /// A worker leaves in good order, or had no place.
+    Left,
     /// A worker comes.
     Joined,
     /// Something is wrong: a refusal, a straggler, a damaged commit, a failed unit.
@@ -121,7 +123,8 @@ fn kind(event: &str) -> Kind {
     match event {
         "committed" | "retired" => Kind::Commit,
         "generation" | "adopted" | "regroup" => Kind::Generation,
-        "lost" | "left" | "gone" => Kind::Lost,
+        "lost" | "gone" => Kind::Lost,
+        "left" => Kind::Left,
         "attached" | "joined" => Kind::Joined,
         "refused" | "stranger" | "straggler" | "damaged" | "unit_failed" => Kind::Trouble,
         "started" | "draining" | "ended" | "stage" | "over" => Kind::Phase,
@@ -199,6 +202,8 @@ mod tests {
         let worker = || "a1 on h".to_owned();
         let lost = told(&Note::Lost { worker: worker(), rank: Some(2), why: "silent".into() });
         assert_eq!((lost.kind, lost.text.as_str()), (Kind::Lost, "rank 2, a1 on h was lost: silent"));
+        let left = told(&Note::Left { worker: worker(), why: "asked by ella drain".into() });
+        assert_eq!((left.kind, left.text.as_str()), (Kind::Left, "a1 on h left: asked by ella drain"), "nothing is lost");
         let committed = told(&Note::Committed { step: 7, generation: 1, folder: "commits/7.1".into(), bytes: 2_500_000, took_ms: 900 });
         assert_eq!((committed.kind, committed.step), (Kind::Commit, Some(7)));
         assert_eq!(committed.text, "step 7 is committed: commits/7.1, 2.5 MB");

@@ -105,7 +105,7 @@ impl Machine for JobCore {
             // A job's workers come and go as they like: none needs to be asked.
             Event::Drain { .. } => self.counts.add("refused_of_a_run", 1),
             // The log's events: a job has none.
-            Event::Tick | Event::Appended(_) | Event::Superseded(_) | Event::AppendFailed(_) => {}
+            Event::Tick | Event::Appended(_) | Event::Superseded(_) | Event::AppendFailed(_) | Event::LogGone(_) => {}
         }
         if self.outcome.is_none() {
             self.expire(now);

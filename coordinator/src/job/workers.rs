@@ -131,7 +131,7 @@ impl JobCore {
 
     fn admit(&self, hello: &v1::Hello) -> Result<(), Refusal> {
         if let Some(outcome) = &self.outcome {
-            return Err(Refusal::JobOver { outcome: outcome.on_the_wire() });
+            return Err(Refusal::JobOver { outcome: outcome.on_the_wire(), permanent: outcome.is_permanent() });
         }
         check_identity(hello)?;
         Refusal::of_another_build(hello, &self.settings.version, &self.settings.welcome.config_digest)?;

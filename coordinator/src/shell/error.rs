@@ -121,7 +121,9 @@ impl RunError {
             Self::Store(StoreError::BadUrl { .. } | StoreError::Unsupported { .. }) => Exit::Usage,
             // As of any store: a right that is missing does not come by itself.
             Self::Store(StoreError::Permission { .. }) | Self::Log(LogError::Store(StoreError::Permission { .. })) => Exit::NoRetry,
-            Self::HoldsData { .. } | Self::DamagedCommits { .. } | Self::Log(LogError::Gap { .. } | LogError::Bad { .. }) => Exit::NoRetry,
+            Self::HoldsData { .. }
+            | Self::DamagedCommits { .. }
+            | Self::Log(LogError::Gap { .. } | LogError::Bad { .. } | LogError::Gone { .. }) => Exit::NoRetry,
             Self::Store(_) | Self::Log(_) | Self::Server { .. } | Self::Task(_) | Self::NoOutcome | Self::NoRandomness(_) => Exit::Failed,
         };
         exit.code()

@@ -1,6 +1,6 @@
 //! HTTP for people and probes. Read-only.
 
-use super::dashboard::{self, Dashboard};
+use super::dashboard::{self, Dashboard, Refusal};
 use super::driver::Input;
 use super::grpc::ask_status;
 use crate::metrics::{self, Format};
@@ -41,8 +41,8 @@ fn no_answer() -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, "the coordinator does not answer\n").into_response()
 }
 
-async fn status(State(inputs): Inputs) -> Result<Json<StatusReport>, Response> {
-    report(&inputs).await.map(Json)
+async fn status(State(inputs): Inputs) -> Result<Json<StatusReport>, Refusal> {
+    ask_status(&inputs).await.map(|status| Json(status.into())).ok_or_else(Refusal::no_answer)
 }
 
 /// Whether the driver answers. Probes show nothing, so anyone may ask: however often that is, the driver is asked once in a while.

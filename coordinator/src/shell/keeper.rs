@@ -45,7 +45,7 @@ async fn keep(
                 continue;
             }
         };
-        let broken = matches!(event, Event::Superseded(_) | Event::AppendFailed(_));
+        let broken = matches!(event, Event::Superseded(_) | Event::AppendFailed(_) | Event::LogGone(_));
         // No receiver: the outcome was decided, and this was its record.
         let _ = inputs.send(Input::Event(event)).await;
         if broken {
@@ -76,6 +76,7 @@ async fn append(log: &mut RunLog, body: Body) -> Event {
             Err(LogError::Superseded { by_term, .. }) => return Event::Superseded(Term(by_term)),
             // Whether it was written is unknown then; appending again is safe.
             Err(LogError::Store(error)) if error.is_retryable() && tries < TRIES => tracing::warn!("{error}; appending again"),
+            Err(error @ LogError::Gone { .. }) => return Event::LogGone(error.to_string()),
             Err(error) => return Event::AppendFailed(error.to_string()),
         }
     }

@@ -45,7 +45,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use guard::{Guard, Strangers};
 use rustls::ServerConfig;
-use start::Damaged;
+use start::{Damaged, GivenUp};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -59,6 +59,8 @@ use tokio_util::sync::CancellationToken;
 const INPUTS: usize = 1024;
 /// How long tasks may take to end after the driver has: the store's own deadlines are shorter, mostly.
 const WIND_DOWN: Duration = Duration::from_secs(30);
+/// How long peers may take to close their connections then. One that is stopped never does, and who ends this process does not wait for long.
+const HANGING_UP: Duration = Duration::from_secs(3);
 
 /// How a coordinator is run, beyond the run's own config.
 #[derive(Clone, Debug)]
@@ -126,8 +128,7 @@ pub struct Coordinator {
     memory: Option<(RunLog, Store)>,
     /// The run's folder and newest term, for people to look at.
     shown: Option<(Store, u64)>,
-    /// Commits that were given up as the run was opened.
-    damaged: Vec<Damaged>,
+    given_up: GivenUp,
     grpc: TcpListener,
     http: TcpListener,
     addresses: Addresses,
@@ -154,21 +155,23 @@ impl Coordinator {
     }
 
     async fn open_run(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
-        let (grpc, http) = (bind(options.listen, &options.access).await?, bind(options.http, &options.access).await?);
-        let (log, state, damaged) = match start::open_run(config, &store).await? {
+        // All that may be wrong here is found before a term is claimed, which ends the coordinator that has the run.
+        let doors = Doors::open(options).await?;
+        let core_config = core_config(config, store.url(), options)?;
+        let (log, state, given_up) = match start::open_run(config, &store).await? {
             start::Run::Done { step, .. } if !options.stay => return Ok(Opened::Done { step }),
             start::Run::Done { state, .. } => {
                 let term = state.term;
                 let history = History { term: Term(term), commits: state.commits };
-                let core = Core::done(core_config(config, store.url(), options)?, history, Time(0));
-                let run = Self::with(Box::new(core), None, (grpc, http), options)?;
+                let core = Core::done(core_config, history, Time(0));
+                let run = Self::with(Box::new(core), None, doors, options);
                 return Ok(Opened::Ready(Box::new(Self { done: true, shown: Some((store, term)), ..run })));
             }
-            start::Run::Claimed { log, state, damaged } => (log, state, damaged),
+            start::Run::Claimed { log, state, given_up } => (log, state, given_up),
         };
-        let core = Core::new(core_config(config, store.url(), options)?, history(&log, *state), Time(0));
-        let run = Self::with(Box::new(core), Some((log, store)), (grpc, http), options)?;
-        Ok(Opened::Ready(Box::new(Self { damaged, ..run })))
+        let core = Core::new(core_config, history(&log, *state), Time(0));
+        let run = Self::with(Box::new(core), Some((log, store)), doors, options);
+        Ok(Opened::Ready(Box::new(Self { given_up, ..run })))
     }
 
     /// Opens a job. Its units' outputs are its only memory, so there is nothing to claim.
@@ -176,29 +179,23 @@ impl Coordinator {
     /// # Errors
     /// If an address is taken.
     pub async fn open_job(config: &JobConfig, options: &Options) -> Result<Self, RunError> {
-        let listeners = (bind(options.listen, &options.access).await?, bind(options.http, &options.access).await?);
+        let doors = Doors::open(options).await?;
         logs::in_run(&config.job.data);
-        Self::with(Box::new(JobCore::new(job_settings(config), Time(0))), None, listeners, options)
+        Ok(Self::with(Box::new(JobCore::new(job_settings(config), Time(0))), None, doors, options))
     }
 
-    fn with(
-        machine: Box<dyn Machine>,
-        memory: Option<(RunLog, Store)>,
-        (grpc, http): (TcpListener, TcpListener),
-        options: &Options,
-    ) -> Result<Self, RunError> {
-        let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
+    fn with(machine: Box<dyn Machine>, memory: Option<(RunLog, Store)>, doors: Doors, options: &Options) -> Self {
+        let Doors { grpc, http, addresses, tls } = doors;
         let Options { linger, stay, hand_over, .. } = *options;
-        let (damaged, done, access, progress_to) = (Vec::new(), false, options.access.clone(), options.progress_to.clone());
-        let tls = certificates(&access)?;
+        let (given_up, done, access, progress_to) = (GivenUp::default(), false, options.access.clone(), options.progress_to.clone());
         let shown = memory.as_ref().map(|(log, store)| (store.clone(), log.term()));
-        Ok(Self { machine, memory, shown, damaged, grpc, http, addresses, linger, stay, hand_over, done, progress_to, access, tls })
+        Self { machine, memory, shown, given_up, grpc, http, addresses, linger, stay, hand_over, done, progress_to, access, tls }
     }
 
     /// What to tell people of commits that were given up because they are damaged, if any were.
     pub fn fell_back(&self) -> Option<String> {
         let told = |Damaged { step, what, .. }: &Damaged| format!("the commit of step {step} is damaged ({what})");
-        let all: Vec<String> = self.damaged.iter().map(told).collect();
+        let all: Vec<String> = self.given_up.damaged.iter().map(told).collect();
         (!all.is_empty()).then(|| format!("{}; training goes on from the commit before", all.join("; ")))
     }
 
@@ -226,8 +223,12 @@ impl Coordinator {
             let (journal, journal_task) = journal::journal(store.clone(), log.term());
             let (work, keeper_task) = keeper::keeper(log, store.clone(), inputs.clone());
             tasks.spawn(async move { keeper_task.await.map(|()| None) });
-            for Damaged { step, folder, what } in self.damaged {
+            let GivenUp { damaged, retired } = self.given_up;
+            for Damaged { step, folder, what } in damaged {
                 journal.note(&Note::Damaged { step, folder, what });
+            }
+            if !retired.is_empty() {
+                journal.note(&Note::Retired { folders: retired });
             }
             tasks.spawn(async move { journal_task.await.map(|()| None) });
             driver::Outlets { work, journal, store }
@@ -247,8 +248,8 @@ impl Coordinator {
         let dashboard = Dashboard::new(inputs.clone(), &recorder, shutdown.clone());
         let token = shutdown.clone();
         tasks.spawn(async move { Ok(Some(driver.run(token).await)) });
-        tasks.spawn(grpc::serve(callers, guard.clone(), shutdown.clone()));
-        tasks.spawn(porch::serve(http::router(inputs.clone(), dashboard), visitors, guard, shutdown.clone()));
+        tasks.spawn(hung_up(grpc::serve(callers, guard.clone(), shutdown.clone()), shutdown.clone()));
+        tasks.spawn(hung_up(porch::serve(http::router(inputs.clone(), dashboard), visitors, guard, shutdown.clone()), shutdown.clone()));
         let (told, until) = (inputs.clone(), shutdown.clone());
         tasks.spawn(async move {
             recorder.keep(past, told, until).await;
@@ -259,6 +260,24 @@ impl Coordinator {
         }
         tasks.spawn(forward_stops(stops, self.hand_over, inputs, shutdown.clone()));
         supervise(tasks, shutdown).await
+    }
+}
+
+/// Serves until all peers have closed their connections after `shutdown`, but for those that do not.
+async fn hung_up(
+    serving: impl Future<Output = Result<Option<Outcome>, RunError>>,
+    shutdown: CancellationToken,
+) -> Result<Option<Outcome>, RunError> {
+    let overdue = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(HANGING_UP).await;
+    };
+    tokio::select! {
+        served = serving => served,
+        () = overdue => {
+            tracing::warn!("some peers have not closed their connections within {HANGING_UP:?}: a process that is stopped, or a network that is cut");
+            Ok(None)
+        }
     }
 }
 
@@ -310,6 +329,23 @@ async fn forward_stops(
         }
     }
     Ok(None)
+}
+
+/// Both ports, held, and what is to be shown on them.
+struct Doors {
+    grpc: TcpListener,
+    http: TcpListener,
+    addresses: Addresses,
+    tls: Option<[Arc<Reloaded<ServerConfig>>; 2]>,
+}
+
+impl Doors {
+    async fn open(options: &Options) -> Result<Self, RunError> {
+        let tls = certificates(&options.access)?;
+        let (grpc, http) = (bind(options.listen, &options.access).await?, bind(options.http, &options.access).await?);
+        let addresses = Addresses { grpc: local_address(&grpc)?, http: local_address(&http)? };
+        Ok(Self { grpc, http, addresses, tls })
+    }
 }
 
 fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> Result<CoreConfig, RunError> {

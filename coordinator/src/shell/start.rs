@@ -18,7 +18,15 @@ pub(super) enum Run {
     /// A complete run.
     Done { step: u64, state: Box<RunState> },
     /// A run to begin or resume, in a term that is ours.
-    Claimed { log: RunLog, state: Box<RunState>, damaged: Vec<Damaged> },
+    Claimed { log: RunLog, state: Box<RunState>, given_up: GivenUp },
+}
+
+/// Commits that were given up as the run was opened.
+#[derive(Debug, Default)]
+pub(super) struct GivenUp {
+    pub(super) damaged: Vec<Damaged>,
+    /// Folders of those that the keep rule does not keep.
+    pub(super) retired: Vec<String>,
 }
 
 /// A commit that was given up because a part of it is not what its record says.
@@ -73,19 +81,32 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
         log.append(body, unix_ms()).await?;
         state.commits.retain(|commit| damaged.iter().all(|damaged| damaged.folder != commit.folder));
     }
-    let Some(commit) = state.last_commit() else { return Ok(Run::Claimed { log, state, damaged }) };
+    let retired = keep(config, store, (&mut log, &mut state)).await?;
+    let Some(commit) = state.last_commit() else { return Ok(Run::Claimed { log, state, given_up: GivenUp { damaged, retired } }) };
     for Damaged { step, folder, what } in &damaged {
         tracing::error!(step, folder, "a damaged commit is given up ({what}); training goes on from step {} instead", commit.step);
     }
     tracing::info!(step = commit.step, folder = commit.folder, "resuming from the last commit");
     if commit.step < config.train.steps {
-        return Ok(Run::Claimed { log, state, damaged });
+        return Ok(Run::Claimed { log, state, given_up: GivenUp { damaged, retired } });
     }
     // The last coordinator was cut off between the last commit and its own end.
     let step = commit.step;
     log.append(Body::End { outcome: Outcome::Done, step, reason: String::new() }, unix_ms()).await?;
     state.term = log.term();
     Ok(Run::Done { step, state })
+}
+
+/// Gives up what the keep rule does not keep: it may have been lowered because the store is full, where no other commit comes to be before.
+async fn keep(config: &RunConfig, store: &Store, (log, state): (&mut RunLog, &mut RunState)) -> Result<Vec<String>, RunError> {
+    let surplus = state.commits.len().saturating_sub(config.checkpoint.keep.max(1));
+    let folders: Vec<String> = state.commits.drain(..surplus).map(|commit| commit.folder).collect();
+    if !folders.is_empty() {
+        tracing::info!(?folders, "deleting commits beyond checkpoint.keep");
+        log.append(Body::Retire { commits: folders.clone() }, unix_ms()).await?;
+        keeper::delete(store.clone(), folders.clone()).await;
+    }
+    Ok(folders)
 }
 
 /// The newest commit that is not given up as damaged.

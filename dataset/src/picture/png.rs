@@ -21,7 +21,26 @@ pub(super) fn open<'a>(bytes: &'a [u8]) -> Result<Box<dyn Coded + 'a>, Refusal> 
         return Err(Refusal::ImageAnimated);
     }
     let line = reader.output_line_size(reader.info().width).ok_or(Refusal::ImageTooLarge)?;
-    Ok(Box::new(Png { line, reader }))
+    let late = reader.info().exif_metadata.is_none().then(|| late_exif(bytes)).flatten();
+    Ok(Box::new(Png { line, reader, late }))
+}
+
+/// The EXIF data behind the picture's own, where they may stand too: the decoder sees them only once it has decoded all, and then it is too late to
+/// turn what is cropped. Only the chunks' headers are looked at.
+fn late_exif(bytes: &[u8]) -> Option<&[u8]> {
+    let mut rest = bytes.get(8..)?;
+    loop {
+        let (length, after) = rest.split_first_chunk::<4>()?;
+        let (kind, after) = after.split_first_chunk::<4>()?;
+        let length = u32::from_be_bytes(*length) as usize;
+        let data = after.get(..length)?;
+        if kind == b"eXIf" {
+            let sum = after.get(length..length + 4)?;
+            let sound = crc32fast::hash(&[&kind[..], data].concat()).to_be_bytes() == *sum;
+            return sound.then_some(data);
+        }
+        rest = after.get(length + 4..)?;
+    }
 }
 
 fn refusal(error: DecodingError) -> Refusal {
@@ -35,6 +54,8 @@ struct Png<'a> {
     reader: Reader<Cursor<&'a [u8]>>,
     /// Bytes of a decoded row.
     line: usize,
+    /// EXIF data behind the picture's own.
+    late: Option<&'a [u8]>,
 }
 
 impl Coded for Png<'_> {
@@ -43,7 +64,7 @@ impl Coded for Png<'_> {
     }
 
     fn orientation(&self) -> Orientation {
-        let exif = self.reader.info().exif_metadata.as_deref();
+        let exif = self.reader.info().exif_metadata.as_deref().or(self.late);
         exif.and_then(Orientation::from_exif_chunk).unwrap_or(Orientation::NoTransforms)
     }
 

@@ -5,6 +5,7 @@
 
 mod duplicates;
 mod judge;
+mod originals;
 mod part;
 mod resolve;
 
@@ -27,6 +28,7 @@ use crate::source::{Piece, Source};
 use crate::tree::{TREES, file_of};
 use judge::Judge;
 pub use judge::{KeyList, TokenCounter};
+pub use originals::originals;
 use resolve::{LeftOut, LeftOuts};
 
 /// Records read at once.
@@ -171,11 +173,6 @@ impl Preparation {
         Ok(0..self.planned().await?.parts().count())
     }
 
-    /// A part's source, as messages name it.
-    pub async fn name_of(&self, part: usize) -> Result<String, DataError> {
-        Ok(self.source(&part_of(self.planned().await?, part)?)?.name().to_owned())
-    }
-
     /// Reads a part's source again, and the pictures that its rows name: they must be those that were prepared. Of a source that only looks
     /// newer, its new look is noted.
     pub fn check(&self, index: usize) -> BoxFuture<'_, Result<(), DataError>> {
@@ -184,20 +181,7 @@ impl Preparation {
             let part = part_of(plan, index)?;
             let source = self.source(&part)?.clone();
             let Some(record) = self.record(index, &part, &[]).await? else { return Ok(()) };
-            let stamp = source.stamp().map(str::to_owned);
-            let piece = piece_of(&source, &part);
-            let (name, bytes) = (source.name().to_owned(), record.source.bytes);
-            let reading = tokio::task::spawn_blocking(move || source.read(&piece, &mut |_| true));
-            let stopped = |what: String| DataError::Stopped { source_name: name.clone(), what };
-            let read = reading.await.map_err(|e| stopped(e.to_string()))??;
-            match read {
-                Some(read) if read.blake3 == record.source.blake3 && stamp == record.stamp => Ok(()),
-                Some(read) if read.blake3 == record.source.blake3 => {
-                    record.seen_as(&self.unit(plan, index, &part, &[])?, stamp.as_deref(), &self.out).await
-                }
-                Some(read) => Err(DataError::SourceReplaced { source_name: name, expected: bytes, found: read.bytes }),
-                None => Err(stopped("reading ended early".into())),
-            }
+            originals::check(&self.out, plan, (index, &part), &source, record).await
         })
     }
 
@@ -273,14 +257,10 @@ impl Preparation {
             return Ok(record.clone());
         }
         let left_out: HashMap<_, _> = left_out.iter().map(|left| (left.key.clone(), left.why.clone())).collect();
-        let judge = Judge::new(&plan.settings, self.prefix(source), &self.options, left_out);
+        let judge = Judge::new(&plan.settings, plan.key_prefix(&part), &self.options, left_out);
         let unit = self.unit(plan, index, &part, &keys)?;
         let work = part::Work { plan, unit, source, piece: piece_of(source, &part), judge, there };
         part::run(work, &self.out, &self.options, watch).await
-    }
-
-    fn prefix(&self, source: &Source) -> String {
-        if self.settings.key_prefix { format!("{}/", source.stem()) } else { String::new() }
     }
 
     /// Whether a record's shards are there, by name and size. One that was lost is made again: its bytes are given by its input.
@@ -331,13 +311,20 @@ impl Preparation {
     /// A part that was prepared from a source of another size is another part, and its name tells.
     async fn refuse_changed(&self, index: usize, part: &Part<'_>, records: &[Meta]) -> Result<(), DataError> {
         let source = self.source(part)?;
-        let own = format!("{UNITS}/{index:05}-");
-        let after = records.partition_point(|meta| meta.key < own);
-        let Some(other) = records.get(after).filter(|meta| meta.key.starts_with(&own)) else { return Ok(()) };
-        let other = other.key.trim_start_matches(UNITS).trim_matches('/').trim_end_matches(".json");
-        let expected = UnitRecord::load(other, &self.out).await?.map_or(0, |record| record.source.bytes);
-        Err(DataError::SourceReplaced { source_name: source.name().to_owned(), expected, found: source.bytes() })
+        match of_another(index, records, &self.out).await? {
+            None => Ok(()),
+            Some(expected) => Err(DataError::SourceReplaced { source_name: source.name().to_owned(), expected, found: source.bytes() }),
+        }
     }
+}
+
+/// The size that a part's source had, if it was prepared from another one: a record of other input has another name.
+async fn of_another(index: usize, records: &[Meta], out: &Store) -> Result<Option<u64>, DataError> {
+    let own = format!("{UNITS}/{index:05}-");
+    let after = records.partition_point(|meta| meta.key < own);
+    let Some(other) = records.get(after).filter(|meta| meta.key.starts_with(&own)) else { return Ok(None) };
+    let other = other.key.trim_start_matches(UNITS).trim_matches('/').trim_end_matches(".json");
+    Ok(Some(UnitRecord::load(other, out).await?.map_or(0, |record| record.source.bytes)))
 }
 
 /// An object of a sorted list.

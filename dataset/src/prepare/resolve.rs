@@ -116,8 +116,12 @@ impl Preparation {
 
     async fn shared_key(&self, plan: &Plan, shared: SharedKey) -> Result<DataError, DataError> {
         let key = self.keys_at([shared.at].into()).await?.remove(&shared.at).unwrap_or_default();
-        let source = |part: u32| Some(&plan.sources.get(plan.parts().nth(part as usize)?.source)?.name);
-        let name = |part: u32| source(part).cloned().unwrap_or_default();
-        Ok(DataError::DuplicateKey { key, first: name(shared.first), second: name(shared.at.0) })
+        let source = |part: u32| self.sources.get(plan.parts().nth(part as usize)?.source);
+        let name = |part: u32| source(part).map_or_else(String::new, |source| source.name().to_owned());
+        let hint = match plan.settings.key_prefix {
+            true => "rename one, or leave one of the sources out",
+            false => "rename one, or prepare with key prefixes (the source's name before each key: --key-prefix) into a new destination",
+        };
+        Ok(DataError::DuplicateKey { key, first: name(shared.first), second: name(shared.at.0), hint })
     }
 }

@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 
 use super::Source;
 use super::sample::{MAX_IMAGE_BYTES, Member, Sample, Tally};
-use crate::error::DataError;
+use crate::error::{DataError, is_link_loop};
 use crate::report::Refusal;
 
 /// Pictures fetched at once.
@@ -140,7 +140,10 @@ impl<'a> Pictures<'a> {
         let place = path.filter(|path| !path.is_empty()).map(locate).transpose()?;
         let fetching = matches!(place, Some(Some(_)));
         match place {
-            Some(Some((store, key))) => self.ahead.push(fetch(store, key)),
+            Some(Some((store, key))) => {
+                sample.place = Some(format!("{}/{key}", store.url().trim_end_matches('/')));
+                self.ahead.push(fetch(store, key));
+            }
             Some(None) => sample.refused = Some(Refusal::RowInvalid),
             None => {}
         }
@@ -172,15 +175,18 @@ impl<'a> Pictures<'a> {
             match fetched.and_then(|fetched| self.ahead.runtime.block_on(fetched.finish())) {
                 Ok(image) => sample.image = image,
                 Err(StoreError::BadKey { .. }) => sample.refused = Some(Refusal::RowInvalid),
-                Err(error) if is_absent(&error) => {}
-                Err(error) => return Err(error.into()),
+                Err(error) if is_absent(&error) || is_web(&sample) && is_withheld(&error) => {}
+                Err(error) => {
+                    let (source_name, key) = (self.source.name.clone(), sample.key);
+                    return Err(DataError::Picture { source_name, key, source: Box::new(error) });
+                }
             }
         }
         self.tally.add(&sample);
         Ok(each(sample))
     }
 
-    /// The store and key of a picture. None: no store can be asked for such a path.
+    /// The store and key of a picture. None: no store can be asked for such a path, or it is no address at all.
     fn locate(&mut self, path: &str) -> Result<Option<(Store, String)>, DataError> {
         if !path.contains("://") && !path.starts_with('/') && !path.split('/').any(|part| part == "..") {
             return Ok(Some((self.source.store.clone(), normal(path))));
@@ -189,7 +195,11 @@ impl<'a> Pictures<'a> {
         let store = match self.stores.get(root) {
             Some(store) => store.clone(),
             None => {
-                let store = Store::open(root)?;
+                let store = match Store::open(root) {
+                    // All that a web server's address needs is in it.
+                    Err(StoreError::BadUrl { .. }) if root.starts_with("http") => return Ok(None),
+                    opened => opened?,
+                };
                 self.stores.insert(root.to_owned(), store.clone());
                 store
             }
@@ -211,12 +221,17 @@ fn split_root<'a>(folder: &'a str, path: &'a str) -> Option<(&'a str, String)> {
     };
     let (root, below) = root_of(path);
     match scheme {
-        "s3" | "gs" | "az" if root.len() > scheme.len() + 3 => Some((root, normal(below))),
+        "s3" | "gs" | "az" if is_bucket(&root[scheme.len() + 3..]) => Some((root, normal(below))),
         // A query names no object of a store.
         "http" | "https" if root.len() > scheme.len() + 3 && !path.contains(['?', '#']) => Some((root, normal(&decoded(below)))),
         "file" if root == "file://" => Some(("/", normal(&decoded(below)))),
         _ => None,
     }
+}
+
+/// Whether a bucket or container may have this name, by its characters.
+fn is_bucket(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._$".contains(&byte))
 }
 
 fn root_of(url: &str) -> (&str, &str) {
@@ -245,14 +260,28 @@ fn normal(path: &str) -> String {
     parts.join("/")
 }
 
-/// Whether a store says that there is no such file, whatever its words: a path through a file, or longer than names can be.
+/// Whether a picture lies on a web server.
+fn is_web(sample: &Sample) -> bool {
+    sample.place.as_ref().is_some_and(|place| place.starts_with("http"))
+}
+
+/// Whether a web server has a picture for others, or for nobody: of many servers some say so for ever (401, 403, 410, 451, redirects in a circle),
+/// and in other ways. What may pass is no such thing.
+fn is_withheld(error: &StoreError) -> bool {
+    matches!(error, StoreError::Permission { .. } | StoreError::Other { .. })
+}
+
+/// Whether a store says that there is no such file, whatever its words: a path through a file, in a circle of links, longer than names can be,
+/// or to what is no file.
 fn is_absent(error: &StoreError) -> bool {
-    use io::ErrorKind::{InvalidFilename, IsADirectory, NotADirectory, NotFound};
+    use io::ErrorKind::{InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound};
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {
-        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
-        if kind.is_some_and(|kind| [InvalidFilename, IsADirectory, NotADirectory, NotFound].contains(&kind)) {
-            return true;
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            let absent = [InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound].contains(&error.kind());
+            if absent || is_link_loop(error) {
+                return true;
+            }
         }
         cause = error.source();
     }
@@ -308,6 +337,8 @@ mod tests {
             ("/data", "https://host/a?file=1.jpg", None),
             ("s3://bucket/set", "../a.jpg", Some(("s3://bucket", "a.jpg"))),
             ("s3://bucket", "../a.jpg", Some(("s3://bucket", "a.jpg"))),
+            ("/data", "s3://Bad Bucket/a.jpg", None),
+            ("/data", "s3://key:secret@bucket/a.jpg", None),
             ("s3://bucket/set", "/a.jpg", None),
         ] {
             let found = split_root(folder, path);

@@ -9,6 +9,7 @@ use glob::{MatchOptions, Pattern};
 
 use super::{Source, SourceKind, SourceOptions, braces};
 use crate::error::DataError;
+use crate::verify::Damage;
 
 /// Names looked up at once.
 const HEADS: usize = 32;
@@ -63,9 +64,49 @@ impl Source {
         }
         Ok(sources)
     }
+
+    /// Those that are there of the sources of several locations, in the order given, and what is wrong with the others.
+    ///
+    /// # Errors
+    /// A store's that may pass.
+    pub async fn find_there<L: AsRef<str>>(locations: &[L], options: &SourceOptions) -> Result<(Vec<Source>, Vec<Damage>), DataError> {
+        let (mut sources, mut gone) = (Vec::new(), Vec::new());
+        for location in locations {
+            let mut there = Vec::new();
+            let mut lacking = |name: &str, error: DataError| {
+                if !error.is_permanent() {
+                    return Err(error);
+                }
+                gone.push(Damage { file: shown(name), what: error.to_string() });
+                Ok(())
+            };
+            match places_in(location.as_ref()).await {
+                Err(error) => lacking(location.as_ref(), error)?,
+                Ok((places, listings)) => {
+                    let lookups = stream::iter(&places).map(|place| place.sources(&listings, options)).buffered(HEADS);
+                    for (place, found) in places.iter().zip(lookups.collect::<Vec<_>>().await) {
+                        match found {
+                            Ok(found) => there.extend(found),
+                            Err(error) => lacking(&place.name, error)?,
+                        }
+                    }
+                }
+            }
+            there.sort_by(|a: &Source, b: &Source| a.name.cmp(&b.name));
+            sources.extend(there);
+        }
+        Ok((sources, gone))
+    }
 }
 
 async fn in_location(location: &str, options: &SourceOptions) -> Result<Vec<Source>, DataError> {
+    let (places, listings) = places_in(location).await?;
+    let lookups = stream::iter(&places).map(|place| place.sources(&listings, options)).buffered(HEADS);
+    lookups.try_concat().await
+}
+
+/// What a location stands for, and the folders that are listed for it.
+async fn places_in(location: &str) -> Result<(Vec<Place>, Listings), DataError> {
     if location.is_empty() {
         return Err(missing(location));
     }
@@ -73,8 +114,7 @@ async fn in_location(location: &str, options: &SourceOptions) -> Result<Vec<Sour
     let names = if there { vec![location.to_owned()] } else { braces::expand(location).map_err(|what| refused(location, &what))? };
     let places: Vec<Place> = names.into_iter().map(|name| Place::of(name, there)).collect();
     let listings = listings(&places).await?;
-    let lookups = stream::iter(&places).map(|place| place.sources(&listings, options)).buffered(HEADS);
-    lookups.try_concat().await
+    Ok((places, listings))
 }
 
 fn missing(location: &str) -> DataError {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::columns::{self, PATHS};
 use super::fetch::{Pictures, RangeReader, Windows, data_error};
 use super::rows::{Format, MAX_ROW_BYTES, Rows, values};
-use super::sample::{Field, Fields, Sample};
+use super::sample::{Field, Fields, Sample, json_object};
 use super::{Piece, PieceRead, Source, SourceKind};
 use crate::error::DataError;
 
@@ -141,7 +141,7 @@ impl<'a> List<'a> {
     /// The values of a row's bytes; none if they are broken.
     fn values<'v>(&'v self, row: &'v [u8]) -> Option<Values<'v>> {
         match self.format {
-            Format::Jsonl => serde_json::from_slice(row).ok().map(Values::Json),
+            Format::Jsonl => json_object(row).map(Values::Json),
             Format::Csv => {
                 let values = values(row);
                 let whole = values.len() == self.header.len();

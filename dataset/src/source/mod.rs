@@ -48,7 +48,7 @@ pub enum SourceKind {
 #[serde(deny_unknown_fields, default)]
 pub struct SourceOptions {
     /// The column that holds the picture or its path. None: in Parquet the first that holds bytes of `image`, `jpg`, `jpeg`, `png`,
-    /// `webp`, `img`, `picture`, `image_bytes`, `bytes`; else the first of `file_name`, `image_path`, `image`, `path`, `object_key`,
+    /// `webp`, `gif`, `img`, `picture`, `image_bytes`, `bytes`; else the first of `file_name`, `image_path`, `image`, `path`, `object_key`,
     /// `url`, `key`.
     pub image_column: Option<String>,
     /// The column that holds the sample's key. None: the first of `key`, `__key__`, `id`. Where a row has none, the key is its
@@ -91,6 +91,11 @@ pub struct PieceRead {
     pub ignored: u64,
 }
 
+/// A file's name without its ending.
+pub(crate) fn stem(file_name: &str) -> &str {
+    file_name.rsplit_once('.').map_or(file_name, |(stem, _)| stem)
+}
+
 impl Source {
     /// The source as messages name it.
     pub fn name(&self) -> &str {
@@ -104,7 +109,14 @@ impl Source {
 
     /// The file's name without its folder and ending.
     pub fn stem(&self) -> &str {
-        self.key.rsplit_once('.').map_or(&self.key, |(stem, _)| stem)
+        stem(&self.key)
+    }
+
+    /// The folders that it lies in, from the root of its store.
+    pub(crate) fn folders(&self) -> impl Iterator<Item = &str> {
+        let url = self.store.url();
+        let path = url.split_once("://").map_or(url, |(_, path)| path);
+        path.split('/').filter(|folder| !folder.is_empty())
     }
 
     /// Size in bytes when it was found.

@@ -12,7 +12,7 @@ use std::ops::Range;
 /// Longer rows are refused.
 pub(crate) const MAX_ROW_BYTES: usize = 4 << 20;
 const READ_BYTES: u64 = 256 << 10;
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// How a list is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

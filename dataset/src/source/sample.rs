@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use ella_store::{Digest, Hasher};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::PieceRead;
 use crate::report::Refusal;
@@ -85,6 +85,8 @@ pub struct Sample {
     pub image: Member,
     /// Texts and numbers beside it.
     pub fields: Fields,
+    /// Where its picture lies, if that is a file of its own.
+    pub place: Option<String>,
     /// Why it cannot be taken whatever the settings say: the row that should describe it is broken.
     pub refused: Option<Refusal>,
 }
@@ -100,6 +102,30 @@ impl Sample {
         let key_is_utf8 = std::str::from_utf8(key).is_ok();
         Sample { key: String::from_utf8_lossy(key).into_owned(), key_is_utf8, ..Sample::default() }
     }
+}
+
+/// An object of JSON; none if it is none. What Python's `json` writes of numbers that are none (`NaN`, `Infinity`, `-Infinity`) is taken for null.
+pub(super) fn json_object(bytes: &[u8]) -> Option<Map<String, Value>> {
+    serde_json::from_slice(bytes).or_else(|_| serde_json::from_slice(&without_nan(bytes))).ok()
+}
+
+/// The same text with null in the place of what is no number, outside strings.
+fn without_nan(bytes: &[u8]) -> Vec<u8> {
+    let (mut out, mut rest, mut quoted) = (Vec::with_capacity(bytes.len()), bytes, false);
+    while let Some((&byte, after)) = rest.split_first() {
+        let none = [&b"NaN"[..], b"Infinity", b"-Infinity"].into_iter().find_map(|none| rest.strip_prefix(none)).filter(|_| !quoted);
+        if let Some(after) = none {
+            out.extend_from_slice(b"null");
+            rest = after;
+            continue;
+        }
+        // An escaped character ends no string.
+        let taken = if quoted && byte == b'\\' { rest.len().min(2) } else { 1 };
+        quoted ^= byte == b'"';
+        out.extend_from_slice(&rest[..taken]);
+        rest = if taken == 1 { after } else { &rest[taken..] };
+    }
+    out
 }
 
 /// The key of a picture by its path: without a leading `./` and without its ending.
@@ -171,6 +197,20 @@ mod tests {
             ("", ""),
         ] {
             assert_eq!(key_of_path(path), key, "{path}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_none_are_null_outside_of_strings() {
+        for (text, expected) in [
+            (r#"{"a": NaN, "b": -Infinity, "c": [Infinity]}"#, r#"{"a": null, "b": null, "c": [null]}"#),
+            (r#"{"NaN": "NaN \" Infinity \\", "b": NaN}"#, r#"{"NaN": "NaN \" Infinity \\", "b": null}"#),
+        ] {
+            assert_eq!(json_object(text.as_bytes()), json_object(expected.as_bytes()), "{text}");
+            assert!(json_object(text.as_bytes()).is_some(), "{text}");
+        }
+        for text in [r#"{"a": NaNs}"#, r#"{"a": nan}"#, "NaN", r#"{"a": "\"#] {
+            assert_eq!(json_object(text.as_bytes()), None, "{text}");
         }
     }
 

@@ -9,11 +9,11 @@ use std::io::{self, Read};
 
 use ella_store::Hasher;
 use futures::TryStreamExt;
-use serde_json::{Map, Value};
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
 use super::fetch::data_error;
-use super::sample::{Field, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Member, Sample};
+use super::rows::BYTE_ORDER_MARK;
+use super::sample::{Field, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Member, Sample, json_object};
 use super::{PieceRead, Source};
 use crate::error::DataError;
 
@@ -38,31 +38,68 @@ pub(super) fn read(source: &Source, each: &mut dyn FnMut(Sample) -> bool) -> Res
 fn read_samples(name: &str, from: impl Read, each: &mut dyn FnMut(Sample) -> bool) -> Result<Option<PieceRead>, DataError> {
     let mut counted = Counted { inner: from, hash: Hasher::new(), bytes: 0, ended: false, failed: false };
     let mut grouper = Grouper::default();
-    let walked = walk(&mut counted, &mut |member| grouper.add(member, each));
     let corrupt = |offset, what: String| DataError::SourceCorrupt { source_name: name.to_owned(), offset, what };
-    match walked {
-        Ok(true) => {}
-        Ok(false) => return Ok(None),
-        Err(_) if counted.bytes == 0 && !counted.failed => return Err(corrupt(0, "is empty (expected a tar)".into())),
-        Err(error) => return Err(data_error(error, |e| corrupt(counted.bytes, explain(&e, &counted)))),
+    // Archives that were joined into one file (`cat a.tar b.tar`) are read one after the other. What was read of the next one already.
+    let (mut begun, mut members) = (Vec::new(), 0u64);
+    loop {
+        let (start, before) = (counted.bytes - begun.len() as u64, members);
+        let walked = walk(&mut begun.as_slice().chain(&mut counted), &mut |member| {
+            members += 1;
+            grouper.add(member, each)
+        });
+        match walked {
+            Ok(true) => {}
+            Ok(false) => return Ok(None),
+            Err(_) if counted.bytes == 0 && !counted.failed => return Err(corrupt(0, "is empty (expected a tar)".into())),
+            Err(error) if start > 0 && members == before && !counted.failed => return Err(behind(name, start, error, &mut counted)),
+            Err(error) => return Err(data_error(error, |e| corrupt(counted.bytes, explain(&e, &counted)))),
+        }
+        if counted.bytes == 0 {
+            return Err(corrupt(0, "is empty (expected a tar)".into()));
+        }
+        // The walk is over at the first block of zeroes, or at the end of the bytes if there is none.
+        if counted.ended {
+            return Err(corrupt(counted.bytes, "is truncated (expected an end-of-archive block)".into()));
+        }
+        match next_archive(&mut counted) {
+            Ok(Some(block)) => begun = block,
+            Ok(None) => break,
+            Err(error) => return Err(data_error(error, |e| corrupt(counted.bytes, explain(&e, &counted)))),
+        }
     }
-    if counted.bytes == 0 {
-        return Err(corrupt(0, "is empty (expected a tar)".into()));
-    }
-    // The walk is over at the first block of zeroes, or at the end of the bytes if there is none.
-    if counted.ended {
-        return Err(corrupt(counted.bytes, "is truncated (expected an end-of-archive block)".into()));
-    }
-    if counted.bytes == BLOCK {
+    if members == 0 {
         return Err(corrupt(0, "holds no files (expected samples)".into()));
-    }
-    if let Err(error) = io::copy(&mut counted, &mut io::sink()) {
-        return Err(data_error(error, |e| corrupt(counted.bytes, explain(&e, &counted))));
     }
     if !grouper.flush(each) {
         return Ok(None);
     }
     Ok(Some(PieceRead { bytes: counted.bytes, blake3: counted.hash.finish(), ignored: grouper.ignored }))
+}
+
+/// The first block that is not of zeroes, behind the end of an archive; none if there are no more.
+fn next_archive(from: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
+    loop {
+        let mut block = Vec::with_capacity(BLOCK as usize);
+        from.by_ref().take(BLOCK).read_to_end(&mut block)?;
+        match block.iter().any(|&byte| byte != 0) {
+            true => return Ok(Some(block)),
+            false if (block.len() as u64) < BLOCK => return Ok(None),
+            false => {}
+        }
+    }
+}
+
+/// Bytes behind the end of an archive that begin no other.
+fn behind(name: &str, start: u64, error: io::Error, counted: &mut Counted<impl Read>) -> DataError {
+    let rest = io::copy(counted, &mut io::sink());
+    let corrupt = |what: String| DataError::SourceCorrupt { source_name: name.to_owned(), offset: start, what };
+    match rest {
+        Ok(_) => {
+            let bytes = counted.bytes - start;
+            corrupt(format!("{bytes} bytes lie behind the archive's end and are no tar ({error}); cut them off: truncate -s {start}"))
+        }
+        Err(error) => data_error(error, |e| corrupt(explain(&e, counted))),
+    }
 }
 
 fn explain<R>(error: &io::Error, counted: &Counted<R>) -> String {
@@ -91,7 +128,7 @@ enum Kind {
 impl Kind {
     fn of(extension: &[u8]) -> Kind {
         match extension.to_ascii_lowercase().as_slice() {
-            b"jpg" | b"jpeg" | b"png" | b"webp" => Kind::Image,
+            b"jpg" | b"jpeg" | b"png" | b"webp" | b"gif" => Kind::Image,
             b"json" => Kind::Json,
             extension if extension == b"txt" || extension.ends_with(b".txt") => Kind::Text,
             _ => Kind::Other,
@@ -196,7 +233,7 @@ impl Grouper {
             self.sample.fields.insert("json".into(), Field::TooLong);
             return;
         };
-        let Ok(object) = serde_json::from_slice::<Map<String, Value>>(bytes) else {
+        let Some(object) = json_object(bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes)) else {
             let field = if std::str::from_utf8(bytes).is_ok() { Field::Other } else { Field::NotUtf8 };
             self.sample.fields.insert("json".into(), field);
             return;
@@ -301,6 +338,39 @@ mod tests {
         assert_eq!(keys(&tar[..tar.len() - 512]).unwrap().0, "a b", "one block of zeroes is enough");
         let error = keys(&tar[..tar.len() - 1024]).unwrap_err().to_string();
         assert!(error.contains("is truncated (expected an end-of-archive block)"), "{error}");
+    }
+
+    fn tar_of_texts(names: &[&str]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for name in names {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(1);
+            builder.append_data(&mut header, name, &b"x"[..]).unwrap();
+        }
+        builder.into_inner().unwrap()
+    }
+
+    /// `cat a.tar b.tar`, with as many blocks of zeroes between as tar pads with.
+    #[test]
+    fn archives_that_were_joined_are_read_to_the_last() {
+        let keys = |tar: &[u8]| {
+            let mut keys = Vec::new();
+            let read = read_samples("x.tar", tar, &mut |sample| {
+                keys.push(sample.key);
+                true
+            });
+            read.map(|read| (keys.join(" "), read.unwrap().bytes)).map_err(|error| error.to_string())
+        };
+        let (first, second) = (tar_of_texts(&["a.txt", "b.txt"]), tar_of_texts(&["c.txt"]));
+        let joined = [&first[..], &[0; 7168], &second].concat();
+        assert_eq!(keys(&joined).unwrap(), ("a b c".to_owned(), joined.len() as u64));
+        let error = keys(&joined[..joined.len() - 1024]).unwrap_err();
+        assert!(error.contains("is truncated (expected an end-of-archive block)"), "{error}");
+        let error = keys(&[&first[..], &[7; 700]].concat()).unwrap_err();
+        let place = format!("truncate -s {} ", first.len());
+        assert!(error.contains("700 bytes lie behind the archive's end") && error.contains(place.trim_end()), "{error}");
+        assert_eq!(keys(&[&first[..], &[0; 100]].concat()).unwrap().0, "a b", "zeroes, though no whole block");
+        assert!(keys(&[0; 1024]).unwrap_err().contains("holds no files"));
     }
 
     #[test]

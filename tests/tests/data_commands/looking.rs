@@ -187,7 +187,7 @@ fn verify_reads_the_originals_again_if_asked() -> Result<()> {
     assert_eq!(json(&["verify", &data])?["changed"], serde_json::Value::Null);
     let changed = try_ella(&["verify", &data, "--originals"])?;
     let said = String::from_utf8_lossy(&changed.stderr);
-    assert!(changed.status.code() == Some(1) && said.contains("metadata.jsonl"), "{said}");
+    assert!(changed.status.code() == Some(1) && said.contains("pictures/0.jpg") && said.contains("metadata.jsonl"), "{said}");
     assert!(String::from_utf8_lossy(&changed.stdout).contains("1 part of the sources changed"));
 
     // A list of other rows is seen at once.
@@ -212,5 +212,65 @@ fn a_field_of_captions_that_no_sample_has_is_one_error_that_names_what_there_is(
         assert!(lines[0].contains(word), "{word}: {said}");
     }
     assert!(!exists(Path::new(&data).join("manifest.json")));
+    Ok(())
+}
+
+/// Much of a damaged shard may be sound still, and its source may be gone; captions may have been paid for.
+#[test]
+fn what_cannot_be_made_anew_is_not_deleted() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let data = prepared(folder.path(), 16)?;
+    let at = |name: &str| Path::new(&data).join(name);
+    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(at("manifest.json"))?)?;
+    let shard = at(manifest["shards"][0]["name"].as_str().context("no shard")?);
+    let sound = std::fs::read(&shard)?;
+    let mut damaged = sound.clone();
+    damaged[sound.len() / 2] ^= 1;
+    std::fs::write(&shard, &damaged)?;
+    let (tar, away) = (folder.path().join("scenes/scenes-00000.tar"), folder.path().join("away.tar"));
+    let original = std::fs::read(&tar)?;
+    std::fs::rename(&tar, &away)?;
+    let refused = try_ella(&["verify", &data, "--repair"])?;
+    assert!(!refused.status.success(), "{refused:?}");
+    assert_eq!(std::fs::read(&shard)?, damaged, "the source is gone");
+
+    // A source of the same size and other bytes is found out only when its shard is made.
+    let mut other = original.clone();
+    // The last file of a scene is its caption.
+    let text = original.windows(4).rposition(|bytes| bytes == b" the").context("no caption")?;
+    other[text + 1] = b'T';
+    std::fs::write(&tar, &other)?;
+    let refused = try_ella(&["verify", &data, "--repair"])?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("left as they were"), "{said}");
+    assert_eq!(std::fs::read(&shard)?, damaged, "the source is another");
+    assert!(!exists(at("damaged").join("shards")) || std::fs::read_dir(at("damaged/shards"))?.next().is_none());
+
+    std::fs::write(&tar, &original)?;
+    ella(&["verify", &data, "--repair"])?;
+    assert_eq!(std::fs::read(&shard)?, sound);
+    Ok(())
+}
+
+/// Whatever became of one source, the others are compared.
+#[test]
+fn every_source_that_changed_or_is_gone_is_told() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let data = prepared(folder.path(), 32)?;
+    let tar = |number: u32| folder.path().join(format!("scenes/scenes-0000{number}.tar"));
+    std::fs::remove_file(tar(0))?;
+    let longer = [std::fs::read(tar(1))?, vec![0; 512]].concat();
+    std::fs::write(tar(1), longer)?;
+    let mut other = std::fs::read(tar(3))?;
+    let text = other.windows(4).position(|bytes| bytes == b" the").context("no caption")?;
+    other[text + 1] = b'T';
+    std::fs::write(tar(3), other)?;
+    let changed = try_ella(&["verify", &data, "--originals"])?;
+    let (told, said) = (String::from_utf8_lossy(&changed.stdout), String::from_utf8_lossy(&changed.stderr));
+    assert!(changed.status.code() == Some(1) && told.contains("3 parts of the sources changed"), "{told}{said}");
+    for number in [0, 1, 3] {
+        assert!(said.contains(&format!("scenes-0000{number}.tar")), "{said}");
+    }
+    assert!(!said.contains("scenes-00002.tar"), "{said}");
     Ok(())
 }

@@ -37,6 +37,8 @@ pub enum ControlError {
         outcome: Outcome,
         /// In words.
         detail: String,
+        /// It failed, and starting again would fail in the same way.
+        permanent: bool,
     },
     /// The stream ended before the coordinator had taken this worker in.
     #[error("the coordinator is gone ({0}) before it took this worker in; start the worker again")]
@@ -59,8 +61,13 @@ pub enum ControlError {
     #[error("the coordinator let this worker go: {0}")]
     Released(String),
     /// The coordinator ended the run.
-    #[error("the coordinator ended the run: {0}")]
-    Aborted(String),
+    #[error("the coordinator ended the run: {reason}")]
+    Aborted {
+        /// In its words.
+        reason: String,
+        /// Starting again would fail in the same way.
+        permanent: bool,
+    },
     /// An expected message did not come.
     #[error("no {what} from the coordinator within {seconds} s")]
     Late {
@@ -78,6 +85,7 @@ impl ControlError {
         match self {
             Self::Refused { reason, .. } => matches!(reason, R::Version | R::Config | R::DeviceKind | R::Data | R::Malformed),
             Self::NoEntry { .. } => true,
+            Self::Over { permanent, .. } | Self::Aborted { permanent, .. } => *permanent,
             _ => false,
         }
     }
@@ -90,7 +98,7 @@ impl ControlError {
     /// For a worker that is of no use any more: how that ends it, unless it is an error.
     pub(crate) fn ending(self) -> Result<Ending, Self> {
         match self {
-            Self::Over { outcome: Outcome::Done, detail } => {
+            Self::Over { outcome: Outcome::Done, detail, .. } => {
                 tracing::info!("nothing is left to do: {detail}");
                 Ok(Ending::Done)
             }

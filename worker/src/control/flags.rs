@@ -216,9 +216,9 @@ mod tests {
     #[test]
     fn only_the_first_reason_counts_and_latecomers_are_told_at_once() {
         let flags = Flags::default();
-        flags.stop(ControlError::Aborted("first".into()));
+        flags.stop(ControlError::Aborted { reason: "first".into(), permanent: false });
         flags.stop(ControlError::Released("second".into()));
-        assert!(matches!(flags.stopped(), Some(ControlError::Aborted(why)) if why == "first"));
+        assert!(matches!(flags.stopped(), Some(ControlError::Aborted { reason, .. }) if reason == "first"));
         let called = Arc::new(AtomicBool::new(false));
         let flag = called.clone();
         flags.on_end(Box::new(move || flag.store(true, Ordering::Relaxed)));

@@ -195,10 +195,10 @@ async fn silent(mut client: Client, patience: Duration) {
 }
 
 pub(super) fn refusal(refused: Refused) -> ControlError {
-    let (reason, outcome) = (refused.reason(), refused.outcome());
+    let (reason, outcome, permanent) = (refused.reason(), refused.outcome(), refused.permanent);
     let detail = if refused.detail.is_empty() { reason.as_str_name().to_owned() } else { refused.detail };
     match reason {
-        RefusedReason::RunOver => ControlError::Over { outcome, detail },
+        RefusedReason::RunOver => ControlError::Over { outcome, detail, permanent },
         reason => ControlError::Refused { reason, detail },
     }
 }

@@ -17,7 +17,7 @@ pub(crate) use outbox::unread;
 use crate::vitals;
 use ella_coordinator::logs;
 use ella_proto::access::Access;
-use ella_proto::v1::{Heartbeat, Hello, Leaving, Outcome, RefusedReason, ToWorker, Welcome, from_worker, to_worker};
+use ella_proto::v1::{Failed, Heartbeat, Hello, Leaving, Outcome, RefusedReason, ToWorker, Welcome, from_worker, to_worker};
 use futures::StreamExt as _;
 use link::ticking;
 use outbox::Doing;
@@ -134,9 +134,12 @@ impl Server {
         let committed = self.outbox.flags().committed.load(Ordering::Relaxed);
         match self.outbox.doing() {
             Doing::Finished(finished, _) if committed >= finished.step => {
-                Some(ControlError::Over { outcome: finished.outcome(), detail: format!("step {} is committed", finished.step) })
+                let detail = format!("step {} is committed", finished.step);
+                Some(ControlError::Over { outcome: finished.outcome(), detail, permanent: false })
             }
-            Doing::Failed(_) => Some(ControlError::Over { outcome: Outcome::Failed, detail: "this worker has failed".to_owned() }),
+            Doing::Failed(Failed { permanent, .. }) => {
+                Some(ControlError::Over { outcome: Outcome::Failed, detail: "this worker has failed".to_owned(), permanent })
+            }
             _ => None,
         }
     }
@@ -227,7 +230,9 @@ impl Server {
                 tracing::info!(reason = drain.reason, "asked to commit and leave");
                 flags.drain.cancel();
             }
-            Message::Abort(abort) => return Some(ControlError::Aborted(abort.reason.clone())),
+            Message::Abort(abort) => {
+                return Some(ControlError::Aborted { reason: abort.reason.clone(), permanent: abort.permanent });
+            }
             // It has loaded what the run is not trained on.
             Message::Refused(refused) => return Some(link::refusal(refused.clone())),
             Message::Release(release) => return Some(ControlError::Released(release.reason.clone())),

@@ -127,7 +127,7 @@ impl Outbox {
         let era = self.flags.era();
         let mut wire = self.wire();
         // The next coordinator has not ended any generation.
-        wire.doing = Doing::Idle(Idle { broken: String::new(), ..idle.clone() });
+        wire.doing = Doing::Idle(Idle { broken: String::new(), next_unreached: false, ..idle.clone() });
         if wire.assigned <= era {
             let generation = if era.term == wire.term { era.generation } else { wire.generation };
             self.put(&wire, generation, Body::Idle(idle));

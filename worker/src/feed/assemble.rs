@@ -56,6 +56,8 @@ pub struct Sources {
     encoding: Option<EncodingAhead>,
     /// The held-out batches, once they have been made.
     held_out: Option<Vec<LaneBatch>>,
+    /// A sample without a caption was warned of.
+    told_of_absent: bool,
 }
 
 /// One sample's row, without its picture.
@@ -95,7 +97,7 @@ impl Sources {
         // All models are loaded by now.
         let side = Side::new(parts.device)?;
         let staging = Staging::new(parts.device, side);
-        Ok(Self { parts, order, identity, side, staging, ahead: None, encoding: None, held_out: None })
+        Ok(Self { parts, order, identity, side, staging, ahead: None, encoding: None, held_out: None, told_of_absent: false })
     }
 
     /// Begins to read ahead of a step, for these lanes and no others any more.
@@ -192,7 +194,7 @@ impl Sources {
         let samples = self.order.lane(step, lane);
         let mut tally = Tally::default();
         if samples.is_empty() {
-            return Ok(LaneInput { lane, batch: None, keys: Vec::new(), tally, dropped: 0, truncated: 0 });
+            return Ok(LaneInput { lane, batch: None, keys: Vec::new(), tally, dropped: 0, absent: 0, truncated: 0 });
         }
         let (picked, pictures) = self.pick(&samples, epoch)?;
         for sample in &picked {
@@ -200,10 +202,24 @@ impl Sources {
         }
         let dropout = self.parts.config.train.caption_dropout;
         let wanted: Vec<Wanted> = picked.iter().map(|p| self.wanted(p, p.noise.dropped(dropout))).collect();
-        let dropped = wanted.iter().filter(|w| w.place.is_none()).count() as i64;
+        let absent: Vec<&Picked> = picked.iter().filter(|p| self.parts.captions.choose(&p.captions, &p.noise).is_none()).collect();
+        if let Some(first) = absent.first()
+            && !std::mem::replace(&mut self.told_of_absent, true)
+        {
+            let (data, key) = (self.parts.data.store().url(), &first.key);
+            let columns = self.parts.captions.names().collect::<Vec<_>>().join(", ");
+            tracing::warn!(
+                data,
+                key,
+                columns,
+                "a sample has no caption in the columns that are trained on, and is trained on the empty one; all such are counted as captions_absent"
+            );
+        }
+        let absent = absent.len() as i64;
+        let dropped = wanted.iter().filter(|w| w.place.is_none()).count() as i64 - absent;
         let (batch, truncated) = self.batch(&picked, pictures, &wanted, encode)?;
         let keys = picked.into_iter().map(|sample| sample.key).collect();
-        Ok(LaneInput { lane, batch: Some(batch), keys, tally, dropped, truncated })
+        Ok(LaneInput { lane, batch: Some(batch), keys, tally, dropped, absent, truncated })
     }
 
     /// The first samples of the data set under noise that no epoch has; each lane's share of them.

@@ -153,8 +153,10 @@ pub struct LaneInput {
     pub keys: Vec<String>,
     /// The same as ONCE has them.
     pub tally: Tally,
-    /// Captions replaced by the empty one, by chance or because the sample has none.
+    /// Captions replaced by the empty one by chance.
     pub dropped: i64,
+    /// Samples without a caption in any of the columns: the empty one is taken.
+    pub absent: i64,
     /// Captions cut at the token limit, where they were encoded for this step.
     pub truncated: i64,
 }

@@ -3,11 +3,13 @@
 pub mod fault;
 pub(crate) mod pieces;
 
+use ella_cuda::fused::Fused;
 pub use ella_cuda::said as of_fused;
+use ella_cuda::{precision, speed};
 use ella_proto::config::Bytes;
 use nccl_rs::cuda::Driver;
 use std::path::Path;
-use tch::Device;
+use tch::{Device, Kind};
 
 /// The file by which the NVIDIA kernel module is told from none at all.
 const DEVICE_FILE: &str = "/dev/nvidiactl";
@@ -65,6 +67,17 @@ pub enum Unusable {
     /// All of it is there, and libtorch does not take it.
     #[error("libtorch finds no CUDA device that it can use, though the driver finds one: is it libtorch's CPU build?")]
     Refused,
+}
+
+/// Which attention a run in bfloat16 with `reduction = "fast"` takes on the GPU that is loaded, a line for each heads' width that ours fits.
+///
+/// # Errors
+/// CUDA's own.
+pub fn of_attention() -> Result<Vec<String>, ella_cuda::Error> {
+    let (kind, device) = (Kind::BFloat16, Device::Cuda(0));
+    precision::set_benchmark(true)?;
+    speed::measure(Fused::USUAL.on(kind, device), kind, device)?;
+    Ok(speed::measured(kind).iter().map(ToString::to_string).collect())
 }
 
 /// The driver's release that first ran a CUDA version.

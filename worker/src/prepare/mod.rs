@@ -111,7 +111,7 @@ impl PrepareSettings {
         bound_heaps();
         let PrepareModels { tokens, latents } = models;
         let mut settings = self.settings()?;
-        let (allow, deny) = (key_list(self.allow.as_deref()).await?, key_list(self.deny.as_deref()).await?);
+        let (allow, deny) = (key_list("--allow", self.allow.as_deref()).await?, key_list("--deny", self.deny.as_deref()).await?);
         settings.filters.allow = allow.as_ref().and_then(|list| list.digest());
         settings.filters.deny = deny.as_ref().and_then(|list| list.digest());
         settings.filters.caption_tokens = tokens.as_ref().map(|counter| TokenRule {
@@ -164,17 +164,21 @@ fn bound_heaps() {
     }
 }
 
-/// Reads a list of keys from a path or URL.
-async fn key_list(location: Option<&str>) -> Result<Option<Arc<KeyList>>, PrepareError> {
+/// Reads the list of keys that an option names by path or URL.
+async fn key_list(option: &str, location: Option<&str>) -> Result<Option<Arc<KeyList>>, PrepareError> {
     let Some(location) = location else { return Ok(None) };
-    if Path::new(location).is_dir() {
-        return Err(PrepareError::KeyList { file: location.to_owned(), what: "it is a folder".to_owned() });
+    let refused = |what: &str| Err(PrepareError::KeyList { file: format!("{option} {location}"), what: what.to_owned() });
+    match std::fs::metadata(location) {
+        Ok(meta) if meta.is_dir() => return refused("it is a folder"),
+        // By its path the list is read again by whoever goes on, repairs or shares the work.
+        Ok(meta) if !meta.is_file() => return refused("it is a pipe or device, which can be read only once: write the keys to a file"),
+        _ => {}
     }
     let (folder, key) = location.rsplit_once('/').unwrap_or((".", location));
     let store = Store::open(if folder.is_empty() { "/" } else { folder }).map_err(DataError::from)?;
     let bytes = store.get(key).await.map_err(DataError::from)?;
     let text = std::str::from_utf8(&bytes);
-    let text = text.map_err(|error| PrepareError::KeyList { file: location.to_owned(), what: error.to_string() })?;
+    let text = text.map_err(|error| PrepareError::KeyList { file: format!("{option} {location}"), what: error.to_string() })?;
     Ok(Some(Arc::new(KeyList::parse(text))))
 }
 
@@ -202,5 +206,25 @@ impl TokenCounter for Tokens {
     fn count(&self, caption: &str) -> Option<usize> {
         let encoded = self.tokenizer.encode(&[caption], MOST_TOKENS, Padding::None).ok()?;
         encoded.lengths.first().copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A pipe has no length, by which the store would read it as an empty list.
+    #[tokio::test]
+    async fn a_list_of_keys_that_cannot_be_read_again_is_refused_by_its_option() {
+        let refused = |option: &'static str, location: &'static str| async move {
+            match key_list(option, Some(location)).await {
+                Err(error @ PrepareError::KeyList { .. }) => error.to_string(),
+                other => panic!("{other:?}"),
+            }
+        };
+        let said = refused("--deny", "/dev/null").await;
+        assert!(said.contains("--deny /dev/null") && said.contains("read only once"), "{said}");
+        let said = refused("--allow", "/").await;
+        assert!(said.contains("--allow /") && said.contains("a folder"), "{said}");
     }
 }

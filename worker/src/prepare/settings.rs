@@ -144,7 +144,7 @@ pub struct PrepareSettings {
     /// A shard is closed at this size
     #[arg(long, default_value_t = 128, value_name = "MIB")]
     pub shard_mib: u64,
-    /// Put the source's name before every key, for sources that number their samples alike
+    /// Put the source's name before every key, for sources that number their samples alike; after its folders where names repeat
     #[arg(long)]
     pub key_prefix: bool,
     /// Column of tables and lists that holds the picture or its name [default: found by name and type]

@@ -77,6 +77,8 @@ pub enum CollectiveError {
         waiting_for: Vec<u32>,
         /// The same in words, with the last thing that was tried.
         missing: String,
+        /// For a part of the time nothing that may be the next rank was there to be called: one that is merely late is.
+        unreached: bool,
         /// The time since the start.
         elapsed: Duration,
         /// Who came and was sent away.

@@ -156,6 +156,11 @@ impl WorkError {
         }
     }
 
+    /// Whether the generation did not begin because nothing was reached where the next rank is to listen.
+    pub(super) fn is_of_the_next(&self) -> bool {
+        matches!(self, Self::Peer { .. } | Self::Collective(CollectiveError::Meet { unreached: true, .. }))
+    }
+
     /// Whether what was typed is at fault: an address that this worker cannot listen on, as for a coordinator.
     pub fn is_usage(&self) -> bool {
         matches!(self, Self::Collective(CollectiveError::Bind { .. }))

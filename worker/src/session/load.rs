@@ -19,11 +19,17 @@ use ella_dataset::{CacheLimits, DataSet};
 use ella_proto::config::RunConfig;
 use ella_proto::v1::Assign;
 use ella_store::{Commit, Store};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
+
+/// How long the next rank is called in vain at most: it listens since it began, and what does not pass within that is its address, or the network.
+const UNREACHED: Duration = Duration::from_secs(30);
+/// How long a name that does not resolve is asked for again, and how often.
+const RESOLVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_millis(500));
 
 /// Joins the other ranks of the generation. From here on, the end of the generation frees a rank that waits for others.
 pub(super) fn connect(
@@ -36,10 +42,14 @@ pub(super) fn connect(
     let session = assign.session.as_slice().try_into().map_err(|_| WorkError::Protocol("a session that is not 16 bytes"))?;
     let listener = listener.again()?;
     free_at_the_end(flags, listener.abort_handle());
-    let membership = Membership { rank: assign.rank, world: assign.world, next: resolve(&assign.next)?, session, generation };
     // Others may still be restoring.
     let patience = config.workers.start_timeout.duration();
-    let ring: Box<dyn Collective> = Box::new(Tcp::connect(listener, &membership, patience)?);
+    // The coordinator's patience began earlier: what it is to hear of the next rank must come well before its end.
+    let unreached = (patience / 3).min(UNREACHED);
+    // Who is alone calls nobody.
+    let next = if assign.world == 1 { listener.address() } else { resolve(&assign.next, unreached, flags)? };
+    let membership = Membership { rank: assign.rank, world: assign.world, next, session, generation };
+    let ring: Box<dyn Collective> = Box::new(Tcp::connect_unless(listener, &membership, (patience, unreached))?);
     let mut collective = if device.is_cuda() { over_nccl(ring, patience, flags)? } else { ring };
     collective.set_timeout(config.workers.step_timeout.duration());
     // The handle may be another engine's now.
@@ -81,11 +91,20 @@ fn over_nccl(ring: Box<dyn Collective>, patience: Duration, flags: &Flags) -> Re
     Ok(Box::new(ranks))
 }
 
-/// The address of a peer, which may be given by host name.
-fn resolve(peer: &str) -> Result<SocketAddr, WorkError> {
-    let wrong = |message: String| WorkError::Peer { peer: peer.to_owned(), message };
-    let mut found = peer.to_socket_addrs().map_err(|source| wrong(source.to_string()))?;
-    found.next().ok_or_else(|| wrong("it has no address".to_owned()))
+/// The address of a peer, which may be given by host name. A name may be known a moment later than its worker is there.
+fn resolve(peer: &str, patience: Duration, flags: &Flags) -> Result<SocketAddr, WorkError> {
+    let until = Instant::now() + RESOLVE.0.min(patience);
+    loop {
+        let (message, passes) = match peer.to_socket_addrs().map(|mut found| found.next()) {
+            Ok(Some(address)) => return Ok(address),
+            Ok(None) => ("it has no address".to_owned(), true),
+            Err(error) => (error.to_string(), error.kind() != ErrorKind::InvalidInput),
+        };
+        if !passes || flags.interrupted() || Instant::now() >= until {
+            return Err(WorkError::Peer { peer: peer.to_owned(), message });
+        }
+        std::thread::sleep(RESOLVE.1.min(patience));
+    }
 }
 
 /// Everything that a rank trains with, but for its place in a generation; the feed's and the committing thread running.
@@ -193,4 +212,20 @@ pub(super) fn restore(state: &mut TrainState, commit: &Commit, store: &Store, ru
         state.ledger.add_tally(epoch.epoch, &Tally { samples: epoch.samples, hash });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It costs the generation at most, and is told as what it is.
+    #[test]
+    fn an_address_that_means_nothing_is_the_next_ranks_fault() {
+        let flags = Flags::default();
+        for peer in ["1.2.3.4:99999", "no port", "nosuch.invalid:4000"] {
+            let error = resolve(peer, Duration::from_millis(10), &flags).unwrap_err();
+            assert!(error.is_of_the_next() && error.spares_the_rank() && !error.is_permanent(), "{error}");
+        }
+        assert!(resolve("127.0.0.1:4000", Duration::ZERO, &flags).is_ok());
+    }
 }

@@ -36,6 +36,9 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// How often a wait for the coordinator's word looks whether it has ended otherwise.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// Longest name of a host.
+const MOST_NAME: usize = 240;
+
 /// What a worker is started with.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -126,6 +129,27 @@ fn hello(options: &Options, device: Device, listener: &Listener) -> Result<Hello
         peer_address,
         ..identity
     })
+}
+
+/// What a worker may advertise: `HOST` or `HOST:PORT`, as [`Options::advertise`] takes it. A host is a name or an address; of IPv6 with brackets, if a port
+/// follows.
+///
+/// # Errors
+/// What it must be instead.
+pub fn advertised(text: &str) -> Result<String, String> {
+    let is_address =
+        |host: &str| host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host).parse::<Ipv6Addr>().is_ok();
+    let is_name = |host: &str| {
+        let mut labels = host.strip_suffix('.').unwrap_or(host).split('.');
+        host.len() <= MOST_NAME
+            && labels.all(|label| !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)))
+    };
+    let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|port| port > 0);
+    let with_port = |(host, port): (&str, &str)| is_port(port) && (is_name(host) || host.starts_with('[') && is_address(host));
+    match is_address(text) || is_name(text) || text.rsplit_once(':').is_some_and(with_port) {
+        true => Ok(text.to_owned()),
+        false => Err("expected HOST or HOST:PORT, with a port from 1 to 65535, as in 10.0.0.7:31000".to_owned()),
+    }
 }
 
 /// Where peers call a worker that advertises `HOST[:PORT]`: at the port it listens on, if none is said. A host may be a name, or an IPv6 address with
@@ -219,9 +243,13 @@ impl<'a> Rank<'a> {
 
     /// Waits for a place.
     fn idle(&self, broken: String) {
+        self.idle_again(Idle { broken, ..self.waits() });
+    }
+
+    fn idle_again(&self, idle: Idle) {
         self.trainer.flags.at(Activity::Unspecified);
         logs::as_rank(None);
-        self.control.outbox().idle(Idle { broken, ..self.waits() });
+        self.control.outbox().idle(idle);
     }
 
     /// How it waits for one.
@@ -232,6 +260,7 @@ impl<'a> Rank<'a> {
             broken: String::new(),
             data_digest: identity.data.clone(),
             models_digest: identity.models.clone(),
+            next_unreached: false,
         }
     }
 
@@ -256,7 +285,7 @@ impl<'a> Rank<'a> {
                 gpu::answers(self.device).map_err(|broken| WorkError::Collective(broken.into()))?;
                 let interrupted = self.trainer.flags.interrupted();
                 tracing::info!(interrupted, "the generation is over: {error}");
-                self.idle(error.to_string());
+                self.idle_again(Idle { broken: error.to_string(), next_unreached: error.is_of_the_next(), ..self.waits() });
                 Ok(())
             }
             Err(error) => Err(error),
@@ -421,7 +450,33 @@ fn ready(trainer: &Trainer, with_digest: bool) -> Result<Ready, WorkError> {
 
 #[cfg(test)]
 mod tests {
-    use super::peer_address;
+    use super::{advertised, peer_address};
+
+    #[test]
+    fn what_is_advertised_is_a_host_or_a_host_and_a_port() {
+        let long = "x".repeat(300);
+        for good in ["10.0.0.7", "10.0.0.7:31000", "worker-3.ella", "a_b.c.:1", "nosuch.invalid", "fd00::7", "[fd00::7]", "[fd00::7]:31000"]
+        {
+            assert_eq!(advertised(good).as_deref(), Ok(good));
+        }
+        for bad in [
+            "",
+            ":4000",
+            "1.2.3.4:99999",
+            "1.2.3.4:0",
+            "1.2.3.4:",
+            "1.2.3.4:+5",
+            "a b",
+            "http://a",
+            "a/b",
+            "a..b",
+            "[fd00::7",
+            "a:1:2",
+            &long,
+        ] {
+            assert!(advertised(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn what_is_advertised_may_name_a_port() {

@@ -25,14 +25,22 @@ fn wanted(said: Option<&str>) -> Result<bool, String> {
     match said {
         None | Some("" | "on") => Ok(true),
         Some("off") => Ok(false),
-        Some(other) => Err(format!("{SWITCH}={other:?} is not understood (expected on or off): lanes are recorded")),
+        Some(other) => Err(format!("{SWITCH}={other:?} is not understood (expected on or off)")),
     }
+}
+
+/// Whether the variable can be understood, on whatever is computed: programs ask before they begin anything.
+///
+/// # Errors
+/// In words, what it says and what it may.
+pub fn check() -> Result<(), String> {
+    wanted(std::env::var(SWITCH).ok().as_deref()).map(|_| ())
 }
 
 /// Whether a GPU's lanes are to be recorded here.
 pub(crate) fn is_wanted() -> bool {
     wanted(std::env::var(SWITCH).ok().as_deref()).unwrap_or_else(|why| {
-        tracing::warn!("{why}");
+        tracing::warn!("{why}: lanes are recorded");
         true
     })
 }

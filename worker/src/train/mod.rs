@@ -314,6 +314,7 @@ impl Trainer {
         for (number, lane) in input.lanes.iter().enumerate() {
             mine.tally.merge(&lane.tally);
             mine.dropped += lane.dropped;
+            mine.absent += lane.absent;
             mine.truncated += lane.truncated;
             let Some(batch) = &lane.batch else { continue };
             if self.flags.interrupted() {
@@ -363,6 +364,7 @@ impl Trainer {
         let mut skipped = std::collections::HashMap::new();
         let counts = [
             ("captions_dropped", all.dropped),
+            ("captions_absent", all.absent),
             ("captions_truncated", all.truncated),
             ("held_out_samples_not_finite", all.held_out_lost),
             ("steps_not_finite", i64::from(self.not_finite > 0)),

@@ -12,7 +12,7 @@ use tch::{Kind, TchError, Tensor};
 const LOSS_SCALE: f64 = 4_294_967_296.0;
 /// What a lane's loss counts as at most, in those units: 2²⁰, so that two thousand such lanes do not wrap.
 const MOST: f64 = (1_u64 << 52) as f64;
-const FIXED: usize = 17;
+const FIXED: usize = 18;
 
 /// Length of the vector.
 pub const WORDS: usize = FIXED + TALLY_WORDS;
@@ -73,8 +73,10 @@ pub struct StepStats {
     pub boundary: i64,
     /// What each rank's coordinator is known by: equal for all, or no commit could be recorded.
     authority: i64,
-    /// Captions replaced by the empty one.
+    /// Captions replaced by the empty one by chance.
     pub dropped: i64,
+    /// Samples without a caption in the columns that are trained on.
+    pub absent: i64,
     /// Captions cut at `text.max_tokens` (counted where they are encoded in the step).
     pub truncated: i64,
     /// Ranks that took part: the world size, as a check.
@@ -135,6 +137,7 @@ impl StepStats {
             self.split,
             self.drawing,
             self.behind,
+            self.absent,
         ]);
         words[FIXED..].copy_from_slice(&self.tally.words());
         words
@@ -146,7 +149,7 @@ impl StepStats {
         tally.copy_from_slice(&words[FIXED..]);
         let tally = Tally::from_words(tally)?;
         let [loss, held_out_loss, held_out_samples, held_out_lost, lost, refused_lanes, leaving, rest @ ..] = *words;
-        let [dropped, truncated, ranks, supplied, due, boundary, authority, split, drawing, behind, ..] = rest;
+        let [dropped, truncated, ranks, supplied, due, boundary, authority, split, drawing, behind, absent, ..] = rest;
         Ok(Self {
             loss,
             held_out_loss,
@@ -158,6 +161,7 @@ impl StepStats {
             boundary,
             authority,
             dropped,
+            absent,
             truncated,
             ranks,
             due,
@@ -186,7 +190,7 @@ mod tests {
         let mut whole = StepStats::default();
         let mut words = [0i64; WORDS];
         for rank in 0..5 {
-            let mut part = StepStats { ranks: 1, dropped: rank, ..StepStats::default() };
+            let mut part = StepStats { ranks: 1, dropped: rank, absent: 2 * rank, ..StepStats::default() };
             for sample in 0..20 {
                 let key = KeyHash::of(&format!("{rank}/{sample}"));
                 (part.supplied, part.due, part.split, part.drawing, part.behind) = (rank % 2, rank % 3, rank, 1, rank / 3);
@@ -206,7 +210,7 @@ mod tests {
         let sum = StepStats::from_words(&words).unwrap();
         assert_eq!(sum.tally, whole.tally);
         assert_eq!((sum.ranks, sum.supplied, sum.due, sum.split, sum.drawing, sum.behind), (5, 2, 4, 10, 5, 2));
-        assert_eq!((sum.dropped, sum.held_out_samples, sum.held_out_lost), (10, 10, 5));
+        assert_eq!((sum.dropped, sum.absent, sum.held_out_samples, sum.held_out_lost), (10, 20, 10, 5));
         assert_eq!((sum.lost, sum.refused_lanes), (0, 1));
         assert_eq!(sum.mean_loss(), 12.5 / 100.0);
         assert_eq!(sum.mean_held_out(), Some(0.25));

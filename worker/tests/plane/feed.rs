@@ -312,3 +312,17 @@ fn on_a_gpu_every_lane_is_what_it_is_on_the_processor() {
         }
     }
 }
+
+/// A caption that is not there is another thing than one that chance dropped, though both are trained on as the empty one.
+#[test]
+fn samples_without_a_caption_are_counted_apart_from_dropped_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = crate::world::half_captioned(folder.path());
+    for (dropout, expected) in [("0", (4, 0)), ("1", (4, 4))] {
+        let dropout = format!("train.caption_dropout={dropout}");
+        let config = config(&[&data, "data.captions=[{column=\"dense\"}]", "text.features=inline", &dropout]);
+        let inputs = collect(&config, 0..LANES, 0..1);
+        let sum = |count: fn(&LaneInput) -> i64| inputs[0].lanes.iter().map(count).sum::<i64>();
+        assert_eq!((sum(|lane| lane.absent), sum(|lane| lane.dropped)), expected, "{dropout}");
+    }
+}

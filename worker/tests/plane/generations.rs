@@ -270,7 +270,7 @@ fn a_generation_that_ends_without_a_coordinator_is_told_to_the_next() {
         one.say(welcome(&config, &url));
         let step = step_of(&mut one).await;
         assert!(step >= 2);
-        one.say_as(TERM, 9, Say::Abort(v1::Abort { reason: "of the past".into() }));
+        one.say_as(TERM, 9, Say::Abort(v1::Abort { reason: "of the past".into(), permanent: false }));
         let peers = vec![one.address.clone()];
         one.assign_from(0, peers, (step, false)).await;
         one.progress(step + 1).await;

@@ -88,8 +88,8 @@ fn a_run_is_trained_committed_and_resumed_to_the_same_state() {
         let ready = worker.ready().await;
         assert_eq!((ready.step, ready.samples_per_epoch), (0, SCENES));
         // What an older term or generation says is refused.
-        worker.say_as(TERM - 1, 1, Say::Abort(v1::Abort { reason: "of the past".into() }));
-        worker.say_as(TERM, 0, Say::Abort(v1::Abort { reason: "of the past".into() }));
+        worker.say_as(TERM - 1, 1, Say::Abort(v1::Abort { reason: "of the past".into(), permanent: false }));
+        worker.say_as(TERM, 0, Say::Abort(v1::Abort { reason: "of the past".into(), permanent: false }));
         worker.say(Say::Start(v1::Start {}));
         let (heard, finished) = Heard::of(&mut worker).await;
         assert_eq!((finished.step, finished.outcome()), (2, Outcome::Done));
@@ -178,7 +178,7 @@ fn every_kind_of_connector_is_trained() {
 fn a_refused_worker_says_why_and_whether_to_try_again() {
     RUNTIME.block_on(async {
         for (reason, permanent) in
-            [(RefusedReason::Version, true), (RefusedReason::DuplicateDevice, false), (RefusedReason::Superseded, false)]
+            [(RefusedReason::Version, true), (RefusedReason::DuplicateDevice, false), (RefusedReason::Unreached, false)]
         {
             let worker = Scripted::start().await.worker().await;
             worker.say(Say::Refused(v1::Refused { reason: reason.into(), detail: "not you".into(), ..Default::default() }));
@@ -192,14 +192,18 @@ fn a_refused_worker_says_why_and_whether_to_try_again() {
 #[test]
 fn a_worker_that_comes_when_the_run_is_over_ends_as_the_run_did() {
     RUNTIME.block_on(async {
-        for (outcome, expected) in
-            [(Outcome::Done, Some(Ending::Done)), (Outcome::Preempted, Some(Ending::Preempted)), (Outcome::Failed, None)]
-        {
+        for (outcome, permanent, expected) in [
+            (Outcome::Done, false, Some(Ending::Done)),
+            (Outcome::Preempted, false, Some(Ending::Preempted)),
+            (Outcome::Failed, false, None),
+            (Outcome::Failed, true, None),
+        ] {
             let worker = Scripted::start().await.worker().await;
             let reason = RefusedReason::RunOver.into();
-            worker.say(Say::Refused(v1::Refused { reason, detail: "over".into(), outcome: outcome.into() }));
+            worker.say(Say::Refused(v1::Refused { reason, detail: "over".into(), outcome: outcome.into(), permanent }));
             let ended = worker.ended().await;
             assert!(ended.as_ref().ok() == expected.as_ref(), "{ended:?}");
+            assert!(ended.err().is_none_or(|error| error.is_permanent() == permanent), "what would fail again is not to be started again");
         }
     });
 }
@@ -219,9 +223,10 @@ async fn in_the_middle(set: &[&str]) -> (TempDir, Scripted, Worker) {
 fn an_abort_ends_it_with_the_coordinators_reason() {
     RUNTIME.block_on(async {
         let (_folder, _coordinator, worker) = in_the_middle(&[]).await;
-        worker.say(Say::Abort(v1::Abort { reason: "worker w2 was lost".into() }));
+        worker.say(Say::Abort(v1::Abort { reason: "worker w2 was lost".into(), permanent: true }));
         let error = worker.ended().await.unwrap_err();
-        assert!(matches!(&error, WorkError::Control(ControlError::Aborted(reason)) if reason == "worker w2 was lost"), "{error}");
+        assert!(matches!(&error, WorkError::Control(ControlError::Aborted { reason, .. }) if reason == "worker w2 was lost"), "{error}");
+        assert!(error.is_permanent(), "the same failure ends all ranks alike");
         assert!(!error.is_permanent());
     });
 }
@@ -356,7 +361,7 @@ fn a_worker_that_comes_before_its_coordinator_tries_again() {
         let mut coordinator = Scripted::at(address).await;
         let worker = coordinator.taken(early, Arc::default()).await;
         let (reason, outcome) = (RefusedReason::RunOver.into(), Outcome::Done.into());
-        worker.say(Say::Refused(v1::Refused { reason, detail: "the run is over".into(), outcome }));
+        worker.say(Say::Refused(v1::Refused { reason, detail: "the run is over".into(), outcome, permanent: false }));
         assert_eq!(worker.ended().await.unwrap(), Ending::Done);
     });
 }
@@ -469,10 +474,10 @@ fn a_feed_that_fails_on_one_rank_ends_the_other_too() {
         let failed = one.failed().await;
         assert_eq!((failed.kind(), failed.permanent), (FailureKind::Input, true));
         assert!(failed.message.contains(".arrow"), "{}", failed.message);
-        zero.say(Say::Abort(v1::Abort { reason: failed.message.clone() }));
+        zero.say(Say::Abort(v1::Abort { reason: failed.message.clone(), permanent: failed.permanent }));
         one.hang_up();
         let ended = zero.ended().await.unwrap_err();
-        assert!(matches!(&ended, WorkError::Control(ControlError::Aborted(reason)) if *reason == failed.message), "{ended}");
+        assert!(matches!(&ended, WorkError::Control(ControlError::Aborted { reason, .. }) if *reason == failed.message), "{ended}");
         assert_eq!(one.ended().await.unwrap_err().to_string(), failed.message);
     });
 }
@@ -561,7 +566,7 @@ fn the_process_ends_with_the_code_that_says_what_to_do_next() {
 
         let (worker, mut child) = coordinator.process().await;
         worker.say(welcome(&config, &url));
-        worker.say(Say::Abort(v1::Abort { reason: "another worker was lost".into() }));
+        worker.say(Say::Abort(v1::Abort { reason: "another worker was lost".into(), permanent: false }));
         assert_eq!(soon("the end", child.wait()).await.unwrap().code(), Some(1));
     });
 }

@@ -87,9 +87,35 @@ pub(crate) fn oblong(folder: &Path) -> String {
     format!("data.path={}", text(folder.join("data")))
 }
 
+/// A data set of eight pictures, of which every other one has a caption in the column `dense`.
+pub(crate) fn half_captioned(folder: &Path) -> String {
+    let mut tar = tar::Builder::new(Vec::new());
+    for index in 0..8u8 {
+        let mut png = std::io::Cursor::new(Vec::new());
+        let picture = image::RgbImage::from_fn(SIDE, SIDE, |x, y| image::Rgb([x as u8, y as u8, index * 30]));
+        picture.write_to(&mut png, image::ImageFormat::Png).unwrap();
+        let captions = [("txt", &b"A picture."[..]), ("dense.txt", b"A picture that is a square.")];
+        let members = [("png", png.get_ref().as_slice())].into_iter().chain(captions);
+        for (name, bytes) in members.take(if index % 2 == 0 { 3 } else { 2 }) {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            tar.append_data(&mut header, format!("{index}.{name}"), bytes).unwrap();
+        }
+    }
+    std::fs::write(folder.join("half.tar"), tar.into_inner().unwrap()).unwrap();
+    let captions = ["txt", "dense=dense.txt"].map(|column| column.parse().unwrap()).to_vec();
+    let settings = Settings { captions, ..Settings::new(SIDE) };
+    prepare_as(folder, &folder.join("data"), settings, None);
+    format!("data.path={}", text(folder.join("data")))
+}
+
 fn prepare_into(tars: &Path, out: &Path, latents: Option<Arc<dyn LatentEncoder>>) {
-    let out = Store::open(&text(out)).unwrap();
     let settings = Settings { shard_bytes: 8 << 10, images: latents.is_none(), ..Settings::new(SIDE) };
+    prepare_as(tars, out, settings, latents);
+}
+
+fn prepare_as(tars: &Path, out: &Path, settings: Settings, latents: Option<Arc<dyn LatentEncoder>>) {
+    let out = Store::open(&text(out)).unwrap();
     let options = PrepareOptions { threads: 1, latents, ..PrepareOptions::default() };
     wait(async {
         let sources = Source::find(&text(tars)).await.unwrap();

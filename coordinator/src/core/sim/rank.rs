@@ -1,5 +1,6 @@
 //! A worker's training thread: generation after generation, step after step. It does what `ella-worker`'s `session` and `train` do.
 
+use super::network::Node;
 use super::ring::{Gain, Share, Sum, Words};
 use super::save::Saver;
 use super::truth::{State, Tally};
@@ -169,10 +170,14 @@ impl World {
 
     /// Waits for a place.
     fn idle(&mut self, w: usize, broken: &str) {
+        self.idle_as(w, broken, false);
+    }
+
+    fn idle_as(&mut self, w: usize, broken: &str, next_unreached: bool) {
         let rank = &self.workers[w].rank;
         let step = rank.holds.then_some(rank.state.step);
         self.tell(|| format!("w{w} is idle with {step:?} {broken}"));
-        self.say_idle(w, step, broken);
+        self.say_idle(w, step, broken, next_unreached);
         self.nudge(w, 50);
     }
 
@@ -238,7 +243,9 @@ impl World {
         if worker.interrupted() {
             return self.sleep(w, 1);
         }
-        self.sleep(w, until - self.now);
+        // Who calls the next rank in vain for a part of the time gives up.
+        let patience = if matches!(at, At::Meeting(_)) { self.setup.start_timeout / 3 } else { until - self.now };
+        self.sleep(w, patience);
         let entered = self.enter(ring, (self.workers[w].rank.seat.rank as usize, w), share);
         // Where another has this rank, the ring never closes.
         if !entered && !matches!(at, At::Meeting(_)) {
@@ -252,9 +259,23 @@ impl World {
         } else if self.now >= until {
             self.see("collective timeouts");
             self.broken(w, "nothing came in time");
+        } else if self.is_cut_from_next(w) {
+            self.see("next ranks not reached");
+            self.leave_generation(w, false);
+            self.workers[w].rank.at = At::Obeying;
+            self.idle_as(w, "the next rank was not reached", true);
+            self.nudge(w, 50);
         } else {
             self.sleep(w, until - self.now);
         }
+    }
+
+    /// Whether the ring that this rank waits to close lacks its call to the next one. One that is merely late is called all the same.
+    fn is_cut_from_next(&self, w: usize) -> bool {
+        let rank = &self.workers[w].rank;
+        let (Some(ring), At::Meeting(_)) = (rank.ring, rank.at) else { return false };
+        let next = self.rings[ring].worker((rank.seat.rank as usize + 1) % rank.seat.world as usize);
+        next.is_some_and(|next| next != w && self.heals_at(Node::Worker(w), Node::Worker(next)).is_some())
     }
 
     /// What this rank did with others has failed, and so its generation has ended.

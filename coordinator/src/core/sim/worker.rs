@@ -240,13 +240,17 @@ impl World {
     }
 
     /// It waits for a place: it says so now, or to the next coordinator. Nothing if a new place has been given already.
-    pub(super) fn say_idle(&mut self, w: usize, step: Option<u64>, broken: &str) {
+    pub(super) fn say_idle(&mut self, w: usize, step: Option<u64>, broken: &str, next_unreached: bool) {
         let worker = &mut self.workers[w];
         worker.activity = v1::Activity::Unspecified;
         worker.doing = Doing::Idle(step);
         if worker.assigned <= worker.current {
             let generation = if worker.current.term == worker.term { worker.current.generation } else { worker.generation };
-            self.put_out(w, generation, from_worker::Body::Idle(v1::Idle { step, broken: broken.to_owned(), ..v1::Idle::default() }));
+            self.put_out(
+                w,
+                generation,
+                from_worker::Body::Idle(v1::Idle { step, broken: broken.to_owned(), next_unreached, ..v1::Idle::default() }),
+            );
         }
     }
 
@@ -446,7 +450,7 @@ impl World {
         }
         match &body {
             B::Drain(_) => worker.drain = true,
-            B::Abort(_) => return self.stop(w, Exit::Failed),
+            B::Abort(_) | B::Refused(_) => return self.stop(w, Exit::Failed),
             B::Release(_) => return self.stop(w, Exit::Preempted),
             B::Adopted(_) => {
                 let renumbered = worker.current.generation != era.generation;

@@ -5,8 +5,9 @@ use ella_proto::ids::Rank;
 
 fn refused(run: &Run, n: u64, worker: &str, reason: v1::RefusedReason, detail: &str) -> Vec<Effect> {
     let outcome = if reason == v1::RefusedReason::RunOver { v1::Outcome::Preempted } else { v1::Outcome::Unspecified };
+    let refused = v1::Refused { reason: reason.into(), detail: detail.into(), outcome: outcome.into(), permanent: false };
     vec![
-        run.to(n, to_worker::Body::Refused(v1::Refused { reason: reason.into(), detail: detail.into(), outcome: outcome.into() })),
+        run.to(n, to_worker::Body::Refused(refused)),
         Effect::Close(conn(n)),
         Effect::Note(Note::Refused { worker: worker.into(), why: detail.into() }),
     ]
@@ -202,6 +203,23 @@ fn nobody_is_taken_in_when_the_run_is_over() {
     assert_eq!(effects, refused(&run, 3, "w3", v1::RefusedReason::Superseded, detail));
 }
 
+/// Whoever starts it again would do so for ever (`--stay`).
+#[test]
+fn who_comes_to_a_run_that_failed_for_good_is_told_that_it_did() {
+    for permanent in [true, false] {
+        let mut run = Run::training(vec![]);
+        let failed = v1::Failed { kind: v1::FailureKind::Input.into(), message: "no such model".into(), permanent: true };
+        let event = if permanent { from_worker::Body::Failed(failed) } else { from_worker::Body::Heartbeat(v1::Heartbeat::default()) };
+        run.say(1, event);
+        run.event(Event::AppendFailed("disk full".into()));
+        let refused = run.hello(3).into_iter().find_map(|effect| match effect {
+            Effect::Send(_, ToWorker { body: Some(to_worker::Body::Refused(refused)), .. }) => Some(refused),
+            _ => None,
+        });
+        assert_eq!(refused.map(|refused| (refused.outcome(), refused.permanent)), Some((v1::Outcome::Failed, permanent)));
+    }
+}
+
 #[test]
 fn a_run_that_gets_too_few_workers_fails_at_its_deadline() {
     let mut run = Run::new(config(2), vec![]);
@@ -241,7 +259,7 @@ fn a_joiner_with_another_data_set_is_refused_before_it_has_a_place() {
         hex("other"),
         hex("data")
     );
-    let refused = v1::Refused { reason: v1::RefusedReason::Data.into(), detail: detail.clone(), outcome: 0 };
+    let refused = v1::Refused { reason: v1::RefusedReason::Data.into(), detail: detail.clone(), ..v1::Refused::default() };
     let note = Note::Refused { worker: "w3".into(), why: detail };
     assert_eq!(effects, vec![run.to(3, to_worker::Body::Refused(refused)), Effect::Close(conn(3)), Effect::Note(note)]);
     assert_eq!((run.count("refused_data"), run.core.phase()), (1, &Phase::Training));

@@ -293,3 +293,14 @@ fn a_last_commit_that_does_not_come_after_a_worker_came_back_is_made_by_another_
     let effects = run.say(3, idle(Some(10)));
     assert_eq!(run.places(&effects), [(1, Some(0), 10, false), (3, Some(0), 10, false)]);
 }
+
+/// What would be written from there on is in no run's folder.
+#[test]
+fn a_log_that_is_gone_ends_the_run_for_good() {
+    let mut run = Run::training(vec![]);
+    run.report_commit(2);
+    let effects = run.event(Event::LogGone("log/7.json: not there any more".into()));
+    assert_eq!(Outcome::from(run.failure()).exit_code(), 4);
+    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Append(_))));
+    assert_eq!(effects[0], run.abort(1, "log/7.json: not there any more"));
+}

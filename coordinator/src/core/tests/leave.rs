@@ -211,3 +211,33 @@ fn a_stop_in_a_start_commits_if_there_is_anything() {
     assert_eq!(run.event(Event::Stop("night".into()))[0], run.release(1, "night"));
     assert_eq!(run.core.wait(), Some(Wait::Record));
 }
+
+/// That is no good order, and nobody may take it for one.
+#[test]
+fn a_stop_when_all_workers_are_gone_says_how_many_steps_are_lost() {
+    let mut run = Run::training(vec![]);
+    run.commit(2);
+    for step in 1..=5 {
+        run.say(1, from_worker::Body::Progress(progress(step, 4)));
+    }
+    run.close(1);
+    run.close(2);
+    run.event(Event::Stop("night".into()));
+    let text = "told to leave (night) when all workers were gone: what was applied since the last commit (of step 2) is lost, 3 steps; start the run \
+                again to go on from that commit";
+    assert_eq!((run.failure().to_string().as_str(), Outcome::from(run.failure()).exit_code()), (text, 1));
+
+    // Nothing is lost if the commit of the last step stands, or its record is on its way.
+    for recorded in [true, false] {
+        let mut run = Run::training(vec![]);
+        run.say(1, from_worker::Body::Progress(progress(2, 4)));
+        run.report_commit(2);
+        if recorded {
+            run.event(Event::Appended(Body::Commit(commit_at(2, TERM))));
+        }
+        run.close(1);
+        run.close(2);
+        let record = Body::End { outcome: ella_store::Outcome::Preempted, step: 2, reason: "night".into() };
+        assert_eq!(run.event(Event::Stop("night".into())), vec![Effect::Append(record)]);
+    }
+}

@@ -2,6 +2,7 @@
 //! core's documentation names.
 
 mod adopt;
+mod apart;
 mod attach;
 mod commit;
 mod finish;
@@ -327,7 +328,8 @@ impl Run {
     }
 
     pub(super) fn abort(&self, n: u64, reason: &str) -> Effect {
-        self.to(n, to_worker::Body::Abort(v1::Abort { reason: reason.into() }))
+        let permanent = matches!(self.core.phase(), Phase::Over(outcome) if outcome.is_permanent());
+        self.to(n, to_worker::Body::Abort(v1::Abort { reason: reason.into(), permanent }))
     }
 
     /// The failure that the run has ended with.

@@ -211,7 +211,10 @@ impl Oracle {
 fn lost_a_worker(outcome: &Outcome) -> bool {
     use Failure as F;
     let Outcome::Failed(failure) = outcome else { return false };
-    matches!(**failure, F::TooFew { .. } | F::TooFewLeft { .. } | F::NotReady { .. } | F::NoProgress { .. } | F::Worker { .. })
+    matches!(
+        **failure,
+        F::TooFew { .. } | F::TooFewLeft { .. } | F::NotReady { .. } | F::Unreached { .. } | F::NoProgress { .. } | F::Worker { .. }
+    )
 }
 
 fn check_members(core: &Core) {

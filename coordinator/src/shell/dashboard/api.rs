@@ -1,13 +1,13 @@
 //! What the page asks for, as JSON. Every answer is bounded, whatever the run's length and the number of its ranks.
 
 use axum::Json;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::view::{Restored, RunView};
-use super::{Dashboard, Refusal, Shared};
+use super::{Dashboard, Query, Refusal, Shared};
 use crate::history::{Bucket, Happening, Kind, Rank, Spread, judge};
 use crate::status::{StatusReport, WorkerReport};
 

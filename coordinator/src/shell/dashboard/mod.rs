@@ -23,12 +23,15 @@ use super::driver::Input;
 use super::grpc::ask_status;
 use crate::status::StatusReport;
 use axum::Router;
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::extract::{self, FromRequestParts};
+use axum::http::request::Parts;
+use axum::http::{HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::middleware::map_response;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use feed::Feed;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use siblings::Siblings;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -50,7 +53,7 @@ pub(super) struct Dashboard {
     shutdown: CancellationToken,
 }
 
-type Shared = axum::extract::State<Arc<Dashboard>>;
+type Shared = extract::State<Arc<Dashboard>>;
 
 impl Dashboard {
     /// Of what `recorder` takes down.
@@ -62,7 +65,7 @@ impl Dashboard {
 
     async fn status(&self) -> Result<StatusReport, Refusal> {
         let status = ask_status(&self.inputs).await;
-        status.map(Into::into).ok_or_else(|| Refusal(StatusCode::SERVICE_UNAVAILABLE, "the coordinator does not answer".into()))
+        status.map(Into::into).ok_or_else(Refusal::no_answer)
     }
 }
 
@@ -81,8 +84,38 @@ pub(super) fn router(dashboard: Dashboard) -> Router {
         .route("/api/v1/samples/{step}", get(samples::index))
         .route("/api/v1/samples/{step}/{file}", get(samples::picture))
         .route("/api/v1/live", get(feed::live))
+        .route("/api/{*rest}", get(nothing))
         .layer(map_response(guarded))
         .with_state(Arc::new(dashboard))
+}
+
+/// What no other route of the API answers.
+async fn nothing(uri: Uri) -> Refusal {
+    Refusal::not_found(format!("{}: there is no such route; the documentation's page on the dashboard has them all", uri.path()))
+}
+
+/// What follows a `?`, or why it cannot be understood.
+struct Query<T>(T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let read = extract::Query::from_request_parts(parts, state).await;
+        read.map(|query| Self(query.0)).map_err(|error| Refusal::bad(error.body_text()))
+    }
+}
+
+/// The parts of a path that are no fixed words, or why they cannot be understood.
+struct Path<T>(T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let read = extract::Path::from_request_parts(parts, state).await;
+        read.map(|path| Self(path.0)).map_err(|error| Refusal::bad(error.body_text()))
+    }
 }
 
 /// Sets what keeps a browser from doing more than it should, and from keeping what changes.
@@ -101,6 +134,11 @@ async fn guarded(mut response: Response) -> Response {
 pub(super) struct Refusal(StatusCode, String);
 
 impl Refusal {
+    /// The driver says nothing.
+    pub(super) fn no_answer() -> Self {
+        Self(StatusCode::SERVICE_UNAVAILABLE, "the coordinator does not answer".into())
+    }
+
     fn not_found(what: impl Into<String>) -> Self {
         Self(StatusCode::NOT_FOUND, what.into())
     }

@@ -2,7 +2,7 @@
 //! is said, and shown as missing; and nothing else of the run's folder can be read through here.
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use ella_proto::samples::{self, folder};
@@ -10,7 +10,7 @@ use ella_store::Store;
 use serde::{Deserialize, Serialize};
 
 use super::api::Which;
-use super::{Dashboard, Refusal, Shared};
+use super::{Dashboard, Path, Query, Refusal, Shared};
 
 /// Pictures of one step.
 const MOST_PICTURES: usize = 256;

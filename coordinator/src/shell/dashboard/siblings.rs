@@ -2,7 +2,7 @@
 //! often and stores answer slowly.
 
 use axum::Json;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use ella_store::{Body, Outcome, Record, Store, StoreError, redacted};
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::view::RunView;
-use super::{Refusal, Shared};
+use super::{Query, Refusal, Shared};
 use crate::history::Point;
 use crate::status::StatusReport;
 

@@ -101,8 +101,8 @@ impl fmt::Display for Refusals {
     }
 }
 
-/// Meets the neighbours, or fails within `timeout`.
-pub(super) fn meet(listener: &Listener, who: &Membership, timeout: Duration) -> Result<(Links, Refusals)> {
+/// Meets the neighbours, or fails within `timeout`; within `unreached`, if nothing that may be the next rank is there all that time.
+pub(super) fn meet(listener: &Listener, who: &Membership, (timeout, unreached): (Duration, Duration)) -> Result<(Links, Refusals)> {
     let now = Instant::now();
     let mut meeting = Meeting {
         listener,
@@ -111,6 +111,8 @@ pub(super) fn meet(listener: &Listener, who: &Membership, timeout: Duration) -> 
         heard: Vec::new(),
         began: now,
         timeout,
+        missed: now,
+        unreached,
         call: Call::Pause { until: now },
         pause: RETRY[0],
         tried: "not called yet".into(),
@@ -167,6 +169,9 @@ struct Meeting<'a> {
     heard: Vec<Nonce>,
     began: Instant,
     timeout: Duration,
+    /// Since then nothing that may be the next rank was there.
+    missed: Instant,
+    unreached: Duration,
     call: Call,
     pause: Duration,
     /// What became of the last call, for the error.
@@ -190,15 +195,23 @@ impl Meeting<'_> {
             }
             let left = self.timeout.saturating_sub(self.began.elapsed());
             if left.is_zero() {
-                return Err(self.out_of_time());
+                return Err(self.out_of_time(false));
+            }
+            if self.misses_next() && self.missed.elapsed() >= self.unreached {
+                return Err(self.out_of_time(true));
             }
             self.wait(left)?;
         }
         let call = std::mem::replace(&mut self.call, Call::Pause { until: self.began });
         match (call, self.prev.take()) {
             (Call::Through(next), Some(prev)) => Ok((Links { next, prev }, std::mem::take(&mut self.refused))),
-            _ => Err(self.out_of_time()),
+            _ => Err(self.out_of_time(false)),
         }
+    }
+
+    /// Whether nothing is there that may be the next rank: who has taken the call, and says nothing yet, may be.
+    fn misses_next(&self) -> bool {
+        !matches!(self.call, Call::Greeted { .. } | Call::Through(_))
     }
 
     /// Takes new callers from the listener.
@@ -298,9 +311,14 @@ impl Meeting<'_> {
         Ok(Call::Greeted { caller: Greeting::new(stream), said, until })
     }
 
-    fn hear_answer(&self, mut caller: Greeting, said: Nonce, until: Instant) -> std::result::Result<Call, String> {
+    fn hear_answer(&mut self, mut caller: Greeting, said: Nonce, until: Instant) -> std::result::Result<Call, String> {
         let Some(hello) = caller.read().map_err(|error| format!("no answer: {error}"))? else {
-            return if Instant::now() < until { Ok(Call::Greeted { caller, said, until }) } else { Err("no answer".into()) };
+            if Instant::now() < until {
+                return Ok(Call::Greeted { caller, said, until });
+            }
+            // It is there, and does not look yet who calls: it may be restoring.
+            self.missed = Instant::now();
+            return Err("no answer".into());
         };
         let hello = hello.map_err(|refusal| format!("it answers as {}", refusal.reason()))?;
         if let Some(refusal) = hello.verdict {
@@ -334,7 +352,7 @@ impl Meeting<'_> {
         poll_for(&mut files, left.min(next_step))
     }
 
-    fn out_of_time(&mut self) -> CollectiveError {
+    fn out_of_time(&mut self, unreached: bool) -> CollectiveError {
         let (mut waiting_for, mut missing) = (Vec::new(), Vec::new());
         if !matches!(self.call, Call::Through(_)) {
             waiting_for.push(self.who.next());
@@ -349,6 +367,7 @@ impl Meeting<'_> {
             rank: self.who.rank,
             waiting_for,
             missing: missing.join(", "),
+            unreached,
             elapsed: self.began.elapsed(),
             refused: std::mem::take(&mut self.refused),
         }

@@ -94,6 +94,14 @@ impl Tcp {
     /// # Errors
     /// [`CollectiveError::Meet`] with the missing neighbours and the refused callers; [`CollectiveError::Aborted`]; [`CollectiveError::Rank`].
     pub fn connect(listener: Listener, membership: &Membership, timeout: Duration) -> Result<Self> {
+        Self::connect_unless(listener, membership, (timeout, timeout))
+    }
+
+    /// The same, that fails sooner if for the second of these times nothing that may be the next rank is there.
+    ///
+    /// # Errors
+    /// Those of [`Tcp::connect`].
+    pub fn connect_unless(listener: Listener, membership: &Membership, (timeout, unreached): (Duration, Duration)) -> Result<Self> {
         let (rank, world) = (membership.rank, membership.world);
         if rank >= world {
             return Err(CollectiveError::Rank { rank, world });
@@ -101,7 +109,7 @@ impl Tcp {
         let deadline = Instant::now() + timeout;
         let (links, refused) = match world {
             1 => (None, Refusals::default()),
-            _ => meet::meet(&listener, membership, timeout).map(|(links, refused)| (Some(links), refused))?,
+            _ => meet::meet(&listener, membership, (timeout, unreached)).map(|(links, refused)| (Some(links), refused))?,
         };
         let steps = Steps::default();
         let mut ring = Self { rank, world, links, wake: listener.wake, steps, timeout, scratch: vec![0; CHUNK], refused };

@@ -94,6 +94,22 @@ fn a_greeting_that_was_heard_before_lets_nobody_in_and_one_that_proves_nothing_i
     assert!(missing.contains("rank 1 was not reached") && missing.contains("stranger") && refused.session == 1, "{missing} {refused}");
 }
 
+/// One that is late has a listener that takes calls: it began with that.
+#[test]
+fn a_next_rank_that_is_not_there_is_told_sooner_than_one_that_is_late() {
+    for there in [false, true] {
+        let [zero, one] = [listen(), listen()];
+        let peers = [zero.address(), one.address()];
+        let _late = there.then_some(one);
+        let (timeout, began) = (if there { 4 * SHORT } else { LONG }, Instant::now());
+        let error = Tcp::connect_unless(zero, &membership(0, &peers), (timeout, SHORT)).expect_err("nobody answers");
+        let CollectiveError::Meet { unreached, missing, .. } = error else { panic!("expected Meet, found {error:?}") };
+        assert!(unreached != there && missing.contains("rank 1 was not reached"), "{missing}");
+        let took = began.elapsed();
+        assert!(if there { took >= timeout } else { took >= SHORT && took < LONG / 2 }, "{took:?}");
+    }
+}
+
 #[test]
 fn missing_ranks_are_named_when_the_time_is_over() {
     let [zero, one, two] = [listen(), listen(), listen()];

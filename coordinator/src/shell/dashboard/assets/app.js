@@ -347,7 +347,7 @@ function listen() {
   on("event", (event) => {
     events.add(event);
     loadMarks();
-    if (["phase", "lost", "generation"].includes(event.kind)) loadSummary();
+    if (["phase", "lost", "left", "generation"].includes(event.kind)) loadSummary();
   });
 }
 

@@ -15,6 +15,7 @@ const PARTS = [
 ];
 const KINDS = [
   ["lost", "Lost"],
+  ["left", "Left"],
   ["joined", "Joined"],
   ["generation", "Generations"],
   ["commit", "Commits"],
