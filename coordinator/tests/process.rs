@@ -256,7 +256,7 @@ async fn one_that_cannot_serve_leaves_the_one_that_does_alone() {
     let (ours, other) = (Ca::new(), Ca::new());
     ours.write(&folder.path().join("ours"), "127.0.0.1");
     other.write(&folder.path().join("other"), "127.0.0.1");
-    let process = Process::start(folder.path(), &["--set", "workers.start_timeout=10min"]).await;
+    let process = Process::start(folder.path(), &["--set", "workers.start_timeout=10m"]).await;
     let log = folder.path().join("run/log");
     for wrong in [
         &["--tls-cert", &path("ours/tls.crt")][..],
@@ -266,7 +266,7 @@ async fn one_that_cannot_serve_leaves_the_one_that_does_alone() {
         &["--token-file", &path("none")],
         &["--listen", &process.grpc],
     ] {
-        let extra = [&["--set", "workers.start_timeout=10min"], wrong].concat();
+        let extra = [&["--set", "workers.start_timeout=10m"][..], wrong].concat();
         let output = soon("the exit", command(folder.path(), &extra).output()).await.unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(!output.status.success() && output.stdout.is_empty(), "{wrong:?}: {stderr}");
