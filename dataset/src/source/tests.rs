@@ -89,7 +89,12 @@ async fn a_store_that_fails_is_no_broken_source() {
         let source = source(&faults, name, bytes, &[("1.jpg", b"1")]).await;
         faults.push(Operation::Get, denied, Failure::Denied, u32::MAX);
         let error = images(&source).await.unwrap_err();
-        assert!(matches!(error, DataError::Store(StoreError::Permission { .. })), "{name}: {error}");
+        let store = match &error {
+            DataError::Store(store) => Some(store),
+            DataError::Picture { source, .. } => Some(&**source),
+            _ => None,
+        };
+        assert!(matches!(store, Some(StoreError::Permission { .. })), "{name}: {error}");
     }
     // A failure in the middle of the file, where the library reads.
     let faults = Faults::new();
