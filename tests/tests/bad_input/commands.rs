@@ -144,7 +144,10 @@ fn damaged_metrics_do_not_fail_a_run_that_is_done() -> Result<()> {
     for command in [shared.run.train(&[&output]), vec!["status".to_owned(), run.display().to_string()]] {
         let ended = try_ella(&command)?;
         let said = String::from_utf8_lossy(&ended.stderr);
-        assert!(ended.status.success() && said.contains("run-bad-metrics/metrics/000001-000001.jsonl: 1 damaged line passed over"), "{said}");
+        assert!(
+            ended.status.success() && said.contains("run-bad-metrics/metrics/000001-000001.jsonl: 1 damaged line passed over"),
+            "{said}"
+        );
     }
     Ok(())
 }
