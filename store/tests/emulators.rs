@@ -48,9 +48,22 @@ async fn an_azure_server_conforms() {
     }
 }
 
+/// moto looks for an object and makes it in two steps, so that now and then two of racing creates win there. Three times in a row would be no chance.
+const TRIES: usize = 3;
+
+async fn conforms(store: &Store, tries: usize) {
+    for attempt in 1..=tries {
+        match conformance(&store.child(&format!("try-{attempt}"))).await {
+            Ok(()) => return,
+            Err(error) if attempt < tries && error.to_string().contains("racing creates") => println!("try {attempt}: {error}"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
 async fn suite(url: &str) {
     let store = Store::open(url).unwrap();
-    conformance(&store).await.unwrap();
+    conforms(&store, if url.starts_with("s3:") { TRIES } else { 1 }).await;
     shard(&store).await;
     ranges(&store).await;
     bad_settings(&store).await;
