@@ -1,6 +1,5 @@
 //! Attention by our own kernels beside libtorch's, timed on the GPU that is there: which is faster depends on the GPU and on the versions of what libtorch
-//! takes. As cuDNN's search, from which this takes its leave ([`precision::searches`]): the two round differently, and which one wins may differ from one process
-//! to another.
+//! takes. Only where cuDNN may search too ([`precision::searches`]): the two round differently, and which one wins may differ from one process to another.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -189,8 +188,19 @@ pub fn libtorchs_attention(inputs: &[Tensor], heads: i64) -> Result<Tensor> {
         _ => return Err(not_inputs(inputs)),
     };
     let [q, k, v] = <[Tensor; 3]>::try_from(parts).map_err(|parts| not_inputs(&parts))?;
-    let split = |x: &Tensor| x.f_unflatten(-1, [heads, -1])?.f_transpose(1, 2);
-    let y = Tensor::f_scaled_dot_product_attention(&split(&q)?, &split(&k)?, &split(&v)?, None::<&Tensor>, 0.0, false, None, false)?;
+    attend(&q, &k, &v, heads)
+}
+
+/// softmax(Q Kᵀ / √d) V by libtorch's own operator.
+///
+/// # Shapes
+/// `q` `[B, N, H d]`, `k` and `v` `[B, M, H d]`; to `[B, N, H d]`.
+///
+/// # Errors
+/// libtorch's own.
+pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64) -> Result<Tensor> {
+    let split = |x: &Tensor| x.f_unflatten(-1, [heads, -1])?.f_transpose(1, 2); // [B, H, N, d]
+    let y = Tensor::f_scaled_dot_product_attention(&split(q)?, &split(k)?, &split(v)?, None::<&Tensor>, 0.0, false, None, false)?;
     Ok(y.f_transpose(1, 2)?.f_flatten(2, 3)?)
 }
 

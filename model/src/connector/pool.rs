@@ -3,13 +3,13 @@
 //! CLIP's `AttentionPool2d` (<https://github.com/openai/CLIP/blob/main/clip/model.py>) over a sequence, as the paper's author says of
 //! the SDXL connector (paper §1.3): the states' mean attends to itself and to all states.
 
+use ella_cuda::speed::attend;
 use tch::Tensor;
 
 use super::linear::Linear;
 use super::{ConnectorConfig, ConnectorKind};
 use crate::error::Result;
 use crate::params::{Init, Params};
-use crate::unet::attend;
 
 /// The head, under the key `pool`. The official code never had it; the names below are `AttentionPool2d`'s.
 #[derive(Debug)]

@@ -4,6 +4,7 @@
 //! `models/attention_processor.py` (`Attention`, `AttnProcessor2_0`).
 
 use ella_cuda::fused::{self, Fused};
+use ella_cuda::speed::attend;
 use tch::{Kind, Tensor};
 
 use super::UNetConfig;
@@ -14,13 +15,6 @@ use crate::params::{Init, Params};
 /// ε of the layer norms, and of the group norm before a transformer: fixed in the reference, unlike `norm_eps`.
 const LAYER_EPS: f64 = 1e-5;
 const GROUP_EPS: f64 = 1e-6;
-
-/// softmax(Q Kᵀ / √d) V over tokens `q` [B, N, D] and `k`, `v` [B, M, D], split into heads, to [B, N, D].
-pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64) -> Result<Tensor> {
-    let split = |x: &Tensor| x.f_unflatten(-1, [heads, -1])?.f_transpose(1, 2); // [B, nh, N, d]
-    let y = Tensor::f_scaled_dot_product_attention(&split(q)?, &split(k)?, &split(v)?, None::<&Tensor>, 0.0, false, None, false)?;
-    Ok(y.f_transpose(1, 2)?.f_flatten(2, 3)?)
-}
 
 /// How pixels become queries, and pixels or text keys and values.
 #[derive(Debug)]

@@ -22,7 +22,6 @@ use crate::lora::{Lora, Merge};
 use crate::params::{Compute, Params};
 use crate::part::Part;
 
-pub(crate) use self::attention::attend;
 pub use self::checkpoint::{Checkpointed, Gradients};
 pub use self::config::UNetConfig;
 pub(crate) use self::resnet::{Downsample, Norm, Resnet, Upsample};

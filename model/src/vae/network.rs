@@ -1,6 +1,7 @@
 //! The two halves of the autoencoder: diffusers 0.42, `models/autoencoders/vae.py` (`Encoder`, `Decoder`), `models/unets/unet_2d_blocks.py`
 //! (`DownEncoderBlock2D`, `UpDecoderBlock2D`, `UNetMidBlock2D`).
 
+use ella_cuda::speed::attend;
 use tch::Tensor;
 
 use super::VaeConfig;
@@ -8,7 +9,7 @@ use super::config::EPS;
 use crate::error::Result;
 use crate::layers::{Conv2d, GroupNorm, Linear};
 use crate::params::Params;
-use crate::unet::{Downsample, Norm, Resnet, Upsample, attend};
+use crate::unet::{Downsample, Norm, Resnet, Upsample};
 
 /// Pictures to moments.
 #[derive(Debug)]
