@@ -29,7 +29,7 @@ claims: build
 test: build
 	python3 -m unittest discover -q -s bench
 	python3 -m unittest discover -q -s scripts
-	$(CARGO) test $(FLAGS) --no-fail-fast
+	$(CARGO) test $(FLAGS) --tests --no-fail-fast
 
 # Stores on real servers: moto (S3) and azurite (Azure Blob), which are installed into .stores/ once. Opt-in: it needs Node.js, and half a GB.
 test-stores: build
@@ -62,16 +62,19 @@ chaos: build
 chaos-train: build
 	@scripts/chaos-train.sh
 
+# What is measured is compiled for speed, which the tests beside it are not.
+BENCH := --release --locked -p ella-tests --config profile.release.package.ella-tests.opt-level=3 --example
+
 # Programs that print ratios; nothing here is a test. Commits are beside torch.save and DCP's async_save if PEERS_PYTHON names a Python that has
 # torch. BENCH_FOLDER: on the disk to measure them on, with 3 GB free.
 bench: build
-	$(CARGO) run --release --locked -p ella-tests --bin bench
+	$(CARGO) run $(BENCH) bench
 	$(CARGO) run --release --locked -p ella-worker --example bench_commit
 	$(CARGO) run --release --locked -p ella-worker --example bench_step
 
 # What a death and a joiner cost at the connector's true size, beside torchrun if PEERS_PYTHON names a Python that has torch. 16 GB of memory.
 bench-recovery: build
-	$(CARGO) run --release --locked -p ella-tests --bin bench_recovery
+	$(CARGO) run $(BENCH) bench_recovery
 
 # The control plane under 100, 1,000 and 10,000 workers.
 bench-scale: build
@@ -80,12 +83,12 @@ bench-scale: build
 # The feed beside MosaicML Streaming and litdata, which PEERS_PYTHON must name a Python with; else alone. BENCH_FOLDER: on the disk to measure,
 # with 8 GiB free.
 bench-feed: libtorch
-	$(CARGO) run --release --locked -p ella-tests --bin bench_feed
+	$(CARGO) run $(BENCH) bench_feed
 
 # ella prepare beside cv2 and PIL, image by image and core by core. PEERS_PYTHON names a Python that has opencv-python-headless, pillow
 # and numpy; nothing is installed.
 bench-prepare: build
-	$(CARGO) run --release --locked -p ella-tests --bin bench_prepare
+	$(CARGO) run $(BENCH) bench_prepare
 
 # On a machine with a GPU: correctness on it, ella's step beside PyTorch's, the text encoder, a profile; ten minutes. BENCH_OUT: where results go.
 # PEERS_PYTHON names a Python that has torch 2.11 and diffusers.
