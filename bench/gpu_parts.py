@@ -11,6 +11,7 @@ import lzma
 import os
 import pathlib
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -24,13 +25,15 @@ MICRO_BATCHES = {"sd15": "32,64,128,16", "nano": "2,4"}
 # The peer's batch that its slowest and, in the end, fastest compilation is tried on.
 TUNED = 64
 # Seconds: what a part may take, and what must be left for it to be begun.
-CAPS = {"check": 120, "tests": 60, "train": 75, "without": 75, "embed": 60, "inline": 120, "profile": 60, "attention": 60, "peer": 240}
+CAPS = {"check": 120, "tests": 120, "train": 75, "without": 75, "embed": 60, "inline": 120, "profile": 60, "attention": 60, "peer": 240}
 LEAST = {"peer": 60}
 PARTS = [*CAPS]
 # What the step is measured without, one at a time, and how it is turned off; and what is taken only where it is faster, and how it is taken all the same.
 FUSED = ["norm", "conv", "resize", "gate", "attention", "cross", "pixels"]
 WITHOUT = {name: {"ELLA_FUSED": f"-{name}"} for name in FUSED} | {"graphs": {"ELLA_GRAPHS": "off"}}
 WITH = {"all": {"ELLA_FUSED": "all"}}
+# What ella says of an operator that breaks the GPU where it is tried.
+BREAKS = re.compile(r"ELLA_FUSED=(-\w+) leaves it out")
 # Programs of ella-cuda's tests, beside this script where bench/pack.sh has put them.
 TESTS = ["cuda_fused", "cuda_gpu"]
 
@@ -104,13 +107,16 @@ def versions(libtorch):
 class Run:
     def __init__(self, args):
         self.args, self.begin, self.at = args, time.monotonic(), pathlib.Path(args.out).resolve()
-        self.log = open(self.at / "log", "w", buffering=1)
+        self.log = open(self.at / "log", "w", buffering=1, encoding="utf-8")
         self.result = {
             "schema": SCHEMA, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": args.commit,
             "preset": args.preset, "gpus": gpus(), "cpu": cpu(), "cores": os.cpu_count(), "versions": versions(args.libtorch),
-            "train": {}, "exact": None, "exact_without_pixels": None, "without": {}, "with": {}, "peer": {}, "check": {}, "tests": {}, "skipped": [], "seconds": {},
+            "train": {}, "exact": None, "exact_without_pixels": None, "without": {}, "with": {}, "peer": {}, "check": {}, "tests": {},
+            "left_out": [], "skipped": [], "seconds": {},
         }
         self.unpacked, self.peer_path = None, None
+        # What the last part's program told on standard error.
+        self.told = ""
 
     def left(self):
         return 60 * self.args.minutes - (time.monotonic() - self.begin)
@@ -124,11 +130,11 @@ class Run:
         print(text, file=self.log)
 
     def write(self):
-        """Replaces both files; a reader never sees half of one."""
+        """Replaces both files; a reader never sees half of one. What is measured comes first."""
         self.result["summary"] = summary(self.result)
-        for name, text in (("result.json", json.dumps(self.result, indent=1) + "\n"), ("table.md", table(self.result))):
+        for name, text in (("result.json", lambda: json.dumps(self.result, indent=1) + "\n"), ("table.md", lambda: table(self.result))):
             part = self.at / f".{name}"
-            part.write_text(text)
+            part.write_text(text(), encoding="utf-8")
             part.replace(self.at / name)
 
     def part(self, name, kind, command, env=None):
@@ -139,6 +145,7 @@ class Run:
         self.say(f"{name} ({self.left():.0f} s are left)")
         begin = time.monotonic()
         done = finished(command, os.environ | (env or {}), seconds, self.log)
+        self.told = done[2]
         self.result["seconds"][name] = round(time.monotonic() - begin, 1)
         found, reason = read(done, seconds)
         if found is None or "skipped" in found:
@@ -154,27 +161,47 @@ class Run:
     def ella(self, name, kind, *options, env=None):
         args = self.args
         command = [args.binary, kind, "--json", "--preset", args.preset, "--device", self.device(), "--threads", str(os.cpu_count()), *options]
-        return self.part(name, kind, command, {"LD_LIBRARY_PATH": args.libraries} | (env or {}))
+        found = self.part(name, kind, command, {"LD_LIBRARY_PATH": args.libraries} | self.without_broken(env or {}))
+        # The others can be measured all the same.
+        return self.ella(name, kind, *options, env=env) if found is None and self.breaks(self.told) else found
+
+    def breaks(self, told):
+        """Whether a program tells of an operator that breaks the GPU, and was not left out; from here on it is."""
+        broken = [name for name in BREAKS.findall(told) if name not in self.result["left_out"]]
+        self.result["left_out"] += broken[:1]
+        return bool(broken)
+
+    def without_broken(self, env):
+        """These settings, in which operators that break the GPU are left out."""
+        wanted, out = env.get("ELLA_FUSED", os.environ.get("ELLA_FUSED")), self.result["left_out"]
+        if not out:
+            return env
+        if not wanted or wanted.startswith("-"):
+            names = dict.fromkeys([*filter(None, [wanted]), *out])
+        else:
+            names = [name for name in (FUSED if wanted == "all" else wanted.split(",")) if f"-{name.strip()}" not in out]
+        return env | {"ELLA_FUSED": ",".join(names)}
 
     def tests(self):
         """Programs of tests, for which the one thing to tell is whether all passed."""
         if "tests" not in self.args.parts or self.args.preset != "sd15":
             return
         for name in TESTS:
-            packed, program = HERE / f"{name}.xz", self.at / name
+            packed = HERE / f"{name}.xz"
             if not packed.is_file():
                 self.skip(name, f"{packed.name} is not beside the script: bench/pack.sh puts it there")
                 continue
-            program.write_bytes(lzma.open(packed).read())
-            program.chmod(0o755)
             seconds = min(CAPS["tests"], self.left())
-            env = os.environ | {"LD_LIBRARY_PATH": self.args.libraries}
-            code, out, err = finished([str(program), "--nocapture", "--test-threads=1"], env, max(seconds, 1), self.log)
-            program.unlink()
-            lines = [line for line in (out + err).splitlines() if line.startswith("test result:") or "panicked" in line or "FAILED" in line]
+            env = os.environ | {"LD_LIBRARY_PATH": self.args.libraries} | self.without_broken({})
+            with tempfile.TemporaryDirectory() as folder:
+                program = pathlib.Path(folder) / name
+                program.write_bytes(lzma.open(packed).read())
+                program.chmod(0o755)
+                code, out, err = finished([str(program), "--nocapture", "--test-threads=1"], env, max(seconds, 1), self.log)
+            self.breaks(out + err)
             # On a machine with a GPU a test that found none has not passed.
             ok = code == 0 and not (self.result["gpus"] and "skipped on a GPU" in out)
-            self.result["tests"][name] = {"ok": ok, "code": code, "lines": lines[-20:]}
+            self.result["tests"][name] = {"ok": ok, "code": code, "lines": of_tests(out + "\n" + err)[-20:]}
             self.say(f"{name}: {'passed' if ok else f'FAILED ({code})'}")
             self.write()
 
@@ -204,31 +231,40 @@ class Run:
         self.peer_path = self.unpacked.name
 
     def all(self):
-        """Every part, the more important first."""
-        self.unpack_wheels()
+        """Every part, the more important first. Whatever one of them stumbles over, the others go on."""
+        for work, *given in self.order():
+            try:
+                work(*given)
+            except Exception as error:
+                self.skip(work.__name__, f"{type(error).__name__}: {error}")
+
+    def order(self):
         first, *rest = self.args.batches
-        self.tests()
-        self.check("fused", "all")
-        self.train(first)
-        self.peer(first, "eager")
-        self.peer(first, "default")
-        self.once("profile", first)
-        self.once("attention", first, 0.2)
+        yield self.unpack_wheels,
+        yield self.tests,
+        yield self.check, "fused", "all"
+        yield self.train, first
+        yield self.peer, first, "eager"
+        yield self.peer, first, "default"
+        yield self.once, "profile", first
+        yield self.once, "attention", first, 0.2
         for batch in rest:
-            self.train(batch)
-        self.otherwise("with", WITH, first)
-        self.otherwise("without", WITHOUT, first)
+            yield self.train, batch
+        for how, settings in (("with", WITH), ("without", WITHOUT)):
+            for name, env in settings.items():
+                yield self.otherwise, how, name, env, first
         for kind in ("embed", "inline"):
-            self.once(kind, first)
-        self.exact(first)
+            yield self.once, kind, first
+        yield self.exact, "exact", {}, first
+        yield self.exact, "exact_without_pixels", WITHOUT["pixels"], first
         # CUDA graphs, which ella has too.
-        self.peer(first, "reduce-overhead")
+        yield self.peer, first, "reduce-overhead"
         for batch in rest:
-            self.peer(batch, "default")
-        self.peer(TUNED if TUNED in rest else first, "max-autotune-no-cudagraphs")
-        self.check("plain", "none")
+            yield self.peer, batch, "default"
+        yield self.peer, TUNED if TUNED in rest else first, "max-autotune-no-cudagraphs"
+        yield self.check, "plain", "none"
         for batch in rest:
-            self.peer(batch, "eager")
+            yield self.peer, batch, "eager"
 
     def check(self, name, fused):
         if "check" in self.args.parts:
@@ -244,17 +280,16 @@ class Run:
             self.result["train"][str(batch)] = found
             self.write()
 
-    def exact(self, batch):
+    def exact(self, name, env, batch):
         """The step as SAME asks for it: sums in fixed point, kernels that give the same bits each time."""
         if "train" in self.args.parts:
             options = ["--micro-batch", str(batch), "--seconds", self.seconds(8), "--reduction", "exact"]
-            for name, env in {"exact": {}, "exact_without_pixels": WITHOUT["pixels"]}.items():
-                self.result[name] = self.ella(f"train {name} {batch}", "train", *options, env=env)
-                self.write()
+            self.result[name] = self.ella(f"train {name} {batch}", "train", *options, env=env)
+            self.write()
 
-    def otherwise(self, how, settings, batch):
-        """What each optimisation is worth: the step without it, or with one that is off by itself."""
-        for name, env in settings.items() if "without" in self.args.parts else ():
+    def otherwise(self, how, name, env, batch):
+        """What an optimisation is worth: the step without it, or with one that is off by itself."""
+        if "without" in self.args.parts:
             options = ["--micro-batch", str(batch), "--seconds", self.seconds(4)]
             self.result[how][name] = self.ella(f"{how} {name} {batch}", "train", *options, env=env)
             self.write()
@@ -268,10 +303,19 @@ class Run:
     def seconds(self, of_a_gpu):
         return str(of_a_gpu if self.args.preset == "sd15" else 0.3)
 
+
+def of_tests(told):
+    """Of what a program of tests told: how it ended, which tests failed, and where and why each panicked, which stands on the line below."""
+    lines = told.splitlines()
+    kept = lambda i: lines[i].startswith("test result:") or "FAILED" in lines[i] or "panicked" in lines[i] or (i and "panicked" in lines[i - 1])
+    return [lines[i] for i in range(len(lines)) if kept(i)]
+
+
 def finished(command, env, seconds, log):
     """Runs a program with its helpers to its end, or until its time is over, and ends all of them then."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
     try:
-        child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        child = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
     except OSError as error:
         return None, "", str(error)
     try:
@@ -305,7 +349,8 @@ def read(done, seconds):
 
 def brief(found):
     """A part's result in a line."""
-    names = ["ok", "failed", "images_per_second", "captions_per_second", "tflops", "share_of_peak", "kernel_ms", "over_cached", "skipped"]
+    names = ["ok", "failed", "recorded_lanes", "images_per_second", "captions_per_second", "tflops", "share_of_peak", "kernel_ms"]
+    names += ["over_cached", "skipped"]
     shown = lambda value: f"{value:.4g}" if isinstance(value, float) else value
     return ", ".join(f"{name} {shown(found[name])}" for name in names if found.get(name) is not None)
 
@@ -370,8 +415,11 @@ def more(result):
     if exact := rate(result.get("exact")):
         without = number(rate(result.get("exact_without_pixels")))
         texts.append(f"In exact reduction, at {result['exact']['micro_batch']}: {exact:.1f} images/s; without pixels {without}\n")
-    timed = next((found["timed"] for found in result["train"].values() if (found or {}).get("timed")), [])
-    texts += [f"When it was loaded: {line}\n" for line in timed]
+    for of in ("timed", "said_of_fused"):
+        said = next((found[of] for found in result["train"].values() if (found or {}).get(of)), [])
+        texts += [f"When it was loaded: {line}\n" for line in said]
+    if out := result.get("left_out"):
+        texts.append(f"Left out of everything, because they break the GPU: {', '.join(name.removeprefix('-') for name in out)}\n")
     for how in ("with", "without"):
         own = {name: rate(found) for name, found in result.get(how, {}).items() if rate(found)}
         if own:
@@ -401,6 +449,8 @@ def more(result):
 
 def main():
     args = arguments()
+    if args.preset == "sd15" and args.device != "cpu" and not os.path.exists("/dev/nvidiactl") and not gpus():
+        sys.exit("bench/gpu.sh: there is no NVIDIA GPU here (nvidia-smi lists none): --preset nano tries everything on a processor")
     run = Run(args)
     run.write()
     try:

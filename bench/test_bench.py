@@ -17,6 +17,7 @@ import gpu_parts
 
 def result():
     own = {"images_per_second": 210.0, "share_of_peak": 0.45, "tflops": 355.0, "memory": {"peak_reserved_bytes": 2**34}, "timed": ["ours it is"]}
+    own["said_of_fused"] = ["the fused operator `gate` is off"]
     rates = {"default": 140.0, "reduce-overhead": 150.0, "max-autotune-no-cudagraphs": 145.0, "eager": 105.0}
     peer = {mode: {"images_per_second": rate} for mode, rate in rates.items()}
     return {
@@ -44,6 +45,7 @@ class Parts(unittest.TestCase):
         self.assertIn("With, images/s: all 210.0", text)
         self.assertIn("In exact reduction, at 32: 210.0 images/s; without pixels 210.0", text)
         self.assertIn("When it was loaded: ours it is", text)
+        self.assertIn("When it was loaded: the fused operator `gate` is off", text)
         self.assertIn("| 4096 pixels | 64 keys | 8 × 40 | 0.900 | 0.300 | 3.00 |", text)
         self.assertIn("| 64 pixels | 64 keys | 8 × 160 | 0.100 | – | – |", text)
         self.assertIn("skipped: embed: no time", text)
@@ -62,18 +64,70 @@ class Parts(unittest.TestCase):
         self.assertEqual(gpu_parts.read(gpu_parts.finished(["/no/such/program"], None, 1, io.StringIO()), 1)[0], None)
 
 
+    def test_of_tests_is_told_which_failed_and_why(self):
+        told = "test a ... ok\ntest b ... FAILED\nthread 'b' panicked at x.rs:1:\nkernel x: no\nnote: more\ntest result: FAILED. 1 passed\n"
+        kept = ["test b ... FAILED", "thread 'b' panicked at x.rs:1:", "kernel x: no", "test result: FAILED. 1 passed"]
+        self.assertEqual(gpu_parts.of_tests(told), kept)
+
+    def test_what_is_no_text_stops_nothing(self):
+        code, out, _ = gpu_parts.finished(["printf", "a\\377b"], None, 5, io.StringIO())
+        self.assertEqual((code, out), (0, "a\ufffdb"))
+
+
 class Order(unittest.TestCase):
-    def commands(self, gpus, *options):
-        """The commands of all parts, none of which is run."""
+    def ran(self, part, gpus, *options):
+        """The result of all parts, of which `part` makes what programs would."""
         with tempfile.TemporaryDirectory() as folder:
             given = ["gpu_parts.py", "--out", folder, "--binary", "bench_gpu", "--libtorch", folder, "--libraries", "", *options]
             with unittest.mock.patch.object(sys, "argv", given):
                 run = gpu_parts.Run(gpu_parts.arguments())
-            run.result["gpus"], commands = gpus, []
-            run.part = lambda name, kind, command, env=None: commands.append(command)
+            run.result["gpus"] = gpus
+            run.part = lambda name, kind, command, env=None: part(run, name, command, env)
             with contextlib.redirect_stderr(io.StringIO()), run.log:
                 run.all()
+            return json.loads((pathlib.Path(folder) / "result.json").read_text())
+
+    def commands(self, gpus, *options):
+        """The commands of all parts, none of which is run."""
+        commands = []
+        self.ran(lambda run, name, command, env: commands.append(command), gpus, *options)
         return commands
+
+    def test_an_operator_that_breaks_the_gpu_is_left_out_of_what_follows(self):
+        tried = []
+
+        def part(run, name, command, env):
+            fused = env.get("ELLA_FUSED", "all")
+            tried.append((name, fused))
+            if fused == "all" or "pixels" in fused.replace("-pixels", ""):
+                run.told = "Error: while the fused operator `pixels` (ELLA_FUSED=-pixels leaves it out) was tried: CUDA error: x\n"
+                return run.skip(name, "it broke")
+            return {"images_per_second": 1.0, "micro_batch": 32}
+
+        result = self.ran(part, [{"name": "G"}], "--only", "train,without", "--micro-batch", "32")
+        self.assertEqual(tried[:3], [("train 32", "all"), ("train 32", "-pixels"), ("with all 32", "norm,conv,resize,gate,attention,cross")])
+        self.assertEqual(dict(tried)["without norm 32"], "-norm,-pixels")
+        self.assertEqual(dict(tried)["without pixels 32"], "-pixels")
+        self.assertEqual((result["left_out"], result["train"]["32"]["images_per_second"]), (["-pixels"], 1.0))
+        self.assertIn("because they break the GPU: pixels", gpu_parts.table(result))
+
+    def test_what_a_part_stumbles_over_leaves_the_others(self):
+        def part(run, name, command, env):
+            if name == "train 32":
+                raise OSError("no space left")
+            return {"images_per_second": 1.0, "micro_batch": 32}
+
+        result = self.ran(part, [{"name": "G"}], "--only", "train", "--micro-batch", "32,16")
+        self.assertEqual([*result["train"]], ["16"])
+        self.assertEqual(result["skipped"], [{"part": "train", "reason": "OSError: no space left"}])
+
+    def test_where_there_is_no_gpu_it_says_so_at_once(self):
+        with tempfile.TemporaryDirectory() as folder:
+            given = ["gpu_parts.py", "--out", folder, "--binary", "/no/bench_gpu", "--libtorch", folder, "--libraries", ""]
+            nothing = unittest.mock.patch.object(gpu_parts, "gpus", list), unittest.mock.patch("os.path.exists", return_value=False)
+            with unittest.mock.patch.object(sys, "argv", given), nothing[0], nothing[1], self.assertRaises(SystemExit) as ended:
+                gpu_parts.main()
+        self.assertIn("no NVIDIA GPU here", str(ended.exception))
 
     def test_the_peer_has_graphs_too_where_minutes_are_left(self):
         mode = lambda command: (command[command.index("--micro-batch") + 1], command[command.index("--compile") + 1] if "--compile" in command else "eager")

@@ -66,7 +66,7 @@ pub(crate) fn wrong(used: Fused, device: Device) -> Result<(Fused, Vec<String>)>
                     continue;
                 }
             };
-            let found = seen(trial, on(kind), &format!("the fused operator `{name}` (ELLA_FUSED=none leaves that out)"))?;
+            let found = seen(trial, on(kind), &tried(name))?;
             let found = found.and_then(|found| of(found, on(kind).copies));
             if let Some(why) = judged(found, &wanted, bound) {
                 *switch(&mut wrong) = true;
@@ -75,6 +75,11 @@ pub(crate) fn wrong(used: Fused, device: Device) -> Result<(Fused, Vec<String>)>
         }
     }
     Ok((wrong, lines))
+}
+
+/// How an operator is told that breaks the GPU, for `bench/gpu_parts.py` too, which leaves it out then.
+fn tried(name: &str) -> String {
+    format!("the fused operator `{name}` (ELLA_FUSED=-{name} leaves it out)")
 }
 
 /// What a trial makes, on the processor: a kernel's fault may show only when somebody looks.
@@ -303,6 +308,7 @@ mod tests {
         let answers = |error: &str| answers(Device::Cpu, &Error(error.into()), "the update");
         assert!(answers("kernel x: not found").is_ok());
         assert_eq!(answers("CUDA out of memory\nframe #0").unwrap_err().to_string(), "while the update was tried: CUDA out of memory");
+        assert_eq!(tried("gate"), "the fused operator `gate` (ELLA_FUSED=-gate leaves it out)");
         // Two copies of two samples, of which one has a number that the other has not.
         let made = |last: f32| alike(of(&[1.0, 2.0, 1.0, last]), 2);
         assert!(made(2.0).unwrap()[0].equal(&of(&[1.0, 2.0])[0]));

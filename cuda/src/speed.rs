@@ -1,8 +1,7 @@
 //! Attention by our own kernels beside libtorch's, timed on the GPU that is there: which is faster depends on the GPU and on the versions of what libtorch
 //! takes. Only where cuDNN may search too ([`precision::searches`]): the two round differently, and which one wins may differ from one process to another.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
@@ -34,14 +33,15 @@ struct Level {
     width: i64,
 }
 
-/// SD 1.5's levels at 512², and SDXL's widest at 1024²; so many samples that a pass takes a good part of a millisecond.
+/// SD 1.5's levels at 512², and SDXL's widest at 1024². So many samples that a GPU takes longer for a pass than a processor for its operators, of which
+/// libtorch's way has more: a recorded step does not wait for them. And so many that queries to few keys, which are read once, are not found in a cache.
 const LEVELS: [Level; 6] = [
     Level { attention: Attention::Pixels, samples: 8, pixels: 4096, heads: 8, width: 40 },
     Level { attention: Attention::Pixels, samples: 32, pixels: 1024, heads: 8, width: 80 },
-    Level { attention: Attention::FewKeys, samples: 16, pixels: 4096, heads: 8, width: 40 },
-    Level { attention: Attention::FewKeys, samples: 32, pixels: 1024, heads: 8, width: 80 },
-    Level { attention: Attention::FewKeys, samples: 64, pixels: 256, heads: 8, width: 160 },
-    Level { attention: Attention::FewKeys, samples: 16, pixels: 4096, heads: 10, width: 64 },
+    Level { attention: Attention::FewKeys, samples: 64, pixels: 4096, heads: 8, width: 40 },
+    Level { attention: Attention::FewKeys, samples: 128, pixels: 1024, heads: 8, width: 80 },
+    Level { attention: Attention::FewKeys, samples: 256, pixels: 256, heads: 8, width: 160 },
+    Level { attention: Attention::FewKeys, samples: 32, pixels: 4096, heads: 10, width: 64 },
 ];
 /// Keys of those that attend to few.
 const KEYS: i64 = 64;
@@ -81,44 +81,53 @@ impl std::fmt::Display for Measured {
     }
 }
 
-/// What was measured on the first GPU, by kind.
-static MEASURED: Mutex<Option<HashMap<Kind, Vec<Measured>>>> = Mutex::new(None);
+/// What was measured on the first GPU, by kind. Whoever records a lane looks it up, so that nobody holds it for long.
+static MEASURED: Mutex<Vec<(Kind, Vec<Measured>)>> = Mutex::new(Vec::new());
 
-/// Times those attentions of `fused` that are [timed](Fused::timed), if they were not before in this kind: a second or two, and some hundred MB of memory for as
+/// Times those attentions of `fused` that are [timed](Fused::timed), if they were not before in this kind: a second or two, and up to two GB of memory for as
 /// long; where that is not to be had, fewer are timed. Only where it is [searched](precision::searches).
 ///
 /// # Errors
 /// CUDA's own.
 pub fn measure(fused: Fused, kind: Kind, device: Device) -> Result<()> {
-    if !fused.timed || !gpu::is_loaded() || !device.is_cuda() || !precision::searches() {
+    if !fused.timed || !(fused.cross || fused.pixels) || !gpu::is_loaded() || !device.is_cuda() || !precision::searches() {
         return Ok(());
     }
-    let mut all = MEASURED.lock().unwrap_or_else(PoisonError::into_inner);
-    let all = all.get_or_insert_default();
-    if all.contains_key(&kind) {
-        return Ok(());
-    }
-    // Libraries may wait for the whole device when they do something for the first time.
-    let _unrecorded = graph::unrecorded();
     let asked = |level: &&Level| match level.attention {
         Attention::Pixels => fused.pixels,
         Attention::FewKeys => fused.cross,
     };
-    let mut found = Vec::new();
-    for level in LEVELS.iter().filter(asked) {
-        match level.measure(kind, device) {
-            Err(error) if error.to_string().contains("out of memory") => break,
-            measured => found.push(measured?),
+    once(kind, || {
+        let mut found = Vec::new();
+        for level in LEVELS.iter().filter(asked) {
+            match level.measure(kind, device) {
+                Err(error) if error.to_string().contains("out of memory") => break,
+                measured => found.push(measured?),
+            }
         }
+        memory::empty_cache()?;
+        Ok(found)
+    })
+}
+
+/// Keeps what `measure` finds in `kind`, unless something was found before.
+fn once(kind: Kind, measure: impl FnOnce() -> Result<Vec<Measured>>) -> Result<()> {
+    // One at a time; and libraries may wait for the whole device when they do something for the first time.
+    let _unrecorded = graph::unrecorded();
+    if all().iter().all(|(known, _)| *known != kind) {
+        let found = measure()?;
+        all().push((kind, found));
     }
-    memory::empty_cache()?;
-    all.insert(kind, found);
     Ok(())
+}
+
+fn all() -> MutexGuard<'static, Vec<(Kind, Vec<Measured>)>> {
+    MEASURED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What was measured in `kind`.
 pub fn measured(kind: Kind) -> Vec<Measured> {
-    MEASURED.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(|all| all.get(&kind)).cloned().unwrap_or_default()
+    all().iter().find(|(known, _)| *known == kind).map(|(_, found)| found.clone()).unwrap_or_default()
 }
 
 /// Whether libtorch's attention was faster, where both were timed.
@@ -241,6 +250,9 @@ mod tests {
             let found = small.measure(Kind::Float, Device::Cpu).unwrap();
             assert_eq!((found.attention, found.width), (level.attention, level.width));
             assert!(found.own > 0.0 && found.libtorchs > 0.0, "{found}");
+            // No GPU's cache holds the queries that are read once.
+            let bytes = 2 * level.samples * level.pixels * level.heads * level.width;
+            assert!(level.attention == Attention::Pixels || bytes >= 160 << 20, "{level:?}");
         }
         assert!(own_attention(&[], 1).unwrap_err().to_string().contains("not []"));
         // A level each, or it would not be known which of two counts; all that fits is in it.
@@ -252,6 +264,22 @@ mod tests {
             assert_eq!(timed(Attention::Pixels), fused::fits_pixels(width), "{width}");
             assert_eq!(timed(Attention::FewKeys), fused::fits_few_keys(KEYS, width), "{width}");
         }
+    }
+
+    /// A lane that another thread records meanwhile looks up what was measured: it must not wait for who waits for it.
+    #[test]
+    fn what_was_measured_is_told_while_more_is() {
+        let found = Measured { attention: Attention::Pixels, width: 40, own: 2e-3, libtorchs: 1e-3 };
+        // Of a kind that no attention has.
+        let (kind, (sender, told)) = (Kind::Int8, std::sync::mpsc::channel());
+        let measure = || {
+            std::thread::spawn(move || sender.send(measured(Kind::Uint8)));
+            assert!(told.recv_timeout(std::time::Duration::from_secs(20)).unwrap().is_empty());
+            Ok(vec![found])
+        };
+        once(kind, measure).unwrap();
+        once(kind, || unreachable!("it was measured")).unwrap();
+        assert!(measured(kind) == [found] && lost(Attention::Pixels, 40, kind) && !lost(Attention::FewKeys, 40, kind));
     }
 
     #[test]

@@ -14,6 +14,10 @@ use tch::{Cuda, Device};
 /// The first GPU with everything loaded that it takes, if this machine has one.
 pub(crate) fn gpu() -> Option<Device> {
     static GPU: OnceLock<Option<Device>> = OnceLock::new();
+    static FAILED: OnceLock<String> = OnceLock::new();
+    if let Some(why) = FAILED.get() {
+        panic!("{why}");
+    }
     *GPU.get_or_init(|| {
         if !std::path::Path::new("/dev/nvidiactl").exists() {
             println!("skipped on a GPU: this machine has no NVIDIA device");
@@ -23,7 +27,9 @@ pub(crate) fn gpu() -> Option<Device> {
         // SAFETY: of the same wheel as the libtorch that runs; never unloaded.
         let library = unsafe { Library::open(Some(folder.join("libtorch_cuda.so")), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
         std::mem::forget(library.unwrap());
-        assert_eq!(ella_cuda::load(&folder).unwrap(), [""; 0]);
+        // What took half a minute to fail once is not tried again by every test.
+        let lines = ella_cuda::load(&folder).unwrap_or_else(|error| panic!("{}", FAILED.get_or_init(|| error.to_string())));
+        assert_eq!(lines, [""; 0]);
         assert!(Cuda::is_available());
         ella_cuda::precision::set_tf32(false).unwrap();
         Some(Device::Cuda(0))

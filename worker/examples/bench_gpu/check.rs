@@ -37,11 +37,7 @@ const AS_THE_PROCESSOR: f64 = 2.0;
 const STEPS: usize = 3;
 
 pub(crate) fn run(setting: &Setting, goldens: Option<&Path>) -> Result<Value> {
-    Precision { tf32: false, deterministic: false }.set(setting.device)?;
-    if setting.device.is_cuda() {
-        // Hundreds of small shapes, each used once: cuDNN's search would take most of the time.
-        ella_cuda::precision::set_benchmark(false)?;
-    }
+    begin(setting.device)?;
     let mut cases = Vec::new();
     match goldens {
         Some(folder) => golden_cases(folder, setting, &mut cases)?,
@@ -54,6 +50,15 @@ pub(crate) fn run(setting: &Setting, goldens: Option<&Path>) -> Result<Value> {
     let (nccl, tried) = (nccl(setting), cases.len());
     let ok = failed == 0 && [&same, &graphs, &nccl].iter().all(|each| each["ok"] != json!(false));
     Ok(json!({ "ok": ok, "failed": failed, "tried": tried, "same": same, "graphs": graphs, "nccl": nccl, "cases": cases }))
+}
+
+/// Hundreds of small shapes, each used once: cuDNN's search would take most of the time, and attentions need not be timed.
+fn begin(device: Device) -> Result<()> {
+    Precision { tf32: false, deterministic: false }.set(device)?;
+    if device.is_cuda() {
+        ella_cuda::precision::set_benchmark(false)?;
+    }
+    Ok(())
 }
 
 /// A golden: what to run on what, and what must come out.
@@ -254,7 +259,7 @@ fn graphs(setting: &Setting) -> Result<Value> {
         Ok(Tensor::f_cat(&parts.0, 0)?.f_equal(&plain.grad)? && loss.f_equal(&plain.loss_sum)?)
     };
     let same = batches.iter().map(compare).collect::<Result<Vec<_>>>();
-    Precision { tf32: false, deterministic: false }.set(setting.device)?;
+    begin(setting.device)?;
     let (same, count) = (same?, recorded.count());
     Ok(json!({ "ok": count == 1 && same.iter().all(|same| *same), "recorded": count, "same_bits": same }))
 }

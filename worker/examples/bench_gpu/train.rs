@@ -31,12 +31,12 @@ pub(crate) struct Trainer {
 
 impl Trainer {
     pub(crate) fn new(setting: &Setting, seed: u64) -> Result<Self> {
+        let reduction = setting.reduction;
+        // As a run of this reduction has it, and before networks are loaded: attentions are timed then, where the clock may decide.
+        Precision { tf32: false, deterministic: reduction == Reduction::Exact }.set(setting.device)?;
         let (networks, state) = networks::step(setting, seed)?;
         let batches = (0..CACHED_BATCHES).map(|_| networks::samples(setting)).collect::<Result<Vec<_>>>()?;
         let samples = setting.micro_batch as usize;
-        let reduction = setting.reduction;
-        // As a run of this reduction has it.
-        Precision { tf32: false, deterministic: reduction == Reduction::Exact }.set(setting.device)?;
         let config = Train { global_batch: samples, micro_batch: samples, reduction, ..Train::default() };
         Ok(Self { networks, state, graphs: Graphs::new(setting.device), config, device: setting.device, batches, solo: Solo::default() })
     }
