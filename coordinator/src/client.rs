@@ -67,7 +67,7 @@ pub enum ClientError {
 /// If no coordinator answers within a few seconds.
 pub async fn status(access: impl Into<Access>) -> Result<RunStatus, ClientError> {
     let access = access.into();
-    let answer = connect(&access).await?.status(timed(StatusRequest {})).await;
+    let answer = connect(&access).await?.status(timed(StatusRequest::default())).await;
     match answer {
         Ok(answer) => Ok(answer.into_inner()),
         Err(status) => Err(failed(&access, status).await),

@@ -80,7 +80,7 @@ pub enum Event {
     AppendFailed(String),
     /// The record could not be appended, because the log is not there any more.
     LogGone(String),
-    /// Someone asks the run to commit and leave. Asked again while it drains: to leave at once.
+    /// Someone asks the run to commit and leave.
     Stop(String),
     /// Someone asks one worker of a run to leave; the others go on.
     Drain {

@@ -206,7 +206,7 @@ async fn what_is_too_much_is_refused_with_its_reason_and_counted() {
     assert_eq!(status.code(), Code::OutOfRange, "{status}");
     counted(&access, "refused_oversized", 1).await;
 
-    let mut request = Request::new(StatusRequest {});
+    let mut request = Request::new(StatusRequest::default());
     request.metadata_mut().insert("x-much", "x".repeat(20_000).parse().unwrap());
     let status = client.status(request).await.unwrap_err();
     assert!(status.code() == Code::ResourceExhausted && status.message().contains("headers"), "{status}");
@@ -223,7 +223,7 @@ async fn what_is_too_much_is_refused_with_its_reason_and_counted() {
     assert_eq!(open.len(), 32);
     counted(&access, "refused_streams", 1).await;
     drop(open);
-    let again = async { while client.status(StatusRequest {}).await.is_err() {} };
+    let again = async { while client.status(StatusRequest::default()).await.is_err() {} };
     soon("room", again).await;
 
     // What a worker's stream brings is counted elsewhere, under the same name.
@@ -255,7 +255,7 @@ async fn guesses_are_put_off_and_who_is_right_is_let_in_all_the_same() {
     let mut client = guess.connect(&guess.endpoint().unwrap()).await.unwrap();
     let mut codes = Vec::new();
     for _ in 0..100 {
-        codes.push(client.status(StatusRequest {}).await.unwrap_err().code());
+        codes.push(client.status(StatusRequest::default()).await.unwrap_err().code());
     }
     let answered = codes.iter().filter(|code| **code == Code::Unauthenticated).count();
     assert!((30..60).contains(&answered) && codes.contains(&Code::ResourceExhausted), "{answered} {codes:?}");

@@ -12,7 +12,9 @@ use ella_coordinator::shell::cluster::Cluster;
 use ella_coordinator::shell::{Coordinator, Opened, Options, ProgressTo, RunError};
 use ella_coordinator::status::StatusReport;
 use ella_proto::config::RunConfig;
+use ella_proto::v1::coordinator_client::CoordinatorClient;
 use ella_proto::v1::from_worker::Body as Say;
+use ella_proto::v1::{RunStatus, StatusRequest};
 use ella_store::{Body, Limits, Operation, RunLog, Store, faulty};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -292,6 +294,59 @@ async fn a_damaged_commit_is_given_up_for_the_one_before() {
     assert!(folders.contains(&"commits/000000000004.4".to_owned()), "{folders:?}");
 }
 
+/// The coordinator that has the run goes on committing, and deletes what the next one is looking at.
+#[tokio::test]
+async fn commits_that_are_given_up_while_they_are_looked_at_are_not_damaged() {
+    let (_, store) = cut_off_after_step_4().await;
+    let faults = faulty::Faults::new();
+    faults.push(Operation::Head, "commits/000000000004.1/", faulty::Failure::Slow(Duration::from_millis(200)), 1);
+    let (further, looking) = (config(&["train.steps=8"]), faults.inject(&store));
+    let records = RunLog::read(&store).await.unwrap();
+    let of = |record: &ella_store::Record| if let Body::Commit(commit) = &record.body { Some(commit.clone()) } else { None };
+    let (Body::Term(term), Some(last)) = (records[0].body.clone(), records.iter().filter_map(of).next_back()) else {
+        panic!("{records:?}")
+    };
+    let (mut log, _) = RunLog::claim(&store, term, "still here", 0).await.unwrap();
+    let goes_on = async {
+        while !faults.is_spent() {
+            tokio::task::yield_now().await;
+        }
+        let next = ella_store::Commit { step: 6, folder: "commits/000000000006.2".into(), ..last.clone() };
+        for part in &next.parts {
+            let bytes = store.get(&format!("{}/{}", last.folder, part.name)).await.unwrap();
+            store.put(&format!("{}/{}", next.folder, part.name), bytes).await.unwrap();
+        }
+        let before = store.folders("commits").await.unwrap().into_iter().filter(|folder| *folder != next.folder).collect::<Vec<_>>();
+        log.append(Body::Commit(next), 0).await.unwrap();
+        log.append(Body::Retire { commits: before.clone() }, 0).await.unwrap();
+        ella_store::remove_leftovers(&store, &before).await.unwrap();
+    };
+    let (options, opening) = (options(), std::time::Instant::now());
+    let (opened, ()) = tokio::join!(Coordinator::open(&further, looking, &options), goes_on);
+    let Opened::Ready(opened) = opened.unwrap() else { panic!("it is not done") };
+    assert_eq!(opened.fell_back(), None, "{:?}", opening.elapsed());
+    assert!(matches!(RunLog::read(&store).await.unwrap().last().unwrap().body, Body::Term(_)));
+}
+
+/// Else the later one trains under its own config, and the other's may stand in the run's folder.
+#[tokio::test]
+async fn of_coordinators_that_begin_a_run_at_once_under_unlike_configs_one_is_refused() {
+    let (store, faults) = (Store::in_memory(), faulty::Faults::new());
+    faults.push(Operation::Create, "probe.", faulty::Failure::Slow(Duration::from_millis(200)), 1);
+    let (slower, faster, slow, options) = (config(&[]), config(&["run.seed=9"]), faults.inject(&store), options());
+    let meanwhile = async {
+        while !faults.is_spent() {
+            tokio::task::yield_now().await;
+        }
+        Coordinator::open(&faster, store.clone(), &options).await
+    };
+    let (refused, opened) = tokio::join!(Coordinator::open(&slower, slow, &options), meanwhile);
+    assert!(matches!(opened, Ok(Opened::Ready(_))), "{opened:?}");
+    assert!(matches!(&refused, Err(RunError::OtherConfig { keys, .. }) if keys == &["run.seed"]), "{refused:?}");
+    assert_eq!(store.get("run.toml").await.unwrap(), faster.to_toml().as_bytes());
+    assert_eq!(RunLog::read(&store).await.unwrap().len(), 1, "who has the run keeps it");
+}
+
 /// Where the store is full no other commit comes to be before that.
 #[tokio::test]
 async fn a_keep_rule_that_was_lowered_holds_when_the_run_is_opened() {
@@ -340,6 +395,16 @@ async fn get(address: std::net::SocketAddr, path: &str) -> (u16, String) {
     soon("a reply", socket.read_to_string(&mut text)).await.unwrap();
     let (head, body) = text.split_once("\r\n\r\n").unwrap();
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+/// Workers ask that all the time: an answer that names thousands of them, to each of them, would be gigabytes.
+#[tokio::test]
+async fn whether_a_coordinator_answers_is_told_without_its_status() {
+    let served = Served::start(&config(&[]), &Store::in_memory()).await;
+    let _worker = Fake::attach(&served.url(), hello("a")).await.unwrap();
+    let mut client = CoordinatorClient::new(raw_channel(&served.url()).await);
+    let mut ask = async |alive| client.status(StatusRequest { alive }).await.unwrap().into_inner();
+    assert_eq!((ask(true).await, ask(false).await.workers.len()), (RunStatus::default(), 1));
 }
 
 #[tokio::test]

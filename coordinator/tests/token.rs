@@ -38,7 +38,7 @@ async fn refusals(access: &Access) -> Vec<tonic::Status> {
     let (worker_id, reason) = ("a".to_owned(), "because".to_owned());
     let answers = [
         soon("an answer", client.attach(stream)).await.map(drop),
-        client.status(StatusRequest {}).await.map(drop),
+        client.status(StatusRequest::default()).await.map(drop),
         client.drain(DrainRequest { worker_id, reason: reason.clone() }).await.map(drop),
         client.stop(StopRequest { reason }).await.map(drop),
     ];

@@ -482,7 +482,11 @@ pub struct JobOver {
     pub permanent: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct StatusRequest {}
+pub struct StatusRequest {
+    /// Only whether the coordinator answers: nothing else is told then. Every worker asks that now and then, and a status names all of them.
+    #[prost(bool, tag = "1")]
+    pub alive: bool,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RunStatus {
     #[prost(string, tag = "1")]
@@ -585,7 +589,7 @@ pub struct Totals {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct JobStatus {
-    /// "prepare", "embed" or "caption".
+    /// "prepare", "embed", "caption" or "draw".
     #[prost(string, tag = "1")]
     pub kind: ::prost::alloc::string::String,
     /// From 1.

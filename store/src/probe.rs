@@ -37,7 +37,7 @@ async fn try_probe(store: &Store, key: &str, nonce: &str) -> Result<(), StoreErr
     if store.get(key).await? != first {
         return Err(unsupported("a second create of one object replaced it"));
     }
-    match store.list("").await?.iter().any(|meta| meta.key == key) {
+    match store.files("").await?.iter().any(|meta| meta.key == key) {
         true => Ok(()),
         false => Err(unsupported("list leaves out an object just written")),
     }

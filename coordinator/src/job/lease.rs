@@ -8,11 +8,15 @@ use ella_proto::v1::{self, to_worker};
 impl JobCore {
     /// Grants what waits to workers that may hold more, the least laden first.
     pub(super) fn deal(&mut self, now: Time) {
+        if !self.units.wait() {
+            return;
+        }
+        let laden = self.units.laden();
         let asking: Vec<ConnId> = self.workers.iter().filter(|(_, worker)| worker.slots > 0).map(|(conn, _)| conn).collect();
         let mut free: Vec<(usize, u32, ConnId)> = self
             .workers
             .iter()
-            .map(|(conn, worker)| (self.units.held_by(conn), worker.slots, conn))
+            .map(|(conn, worker)| (laden.get(&conn).copied().unwrap_or(0), worker.slots, conn))
             .filter(|(held, slots, _)| *held < *slots as usize)
             .collect();
         while !free.is_empty() {
@@ -90,6 +94,6 @@ impl JobCore {
 
     /// Samples of the units that are done, and of those that are held.
     pub(super) fn samples_now(&self) -> u64 {
-        self.units.leases().fold(self.samples, |sum, lease| sum.saturating_add(lease.done))
+        self.samples.saturating_add(self.units.samples())
     }
 }

@@ -78,6 +78,8 @@ pub struct JobCore {
     outcome: Option<Outcome>,
     clock: Clock,
     workers: Workers,
+    /// Since then all have been heard of; perhaps since later.
+    all_heard: Time,
     /// Since when there has been no worker.
     alone: Option<Time>,
     units: Units,
@@ -94,10 +96,17 @@ pub struct JobCore {
     effects: Vec<Effect>,
 }
 
+/// Signs of life: they move deadlines away, and nothing else.
+fn is_routine(event: &Event) -> bool {
+    use from_worker::Body as B;
+    matches!(event, Event::Message(_, FromWorker { body: Some(B::Heartbeat(_) | B::LeaseRenew(_)), .. }))
+}
+
 impl Machine for JobCore {
     fn handle(&mut self, now: Time, event: Event) -> Vec<Effect> {
         let (now, stopped) = self.clock.advance(now, self.deadline(), self.settings.welcome.lease_ms / 4);
         self.counts.add_some("coordinator_stopped", usize::from(stopped));
+        let routine = is_routine(&event);
         match event {
             Event::Message(conn, message) => self.message(now, conn, message),
             Event::Closed(conn, how) => self.closed(now, conn, how),
@@ -107,7 +116,8 @@ impl Machine for JobCore {
             // The log's events: a job has none.
             Event::Tick | Event::Appended(_) | Event::Superseded(_) | Event::AppendFailed(_) | Event::LogGone(_) => {}
         }
-        if self.outcome.is_none() {
+        // Most of what thousands of workers say changes nothing that all of them must be looked at for.
+        if self.outcome.is_none() && (!routine || self.deadline().is_some_and(|at| at <= now)) {
             self.expire(now);
             self.step(now);
         }
@@ -130,6 +140,7 @@ impl JobCore {
             outcome: None,
             clock: Clock::new(now),
             workers: Workers::default(),
+            all_heard: now,
             alone: Some(now),
             units: Units::new(PLAN, settings.welcome.lease_ms),
             counts: Counts::default(),
@@ -148,7 +159,7 @@ impl JobCore {
             return None;
         }
         let alone = self.alone.map(|since| since.after(self.settings.start_timeout));
-        let silent = self.workers.oldest_heard().map(|heard| heard.after(self.settings.welcome.lease_ms));
+        let silent = (!self.workers.is_empty()).then(|| self.all_heard.after(self.settings.welcome.lease_ms));
         [alone, silent, self.units.deadline()].into_iter().flatten().min()
     }
 
@@ -185,9 +196,7 @@ impl JobCore {
     fn expire(&mut self, now: Time) {
         let expired = self.units.expire(now);
         self.counts.add_some("leases_expired", expired);
-        for conn in self.workers.silent(now, self.settings.welcome.lease_ms) {
-            self.silent(now, conn);
-        }
+        self.look_for_silent(now);
         if self.alone.is_some_and(|since| now.since(since) >= self.settings.start_timeout) {
             self.end(JobFailure::NoWorker { waited_ms: self.settings.start_timeout }.into());
         }

@@ -4,6 +4,7 @@ use super::workers::Worker;
 use super::{GivenUp, JobCore};
 use crate::machine::{ConnId, Time};
 use ella_proto::v1::{FailedUnit, HeldUnit, JobStatus, JobWorker, RunStatus, Totals};
+use std::collections::BTreeMap;
 
 /// Units that were given up, as many as are listed.
 const MOST_LISTED: usize = 1_000;
@@ -37,6 +38,12 @@ impl JobCore {
     fn job_status(&self, now: Time) -> JobStatus {
         let stage = self.units.stage();
         let units_per_second = self.unit_rate.per_second(now);
+        let mut held = BTreeMap::<ConnId, Vec<HeldUnit>>::new();
+        for lease in self.units.leases() {
+            let unit = HeldUnit { unit: lease.unit.to_string(), done: lease.done, held_ms: now.since(lease.since) };
+            held.entry(lease.holder).or_default().push(unit);
+        }
+        let worker = |(conn, worker)| worker_status(now, worker, held.remove(&conn).unwrap_or_default());
         let left = (stage.units - stage.done - stage.given_up) as f64;
         JobStatus {
             kind: self.settings.kind.clone(),
@@ -50,24 +57,23 @@ impl JobCore {
             units_per_second,
             seconds_left: (units_per_second > 0.0 && self.outcome.is_none()).then(|| left / units_per_second),
             results: self.results.to_map(),
-            workers: self.workers.iter().map(|(conn, worker)| self.worker_status(now, conn, worker)).collect(),
+            workers: self.workers.iter().map(worker).collect(),
             given_up: self.units.given_up().into_iter().take(MOST_LISTED).map(Into::into).collect(),
         }
     }
+}
 
-    fn worker_status(&self, now: Time, conn: ConnId, worker: &Worker) -> JobWorker {
-        let mine = self.units.leases().filter(|lease| lease.holder == conn);
-        JobWorker {
-            worker_id: worker.hello.worker_id.clone(),
-            host: worker.hello.host.clone(),
-            pid: worker.hello.pid,
-            device: crate::core::device(&worker.hello),
-            slots: worker.slots,
-            held: mine.map(|lease| HeldUnit { unit: lease.unit.to_string(), done: lease.done, held_ms: now.since(lease.since) }).collect(),
-            units_done: worker.units_done,
-            silent_ms: now.since(worker.heard),
-            vitals: worker.vitals,
-        }
+fn worker_status(now: Time, worker: &Worker, held: Vec<HeldUnit>) -> JobWorker {
+    JobWorker {
+        worker_id: worker.hello.worker_id.clone(),
+        host: worker.hello.host.clone(),
+        pid: worker.hello.pid,
+        device: crate::core::device(&worker.hello),
+        slots: worker.slots,
+        held,
+        units_done: worker.units_done,
+        silent_ms: now.since(worker.heard),
+        vitals: worker.vitals,
     }
 }
 

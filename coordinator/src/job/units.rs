@@ -56,6 +56,10 @@ pub(super) struct Units {
     all: BTreeMap<Name, Unit>,
     queue: VecDeque<Name>,
     held: BTreeMap<u64, Lease>,
+    /// No lease ends before then.
+    due: Time,
+    /// Samples of what is held that are done.
+    samples: u128,
     next: BTreeSet<Name>,
     stage: Stage,
     last_id: u64,
@@ -99,6 +103,8 @@ impl Units {
             all: BTreeMap::new(),
             queue: VecDeque::new(),
             held: BTreeMap::new(),
+            due: Time::default(),
+            samples: 0,
             next: BTreeSet::new(),
             stage: Stage::default(),
             last_id: 0,
@@ -117,12 +123,26 @@ impl Units {
         self.held.values()
     }
 
-    pub(super) fn held_by(&self, holder: ConnId) -> usize {
-        self.held.values().filter(|lease| lease.holder == holder).count()
+    /// How many units each holder has. Looks at all that are held.
+    pub(super) fn laden(&self) -> BTreeMap<ConnId, usize> {
+        let mut laden = BTreeMap::new();
+        self.held.values().for_each(|lease| *laden.entry(lease.holder).or_default() += 1);
+        laden
     }
 
+    /// Whether any unit waits for a holder.
+    pub(super) fn wait(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Samples of what is held that are done.
+    pub(super) fn samples(&self) -> u64 {
+        u64::try_from(self.samples).unwrap_or(u64::MAX)
+    }
+
+    /// When to look for leases that have ended: not after the first does.
     pub(super) fn deadline(&self) -> Option<Time> {
-        self.held.values().map(|lease| lease.until).min()
+        (!self.held.is_empty()).then_some(self.due)
     }
 
     /// Leases the next unit to the first of `free` that has not failed at it, as long as one of `asking` has not.
@@ -132,6 +152,9 @@ impl Units {
         self.last_id += 1;
         let id = self.last_id;
         self.put(&unit, Place::Held(id));
+        if self.held.is_empty() {
+            self.due = now.after(self.length);
+        }
         self.held.insert(id, Lease { unit: unit.clone(), holder, since: now, until: now.after(self.length), done: 0 });
         Some((holder, id, unit))
     }
@@ -145,7 +168,9 @@ impl Units {
     pub(super) fn renew(&mut self, now: Time, holder: ConnId, renew: v1::LeaseRenew) -> bool {
         let lease = self.held.get_mut(&renew.lease_id).filter(|lease| lease.holder == holder);
         let Some(lease) = lease else { return false };
-        (lease.until, lease.done) = (now.after(self.length), lease.done.max(renew.done));
+        let done = lease.done.max(renew.done);
+        self.samples += u128::from(done - lease.done);
+        (lease.until, lease.done) = (now.after(self.length), done);
         true
     }
 
@@ -160,7 +185,7 @@ impl Units {
             Some(Place::Done) => return Report::DoneBefore,
             None | Some(Place::Named) => return Report::Unknown,
             Some(Place::Waiting) => self.queue.retain(|waiting| *waiting != name),
-            Some(Place::Held(id)) => drop(self.held.remove(&id.clone())),
+            Some(Place::Held(id)) => drop(self.end(*id)),
             Some(Place::GivenUp { .. }) => self.stage.given_up -= 1,
         }
         self.put(&name, Place::Done);
@@ -176,7 +201,7 @@ impl Units {
         }
         let mine = |lease: &&Lease| lease.holder == holder && *lease.unit == *done.unit;
         let Some(name) = self.held.get(&done.lease_id).filter(mine).map(|lease| lease.unit.clone()) else { return Report::Unknown };
-        self.held.remove(&done.lease_id);
+        self.end(done.lease_id);
         let Some(unit) = self.all.get_mut(&name) else { return Report::Unknown };
         unit.failures += 1;
         unit.failed_at.insert(holder);
@@ -196,12 +221,23 @@ impl Units {
 
     /// Requeues what was not renewed in time; gives how many.
     pub(super) fn expire(&mut self, now: Time) -> usize {
-        self.requeue(Return::Lost, |lease| lease.until <= now)
+        if self.deadline().is_none_or(|due| now < due) {
+            return 0;
+        }
+        let expired = self.requeue(Return::Lost, |lease| lease.until <= now);
+        self.due = self.held.values().map(|lease| lease.until).min().unwrap_or_default();
+        expired
+    }
+
+    fn end(&mut self, id: u64) -> Option<Lease> {
+        let lease = self.held.remove(&id)?;
+        self.samples -= u128::from(lease.done);
+        Some(lease)
     }
 
     fn requeue(&mut self, how: Return, which: impl Fn(&Lease) -> bool) -> usize {
         let ids: Vec<u64> = self.held.iter().filter(|(_, lease)| which(lease)).map(|(id, _)| *id).collect();
-        for lease in ids.iter().rev().filter_map(|id| self.held.remove(id)).collect::<Vec<_>>() {
+        for lease in ids.iter().rev().filter_map(|id| self.end(*id)).collect::<Vec<_>>() {
             let Some(unit) = self.all.get_mut(&lease.unit) else { continue };
             unit.losses += u32::from(how == Return::Lost);
             if unit.losses >= MOST_LOSSES {
@@ -291,6 +327,8 @@ impl Units {
             assert_eq!(self.all.get(&lease.unit).map(|unit| &unit.place), Some(&Place::Held(*id)), "J-1: held");
         }
         assert_eq!(of(|place| matches!(place, Place::Held(_))).count(), self.held.len(), "J-1: held");
+        assert_eq!(self.held.values().map(|lease| u128::from(lease.done)).sum::<u128>(), self.samples, "samples of what is held");
+        assert!(self.held.values().all(|lease| self.due <= lease.until), "J-6: a lease ends before anybody looks");
         let Stage { units, done, given_up, .. } = self.stage;
         assert_eq!(self.queue.len() + self.held.len() + done + given_up, units, "J-3: the stage's units");
     }

@@ -52,6 +52,10 @@ impl Workers {
         known
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn oldest_heard(&self) -> Option<Time> {
         self.0.values().map(|worker| worker.heard).min()
     }
@@ -155,9 +159,17 @@ impl JobCore {
         self.lost(now, conn, how.into());
     }
 
-    pub(super) fn silent(&mut self, now: Time, conn: ConnId) {
-        self.counts.add("leases_missed", 1);
-        self.lost(now, conn, Loss::Silent { silent_ms: self.settings.welcome.lease_ms });
+    /// Lets go of workers that were not heard of for too long.
+    pub(super) fn look_for_silent(&mut self, now: Time) {
+        let silent_ms = self.settings.welcome.lease_ms;
+        if now.since(self.all_heard) < silent_ms {
+            return;
+        }
+        for conn in self.workers.silent(now, silent_ms) {
+            self.counts.add("leases_missed", 1);
+            self.lost(now, conn, Loss::Silent { silent_ms });
+        }
+        self.all_heard = self.workers.oldest_heard().unwrap_or(now);
     }
 
     fn lost(&mut self, now: Time, conn: ConnId, how: Loss) {
@@ -190,7 +202,7 @@ impl JobCore {
         let requeued = self.units.drop_holder(conn, how);
         self.counts.add_some("leases_requeued", requeued);
         self.effects.push(Effect::Close(conn));
-        if self.workers.0.is_empty() {
+        if self.workers.is_empty() {
             self.alone = Some(now);
         }
         self.note(JobNote::Gone { worker: worker.hello.worker_id, why, requeued });

@@ -29,6 +29,8 @@ pub(super) enum Input {
     Event(Event),
     /// Someone asks for the status.
     Status(oneshot::Sender<RunStatus>),
+    /// Someone asks whether it is there.
+    Alive(oneshot::Sender<()>),
     /// Something that does not concern the machine is to be told to people.
     Note(Note),
     /// This process is to leave, and nobody else: the coordinator that follows takes the workers over.
@@ -148,6 +150,7 @@ impl Driver {
             match input {
                 Input::Opened(conn, stream) => drop(self.streams.insert(conn, stream)),
                 Input::Status(reply) => drop(reply.send(self.status())),
+                Input::Alive(reply) => drop(reply.send(())),
                 Input::Event(event) => self.handle(event),
                 Input::Note(note) => self.note(&note),
                 Input::HandOver(reason) => self.hand_over(reason),

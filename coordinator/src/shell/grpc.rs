@@ -60,9 +60,13 @@ pub(super) async fn serve(
 
 /// Asks the driver for the status.
 pub(super) async fn ask_status(inputs: &mpsc::Sender<Input>) -> Option<RunStatus> {
+    ask(inputs, Input::Status).await
+}
+
+async fn ask<T>(inputs: &mpsc::Sender<Input>, question: fn(oneshot::Sender<T>) -> Input) -> Option<T> {
     let (reply, answer) = oneshot::channel();
     let asked = async {
-        inputs.send(Input::Status(reply)).await.ok()?;
+        inputs.send(question(reply)).await.ok()?;
         answer.await.ok()
     };
     tokio::time::timeout(ANSWER, asked).await.ok().flatten()
@@ -98,8 +102,12 @@ impl Coordinator for Service {
         Ok(Response::new(ReceiverStream::new(messages).map(|message| Ok(*message)).boxed()))
     }
 
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<RunStatus>, Status> {
-        ask_status(&self.inputs).await.map(Response::new).ok_or_else(no_answer)
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<RunStatus>, Status> {
+        let status = match request.into_inner().alive {
+            true => ask(&self.inputs, Input::Alive).await.map(|()| RunStatus::default()),
+            false => ask_status(&self.inputs).await,
+        };
+        status.map(Response::new).ok_or_else(no_answer)
     }
 
     async fn stop(&self, request: Request<StopRequest>) -> Result<Response<StopReply>, Status> {

@@ -3,7 +3,9 @@
 use super::{RunError, keeper};
 use crate::logs;
 use ella_proto::config::RunConfig;
-use ella_store::{Body, Commit, Fault, Outcome, RunLog, RunState, Store, StoreError, Term, collect_leftovers, probe, verify_commit};
+use ella_store::{
+    Body, Commit, Created, Fault, Outcome, RunLog, RunState, Store, StoreError, Term, collect_leftovers, probe, verify_commit,
+};
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -41,15 +43,15 @@ pub(super) struct Damaged {
 /// Opens the run. Nothing is written to it before its config and log have been found fit.
 pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, RunError> {
     logs::in_run(store.url());
-    let state = RunState::from_records(&RunLog::read(store).await?);
-    let written = check_config(config, store, &state).await?;
+    let mut state = RunState::from_records(&RunLog::read(store).await?);
+    let mut written = check_config(config, store, &state).await?;
     if written.is_none() {
         refuse_data(store).await?;
     }
     if let (None, Some(commit)) = (&written, state.last_commit().filter(|commit| commit.config_digest.to_string() != config.digest())) {
         return Err(RunError::OtherDigest { url: store.url().to_owned(), step: commit.step });
     }
-    let mut damaged = damaged_commits(store, &state).await?;
+    let mut damaged = damaged_commits(store, &mut state).await?;
     if damaged.is_empty()
         && let Some(step) = complete(&state, config)
     {
@@ -62,19 +64,26 @@ pub(super) async fn open_run(config: &RunConfig, store: &Store) -> Result<Run, R
         return Err(RunError::FewerSteps { url: store.url().to_owned(), step: commit.step, steps: config.train.steps });
     }
     probe(store).await?;
+    let effective = config.to_toml();
+    // Before the term is claimed, and once: of coordinators that begin a run at the same time under unlike configs one is refused here.
+    if written.is_none() {
+        written = match store.create(RUN_TOML, effective.clone().into()).await? {
+            Created::Yes => Some(effective.clone()),
+            Created::AlreadyThere => check_config(config, store, &state).await?,
+        };
+    }
     let (mut log, records) = RunLog::claim(store, term(config)?, &nonce(), unix_ms()).await?;
     let before = state.last_commit().map(|commit| commit.step);
     let mut state = Box::new(RunState::from_records(&records));
     logs::in_term(log.term());
     tracing::info!(term = log.term(), commits = state.commits.len(), run = store.url(), "term claimed");
-    let effective = config.to_toml();
     if written.as_deref() != Some(&effective) {
         store.put(RUN_TOML, effective.into()).await?;
     }
     collect(store, &state, log.term()).await;
     if state.last_commit().map(|commit| commit.step) != before {
         // Another coordinator has committed since.
-        damaged = damaged_commits(store, &state).await?;
+        damaged = damaged_commits(store, &mut state).await?;
     }
     if !damaged.is_empty() {
         let body = Body::Retire { commits: damaged.iter().map(|damaged| damaged.folder.clone()).collect() };
@@ -160,8 +169,23 @@ async fn collect(store: &Store, state: &RunState, term: u64) {
 }
 
 /// The newest commits up to one of which every byte is as recorded: those before that one, newest first. A store that cannot be read is an
-/// error, and so is a run in which no commit is whole: nobody asked to begin anew.
-async fn damaged_commits(store: &Store, state: &RunState) -> Result<Vec<Damaged>, RunError> {
+/// error, and so is a run in which no commit is whole: nobody asked to begin anew. A coordinator that has the run still may give commits up, and delete
+/// them, while they are looked at here: then `state` is what it has made of the log since.
+async fn damaged_commits(store: &Store, state: &mut RunState) -> Result<Vec<Damaged>, RunError> {
+    loop {
+        let found = find_damaged(store, state).await;
+        if matches!(&found, Ok(damaged) if damaged.is_empty()) {
+            return found;
+        }
+        let now = RunState::from_records(&RunLog::read(store).await?);
+        if now.commits == state.commits {
+            return found;
+        }
+        *state = now;
+    }
+}
+
+async fn find_damaged(store: &Store, state: &RunState) -> Result<Vec<Damaged>, RunError> {
     let mut damaged = Vec::new();
     for commit in state.commits.iter().rev() {
         let Err(mut problems) = verify_commit(store, commit).await else { return Ok(damaged) };

@@ -92,9 +92,8 @@ impl BucketOrder {
     /// The shards that a lane may read in these global steps, each once.
     pub fn lane_shards(&self, steps: Range<u64>, lane: u32) -> Vec<u32> {
         let mut shards = Vec::new();
-        for (at, group) in self.groups.iter().enumerate() {
-            let own = self.taken(at, steps.start)..self.taken(at, steps.end);
-            let read = group.order.lane_shards(own, lane);
+        for ((group, from), to) in self.groups.iter().zip(self.taken(steps.start)).zip(self.taken(steps.end)) {
+            let read = group.order.lane_shards(from..to, lane);
             shards.extend(read.into_iter().filter_map(|shard| group.shards.get(shard as usize)).map(|(shard, _)| *shard));
         }
         shards
@@ -109,8 +108,7 @@ impl BucketOrder {
     /// The windows that a lane is in at a step or will be in next, of every size: the step that first needs each, and its shards.
     pub fn upcoming(&self, step: u64, lane: u32) -> Vec<(u64, Vec<u32>)> {
         let mut windows = Vec::new();
-        for (at, group) in self.groups.iter().enumerate() {
-            let own = self.taken(at, step);
+        for (at, (group, own)) in self.groups.iter().zip(self.taken(step)).enumerate() {
             for start in [own, group.order.next_window(own, lane)] {
                 let shards = group.order.lane_shards(start..start + 1, lane);
                 windows.push((self.global(at, start), shards.into_iter().map(|shard| group.shards[shard as usize].0).collect()));
@@ -126,12 +124,12 @@ impl BucketOrder {
         epoch * self.steps + self.spread(epoch).rank(group, at)
     }
 
-    /// How many steps a group has taken, over all epochs, before a global step.
-    fn taken(&self, group: usize, step: u64) -> u64 {
+    /// How many steps each group has taken, over all epochs, before a global step.
+    fn taken(&self, step: u64) -> Vec<u64> {
         let Position { epoch, step_in_epoch } = self.position(step);
         let spread = self.spread(epoch);
         let (by, at) = spread.find(step_in_epoch);
-        epoch * self.groups[group].steps + spread.before(group, by, at)
+        self.groups.iter().enumerate().map(|(group, own)| epoch * own.steps + spread.before(group, by, at)).collect()
     }
 
     /// The group that takes a global step, and the group's own number of it.
@@ -187,8 +185,11 @@ struct Spread {
 impl Spread {
     /// The group of the epoch's step `step`, and which of the group's own steps it is.
     fn find(&self, step: u64) -> (usize, u64) {
+        // Each group's steps lie evenly: before any time each has taken its share of all, but for one step.
+        let (total, away) = (self.groups.iter().map(|(steps, _)| u128::from(*steps)).sum::<u128>().max(1), self.groups.len() as u64);
         for (group, (steps, _)) in self.groups.iter().enumerate() {
-            let (mut low, mut high) = (0, *steps);
+            let share = |step: u64| (u128::from(step) * u128::from(*steps) / total) as u64;
+            let (mut low, mut high) = (share(step.saturating_sub(away)).saturating_sub(1), (share(step + away) + 2).min(*steps));
             while low < high {
                 let middle = low + (high - low) / 2;
                 if self.rank(group, middle) < step { low = middle + 1 } else { high = middle }
@@ -289,6 +290,16 @@ mod tests {
             let named = order.lane_shards(from..from + count, lane);
             for step in from..from + count {
                 prop_assert!(order.lane(step, lane).iter().all(|sample| named.contains(&sample.shard)));
+            }
+        }
+    }
+
+    #[test]
+    fn each_step_is_found_however_unlike_the_numbers_of_steps_are() {
+        let spread = Spread { groups: vec![(1, 5), (3_000_000, ONE as u64 - 1), (7, 0), (5_000, 77), (100, 1 << 31), (1, 0)] };
+        for (group, (steps, _)) in spread.groups.iter().enumerate() {
+            for at in [0, 1, steps / 3, steps / 2, steps - 1].into_iter().filter(|at| at < steps) {
+                assert_eq!(spread.find(spread.rank(group, at)), (group, at));
             }
         }
     }

@@ -46,7 +46,7 @@ pub struct Train {
     pub caption_dropout: f64,
     /// Largest gradient norm; 0 turns clipping off.
     pub grad_clip: f64,
-    /// Decay of the exponential moving average of the weights.
+    /// Decay of the exponential moving average of the weights; in the first steps less: at most (1 + step) / (10 + step).
     pub ema_decay: f64,
     /// Min-SNR weighting (arXiv 2303.09556); left out: none.
     #[serde(skip_serializing_if = "Option::is_none")]

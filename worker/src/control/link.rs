@@ -184,7 +184,7 @@ async fn silent(mut client: Client, patience: Duration) {
     let each = patience / PROBES;
     let mut unanswered = 0;
     while unanswered < PROBES {
-        match timeout(each, client.status(StatusRequest {})).await {
+        match timeout(each, client.status(StatusRequest { alive: true })).await {
             Ok(_) => {
                 unanswered = 0;
                 tokio::time::sleep(each).await;

@@ -67,6 +67,28 @@ fn a_lease_that_is_not_renewed_goes_to_another() {
     assert_eq!(job.count("refused_lost_lease"), 1);
 }
 
+/// If all were looked at for each, the signs of life of a thousand workers would take more time than passes between them: minutes here.
+#[test]
+fn signs_of_life_of_many_workers_take_little_time() {
+    const WORKERS: u64 = 1_000;
+    let mut core = JobCore::new(settings(), Time(0));
+    let mut say = |term, n, body| core.handle(Time(1), Event::Message(conn(n), FromWorker { term, generation: 0, body: Some(body) }));
+    for n in 1..=WORKERS {
+        say(0, n, from_worker::Body::Hello(hello(n)));
+        say(SESSION, n, ask(4));
+    }
+    let units: Vec<String> = (0..5 * WORKERS).map(|n| format!("u{n:04}")).collect();
+    say(SESSION, 1, done(1, PLAN, &units.iter().map(String::as_str).collect::<Vec<_>>()));
+    let begin = std::time::Instant::now();
+    for (samples, lease) in (1..=5).flat_map(|samples| (0..4 * WORKERS).map(move |lease| (samples, lease))) {
+        let renew = v1::LeaseRenew { lease_id: 2 + lease, done: samples };
+        assert_eq!(say(SESSION, 1 + lease % WORKERS, from_worker::Body::LeaseRenew(renew)), vec![]);
+    }
+    assert!(begin.elapsed() < std::time::Duration::from_secs(10), "{:?}", begin.elapsed());
+    let job = core.status(Time(1)).job.unwrap();
+    assert_eq!((job.samples, job.units_held, job.workers[7].held.len()), (5 * 4 * WORKERS, 4 * WORKERS, 4));
+}
+
 #[test]
 fn a_failed_unit_is_tried_elsewhere_first() {
     let mut job = Job::planned(&["a", "b"]);

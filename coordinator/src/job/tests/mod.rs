@@ -173,7 +173,7 @@ impl Oracle {
             Effect::Send(conn, ToWorker { body: Some(to_worker::Body::LeaseGrant(granted)), .. }) => {
                 assert!(!was_over, "J-5: a grant after the outcome");
                 let slots = core.workers.iter().find(|(other, _)| other == conn).map(|(_, worker)| worker.slots);
-                let held = core.units.held_by(*conn);
+                let held = core.units.laden().get(conn).copied().unwrap_or(0);
                 assert!(slots.is_none_or(|slots| held <= slots as usize), "J-2: {held} of {slots:?} for {}", granted.unit);
             }
             Effect::Send(..) => assert!(!was_over, "J-5: {effect:?} after the outcome"),
