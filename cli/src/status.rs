@@ -247,10 +247,11 @@ fn folder(status: &FolderStatus) -> String {
     let held_out = status.held_out_loss.map_or_else(String::new, |loss| format!(", on held-out noise {loss:.4}"));
     let drawn = status.sampled_step.map_or_else(String::new, |step| format!("\ndrawn    samples up to step {step}"));
     let counted: String = status.counts.iter().map(|(name, count)| format!("\n{:<8} {name} {count}", "count")).collect();
+    let newest = if *commits == 0 { String::new() } else { format!(", the newest of step {last_commit_step}") };
     let damaged = if status.damaged_lines == 0 { String::new() } else { format!("\ncount    damaged_lines {}", status.damaged_lines) };
     format!(
         "run      {run_url}\noutcome  {outcome}{reason}\nterm     {term}\nstep     {step} of {steps}, {samples} samples{loss}{held_out}\n\
-         commits  {commits} kept, the newest of step {last_commit_step}\nworkers  {membership}{drawn}{counted}{damaged}"
+         commits  {commits} kept{newest}\nworkers  {membership}{drawn}{counted}{damaged}"
     )
 }
 

@@ -192,12 +192,35 @@ async function latePictures(browser, base, folder) {
   await late.context.close();
 }
 
+/** One step makes a point, and no later one is spoken of; an axis tells its scale; a date is the reader's. */
+async function oneStep(browser, base) {
+  const viewport = { width: 1280, height: 900 };
+  const one = await open(browser, base, "/?run=one", { colorScheme: "light", viewport, timezoneId: "Pacific/Auckland" });
+  check((await one.page.textContent("#range")) === "steps 1 to 1", "a run of one step ends with it");
+  const dots = await one.page.evaluate(() => {
+    const canvas = document.querySelectorAll(".plot canvas")[1];
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    // The throughput's colour.
+    return [...data.keys()].filter((at) => at % 4 === 0 && data[at] === 0x0b && data[at + 1] === 0x7a && data[at + 2] === 0x75).length;
+  });
+  check(dots > 5, `and it is drawn (${dots} dots)`);
+  const [first, few] = await one.page.evaluate(async () => {
+    const { ticks } = await import("/assets/chart.js");
+    return [Object.is(ticks(-0.3, 8, 4)[0], 0), ticks(1, 83, 2.4)];
+  });
+  check(first && few.length > 1, `axes have more than one number, and no −0 (${few})`);
+  const at = await one.page.evaluate(async () => (await import("/assets/dom.js")).clock(Date.UTC(2020, 0, 1, 12, 30)));
+  check(at === "2020-01-02 01:30:00", `a time has the date of its own zone (${at})`);
+  await one.context.close();
+}
+
 async function longRun(browser) {
   const folder = join(runs, "<img src=x onerror=alert(1)>");
   mkdirSync(folder);
   drawSamples(folder, [400, 800, 1200, 1600, 2000, 2400, 2800]);
   const done = await serve(join(runs, "finished"), "--steps", "300", "--pace-ms", "2", "--world", "2");
   check((await done.ended) === 0, "a short run trains to its end");
+  await (await serve(join(runs, "one"), "--steps", "1", "--pace-ms", "2", "--world", "2")).ended;
   const served = await serve(folder, "--past", String(STEPS), "--pace-ms", "100", "--loss-of-workers");
   console.log(`    ${STEPS} steps written in ${served.written_seconds} s; the coordinator opened the run in ${served.open_seconds} s`);
   const base = served.http;
@@ -257,7 +280,8 @@ async function longRun(browser) {
   check(true, "dragging zooms");
   await page.click('[data-zoom="whole"]');
   await page.click(".plot details summary");
-  check((await page.locator(".plot details table tbody tr").count()) > 10, "there is a table instead of the curve");
+  await page.waitForFunction(() => document.querySelectorAll(".plot details table tbody tr").length > 10);
+  check(true, "there is a table instead of the curve");
   await page.click(".plot details summary");
 
   await page.selectOption("#with", "finished");
@@ -321,6 +345,7 @@ async function longRun(browser) {
   await shot(finished.page, "finished");
   await finished.context.close();
 
+  await oneStep(browser, base);
   await latePictures(browser, base, folder);
 
   const last = await open(browser, base, "/", { colorScheme: "light", viewport: { width: 1280, height: 900 } });

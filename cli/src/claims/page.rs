@@ -11,7 +11,7 @@ use super::measure::{Compared, Spread};
 use super::recipe::{Kind, base_run};
 use super::{Findings, Lora, pictures};
 use crate::dpg::bad;
-use crate::report::{document, escape};
+use crate::report::{document, escape, scroll};
 use crate::ui::{Fail, count, span};
 
 const OWN: &str = "td.heat { text-align: center; color: #111; }\n.name { font-size: 13px; fill: var(--ink); }\n.pairs img { width: 128px; image-rendering: pixelated; }\n\
@@ -132,7 +132,8 @@ fn pairs(lab: &Lab) -> Result<String, Fail> {
     let (base, connector) = (base_run(seed), Kind::Tsc.run(seed));
     let mut html = format!(
         "<p class=\"soft\">The first {SHOWN} prompts with {SHOWN_OBJECTS} objects or more, the first picture of each, from the same noise.</p>\n\
-         <div class=\"scroll\"><table class=\"pairs\"><tr><th>prompt</th><th>the scene</th><th>base</th><th>connector</th></tr>\n"
+         {}<table class=\"pairs\"><tr><th>prompt</th><th>the scene</th><th>base</th><th>connector</th></tr>\n",
+        scroll("Pictures of prompts")
     );
     for (key, scene) in suite.scenes().filter(|(_, scene)| scene.objects.len() >= SHOWN_OBJECTS).take(SHOWN) {
         let drawn = |run: &str| pictures::first(&lab.at(&format!("drawn/{run}/dense/{key}.png")));
@@ -153,7 +154,7 @@ fn kinds(findings: &Findings) -> String {
     );
     let columns: Vec<&String> =
         findings.kinds.first().map(|(_, spreads)| spreads.keys().filter(|name| !name.contains("object")).collect()).unwrap_or_default();
-    html += "<div class=\"scroll\"><table><tr><th></th>";
+    html += &(scroll("Kinds of connectors") + "<table><tr><th></th>");
     columns.iter().for_each(|name| html += &format!("<th class=\"n\">{}</th>", escape(name)));
     html += "<th class=\"n\">held-out loss</th><th class=\"n\">the paper's DPG-Bench</th></tr>\n";
     for (kind, spreads) in &findings.kinds {
@@ -172,8 +173,10 @@ fn kinds(findings: &Findings) -> String {
 
 fn heat(map: &Map) -> String {
     let mut html = "<h2>c. What the connector looks at, from noise to picture</h2>\n<p class=\"soft\">Attention that a token gets, where the mean token of a prompt gets 1, by what its word tells; \
-                    mean over prompts, queries, blocks and seeds. Colours compare a row's timesteps with each other.</p>\n<div class=\"scroll\"><table><tr><th>timestep</th>"
-        .to_owned();
+                    mean over prompts, queries, blocks and seeds. Colours compare a row's timesteps with each other.</p>\n"
+        .to_owned()
+        + &scroll("Attention by timestep")
+        + "<table><tr><th>timestep</th>";
     map.timesteps.iter().for_each(|timestep| html += &format!("<th class=\"n\">{timestep}</th>"));
     html += "<th class=\"n\">tokens</th></tr>\n";
     for (name, tokens, shares) in &map.kinds {

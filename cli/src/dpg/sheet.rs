@@ -1,6 +1,6 @@
 //! Tables for a terminal, for Markdown and for HTML.
 
-use crate::report::escape;
+use crate::report::{escape, scroll};
 
 /// A table: its columns' names and its rows. The first column is text at the left, those after it are numbers, but for the last `texts`.
 #[derive(Debug, Default)]
@@ -74,7 +74,8 @@ impl Sheet {
             let cells: String = row.cells.iter().enumerate().map(cell).collect();
             format!("<tr{}>{cells}</tr>\n", if row.strong { " class=\"own\"" } else { "" })
         };
-        format!("<div class=\"scroll\"><table><tr>{heads}</tr>\n{}</table></div>\n", self.rows.iter().map(row).collect::<String>())
+        let region = scroll("Scores");
+        format!("{region}<table><tr>{heads}</tr>\n{}</table></div>\n", self.rows.iter().map(row).collect::<String>())
     }
 }
 

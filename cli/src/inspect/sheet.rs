@@ -26,7 +26,7 @@ rect { fill: var(--blue); }
 /// The whole document.
 pub(super) fn page(facts: &DataFacts, looked: &Looked) -> String {
     let title = facts.data.rsplit('/').next().unwrap_or(&facts.data);
-    let mut body = format!("<h1>{}</h1>\n<pre class=\"scroll soft\">{}</pre>\n", escape(title), escape(facts.text()));
+    let mut body = format!("<h1>{}</h1>\n<pre class=\"scroll soft\" tabindex=\"0\">{}</pre>\n", escape(title), escape(facts.text()));
     let _ = writeln!(
         body,
         "<h2>Lengths and sizes</h2>\n<p class=\"soft\">of {} rows, spread over the data set</p>\n<div class=\"hists\">",

@@ -13,7 +13,7 @@ use ella_store::Store;
 use serde_json::json;
 
 use crate::run::RunFolder;
-use crate::ui::{DONE, Fail, Out, bytes};
+use crate::ui::{DONE, Fail, Out, bytes, count};
 use crate::whole::{appear, partial, write};
 use table::Table;
 
@@ -76,7 +76,7 @@ impl Metrics {
         };
         let (steps, columns) = (table.rows, table.columns.len());
         let made = json!({ "file": file, "bytes": size, "steps": steps, "columns": columns });
-        out.result(&made, || format!("{steps} steps, {columns} columns, {} in {file}", bytes(size as u64)));
+        out.result(&made, || format!("{}, {}, {} in {file}", count(steps, "step"), count(columns, "column"), bytes(size as u64)));
         Ok(DONE)
     }
 }
@@ -114,6 +114,9 @@ async fn tensorboard(run: &RunFolder, folder: &Path, out: Out) -> Result<u8, Fai
     let size = records.end()?;
     appear(partial, &path)?;
     let made = json!({ "file": path, "bytes": size, "steps": table.rows, "pictures": pictures.len() });
-    out.result(&made, || format!("{} steps and {} pictures, {} in {}", table.rows, pictures.len(), bytes(size), path.display()));
+    out.result(&made, || {
+        let (steps, pictures) = (count(table.rows, "step"), count(pictures.len(), "picture"));
+        format!("{steps} and {pictures}, {} in {}", bytes(size), path.display())
+    });
     Ok(DONE)
 }

@@ -114,9 +114,10 @@ impl Chart<'_> {
         let base = TOP + self.height;
         let _ = writeln!(svg, "<path class=\"axis\" d=\"M{LEFT} {base}h{WIDTH}\"/>");
         for step in nice(0.0, scale.x, 8) {
-            let x = scale.x(step);
-            let _ =
-                writeln!(svg, "<text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>", base + 22.0, short(step));
+            let (x, word) = (scale.x(step), short(step));
+            // Half of the word must have room beside it: a digit is some 7 wide.
+            let x = x.min(LEFT + WIDTH + RIGHT - 3.6 * word.len() as f64);
+            let _ = writeln!(svg, "<text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{word}</text>", base + 22.0);
         }
     }
 
@@ -184,6 +185,8 @@ mod tests {
         assert!(line.iter().all(|(x, y)| (LEFT..=LEFT + WIDTH).contains(&scale.x(*x)) && (TOP..=TOP + 200.0).contains(&scale.y(*y))));
         let svg = chart.svg();
         assert!(svg.starts_with("<svg") && !svg.contains("NaN"));
+        let long = Chart { label: "x", height: 200.0, steps: 1e6, lines: vec![("loss", &line)], ..Chart::default() }.svg();
+        assert!(long.contains("x=\"900.8\" y=\"244.0\" text-anchor=\"middle\">1000000<"), "the last step's number has room: {long}");
         let empty = Chart { label: "x", height: 100.0, ..Chart::default() }.svg();
         assert!(!empty.contains("NaN") && !empty.contains("inf"));
     }

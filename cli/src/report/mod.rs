@@ -12,7 +12,7 @@ use base64::Engine;
 pub(crate) use chart::short;
 use clap::Args;
 use facts::Facts;
-pub(crate) use page::{document, escape};
+pub(crate) use page::{date, document, escape, scroll};
 use serde_json::json;
 
 use crate::audit::Verdict;

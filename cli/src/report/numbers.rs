@@ -9,6 +9,8 @@ pub(super) type Curve = Vec<(f64, f64)>;
 
 /// Most points of a drawn curve.
 const POINTS: usize = 1200;
+/// Most single points: more would hide the curves.
+const DOTS: usize = 200;
 
 /// A mean over the first and over the last tenth of the steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,6 +46,8 @@ pub(super) struct Numbers {
     pub(super) parts: Vec<(String, f64)>,
     /// Mean seconds of a step in the feeding thread, beside the step.
     pub(super) encode: f64,
+    /// Mean seconds of a step in which gradients were summed beside the backward pass.
+    pub(super) reduce_hidden: f64,
     /// Mean seconds of a step.
     pub(super) step_seconds: f64,
     /// What was skipped, by reason, and what was read through caches, by name (KNOWN).
@@ -58,26 +62,27 @@ pub(super) fn of(metrics: &[Metric]) -> Numbers {
     };
     let loss = curve(|metric| metric.loss);
     let held_out_points = curve(|metric| metric.held_out_loss);
-    let smooth = thin(&smoothed(&loss, (loss.len() / 25).max(1)));
+    let smooth = thin(&smoothed(&loss, (loss.len() / 25).max(1)), POINTS);
     let (samples, seconds) = spans(metrics).fold((0.0, 0.0), |sum, span| (sum.0 + span.samples, sum.1 + span.seconds));
     let mut skipped = BTreeMap::new();
     for (reason, count) in metrics.iter().flat_map(|metric| metric.skipped.iter().chain(&metric.read)) {
         *skipped.entry(reason.clone()).or_default() += count;
     }
     let step_seconds = mean(metrics.iter().map(|metric| metric.step_seconds)).unwrap_or_default();
-    let (parts, encode) = parts(metrics, step_seconds);
+    let (parts, [encode, reduce_hidden]) = parts(metrics, step_seconds);
     Numbers {
         step: last.step,
         held_out: tenths(&held_out_points, last.step),
         training: tenths(&loss, last.step),
-        loss: thin(&loss),
+        loss: thin(&loss, POINTS),
         smooth,
-        held_out_points,
+        held_out_points: thin(&held_out_points, DOTS),
         throughput: throughput(metrics),
         samples_per_second: if seconds > 0.0 { samples / seconds } else { 0.0 },
         trained_seconds: seconds,
         parts,
         encode,
+        reduce_hidden,
         step_seconds,
         skipped,
     }
@@ -96,16 +101,23 @@ fn tenths(points: &Curve, steps: u64) -> Option<Tenths> {
     Some(Tenths { first, last })
 }
 
-/// A running mean over `reach` points on either side.
+/// A running mean over `reach` points on either side, by sums that are kept: a long run has millions of points.
 fn smoothed(points: &Curve, reach: usize) -> Curve {
-    let around = |at: usize| &points[at.saturating_sub(reach)..points.len().min(at + reach + 1)];
-    let value = |at: usize| mean(around(at).iter().map(|(_, value)| *value)).unwrap_or_default();
-    points.iter().enumerate().map(|(at, (step, _))| (*step, value(at))).collect()
+    let mut sums = vec![0.0];
+    sums.extend(points.iter().scan(0.0, |sum, (_, value)| {
+        *sum += value;
+        Some(*sum)
+    }));
+    let mean = |at: usize| {
+        let (from, to) = (at.saturating_sub(reach), points.len().min(at + reach + 1));
+        (sums[to] - sums[from]) / (to - from) as f64
+    };
+    points.iter().enumerate().map(|(at, (step, _))| (*step, mean(at))).collect()
 }
 
 /// Every so manieth point, so that a long run's page stays small; the last one stays.
-fn thin(points: &Curve) -> Curve {
-    let stride = points.len().div_ceil(POINTS).max(1);
+fn thin(points: &Curve, most: usize) -> Curve {
+    let stride = points.len().div_ceil(most).max(1);
     let last = points.len().saturating_sub(1);
     points.iter().enumerate().filter(|(at, _)| at % stride == 0 || *at == last).map(|(_, point)| *point).collect()
 }
@@ -136,24 +148,24 @@ fn throughput(metrics: &[Metric]) -> Curve {
     spans.chunks(piece).filter_map(rate).collect()
 }
 
-/// Mean seconds by part, with what no part accounts for; and apart from them `encode`, which goes on beside the step.
-fn parts(metrics: &[Metric], step_seconds: f64) -> (Vec<(String, f64)>, f64) {
+/// Mean seconds by part, with what no part accounts for; and apart from them `encode` and `reduce_hidden`, which go on beside the step.
+fn parts(metrics: &[Metric], step_seconds: f64) -> (Vec<(String, f64)>, [f64; 2]) {
     let measured: Vec<_> = metrics.iter().filter_map(|metric| metric.parts.as_ref()).collect();
     if measured.is_empty() {
-        return (Vec::new(), 0.0);
+        return (Vec::new(), [0.0; 2]);
     }
     let mut sums = BTreeMap::<String, f64>::new();
     for (name, seconds) in measured.iter().flat_map(|parts| parts.iter()) {
         *sums.entry(name.clone()).or_default() += seconds / measured.len() as f64;
     }
-    let encode = sums.remove("encode").unwrap_or_default();
+    let beside = ["encode", "reduce_hidden"].map(|name| sums.remove(name).unwrap_or_default());
     let rest = step_seconds - sums.values().sum::<f64>();
     let mut parts: Vec<(String, f64)> = sums.into_iter().filter(|(_, seconds)| *seconds > 0.0).collect();
     if rest > 0.0 {
         parts.push(("other".to_owned(), rest));
     }
     parts.sort_by(|a, b| b.1.total_cmp(&a.1));
-    (parts, encode)
+    (parts, beside)
 }
 
 #[cfg(test)]
@@ -161,7 +173,8 @@ mod tests {
     use super::*;
 
     fn metric(term: u64, step: u64, at_unix_ms: u64, loss: f64) -> Metric {
-        let parts = BTreeMap::from([("forward".to_owned(), 0.1), ("encode".to_owned(), 9.0), ("commit".to_owned(), 0.0)]);
+        let parts = [("forward", 0.1), ("encode", 9.0), ("reduce_hidden", 7.0), ("commit", 0.0)];
+        let parts = parts.into_iter().map(|(name, seconds)| (name.to_owned(), seconds)).collect();
         let held_out_loss = step.is_multiple_of(5).then_some(loss);
         Metric {
             term,
@@ -194,10 +207,10 @@ mod tests {
     }
 
     #[test]
-    fn parts_add_up_to_the_step_and_encoding_stands_beside_it() {
+    fn parts_add_up_to_the_step_and_what_goes_on_beside_it_stands_beside_it() {
         let numbers = of(&[metric(1, 1, 0, 1.0)]);
         assert_eq!(numbers.parts, [("other".to_owned(), 0.15), ("forward".to_owned(), 0.1)]);
-        assert_eq!(numbers.encode, 9.0);
+        assert_eq!((numbers.encode, numbers.reduce_hidden), (9.0, 7.0));
     }
 
     #[test]
@@ -211,8 +224,18 @@ mod tests {
     #[test]
     fn long_curves_are_thinned_and_keep_their_end() {
         let long: Curve = (0..10_000).map(|n| (f64::from(n), 0.0)).collect();
-        let thin = thin(&long);
-        assert!(thin.len() <= POINTS + 1 && thin.last() == long.last());
-        assert!(smoothed(&long, 3).len() == long.len());
+        let thinned = thin(&long, POINTS);
+        assert!(thinned.len() <= POINTS + 1 && thinned.last() == long.last());
+        let measured: Vec<_> = (1..=5_000).map(|step| metric(1, step, step, 1.0)).collect();
+        assert!(of(&measured).held_out_points.len() <= DOTS + 1, "dots do not hide the curves");
+    }
+
+    #[test]
+    fn a_running_mean_is_of_the_points_around_and_takes_no_longer_for_a_wide_reach() {
+        let points: Curve = [1.0, 2.0, 6.0, 3.0].iter().enumerate().map(|(at, value)| (at as f64, *value)).collect();
+        assert_eq!(smoothed(&points, 1), [(0.0, 1.5), (1.0, 3.0), (2.0, 11.0 / 3.0), (3.0, 4.5)]);
+        // Means taken one by one would be 4 × 10¹⁰ sums.
+        let long: Curve = (0..500_000).map(|n| (f64::from(n), 2.0)).collect();
+        assert!(smoothed(&long, 40_000).iter().all(|(_, value)| (value - 2.0).abs() < 1e-9));
     }
 }

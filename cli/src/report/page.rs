@@ -115,10 +115,11 @@ fn loss(facts: &Facts, numbers: &Numbers) -> String {
         None => String::new(),
     };
     format!(
-        "<h2>Loss</h2>\n{}<p class=\"key\"><span><i style=\"color:var(--pale)\"></i>each step</span>\
+        "<h2>Loss</h2>\n{}{}</div>\n<p class=\"key\"><span><i style=\"color:var(--pale)\"></i>each step</span>\
          <span><i style=\"color:var(--blue)\"></i>running mean</span><span><i class=\"dot\"></i>held-out noise on fixed samples</span>\
          <span><i class=\"tri\"></i>commit</span><span><i style=\"color:var(--red);border-top-style:dashed\"></i>restart</span></p>\n\
-         <table><tr><th></th><th class=\"n\">first tenth of the steps</th><th class=\"n\">last tenth</th><th class=\"n\">ratio</th></tr>\n{}{}</table>\n",
+         <table><tr><td></td><th class=\"n\">first tenth of the steps</th><th class=\"n\">last tenth</th><th class=\"n\">ratio</th></tr>\n{}{}</table>\n",
+        scroll("Curve of the loss"),
         chart.svg(),
         line("Held-out loss", numbers.held_out),
         line("Training loss", numbers.training)
@@ -135,7 +136,11 @@ fn speed(facts: &Facts, numbers: &Numbers) -> String {
         from_zero: true,
         ..Chart::default()
     };
-    let mut html = format!("<h2>Throughput</h2>\n<p class=\"soft\">Samples per second, by step</p>\n{}", chart.svg());
+    let mut html = format!(
+        "<h2>Throughput</h2>\n<p class=\"soft\">Samples per second, by step</p>\n{}{}</div>\n",
+        scroll("Curve of the throughput"),
+        chart.svg()
+    );
     if numbers.parts.is_empty() {
         return html;
     }
@@ -153,10 +158,11 @@ fn speed(facts: &Facts, numbers: &Numbers) -> String {
     }
     let _ = write!(
         html,
-        "<h2>Where a step's time goes</h2>\n<p class=\"soft\">Mean step of rank 0: {:.1} ms. Encoding runs ahead in its own thread: {:.1} ms a step.</p>\n\
-         <div class=\"bar\">{bar}</div>\n<table>{rows}</table>\n",
+        "<h2>Where a step's time goes</h2>\n<p class=\"soft\">Mean step of rank 0: {:.1} ms. Beside it: encoding ahead {:.1} ms, and summing gradients \
+         during the backward pass {:.1} ms.</p>\n<div class=\"bar\">{bar}</div>\n<table>{rows}</table>\n",
         1000.0 * numbers.step_seconds,
-        1000.0 * numbers.encode
+        1000.0 * numbers.encode,
+        1000.0 * numbers.reduce_hidden
     );
     html
 }
@@ -221,12 +227,18 @@ fn history(facts: &Facts) -> String {
     let devices: Vec<String> = facts.devices.iter().map(escape).collect();
     let devices = if devices.is_empty() { String::new() } else { format!(" Workers computed on {}.", devices.join(", ")) };
     format!(
-        "<h2>Terms and commits</h2>\n<p>{}, of which {} are kept. {}.{devices}</p>\n<div class=\"scroll\"><table><tr><th class=\"n\">term</th>\
+        "<h2>Terms and commits</h2>\n<p>{}, of which {} are kept. {}.{devices}</p>\n{}<table class=\"wide\"><tr><th class=\"n\">term</th>\
          <th>began (UTC)</th><th class=\"n\">from step</th><th class=\"n\">last commit</th><th class=\"n\">workers</th><th>end</th><th>host, version</th></tr>\n{rows}</table></div>\n",
         count(facts.commits.len(), "commit"),
         facts.kept,
-        facts.membership
+        facts.membership,
+        scroll("Terms")
     )
+}
+
+/// Begins what may be wider than a small screen, which keys can move, too.
+pub(crate) fn scroll(what: &str) -> String {
+    format!("<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"{what}\">")
 }
 
 fn ending(term: &TermFact) -> String {
@@ -241,7 +253,7 @@ fn ending(term: &TermFact) -> String {
 }
 
 /// Milliseconds since 1970 as a date (the civil calendar; Hinnant's algorithm, "days to civil").
-fn date(unix_ms: u64) -> String {
+pub(crate) fn date(unix_ms: u64) -> String {
     let seconds = unix_ms / 1000;
     let (days, time) = ((seconds / 86_400) as i64 + 719_468, seconds % 86_400);
     let (era, day_of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));

@@ -10,7 +10,7 @@ use ella_store::Store;
 use image::ImageFormat;
 use image::imageops::FilterType;
 
-use super::page::escape;
+use super::page::{escape, scroll};
 use crate::run::RunFolder;
 use crate::ui::{Fail, count, note};
 
@@ -95,15 +95,20 @@ impl Grid {
         let shown = if self.total > self.columns.len() { format!(", of which {} are shown", self.columns.len()) } else { String::new() };
         let mut html = format!(
             "<p class=\"soft\">Drawn after {}{shown}, from the same noise each time ({}).</p>\n\
-             <div class=\"scroll\"><table class=\"grid\"><tr>",
+             {}<table class=\"grid\"><tr>",
             count(self.total, "step"),
-            escape(&self.how)
+            escape(&self.how),
+            scroll("Samples over steps")
         );
         html += &self.columns.iter().map(|step| format!("<th>{step}</th>")).collect::<String>();
         html += "</tr>\n";
         for (prompt, seed, pictures) in &self.rows {
             let columns = self.columns.len();
-            let _ = write!(html, "<tr><td colspan=\"{columns}\">{} <small>seed {seed}</small></td></tr>\n<tr>", escape(prompt));
+            let _ = write!(
+                html,
+                "<tr><td colspan=\"{columns}\"><span class=\"prompt\">{} <small>seed {seed}</small></span></td></tr>\n<tr>",
+                escape(prompt)
+            );
             for (step, png) in self.columns.iter().zip(pictures) {
                 html += &png.as_ref().map_or("<td></td>".to_owned(), |png| {
                     format!("<td><img alt=\"Step {step}\" src=\"data:image/png;base64,{png}\"></td>")

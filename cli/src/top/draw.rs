@@ -25,6 +25,9 @@ const PARTS: [(&str, Color, char); 9] = [
     ("waits", Color::Red, 'w'),
 ];
 
+/// Characters of all their names and signs in one line.
+const KEYS: u16 = 78;
+
 /// What the lower part shows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Pane {
@@ -165,8 +168,11 @@ fn curve(frame: &mut Frame<'_>, area: Rect, title: &str, all: &[(&Curve, Color)]
     let sets = shown
         .iter()
         .map(|(curve, color)| Dataset::default().marker(Marker::Braille).graph_type(GraphType::Line).style(ui.color(*color)).data(curve));
-    let axis = |low: f64, high: f64| Axis::default().style(ui.dim()).bounds([low, high]).labels([short(low), short(high)]);
-    let chart = Chart::new(sets.collect()).x_axis(axis(from, end.max(from + 1.0))).y_axis(axis(low, high));
+    let axis = |(low, high): (f64, f64)| Axis::default().style(ui.dim()).bounds([low, high]);
+    let across = (from, end.max(from + 1.0));
+    // A point may stand for some steps, and lies in their middle.
+    let steps = axis(across).labels([short(across.0.ceil()), short(across.1.floor())]);
+    let chart = Chart::new(sets.collect()).x_axis(steps).y_axis(axis((low, high)).labels([short(low), short(high)]));
     frame.render_widget(chart.block(block(format!(" {title}{newest} "))), area);
 }
 
@@ -225,13 +231,15 @@ fn event_line(event: &Happening, ui: &Ui) -> Line<'static> {
 
 fn draw_ranks(frame: &mut Frame<'_>, area: Rect, snapshot: &Snapshot, ui: &Ui) {
     let height = 1 + u16::from(usize::from(area.width) < snapshot.verdict.chars().count());
-    let [said, legend, rest] = Layout::vertical([Constraint::Length(height), Constraint::Length(1), Constraint::Min(0)]).areas(area);
+    let (keys, each) = if area.width < KEYS { (2, PARTS.len().div_ceil(2)) } else { (1, PARTS.len()) };
+    let [said, legend, rest] = Layout::vertical([Constraint::Length(height), Constraint::Length(keys), Constraint::Min(0)]).areas(area);
     frame.render_widget(Paragraph::new(snapshot.verdict.as_str()).wrap(Wrap { trim: true }), said);
-    let keys = PARTS.iter().flat_map(|(name, color, sign)| {
+    let key = |(name, color, sign): &(&str, Color, char)| {
         let sign = if ui.plain { format!("{sign}=") } else { "■ ".to_owned() };
-        [Span::styled(sign, ui.color(*color)), Span::styled(format!("{name}  "), ui.dim())]
-    });
-    frame.render_widget(Line::from(keys.collect::<Vec<_>>()), legend);
+        [Span::styled(sign, ui.color(*color)), Span::styled(format!("{name} "), ui.dim())]
+    };
+    let keys = PARTS.chunks(each).map(|parts| Line::from(parts.iter().flat_map(key).collect::<Vec<_>>()));
+    frame.render_widget(Paragraph::new(keys.collect::<Vec<_>>()), legend);
     let wide = area.width >= 70;
     let bar = usize::from(area.width).saturating_sub(if wide { 52 } else { 26 });
     let most = snapshot.ranks.iter().map(|rank| rank.seconds).fold(1e-9, f64::max);
@@ -283,7 +291,7 @@ fn footer(frame: &mut Frame<'_>, area: Rect, snapshot: &Snapshot, ui: &Ui) {
 fn help(frame: &mut Frame<'_>, area: Rect) {
     let text = "q, Esc, Ctrl-C   quit\n← → or Tab       ranks, events, counts\n↑ ↓, PgUp PgDn   scroll; Home: to the top\n\
                 z                the newest tenth of the curves, or all\n?                this help";
-    let [middle] = Layout::horizontal([Constraint::Length(52.min(area.width))]).flex(ratatui::layout::Flex::Center).areas(area);
+    let [middle] = Layout::horizontal([Constraint::Length(60.min(area.width))]).flex(ratatui::layout::Flex::Center).areas(area);
     let [place] = Layout::vertical([Constraint::Length(7.min(area.height))]).flex(ratatui::layout::Flex::Center).areas(middle);
     frame.render_widget(Clear, place);
     frame.render_widget(Paragraph::new(text).block(block(" Keys ".into())), place);
@@ -329,6 +337,17 @@ mod tests {
     fn without_colour_parts_are_told_by_letters() {
         let (text, colored) = screen(120, 40, &training(), &Ui { plain: true, ..Ui::default() });
         assert!(!colored && text.contains("w=waits") && text.contains("ffrwwww") && text.contains("ddff"), "{text}");
+    }
+
+    #[test]
+    fn a_usual_terminal_has_room_for_all_keys_and_the_first_step() {
+        let mut snapshot = training();
+        snapshot.curves.loss = vec![(0.5, 0.2), (2.5, 0.1)];
+        let (text, _) = screen(80, 24, &snapshot, &Ui::default());
+        assert!(text.contains("■ reduce ■ waits") && !text.contains("0.5  "), "{text}");
+        assert!(screen(60, 24, &snapshot, &Ui::default()).0.contains("■ draw ■ other ■ reduce ■ waits"));
+        let (text, _) = screen(80, 24, &snapshot, &Ui { help: true, ..Ui::default() });
+        assert!(text.contains("the newest tenth of the curves, or all"), "{text}");
     }
 
     #[test]

@@ -42,7 +42,9 @@ impl Top {
         let runtime = crate::runtime()?;
         let mut source = runtime.block_on(Source::open(self.what.as_deref(), &self.asked))?;
         let first = runtime.block_on(source.look())?;
-        if self.once || out.json || !std::io::stdout().is_terminal() {
+        // A terminal that only takes lines says so by its name.
+        let dumb = std::env::var_os("TERM").is_some_and(|name| name == "dumb");
+        if self.once || out.json || dumb || !std::io::stdout().is_terminal() {
             out.result(&first, || snapshot::text(&first));
             return Ok(DONE);
         }

@@ -1,11 +1,13 @@
 //! What is shown, as of one moment.
 
 use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use ella_coordinator::history::{Happening, Rank};
 use ella_coordinator::status::JobReport;
 use serde::Serialize;
 
+use crate::report::date;
 use crate::ui::{count, span};
 
 /// Points of a curve, left to right.
@@ -126,12 +128,12 @@ pub(super) fn shares(rank: &Rank) -> Vec<(&'static str, f64)> {
     own.into_iter().chain(rest).filter(|(_, seconds)| *seconds > 0.000_05).collect()
 }
 
-/// An event in one line, with how long ago its time of day was.
+/// An event in one line: the time of day (UTC), with the date if that is not today's. Its words name the step that it is about.
 pub(super) fn told(event: &Happening) -> String {
-    let seconds = event.at_unix_ms / 1000 % 86_400;
-    let at = format!("{:02}:{:02}:{:02}Z", seconds / 3600, seconds / 60 % 60, seconds % 60);
-    let step = event.step.map_or_else(String::new, |step| format!(" step {step}"));
-    format!("{at}{step} {}", event.text)
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    let (at, now) = (date(event.at_unix_ms), date(u64::try_from(now).unwrap_or(u64::MAX)));
+    let today = now.split_inclusive(' ').next().unwrap_or_default();
+    format!("{}Z {}", at.strip_prefix(today).unwrap_or(&at), event.text)
 }
 
 #[cfg(test)]
@@ -197,6 +199,15 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn an_event_names_its_step_once_and_todays_date_not_at_all() {
+        let now = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap();
+        let line = json!({"event": "started", "step": 7, "generation": 2, "at_unix_ms": now});
+        let said = told(&Events::default().add(1, &line).unwrap());
+        assert!(said.ends_with("Z training begins at step 7, generation 2") && said.matches("step 7").count() == 1, "{said}");
+        assert!(!said.contains('-') && said.find("Z ") == Some(8), "{said}");
+    }
+
+    #[test]
     fn all_of_it_is_there_in_plain_lines() {
         let text = text(&training());
         for line in [
@@ -205,7 +216,7 @@ pub(super) mod tests {
             "step     400 of 1000, 10 min 00 s left",
             "workers  2 ranks, 1 without a place; term 0, generation 0",
             "count    workers_lost 1",
-            "event    01:01:01Z rank 2, w2 on h was lost: silent",
+            "event    1970-01-01 01:01:01Z rank 2, w2 on h was lost: silent",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in:\n{text}");
         }

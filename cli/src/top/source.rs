@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use ella_coordinator::client;
-use ella_coordinator::history::{Past, Rank, Reader, judge};
+use ella_coordinator::credentials::Credentials;
+use ella_coordinator::history::{MOST_BUCKETS, Past, Rank, Reader, judge, newest_first};
 use ella_coordinator::status::StatusReport;
 use ella_proto::access::Access;
 use ella_store::{RunLog, RunState, Store};
@@ -34,6 +35,8 @@ struct Seen {
 
 pub(super) struct Source {
     access: Option<Access>,
+    /// What the coordinators of a run's folder are shown: each `ella train` has another address.
+    credentials: Credentials,
     /// Of a run whose folder can be read from here.
     folder: Option<(Store, Reader)>,
     past: Past,
@@ -54,33 +57,37 @@ impl Source {
         if let Some(access) = asked.coordinator(what)? {
             let status = StatusReport::from(client::status(&access).await?);
             let store = if status.job.is_none() { readable(&status.run_url).await } else { None };
-            return Ok(Self::new(Some(access), store, status.steps));
+            return Ok(Self::new(Some(access), &asked.credentials, store, status.steps));
         }
         let run = RunFolder::open(what.unwrap_or_default()).await?;
-        let address = run.store.local_path().and_then(|folder| std::fs::read_to_string(folder.join(ADDRESS)).ok());
-        let access = match address {
-            Some(url) => Some(asked.credentials.access(&url)?),
-            None => None,
-        };
-        let steps = run.config.train.steps;
-        let mut source = Self::new(access, Some(run.store.clone()), steps);
-        // The port of one that was killed may be another's by now.
-        let answer = source.ask().await;
-        if answer.is_none_or(|status| status.run_url != run.store.url()) {
-            source.access = None;
+        if let Some(url) = address(&run.store) {
+            // What will not do is told of now.
+            asked.credentials.access(&url)?;
         }
-        Ok(source)
+        let steps = run.config.train.steps;
+        Ok(Self::new(None, &asked.credentials, Some(run.store), steps))
     }
 
-    fn new(access: Option<Access>, store: Option<Store>, steps: u64) -> Self {
+    fn new(access: Option<Access>, credentials: &Credentials, store: Option<Store>, steps: u64) -> Self {
         let folder = store.map(|store| (store.clone(), Reader::new(store, None)));
-        let (past, state) = (Past::default(), RunState::default());
-        Self { access, folder, past, read: None, state, trouble: None, steps, recent: VecDeque::new(), last: None }
+        let (credentials, past, state) = (credentials.clone(), Past::default(), RunState::default());
+        Self { access, credentials, folder, past, read: None, state, trouble: None, steps, recent: VecDeque::new(), last: None }
     }
 
-    async fn ask(&self) -> Option<StatusReport> {
-        let access = self.access.as_ref()?;
-        client::status(access).await.ok().map(StatusReport::from)
+    /// Asks the coordinator; if it does not answer, the one that may have followed it.
+    async fn ask(&mut self) -> Option<StatusReport> {
+        if let Some(access) = &self.access
+            && let Ok(status) = client::status(access).await
+        {
+            return Some(StatusReport::from(status));
+        }
+        let (store, _) = self.folder.as_ref()?;
+        let url = address(store).filter(|url| self.access.as_ref().is_none_or(|access| access.url != *url))?;
+        let access = self.credentials.access(&url).ok()?;
+        // The port of one that was killed may be another's by now.
+        let status = StatusReport::from(client::status(&access).await.ok().filter(|status| status.run_url == store.url())?);
+        self.access = Some(access);
+        Some(status)
     }
 
     /// What there is now.
@@ -179,6 +186,8 @@ impl Source {
         let (phase, reason) = outcome(&self.state);
         let last = self.past.curves.last();
         let committed = self.state.last_commit();
+        let commit_step = committed.map_or(0, |commit| commit.step);
+        let after = self.past.curves.view(commit_step + 1, u64::MAX, MOST_BUCKETS).buckets;
         let snapshot = Snapshot {
             run: self.folder.as_ref().map_or_else(String::new, |(store, _)| store.url().to_owned()),
             phase: phase.to_owned(),
@@ -186,12 +195,13 @@ impl Source {
             term: self.state.term,
             generation: committed.map_or(0, |commit| commit.generation),
             // A copy may have the commits alone, or more of them than of what was measured.
-            step: last.map(|last| last.step).max(committed.map(|commit| commit.step)).unwrap_or(0),
+            step: last.map_or(0, |last| last.step).max(commit_step),
             steps: self.steps,
             epoch: committed.map(|commit| commit.epoch),
-            samples: committed.map_or(0, |commit| commit.ledger.iter().map(|epoch| epoch.samples).sum()),
+            samples: committed.map_or(0, |commit| commit.ledger.iter().map(|epoch| epoch.samples).sum::<u64>())
+                + after.iter().map(|bucket| bucket.samples).sum::<u64>(),
             loss: last.and_then(|last| last.loss),
-            last_commit_step: committed.map_or(0, |commit| commit.step),
+            last_commit_step: commit_step,
             counts: self.past.skipped.sums().iter().map(|(name, n)| (clean(&format!("skipped_{name}")), *n)).collect(),
             ..Snapshot::default()
         };
@@ -221,7 +231,7 @@ impl Source {
             curves.rate.push((seen.step as f64, seen.rate));
         }
         let mut events: Vec<_> = self.past.events.commits().chain(self.past.events.others()).cloned().collect();
-        events.sort_by_key(|event| std::cmp::Reverse(event.at_unix_ms));
+        newest_first(&mut events);
         events.truncate(EVENTS);
         for rank in &mut ranks {
             (rank.worker, rank.host) = (clean(&rank.worker), clean(&rank.host));
@@ -241,9 +251,84 @@ fn newest(worker: &ella_coordinator::status::WorkerReport) -> Option<Rank> {
     Some(Rank::named(worker.rank?, &worker.worker_id, &worker.host).of_step(&worker.parts?))
 }
 
+/// Where `ella train` says that its coordinator is, on this machine.
+fn address(run: &Store) -> Option<String> {
+    std::fs::read_to_string(run.local_path()?.join(ADDRESS)).ok()
+}
+
 /// The run's folder, if it can be read from this machine.
 async fn readable(url: &str) -> Option<Store> {
     let store = Store::open(url).ok()?;
     let there = store.head(RUN_TOML).await.ok()??;
     (there.bytes > 0).then_some(store)
+}
+
+#[cfg(test)]
+mod tests {
+    use ella_coordinator::shell::{Coordinator, Opened, Options};
+    use ella_proto::config::RunConfig;
+    use ella_store::{Body, Commit, Digest, LedgerEpoch, Part, Term};
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    fn config(url: &str) -> RunConfig {
+        let text = format!("[run]\noutput={url:?}\n[base]\nmodel='m'\n[text]\nmodel='t'\n[data]\npath='d'\n");
+        RunConfig::parse(&text, "x", &[]).unwrap()
+    }
+
+    #[test]
+    fn the_coordinator_that_follows_is_found_at_its_own_address() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = dir.path().to_str().unwrap();
+        crate::runtime().unwrap().block_on(async {
+            let (store, config) = (Store::open(url).unwrap(), config(url));
+            store.put(RUN_TOML, config.to_toml().into()).await.unwrap();
+            // What was killed has left its address, where nobody answers.
+            store.put(ADDRESS, "http://127.0.0.1:1".into()).await.unwrap();
+            let mut source = Source::new(None, &Credentials::default(), Some(store.clone()), 9);
+            assert!(!source.look().await.unwrap().live);
+            let Opened::Ready(coordinator) = Coordinator::open(&config, store.clone(), &Options::default()).await.unwrap() else {
+                panic!("there is nothing to be done")
+            };
+            std::fs::write(dir.path().join(ADDRESS), format!("http://{}", coordinator.addresses().grpc)).unwrap();
+            let (_stop, stops) = mpsc::channel(1);
+            let running = tokio::spawn(coordinator.run(stops));
+            let found = source.look().await.unwrap();
+            assert!(found.live && !found.gone && found.phase == "waiting", "{found:?}");
+            running.abort();
+        });
+    }
+
+    #[test]
+    fn samples_after_the_newest_commit_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = dir.path().to_str().unwrap();
+        crate::runtime().unwrap().block_on(async {
+            let store = Store::open(url).unwrap();
+            store.put(RUN_TOML, config(url).to_toml().into()).await.unwrap();
+            let none = Digest::of(b"");
+            let (mut log, _) =
+                RunLog::claim(&store, Term { host: "h".into(), version: "1".into(), config_digest: none }, "n", 1).await.unwrap();
+            let commit = Commit {
+                step: 60,
+                generation: 1,
+                world: 1,
+                folder: ella_store::commit_folder(60, 1, 1),
+                parts: vec![Part { name: "connector.safetensors".into(), bytes: 1, blake3: none }],
+                config_digest: none,
+                data_digest: none,
+                models_digest: none,
+                epoch: 0,
+                step_in_epoch: 60,
+                ledger: vec![LedgerEpoch { epoch: 0, samples: 240, hash: "0".repeat(32) }],
+                state_digest: none,
+            };
+            log.append(Body::Commit(commit), 2).await.unwrap();
+            let line = |step: u64| format!("{{\"at_unix_ms\":{step},\"step\":{step},\"samples\":4,\"loss\":0.5}}\n");
+            store.put("metrics/000001-000001.jsonl", (line(60) + &line(61)).into()).await.unwrap();
+            let shown = Source::new(None, &Credentials::default(), Some(store), 99).look().await.unwrap();
+            assert_eq!((shown.step, shown.samples), (61, 244));
+        });
+    }
 }

@@ -119,6 +119,12 @@ impl Events {
     }
 }
 
+/// Sorts events that are in the order in which they came about: the newest to the front, of one moment, too.
+pub fn newest_first(events: &mut [Happening]) {
+    events.sort_by_key(|event| event.at_unix_ms);
+    events.reverse();
+}
+
 fn kind(event: &str) -> Kind {
     match event {
         "committed" | "retired" => Kind::Commit,
@@ -135,7 +141,9 @@ fn kind(event: &str) -> Kind {
 fn words(event: &str, line: &Value) -> String {
     let text = |key: &str| line[key].as_str().unwrap_or_default();
     let number = |key: &str| line[key].as_u64().unwrap_or(0);
-    let people = || line["workers"].as_array().map_or(0, Vec::len);
+    let many = |n: u64, thing: &str| format!("{n} {thing}{}", if n == 1 { "" } else { "s" });
+    let length = |key: &str| line[key].as_array().map_or(0, Vec::len) as u64;
+    let people = || many(length("workers"), "worker");
     let rank = line["rank"].as_u64().map_or_else(String::new, |rank| format!("rank {rank}, "));
     match event {
         "attached" => format!("{} came, on {} ({} of {})", text("worker"), text("device"), number("have"), number("need")),
@@ -143,9 +151,9 @@ fn words(event: &str, line: &Value) -> String {
         "stranger" => format!("{} was turned away: {}", text("peer"), text("why")),
         "left" => format!("{} left: {}", text("worker"), text("why")),
         "lost" => format!("{rank}{} was lost: {}", text("worker"), text("why")),
-        "generation" => format!("generation {} from step {}, {} workers", number("generation"), number("from_step"), people()),
+        "generation" => format!("generation {} from step {}, {}", number("generation"), number("from_step"), people()),
         "adopted" => {
-            format!("generation {} goes on under this coordinator at step {}, {} workers", number("generation"), number("step"), people())
+            format!("generation {} goes on under this coordinator at step {}, {}", number("generation"), number("step"), people())
         }
         "regroup" if line["at_boundary"].as_bool() == Some(true) => {
             format!("generation {} ends with its next step: {}", number("generation"), text("reason"))
@@ -156,17 +164,17 @@ fn words(event: &str, line: &Value) -> String {
         }
         "started" => format!("training begins at step {}, generation {}", number("step"), number("generation")),
         "committed" => format!("step {} is committed: {}, {:.1} MB", number("step"), text("folder"), number("bytes") as f64 / 1e6),
-        "retired" => format!("{} older commits are deleted", line["folders"].as_array().map_or(0, Vec::len)),
+        "retired" => format!("deleted by the keep rule: {}", many(length("folders"), "older commit")),
         "damaged" => format!("the commit of step {} is damaged: {}", number("step"), text("what")),
         "draining" => format!("the run was asked to leave: {}", text("reason")),
         "ended" => ended(text("outcome"), &format!(" at step {}", number("step")), text("reason")),
-        "joined" => format!("{} came, on {} ({} workers)", text("worker"), text("host"), number("workers")),
-        "gone" => format!("{} is gone: {}; {} units wait again", text("worker"), text("why"), number("requeued")),
+        "joined" => format!("{} came, on {} ({})", text("worker"), text("host"), many(number("workers"), "worker")),
+        "gone" => format!("{} is gone: {}; to be done anew: {}", text("worker"), text("why"), many(number("requeued"), "unit")),
         "unit_failed" => {
             let given_up = if line["given_up"].as_bool() == Some(true) { "given up" } else { "tried again" };
             format!("{} failed and is {given_up}: {}", text("unit"), text("error"))
         }
-        "stage" => format!("stage {} begins, {} units", number("stage"), number("units")),
+        "stage" => format!("stage {} begins, {}", number("stage"), many(number("units"), "unit")),
         "over" => ended(text("outcome"), "", text("reason")),
         other => format!("{other} {line}"),
     }
@@ -222,12 +230,23 @@ mod tests {
         events.add(1, &generation(1, &["a", "b"])).unwrap();
         let second = events.add(1, &generation(2, &["a", "c", "d"])).unwrap();
         assert_eq!(second.text, "generation 2 from step 2, 3 workers, 2 joined, 1 gone");
-        assert_eq!(events.add(2, &generation(1, &["x"])).unwrap().text, "generation 1 from step 1, 1 workers");
+        assert_eq!(events.add(2, &generation(1, &["x"])).unwrap().text, "generation 1 from step 1, 1 worker");
         let long = events.add(1, &json!({"event": "left", "worker": "w\n".repeat(1000), "why": ""})).unwrap();
         assert!(long.text.chars().count() == LONGEST + 1 && !long.text.contains('\n'));
         // A control character may have more bytes than the space in its place.
         assert_eq!(events.add(1, &json!({"event": "left", "worker": "w\u{85}", "why": "x"})).unwrap().text, "w  left: x");
         assert_eq!(events.add(1, &json!({"step": 3})), None);
+    }
+
+    #[test]
+    fn of_one_moment_what_came_last_is_the_newest() {
+        let mut events = Events::default();
+        let lines = [(7, "generation"), (8, "started"), (8, "retired"), (8, "lost")];
+        lines.iter().for_each(|(at, event)| drop(events.add(1, &json!({"event": event, "at_unix_ms": at, "folders": ["a"]}))));
+        let mut all: Vec<Happening> = events.others().cloned().collect();
+        newest_first(&mut all);
+        assert_eq!(all.iter().map(|one| one.event.as_str()).collect::<Vec<_>>(), ["lost", "retired", "started", "generation"]);
+        assert_eq!(all[1].text, "deleted by the keep rule: 1 older commit");
     }
 
     #[test]

@@ -11,7 +11,7 @@ mod skipped;
 mod verdict;
 
 pub use curves::{Bucket, Curves, MOST_BUCKETS, Spread, View};
-pub use event::{Events, Happening, Kind};
+pub use event::{Events, Happening, Kind, newest_first};
 pub use reader::{Gauge, Reader, term_of};
 pub use skipped::Skipped;
 pub use verdict::{Rank, Timing, Timings, judge};

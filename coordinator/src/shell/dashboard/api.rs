@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::view::{Restored, RunView};
 use super::{Dashboard, Query, Refusal, Shared};
-use crate::history::{Bucket, Happening, Kind, Rank, Spread, judge};
+use crate::history::{Bucket, Happening, Kind, Rank, Spread, judge, newest_first};
 use crate::status::{StatusReport, WorkerReport};
 
 /// Most points of a curve in one answer.
@@ -213,7 +213,7 @@ pub(super) async fn events(State(dashboard): Shared, Query(range): Query<Range>)
     marks.extend(thinned(commits.iter().filter_map(marked).collect()));
     let total = commits.len() + others.len();
     let mut events: Vec<Happening> = commits.into_iter().chain(others).collect();
-    events.sort_by_key(|event| std::cmp::Reverse(event.at_unix_ms));
+    newest_first(&mut events);
     events.truncate(range.limit.unwrap_or(100).min(MOST_ROWS));
     Ok(Json(Happenings { events, total, dropped, marks }))
 }

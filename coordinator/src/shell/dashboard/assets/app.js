@@ -94,7 +94,8 @@ async function attempt(name, work) {
 }
 
 function showRange() {
-  const [from, to] = model.domain;
+  const [from, end] = model.domain;
+  const to = Math.min(end, model.newest);
   const place = (at) => (model.seconds ? span(at) : short(Math.round(at)));
   const width = model.columns?.width ?? 1;
   const each = width > 1 ? `, a point is ${short(width)} ${model.seconds ? "seconds" : "steps"}` : "";
@@ -195,6 +196,7 @@ function showSummary(summary) {
   showEpochs($("epochs"), summary);
   showCounts($("counts"), summary);
   $("foot").textContent = job ? summary.run_url : `${summary.run_url} · term ${summary.term}`;
+  runs.update(summary);
   showNotices();
   if (!before || Boolean(before.job) !== Boolean(job)) showNav();
   if (before && (before.generation !== summary.generation || before.ranks !== summary.ranks)) loadRanks();
@@ -292,7 +294,8 @@ function showNav() {
         }),
     { rootMargin: "-30% 0px -65% 0px" },
   );
-  shown.forEach((section) => seen.observe(section));
+  // What is above them all has no link: none is current there.
+  [document.querySelector(".hero"), ...shown].forEach((section) => seen.observe(section));
 }
 
 function setLink(link, text) {
@@ -304,21 +307,19 @@ function setLink(link, text) {
 }
 
 function take(steps) {
-  const rates = (step, before) => {
-    const millis = before ? step.at_unix_ms - before.at_unix_ms : 0;
-    const seconds = millis > 0 && millis < 60000 ? millis / 1000 : step.step_seconds;
-    return seconds > 0 ? step.samples / seconds : null;
+  // The rate of one step jumps by the clock's grain: it is shown over the newest few.
+  const rate = (step) => {
+    const recent = model.tail.slice(-15);
+    const passed = recent.length ? step.at_unix_ms - recent[0].at_unix_ms : 0;
+    if (passed > 0 && passed < 600000) return [...recent.slice(1), step].reduce((sum, one) => sum + one.samples, 0) / (passed / 1000);
+    return step.step_seconds > 0 ? step.samples / step.step_seconds : null;
   };
   for (const step of steps) {
     const before = model.tail.at(-1);
     if (before && step.step <= before.step) model.tail = model.tail.filter((one) => one.step < step.step);
     if (model.columns && step.step <= (model.columns.last_step ?? 0)) loadCurves();
-    model.tail.push({ ...step, samples_per_second: rates(step, model.tail.at(-1)) });
+    model.tail.push({ ...step, samples_per_second: rate(step) });
   }
-  // The rate of one step jumps by the clock's grain: it is shown over the newest few.
-  const recent = model.tail.slice(-16);
-  const passed = recent.length > 1 ? recent.at(-1).at_unix_ms - recent[0].at_unix_ms : 0;
-  if (passed > 0) model.tail.at(-1).samples_per_second = recent.slice(1).reduce((sum, one) => sum + one.samples, 0) / (passed / 1000);
   if (model.tail.length > TAIL) loadCurves();
   const newest = steps.at(-1)?.step ?? 0;
   if (Math.floor(newest / 64) !== Math.floor((steps[0]?.step ?? 0) / 64)) loadRanks();

@@ -12,12 +12,15 @@ export class Model {
     this.plots = [];
   }
 
-  /** The first and the last step that are shown. */
+  /** The newest step that is known of. */
+  get newest() {
+    return this.tail.at(-1)?.step ?? this.columns?.last_step ?? 2;
+  }
+
+  /** The first and the last step that are shown: at least two. */
   get domain() {
-    const first = this.columns?.first_step ?? 1;
-    const newest = this.tail.length ? this.tail[this.tail.length - 1].step : (this.columns?.last_step ?? 2);
-    const from = Math.max(this.from, first);
-    return [from, Math.max(Math.min(this.to, newest), from + 1)];
+    const from = Math.max(this.from, this.columns?.first_step ?? 1);
+    return [from, Math.max(Math.min(this.to, this.newest), from + 1)];
   }
 
   /** One series in columns, with the newest steps at its end. */
@@ -92,12 +95,17 @@ export function smooth(values, reach) {
   });
 }
 
-function ticks(from, to, most) {
+/** Round numbers within a range, about so many. */
+export function ticks(from, to, most) {
   const raw = (to - from) / Math.max(1, most);
   const ten = 10 ** Math.floor(Math.log10(raw));
-  const unit = [1, 2, 5, 10].map((n) => n * ten).find((n) => n >= raw) || ten * 10;
+  const units = [1, 2, 5, 10].map((n) => n * ten);
+  const fits = units.findIndex((n) => n >= raw);
+  // One label alone tells no scale.
+  const unit = fits > 0 && (to - from) / units[fits] < 2 ? units[fits - 1] : (units[fits] ?? ten * 10);
   const all = [];
-  for (let at = Math.ceil(from / unit) * unit; at <= to + unit * 1e-9 && all.length < 40; at += unit) all.push(at);
+  // + 0: zero has no sign.
+  for (let at = Math.ceil(from / unit) * unit + 0; at <= to + unit * 1e-9 && all.length < 40; at += unit) all.push(at);
   return all;
 }
 
@@ -368,7 +376,8 @@ export class Plot {
     path(line);
     ink.stroke();
     ink.setLineDash([]);
-    if (one.dots && points.x.length < 150) {
+    // A point alone makes no line.
+    if ((one.dots && points.x.length < 150) || points.x.length === 1) {
       ink.fillStyle = color;
       points.x.forEach((step, at) => {
         ink.beginPath();
@@ -409,6 +418,7 @@ export class Plot {
   /** The values at a step, or the newest, in words. */
   say(step, dot) {
     const words = [];
+    const end = Math.min(this.model.domain[1], this.model.newest);
     let named = step;
     for (const { one, points, line } of this.shown) {
       if (!points.x.length) continue;
@@ -421,7 +431,10 @@ export class Plot {
         if (!words.length) named = points.x[near];
       }
       const wide = one.band && points.hi[near] > points.lo[near] ? ` (${num(points.lo[near])} … ${num(points.hi[near])})` : "";
-      words.push(`${this.spec.series.length > 1 ? `${one.label} ` : ""}${num(points.mid[near])}${wide}`);
+      // Nothing newer was finite.
+      const old = step === null && !one.dots && !one.other && points.x[near] + (this.model.columns?.width ?? 1) <= end;
+      const when = old ? ` (${this.model.seconds ? `after ${span(points.x[near])}` : `step ${int(points.x[near])}`})` : "";
+      words.push(`${this.spec.series.length > 1 ? `${one.label} ` : ""}${num(points.mid[near])}${wide}${when}`);
     }
     if (!words.length) return "";
     const where = step === null ? "" : this.model.seconds ? `after ${span(named)}: ` : `step ${int(named)}: `;

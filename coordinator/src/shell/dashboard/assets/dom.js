@@ -67,6 +67,20 @@ export function short(n) {
   return unit === 1 ? int(n) : String(Number((n / unit).toPrecision(4))) + name;
 }
 
+/** Bytes, in the unit that suits. */
+export function bytes(n) {
+  const [unit, name] = [
+    [1e12, "TB"],
+    [1e9, "GB"],
+    [1e6, "MB"],
+    [1e3, "kB"],
+  ].find(([size]) => n >= size) || [1, "B"];
+  return `${(n / unit).toLocaleString("en", { maximumFractionDigits: unit > 1 ? 1 : 0 })} ${name}`;
+}
+
+/** So many of a thing. */
+export const many = (n, thing) => `${int(n)} ${thing}${n === 1 ? "" : "s"}`;
+
 /** A time span. */
 export function span(seconds) {
   if (!Number.isFinite(seconds)) return "–";
@@ -83,12 +97,13 @@ export const ms = (seconds) => {
   return `${millis.toLocaleString("en", { maximumFractionDigits: millis >= 100 ? 0 : millis >= 10 ? 1 : 2 })} ms`;
 };
 
-/** A time of day, with the date if it is not today's. */
+/** A time of day where the reader is, with the date there if it is not today's. */
 export function clock(unixMs) {
   if (!unixMs) return "–";
   const at = new Date(unixMs);
   const time = at.toLocaleTimeString("en-GB");
-  return at.toDateString() === new Date().toDateString() ? time : `${at.toISOString().slice(0, 10)} ${time}`;
+  const date = [at.getFullYear(), at.getMonth() + 1, at.getDate()].map((n) => String(n).padStart(2, "0")).join("-");
+  return at.toDateString() === new Date().toDateString() ? time : `${date} ${time}`;
 }
 
 /** The run that this page shows, if it is another than the coordinator's own. */

@@ -1,6 +1,6 @@
 // Everything below the curves: units, ranks, events, data, runs.
 
-import { $, h, fill, table, ask, int, num, span, clock, ms, RUN } from "./dom.js";
+import { $, h, fill, table, ask, int, num, bytes, span, clock, ms, RUN } from "./dom.js";
 
 const PARTS = [
   ["data", "waits for samples"],
@@ -360,34 +360,27 @@ export function showEpochs(place, summary) {
 }
 
 export function showCounts(place, summary) {
-  const counts = Object.entries(summary.counts).map(([name, n]) => [name, int(n)]);
-  const skipped = Object.entries(summary.skipped).map(([name, n]) => [name, int(n)]);
+  const rows = (counts) => Object.entries(counts).map(([name, n]) => [name, name.endsWith("_bytes") ? bytes(n) : int(n)]);
+  const counted = (title, counts) =>
+    h(
+      "div",
+      {},
+      h("h3", {}, title),
+      rows(counts).length
+        ? table(
+            title,
+            [
+              ["What", "code"],
+              ["Count", "n"],
+            ],
+            rows(counts),
+          )
+        : h("p", { class: "empty" }, "Nothing."),
+    );
   fill(
     place,
-    h("h3", {}, "Refused, retried, skipped"),
-    counts.length
-      ? table(
-          "Counts of this coordinator",
-          [
-            ["What", "code"],
-            ["Times", "n"],
-          ],
-          counts,
-        )
-      : h("p", { class: "empty" }, "Nothing by this coordinator."),
-    skipped.length
-      ? [
-          h("h3", {}, "Samples skipped since the run began"),
-          table(
-            "Samples skipped",
-            [
-              ["Why", "code"],
-              ["Samples", "n"],
-            ],
-            skipped,
-          ),
-        ]
-      : null,
+    RUN ? null : counted("Counted by this coordinator: refused, retried, skipped, read", summary.counts),
+    summary.job ? null : counted("Skipped or cut since the run began: samples, captions, steps", summary.skipped),
   );
 }
 
@@ -420,21 +413,34 @@ export class Runs {
     );
   }
 
+  reached({ step, steps, loss }) {
+    return [`${int(step)}${steps ? ` of ${int(steps)}` : ""}`, num(loss)];
+  }
+
+  /** The coordinator's own run, as the rest of the page has it. */
+  update(summary) {
+    const row = RUN ? null : $("runs-body").querySelector("tr.own");
+    if (!row) return;
+    [summary.phase + (summary.reason ? `: ${summary.reason}` : ""), ...this.reached(summary)].forEach((text, at) => fill(row.cells[at + 1], text));
+  }
+
   async load(summary) {
     if (summary?.job) return;
     const found = await ask("runs");
     this.runs = found.runs;
     const shown = RUN || found.runs[0]?.name;
-    const rows = found.runs.map((run) => [
-      [
-        run.name === shown ? h("strong", {}, run.name) : h("a", { href: run.own ? "/" : `/?run=${encodeURIComponent(run.name)}` }, run.name),
-        run.own ? " (this coordinator's)" : "",
+    const rows = found.runs.map((run) => ({
+      kind: run.own ? "own" : null,
+      cells: [
+        [
+          run.name === shown ? h("strong", {}, run.name) : h("a", { href: run.own ? "/" : `/?run=${encodeURIComponent(run.name)}` }, run.name),
+          run.own ? " (this coordinator's)" : "",
+        ],
+        run.problem ? h("span", { class: "k-lost" }, run.problem) : run.state + (run.reason ? `: ${run.reason}` : ""),
+        ...this.reached(run),
+        run.at_unix_ms ? clock(run.at_unix_ms) : "now",
       ],
-      run.problem ? h("span", { class: "k-lost" }, run.problem) : run.state + (run.reason ? `: ${run.reason}` : ""),
-      `${int(run.step)}${run.steps ? ` of ${int(run.steps)}` : ""}`,
-      run.loss === null ? "–" : num(run.loss),
-      run.at_unix_ms ? clock(run.at_unix_ms) : "now",
-    ]);
+    }));
     const left = found.left_off ? ` ${int(found.left_off)} more folders were not looked at.` : "";
     fill(
       $("runs-body"),
@@ -456,6 +462,7 @@ export class Runs {
       ),
       left ? h("p", { class: "muted" }, left) : null,
     );
+    if (summary) this.update(summary);
     const others = found.runs.filter((run) => run.name !== shown && !run.problem);
     fill(
       this.select,

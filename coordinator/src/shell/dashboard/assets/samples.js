@@ -1,6 +1,6 @@
 // Pictures that training drew: a row for each prompt, a column for each step.
 
-import { $, h, fill, ask, int, RUN } from "./dom.js";
+import { $, h, fill, ask, int, many, RUN } from "./dom.js";
 
 export class Samples {
   constructor() {
@@ -87,8 +87,8 @@ export class Samples {
     const prompts = new Set([...rows.values()].map((row) => row.prompt)).size;
     const left = indexes.reduce((sum, index) => sum + (index.left_out || 0), 0);
     $("samples-of").textContent =
-      `${int(this.steps.length)} steps, ${int(prompts)} prompts${left ? `, ${int(left)} pictures left out` : ""}`;
-    this.grid.style.gridTemplateColumns = `minmax(5.5rem, 1.1fr) repeat(${steps.length}, minmax(0, 1fr))`;
+      `${many(this.steps.length, "step")}, ${many(prompts, "prompt")}${left ? `, ${many(left, "picture")} left out` : ""}`;
+    this.grid.style.gridTemplateColumns = `minmax(max(20%, 7rem), 1fr) repeat(${steps.length}, minmax(0, 11.5rem))`;
     const head = [
       h("span", {}),
       ...steps.map((step, at) =>
