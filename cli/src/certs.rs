@@ -18,6 +18,10 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Whose certificates are made beside the coordinator's: each is for the name ROLE.ella.
 const ROLES: [&str; 3] = ["worker", "viewer", "admin"];
 
+/// What is a host.
+const HOST: &str = "it must be an address, or a name as in coordinator.example or *.example: between its dots 1 to 63 letters, digits, - and _, \
+                    with no - at either end; without a scheme and a port";
+
 /// What may do what, as `ella-coordinator --access` reads it.
 const ACCESS: &str = "# Who may do what: docs/security.md says more.\n";
 
@@ -46,8 +50,15 @@ struct Made {
 /// A name or an address: with a scheme or a port, a certificate would never be for what it is reached by.
 fn name(host: &str) -> Result<String, String> {
     let is_address = host.parse::<std::net::IpAddr>().is_ok();
-    let is_name = !host.is_empty() && host.chars().all(|c| c.is_ascii_alphanumeric() || "-._*".contains(c));
-    if is_address || is_name { Ok(host.to_owned()) } else { Err("a name or an address, without a scheme and a port".to_owned()) }
+    // A wildcard is the whole first part, or none.
+    let is_name = host.len() <= 253 && host.strip_prefix("*.").unwrap_or(host).split('.').all(is_part);
+    if is_address || is_name { Ok(host.to_owned()) } else { Err(HOST.to_owned()) }
+}
+
+/// Whether a name may have it between two dots: else the certificate is for nothing that a client would ask for.
+fn is_part(part: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+    (1..=63).contains(&part.len()) && part.chars().all(fits) && !part.starts_with('-') && !part.ends_with('-')
 }
 
 impl Certs {
@@ -196,8 +207,15 @@ mod tests {
 
     #[test]
     fn a_host_is_a_name_or_an_address() {
-        assert!(["localhost", "ella-0.ella", "10.0.0.1", "::1"].iter().all(|host| name(host).is_ok()));
-        assert!(["", "localhost:7000", "https://localhost", "[::1]", "a b"].iter().all(|host| name(host).is_err()));
+        let longest = "a".repeat(63);
+        for host in ["localhost", "ella-0.ella", "10.0.0.1", "::1", "*.example", "_x.example", &longest] {
+            assert!(name(host).is_ok(), "{host}");
+        }
+        let long = format!("{longest}a");
+        for host in ["", "localhost:7000", "https://localhost", "[::1]", "a b", "..", "a..b", "a.", "-a", "a-.b", "*", "a.*", "a*.b", &long]
+        {
+            assert!(name(host).is_err_and(|error| error.contains("1 to 63 letters")), "{host}");
+        }
     }
 
     #[test]

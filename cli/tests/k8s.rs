@@ -58,6 +58,7 @@ fn what_cannot_be_is_refused() {
     ella(here, &["k8s", "render", "run.toml", "--image", "worker=ella-worker:latest"]).fails(2, &["a tag other than latest"]);
     ella(here, &["k8s", "render", "run.toml", "--image", "trainer=x:1"]).fails(2, &["`--image` is of trainer"]);
     ella(here, &["k8s", "render", "run.toml", "--volume", "/srv"]).fails(2, &["nfs:SERVER:/FOLDER"]);
+    ella(here, &["k8s", "render", "run.toml", "--egress", "0"]).fails(2, &["--egress", "1..=65535"]);
     if cfg!(not(feature = "k8s-client")) {
         ella(here, &["k8s", "cancel", "first"]).fails(2, &["ella k8s cancel: this build has no client", "--features k8s-client"]);
     }

@@ -37,6 +37,18 @@ const KINDS: [(&str, &str, &str); 15] = [
     ("", "v1", "PersistentVolume"),
 ];
 
+/// Most runs have none of these, or an administrator makes them: who may not ask for them can still take the rest away.
+const NOT_OURS: [&str; 5] = ["JobSet", "ServiceMonitor", "PrometheusRule", "ClusterRoleBinding", "PersistentVolume"];
+
+/// What became of a run that was taken away.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// What is gone.
+    pub gone: Vec<String>,
+    /// What may be there still: the cluster does not let this user look for it, or delete it.
+    pub left: Vec<String>,
+}
+
 /// Why a cluster did not do as it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -190,35 +202,47 @@ impl Cluster {
     }
 
     /// Takes the run away, once its workers have committed and left: they are given `patience` for that, or none with [`Duration::ZERO`].
-    /// The run's folder stays. Gives what was taken away.
+    /// The run's folder stays. Gives what was taken away, and what only an administrator may look for.
     ///
     /// # Errors
     /// If there is no such run, workers do not leave in time, or the cluster refuses.
-    pub async fn cancel(&self, name: &str, patience: Duration) -> Result<Vec<String>, ClientError> {
+    pub async fn cancel(&self, name: &str, patience: Duration) -> Result<Taken, ClientError> {
         if patience > Duration::ZERO {
             let job = self.suspend(name).await?;
             self.workers_gone(name, &job, patience).await?;
         }
-        let mut gone = Vec::new();
-        let mine = ListParams::default().labels(&format!("app.kubernetes.io/instance={name}"));
+        let mut taken = Taken::default();
         for kind in KINDS {
-            let api = self.api(kind, &self.namespace);
-            let found = match api.list(&mine).await {
-                Err(error) if is_unknown(&error) => continue,
-                found => found.map_err(|e| refused(kind.2, e))?,
-            };
-            // What belongs to no namespace may be another's of the same name.
-            let ours = |object: &String| !CLUSTER_SCOPED.contains(&kind.2) || object.starts_with(&format!("{}-{name}-", self.namespace));
-            for object in found.items.iter().map(ResourceExt::name_any).filter(ours) {
-                let what = format!("{} {object}", kind.2);
-                match api.delete(&object, &DeleteParams::background()).await {
-                    Err(error) if is_unknown(&error) => {}
-                    done => drop(done.map_err(|e| refused(&what, e))?),
-                }
-                gone.push(what);
+            self.take_kind(name, kind, &mut taken).await?;
+        }
+        if taken.gone.is_empty() { Err(self.no_run(name)) } else { Ok(taken) }
+    }
+
+    /// Takes away what the run has of one kind.
+    async fn take_kind(&self, name: &str, kind: (&str, &str, &str), taken: &mut Taken) -> Result<(), ClientError> {
+        let api = self.api(kind, &self.namespace);
+        let mine = ListParams::default().labels(&format!("app.kubernetes.io/instance={name}"));
+        let found = match api.list(&mine).await {
+            Err(error) if is_unknown(&error) => return Ok(()),
+            Err(error) if is_not_ours(kind.2, &error) => {
+                taken.left.push(kind.2.to_owned());
+                return Ok(());
+            }
+            found => found.map_err(|e| refused(kind.2, e))?,
+        };
+        // What belongs to no namespace may be that of a run of this name in another.
+        let own = ["token-review", "data"].map(|of| format!("{}-{name}-{of}", self.namespace));
+        let ours = |object: &String| !CLUSTER_SCOPED.contains(&kind.2) || own.contains(object);
+        for object in found.items.iter().map(ResourceExt::name_any).filter(ours) {
+            let what = format!("{} {object}", kind.2);
+            match api.delete(&object, &DeleteParams::background()).await {
+                Ok(_) => taken.gone.push(what),
+                Err(error) if is_unknown(&error) => taken.gone.push(what),
+                Err(error) if is_not_ours(kind.2, &error) => taken.left.push(what),
+                Err(error) => return Err(refused(&what, error)),
             }
         }
-        if gone.is_empty() { Err(self.no_run(name)) } else { Ok(gone) }
+        Ok(())
     }
 
     async fn change_job(&self, name: &str, change: &Value) -> Result<DynamicObject, ClientError> {
@@ -285,6 +309,11 @@ impl Cluster {
 /// There is no such object, or the cluster does not know its kind.
 fn is_unknown(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 404)
+}
+
+/// This user may not ask for it, and need not.
+fn is_not_ours(kind: &str, error: &kube::Error) -> bool {
+    NOT_OURS.contains(&kind) && matches!(error, kube::Error::Api(status) if status.code == 403)
 }
 
 fn refused(what: &str, source: kube::Error) -> ClientError {

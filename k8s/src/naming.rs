@@ -6,7 +6,7 @@ use serde_json::Value;
 /// What every name in our files begins with.
 const OURS: &str = "train";
 /// The namespace in our files.
-const NAMESPACE: &str = "ella";
+pub(crate) const NAMESPACE: &str = "ella";
 
 /// Renames all objects, and all that refers to them: names that begin with `train-`, or for objects of the whole cluster with `ella-train-`,
 /// the label of the instance, and the namespace.

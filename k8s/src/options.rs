@@ -11,8 +11,8 @@ const GRACE: u64 = 300;
 const GRACES: (u64, u64) = (60, 3600);
 /// Overlays of clouds, each of which wants an identity of its own.
 const CLOUDS: [&str; 3] = ["s3", "gcs", "azure"];
-/// Parts of an environment variable's name that tell of a secret.
-const SECRETS: [&str; 4] = ["SECRET", "PASSWORD", "TOKEN", "ACCESS_KEY"];
+/// Parts of an environment variable's name that tell of a secret. Not every KEY does: AWS_SSE_KMS_KEY_ID is one's name.
+const SECRETS: [&str; 9] = ["SECRET", "PASSWORD", "TOKEN", "ACCESS_KEY", "ACCOUNT_KEY", "API_KEY", "CUSTOMER_KEY", "MASTER_KEY", "SAS_KEY"];
 
 /// How a run or job is to stand in a cluster. What is left out has the overlays' values.
 #[derive(Clone, Debug, Default)]
@@ -253,6 +253,9 @@ mod tests {
             (said(|o| o.gpus = Some(8)), "a worker computes on one GPU at most"),
             (said(|o| o.save_seconds = Some(f64::NAN)), "`--save-seconds` is NaN"),
             (said(|o| o.env = vec![("AWS_SECRET_ACCESS_KEY".to_owned(), "hidden".to_owned())]), "the Secret ella-s3"),
+            (said(|o| o.env = vec![("AZURE_STORAGE_ACCOUNT_KEY".to_owned(), "hidden".to_owned())]), "the Secret ella-s3"),
+            (said(|o| o.env = vec![("AZURE_STORAGE_SAS_KEY".to_owned(), "hidden".to_owned())]), "the Secret ella-s3"),
+            (said(|o| o.env = vec![("OPENAI_API_KEY".to_owned(), "hidden".to_owned())]), "the Secret ella-s3"),
             (said(|o| o.identity = some("arn:x")), "--overlay s3, gcs or azure"),
             (said(|o| o.queue = some("q")), "--overlay kueue"),
             (said(|o| o.mount = some("/x")), "it goes with --volume"),
@@ -266,6 +269,7 @@ mod tests {
         assert_eq!(said(|o| o.worker_image = Some(format!("h:5000/w@sha256:{}", "0".repeat(64)))), "");
         assert_eq!(said(|o| (o.cpu, o.memory) = (some("500m"), some("1.5Gi"))), "");
         assert_eq!(said(mounted("/srv/data/")), "");
+        assert_eq!(said(|o| o.env = vec![("AWS_SSE_KMS_KEY_ID".to_owned(), "id".to_owned())]), "");
     }
 
     #[test]

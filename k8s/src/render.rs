@@ -58,7 +58,7 @@ pub fn render(text: &str, origin: &str, set: &[String], options: &Options) -> Re
     let config = parse(text, origin, set)?;
     let mut notes = places::check(&config, options.mounted().as_deref(), &options.overlays, &options.egress)?;
     let name = name_of(&config, options)?;
-    let namespace = options.namespace.clone().unwrap_or_else(|| "ella".to_owned());
+    let namespace = options.namespace.clone().unwrap_or_else(|| naming::NAMESPACE.to_owned());
     let mut objects = kustomize::build("base", &components(options))?;
     if options.overlays.iter().any(|overlay| overlay == "jobset") {
         workers::as_jobset(&mut objects)?;
@@ -78,6 +78,12 @@ pub fn render(text: &str, origin: &str, set: &[String], options: &Options) -> Re
     objects.retain(|object| !(options.namespaced_only && CLUSTER_SCOPED.contains(&id(object)[0])));
     let rank = |object: &Value| ORDER.iter().position(|kind| *kind == id(object)[0]).unwrap_or(ORDER.len());
     objects.sort_by(|a, b| (rank(a), id(a)).cmp(&(rank(b), id(b))));
+    if !options.namespaced_only && namespace != naming::NAMESPACE {
+        notes.push(format!(
+            "the namespace {namespace} is made, or if it is there told to enforce the policy `restricted` on all its pods, others' too; \
+             --namespaced-only leaves it as it is"
+        ));
+    }
     if options.namespaced_only {
         notes.push(format!("left out are {}, which an administrator must have made", CLUSTER_SCOPED.join(", ")));
     }

@@ -81,7 +81,20 @@ fn equip(pod: &mut Value, config: &Config, options: &Options) -> Option<String> 
         _ => "auto",
     };
     set_env(container, "ELLA_DEVICE", word);
+    if gpus > 0 {
+        bear_gpu_nodes(pod);
+    }
     (gpus > 0 && !computes).then(|| "workers.device = \"cpu\": each worker takes a GPU, and does not use it".to_owned())
+}
+
+/// Nodes with GPUs are often tainted, so that nothing else takes their room.
+fn bear_gpu_nodes(pod: &mut Value) {
+    if item(&mut pod["tolerations"], "key", GPU).is_some() {
+        return;
+    }
+    if let Some(tolerations) = pod["tolerations"].as_array_mut() {
+        tolerations.push(json!({ "key": GPU, "operator": "Exists", "effect": "NoSchedule" }));
+    }
 }
 
 /// What is the same for all pods.

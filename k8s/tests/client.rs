@@ -20,6 +20,8 @@ struct Fake {
     objects: Arc<Mutex<BTreeMap<String, Value>>>,
     /// Pods that the workers' Job has until it was looked at so often.
     looks: Arc<Mutex<u32>>,
+    /// Parts of paths that this user may not ask for.
+    forbidden: &'static [&'static str],
 }
 
 impl Fake {
@@ -37,6 +39,7 @@ impl Fake {
         let (path, query) = (parts.uri.path().to_owned(), parts.uri.query().unwrap_or_default().to_owned());
         let body: Value = serde_json::from_slice(&body.collect_bytes().await.unwrap()).unwrap_or_default();
         let (code, text) = match parts.method {
+            _ if self.forbidden.iter().any(|part| path.contains(part)) => refusal(StatusCode::FORBIDDEN, "Forbidden"),
             Method::GET if path.ends_with("/log") => (StatusCode::OK, format!("one line of {path}\nand another\n")),
             Method::GET if query.contains("labelSelector") => self.list(&path, &query),
             Method::GET => self.get(&path),
@@ -93,8 +96,12 @@ impl Fake {
 }
 
 fn not_found() -> (StatusCode, String) {
-    let status = json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404, "message": "not found", "metadata": {} });
-    (StatusCode::NOT_FOUND, status.to_string())
+    refusal(StatusCode::NOT_FOUND, "NotFound")
+}
+
+fn refusal(code: StatusCode, reason: &str) -> (StatusCode, String) {
+    let told = json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code.as_u16(), "message": reason, "metadata": {} });
+    (code, told.to_string())
 }
 
 fn rendered(name: &str) -> Rendered {
@@ -116,8 +123,8 @@ async fn a_run_is_made_resized_and_taken_away_once_its_workers_have_left() {
     assert_eq!((&spec["completions"], &spec["parallelism"]), (&json!(5), &json!(5)));
 
     *fake.looks.lock().unwrap() = 1;
-    let gone = cluster.cancel("first", Duration::from_secs(60)).await.unwrap();
-    assert!(gone.contains(&"ClusterRoleBinding ella-first-token-review".to_owned()), "{gone:?}");
+    let taken = cluster.cancel("first", Duration::from_secs(60)).await.unwrap();
+    assert!(taken.gone.contains(&"ClusterRoleBinding ella-first-token-review".to_owned()) && taken.left.is_empty(), "{taken:?}");
     let left: Vec<String> = fake.objects.lock().unwrap().keys().filter(|path| !path.contains("first-2")).cloned().collect();
     let shared =
         ["/api/v1/namespaces/ella", "clusterroles/ella-token-review", "priorityclasses/ella-coordinator", "priorityclasses/ella-worker"];
@@ -145,7 +152,36 @@ async fn workers_that_do_not_leave_are_waited_for_no_longer_than_said() {
     *fake.looks.lock().unwrap() = u32::MAX;
     let error = cluster.cancel("first", Duration::from_millis(1)).await.unwrap_err();
     assert!(matches!(error, ClientError::Late { left: 1, .. }) && error.to_string().contains("--now"), "{error}");
-    assert!(!cluster.cancel("first", Duration::ZERO).await.unwrap().is_empty());
+    assert!(!cluster.cancel("first", Duration::ZERO).await.unwrap().gone.is_empty());
+}
+
+/// The name of its binding begins as that of the run in `ella`, and its label is the same.
+#[tokio::test]
+async fn a_run_of_the_same_name_in_another_namespace_keeps_what_is_the_whole_clusters() {
+    let fake = Fake::default();
+    let path = |name: &str| format!("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{name}");
+    fake.cluster().submit(&rendered("first")).await.unwrap();
+    let mut other = fake.objects.lock().unwrap()[&path("ella-first-token-review")].clone();
+    other["metadata"]["name"] = "ella-first-first-token-review".into();
+    fake.objects.lock().unwrap().insert(path("ella-first-first-token-review"), other);
+    fake.cluster().cancel("first", Duration::ZERO).await.unwrap();
+    assert!(fake.objects.lock().unwrap().contains_key(&path("ella-first-first-token-review")), "of the namespace ella-first");
+    assert!(!fake.objects.lock().unwrap().contains_key(&path("ella-first-token-review")));
+}
+
+#[tokio::test]
+async fn what_a_user_may_not_ask_for_is_left_and_told_and_the_rest_is_taken_away() {
+    let fake = Fake { forbidden: &["jobsets", "monitoring.coreos.com", "clusterrolebindings", "persistentvolumes"], ..Fake::default() };
+    let options =
+        Options { name: Some("first".to_owned()), namespaced_only: true, overlays: vec!["s3-secret".to_owned()], ..Options::default() };
+    fake.cluster().submit(&render(RUN, "run.toml", &[], &options).unwrap()).await.unwrap();
+    let taken = fake.cluster().cancel("first", Duration::ZERO).await.unwrap();
+    assert_eq!(taken.left, ["JobSet", "ServiceMonitor", "PrometheusRule", "ClusterRoleBinding", "PersistentVolume"]);
+    assert!(fake.objects.lock().unwrap().is_empty(), "{taken:?}");
+    let fake = Fake { forbidden: &["services"], ..fake };
+    fake.cluster().submit(&render(RUN, "run.toml", &[], &options).unwrap()).await.unwrap_err();
+    let error = fake.cluster().cancel("first", Duration::ZERO).await.unwrap_err();
+    assert!(error.to_string().contains("administrator"), "what every run has must be looked for: {error}");
 }
 
 #[tokio::test]

@@ -3,12 +3,12 @@
 use std::io::{ErrorKind, Write};
 use std::time::Duration;
 
-use ella_k8s::client::{ClientError, Cluster};
+use ella_k8s::client::{ClientError, Cluster, Taken};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::{Cancel, Logs, Scale, Submit, There};
-use crate::ui::{DONE, FAILED, Fail, Out, USAGE};
+use crate::ui::{DONE, FAILED, Fail, Out, USAGE, note};
 
 impl From<ClientError> for Fail {
     fn from(error: ClientError) -> Self {
@@ -73,8 +73,17 @@ impl Cancel {
     pub(super) fn run(&self, out: Out) -> Result<u8, Fail> {
         let There { name, namespace, .. } = &self.there;
         let patience = if self.now { Duration::ZERO } else { Duration::from_secs(self.timeout) };
-        let gone = crate::runtime()?.block_on(async { self.there.cluster().await?.cancel(name, patience).await })?;
-        out.result(&json!({ "name": name, "gone": gone }), || format!("{}\n{namespace}/{name} is gone; its folder stays", gone.join("\n")));
+        let taken = crate::runtime()?.block_on(async { self.there.cluster().await?.cancel(name, patience).await })?;
+        let Taken { gone, left } = &taken;
+        if !left.is_empty() {
+            note(format_args!(
+                "{namespace}/{name}: you may not look for, or not delete: {}; if it has any, ask the cluster's administrator",
+                left.join(", ")
+            ));
+        }
+        out.result(&json!({ "name": name, "gone": gone, "left": left }), || {
+            format!("{}\n{namespace}/{name} is gone; its folder stays", gone.join("\n"))
+        });
         Ok(DONE)
     }
 }

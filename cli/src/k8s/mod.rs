@@ -95,7 +95,7 @@ struct What {
     #[arg(long = "env", value_name = "NAME=VALUE", value_parser = pair)]
     env: Vec<(String, String)>,
     /// A TCP port of a store, source or endpoint that the pods may reach, besides 443
-    #[arg(long, value_name = "PORT")]
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     egress: Vec<u16>,
     /// The cloud's identity for the pods, with --overlay s3 (a role's ARN), gcs (a service account) or azure (a client id)
     #[arg(long, value_name = "ID")]

@@ -92,6 +92,31 @@ fn only_the_coordinator_may_ask_the_cluster_and_little() {
     }
 }
 
+#[test]
+fn tokens_are_reviewed_by_who_asks_for_them_alone() {
+    for (name, objects) in everything().into_iter().filter(|(name, _)| !name.contains("claim")) {
+        let reviews = objects.iter().filter_map(template).any(|pod| env(&pod["spec"], "ELLA_TOKEN_REVIEW").is_some());
+        for kind in ["ClusterRole", "ClusterRoleBinding"] {
+            assert_eq!(objects.iter().any(|object| text(object, "/kind") == kind), reviews, "{name}: {kind}");
+        }
+    }
+}
+
+/// A shard's features are gathered there: a gibibyte and more.
+#[test]
+fn temporary_files_of_workers_are_on_a_disk() {
+    for (name, template) in templates(&everything()) {
+        let pod = &template["spec"];
+        if text(pod, "/containers/0/name") != "worker" {
+            continue;
+        }
+        let folder = env(pod, "TMPDIR").unwrap_or_else(|| panic!("{name}: no TMPDIR"));
+        let mount = items(pod, "/containers/0/volumeMounts").find(|mount| mount["mountPath"] == folder).unwrap();
+        let volume = items(pod, "/volumes").find(|volume| volume["name"] == mount["name"]).unwrap();
+        assert!(volume.get("emptyDir").is_some_and(|size| size.get("medium").is_none()), "{name}: {volume}");
+    }
+}
+
 /// Whether a pod with these labels is selected.
 fn selects(selector: &Value, labels: &Value) -> bool {
     selector.as_object().unwrap().iter().all(|(key, value)| labels.get(key) == Some(value))
@@ -191,8 +216,10 @@ fn a_rendering_has_nothing_of_the_name_that_our_files_have() {
             if shared {
                 assert!(whole, "{}: {own} goes with no run", case.name);
             } else {
-                let begins = if whole { format!("{namespace}-{name}-") } else { format!("{name}-") };
-                assert!(own.starts_with(&begins) && labels["app.kubernetes.io/instance"] == **name, "{}: {own}", case.name);
+                // What belongs to no namespace is taken away by these names: `cancel`, and section 10 of docs/kubernetes.md.
+                let known = ["token-review", "data"].map(|of| format!("{namespace}-{name}-{of}"));
+                let named = if whole { known.iter().any(|known| known == own) } else { own.starts_with(&format!("{name}-")) };
+                assert!(named && labels["app.kubernetes.io/instance"] == **name, "{}: {own}", case.name);
             }
             assert!(whole || text(object, "/metadata/namespace") == *namespace, "{}: {own}", case.name);
         }

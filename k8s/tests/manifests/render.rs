@@ -88,6 +88,21 @@ fn gpus_follow_the_device() {
 }
 
 #[test]
+fn who_takes_a_gpu_may_go_where_only_such_may() {
+    let of = |device: &str, overlays: &[&str]| {
+        let set = format!("workers.device={device}");
+        let rendered = rendered(RUN, &[&set], &options(overlays)).unwrap();
+        let job = find(&rendered, "Job").or_else(|| find(&rendered, "JobSet")).unwrap();
+        let tolerations = template(job).unwrap()["spec"]["tolerations"].as_array().unwrap().clone();
+        tolerations.iter().filter(|toleration| toleration["key"] == "nvidia.com/gpu").count()
+    };
+    assert_eq!(of("cpu", &["s3-secret"]), 0);
+    for overlays in [&["s3-secret"][..], &["s3-secret", "jobset"], &["s3-secret", "spot-gpu"]] {
+        assert_eq!(of("cuda", overlays), 1, "{overlays:?}");
+    }
+}
+
+#[test]
 fn a_run_is_told_to_bear_a_node_that_is_gone_unless_it_says_otherwise() {
     let timeout = |set: &[&str]| {
         let rendered = rendered(RUN, set, &options(&["s3-secret"])).unwrap();
@@ -132,6 +147,9 @@ fn what_people_should_know_is_told() {
     assert!(notes(RUN, &options(&[])).contains("no overlay gives the pods credentials"));
     assert!(notes(RUN, &Options { gpus: Some(1), ..options(&["s3-secret"]) }).contains("takes a GPU, and does not use it"));
     assert_eq!(notes(SHARED, &options(&["local"])), "");
+    let team = |namespaced_only| Options { namespace: Some("team".to_owned()), namespaced_only, ..options(&["local"]) };
+    assert!(notes(SHARED, &team(false)).contains("the namespace team is made, or if it is there"));
+    assert!(!notes(SHARED, &team(true)).contains("the namespace team"));
 }
 
 #[test]
