@@ -211,3 +211,21 @@ fn what_embed_made_has_no_originals_and_what_is_not_there_is_not_tried_again() {
         ella(here, &["prepare", "tars", "--out", "x", "--resolution", "64", option, "/dev/null"]).fails(4, &[option, "pipe or device"]);
     }
 }
+
+/// Ragged rows are as long as the captions that are trained on, whatever the data set's other columns have.
+#[test]
+fn a_plan_counts_the_tokens_of_the_columns_that_are_trained_on() {
+    let dir = world();
+    let here = dir.path();
+    let columns = ["--caption", "short=short_caption", "--caption", "long=txt"];
+    ella(here, &[&["prepare", "tars", "--out", "both", "--resolution", "64"][..], &columns].concat()).ok();
+    let run = "[run]\noutput = \"r\"\n[base]\nmodel = \"models/base\"\n[text]\nmodel = \"models/text\"\npadding = \"none\"\n[data]\npath = \"both\"\n";
+    std::fs::write(here.join("run.toml"), run).unwrap();
+    let positions = |set: &[&str]| {
+        let plan = ella(here, &[&["plan", "run.toml", "--json"][..], set].concat()).ok().json();
+        plan["facts"]["positions"].as_f64().unwrap()
+    };
+    let of = |column: &str| positions(&["--set", &format!("data.captions=[{{column=\"{column}\",weight=1.0}}]")]);
+    let (short, long, all) = (of("short"), of("long"), positions(&[]));
+    assert!(long > 2.0 * short && (all - (short + long) / 2.0).abs() < 1e-9, "{short} {long} {all}");
+}

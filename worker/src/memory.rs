@@ -103,9 +103,11 @@ impl Needs {
         let downscale = VaeConfig::read(vae.config)?.downscale().unsigned_abs();
         let sizes = data.shards.iter().filter_map(|shard| shard.size).map(|(width, height)| (u64::from(height), u64::from(width)));
         let (height, width) = sizes.max_by_key(|(height, width)| height * width).unwrap_or_default();
+        let mut config = config.clone();
+        // No more are held out than there are.
+        config.train.eval_samples = config.train.eval_samples.min(usize::try_from(data.samples).unwrap_or(usize::MAX));
         Ok(Self {
             connector_parameters: count(&connector)?,
-            config: config.clone(),
             unet,
             unet_parameters,
             connector,
@@ -115,7 +117,8 @@ impl Needs {
             latents: (height / downscale.max(1), width / downscale.max(1)),
             downscale,
             fused: Compute::fastest(device::kind(config.base.dtype), Device::Cuda(0))?.fused,
-            recorded: if graph::is_wanted() { shapes(config, &data.order_shards()) } else { 0 },
+            recorded: if graph::is_wanted() { shapes(&config, &data.order_shards()) } else { 0 },
+            config,
         })
     }
 
@@ -170,6 +173,11 @@ impl Needs {
         }
         if self.config.connector_dtype() == ConnectorDtype::Bf16 {
             parts.push(weights("the connector's weights as it computes", params, 2));
+        }
+        if self.config.train.eval_every > 0 {
+            let (samples, workers, each) = (self.config.train.eval_samples as u64, self.config.workers.count as u64, self.input_bytes());
+            let formula = format!("{samples} samples (train.eval_samples) / {workers} × {each} bytes: features, latents, noise");
+            parts.push(figure("held-out samples, which stay", samples.div_ceil(workers) * each, formula));
         }
         if self.config.text.features != Features::Cached {
             let number = bytes(self.config.text.dtype);
@@ -484,6 +492,11 @@ mod tests {
         assert_eq!(part(&paper(&["train.reduction=fast"]).plan(32), "the step's sum"), 4 * 66_820_608);
         // 3 steps of 8 lanes of 32: 512 KiB of features, 64 KiB each of latents and noise.
         assert_eq!(part(&plan, "input that is ready"), 3 * 8 * 32 * (512 + 128) * 1024);
+        // 16 of them, unless the config says otherwise.
+        let held_out = |set: &[&str]| part(&paper(set).plan(32), "held-out samples, which stay");
+        assert_eq!(held_out(&[]), 16 * (512 + 128) * 1024);
+        assert_eq!(held_out(&["train.eval_samples=4097", "workers.count=2"]), 2049 * (512 + 128) * 1024);
+        assert_eq!(held_out(&["train.eval_every=0"]), 0);
         // A shape's gradient and lane, and the sum of 8 bytes as it is made one of 4.
         let of_recorded = ["gradients of recorded lanes", "samples of recorded lanes", "the step's sum in float64"];
         assert_eq!(of_recorded.map(|name| part(&plan, name)), [4 * 66_820_608, 32 * (512 + 128) * 1024, 8 * 66_820_608]);

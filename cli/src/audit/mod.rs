@@ -104,7 +104,7 @@ pub(crate) async fn judge(run: &str, data: Option<&str>) -> Result<Verdict, Fail
         verdict.notes.push(format!("{what} turned out to be damaged; the run went on from the one before"));
     }
     verdict.problems.extend(proof::log_problems(&history, &run.config));
-    check_files(&run.store, &history.state, &mut verdict).await;
+    check_files(&run, &history.state, &mut verdict).await;
     leftovers(&run.store, &history, &mut verdict).await?;
     if let Some(last) = history.commits.last() {
         verdict.step = last.step;
@@ -134,12 +134,17 @@ async fn readable(store: &Store) -> Result<Vec<Record>, Fail> {
     Ok(records)
 }
 
-/// Reads every file of every commit that was not given up.
-async fn check_files(store: &Store, state: &RunState, verdict: &mut Verdict) {
+/// Reads every file of every commit that was not given up. A run that goes on gives some up meanwhile.
+async fn check_files(run: &RunFolder, state: &RunState, verdict: &mut Verdict) {
+    let store = &run.store;
     let mut meter = Meter::new("commits", state.commits.len() as u64);
     for (done, commit) in state.commits.iter().enumerate() {
         meter.at(done as u64, &commit.folder);
         let faults = verify_commit(store, commit).await.err().unwrap_or_default();
+        if !faults.is_empty() && run.state().await.is_ok_and(|now| now.retired.contains(&commit.folder)) {
+            verdict.retired += 1;
+            continue;
+        }
         let (whole, bytes) = (faults.is_empty(), commit.parts.iter().map(|part| part.bytes).sum());
         verdict.problems.extend(faults.iter().map(|fault| format!("{}: {fault}", store.url())));
         verdict.commits.push(CommitVerdict { step: commit.step, folder: commit.folder.clone(), bytes, whole });

@@ -188,9 +188,11 @@ fn epochs(expected: &Expected, commit: &Commit, current: u64, due: Tally) -> Vec
 #[cfg(test)]
 mod tests {
     use ella_dataset::order::OrderConfig;
-    use ella_store::{LedgerEpoch, Part, Term};
+    use ella_store::{LedgerEpoch, Part, RunLog, Store, Term};
 
+    use super::super::check_files;
     use super::*;
+    use crate::run::RunFolder;
 
     const CONFIG: OrderConfig = OrderConfig { seed: 3, lanes: 2, micro_batch: 2, window: 2 };
 
@@ -241,6 +243,28 @@ mod tests {
                 .collect(),
             state_digest: Digest::of(b"state"),
         }
+    }
+
+    #[test]
+    fn a_commit_that_is_given_up_while_files_are_read_is_no_problem() {
+        let dir = tempfile::tempdir().unwrap();
+        let verdict = crate::runtime().unwrap().block_on(async {
+            let run = RunFolder::new(Store::open(dir.path().to_str().unwrap()).unwrap(), config());
+            let term = Term { host: "h".into(), version: "1".into(), config_digest: Digest::of(b"") };
+            let (mut log, _) = RunLog::claim(&run.store, term, "n", 1).await.unwrap();
+            let commits = [commit(1), commit(2)];
+            for commit in &commits {
+                log.append(Body::Commit(commit.clone()), 2).await.unwrap();
+            }
+            let before = run.state().await.unwrap();
+            log.append(Body::Retire { commits: vec![commits[0].folder.clone()] }, 3).await.unwrap();
+            let mut verdict = Verdict::default();
+            check_files(&run, &before, &mut verdict).await;
+            verdict
+        });
+        let judged: Vec<_> = verdict.commits.iter().map(|commit| (commit.step, commit.whole)).collect();
+        assert_eq!((judged, verdict.retired), (vec![(2, false)], 1));
+        assert!(verdict.problems.iter().all(|problem| problem.contains("000000000002")), "{:?}", verdict.problems);
     }
 
     fn judged(commits: &[Commit]) -> Verdict {

@@ -106,7 +106,7 @@ pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
         figures.push(Figure { name, value, unit, formula });
         value
     };
-    let (samples, batch) = (facts.samples as f64, facts.global_batch as f64);
+    let samples = facts.samples as f64;
     let epochs = facts.steps as f64 / facts.steps_per_epoch.max(1) as f64;
     add(
         "steps per epoch",
@@ -161,7 +161,8 @@ pub(super) fn costs(facts: &Facts, assumed: &Assumed) -> Costs {
         "hours",
         format!("{samples:.0} pictures of {:.0} pixels × {:.3} GFLOP / ({at})", facts.pixels, vae_flop / 1e9),
     );
-    let trained = facts.steps as f64 * batch;
+    // An epoch's last step is smaller, and every one of a data set that has less than a global batch.
+    let trained = epochs * samples;
     let mut all = if facts.features_cached { embed } else { hours(trained * caption_flop) };
     all += if facts.has_latents { vae } else { hours(trained * vae_flop) };
     let step = hours(trained * step_flop);
@@ -257,6 +258,16 @@ mod tests {
             let costs = costs(&Facts { positions, ..paper() }, &assumed());
             let figure = costs.figures.iter().find(|figure| figure.name == "features of a caption").unwrap();
             assert!(figure.formula.starts_with(shown), "{}", figure.formula);
+        }
+    }
+
+    /// Not the steps' global batches, which a small data set does not fill.
+    #[test]
+    fn an_epoch_trains_on_each_sample_once() {
+        let few = costs(&Facts { samples: 100, steps: 10, steps_per_epoch: 1, ..paper() }, &assumed());
+        for (name, count) in [("training", "1000 samples"), ("recomputing features", "1000 captions")] {
+            let figure = few.figures.iter().find(|figure| figure.name == name).unwrap();
+            assert!(figure.formula.starts_with(count), "{}", figure.formula);
         }
     }
 

@@ -80,7 +80,7 @@ impl Plan {
         let base = models::locate("base.model", &config.base.model)?;
         let positions = match config.text.padding {
             Padding::Fixed => config.text.max_tokens as f64,
-            Padding::None => runtime.block_on(average_tokens(&data, &text, config.text.max_tokens))?,
+            Padding::None => runtime.block_on(average_tokens(&data, &columns(&config, data.manifest()), &text, config.text.max_tokens))?,
         };
         let room = match (data.store().local_path(), config.data.cache_bytes) {
             (Some(_), _) => None,
@@ -145,14 +145,13 @@ fn facts(config: &RunConfig, data: &Manifest, (text, positions): (&Path, f64), b
         let shard = |size: Option<(u32, u32)>| size.map_or(0.0, |(width, height)| of(i64::from(height), i64::from(width)));
         data.shards.iter().map(|each| shard(each.size) * each.rows as f64).sum::<f64>() / data.samples.max(1) as f64
     };
-    let columns = if config.data.captions.is_empty() { data.captions.len() } else { config.data.captions.len() };
     Ok(Facts {
         samples: data.samples,
         pixels: average(&|height, width| (height * width) as f64),
         shard_bytes: data.bytes,
         shards: data.shards.len() as u64,
         has_latents: data.latents.is_some(),
-        columns: columns as u64,
+        columns: columns(config, data).len() as u64,
         caption_flop: caption_flop(&text, parameters, positions),
         text_width: text.width().unsigned_abs(),
         positions,
@@ -203,19 +202,31 @@ fn parameters(part: &Part) -> u64 {
     part.weights.listing().map(|tensor| tensor.shape.iter().product::<i64>().unsigned_abs()).sum()
 }
 
-/// Tokens of an average caption, counted on the first ones.
-async fn average_tokens(data: &DataSet, text: &Path, most: usize) -> Result<f64, Fail> {
+/// Tokens of an average caption of the columns that are trained on, counted on the first ones of each.
+async fn average_tokens(data: &DataSet, columns: &[&str], text: &Path, most: usize) -> Result<f64, Fail> {
     let tokenizer = TextTokenizer::load(text, &TextConfig::load(text)?)?;
     let mut lengths = Vec::new();
-    for shard in 0..data.manifest().shards.len() {
-        let reader = data.shard(shard).await?;
-        let captions: Vec<&str> = reader.iter().map(|row| row.caption).filter(|caption| !caption.is_empty()).take(COUNTED).collect();
-        lengths.extend(tokenizer.encode(&captions, most, Rule::None)?.lengths);
-        if lengths.len() >= COUNTED {
-            break;
+    for column in columns {
+        let mut counted = 0;
+        for shard in 0..data.manifest().shards.len() {
+            let captions = data.captions(column, shard).await?;
+            let captions: Vec<String> = captions.into_iter().filter(|caption| !caption.is_empty()).take(COUNTED).collect();
+            counted += captions.len();
+            lengths.extend(tokenizer.encode(&captions, most, Rule::None)?.lengths);
+            if counted >= COUNTED {
+                break;
+            }
         }
     }
     Ok(lengths.iter().sum::<usize>() as f64 / lengths.len().max(1) as f64)
+}
+
+/// The columns of captions that a run is trained on.
+fn columns<'a>(config: &'a RunConfig, data: &'a Manifest) -> Vec<&'a str> {
+    match config.data.captions.as_slice() {
+        [] => data.captions.iter().map(|column| column.name.as_str()).collect(),
+        named => named.iter().map(|choice| choice.column.as_str()).collect(),
+    }
 }
 
 fn table(planned: &Planned) -> String {

@@ -112,24 +112,24 @@ impl Train {
         let logs = Logs { folder: store.local_path().map(|run| run.join("logs")), verbose: self.verbose };
         let mut stops = catch()?;
         let mut children = Children::default();
-        let mut arguments = vec![self.config.display().to_string()];
+        let same = same_config(config).ok();
+        let mut arguments = match &same {
+            Some(same) => vec![same.path().display().to_string()],
+            None => [vec![self.config.display().to_string()], self.set.iter().flat_map(|set| ["--set".to_owned(), set.clone()]).collect()]
+                .concat(),
+        };
         arguments.extend(self.credentials.arguments());
-        arguments.extend(self.set.iter().flat_map(|set| ["--set".to_owned(), set.clone()]));
         let stdout = children.start("coordinator", &coordinator, &arguments, &logs)?;
         let opened = tokio::select! {
             opened = first_line(stdout) => opened,
             _ = stops.next() => None,
         };
-        let same = same_config(config).ok();
         let (access, http) = match opened {
             Some(Opened::Serving { grpc, http, fell_back }) => {
                 fell_back.iter().for_each(|told| note(format_args!("WARNING: {told}")));
                 // Whoever comes in its place is found where it was, and does what it did.
-                let own =
-                    |config: &tempfile::NamedTempFile| [vec![config.path().display().to_string()], self.credentials.arguments()].concat();
-                let mut again = same.as_ref().map_or(arguments, own);
-                again.extend(["--listen".to_owned(), grpc.to_string(), "--http".to_owned(), http.to_string()]);
-                children.arm(0, again);
+                arguments.extend(["--listen".to_owned(), grpc.to_string(), "--http".to_owned(), http.to_string()]);
+                children.arm(0, arguments);
                 let access = Access { url: grpc.to_string(), ..access };
                 (Access { url: access.full_url(), ..access }, http)
             }
@@ -269,7 +269,7 @@ async fn keep_metrics(config: &RunConfig) {
     }
 }
 
-/// A file of the config as it is now, for a coordinator that is started again: the run's own may be edited meanwhile.
+/// A file of the config as it was read, for coordinators: the run's own may be edited meanwhile, or be a pipe, which can be read once.
 fn same_config(config: &RunConfig) -> std::io::Result<tempfile::NamedTempFile> {
     let file = tempfile::Builder::new().prefix("ella-run-").suffix(".toml").tempfile()?;
     std::fs::write(file.path(), config.to_toml())?;

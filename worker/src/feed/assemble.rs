@@ -13,6 +13,7 @@ use ella_dataset::{Ahead, DataSet, Reading, RowRef, decode_rgb};
 use ella_model::vae::Vae;
 use ella_proto::config::RunConfig;
 use half::slice::HalfFloatSliceExt as _;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -91,6 +92,7 @@ impl Sources {
     /// Fixes the order, and checks that the data set suits the networks.
     pub fn new(parts: Parts) -> Result<Self, FeedError> {
         check_suited(&parts)?;
+        parts.runtime.block_on(check_there(&parts.data))?;
         let manifest = parts.data.manifest();
         let order = Arc::new(BucketOrder::new(order_config(&parts.config), &manifest.order_shards())?);
         let identity = Identity { data: parts.captions.identity(&parts.data), models: parts.models_digest.clone() };
@@ -401,6 +403,19 @@ fn decode(
 
 fn bad_row(parts: &Parts, key: &str, what: &str) -> FeedError {
     FeedError::Row { data: parts.data.store().url().to_owned(), key: key.to_owned(), what: what.to_owned() }
+}
+
+/// Fails for a shard that is not there, or not whole: better now than hours into training, when its step comes.
+async fn check_there(data: &DataSet) -> Result<(), FeedError> {
+    // A store that is not listed, as a web server's files are not, tells of it only then.
+    let Ok(found) = data.store().list("shards").await else { return Ok(()) };
+    let found: HashMap<String, u64> = found.into_iter().map(|file| (file.key, file.bytes)).collect();
+    for (index, shard) in data.manifest().shards.iter().enumerate() {
+        if found.get(&shard.name) != Some(&shard.bytes) {
+            data.shard(index).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a data set that these networks cannot be trained on.

@@ -128,9 +128,8 @@ impl FeedError {
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Data(error) => error.is_permanent(),
-            Self::Model(ModelError::Unavailable { passes, .. }) => !passes,
-            Self::Model(ModelError::Torch(_))
-            | Self::Torch(_)
+            Self::Model(error) => error.is_permanent(),
+            Self::Torch(_)
             | Self::Gpu(_)
             | Self::Batch { .. }
             | Self::Late { .. }

@@ -113,8 +113,9 @@ impl WorkError {
         match self {
             Self::Train(error) => error.failure(),
             Self::Feed(error) => (FailureKind::Input, error.is_permanent()),
-            Self::Model(ModelError::Unavailable { passes, .. }) => (FailureKind::Input, !passes),
-            Self::Config(_) | Self::Model(_) | Self::Restore { .. } => (FailureKind::Input, true),
+            Self::Model(ModelError::Torch(_) | ModelError::Fused(_)) => (FailureKind::Internal, false),
+            Self::Model(error) => (FailureKind::Input, error.is_permanent()),
+            Self::Config(_) | Self::Restore { .. } => (FailureKind::Input, true),
             Self::Store(error) => (FailureKind::Store, error.is_permanent()),
             Self::Collective(error) => (FailureKind::Collective, matches!(error, CollectiveError::SharedGpu { .. })),
             Self::Control(error) => (FailureKind::Internal, error.is_permanent()),
@@ -209,6 +210,23 @@ mod tests {
         assert!(old.explained(None, || None).is_permanent());
         let lost = WorkError::Train(TrainError::Collective(CollectiveError::Aborted)).explained(None, || None);
         assert!(matches!(lost, WorkError::Train(_)) && lost.spares_the_rank());
+    }
+
+    /// Of an operator that failed for once nobody knows that it would again; of a model that is not there everybody does.
+    #[test]
+    fn what_libtorch_says_within_a_network_is_worth_another_try() {
+        let failed = || ModelError::from(torch("could not create a primitive"));
+        for error in [WorkError::Train(failed().into()), WorkError::Model(failed())] {
+            assert_eq!(error.failure(), (FailureKind::Internal, false), "{error}");
+        }
+        let read =
+            |kind: std::io::ErrorKind| WorkError::Model(ModelError::Unreadable { file: "unet/x.safetensors".into(), source: kind.into() });
+        assert_eq!(read(std::io::ErrorKind::TimedOut).failure(), (FailureKind::Input, false));
+        assert_eq!(read(std::io::ErrorKind::PermissionDenied).failure(), (FailureKind::Input, true));
+        let missing = || ModelError::MissingFile { file: "unet".into(), expected: "a folder".into() };
+        for error in [WorkError::Train(missing().into()), WorkError::Model(missing())] {
+            assert_eq!(error.failure(), (FailureKind::Input, true), "{error}");
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub enum TrainError {
     #[error("GPU: {0}")]
     Cuda(#[from] ella_cuda::Error),
     /// A loss or gradient that is not finite, or outside what `exact` reduction holds. Nothing was updated from it.
-    #[error("step {step}{}: {bad}; lower train.optimizer.lr, or look at the samples of this step: {samples}", fault::of_lane(*.lane))]
+    #[error("step {step}{}: {bad}; lower train.optimizer.lr, or look at the samples of this step: {samples}{hint}", fault::of_lane(*.lane))]
     NotFinite {
         /// The step.
         step: u64,
@@ -41,6 +41,8 @@ pub enum TrainError {
         bad: Bad,
         /// Where the samples are listed.
         samples: String,
+        /// What else it may be, if anything.
+        hint: &'static str,
     },
     /// The sums of a step cannot be formed.
     #[error(transparent)]
@@ -78,7 +80,9 @@ impl TrainError {
     pub fn failure(&self) -> (FailureKind, bool) {
         match self {
             Self::Torch(_) | Self::Gpu(_) | Self::Cuda(_) | Self::Sum(_) => (FailureKind::Internal, false),
-            Self::Model(_) => (FailureKind::Input, true),
+            // What libtorch says of a network's operator is as much its own as what it says elsewhere.
+            Self::Model(ModelError::Torch(_) | ModelError::Fused(_)) => (FailureKind::Internal, false),
+            Self::Model(error) => (FailureKind::Input, error.is_permanent()),
             Self::Feed(error) => (FailureKind::Input, error.is_permanent()),
             Self::Collective(_) => (FailureKind::Collective, false),
             // The same step gives the same numbers (SAME), so a restart would end here again.

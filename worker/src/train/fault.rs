@@ -5,6 +5,7 @@ use super::{TrainError, Trainer};
 use crate::feed::StepInput;
 use crate::reduce::Collective;
 use crate::reduce::fixed::{FixedError, FixedPoint};
+use ella_proto::config::Dtype;
 use serde_json::json;
 use std::fmt;
 
@@ -32,6 +33,11 @@ impl fmt::Display for Bad {
 /// The lane of an error, where it is of one.
 pub(super) fn of_lane(lane: Option<u32>) -> String {
     lane.map_or_else(String::new, |lane| format!(", lane {lane}"))
+}
+
+/// What it may be beside the rate and the samples: some U-Nets leave float16's range whatever they are given.
+fn hint(base: Dtype) -> &'static str {
+    if base == Dtype::Fp16 { "; or float16 overflows in this base: base.dtype = \"bf16\" or \"fp32\" has the range" } else { "" }
 }
 
 /// Numbers by which ranks tell each other of a lane: whether it has a fault, its loss, and an element's index, plus 1, and value; 0 for none.
@@ -69,7 +75,7 @@ impl Trainer {
             Some((lane, Fault { loss, .. })) => (Some(lane), Bad::Loss(loss)),
             None => (None, Bad::Norm(norm)),
         };
-        let error = TrainError::NotFinite { step, lane, bad, samples };
+        let error = TrainError::NotFinite { step, lane, bad, samples, hint: hint(self.config.base.dtype) };
         let most = self.config.train.skip_nonfinite;
         if self.not_finite >= most {
             return Err(error);
@@ -118,6 +124,17 @@ fn first_of_all(mine: &[(u32, Fault)], lanes: usize, collective: &mut dyn Collec
 mod tests {
     use super::*;
     use crate::reduce::InProcess;
+
+    #[test]
+    fn a_base_in_float16_is_told_to_be_a_cause() {
+        let said = |dtype| {
+            let (bad, samples) = (Bad::Loss(f64::NAN), "they are listed".to_owned());
+            TrainError::NotFinite { step: 1, lane: None, bad, samples, hint: hint(dtype) }.to_string()
+        };
+        assert!(said(Dtype::Fp32).ends_with("they are listed") && said(Dtype::Bf16).ends_with("they are listed"));
+        let half = said(Dtype::Fp16);
+        assert!(half.contains("the loss is NaN; lower train.optimizer.lr") && half.contains("base.dtype = \"bf16\""), "{half}");
+    }
 
     #[test]
     fn all_ranks_name_the_first_lane_with_a_fault() {

@@ -273,6 +273,26 @@ fn a_damaged_shard_is_told_by_the_step_that_needs_it() {
     assert!(error.to_string().contains(".arrow"), "{error}");
 }
 
+/// A shard that was lost, or whose copy was cut short, is told before the first step, whichever step needs it.
+#[test]
+fn a_lost_or_cut_shard_is_told_at_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(&[&crate::world::oblong(folder.path())]);
+    let shard = std::fs::read_dir(folder.path().join("data/shards")).unwrap().next().unwrap().unwrap().path();
+    let bytes = std::fs::read(&shard).unwrap();
+    let refused = |words: &str| {
+        let error = Sources::new(parts(&config)).unwrap_err();
+        let text = error.to_string();
+        assert!(error.is_permanent() && text.contains(".arrow") && text.contains(words) && text.contains("ella prepare"), "{text}");
+    };
+    // Features are there before anything is lost.
+    assert!(Sources::new(parts(&config)).is_ok());
+    std::fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
+    refused("damaged");
+    std::fs::remove_file(&shard).unwrap();
+    refused("not found");
+}
+
 /// Height before width, of the picture as it came; the crop in pixels of the resized one; a dropped caption changes nothing.
 #[test]
 fn sdxl_is_told_the_sizes_and_crops_of_the_pictures() {
