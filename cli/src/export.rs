@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use ella_model::connector::{self, Connector};
+use ella_model::connector::{self, Connector, DEFAULT_HEADS};
+use ella_proto::config::{Layers, Padding, RunConfig};
 use ella_store::{Commit, Digest};
+use ella_worker::draw::FILLED_UP;
 use ella_worker::train::state::{CONNECTOR_FILE, EMA_FILE};
 use serde_json::json;
 use tch::Device;
@@ -12,6 +14,18 @@ use tch::Device;
 use crate::forward::Dtype;
 use crate::run::RunFolder;
 use crate::ui::{DONE, Fail, Out};
+
+/// What `ella sample` must be given to draw as the run was trained, where that is not its default.
+fn flags(config: &RunConfig) -> Vec<String> {
+    let (text, heads) = (&config.text, config.connector.heads);
+    let flags = [
+        (text.padding == Padding::None).then(|| ["--padding".to_owned(), "none".to_owned()]),
+        (text.max_tokens != FILLED_UP).then(|| ["--max-tokens".to_owned(), text.max_tokens.to_string()]),
+        (text.layers == Layers::Average).then(|| ["--layers".to_owned(), "average".to_owned()]),
+        (heads as i64 != DEFAULT_HEADS).then(|| ["--heads".to_owned(), heads.to_string()]),
+    ];
+    flags.into_iter().flatten().flatten().collect()
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct Export {
@@ -42,10 +56,17 @@ impl Export {
         let bytes = runtime.block_on(self.fetch(&run, commit))?;
         self.write(&bytes, run.config.connector.heads as i64)?;
         let (file, size) = Digest::of_file(&self.out).map_err(|error| Fail::io(&self.out, "read", &error))?;
-        let made = json!({ "step": commit.step, "ema": self.ema, "dtype": self.dtype, "file": self.out, "bytes": size, "blake3": file });
+        let flags = flags(&run.config);
+        let made = json!({
+            "step": commit.step, "ema": self.ema, "dtype": self.dtype, "file": self.out, "bytes": size, "blake3": file, "flags": flags,
+        });
         out.result(&made, || {
             let what = if self.ema { "moving average" } else { "connector" };
-            format!("{} of step {} in {}: {}", what, commit.step, self.dtype, self.out.display())
+            let made = format!("{} of step {} in {}: {}", what, commit.step, self.dtype, self.out.display());
+            match flags.join(" ") {
+                flags if flags.is_empty() => made,
+                flags => format!("{made}\nthe file does not tell how it was trained: draw with {flags}"),
+            }
         });
         Ok(DONE)
     }

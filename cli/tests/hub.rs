@@ -262,7 +262,10 @@ fn a_diffusion_model_is_downloaded_by_whoever_names_one() {
 
     // A single file of a repository.
     let file = "org/base/unet/diffusion_pytorch_model.safetensors";
-    let sample = ["sample", "--connector", "c.safetensors", "--base", "models/base", "--text", "models/text", "--prompt", "x", "--lora"];
+    let models = ["--base", "models/base", "--text", "models/text", "--prompt", "x"];
+    hub.ella(here, &[], &[&["sample", "--connector", file][..], &models].concat())
+        .fails(4, &["diffusion_pytorch_model.safetensors", "tensor connector.latents is missing"]);
+    let sample = [&["sample", "--connector", "c.safetensors"][..], &models, &["--lora"]].concat();
     hub.ella(here, &[], &[&sample[..], &[file]].concat()).fails(4, &["diffusion_pytorch_model.safetensors"]);
     hub.ella(here, &[], &[&sample[..], &["org/base/none.safetensors:0.5"]].concat())
         .fails(4, &["--lora", "none.safetensors", "unet/diffusion"]);

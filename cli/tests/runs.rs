@@ -68,6 +68,11 @@ fn a_run_is_trained_told_audited_exported_and_reported() {
 
     let again = ella(here, &["train", "run.toml"]).ok();
     assert!(again.stdout.contains("done already, at step 7"), "{again:?}");
+    // A pipe can be read once.
+    let mut piped = std::process::Command::new(env!("CARGO_BIN_EXE_ella"));
+    piped.args(["train", "/dev/stdin"]).current_dir(here).stdin(std::fs::File::open(here.join("run.toml")).unwrap());
+    let piped = piped.output().unwrap();
+    assert!(piped.status.success(), "{}", String::from_utf8_lossy(&piped.stderr));
     let other = ella(here, &["train", "run.toml", "--set", "train.optimizer.lr=1.0", "--json"]);
     other.fails(2, &["another config", "train.optimizer.lr"]);
 
@@ -139,7 +144,9 @@ fn metrics(here: &Path) {
 fn export(here: &Path) {
     let made = ella(here, &["export", "run", "--out", "c.safetensors", "--json"]).ok().json();
     assert_eq!((&made["step"], &made["file"]), (&json!(7), &json!("c.safetensors")));
-    ella(here, &["export", "run", "--out", "ema16.safetensors", "--ema", "--dtype", "fp16"]).ok();
+    assert_eq!(made["flags"], json!(["--max-tokens", "24", "--heads", "4"]));
+    let half = ella(here, &["export", "run", "--out", "ema16.safetensors", "--ema", "--dtype", "fp16"]).ok().stdout;
+    assert!(half.contains("draw with --max-tokens 24 --heads 4"), "{half}");
     let sizes = ConnectorConfig { layers: 1, heads: 4, latents: 4, ..ConnectorConfig::new(ConnectorKind::Tsc, 64, 64) };
     let layout = Connector::layout(&sizes).unwrap();
     for file in ["c.safetensors", "ema16.safetensors"] {

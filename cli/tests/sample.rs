@@ -135,6 +135,30 @@ fn texts_are_filled_up_or_taken_at_their_own_length() {
     }
 }
 
+/// Before anything is drawn.
+#[test]
+fn what_cannot_become_a_file_and_what_is_no_connector_is_said_first() {
+    let world = World::new();
+    std::fs::create_dir(world.path("folder.png")).unwrap();
+    world.run(&["--prompt", "a", "--device", "cuda", "--out", "folder.png"]).fails(4, &["folder.png", "is a folder", "--out-dir"]);
+    let models = ["--base", "models/base", "--text", "models/text", "--prompt", "a"];
+    ella(world.dir.path(), &[&["sample", "--connector", "models"], &models[..]].concat()).fails(2, &["models", "a folder", "ella export"]);
+
+    let config = world.path("models/base/vae/config.json");
+    let wide = std::fs::read_to_string(&config).unwrap().replace("\"latent_channels\": 4", "\"latent_channels\": 16");
+    std::fs::write(&config, wide).unwrap();
+    world.run(&["--prompt", "a"]).fails(2, &["models/base", "in_channels", "latent_channels, 16"]);
+}
+
+#[test]
+fn a_file_of_prompts_has_one_on_each_line_and_may_begin_with_a_mark() {
+    let world = World::new();
+    std::fs::write(world.path("prompts.txt"), "\u{feff}a red circle\r\n\r\n  \u{6f22}\u{5b57}  \n").unwrap();
+    let (_, made) = world.draw(&["--prompts", "prompts.txt"]);
+    let prompts: Vec<&Value> = made["pictures"].as_array().unwrap().iter().map(|picture| &picture["prompt"]).collect();
+    assert_eq!(prompts, ["a red circle", "\u{6f22}\u{5b57}"]);
+}
+
 #[test]
 fn guidance_sizes_and_number_formats() {
     let world = World::new();

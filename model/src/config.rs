@@ -28,7 +28,7 @@ impl ConfigFile {
             Err(source) => return Err(ModelError::Unreadable { file: file.into(), source }),
         };
         let not = |reason: String| ModelError::NotConfig { file: file.into(), reason };
-        match serde_json::from_str(&text) {
+        match serde_json::from_str(&plain_json(&text)) {
             Ok(Value::Object(fields)) => Ok(Self::from_map(file, fields)),
             Ok(_) => Err(not("is JSON, but not an object".into())),
             Err(error) => Err(not(format!("is not JSON ({error})"))),
@@ -129,6 +129,25 @@ impl ConfigFile {
 
 const POSITIVE: &str = "a whole number of at least 1";
 
+/// The text with `-Infinity` and the like, which Python writes and JSON has not, as words in quotes: fields that are to be numbers refuse them.
+/// diffusers writes one with every DPM-Solver, its `lambda_min_clipped`.
+fn plain_json(text: &str) -> String {
+    let (mut plain, mut quoted) = (String::with_capacity(text.len()), false);
+    for piece in text.split_inclusive('"') {
+        if quoted {
+            plain += piece;
+            let inside = piece.trim_end_matches('"');
+            // After an odd number of backslashes a quote is the string's own.
+            quoted = (inside.len() - inside.trim_end_matches('\\').len()) % 2 == 1;
+        } else {
+            let words = piece.replace("Infinity", "\"Infinity\"").replace("-\"Infinity\"", "\"-Infinity\"");
+            plain += &words.replace("NaN", "\"NaN\"");
+            quoted = piece.ends_with('"');
+        }
+    }
+    plain
+}
+
 /// JSON equality that takes `1` and `1.0` for the same number.
 fn same(a: &Value, b: &Value) -> bool {
     a == b || matches!((a.as_f64(), b.as_f64()), (Some(a), Some(b)) if a == b)
@@ -164,6 +183,19 @@ mod tests {
         let error = c.only("act_fn", &[json!("silu"), json!("swish")]).unwrap_err();
         assert!(matches!(&error, ModelError::Config { field, rule, .. } if field == "act_fn" && rule.contains("silu")));
         assert!(matches!(c.finish(&[]), Err(ModelError::Config { field, .. }) if field == "new"));
+    }
+
+    #[test]
+    fn infinities_as_python_writes_them_are_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.json");
+        let text = r#"{"a": -Infinity, "b": [NaN, Infinity], "c": "say \"NaN\" \\", "d": "Infinity \\\" NaN", "e": NaN}"#;
+        std::fs::write(&file, text).unwrap();
+        let c = ConfigFile::open(&file).unwrap();
+        let expected = json!({"a": "-Infinity", "b": ["NaN", "Infinity"], "c": "say \"NaN\" \\", "d": "Infinity \\\" NaN", "e": "NaN"});
+        assert_eq!(serde_json::from_str::<Value>(&c.text()).unwrap(), expected);
+        let error = c.optional("a", "a number", 0.0).unwrap_err().to_string();
+        assert!(error.contains("field a must be a number (found \"-Infinity\")"), "{error}");
     }
 
     #[test]

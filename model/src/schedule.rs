@@ -173,13 +173,17 @@ const BOOL: &str = "true or false";
 const BETAS: &str = "a number with 0 < beta_start <= beta_end < 1";
 
 /// Samplers whose configurations describe a noise schedule in these fields.
-const CLASSES: [&str; 6] = [
+const CLASSES: [&str; 10] = [
     "DDIMScheduler",
     "DDPMScheduler",
     "PNDMScheduler",
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
 ];
 const BETA_SCHEDULES: [(&str, BetaSchedule); 3] =
     [("linear", BetaSchedule::Linear), ("scaled_linear", BetaSchedule::ScaledLinear), ("squaredcos_cap_v2", BetaSchedule::SquaredCosCapV2)];
@@ -192,15 +196,19 @@ const WITHOUT_CHOICE: [(&str, &str); 2] = [("interpolation_type", "linear"), ("t
 
 /// Fields that choose a sampler, which is the caller's to name, or that count only beside a switch that is refused; none changes the noise
 /// schedule.
-const OF_SAMPLERS: [&str; 16] = [
+const OF_SAMPLERS: [&str; 20] = [
     "algorithm_type",
+    "disable_corrector",
     "dynamic_thresholding_ratio",
     "euler_at_final",
     "flow_shift",
+    "lambda_min_clipped",
     "lower_order_final",
+    "predict_x0",
     "sample_max_value",
     "skip_prk_steps",
     "solver_order",
+    "solver_p",
     "solver_type",
     "time_shift_type",
     "use_beta_sigmas",

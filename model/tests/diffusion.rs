@@ -13,7 +13,7 @@ use common::{Golden, folder, relative};
 use ella_model::config::ConfigFile;
 use ella_model::params::Params;
 use ella_model::sampler::{Ddim, Sampler};
-use ella_model::schedule::{Schedule, ScheduleConfig};
+use ella_model::schedule::{Prediction, Schedule, ScheduleConfig, Spacing};
 use ella_model::unet::{UNet, UNetConfig};
 use ella_model::vae::{Vae, VaeConfig};
 use ella_model::weights::{self, Weights};
@@ -363,6 +363,36 @@ fn schedule_configurations_beyond_support_are_refused_by_field() {
         ("a_field_of_tomorrow", json!(1)),
     ] {
         refused(ScheduleConfig::read(edited("schedules/sd15", field, &value)), field, &value);
+    }
+}
+
+/// What else diffusers writes of the solvers that community models come with, of which only the noise schedule counts.
+#[test]
+fn configurations_of_other_solvers_give_their_noise_schedule() {
+    let solver = json!({
+        "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "dynamic_thresholding_ratio": 0.995, "lower_order_final": true,
+        "num_train_timesteps": 1000, "prediction_type": "v_prediction", "sample_max_value": 1.0, "solver_order": 2, "steps_offset": 1,
+        "thresholding": false, "timestep_spacing": "leading", "trained_betas": null, "use_karras_sigmas": true,
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let betas = |class: &str, more: &str| {
+        // As Python writes it, which is not always JSON.
+        let text = format!("{{\"_class_name\": \"{class}\", {more}, {}", &solver.to_string()[1..]);
+        std::fs::write(dir.path().join("scheduler_config.json"), text).unwrap();
+        let read = ScheduleConfig::load(dir.path()).unwrap_or_else(|error| panic!("{class}: {error}"));
+        (read.beta_start, read.beta_end, read.prediction, read.spacing, read.steps_offset)
+    };
+    let dpm =
+        "\"algorithm_type\": \"dpmsolver++\", \"lambda_min_clipped\": -Infinity, \"solver_type\": \"midpoint\", \"variance_type\": null";
+    let unipc = "\"predict_x0\": true, \"disable_corrector\": [], \"solver_p\": null, \"solver_type\": \"bh2\"";
+    for (class, more) in [
+        ("DPMSolverMultistepScheduler", dpm),
+        ("DPMSolverSinglestepScheduler", dpm),
+        ("DEISMultistepScheduler", "\"algorithm_type\": \"deis\", \"solver_type\": \"logrho\""),
+        ("UniPCMultistepScheduler", unipc),
+        ("LMSDiscreteScheduler", "\"use_beta_sigmas\": false"),
+    ] {
+        assert_eq!(betas(class, more), (0.00085, 0.012, Prediction::Velocity, Some(Spacing::Leading), 1), "{class}");
     }
 }
 

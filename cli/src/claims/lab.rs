@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -218,6 +219,7 @@ impl Lab {
         let stderr = File::create(&log).map_err(|error| Fail::io(&log, "written", &error))?;
         let mut command = Command::new(&self.program);
         command.args(arguments).arg("--json").stdin(Stdio::null()).stderr(stderr);
+        leaves_with_us(&mut command);
         let made = command.output().map_err(|error| Fail::io(&self.program, "started", &error))?;
         let path = self.at(&format!("logs/{name}.json"));
         whole::write(&path, &made.stdout)?;
@@ -234,6 +236,35 @@ impl Lab {
     }
 }
 
+/// Has a part leave when this process ends, however that comes about: else it would go on by itself, beside the next start's. A training
+/// commits first.
+fn leaves_with_us(command: &mut Command) {
+    let ask = || {
+        // SAFETY: prctl with PR_SET_PDEATHSIG takes a signal number and touches no memory of ours.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: between fork and exec the closure makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(ask) };
+}
+
 fn text(path: &Path) -> String {
     path.display().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    /// To the kernel, the thread that started a process is its parent.
+    #[test]
+    fn a_part_leaves_when_whoever_started_it_is_gone() {
+        let started = std::thread::spawn(|| {
+            let mut command = Command::new("sleep");
+            command.arg("60");
+            leaves_with_us(&mut command);
+            command.spawn().unwrap()
+        });
+        assert_eq!(started.join().unwrap().wait().unwrap().signal(), Some(libc::SIGTERM));
+    }
 }

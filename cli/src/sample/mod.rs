@@ -16,6 +16,7 @@ use ella_model::text::TextConfig;
 use ella_model::unet::UNetConfig;
 use ella_proto::config::Size;
 use ella_worker::draw::{self as drawing, BaseText, Noise, Reading, Script, check_fit};
+use ella_worker::gpu::fault::{Fault, first_line};
 use ella_worker::text::{TextEncoder, TextOptions};
 use ella_worker::{device, models};
 use plan::{Plan, Seeds};
@@ -25,12 +26,13 @@ use tch::Kind;
 use crate::lora::Loras;
 use crate::sampling::{HowDrawn, HowRead};
 use crate::ui::{DONE, Fail, Meter, Out};
+use crate::whole;
 
 #[derive(Debug, Args)]
 pub(crate) struct Sample {
-    /// The trained connector: a safetensors file; its kind is told by the names of its tensors
+    /// The trained connector: a safetensors file, or org/name/file.safetensors on the hub; its kind is told by the names of its tensors
     #[arg(long, value_name = "FILE")]
-    connector: PathBuf,
+    connector: String,
     /// The diffusion model: a folder (unet/, vae/, scheduler/, and for its own CLIP text_encoder/ and tokenizer/), a single-file checkpoint
     /// (for its own CLIP with tokenizer/ beside it), or a hub id (org/name, org/name@revision)
     #[arg(long, value_name = "MODEL")]
@@ -86,8 +88,24 @@ pub(crate) struct Sample {
     out_dir: Option<PathBuf>,
 }
 
+/// Of a failed device what to do, and not libtorch's stack.
+fn of_device(fail: Fail) -> Fail {
+    let hint = match Fault::of(&fail.message) {
+        None => return fail,
+        Some(Fault::OutOfMemory) => {
+            "use a smaller --batch or --size, --dtype fp16 or bf16, or for very long prompts a smaller --max-tokens"
+        }
+        Some(fault) => fault.hint(),
+    };
+    Fail { message: format!("{}: {hint}", first_line(&fail.message)), ..fail }
+}
+
 impl Sample {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
+        self.draw(out).map_err(of_device)
+    }
+
+    fn draw(&self, out: Out) -> Result<u8, Fail> {
         if !self.how.guidance.is_finite() {
             return Err(Fail::usage(format_args!("--guidance must be a finite number (found {})", self.how.guidance)));
         }
@@ -107,8 +125,11 @@ impl Sample {
         };
         let noise = noise?;
         let loras = self.loras.open()?;
-        let connector = Connector::load(&self.connector, self.how.heads.into(), Kind::Float, place.1)?;
-        let (ella, clip) = self.scripts(&plan, (&base, &text), &connector, place)?;
+        let connector = Connector::open(&models::locate("--connector", &self.connector)?)?;
+        // Told of the file as it is read: a run may delete it meanwhile.
+        let (file, digest) = (connector.path().to_owned(), connector.digest());
+        let connector = Connector::from_weights(connector, self.how.heads.into(), Kind::Float, place.1)?;
+        let (ella, clip) = self.scripts(&plan, (&base, &text), (&file, &connector), place)?;
         let how = drawing::Settings { method: self.how.sampler, steps: self.how.steps as usize, guidance: self.how.guidance };
         let settings = Settings { how, batch: self.how.batch as usize };
         let mut studio = Studio::load((&base, &loras), connector, &settings, place)?;
@@ -124,7 +145,7 @@ impl Sample {
         let compared = clip.as_ref().map(&mut pictures).transpose()?;
         let drawn = Drawn { ella: pictures(&ella)?, clip: compared };
         drop(meter);
-        self.write(&plan, &drawn, (&ella, clip.as_ref()), out)?;
+        self.write((&plan, digest), &drawn, (&ella, clip.as_ref()), out)?;
         Ok(DONE)
     }
 
@@ -134,12 +155,12 @@ impl Sample {
         &self,
         plan: &Plan,
         (base, model): (&Base, &Path),
-        connector: &Connector,
+        (file, connector): (&Path, &Connector),
         (kind, device): (Kind, tch::Device),
     ) -> Result<(Script, Option<Script>), Fail> {
         let (unet, config) = (UNetConfig::read(base.unet_part()?.config)?, connector.config());
         let text = TextConfig::load(model)?;
-        check_fit((&self.connector, config), (base, &unet), (model, &text))?;
+        check_fit((file, config), (base, &unet), (model, &text))?;
         let negative = self.read.negative_padding.unwrap_or(self.read.padding);
         let most = self.read.max_tokens.map(|n| n as usize);
         let [prompt, negative] = [self.read.padding, negative].map(|padding| Reading::new(padding.into(), most, text.max_positions()));
@@ -167,6 +188,8 @@ impl Sample {
         let mut prompts = self.prompt.clone();
         if let Some(file) = &self.prompts {
             let text = std::fs::read_to_string(file).map_err(|error| Fail::io(file, "read", &error))?;
+            // Editors of Windows put a mark before the first line.
+            let text = text.trim_start_matches('\u{feff}');
             prompts.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned));
             if prompts.is_empty() {
                 return Err(Fail::lasting(format_args!("{}: no prompt is there (expected one on each line)", file.display())));
@@ -179,11 +202,33 @@ impl Sample {
     fn check_folder(&self) -> Result<(), Fail> {
         let file = &self.out;
         match (&self.out_dir, file.parent().filter(|folder| !folder.as_os_str().is_empty())) {
-            (Some(folder), _) => std::fs::create_dir_all(folder).map_err(|error| Fail::io(folder, "created", &error)),
+            (Some(folder), _) => {
+                std::fs::create_dir_all(folder).map_err(|error| Fail::io(folder, "created", &error))?;
+                whole::partial(&folder.join("0000.png")).map(drop)
+            }
+            (None, _) if file.is_dir() => {
+                Err(Fail::lasting(format_args!("{}: is a folder; name a file, or give the folder as --out-dir", file.display())))
+            }
             (None, Some(folder)) if !folder.is_dir() => {
                 Err(Fail::lasting(format_args!("{}: its folder is not there; make it, or name another file with --out", file.display())))
             }
-            (None, _) => Ok(()),
+            // A link's file is written where it lies; a pipe takes the bytes as they come.
+            (None, _) if file.exists() && !file.is_file() => Ok(()),
+            (None, _) => whole::partial(&std::fs::canonicalize(file).unwrap_or_else(|_| file.clone())).map(drop),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_full_memory_it_is_said_what_to_do_and_no_stack() {
+        let said =
+            "libtorch: Internal torch error: CUDA out of memory. Tried to allocate 2.50 GiB.\nException raised from malloc at x.cpp:1";
+        let fail = of_device(Fail::failed(said));
+        assert!(fail.message.contains("2.50 GiB.: use a smaller --batch") && !fail.message.contains("Exception"), "{}", fail.message);
+        assert_eq!(of_device(Fail::lasting("x: not found\ny")).message, "x: not found\ny");
     }
 }

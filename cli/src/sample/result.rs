@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use ella_model::weights::Weights;
 use ella_worker::draw::{Made, Picture, Reader, Script, Shot};
 use serde_json::json;
 
@@ -25,9 +24,15 @@ pub(super) struct Drawn {
 }
 
 impl Sample {
-    /// Writes the files and gives the result.
-    pub(super) fn write(&self, plan: &Plan, drawn: &Drawn, (ella, clip): (&Script, Option<&Script>), out: Out) -> Result<(), Fail> {
-        let made = Files { sample: self, plan, connector: Weights::open(&self.connector)?.digest() };
+    /// Writes the files and gives the result. `connector` is the BLAKE3 of its file.
+    pub(super) fn write(
+        &self,
+        (plan, connector): (&Plan, String),
+        drawn: &Drawn,
+        (ella, clip): (&Script, Option<&Script>),
+        out: Out,
+    ) -> Result<(), Fail> {
+        let made = Files { sample: self, plan, connector };
         let files = match &self.out_dir {
             None => vec![made.one(drawn, &self.out)?],
             Some(folder) => made.each(drawn, folder)?,

@@ -294,12 +294,25 @@ impl Connector {
         Self::new(config, &params)
     }
 
+    /// Opens a connector's file.
+    ///
+    /// # Errors
+    /// A folder, as of a run; those of [`Weights::open`].
+    pub fn open(path: &Path) -> Result<Weights> {
+        if path.is_dir() {
+            let what = format!("{}: a folder as a connector", path.display());
+            let instead = "give a file: what `ella export RUN --out FILE` writes, or a commit's connector.safetensors".into();
+            return Err(ModelError::Unsupported { what, instead });
+        }
+        Weights::open(path)
+    }
+
     /// Loads a safetensors file. Its kind is told by the names of its tensors, and all sizes but `heads` by their shapes.
     ///
     /// # Errors
     /// A file that cannot be read, is of no known kind, or lacks tensors of its kind or has others besides.
     pub fn load(path: &Path, heads: i64, kind: Kind, device: Device) -> Result<Self> {
-        Self::from_weights(Weights::open(path)?, heads, kind, device)
+        Self::from_weights(Self::open(path)?, heads, kind, device)
     }
 
     /// Builds the network from what [`Connector::load`] finds in a file; errors as there.

@@ -113,19 +113,25 @@ impl Checkpoint {
         let pooled = clip::pooled_width(&self.weights);
         let shape = unet::Layout::read(&raw);
         let mut fields = shape.config(&raw, self.family, pooled)?;
-        let latents = match (self.family, self.prediction()) {
-            (Family::Sd2, "v_prediction") => 96,
-            (Family::Sd1 | Family::Sd2, _) => 64,
-            (Family::Sdxl, _) => 128,
-        };
-        fields["sample_size"] = json!(latents);
+        fields["sample_size"] = json!(self.pixels() / 8);
         self.part(fields, raw.renamed(|key| Some(shape.name(key).unwrap_or_else(|| format!("{UNET}{key}"))))?)
     }
 
     /// The VAE; errors as for the U-Net.
     pub fn vae(&self) -> Result<Part> {
         let raw = self.below(VAE)?.renamed(|key| (!key.starts_with("loss.") && !key.starts_with("model_ema.")).then(|| key.into()))?;
-        self.part(vae::config(&raw, self.family)?, vae::named(&raw)?)
+        let mut fields = vae::config(&raw, self.family)?;
+        fields["sample_size"] = json!(self.pixels());
+        self.part(fields, vae::named(&raw)?)
+    }
+
+    /// The side of the pictures that the published model was trained on: a large picture's tiles are as large.
+    fn pixels(&self) -> i64 {
+        match (self.family, self.prediction()) {
+            (Family::Sd2, "v_prediction") => 768,
+            (Family::Sd1 | Family::Sd2, _) => 512,
+            (Family::Sdxl, _) => 1024,
+        }
     }
 
     /// The text encoders that the file holds, in the order in which their features are joined; errors as for the U-Net.

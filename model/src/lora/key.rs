@@ -66,8 +66,8 @@ const TEXT: [&str; 6] = ["lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", 
 /// What may stand before the name of a U-Net's layer.
 const PREFIXES: [&str; 4] = ["base_model.model.", "unet.", "diffusion_model.", "lora_unet_"];
 
-/// Other ways to change a network, by what their tensors' names hold.
-const OTHERS: [(&str, &str); 10] = [
+/// Other ways to change a network, by what their tensors' names hold, with a dot after them.
+const OTHERS: [(&str, &str); 11] = [
     (".hada_", "LoHa"),
     (".lokr_", "LoKr"),
     (".dora_scale", "DoRA"),
@@ -75,7 +75,8 @@ const OTHERS: [(&str, &str); 10] = [
     (".oft_", "OFT"),
     (".boft_", "BOFT"),
     (".on_input", "IA3"),
-    (".diff", "a full difference of weights"),
+    (".diff.", "a full difference of weights"),
+    (".diff_b.", "a full difference of weights"),
     (".lora_B.bias", "a LoRA of biases"),
     (".w_norm", "a change of norms"),
 ];
@@ -87,7 +88,7 @@ impl Key {
         if TEXT.iter().any(|prefix| bare.starts_with(prefix)) {
             return Ok(Key::Text);
         }
-        if let Some((_, kind)) = OTHERS.iter().find(|(mark, _)| name.contains(mark)) {
+        if let Some((_, kind)) = OTHERS.iter().find(|(mark, _)| format!("{name}.").contains(mark)) {
             let what = format!("{}: {kind} (tensor {name})", file.display());
             return Err(ModelError::Unsupported {
                 what,
@@ -131,6 +132,7 @@ mod tests {
             ("lora_unet_input_blocks_4_1_proj_in.alpha", layer("input_blocks_4_1_proj_in", Role::Alpha)),
             (&format!("unet.{block}.to_q.lora_A.weight"), layer(&format!("{block}.to_q"), Role::Down)),
             (&format!("base_model.model.unet.{block}.to_q.lora_B.default.weight"), layer(&format!("{block}.to_q"), Role::Up)),
+            (&format!("base_model.model.diffusion_model.{block}.to_q.lora_A.weight"), layer(&format!("{block}.to_q"), Role::Down)),
             (&format!("{block}.to_out.0.lora.up.weight"), layer(&format!("{block}.to_out.0"), Role::Up)),
             (&format!("unet.{block}.processor.to_out_lora.down.weight"), layer(&format!("{block}.to_out.0"), Role::Down)),
             (&format!("{block}.processor.to_k_lora.alpha"), layer(&format!("{block}.to_k"), Role::Alpha)),
@@ -144,9 +146,14 @@ mod tests {
 
     #[test]
     fn other_kinds_are_refused_by_name() {
-        for (end, kind) in
-            [("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("dora_scale", "DoRA"), ("diff", "difference"), ("oft_blocks", "OFT")]
-        {
+        for (end, kind) in [
+            ("hada_w1_a", "LoHa"),
+            ("lokr_w1", "LoKr"),
+            ("dora_scale", "DoRA"),
+            ("diff", "difference"),
+            ("diff_b", "difference"),
+            ("oft_blocks", "OFT"),
+        ] {
             let error = parse(&format!("lora_unet_conv_in.{end}")).unwrap_err().to_string();
             assert!(error.starts_with("x.safetensors: ") && error.contains(kind) && error.contains(end), "{error}");
         }

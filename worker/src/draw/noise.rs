@@ -11,6 +11,7 @@ use ella_model::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
 use super::Shot;
+use crate::models::check_latents;
 use ella_proto::config::{LONGEST_SIDE, Size};
 
 /// Why there is no noise for what is asked for.
@@ -58,7 +59,7 @@ impl Noise {
     /// # Errors
     /// See [`NoiseError`].
     pub fn seeded(base: &Base, size: Option<Size>) -> Result<Self, NoiseError> {
-        let (unet, vae) = (UNetConfig::read(base.unet_part()?.config)?, VaeConfig::read(base.vae_part()?.config)?);
+        let (unet, vae) = configs(base)?;
         let (own, downscale) = (unet.sample_size, vae.downscale());
         let Some(size) = size else { return Ok(Self::Seeded([unet.in_channels, own, own])) };
         if let Some(found) = [size.width, size.height].into_iter().find(|&side| side < 1 || side % downscale != 0 || side > LONGEST_SIDE) {
@@ -72,7 +73,7 @@ impl Noise {
     /// # Errors
     /// See [`NoiseError`].
     pub fn given(base: &Base, file: &Path, pictures: usize) -> Result<Self, NoiseError> {
-        let (weights, channels) = (Weights::open(file)?, UNetConfig::read(base.unet_part()?.config)?.in_channels);
+        let (weights, channels) = (Weights::open(file)?, configs(base)?.0.in_channels);
         let shape = weights.describe("latents")?.0.to_vec();
         let count = pictures as i64;
         if !matches!(shape[..], [b, c, h, w] if b == count && c == channels && h > 0 && w > 0) {
@@ -99,6 +100,13 @@ impl Noise {
             Self::Given(all) => Ok(all.f_narrow(0, first as i64, shots.len() as i64)?),
         }
     }
+}
+
+/// The base's U-Net and VAE, whose latents have equally many channels.
+fn configs(base: &Base) -> Result<(UNetConfig, VaeConfig), ModelError> {
+    let (unet, vae) = (UNetConfig::read(base.unet_part()?.config)?, VaeConfig::read(base.vae_part()?.config)?);
+    check_latents(&unet, &vae, base.path())?;
+    Ok((unet, vae))
 }
 
 /// Normal noise, a row of the given shape for each picture; it depends on the picture's seed and the name only.

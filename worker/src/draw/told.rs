@@ -8,8 +8,8 @@ use tch::{Device, Kind, Tensor};
 use super::clip::BaseText;
 use crate::text::TextEncoder;
 
-/// The longest text in tokens where all are filled up.
-const FILLED_UP: usize = 128;
+/// The longest text in tokens where all are filled up, unless another is said.
+pub const FILLED_UP: usize = 128;
 
 /// What one text tells, as far as that is the same at every timestep. float32.
 #[derive(Debug, Default)]

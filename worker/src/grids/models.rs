@@ -20,7 +20,7 @@ use super::settings::DrawSettings;
 use crate::device;
 use crate::draw::{self, BaseText, Drawer, Networks, Noise, NoiseError, Picture, Reading, Script, Shot, Told, check_fit, method};
 use crate::job::Tell;
-use crate::models::{self, check_latents};
+use crate::models;
 use crate::text::{TextEncoder, TextOptions};
 
 /// The models that settings name: they are there and fit each other, and no weights are read yet.
@@ -52,7 +52,6 @@ impl Found {
     pub fn find(settings: &DrawSettings) -> Result<Self, DrawError> {
         let base = Base::open(&models::locate("--base", &settings.base)?)?.predicting(settings.prediction.map(models::prediction));
         let (unet, vae) = (UNetConfig::read(base.unet_part()?.config)?, VaeConfig::read(base.vae_part()?.config)?);
-        check_latents(&unet, &vae, base.path())?;
         let noise = noise(&base, settings)?;
         let (height, width) = noise.size();
         if height != width {
@@ -85,7 +84,7 @@ fn noise(base: &Base, settings: &DrawSettings) -> Result<Noise, DrawError> {
 
 impl Reader {
     fn find(settings: &DrawSettings, (connector, text): (&str, &str), base: (&Base, &UNetConfig)) -> Result<Self, DrawError> {
-        let weights = Weights::open(&models::locate("--connector", connector)?)?;
+        let weights = Connector::open(&models::locate("--connector", connector)?)?;
         let (config, model) = (ConnectorConfig::of_file(&weights, settings.heads.into())?, models::locate("--text", text)?);
         let reads = TextConfig::load(&model)?;
         check_fit((weights.path(), &config), base, (&model, &reads))?;
