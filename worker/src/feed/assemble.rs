@@ -92,7 +92,8 @@ impl Sources {
     /// Fixes the order, and checks that the data set suits the networks.
     pub fn new(parts: Parts) -> Result<Self, FeedError> {
         check_suited(&parts)?;
-        parts.runtime.block_on(check_there(&parts.data))?;
+        let patience = LOOK.min(parts.config.workers.step_timeout.duration());
+        parts.runtime.block_on(check_there(&parts.data, patience))?;
         let manifest = parts.data.manifest();
         let order = Arc::new(BucketOrder::new(order_config(&parts.config), &manifest.order_shards())?);
         let identity = Identity { data: parts.captions.identity(&parts.data), models: parts.models_digest.clone() };
@@ -405,14 +406,18 @@ fn bad_row(parts: &Parts, key: &str, what: &str) -> FeedError {
     FeedError::Row { data: parts.data.store().url().to_owned(), key: key.to_owned(), what: what.to_owned() }
 }
 
+/// How long a shard that is not as it should be may take to be read before the first step.
+const LOOK: Duration = Duration::from_secs(5);
+
 /// Fails for a shard that is not there, or not whole: better now than hours into training, when its step comes.
-async fn check_there(data: &DataSet) -> Result<(), FeedError> {
-    // A store that is not listed, as a web server's files are not, tells of it only then.
+/// A store that is not listed, as a web server's files are not, or does not answer within `patience`, tells of it only then.
+async fn check_there(data: &DataSet, patience: Duration) -> Result<(), FeedError> {
     let Ok(found) = data.store().list("shards").await else { return Ok(()) };
     let found: HashMap<String, u64> = found.into_iter().map(|file| (file.key, file.bytes)).collect();
     for (index, shard) in data.manifest().shards.iter().enumerate() {
         if found.get(&shard.name) != Some(&shard.bytes) {
-            data.shard(index).await?;
+            let Ok(looked) = tokio::time::timeout(patience, data.shard(index)).await else { return Ok(()) };
+            looked?;
         }
     }
     Ok(())
