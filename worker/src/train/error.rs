@@ -7,6 +7,7 @@ use crate::reduce::CollectiveError;
 use crate::reduce::fixed::FixedError;
 use ella_dataset::ledger::LedgerError;
 use ella_model::ModelError;
+use ella_proto::config::Dtype;
 use ella_proto::v1::FailureKind;
 
 /// Why training stopped short.
@@ -31,7 +32,7 @@ pub enum TrainError {
     #[error("GPU: {0}")]
     Cuda(#[from] ella_cuda::Error),
     /// A loss or gradient that is not finite, or outside what `exact` reduction holds. Nothing was updated from it.
-    #[error("step {step}{}: {bad}; lower train.optimizer.lr, or look at the samples of this step: {samples}{hint}", fault::of_lane(*.lane))]
+    #[error("step {step}{}: {bad}; lower train.optimizer.lr, or look at the samples of this step: {samples}{}", fault::of_lane(*.lane), fault::hint(*.base))]
     NotFinite {
         /// The step.
         step: u64,
@@ -41,8 +42,8 @@ pub enum TrainError {
         bad: Bad,
         /// Where the samples are listed.
         samples: String,
-        /// What else it may be, if anything.
-        hint: &'static str,
+        /// The kind of numbers of the base, which may be the cause.
+        base: Dtype,
     },
     /// The sums of a step cannot be formed.
     #[error(transparent)]
