@@ -7,7 +7,6 @@ use crate::reduce::CollectiveError;
 use crate::reduce::fixed::FixedError;
 use ella_dataset::ledger::LedgerError;
 use ella_model::ModelError;
-use ella_proto::config::Dtype;
 use ella_proto::v1::FailureKind;
 
 /// Why training stopped short.
@@ -32,7 +31,7 @@ pub enum TrainError {
     #[error("GPU: {0}")]
     Cuda(#[from] ella_cuda::Error),
     /// A loss or gradient that is not finite, or outside what `exact` reduction holds. Nothing was updated from it.
-    #[error("step {step}{}: {bad}; lower train.optimizer.lr, or look at the samples of this step: {samples}{}", fault::of_lane(*.lane), fault::hint(*.base))]
+    #[error("step {step}{}: {bad}; lower train.optimizer.lr, or look at the samples of this step: {samples}", fault::of_lane(*.lane))]
     NotFinite {
         /// The step.
         step: u64,
@@ -40,10 +39,8 @@ pub enum TrainError {
         lane: Option<u32>,
         /// What is wrong.
         bad: Bad,
-        /// Where the samples are listed.
+        /// Where the samples are listed, and what else it may be.
         samples: String,
-        /// The kind of numbers of the base, which may be the cause.
-        base: Dtype,
     },
     /// The sums of a step cannot be formed.
     #[error(transparent)]

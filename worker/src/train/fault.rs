@@ -36,7 +36,7 @@ pub(super) fn of_lane(lane: Option<u32>) -> String {
 }
 
 /// What it may be beside the rate and the samples: some U-Nets leave float16's range whatever they are given.
-pub(super) fn hint(base: Dtype) -> &'static str {
+fn hint(base: Dtype) -> &'static str {
     if base == Dtype::Fp16 { "; or float16 overflows in this base: base.dtype = \"bf16\" or \"fp32\" has the range" } else { "" }
 }
 
@@ -65,7 +65,7 @@ impl Trainer {
     pub(super) fn leave_out(&mut self, input: &StepInput, lanes: &[Lane], norm: f64) -> Result<(), TrainError> {
         let step = self.state.step + 1;
         let mine = lanes.iter().map(|lane| Ok((lane.lane, lane.fault()?))).collect::<Result<Vec<_>, tch::TchError>>()?;
-        let samples = self.list_samples(step, input, &mine);
+        let samples = self.list_samples(step, input, &mine) + hint(self.config.base.dtype);
         let first = first_of_all(&mine, self.config.train.lanes(), self.collective.as_mut())?;
         let fixed = FixedPoint::new(self.config.train.lanes() as u32);
         let (lane, bad) = match first {
@@ -75,7 +75,7 @@ impl Trainer {
             Some((lane, Fault { loss, .. })) => (Some(lane), Bad::Loss(loss)),
             None => (None, Bad::Norm(norm)),
         };
-        let error = TrainError::NotFinite { step, lane, bad, samples, base: self.config.base.dtype };
+        let error = TrainError::NotFinite { step, lane, bad, samples };
         let most = self.config.train.skip_nonfinite;
         if self.not_finite >= most {
             return Err(error);
@@ -128,8 +128,8 @@ mod tests {
     #[test]
     fn a_base_in_float16_is_told_to_be_a_cause() {
         let said = |base| {
-            let (bad, samples) = (Bad::Loss(f64::NAN), "they are listed".to_owned());
-            TrainError::NotFinite { step: 1, lane: None, bad, samples, base }.to_string()
+            let (bad, samples) = (Bad::Loss(f64::NAN), "they are listed".to_owned() + hint(base));
+            TrainError::NotFinite { step: 1, lane: None, bad, samples }.to_string()
         };
         assert!(said(Dtype::Fp32).ends_with("they are listed") && said(Dtype::Bf16).ends_with("they are listed"));
         let half = said(Dtype::Fp16);
