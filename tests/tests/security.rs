@@ -24,6 +24,8 @@ const PLANTED: [(&str, &str); 8] = [
 ];
 /// What is in the token's file.
 const TOKEN: &str = "planted-token-of-the-run-2b8e";
+/// What a worker with certificates says of its sums.
+const SUMS_OVER_TLS: &str = "what workers sum goes over TLS";
 /// What is in a URL where none should be.
 const IN_URL: &str = "planted-in-a-url-d41f";
 
@@ -92,6 +94,10 @@ fn a_run_under_mutual_tls_trains_the_same_bytes_and_each_identity_may_do_its_par
     let whole = world.run("whole", STEPS, "[checkpoint]\nevery = 8\n")?;
     ella(&[whole.train(&["workers.count=2"]), shown(&certs, "coordinator")].concat())?;
     assert!(finished(&whole)? == plain.last_files()?, "a run under TLS trained other bytes");
+    for worker in ["worker-0", "worker-1"] {
+        let log = std::fs::read_to_string(whole.output.join(format!("logs/{worker}.log")))?;
+        assert!(log.contains(SUMS_OVER_TLS), "{worker}: {log}");
+    }
 
     // A coordinator, and workers of their own identity.
     let apart = world.run("apart", STEPS, "[checkpoint]\nevery = 8\n[workers]\ncount = 2\n")?;
@@ -118,8 +124,10 @@ fn a_run_under_mutual_tls_trains_the_same_bytes_and_each_identity_may_do_its_par
     let plaintext = try_ella(&["status", &format!("http://{grpc}")])?;
     assert!(!plaintext.status.success() && told_by(&plaintext).contains("https://"), "{}", told_by(&plaintext));
 
-    let trained = as_one("worker", &["train", &config, "--coordinator", &url])?;
+    // Their certificates are good for clients only, and they show them to each other all the same.
+    let trained = as_one("worker", &["train", &config, "--coordinator", &url, "--verbose"])?;
     ensure!(trained.status.success(), "{}", told_by(&trained));
+    assert_eq!(told_by(&trained).matches(SUMS_OVER_TLS).count(), 2, "{}", told_by(&trained));
     assert!(wait_for(coordinator.0.remove(0))?);
     assert!(finished(&apart)? == plain.last_files()?, "workers with certificates trained other bytes");
     Ok(())

@@ -5,7 +5,7 @@ pub mod tls;
 mod token;
 
 pub use role::Role;
-pub use tls::{ClientTls, TlsError, TlsFiles};
+pub use tls::{ClientTls, PeerTls, TlsError, TlsFiles};
 pub use token::{Token, TokenError};
 
 use std::pin::Pin;

@@ -1,13 +1,15 @@
 //! Certificates from files, which are read again as they change, and connections that use them: TLS 1.3 only, without early data and
 //! without resumption, so that nothing that was sent once can be sent again and every connection shows its certificate.
 
-use rustls::client::Resumption;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, WantsClientCert};
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::TLS13;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{ClientConfig, ConfigBuilder, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme, WantsVerifier};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -21,6 +23,8 @@ use tonic::codegen::{Service, http::Uri};
 
 /// How old what was read may be.
 const FRESH: Duration = Duration::from_secs(2);
+/// What workers speak with each other, as ALPN names it.
+const SUMS: &str = "ella-reduce";
 /// A certificate file is never as long as this.
 const LONGEST_FILE: u64 = 1 << 20;
 /// Files that change while they are read are read again so often: who replaces several does it within an instant.
@@ -195,6 +199,56 @@ impl TlsFiles {
         Ok(roots)
     }
 
+    /// Checks the certificates of those that call, and asks for one.
+    fn client_verifier(&self, pems: &Pems, clients: Clients) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(self.roots(pems)?), provider());
+        let verifier = if clients == Clients::Optional { verifier.allow_unauthenticated() } else { verifier };
+        verifier.build().map_err(|error| TlsError::Unfit { path: self.ca.clone().unwrap_or_default(), rule: error.to_string() })
+    }
+
+    fn server(&self, pems: &Pems, clients: Clients, protocol: &str) -> Result<ServerConfig, TlsError> {
+        let (chain, key) = self.chain(pems)?;
+        let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13]);
+        let builder = builder.map_err(|error| self.unfit(&error))?;
+        let builder = match &self.ca {
+            None => builder.with_no_client_auth(),
+            Some(_) => builder.with_client_cert_verifier(self.client_verifier(pems, clients)?),
+        };
+        let mut config = builder.with_single_cert(chain, key).map_err(|error| self.unfit(&error))?;
+        config.alpn_protocols = vec![protocol.into()];
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(config)
+    }
+
+    fn client_builder(&self) -> Result<ConfigBuilder<ClientConfig, WantsVerifier>, TlsError> {
+        ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13]).map_err(|error| self.unfit(&error))
+    }
+
+    fn client(
+        &self,
+        pems: &Pems,
+        trusting: ConfigBuilder<ClientConfig, WantsClientCert>,
+        protocol: &str,
+    ) -> Result<ClientConfig, TlsError> {
+        let mut config = match self.cert {
+            None => trusting.with_no_client_auth(),
+            Some(_) => {
+                let (chain, key) = self.chain(pems)?;
+                trusting.with_client_auth_cert(chain, key).map_err(|error| self.unfit(&error))?
+            }
+        };
+        config.alpn_protocols = vec![protocol.into()];
+        config.resumption = Resumption::disabled();
+        Ok(config)
+    }
+
+    fn peers(&self, pems: &Pems) -> Result<PeerTls, TlsError> {
+        let verifier = PeerVerifier(self.client_verifier(pems, Clients::Required)?);
+        let trusting = self.client_builder()?.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+        Ok(PeerTls { calls: Arc::new(self.client(pems, trusting, SUMS)?), called: Arc::new(self.server(pems, Clients::Required, SUMS)?) })
+    }
+
     /// What a certificate and its key have against each other, said of the certificate's file.
     fn unfit(&self, error: &rustls::Error) -> TlsError {
         TlsError::Unfit { path: self.cert.clone().unwrap_or_default(), rule: format!("cannot be used with its key ({error})") }
@@ -228,6 +282,47 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     }
 }
 
+/// Checks a called worker's certificate as a calling one's is checked: the CA that signed it, its dates, and that it is good for a client.
+/// Workers call each other at addresses that no certificate could name beforehand, and theirs are made for showing to a coordinator: many
+/// would not do for a server's. Which of the CA's certificates belong to this generation is told by its greeting.
+#[derive(Debug)]
+struct PeerVerifier(Arc<dyn ClientCertVerifier>);
+
+impl ServerCertVerifier for PeerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.0.verify_client_cert(end_entity, intermediates, now).map(|_| ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, cert, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, cert, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
+}
+
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
@@ -245,30 +340,28 @@ pub fn server(files: &TlsFiles, clients: Clients, protocol: &'static str) -> Res
         return Err(TlsError::Incomplete { missing: "--tls-key", why: WHY });
     }
     let of = files.clone();
-    Reloaded::load(files, move |pems| {
-        let (chain, key) = of.chain(pems)?;
-        let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13]);
-        let builder = builder.map_err(|error| of.unfit(&error))?;
-        let builder = match &of.ca {
-            None => builder.with_no_client_auth(),
-            Some(path) => {
-                let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(of.roots(pems)?), provider());
-                let verifier = if clients == Clients::Optional { verifier.allow_unauthenticated() } else { verifier };
-                let verifier = verifier.build().map_err(|error| TlsError::Unfit { path: path.clone(), rule: error.to_string() })?;
-                builder.with_client_cert_verifier(verifier)
-            }
-        };
-        let mut config = builder.with_single_cert(chain, key).map_err(|error| of.unfit(&error))?;
-        config.alpn_protocols = vec![protocol.into()];
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
-        Ok(config)
-    })
+    Reloaded::load(files, move |pems| of.server(pems, clients, protocol))
 }
 
 /// A client's side: trusts the files' CA, and shows their certificate if there is one.
 #[derive(Clone, Debug)]
-pub struct ClientTls(Arc<Reloaded<ClientConfig>>);
+pub struct ClientTls(Arc<Reloaded<Sides>>);
+
+/// What a process speaks with its coordinator, and with its like.
+#[derive(Debug)]
+struct Sides {
+    coordinator: Arc<ClientConfig>,
+    peers: Option<PeerTls>,
+}
+
+/// Both sides of what workers speak with each other: each shows its certificate, and checks the other's by its own CA.
+#[derive(Clone, Debug)]
+pub struct PeerTls {
+    /// Of the one that calls.
+    pub calls: Arc<ClientConfig>,
+    /// Of the one that is called.
+    pub called: Arc<ServerConfig>,
+}
 
 impl ClientTls {
     /// Reads the files.
@@ -284,21 +377,18 @@ impl ClientTls {
             return Err(TlsError::Incomplete { missing, why: "a certificate and its key go together" });
         }
         let of = files.clone();
-        let config = Reloaded::load(files, move |pems| {
-            let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13]);
-            let builder = builder.map_err(|error| of.unfit(&error))?.with_root_certificates(of.roots(pems)?);
-            let mut config = match of.cert {
-                None => builder.with_no_client_auth(),
-                Some(_) => {
-                    let (chain, key) = of.chain(pems)?;
-                    builder.with_client_auth_cert(chain, key).map_err(|error| of.unfit(&error))?
-                }
-            };
-            config.alpn_protocols = vec!["h2".into()];
-            config.resumption = Resumption::disabled();
-            Ok(config)
+        let sides = Reloaded::load(files, move |pems| {
+            let trusting = of.client_builder()?.with_root_certificates(of.roots(pems)?);
+            let coordinator = Arc::new(of.client(pems, trusting, "h2")?);
+            let peers = of.cert.is_some().then(|| of.peers(pems)).transpose()?;
+            Ok(Sides { coordinator, peers })
         })?;
-        Ok(Self(Arc::new(config)))
+        Ok(Self(Arc::new(sides)))
+    }
+
+    /// What is spoken with other workers, with the newest certificate; none without a certificate of one's own.
+    pub fn peers(&self) -> Option<PeerTls> {
+        self.0.newest().peers.clone()
     }
 }
 
@@ -313,7 +403,7 @@ impl Service<Uri> for ClientTls {
     }
 
     fn call(&mut self, to: Uri) -> Self::Future {
-        let connector = TlsConnector::from(self.0.newest());
+        let connector = TlsConnector::from(self.0.newest().coordinator.clone());
         Box::pin(async move {
             let host = to.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
             let stream = TcpStream::connect((host.as_str(), to.port_u16().unwrap_or(443))).await?;

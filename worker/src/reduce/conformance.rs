@@ -1,10 +1,12 @@
 //! What every engine must do, tried on every engine that can run here.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ella_proto::access::{ClientTls, TlsFiles};
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
@@ -18,21 +20,34 @@ const SHORT: Duration = Duration::from_millis(200);
 type Rank = Box<dyn Collective>;
 type Engine = fn(u32) -> Vec<Rank>;
 
-const ENGINES: [(&str, Engine); 2] = [("tcp", tcp), ("in process", in_process)];
+const ENGINES: [(&str, Engine); 3] = [("tcp", tcp), ("tcp under TLS", tls), ("in process", in_process)];
 
 fn in_process(world: u32) -> Vec<Rank> {
     InProcess::group(world).into_iter().map(|rank| Box::new(rank) as Rank).collect()
 }
 
 fn tcp(world: u32) -> Vec<Rank> {
-    let ring = tcp_ring(world).into_iter();
+    let ring = tcp_ring(world, None).into_iter();
     ring.map(|rank| Box::new(rank) as Rank).collect()
 }
 
+fn tls(world: u32) -> Vec<Rank> {
+    let ring = tcp_ring(world, certificates("ours", "ours")).into_iter();
+    ring.map(|rank| Box::new(rank) as Rank).collect()
+}
+
+/// A certificate that one CA of the tests has signed, for clients only, and the CA that others' are checked by. They were made for a hundred
+/// years, and open nothing.
+pub(super) fn certificates(own: &str, ca: &str) -> Option<ClientTls> {
+    let at = |of: &str, name: &str| Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/reduce/tcp/certs").join(of).join(name));
+    let files = TlsFiles { cert: at(own, "tls.crt"), key: at(own, "tls.key"), ca: at(ca, "ca.crt") };
+    Some(ClientTls::load(&files).expect("the files will do"))
+}
+
 /// A ring of TCP connections over the loopback interface.
-fn tcp_ring(world: u32) -> Vec<Tcp> {
+pub(super) fn tcp_ring(world: u32, tls: Option<ClientTls>) -> Vec<Tcp> {
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let listeners: Vec<_> = (0..world).map(|_| Listener::bind(any).expect("a port")).collect();
+    let listeners: Vec<_> = (0..world).map(|_| Listener::bind(any).expect("a port").secured(tls.clone())).collect();
     let peers: Vec<_> = listeners.iter().map(Listener::address).collect();
     thread::scope(|scope| {
         let peers = &peers;

@@ -82,7 +82,19 @@ pub enum CollectiveError {
         /// The time since the start.
         elapsed: Duration,
         /// Who came and was sent away.
-        refused: Refusals,
+        refused: Box<Refusals>,
+    },
+    /// This rank has certificates for TLS, and the next one has none.
+    #[error(
+        "rank {rank} speaks TLS, and rank {next} at {address} does not: give --tls-cert, --tls-key and --tls-ca to every worker of the run, or to none"
+    )]
+    OneSided {
+        /// This rank.
+        rank: u32,
+        /// The next one.
+        next: u32,
+        /// Where that was called.
+        address: SocketAddr,
     },
     /// The rank is not one of the world.
     #[error("rank {rank} of {world}: expected a rank below the world size")]

@@ -3,7 +3,7 @@
 //! | engine | for |
 //! |---|---|
 //! | [`Solo`] | a world of one |
-//! | [`Tcp`] | machines without a GPU, and the small sums and the bootstrap of machines with one: a ring over plain sockets |
+//! | [`Tcp`] | machines without a GPU, and the small sums and the bootstrap of machines with one: a ring over sockets, or over TLS |
 //! | [`Nccl`] | tensors in GPU memory |
 //! | [`InProcess`] | tests: ranks are threads |
 //!

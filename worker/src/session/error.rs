@@ -157,9 +157,10 @@ impl WorkError {
         }
     }
 
-    /// Whether the generation did not begin because nothing was reached where the next rank is to listen.
+    /// Whether the generation did not begin because nothing was reached where the next rank is to listen, or one that does not speak TLS as this one.
     pub(super) fn is_of_the_next(&self) -> bool {
-        matches!(self, Self::Peer { .. } | Self::Collective(CollectiveError::Meet { unreached: true, .. }))
+        use CollectiveError::{Meet, OneSided};
+        matches!(self, Self::Peer { .. } | Self::Collective(Meet { unreached: true, .. } | OneSided { .. }))
     }
 
     /// Whether what was typed is at fault: an address that this worker cannot listen on, as for a coordinator.

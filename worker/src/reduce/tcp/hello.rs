@@ -1,7 +1,7 @@
 //! What goes over a connection besides data: the greeting, once, and a header before each operation's data.
 //!
 //! A greeting proves that its sender knows the generation's secret, which the coordinator hands out and nobody sends here: it is a keyed hash
-//! over the greeting and a nonce, and in an answer over the caller's nonce too. Data is neither hidden nor proved.
+//! over the greeting and a nonce, and in an answer over the caller's nonce too. Data is hidden and proved only where the connection is under TLS.
 
 use crate::reduce::{Op, OpKind};
 
@@ -9,6 +9,8 @@ use crate::reduce::{Op, OpKind};
 const MAGIC: u64 = 0x656c_6c61_7269_6e67;
 /// Raised when frames change.
 const VERSION: u32 = 2;
+/// What any TLS that calls says first: a record of its handshake.
+const TLS: [u8; 2] = [22, 3];
 /// What makes these keys of the session's bytes, and no others.
 const CONTEXT: &str = "ella 2026-11-26 ella-reduce greeting";
 /// Bytes before the proof.
@@ -70,10 +72,17 @@ pub(super) enum Refusal {
     Generation,
     /// Not the rank that is awaited here.
     Rank,
+    /// It speaks TLS, and this rank does not. The answer, in clear text, tells it so.
+    Tls,
+    /// It does not speak TLS, and this rank does. Never sent: an alert of TLS tells it.
+    Clear,
+    /// One side does not take the other's certificate. Never sent: an alert tells it.
+    Handshake,
 }
 
 impl Refusal {
-    const ALL: [Self; 5] = [Self::Garbage, Self::Version, Self::Session, Self::Generation, Self::Rank];
+    const ALL: [Self; 8] =
+        [Self::Garbage, Self::Version, Self::Session, Self::Generation, Self::Rank, Self::Tls, Self::Clear, Self::Handshake];
 
     pub(super) fn reason(self) -> &'static str {
         match self {
@@ -82,6 +91,9 @@ impl Refusal {
             Self::Session => "another run, or a stranger",
             Self::Generation => "another generation",
             Self::Rank => "an unexpected rank or world size",
+            Self::Tls => "one that speaks TLS, which this rank has no certificates for",
+            Self::Clear => "one that does not speak TLS, as this rank does",
+            Self::Handshake => "one whose certificate will not do, or that does not take this rank's",
         }
     }
 }
@@ -114,7 +126,7 @@ impl Hello {
     pub(super) fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, Refusal> {
         let mut fields = Fields(bytes);
         if u64::from_ne_bytes(fields.take()) != MAGIC {
-            return Err(Refusal::Garbage);
+            return Err(if bytes.starts_with(&TLS) { Refusal::Tls } else { Refusal::Garbage });
         }
         if u32::from_ne_bytes(fields.take()) != VERSION {
             return Err(Refusal::Version);

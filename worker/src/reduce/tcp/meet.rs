@@ -1,19 +1,23 @@
 //! Closing the ring: every rank calls the next one and lets in the one before, and nobody else.
 //!
-//! One loop does both, without blocking anywhere: a caller that says nothing, or the wrong thing, delays nobody.
+//! One loop does both, without blocking anywhere: a caller that says nothing, or the wrong thing, delays nobody. Where ranks have certificates
+//! all of it is said under TLS: a handshake is one more thing that a caller may not come through.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use ella_proto::access::PeerTls;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustls::{Error as TlsError, InvalidMessage};
 
 use super::Listener;
 use super::hello::{Hello, Key, Nonce, Refusal, nonce};
+use super::link::Link;
 use super::ring::{Links, poll_for, transient};
 use crate::reduce::{CollectiveError, Result};
 
@@ -23,6 +27,8 @@ const RETRY: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(5
 const ANSWER: Duration = Duration::from_secs(5);
 /// So many callers may be silent at once; a further one takes the oldest one's place.
 const SILENT: usize = 32;
+/// What TLS that is called says to who does not speak it: an alert.
+const ALERT: [u8; 2] = [21, 3];
 
 /// Who meets.
 #[derive(Clone, Copy)]
@@ -75,6 +81,10 @@ pub struct Refusals {
     pub rank: u64,
     /// Said nothing, or not enough.
     pub silent: u64,
+    /// Spoke TLS where this rank does not, or did not where it does.
+    pub one_sided: u64,
+    /// Had a certificate that will not do, or did not take this rank's.
+    pub handshake: u64,
 }
 
 impl Refusals {
@@ -85,6 +95,8 @@ impl Refusals {
             Refusal::Session => &mut self.session,
             Refusal::Generation => &mut self.generation,
             Refusal::Rank => &mut self.rank,
+            Refusal::Tls | Refusal::Clear => &mut self.one_sided,
+            Refusal::Handshake => &mut self.handshake,
         };
         *counter += 1;
     }
@@ -92,11 +104,11 @@ impl Refusals {
 
 impl fmt::Display for Refusals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { garbage, version, session, generation, rank, silent } = self;
+        let Self { garbage, version, session, generation, rank, silent, one_sided, handshake } = self;
         write!(
             f,
             "{garbage} of another protocol, {version} of another version, {session} of another run or strangers, {generation} of another generation, \
-             {rank} of another rank, {silent} silent"
+             {rank} of another rank, {silent} silent, {one_sided} with TLS on one side only, {handshake} that failed in its handshake"
         )
     }
 }
@@ -107,6 +119,7 @@ pub(super) fn meet(listener: &Listener, who: &Membership, (timeout, unreached): 
     let mut meeting = Meeting {
         listener,
         who,
+        tls: listener.tls(),
         key: Key::new(&who.session),
         heard: Vec::new(),
         began: now,
@@ -116,6 +129,7 @@ pub(super) fn meet(listener: &Listener, who: &Membership, (timeout, unreached): 
         call: Call::Pause { until: now },
         pause: RETRY[0],
         tried: "not called yet".into(),
+        one_sided: false,
         callers: Vec::new(),
         prev: None,
         refused: Refusals::default(),
@@ -132,25 +146,25 @@ enum Call {
     /// Waiting for the answer to the greeting.
     Greeted { caller: Greeting, said: Nonce, until: Instant },
     /// Answered, by the right one.
-    Through(TcpStream),
+    Through(Link),
 }
 
 /// A connection on which a greeting is arriving.
 struct Greeting {
-    stream: TcpStream,
+    link: Link,
     bytes: [u8; Hello::LEN],
     received: usize,
 }
 
 impl Greeting {
-    fn new(stream: TcpStream) -> Self {
-        Self { stream, bytes: [0; Hello::LEN], received: 0 }
+    fn new(link: Link) -> Self {
+        Self { link, bytes: [0; Hello::LEN], received: 0 }
     }
 
     /// The greeting, once all of it has come.
     fn read(&mut self) -> io::Result<Option<std::result::Result<Hello, Refusal>>> {
         while self.received < Hello::LEN {
-            match self.stream.read(&mut self.bytes[self.received..]) {
+            match self.link.read(&mut self.bytes[self.received..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(n) => self.received += n,
                 Err(error) if transient(&error) => return Ok(None),
@@ -159,11 +173,27 @@ impl Greeting {
         }
         Ok(Some(Hello::decode(&self.bytes)))
     }
+
+    /// What the end of the connection tells of TLS, if anything.
+    fn refusal(&self, error: &io::Error) -> Option<Refusal> {
+        match error.get_ref().and_then(|error| error.downcast_ref()) {
+            Some(TlsError::InvalidMessage(InvalidMessage::InvalidContentType)) => Some(Refusal::Clear),
+            Some(_) => Some(Refusal::Handshake),
+            None => self.bytes[..self.received].starts_with(&ALERT).then_some(Refusal::Tls),
+        }
+    }
+
+    /// What to wait for: what it says, and room for what is to be said to it.
+    fn awaited(&self) -> PollFd<'_> {
+        let flags = if self.link.holds() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        PollFd::new(&self.link, flags)
+    }
 }
 
 struct Meeting<'a> {
     listener: &'a Listener,
     who: &'a Membership,
+    tls: Option<PeerTls>,
     key: Key,
     /// The nonces of greetings that were proved: none counts twice.
     heard: Vec<Nonce>,
@@ -176,8 +206,11 @@ struct Meeting<'a> {
     pause: Duration,
     /// What became of the last call, for the error.
     tried: String,
+    /// The next rank does not speak TLS, and this one does. In a ring in which some do and some do not there is one that finds this, and one is
+    /// enough: the other way round nothing but the last call's words are kept, so that the two do not end the generation for two reasons.
+    one_sided: bool,
     callers: Vec<Greeting>,
-    prev: Option<TcpStream>,
+    prev: Option<Link>,
     refused: Refusals,
 }
 
@@ -190,6 +223,10 @@ impl Meeting<'_> {
             self.let_in()?;
             self.hear_callers();
             self.step_call();
+            if self.one_sided {
+                let (rank, next, address) = (self.who.rank, self.who.next(), self.who.next);
+                return Err(CollectiveError::OneSided { rank, next, address });
+            }
             if let (Call::Through(_), Some(_)) = (&self.call, &self.prev) {
                 break;
             }
@@ -223,8 +260,8 @@ impl Meeting<'_> {
                         self.callers.remove(0);
                         self.refused.silent += 1;
                     }
-                    if prepare(&stream).is_ok() {
-                        self.callers.push(Greeting::new(stream));
+                    if let Ok(link) = prepare(&stream).and_then(|()| Link::called(stream, self.tls.as_ref())) {
+                        self.callers.push(Greeting::new(link));
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -240,23 +277,28 @@ impl Meeting<'_> {
             match caller.read() {
                 Ok(None) => self.callers.push(caller),
                 Ok(Some(hello)) => self.answer(caller, hello),
-                Err(_) => self.refused.silent += 1,
+                Err(error) => match caller.refusal(&error) {
+                    Some(refusal) => self.refuse(refusal, Some(&error)),
+                    None => self.refused.silent += 1,
+                },
             }
         }
     }
 
-    fn answer(&mut self, Greeting { mut stream, bytes, .. }: Greeting, hello: std::result::Result<Hello, Refusal>) {
+    fn refuse(&mut self, refusal: Refusal, error: Option<&io::Error>) {
+        self.refused.count(refusal);
+        tracing::warn!(rank = self.who.rank, reason = refusal.reason(), error = error.map(tracing::field::display), "a caller was refused");
+    }
+
+    fn answer(&mut self, Greeting { mut link, bytes, .. }: Greeting, hello: std::result::Result<Hello, Refusal>) {
         let verdict = hello.and_then(|hello| self.judge(&bytes, &hello));
         // A stranger is not told what this is.
-        let answered = verdict == Err(Refusal::Garbage) || self.reply(&mut stream, hello.ok(), verdict.err()).is_ok();
+        let answered = verdict == Err(Refusal::Garbage) || self.reply(&mut link, hello.ok(), verdict.err()).is_ok();
         match verdict {
             // A second call of the right one is as good as the first, which it must have given up.
-            Ok(()) if answered => self.prev = Some(stream),
+            Ok(()) if answered => self.prev = Some(link),
             Ok(()) => self.refused.silent += 1,
-            Err(refusal) => {
-                self.refused.count(refusal);
-                tracing::warn!(rank = self.who.rank, reason = refusal.reason(), "a caller was refused");
-            }
+            Err(refusal) => self.refuse(refusal, None),
         }
     }
 
@@ -271,9 +313,9 @@ impl Meeting<'_> {
         Ok(())
     }
 
-    fn reply(&self, stream: &mut TcpStream, to: Option<Hello>, verdict: Option<Refusal>) -> io::Result<()> {
+    fn reply(&self, link: &mut Link, to: Option<Hello>, verdict: Option<Refusal>) -> io::Result<()> {
         let answer = self.who.hello(nonce()?, self.who.prev(), verdict);
-        stream.write_all(&answer.encode(&self.key, Some(to.map_or_else(Nonce::default, |to| to.nonce))))
+        link.say(&answer.encode(&self.key, Some(to.map_or_else(Nonce::default, |to| to.nonce))))
     }
 
     /// Moves the call to the next rank on, as far as it goes without waiting.
@@ -296,7 +338,7 @@ impl Meeting<'_> {
     }
 
     /// Greets the next rank as soon as the connection stands.
-    fn greet(&self, mut stream: TcpStream, until: Instant) -> std::result::Result<Call, String> {
+    fn greet(&self, stream: TcpStream, until: Instant) -> std::result::Result<Call, String> {
         if let Err(error) = sockopt::socket_error(&stream).map_err(io::Error::from).and_then(|state| Ok(state?)) {
             return Err(error.to_string());
         }
@@ -305,14 +347,19 @@ impl Meeting<'_> {
         }
         let next = self.who.next();
         let said = nonce().map_err(|error| error.to_string())?;
-        // The first bytes on a connection: its buffer always holds them.
         let greeting = self.who.hello(said, next, None).encode(&self.key, None);
-        stream.write_all(&greeting).map_err(|error| error.to_string())?;
-        Ok(Call::Greeted { caller: Greeting::new(stream), said, until })
+        let mut link = Link::calls(stream, self.who.next.ip(), self.tls.as_ref()).map_err(|error| error.to_string())?;
+        link.say(&greeting).map_err(|error| error.to_string())?;
+        Ok(Call::Greeted { caller: Greeting::new(link), said, until })
     }
 
     fn hear_answer(&mut self, mut caller: Greeting, said: Nonce, until: Instant) -> std::result::Result<Call, String> {
-        let Some(hello) = caller.read().map_err(|error| format!("no answer: {error}"))? else {
+        let heard = caller.read().map_err(|error| {
+            let refusal = caller.refusal(&error);
+            self.one_sided = refusal == Some(Refusal::Clear);
+            no_answer(refusal, &error)
+        })?;
+        let Some(hello) = heard else {
             if Instant::now() < until {
                 return Ok(Call::Greeted { caller, said, until });
             }
@@ -330,12 +377,12 @@ impl Meeting<'_> {
         }
         let judged = self.who.hello(said, next, None).judge(&hello, next);
         judged.map_err(|refusal| format!("it answers as {}", refusal.reason()))?;
-        Ok(Call::Through(caller.stream))
+        Ok(Call::Through(caller.link))
     }
 
     fn wait(&self, left: Duration) -> Result<()> {
         let mut files = vec![PollFd::new(&self.listener.wake.file, PollFlags::IN), PollFd::new(&self.listener.socket, PollFlags::IN)];
-        files.extend(self.callers.iter().map(|caller| PollFd::new(&caller.stream, PollFlags::IN)));
+        files.extend(self.callers.iter().map(Greeting::awaited));
         let until = match &self.call {
             Call::Pause { until } => Some(*until),
             Call::Ringing { stream, until } => {
@@ -343,7 +390,7 @@ impl Meeting<'_> {
                 Some(*until)
             }
             Call::Greeted { caller, until, .. } => {
-                files.push(PollFd::new(&caller.stream, PollFlags::IN));
+                files.push(caller.awaited());
                 Some(*until)
             }
             Call::Through(_) => None,
@@ -369,8 +416,22 @@ impl Meeting<'_> {
             missing: missing.join(", "),
             unreached,
             elapsed: self.began.elapsed(),
-            refused: std::mem::take(&mut self.refused),
+            refused: Box::new(std::mem::take(&mut self.refused)),
         }
+    }
+}
+
+/// Why a call came to nothing. Under TLS what to do about it is the same whichever side refuses.
+fn no_answer(refusal: Option<Refusal>, error: &io::Error) -> String {
+    match refusal {
+        Some(Refusal::Handshake) => format!(
+            "no TLS with it: {error}; the --tls-ca of every worker must hold the CA of all workers' certificates, and these must not have ended"
+        ),
+        Some(Refusal::Tls) => {
+            "it speaks TLS, and this rank does not: give --tls-cert, --tls-key and --tls-ca to every worker of the run, or to none"
+                .to_owned()
+        }
+        _ => format!("no answer: {error}"),
     }
 }
 

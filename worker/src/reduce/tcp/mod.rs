@@ -1,4 +1,4 @@
-//! A ring over plain TCP: every rank sends to the next and receives from the one before.
+//! A ring over TCP, under TLS where ranks have certificates: every rank sends to the next and receives from the one before.
 //!
 //! A sum goes round twice, in `world` segments: first each segment is added up along the ring, starting at a rank of its own, then the finished
 //! segments go round once more and are copied. Bytes move on as soon as they have been added (`ring`), so the whole takes the time of sending the data
@@ -9,6 +9,7 @@
 //! Data goes over the wire in the machine's own byte order; the greeting tells machines of another order apart.
 
 mod hello;
+mod link;
 mod meet;
 mod ring;
 #[cfg(test)]
@@ -18,6 +19,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ella_proto::access::{ClientTls, PeerTls};
 use half::bf16;
 use half::slice::HalfFloatSliceExt as _;
 
@@ -36,6 +38,7 @@ const CHUNK: usize = 256 << 10;
 pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
+    tls: Option<ClientTls>,
     wake: Arc<Wake>,
 }
 
@@ -50,7 +53,23 @@ impl Listener {
         socket.set_nonblocking(true).map_err(bind)?;
         let bound = socket.local_addr().map_err(bind)?;
         let wake = Wake::new().map_err(|source| CollectiveError::Io { what: "pair of sockets for the abort", source })?;
-        Ok(Self { socket, address: bound, wake })
+        Ok(Self { socket, address: bound, tls: None, wake })
+    }
+
+    /// The same, whose ranks show these certificates to each other, and speak nothing but TLS. Without a certificate nothing changes.
+    #[must_use]
+    pub fn secured(self, tls: Option<ClientTls>) -> Self {
+        Self { tls, ..self }
+    }
+
+    /// With the certificates that are the newest now.
+    fn tls(&self) -> Option<PeerTls> {
+        self.tls.as_ref().and_then(ClientTls::peers)
+    }
+
+    /// Whether its ranks speak TLS.
+    pub fn is_secured(&self) -> bool {
+        self.tls().is_some()
     }
 
     /// The address that it has. Bound to an unspecified address (`0.0.0.0`), only its port is of use to others.
@@ -64,7 +83,8 @@ impl Listener {
     /// [`CollectiveError::Io`].
     pub fn again(&self) -> Result<Self> {
         let io = |source| CollectiveError::Io { what: "listener's copy", source };
-        Ok(Self { socket: self.socket.try_clone().map_err(io)?, address: self.address, wake: Wake::new().map_err(io)? })
+        let (socket, wake) = (self.socket.try_clone().map_err(io)?, Wake::new().map_err(io)?);
+        Ok(Self { socket, address: self.address, tls: self.tls.clone(), wake })
     }
 
     /// Ends [`Tcp::connect`] on this listener, and whatever the resulting engine does: it is the same handle.
@@ -92,7 +112,8 @@ impl Tcp {
     /// Whoever else comes is sent away and counted.
     ///
     /// # Errors
-    /// [`CollectiveError::Meet`] with the missing neighbours and the refused callers; [`CollectiveError::Aborted`]; [`CollectiveError::Rank`].
+    /// [`CollectiveError::Meet`] with the missing neighbours and the refused callers; [`CollectiveError::OneSided`]; [`CollectiveError::Aborted`];
+    /// [`CollectiveError::Rank`].
     pub fn connect(listener: Listener, membership: &Membership, timeout: Duration) -> Result<Self> {
         Self::connect_unless(listener, membership, (timeout, timeout))
     }
@@ -136,7 +157,7 @@ impl Tcp {
             return Err(CollectiveError::Aborted);
         }
         let op = self.steps.begin(kind, data.len() / size)?;
-        let Some(links) = &self.links else { return Ok(()) };
+        let Some(links) = &mut self.links else { return Ok(()) };
         let place = ring::Place { rank: self.rank, world: self.world, timeout: self.timeout };
         let mut transfer = Transfer::new(place, op, plan, (links, &self.wake));
         let result = transfer.run(&mut ring::Memory { data, scratch: &mut self.scratch, size, add });

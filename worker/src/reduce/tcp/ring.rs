@@ -7,17 +7,16 @@
 //! Why nothing is overwritten before it was sent: the value that arrives for a place in the second round contains this rank's share of it,
 //! which was sent from that very place in the first.
 
-use std::io::{self, ErrorKind, IoSlice, Read};
-use std::net::TcpStream;
+use std::io::{self, ErrorKind, IoSlice};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use half::bf16;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 
 use super::CHUNK;
 use super::hello::{HEADER, decode_op, encode_op};
+use super::link::Link;
 use crate::reduce::abort::Wake;
 use crate::reduce::{CollectiveError, Op, Result};
 
@@ -45,11 +44,11 @@ pub(super) fn add_i64(sum: &mut [u8], more: &[u8]) {
     }
 }
 
-/// The two connections of a rank, both non-blocking.
+/// The two connections of a rank.
 #[derive(Debug)]
 pub(super) struct Links {
-    pub(super) next: TcpStream,
-    pub(super) prev: TcpStream,
+    pub(super) next: Link,
+    pub(super) prev: Link,
 }
 
 /// Which bytes go where.
@@ -147,7 +146,7 @@ pub(super) struct Transfer<'a> {
     place: Place,
     op: Op,
     plan: Plan,
-    links: &'a Links,
+    links: &'a mut Links,
     wake: &'a Wake,
     header_out: [u8; HEADER],
     header_sent: usize,
@@ -162,7 +161,7 @@ pub(super) struct Transfer<'a> {
 }
 
 impl<'a> Transfer<'a> {
-    pub(super) fn new(place: Place, op: Op, plan: Plan, (links, wake): (&'a Links, &'a Wake)) -> Self {
+    pub(super) fn new(place: Place, op: Op, plan: Plan, (links, wake): (&'a mut Links, &'a Wake)) -> Self {
         let now = Instant::now();
         Self {
             place,
@@ -205,7 +204,7 @@ impl<'a> Transfer<'a> {
     }
 
     fn sent_all(&self) -> bool {
-        self.header_sent == HEADER && self.plan.outgoing.done()
+        self.header_sent == HEADER && self.plan.outgoing.done() && !self.links.next.holds()
     }
 
     fn received_all(&self) -> bool {
@@ -223,11 +222,10 @@ impl<'a> Transfer<'a> {
     fn send(&mut self, data: &[u8]) -> bool {
         let header = &self.header_out[self.header_sent..];
         let body = &data[self.sendable()];
-        if self.next_lost.is_some() || header.is_empty() && body.is_empty() {
+        if self.next_lost.is_some() || header.is_empty() && body.is_empty() && !self.links.next.holds() {
             return false;
         }
-        let parts = [IoSlice::new(header), IoSlice::new(body)];
-        match sendmsg(&self.links.next, &parts, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL) {
+        match self.links.next.write(&[IoSlice::new(header), IoSlice::new(body)]) {
             Ok(n) => {
                 let of_header = n.min(header.len());
                 self.header_sent += of_header;
@@ -235,7 +233,6 @@ impl<'a> Transfer<'a> {
                 true
             }
             Err(error) => {
-                let error = io::Error::from(error);
                 if !transient(&error) {
                     self.next_lost = Some(error.to_string());
                 }
@@ -247,8 +244,7 @@ impl<'a> Transfer<'a> {
     /// Receives what has come; says whether anything had.
     fn receive(&mut self, memory: &mut Memory<'_>) -> Result<bool> {
         if self.header_received < HEADER {
-            let mut prev = &self.links.prev;
-            let result = prev.read(&mut self.header_in[self.header_received..]);
+            let result = self.links.prev.read(&mut self.header_in[self.header_received..]);
             let n = self.read(result)?;
             self.header_received += n;
             return if self.header_received == HEADER { self.check_header().map(|()| true) } else { Ok(n > 0) };
@@ -262,8 +258,8 @@ impl<'a> Transfer<'a> {
     fn receive_and_add(&mut self, memory: &mut Memory<'_>) -> Result<bool> {
         let here = self.plan.incoming.here.clone();
         let most = here.len().min(memory.scratch.len());
-        let mut prev = &self.links.prev;
-        let n = self.read(prev.read(&mut memory.scratch[self.held..most]))?;
+        let result = self.links.prev.read(&mut memory.scratch[self.held..most]);
+        let n = self.read(result)?;
         let have = self.held + n;
         let whole = have - have % memory.size;
         (memory.add)(&mut memory.data[here.start..here.start + whole], &memory.scratch[..whole]);
@@ -276,8 +272,8 @@ impl<'a> Transfer<'a> {
     fn receive_in_place(&mut self, data: &mut [u8]) -> Result<bool> {
         let here = self.plan.incoming.here.clone();
         let end = here.end.min(here.start + CHUNK);
-        let mut prev = &self.links.prev;
-        let n = self.read(prev.read(&mut data[here.start..end]))?;
+        let result = self.links.prev.read(&mut data[here.start..end]);
+        let n = self.read(result)?;
         self.plan.incoming.advance(n);
         Ok(n > 0)
     }
@@ -312,7 +308,7 @@ impl<'a> Transfer<'a> {
             let Self { place, op, .. } = *self;
             return Err(CollectiveError::Timeout { rank: place.rank, waiting_for, op, elapsed: self.began.elapsed() });
         }
-        let writable = self.header_sent < HEADER || !self.sendable().is_empty();
+        let writable = self.header_sent < HEADER || !self.sendable().is_empty() || self.links.next.holds();
         let mut next = if writable { PollFlags::OUT } else { PollFlags::empty() };
         // A next rank that hangs up is worth knowing of only while it still needs something from this one.
         next |= if self.sent_all() { PollFlags::empty() } else { PollFlags::RDHUP };

@@ -1,15 +1,18 @@
 //! What the conformance suite cannot try: strangers, missing ranks, processes that die or stop, and bytes that are no frame.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ella_proto::access::TlsFiles;
+
 use super::hello::{Hello, Key, Nonce, Refusal};
+use super::link::Link;
 use super::*;
-use crate::reduce::conformance::LONG;
+use crate::reduce::conformance::{LONG, certificates, tcp_ring};
 
 const SHORT: Duration = Duration::from_millis(200);
 const SESSION: [u8; 16] = [1; 16];
@@ -69,7 +72,7 @@ fn strangers_are_refused_with_a_reason_and_counted_and_the_ring_closes_all_the_s
         drop(silent);
         ring
     });
-    let expected = Refusals { garbage: 1, version: 1, session: 1, generation: 2, rank: 1, silent: 1 };
+    let expected = Refusals { garbage: 1, version: 1, session: 1, generation: 2, rank: 1, silent: 1, ..Refusals::default() };
     assert_eq!(*ring[0].refused(), expected);
     assert_eq!(*ring[1].refused(), Refusals::default());
 }
@@ -92,6 +95,124 @@ fn a_greeting_that_was_heard_before_lets_nobody_in_and_one_that_proves_nothing_i
     });
     let CollectiveError::Meet { missing, refused, .. } = error else { panic!("expected Meet, found {error:?}") };
     assert!(missing.contains("rank 1 was not reached") && missing.contains("stranger") && refused.session == 1, "{missing} {refused}");
+}
+
+fn ours() -> Option<ClientTls> {
+    certificates("ours", "ours")
+}
+
+/// Greets as rank 1 does, under TLS with these certificates; what comes of that.
+fn call_under_tls(address: SocketAddr, tls: Option<ClientTls>) -> io::Error {
+    let stream = TcpStream::connect(address).expect("it listens");
+    stream.set_read_timeout(Some(LONG)).expect("a socket option");
+    let mut link = Link::calls(stream, address.ip(), tls.and_then(|tls| tls.peers()).as_ref()).expect("a session");
+    link.say(&spoken(GOOD, SESSION)).expect("room in the buffer");
+    link.read(&mut [0; Hello::LEN]).expect_err("a refusal")
+}
+
+#[test]
+fn who_does_not_come_through_the_handshake_is_counted_and_the_ring_closes_all_the_same() {
+    let [zero, one] = [(); 2].map(|()| listen().secured(ours()));
+    let peers = [zero.address(), one.address()];
+    let ring = thread::scope(|scope| {
+        let first = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), LONG));
+        // In clear text the secret is of no use; and each side refuses what its own CA has not signed.
+        assert_eq!(call(peers[0], &spoken(GOOD, SESSION)).1, None);
+        let theirs = call_under_tls(peers[0], certificates("others", "ours")).to_string();
+        let mine = call_under_tls(peers[0], certificates("ours", "others")).to_string();
+        assert!(theirs.contains("UnknownCA") && mine.contains("UnknownIssuer"), "{theirs}; {mine}");
+        // One that hangs up half-way, and one that says no more: neither is waited for.
+        drop(TcpStream::connect(peers[0]).and_then(|mut stream| stream.write_all(&[22, 3, 1])));
+        let silent = TcpStream::connect(peers[0]).and_then(|mut stream| stream.write_all(&[22, 3, 1, 2, 0, 1]).map(|()| stream));
+        let second = scope.spawn(|| Tcp::connect(one, &membership(1, &peers), LONG));
+        let ring = [first, second].map(|rank| rank.join().expect("no panic").expect("the right ones meet"));
+        drop(silent);
+        ring
+    });
+    assert_eq!(*ring[0].refused(), Refusals { silent: 1, one_sided: 1, handshake: 2, ..Refusals::default() });
+    assert_eq!(*ring[1].refused(), Refusals::default());
+}
+
+#[test]
+fn ranks_of_which_each_has_another_ca_are_told_what_to_do() {
+    let [zero, one] = ["ours", "others"].map(|ca| listen().secured(certificates(ca, ca)));
+    let peers = [zero.address(), one.address()];
+    let errors = thread::scope(|scope| {
+        let first = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), 4 * SHORT));
+        let second = scope.spawn(|| Tcp::connect(one, &membership(1, &peers), 4 * SHORT));
+        [first, second].map(|rank| rank.join().expect("no panic").expect_err("they differ"))
+    });
+    for error in errors {
+        let CollectiveError::Meet { missing, refused, .. } = error else { panic!("expected Meet, found {error:?}") };
+        assert!(missing.contains("UnknownIssuer") && missing.contains("--tls-ca of every worker"), "{missing}");
+        assert!(refused.handshake > 0, "{refused}");
+    }
+}
+
+/// The one that has them, at once; the other when it gives up.
+#[test]
+fn of_two_ranks_of_which_one_has_certificates_each_is_told_of_the_other() {
+    // A CA alone, which is for the coordinator's certificate, changes nothing.
+    let ca = concat!(env!("CARGO_MANIFEST_DIR"), "/src/reduce/tcp/certs/ours/ca.crt");
+    let ca_alone = ClientTls::load(&TlsFiles { ca: Some(ca.into()), ..TlsFiles::default() }).expect("the file will do");
+    for secured in [true, false] {
+        let of = |has: bool| if has { ours() } else { Some(ca_alone.clone()) };
+        let (zero, one, nobody) = (listen().secured(of(secured)), listen().secured(of(!secured)), listen());
+        let (peers, began) = ([zero.address(), one.address()], Instant::now());
+        let to_nobody = Membership { next: nobody.address(), ..membership(1, &peers) };
+        let times = (if secured { LONG } else { 3 * SHORT }, LONG);
+        let (calls, called) = thread::scope(|scope| {
+            let called = scope.spawn(|| Tcp::connect(one, &to_nobody, 4 * SHORT).expect_err("nobody answers it"));
+            let calls = Tcp::connect_unless(zero, &membership(0, &peers), times).expect_err("they differ");
+            (calls, called.join().expect("no panic"))
+        });
+        assert!(began.elapsed() < LONG / 2);
+        assert_eq!(matches!(calls, CollectiveError::OneSided { rank: 0, next: 1, address } if address == peers[1]), secured, "{calls:?}");
+        assert!(calls.to_string().contains("give --tls-cert, --tls-key and --tls-ca to every worker"), "{calls}");
+        let CollectiveError::Meet { refused, .. } = called else { panic!("expected Meet, found {called:?}") };
+        assert!(refused.one_sided > 0 && *refused == Refusals { one_sided: refused.one_sided, ..Refusals::default() }, "{refused}");
+    }
+}
+
+#[test]
+fn an_abort_ends_a_handshake_at_once() {
+    let (zero, one) = (listen().secured(ours()), listen());
+    let peers = [zero.address(), one.address()];
+    let (handle, began) = (zero.abort_handle(), Instant::now());
+    let half = TcpStream::connect(peers[0]).and_then(|mut stream| stream.write_all(&[22, 3, 1, 2, 0, 1]).map(|()| stream));
+    let result = thread::scope(|scope| {
+        let meeting = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), LONG));
+        one.socket.set_nonblocking(false).expect("a socket option");
+        let (mut from_zero, _) = one.socket.accept().expect("rank 0 calls");
+        let mut hello = [0; 2];
+        from_zero.read_exact(&mut hello).expect("a hello");
+        assert_eq!(hello, [22, 3], "of TLS");
+        handle.abort().expect("aborted");
+        meeting.join().expect("no panic")
+    });
+    drop(half);
+    assert!(matches!(result, Err(CollectiveError::Aborted)), "{result:?}");
+    assert!(began.elapsed() < LONG / 2);
+}
+
+/// As TLS does by itself after 2^24 records, which is a matter of minutes: the other side is asked to answer, and has nothing to send here.
+#[test]
+fn keys_are_changed_while_sums_go_on() {
+    thread::scope(|scope| {
+        for mut ring in tcp_ring(2, ours()) {
+            scope.spawn(move || {
+                for round in 0..40 {
+                    match &mut ring.links {
+                        Some(Links { next: Link::Tls(tls), .. }) => tls.session.refresh_traffic_keys().expect("the handshake is over"),
+                        links => panic!("expected TLS, found {links:?}"),
+                    }
+                    let mut data = vec![round; 10_000];
+                    ring.sum_i64(&mut data).expect("both are there");
+                    assert!(data.iter().all(|sum| *sum == 2 * round), "round {round}");
+                }
+            });
+        }
+    });
 }
 
 /// One that is late has a listener that takes calls: it began with that.
