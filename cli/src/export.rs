@@ -1,31 +1,21 @@
 //! `ella export`: a run's newest connector, in the official key layout.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
-use ella_model::connector::{self, Connector, DEFAULT_HEADS};
-use ella_proto::config::{Layers, Padding, RunConfig};
+use ella_model::connector::Connector;
+use ella_model::weights::encode_telling;
+use ella_proto::config::RunConfig;
 use ella_store::{Commit, Digest};
-use ella_worker::draw::FILLED_UP;
 use ella_worker::train::state::{CONNECTOR_FILE, EMA_FILE};
+use ella_worker::trained::Trained;
 use serde_json::json;
 use tch::Device;
 
 use crate::forward::Dtype;
 use crate::run::RunFolder;
 use crate::ui::{DONE, Fail, Out};
-
-/// What `ella sample` must be given to draw as the run was trained, where that is not its default.
-fn flags(config: &RunConfig) -> Vec<String> {
-    let (text, heads) = (&config.text, config.connector.heads);
-    let flags = [
-        (text.padding == Padding::None).then(|| ["--padding".to_owned(), "none".to_owned()]),
-        (text.max_tokens != FILLED_UP).then(|| ["--max-tokens".to_owned(), text.max_tokens.to_string()]),
-        (text.layers == Layers::Average).then(|| ["--layers".to_owned(), "average".to_owned()]),
-        (heads as i64 != DEFAULT_HEADS).then(|| ["--heads".to_owned(), heads.to_string()]),
-    ];
-    flags.into_iter().flatten().flatten().collect()
-}
+use crate::whole;
 
 #[derive(Debug, Args)]
 pub(crate) struct Export {
@@ -53,20 +43,12 @@ impl Export {
                 run.store.url()
             ))
         })?;
-        let bytes = runtime.block_on(self.fetch(&run, commit))?;
-        self.write(&bytes, run.config.connector.heads as i64)?;
-        let (file, size) = Digest::of_file(&self.out).map_err(|error| Fail::io(&self.out, "read", &error))?;
-        let flags = flags(&run.config);
-        let made = json!({
-            "step": commit.step, "ema": self.ema, "dtype": self.dtype, "file": self.out, "bytes": size, "blake3": file, "flags": flags,
-        });
+        let bytes = self.made_of(&runtime.block_on(self.fetch(&run, commit))?, &run.config)?;
+        let (file, size, digest) = (&self.out, whole::write(&self.out, &bytes)?, Digest::of(&bytes));
+        let made = json!({ "step": commit.step, "ema": self.ema, "dtype": self.dtype, "file": file, "bytes": size, "blake3": digest });
         out.result(&made, || {
             let what = if self.ema { "moving average" } else { "connector" };
-            let made = format!("{} of step {} in {}: {}", what, commit.step, self.dtype, self.out.display());
-            match flags.join(" ") {
-                flags if flags.is_empty() => made,
-                flags => format!("{made}\nthe file does not tell how it was trained: draw with {flags}"),
-            }
+            format!("{} of step {} in {}: {}", what, commit.step, self.dtype, self.out.display())
         });
         Ok(DONE)
     }
@@ -80,14 +62,15 @@ impl Export {
         Ok(folder.get_verified(name, &part.blake3, part.bytes).await?.to_vec())
     }
 
-    /// Loads the bytes as the network they must be, and writes them in the number format asked for. The file appears whole or not at all.
-    fn write(&self, bytes: &[u8], heads: i64) -> Result<(), Fail> {
-        let folder = self.out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let partial =
-            tempfile::Builder::new().suffix(".safetensors").tempfile_in(folder).map_err(|error| Fail::io(&self.out, "written", &error))?;
-        std::fs::write(partial.path(), bytes).map_err(|error| Fail::io(&self.out, "written", &error))?;
-        let dtype = if self.dtype == "fp16" { Dtype::Fp16 } else { Dtype::Fp32 };
-        let network = Connector::load(partial.path(), heads, dtype.kind(), Device::Cpu)?;
-        Ok(connector::save(&self.out, network.tensors(), dtype.kind())?)
+    /// Loads a commit's bytes as the network they must be; as a file in the number format asked for, with how it was trained.
+    fn made_of(&self, bytes: &[u8], config: &RunConfig) -> Result<Vec<u8>, Fail> {
+        let read = whole::partial(&self.out)?;
+        std::fs::write(read.path(), bytes).map_err(|error| Fail::io(&self.out, "written", &error))?;
+        let kind = if self.dtype == "fp16" { Dtype::Fp16 } else { Dtype::Fp32 }.kind();
+        let weights = Connector::open(read.path())?;
+        // Which text encoder the run had only the commit knows; those of earlier versions tell nothing.
+        let trained = Trained::by(config, Trained::told(&weights)?.text);
+        let network = Connector::from_weights(weights, trained.heads, kind, Device::Cpu)?;
+        Ok(encode_telling(&self.out, network.tensors(), &trained.fields())?)
     }
 }

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use ella_model::connector::DEFAULT_HEADS;
 use ella_model::forward::{Net, Options, forward};
 use ella_model::params::Layout;
 use serde_json::json;
@@ -43,9 +42,9 @@ pub(crate) struct Forward {
     /// What to compute in
     #[arg(long, value_enum, default_value_t = Dtype::Fp32)]
     dtype: Dtype,
-    /// The connector's attention heads, which its file does not tell
-    #[arg(long, default_value_t = DEFAULT_HEADS, value_parser = clap::value_parser!(i64).range(1..=1024))]
-    heads: i64,
+    /// The connector's attention heads [default: as its file says; 8 if it does not]
+    #[arg(long, value_parser = clap::value_parser!(i64).range(1..=1024))]
+    heads: Option<i64>,
     /// With average, a text encoder gives the layer-normalized average over all layers too, as `features`
     #[arg(long, value_enum, default_value_t = Layers::Last)]
     layers: Layers,

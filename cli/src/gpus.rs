@@ -22,21 +22,19 @@ impl Gpus {
     /// # Errors
     /// There are fewer, and workers would compute on them; or none that one could.
     pub(crate) fn for_run(workers: usize, device: Device) -> Result<Self, Fail> {
-        Self::if_usable(workers, device, || gpu::check(&libtorch_folder().unwrap_or_default()).map_err(NoDevice))
+        Self::for_job(workers, device).if_usable(workers, device, || gpu::check(&libtorch_folder().unwrap_or_default()).map_err(NoDevice))
     }
 
-    fn if_usable(workers: usize, device: Device, usable: impl FnOnce() -> Result<(), NoDevice>) -> Result<Self, Fail> {
-        let gpus = Self::for_job(workers, device);
-        if workers == 1 && device == Device::Cuda {
-            // The worker would find the same, but with a run's folder begun already, where no other device is taken any more.
-            usable()?;
-            return Ok(gpus);
-        }
-        if workers < 2 || device == Device::Cpu || gpus.0.len() >= workers {
-            return Ok(gpus);
+    fn if_usable(self, workers: usize, device: Device, usable: impl FnOnce() -> Result<(), NoDevice>) -> Result<Self, Fail> {
+        if workers < 2 || device == Device::Cpu || self.0.len() >= workers {
+            if device == Device::Cuda {
+                // The workers would find the same, but with a run's folder begun already, where no other device is taken any more.
+                usable()?;
+            }
+            return Ok(self);
         }
         // The driver is asked only now: to load it takes a while, and memory for as long as the run lasts.
-        too_few(workers, (gpus.0.len(), here(Path::new("/dev"))), device, usable()).map(|()| Self::default())
+        too_few(workers, (self.0.len(), here(Path::new("/dev"))), device, usable()).map(|()| Self::default())
     }
 
     /// For the workers of a job, of which several may share one.
@@ -117,18 +115,22 @@ mod tests {
     #[test]
     fn one_worker_and_those_on_the_processor_see_what_this_process_sees() {
         for (workers, device) in [(1, Device::Auto), (1, Device::Cuda), (2, Device::Cpu)] {
-            assert_eq!(Gpus::if_usable(workers, device, || Ok(())).unwrap(), Gpus::default());
+            assert_eq!(Gpus::for_job(workers, device).if_usable(workers, device, || Ok(())).unwrap(), Gpus::default());
         }
     }
 
+    /// One worker, or as many as there are GPUs.
     #[test]
-    fn one_worker_without_the_gpu_that_it_is_to_have_is_told_before_anything_is_begun() {
+    fn workers_without_the_gpus_that_they_are_to_have_are_told_before_anything_is_begun() {
         let nothing = || Err(NoDevice(gpu::Unusable::Nothing));
-        let fail = Gpus::if_usable(1, Device::Cuda, nothing).unwrap_err();
-        assert_eq!(fail.code, crate::ui::NO_RETRY);
-        assert!(fail.message.starts_with("the device \"cuda\"") && fail.message.ends_with("or use \"cpu\""), "{}", fail.message);
-        // It computes on the processor then.
-        assert_eq!(Gpus::if_usable(1, Device::Auto, nothing).unwrap(), Gpus::default());
+        let two = Gpus(vec!["0".to_owned(), "1".to_owned()]);
+        for (gpus, workers) in [(Gpus::default(), 1), (two, 2)] {
+            let fail = gpus.clone().if_usable(workers, Device::Cuda, nothing).unwrap_err();
+            assert_eq!(fail.code, crate::ui::NO_RETRY);
+            assert!(fail.message.starts_with("the device \"cuda\"") && fail.message.ends_with("or use \"cpu\""), "{}", fail.message);
+            // They compute on the processor then.
+            assert_eq!(gpus.clone().if_usable(workers, Device::Auto, nothing).unwrap(), gpus);
+        }
     }
 
     #[test]

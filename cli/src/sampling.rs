@@ -2,9 +2,9 @@
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use ella_model::connector::DEFAULT_HEADS;
 use ella_model::sampler::Method;
 use ella_model::schedule::Prediction;
+use ella_worker::trained::Trained;
 
 use crate::embed::{Device, Layers, Padding};
 use crate::forward::Dtype;
@@ -13,21 +13,31 @@ use crate::forward::Dtype;
 #[derive(Clone, Debug, Args)]
 pub(crate) struct HowRead {
     /// fixed: prompts are filled up or cut to --max-tokens, and all positions count, as the released weights were trained.
-    /// none: each prompt at its own length (the paper's flexible length). As in training
-    #[arg(long, value_enum, default_value_t = Padding::Fixed, help_heading = "How texts are read", hide_possible_values = true)]
-    pub(crate) padding: Padding,
+    /// none: each prompt at its own length (the paper's flexible length) [default: as the connector's file says that it was trained;
+    /// fixed if it does not]
+    #[arg(long, value_enum, help_heading = "How texts are read", hide_possible_values = true)]
+    pub(crate) padding: Option<Padding>,
     /// The same for the negative prompt [default: as --padding]
     #[arg(long, value_enum, value_name = "PADDING", help_heading = "How texts are read", hide_possible_values = true)]
     pub(crate) negative_padding: Option<Padding>,
-    /// Longest prompt in tokens [default: 128 with padding fixed; with none, as long as the text encoder takes]
+    /// Longest prompt in tokens [default: as the connector's file says; if it does not, 128 with padding fixed; with none, as long as the
+    /// text encoder takes, up to 2048]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536), help_heading = "How texts are read")]
     pub(crate) max_tokens: Option<u32>,
-    /// Which of the text encoder's layers are taken, as in training
-    #[arg(long, value_enum, default_value_t = Layers::Last, help_heading = "How texts are read")]
-    pub(crate) layers: Layers,
+    /// Which of the text encoder's layers are taken [default: as the connector's file says; last if it does not]
+    #[arg(long, value_enum, help_heading = "How texts are read")]
+    pub(crate) layers: Option<Layers>,
     /// Beside the connector's states, let the U-Net attend to those of the base's own CLIP: for names and trigger words
     #[arg(long, help_heading = "How texts are read")]
     pub(crate) with_clip: bool,
+}
+
+impl HowRead {
+    /// As it may contradict what a connector's file tells.
+    pub(crate) fn asked(&self) -> Trained {
+        let most = self.max_tokens.map(|n| n as usize);
+        Trained { padding: self.padding.map(Into::into), max_tokens: most, layers: self.layers.map(Into::into), ..Trained::default() }
+    }
 }
 
 /// How pictures are drawn.
@@ -54,9 +64,9 @@ pub(crate) struct HowDrawn {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = Device::Auto, help_heading = "How to draw")]
     pub(crate) device: Device,
-    /// The connector's attention heads, which its file does not tell
-    #[arg(long, default_value_t = DEFAULT_HEADS as u32, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "How to draw")]
-    pub(crate) heads: u32,
+    /// The connector's attention heads [default: as its file says; 8 if it does not]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "How to draw")]
+    pub(crate) heads: Option<u32>,
 }
 
 /// Reads a number of steps, of which the base knows how many there may be.

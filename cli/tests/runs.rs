@@ -144,9 +144,11 @@ fn metrics(here: &Path) {
 fn export(here: &Path) {
     let made = ella(here, &["export", "run", "--out", "c.safetensors", "--json"]).ok().json();
     assert_eq!((&made["step"], &made["file"]), (&json!(7), &json!("c.safetensors")));
-    assert_eq!(made["flags"], json!(["--max-tokens", "24", "--heads", "4"]));
-    let half = ella(here, &["export", "run", "--out", "ema16.safetensors", "--ema", "--dtype", "fp16"]).ok().stdout;
-    assert!(half.contains("draw with --max-tokens 24 --heads 4"), "{half}");
+    let bytes = std::fs::read(here.join("c.safetensors")).unwrap();
+    assert_eq!((&made["bytes"], &made["blake3"]), (&json!(bytes.len()), &json!(ella_store::Digest::of(&bytes))));
+    ella(here, &["export", "run", "--out", "again.safetensors"]).ok();
+    assert!(std::fs::read(here.join("again.safetensors")).unwrap() == bytes, "other bytes of the same commit");
+    ella(here, &["export", "run", "--out", "ema16.safetensors", "--ema", "--dtype", "fp16"]).ok();
     let sizes = ConnectorConfig { layers: 1, heads: 4, latents: 4, ..ConnectorConfig::new(ConnectorKind::Tsc, 64, 64) };
     let layout = Connector::layout(&sizes).unwrap();
     for file in ["c.safetensors", "ema16.safetensors"] {
@@ -159,6 +161,50 @@ fn export(here: &Path) {
     let half = Weights::open(&here.join("ema16.safetensors")).unwrap();
     assert_eq!(half.describe("connector.latents").unwrap().1, tch::Kind::Half);
     ella(here, &["export", "run", "--out", "no/c.safetensors", "--json"]).fails(4, &["no/c.safetensors"]);
+    how_it_was_trained(here);
+}
+
+/// A commit's files and what is exported tell how they were trained, and who draws with them keeps to it.
+fn how_it_was_trained(here: &Path) {
+    let text = ella_model::part::Part::open(&here.join("models/text")).unwrap().fingerprint();
+    let told = json!({ "ella.heads": "4", "ella.padding": "fixed", "ella.max_tokens": "24", "ella.layers": "last", "ella.text": text });
+    let commit = "run/commits/000000000007.1";
+    for file in ["c.safetensors", "ema16.safetensors", &format!("{commit}/connector.safetensors"), &format!("{commit}/ema.safetensors")] {
+        assert_eq!(ella(here, &["inspect", file, "--json"]).ok().json()["trained"], told, "{file}");
+    }
+    let shown = ella(here, &["inspect", "c.safetensors"]).ok().stdout;
+    assert!(shown.contains("\n  ella.max_tokens: 24\n"), "{shown}");
+
+    let models = ["sample", "--connector", "c.safetensors", "--base", "models/base", "--text", "models/text", "--steps", "2"];
+    let draw = |more: &[&str]| ella(here, &[&models[..], &["--prompt", "a red circle", "--out", "drawn.png"], more].concat());
+    let picture = || std::fs::read(here.join("drawn.png")).unwrap();
+    let warned = |ran: Ran| ran.ok().stderr.lines().filter(|line| line.contains("WARNING")).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(warned(draw(&[])), [""; 0]);
+    let as_trained = picture();
+    assert_eq!(warned(draw(&["--heads", "4", "--padding", "fixed", "--max-tokens", "24", "--layers", "last"])), [""; 0]);
+    assert!(picture() == as_trained, "texts are read otherwise than in training");
+    draw(&["--heads", "8", "--json"]).fails(2, &["c.safetensors: connector heads must be 4, with which it was trained (found 8)"]);
+    for (more, words) in [
+        (["--padding", "none"], "c.safetensors was trained with padding fixed, and not none"),
+        (["--max-tokens", "16"], "c.safetensors was trained with max_tokens 24, and not 16"),
+        (["--layers", "average"], "c.safetensors was trained with layers last, and not average"),
+    ] {
+        let said = warned(draw(&more));
+        assert!(said.len() == 1 && said[0].contains(words), "{said:?}");
+    }
+    ella(here, &["init-base", "--preset", "nano", "--seed", "9", "--captions", "data", "--out", "others"]).ok();
+    let models = ["--connector", "c.safetensors", "--base", "models/base", "--text", "others/text", "--steps", "2"];
+    std::fs::create_dir(here.join("prompts")).unwrap();
+    std::fs::write(here.join("prompts/one.txt"), "a red circle").unwrap();
+    let sample = &["sample", "--prompt", "a red circle", "--out", "drawn.png"][..];
+    for what in [sample, &["dpg", "generate", "--prompts", "prompts", "--out", "grids"]] {
+        let said = warned(ella(here, &[what, &models].concat()));
+        let words = format!("was trained with the text encoder of fingerprint {}, and not ", &text[..12]);
+        assert!(said.len() == 1 && said[0].contains(&words) && said[0].contains("(others/text)"), "{said:?}");
+    }
+    let record: serde_json::Value = serde_json::from_slice(&std::fs::read(here.join("grids/generate.json")).unwrap()).unwrap();
+    let settings = &record["settings"];
+    assert_eq!((&settings["heads"], &settings["max_tokens"], &settings["padding"]), (&json!(4), &json!(24), &json!("fixed")));
 }
 
 fn report(here: &Path, audit: &serde_json::Value) {

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use tch::{Device, Kind, Tensor};
 
 use crate::base::Base;
-use crate::connector::{Conditions, Connector, DEFAULT_HEADS};
+use crate::connector::{Conditions, Connector};
 use crate::error::{ModelError, Result};
 use crate::layers::inner_product;
 use crate::lora::Lora;
@@ -73,8 +73,8 @@ pub struct Options<'a> {
     pub layout: Option<Layout>,
     /// The kind to compute in, and of the outputs: `Float`, `Half` or `BFloat16`.
     pub kind: Kind,
-    /// A connector's attention heads.
-    pub heads: i64,
+    /// A connector's attention heads; `None`: those that its file tells, or the released connectors'.
+    pub heads: Option<i64>,
     /// Which layers a text encoder's features are made of.
     pub layers: Layers,
     /// Where to compute.
@@ -85,7 +85,7 @@ pub struct Options<'a> {
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        let (kind, heads, layers, device) = (Kind::Float, DEFAULT_HEADS, Layers::Last, Device::Cpu);
+        let (kind, heads, layers, device) = (Kind::Float, None, Layers::Last, Device::Cpu);
         Options { grad: false, checkpoint: false, tiling: false, layout: None, kind, heads, layers, device, loras: &[] }
     }
 }

@@ -80,7 +80,7 @@ fn averaged_layers_of_t5_and_clip_agree_with_transformers() {
 
 #[test]
 fn layers_are_averaged_of_text_encoders_only() {
-    let options = Options { layers: Layers::Average, heads: 4, ..Options::default() };
+    let options = Options { layers: Layers::Average, heads: Some(4), ..Options::default() };
     let (folder, dir) = (golden("tsc-4-heads"), tempfile::tempdir().unwrap());
     let outputs = dir.path().join("out.safetensors");
     let result = forward(Net::Connector, &folder.join("connector.safetensors"), &folder.join("inputs.safetensors"), &outputs, &options);

@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
@@ -47,7 +48,7 @@ fn the_connectors_agree_with_the_reference_modules() {
     let tscs = [("tsc-8-heads", 8), ("tsc-4-heads", 4), ("tsc-half", 2), ("tsc-zero", 4)];
     let pooled = [("tsc-pooled", 4), ("mlp-pooled", 2)];
     for (name, heads) in tscs.into_iter().chain([("resampler", 8), ("resampler-1-block", 2), ("mlp", 8)]).chain(pooled) {
-        let options = Options { grad: true, heads, ..Options::default() };
+        let options = Options { grad: true, heads: Some(heads), ..Options::default() };
         let (values, gradients) = compare(name, Net::Connector, "connector.safetensors", &options);
         assert!(values <= 1e-5 && gradients <= 1e-4, "{name}");
     }
@@ -208,6 +209,15 @@ fn what_is_encoded_is_what_is_saved() {
     assert_eq!(fs::read(&path).unwrap(), weights::encode(&path, &views).unwrap());
     let back = tensors(&path);
     assert!(back[0].1.equal(&views[1].1) && back[1].1.equal(&views[0].1));
+
+    // Fields of metadata, in an order of no chance, and the tensors where readers want them.
+    let fields: BTreeMap<String, String> = (0..9).map(|n| (format!("ella.{n}"), format!("\"{n}\" é"))).collect();
+    let telling = weights::encode_telling(&path, &views, &fields).unwrap();
+    assert!((0..9).all(|_| weights::encode_telling(&path, &views, &fields).unwrap() == telling));
+    fs::write(&path, &telling).unwrap();
+    let read = Weights::open(&path).unwrap();
+    assert!(fields.iter().all(|(name, value)| read.metadata(name) == Some(value)) && read.metadata("format") == Some("pt"));
+    assert!(telling[0].is_multiple_of(8) && tensors(&path).iter().zip(&back).all(|(a, b)| a.0 == b.0 && a.1.equal(&b.1)));
 }
 
 #[test]
@@ -250,7 +260,7 @@ fn with_inputs(options: &Options, change: impl FnOnce(&mut Vec<(String, Tensor)>
 
 #[test]
 fn inputs_that_do_not_fit_are_named() {
-    let options = Options { grad: true, heads: 4, ..Options::default() };
+    let options = Options { grad: true, heads: Some(4), ..Options::default() };
     let set = |name: &'static str, value: Tensor| {
         with_inputs(&options, move |all| {
             all.retain(|(known, _)| known != name);
@@ -271,7 +281,7 @@ fn inputs_that_do_not_fit_are_named() {
     let missing = with_inputs(&options, |all| all.retain(|(name, _)| name != "grad_output"));
     assert!(matches!(missing, Err(ModelError::MissingTensor { key, .. }) if key == "grad_output"));
     about("inputs", with_inputs(&Options { grad: false, ..options }, |_| ()));
-    assert!(matches!(with_inputs(&Options { heads: 5, ..options }, |_| ()), Err(ModelError::Input { .. })));
+    assert!(matches!(with_inputs(&Options { heads: Some(5), ..options }, |_| ()), Err(ModelError::Input { .. })));
 }
 
 #[test]

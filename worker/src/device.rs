@@ -129,7 +129,7 @@ fn cuda() -> Result<Device, Unusable> {
 
 /// Loads libtorch_cuda.so from beside libtorch_cpu.so. It registers itself with libtorch and stays loaded.
 fn load_cuda_library(folder: &Path) -> Result<(), Unusable> {
-    let path = folder.join("libtorch_cuda.so");
+    let path = folder.join(gpu::CUDA_PART);
     // SAFETY: the library's initialisers only register operators with the libtorch that this process already runs, of the same
     // wheel; it is never unloaded.
     let library = unsafe { libloading::os::unix::Library::open(Some(&path), libc::RTLD_NOW | libc::RTLD_GLOBAL) };

@@ -29,6 +29,7 @@ pub mod sight;
 pub mod supervise;
 pub mod text;
 pub mod train;
+pub mod trained;
 mod vitals;
 
 pub use leave::leave;

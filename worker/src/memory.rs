@@ -4,7 +4,8 @@
 //! allocator loses between blocks.
 //!
 //! Lanes are counted as large as the data set's largest, each recorded shape too ([`crate::train::graph`]). What is computed beside recorded lanes in
-//! the plain way is not counted: a lane whose shape is not recorded, for which recordings are given up if need be, and held-out samples' forward pass.
+//! the plain way is not counted: a lane whose shape is not recorded, and held-out samples' forward pass. It would at most be the activations once more,
+//! and where there is no room for that, recordings are given up.
 
 use crate::device;
 use crate::feed::AHEAD;

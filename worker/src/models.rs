@@ -6,6 +6,7 @@ use crate::text::{self, TextIdentity};
 use crate::train::lane::Networks;
 use crate::train::split::Split;
 use crate::train::state::{Layout, TrainState};
+use crate::trained::Trained;
 use ella_cuda::speed;
 use ella_model::ModelError;
 use ella_model::base::Base;
@@ -56,11 +57,17 @@ pub fn load(config: &RunConfig, device: Device) -> Result<Loaded, ModelError> {
     check_latents(unet.config(), vae.config(), base.path())?;
 
     let sizes = connector_config(config, unet.config(), text.width)?;
-    let layout = Arc::new(Layout::new(Connector::layout(&sizes)?));
+    let trained = Trained::by(config, Some(text.weights_digest.clone()));
+    let layout = Arc::new(Layout::new(Connector::layout(&sizes)?).telling(trained.fields()));
     let from = config.connector.from.as_ref().map(|file| connector_file(file)).transpose()?;
     let begun_from = from.as_ref().map(Weights::digest);
     let first = match from {
-        Some(weights) => begun(&sizes, weights, device)?,
+        Some(weights) => {
+            for told in Trained::told(&weights)?.differences(&trained, &config.text.model) {
+                tracing::warn!("connector.from: {} {told}", weights.path().display());
+            }
+            begun(&sizes, weights, device)?
+        }
         None => Connector::init(&sizes, config.run.seed, device)?,
     };
     let values: Vec<_> = first.tensors().iter().map(|(_, t)| t.shallow_clone()).collect();
@@ -213,6 +220,7 @@ fn models_digest(base: &Base, loras: &[Lora], text: &TextIdentity, from: Option<
 mod tests {
     use super::*;
     use ella_model::connector;
+    use ella_model::weights::encode_telling;
 
     /// A connector of each kind, with a pooled head and without, begins a run of its sizes and of no other; what its kind does not have counts for nothing.
     #[test]
@@ -231,6 +239,15 @@ mod tests {
             let has_blocks = kind != ConnectorKind::Mlp;
             for other in [ConnectorConfig { layers: 1, ..sizes.clone() }, ConnectorConfig { latents: 5, ..sizes.clone() }] {
                 assert_eq!(begun(&other).is_err(), has_blocks, "{kind:?}");
+            }
+            // Heads are told by the metadata alone, and count where there is attention.
+            let told = [(connector::HEADS_FIELD.to_owned(), "4".to_owned())].into();
+            std::fs::write(&file, encode_telling(&file, made.tensors(), &told).unwrap()).unwrap();
+            begun(&sizes).unwrap();
+            let other = begun(&ConnectorConfig { heads: 2, ..sizes.clone() });
+            assert_eq!(other.is_err(), has_blocks || pooled.is_some(), "{kind:?}");
+            if let Err(error) = other {
+                assert!(error.to_string().contains("connector heads must be 4, with which it was trained (found 2)"), "{error}");
             }
             let pooled = if pooled.is_some() { None } else { Some(24) };
             for other in [ConnectorConfig { text_width: 13, ..sizes.clone() }, ConnectorConfig { pooled, ..sizes.clone() }] {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 
-use ella_model::connector::{Connector, DEFAULT_HEADS};
+use ella_model::connector::Connector;
 use ella_proto::config::{Dtype, Layers, Padding};
 use ella_worker::text::{TextEncoder, TextOptions};
 use serde::Serialize;
@@ -71,7 +71,7 @@ pub(super) fn map(lab: &Lab) -> Result<Map, Fail> {
     let mut counts = vec![0u64; WORDS.len() + 1];
     kinds.iter().flatten().for_each(|kind| counts[*kind] += 1);
     for seed in &lab.recipe.seeds {
-        let connector = Connector::load(&lab.connector(Kind::Tsc, *seed), DEFAULT_HEADS, Dt::Float, device)?;
+        let connector = Connector::load(&lab.connector(Kind::Tsc, *seed), None, Dt::Float, device)?;
         for (at, timestep) in TIMESTEPS.iter().enumerate() {
             let tokens = tch::no_grad(|| per_token(&connector, read, *timestep))?;
             for (row, kinds) in kinds.iter().enumerate() {

@@ -139,9 +139,8 @@ impl Lab {
 
     /// What a connector's pictures got.
     pub(super) fn drawn(&self, kind: Kind, seed: u64, lora: Option<&Path>) -> Result<Marked, Fail> {
-        let (file, model, tokens) = (text(&self.connector(kind, seed)), text(&self.mini("text")), MAX_TOKENS.to_string());
-        let with = ["--connector", &file, "--text", &model, "--max-tokens", &tokens, "--padding", kind.padding()];
-        self.marked(&kind.run(seed), seed, &with, lora)
+        let (file, model) = (text(&self.connector(kind, seed)), text(&self.mini("text")));
+        self.marked(&kind.run(seed), seed, &["--connector", &file, "--text", &model], lora)
     }
 
     /// What the base's own pictures got.

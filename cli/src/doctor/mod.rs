@@ -9,7 +9,8 @@ use ella_proto::config::Device as Choice;
 use ella_store::{Store, probe};
 use ella_worker::device::{self, NoDevice};
 use ella_worker::gpu::Unusable;
-use gpu::Gpus;
+use ella_worker::gpu::fault::first_line;
+use gpu::{Gpu, Gpus};
 use machine::Machine;
 use serde::Serialize;
 use speed::{Kept, Speeds};
@@ -34,7 +35,7 @@ struct Report {
     libtorch: Libtorch,
     gpus: Gpus,
     nccl: Option<Nccl>,
-    /// Of the processor, and of the first GPU.
+    /// Of the processor, and of each GPU.
     speeds: Vec<Speeds>,
     store: Option<String>,
     /// What a run would stumble over.
@@ -67,24 +68,14 @@ impl Doctor {
         let mut speeds = Vec::new();
         if !self.quick {
             device::set_threads(machine.cores);
-            speeds.push(measure("processor", speed::of_processor, &mut wrong));
+            speeds.extend(measure("the processor", speed::of_processor, &mut wrong));
             if gpus.usable() {
-                speeds.push(measure("first GPU", || speed::of_gpu(gpus.devices[0].free_bytes), &mut wrong));
+                speeds.extend(measure_gpus(&gpus.devices, &mut wrong));
             }
         }
         let store = store.map(|store| try_store(&store, &mut wrong)).transpose()?;
         let ok = wrong.is_empty();
-        let report = Report {
-            ella: env!("CARGO_PKG_VERSION"),
-            machine,
-            libtorch,
-            gpus,
-            nccl,
-            speeds: speeds.into_iter().flatten().collect(),
-            store,
-            wrong,
-            ok,
-        };
+        let report = Report { ella: env!("CARGO_PKG_VERSION"), machine, libtorch, gpus, nccl, speeds, store, wrong, ok };
         out.result(&report, || report.text());
         Ok(if ok { DONE } else { FAILED })
     }
@@ -92,8 +83,17 @@ impl Doctor {
 
 /// What cannot be measured is wrong; the rest is told all the same.
 fn measure(what: &str, all: impl FnOnce() -> Kept<Speeds>, wrong: &mut Vec<String>) -> Option<Speeds> {
-    note(format_args!("measuring the {what}"));
-    all().map_err(|error| wrong.push(format!("the {what} cannot be measured: {error}"))).ok()
+    note(format_args!("measuring {what}"));
+    all().map_err(|error| wrong.push(format!("{what} cannot be measured: {}", first_line(&error)))).ok()
+}
+
+/// One after the other, and what is slow beside the others.
+fn measure_gpus(gpus: &[Gpu], wrong: &mut Vec<String>) -> Vec<Speeds> {
+    let all: Vec<(&Gpu, Speeds)> =
+        gpus.iter().filter_map(|gpu| Some((gpu, measure(&gpu.called(), || speed::of_gpu(gpu.number, gpu.free_bytes), wrong)?))).collect();
+    let named: Vec<_> = all.iter().map(|(gpu, speeds)| (gpu.name.as_str(), gpu.called(), speeds)).collect();
+    wrong.extend(speed::slow(&named));
+    all.into_iter().map(|(_, speeds)| speeds).collect()
 }
 
 fn libtorch() -> Libtorch {
@@ -118,7 +118,8 @@ fn look_for_nccl(wrong: &mut Vec<String>) -> Option<Nccl> {
             Some(Nccl { version: version.to_string(), known_fault })
         }
         Err(error) => {
-            wrong.push(format!("NCCL cannot be used ({error}): several workers with GPUs cannot train together; install nvidia-nccl"));
+            let hint = "several workers with GPUs cannot train together; install the wheel nvidia-nccl-cu13 beside torch's";
+            wrong.push(format!("NCCL cannot be used ({error}): {hint}"));
             None
         }
     }

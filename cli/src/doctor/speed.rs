@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ella_worker::device;
 use ella_worker::reduce::{Collective, CollectiveError, Listener, Membership, Nccl, Solo, Tcp};
 use serde::Serialize;
-use tch::{Cuda, Device, Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 /// A figure, or why there is none.
 pub(super) type Kept<T> = Result<T, String>;
@@ -22,7 +22,7 @@ const GRADIENT: i64 = 66_800_000;
 
 #[derive(Debug, Serialize)]
 pub(super) struct Speeds {
-    device: &'static str,
+    device: String,
     /// Of a square matrix product, and of what kind and size.
     teraflops: f64,
     product: String,
@@ -45,10 +45,38 @@ impl Speeds {
     }
 }
 
+/// Of what a GPU does, in words: how much, and the share of the best one's below which it is slow. Uploads depend on the socket that it is at, too.
+type Rate = (&'static str, &'static str, fn(&Speeds) -> Option<f64>, f64);
+const RATES: [Rate; 3] = [
+    ("multiplies at", "TFLOP/s", |of| Some(of.teraflops), 0.8),
+    ("copies at", "GB/s", |of| Some(of.copy_gb_per_s), 0.8),
+    ("is uploaded to at", "GB/s", |of| of.upload_gb_per_s, 0.6),
+];
+
+/// Which of some GPUs are slower than another of the same model, given by its name and what to call the GPU. All ranks of a run wait for the slowest.
+pub(super) fn slow(gpus: &[(&str, String, &Speeds)]) -> Vec<String> {
+    let mut found = Vec::new();
+    for (model, called, speeds) in gpus {
+        let alike = || gpus.iter().filter(|(other, _, of)| other == model && of.product == speeds.product);
+        for (does, unit, rate, least) in RATES {
+            let best = alike().filter_map(|(_, called, of)| Some((rate(of)?, called))).max_by(|a, b| a.0.total_cmp(&b.0));
+            if let (Some(own), Some((best, other))) = (rate(speeds), best)
+                && own < least * best
+            {
+                found.push(format!(
+                    "{called} {does} {own:.1} {unit}, {other} of the same model at {best:.1}, and all ranks wait for the slowest: look for other \
+                     programs on it, and at its clocks, heat, power limit and link (nvidia-smi -q)"
+                ));
+            }
+        }
+    }
+    found
+}
+
 pub(super) fn of_processor() -> Kept<Speeds> {
     let (teraflops, product) = product(Device::Cpu, Kind::Float, 1024)?;
     Ok(Speeds {
-        device: "cpu",
+        device: "cpu".to_owned(),
         teraflops,
         product,
         copy_gb_per_s: copy(Device::Cpu, 64 << 20)?,
@@ -57,19 +85,19 @@ pub(super) fn of_processor() -> Kept<Speeds> {
     })
 }
 
-/// `free`: bytes of its memory.
-pub(super) fn of_gpu(free: usize) -> Kept<Speeds> {
-    let device = Device::Cuda(0);
+/// Of the GPU of this number. `free`: bytes of its memory.
+pub(super) fn of_gpu(number: u32, free: usize) -> Kept<Speeds> {
+    let device = Device::Cuda(number as usize);
     // Three matrices of bfloat16, and room for others' work.
     let side = if free > 4 << 30 { 8192 } else { 2048 };
     let (teraflops, product) = product(device, Kind::BFloat16, side)?;
     Ok(Speeds {
-        device: "gpu 0",
+        device: format!("gpu {number}"),
         teraflops,
         product,
         copy_gb_per_s: copy(device, 256 << 20)?,
         upload_gb_per_s: Some(upload(device, 256 << 20)?),
-        sum_gb_per_s: with_itself(device)?,
+        sum_gb_per_s: with_itself(device, number)?,
     })
 }
 
@@ -105,9 +133,9 @@ fn upload(device: Device, bytes: i64) -> Kept<f64> {
 }
 
 /// A gradient summed by NCCL, with nobody else.
-fn with_itself(device: Device) -> Kept<f64> {
+fn with_itself(device: Device, number: u32) -> Kept<f64> {
     let library = device::nccl().map_err(|error| error.to_string())?;
-    let mut ranks = Nccl::connect(Box::new(Solo::default()), &library, 0, PATIENCE).map_err(|error| error.to_string())?;
+    let mut ranks = Nccl::connect(Box::new(Solo::default()), &library, number, PATIENCE).map_err(|error| error.to_string())?;
     let mut gradient = Tensor::f_randn([GRADIENT], (Kind::Float, device)).map_err(|error| error.to_string())?;
     let seconds = median(device, || ranks.sum_tensor(&mut gradient)).map_err(|error| error.to_string())?;
     Ok(4.0 * GRADIENT as f64 / seconds / 1e9)
@@ -145,20 +173,19 @@ fn loop_back() -> Result<f64, CollectiveError> {
 }
 
 /// Seconds that one call takes: the median over windows of as many calls as fill one.
-fn median<E>(device: Device, mut act: impl FnMut() -> Result<(), E>) -> Result<f64, E> {
-    let wait = || {
-        if let Device::Cuda(ordinal) = device {
-            Cuda::synchronize(ordinal as i64);
-        }
+fn median<E: From<TchError>>(device: Device, mut act: impl FnMut() -> Result<(), E>) -> Result<f64, E> {
+    // A number is read when all before it is done; that of a GPU that is broken is an error, where waiting alone would end the process.
+    let wait = || -> Result<(), TchError> {
+        if device.is_cuda() { Tensor::f_ones([1], (Kind::Float, device))?.f_double_value(&[]).map(drop) } else { Ok(()) }
     };
     let (mut calls, mut times) = (1_u32, Vec::new());
     while times.len() <= WINDOWS {
-        wait();
+        wait()?;
         let begin = Instant::now();
         for _ in 0..calls {
             act()?;
         }
-        wait();
+        wait()?;
         let took = begin.elapsed();
         if took < WINDOW && times.is_empty() {
             // Too short to be told from the clock's own grain: it counts for nothing.
@@ -181,9 +208,32 @@ mod tests {
     use super::*;
 
     #[test]
+    fn one_gpu_that_is_slower_than_others_of_its_model_is_named() {
+        let speeds = |number: u32, teraflops, upload| Speeds {
+            device: format!("gpu {number}"),
+            teraflops,
+            product: "bfloat16 product of 8192²".to_owned(),
+            copy_gb_per_s: 2000.0,
+            upload_gb_per_s: Some(upload),
+            sum_gb_per_s: 100.0,
+        };
+        let of = [speeds(0, 680.0, 55.0), speeds(1, 660.0, 40.0), speeds(2, 310.0, 54.0), speeds(3, 90.0, 20.0)];
+        let named = |models: [&'static str; 4]| -> Vec<_> {
+            models.into_iter().zip(&of).map(|(model, of)| (model, format!("{} (GPU-{model})", of.device), of)).collect()
+        };
+        let found = slow(&named(["H100", "H100", "H100", "T4"]));
+        assert!(
+            found.len() == 1
+                && found[0].starts_with("gpu 2 (GPU-H100) multiplies at 310.0 TFLOP/s, gpu 0 (GPU-H100) of the same model at 680.0")
+        );
+        assert_eq!(slow(&named(["H100"; 4])).len(), 3, "the last one multiplies and is uploaded to slowly");
+        assert!(slow(&named(["a", "b", "c", "d"])).is_empty() && slow(&[]).is_empty());
+    }
+
+    #[test]
     fn a_window_holds_as_many_calls_as_fill_it_and_the_first_counts_for_nothing() {
         let mut calls = 0;
-        let one = || -> Result<(), ()> {
+        let one = || -> Result<(), TchError> {
             calls += 1;
             let begin = Instant::now();
             while begin.elapsed() < Duration::from_millis(5) {}
@@ -192,7 +242,7 @@ mod tests {
         let seconds = median(Device::Cpu, one).unwrap();
         assert!((0.005..0.5).contains(&seconds), "{seconds}");
         assert!(calls > WINDOWS as i32 * 2, "{calls}");
-        assert_eq!(median(Device::Cpu, || Err("gone")), Err("gone"));
+        assert!(median(Device::Cpu, || Err(TchError::Torch("gone".to_owned()))).is_err());
         assert_eq!(middle(&mut [3.0, 1.0, 2.0]), 2.0);
     }
 }

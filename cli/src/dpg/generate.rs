@@ -10,13 +10,14 @@ use ella_model::schedule::Prediction;
 use ella_proto::config::{self, JobConfig, JobKind, JobTable, Sampler, Size};
 use ella_store::Store;
 use ella_worker::grids::{DRAWN, DrawSettings, Found, RECORD, REPLACED, Record, THERE};
+use ella_worker::trained::Trained;
 use serde_json::json;
 
 use super::TILES;
 use crate::jobs::Who;
 use crate::lora::Loras;
 use crate::sampling::{HowDrawn, HowRead};
-use crate::ui::{DONE, Fail, Out, span};
+use crate::ui::{DONE, Fail, Out, note, span};
 
 #[derive(Debug, Args)]
 pub(crate) struct Generate {
@@ -89,12 +90,13 @@ impl Generate {
         let store = Store::open(&self.out)?;
         crate::runtime()?.block_on(Prompts::read(&self.prompts))?;
         // Whoever does the work on this machine finds the models there.
-        Found::find(settings)?;
+        Found::find(settings)?.otherwise().for_each(|told| note(format_args!("WARNING: {told}")));
         Ok(store)
     }
 
     fn settings(&self) -> DrawSettings {
         let (read, how) = (&self.read, &self.how);
+        let Trained { padding, max_tokens, layers, .. } = read.asked();
         DrawSettings {
             prompts: self.prompts.clone(),
             base: self.base.clone(),
@@ -103,10 +105,10 @@ impl Generate {
             heads: how.heads,
             text: self.text.clone(),
             with_clip: read.with_clip,
-            padding: read.padding.into(),
+            padding,
             negative_padding: read.negative_padding.map(Into::into),
-            max_tokens: read.max_tokens.map(|n| n as usize),
-            layers: read.layers.into(),
+            max_tokens,
+            layers,
             negative: self.negative.clone(),
             seed: self.seed,
             size: self.size,

@@ -94,7 +94,7 @@ impl DataFacts {
             Some(_) => serde_json::from_slice(&store.get(REPORT).await?).ok(),
             None => None,
         };
-        let refused = report.iter().flat_map(|report| &report.refused).map(|(why, keys)| (why.to_string(), keys.len() as u64)).collect();
+        let refused = report.iter().flat_map(Report::counts).map(|(why, count)| (why.to_string(), count)).collect();
         let images = manifest.settings.as_ref().filter(|settings| settings.images).map(|settings| match settings.encoding {
             Encoding::Jpeg { quality } => format!("JPEG of quality {quality}"),
             Encoding::Webp { quality } => format!("WebP of quality {quality}"),

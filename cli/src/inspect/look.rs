@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use ella_model::ModelError;
 use ella_model::base::Base;
 use ella_model::config::ConfigFile;
-use ella_model::connector::{Connector, ConnectorKind};
+use ella_model::connector::{Connector, ConnectorKind, HEADS_FIELD};
 use ella_model::lora::Lora;
 use ella_model::part::Part;
 use ella_model::schedule::{Prediction, ScheduleConfig};
@@ -15,6 +15,7 @@ use ella_model::tokenizer::TextTokenizer;
 use ella_model::unet::{UNet, UNetConfig};
 use ella_model::vae::Vae;
 use ella_model::weights::Weights;
+use ella_worker::trained::Trained;
 use serde::Serialize;
 use tch::{Device, Kind};
 
@@ -32,6 +33,9 @@ pub(super) struct Report {
     /// epsilon, v_prediction or sample, of a diffusion model.
     pub(super) prediction_type: Option<&'static str>,
     pub(super) networks: Vec<Network>,
+    /// What a connector's file tells of how it was trained.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) trained: BTreeMap<String, String>,
     /// What else there is to say.
     pub(super) notes: Vec<String>,
     /// What such a model could have and this one has not; it can be used without.
@@ -80,6 +84,7 @@ pub(super) fn look(path: &Path) -> Result<Report, ModelError> {
         what: "unknown".into(),
         prediction_type: None,
         networks: Vec::new(),
+        trained: BTreeMap::new(),
         notes: Vec::new(),
         missing: Vec::new(),
         unused: Vec::new(),
@@ -124,8 +129,13 @@ impl Report {
 
     fn connector(&mut self, weights: Weights) {
         let mut network = Network::new("connector", "connector", &weights);
-        // The file does not tell the heads, and every number of channels has one.
-        match Connector::from_weights(weights.without_values(), 1, Kind::Float, CPU) {
+        match Trained::told(&weights) {
+            Ok(trained) => self.trained = trained.fields(),
+            Err(error) => self.problem(&error),
+        }
+        // Where the file does not tell the heads: every number of channels has one.
+        let heads = if self.trained.contains_key(HEADS_FIELD) { None } else { Some(1) };
+        match Connector::from_weights(weights.without_values(), heads, Kind::Float, CPU) {
             Ok(connector) => {
                 let c = connector.config();
                 self.what = format!("an ELLA connector, {}: text width {} to width {}", c.kind.name(), c.text_width, c.width);

@@ -76,6 +76,9 @@ fn text(report: &Report) -> String {
     for network in &report.networks {
         text += &format!("\n  {:width$}  {}", network.name, line(network));
     }
+    for (field, value) in &report.trained {
+        text += &format!("\n  {field}: {value}");
+    }
     let notes = [("", &report.notes), ("missing: ", &report.missing), ("not used: ", &report.unused), ("problem: ", &report.problems)];
     for (label, notes) in notes {
         for note in notes {

@@ -12,12 +12,14 @@ use clap::Args;
 use draw::{Settings, Studio};
 use ella_model::base::Base;
 use ella_model::connector::Connector;
+use ella_model::part::Part;
 use ella_model::text::TextConfig;
 use ella_model::unet::UNetConfig;
 use ella_proto::config::Size;
-use ella_worker::draw::{self as drawing, BaseText, Noise, Reading, Script, check_fit};
+use ella_worker::draw::{self as drawing, BaseText, Noise, Script, check_fit};
 use ella_worker::gpu::fault::{Fault, first_line};
 use ella_worker::text::{TextEncoder, TextOptions};
+use ella_worker::trained::{Reads, Trained};
 use ella_worker::{device, models};
 use plan::{Plan, Seeds};
 use result::Drawn;
@@ -25,7 +27,7 @@ use tch::Kind;
 
 use crate::lora::Loras;
 use crate::sampling::{HowDrawn, HowRead};
-use crate::ui::{DONE, Fail, Meter, Out};
+use crate::ui::{DONE, Fail, Meter, Out, note};
 use crate::whole;
 
 #[derive(Debug, Args)]
@@ -127,9 +129,12 @@ impl Sample {
         let loras = self.loras.open()?;
         let connector = Connector::open(&models::locate("--connector", &self.connector)?)?;
         // Told of the file as it is read: a run may delete it meanwhile.
-        let (file, digest) = (connector.path().to_owned(), connector.digest());
-        let connector = Connector::from_weights(connector, self.how.heads.into(), Kind::Float, place.1)?;
-        let (ella, clip) = self.scripts(&plan, (&base, &text), (&file, &connector), place)?;
+        let (file, digest, trained) = (connector.path().to_owned(), connector.digest(), Trained::told(&connector)?);
+        let connector = Connector::from_weights(connector, self.how.heads.map(i64::from), Kind::Float, place.1)?;
+        let takes = TextConfig::load(&text)?;
+        check_fit((&file, connector.config()), (&base, &UNetConfig::read(base.unet_part()?.config)?), (&text, &takes))?;
+        let reads = self.reads(&trained, &file, (&text, &takes))?;
+        let (ella, clip) = self.scripts(&plan, (&base, &text), reads, place)?;
         let how = drawing::Settings { method: self.how.sampler, steps: self.how.steps as usize, guidance: self.how.guidance };
         let settings = Settings { how, batch: self.how.batch as usize };
         let mut studio = Studio::load((&base, &loras), connector, &settings, place)?;
@@ -145,8 +150,19 @@ impl Sample {
         let compared = clip.as_ref().map(&mut pictures).transpose()?;
         let drawn = Drawn { ella: pictures(&ella)?, clip: compared };
         drop(meter);
-        self.write((&plan, digest), &drawn, (&ella, clip.as_ref()), out)?;
+        self.write((&plan, digest, reads), &drawn, (&ella, clip.as_ref()), out)?;
         Ok(DONE)
+    }
+
+    /// How texts are read before a connector that was trained so. Warns of what is asked for otherwise.
+    fn reads(&self, trained: &Trained, file: &Path, (model, takes): (&Path, &TextConfig)) -> Result<Reads, Fail> {
+        // Whoever has nothing to compare it with need not read all of the text encoder's bytes.
+        let text = trained.text.as_ref().map(|_| Part::open(model).map(|part| part.fingerprint())).transpose()?;
+        let asked = Trained { text, ..self.read.asked() };
+        for told in trained.differences(&asked, &self.text) {
+            note(format_args!("WARNING: {} {told}", file.display()));
+        }
+        Ok(trained.reads(&asked, self.read.negative_padding.map(Into::into), takes.max_positions()))
     }
 
     /// What all texts tell through the connector, and for a comparison what they tell the base by its own CLIP. What encodes them is gone
@@ -155,16 +171,10 @@ impl Sample {
         &self,
         plan: &Plan,
         (base, model): (&Base, &Path),
-        (file, connector): (&Path, &Connector),
+        Reads { prompt, negative, layers }: Reads,
         (kind, device): (Kind, tch::Device),
     ) -> Result<(Script, Option<Script>), Fail> {
-        let (unet, config) = (UNetConfig::read(base.unet_part()?.config)?, connector.config());
-        let text = TextConfig::load(model)?;
-        check_fit((file, config), (base, &unet), (model, &text))?;
-        let negative = self.read.negative_padding.unwrap_or(self.read.padding);
-        let most = self.read.max_tokens.map(|n| n as usize);
-        let [prompt, negative] = [self.read.padding, negative].map(|padding| Reading::new(padding.into(), most, text.max_positions()));
-        let (layers, dtype) = (self.read.layers.into(), self.how.dtype.into());
+        let dtype = self.how.dtype.into();
         let options = TextOptions { model: model.to_owned(), max_tokens: prompt.most, padding: prompt.padding, layers, dtype };
         let encoder = TextEncoder::load(&options, device)?;
         let none = self.negative.as_deref().unwrap_or_default();
@@ -175,7 +185,7 @@ impl Sample {
         if !(hybrid || self.compare) {
             return Ok((ella, None));
         }
-        let own = BaseText::load(base, &unet, (kind, device))?;
+        let own = BaseText::load(base, &UNetConfig::read(base.unet_part()?.config)?, (kind, device))?;
         let tell = |texts: &[String]| Script::clip(&own, texts, self.negative.as_deref());
         if hybrid {
             let texts = self.clip_prompt.as_ref().map_or(plan.texts.clone(), |text| vec![text.clone(); plan.texts.len()]);

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ella_worker::draw::{Made, Picture, Reader, Script, Shot};
+use ella_worker::trained::Reads;
 use serde_json::json;
 
 use super::Sample;
@@ -24,15 +25,15 @@ pub(super) struct Drawn {
 }
 
 impl Sample {
-    /// Writes the files and gives the result. `connector` is the BLAKE3 of its file.
+    /// Writes the files and gives the result. `connector` is the BLAKE3 of its file, before which texts are read so.
     pub(super) fn write(
         &self,
-        (plan, connector): (&Plan, String),
+        (plan, connector, reads): (&Plan, String, Reads),
         drawn: &Drawn,
         (ella, clip): (&Script, Option<&Script>),
         out: Out,
     ) -> Result<(), Fail> {
-        let made = Files { sample: self, plan, connector };
+        let made = Files { sample: self, plan, connector, reads };
         let files = match &self.out_dir {
             None => vec![made.one(drawn, &self.out)?],
             Some(folder) => made.each(drawn, folder)?,
@@ -72,6 +73,7 @@ struct Files<'a> {
     plan: &'a Plan,
     /// BLAKE3 of the connector's file.
     connector: String,
+    reads: Reads,
 }
 
 impl Files<'_> {
@@ -116,7 +118,8 @@ impl Files<'_> {
             None if s.read.with_clip => format!("{}, CLIP: prompt", self.connector),
             None => self.connector.clone(),
         };
-        let reader = || Reader { text: &s.text, layers: s.read.layers.into(), padding: s.read.padding.into(), connector: connector() };
+        let (layers, padding) = (self.reads.layers, self.reads.prompt.padding);
+        let reader = || Reader { text: &s.text, layers, padding, connector: connector() };
         let made = Made {
             prompt: &self.plan.texts[shot.text],
             negative: s.negative.as_deref(),

@@ -1,13 +1,16 @@
-//! What a connector's file tells: its kind and whether it has a pooled head, by the names of its tensors, and its sizes, by their shapes.
+//! What a connector's file tells: its kind and whether it has a pooled head, by the names of its tensors, its sizes, by their shapes, and its heads, by
+//! its metadata.
 
-use super::{ConnectorConfig, ConnectorKind};
+use super::{ConnectorConfig, ConnectorKind, DEFAULT_HEADS, HEADS_FIELD};
 use crate::error::{ModelError, Result};
 use crate::weights::Weights;
 
-/// The kind and sizes that a connector's file implies.
-pub(super) fn config_of(weights: &Weights, heads: i64) -> Result<ConnectorConfig> {
+/// The kind and sizes that a connector's file implies, where it is asked for so many heads.
+pub(super) fn config_of(weights: &Weights, asked: Option<i64>) -> Result<ConnectorConfig> {
     let kind = kind_of(weights)?;
     let input = if kind == ConnectorKind::Mlp { "connector.linear_1.weight" } else { "connector.proj_in.weight" };
+    let told = weights.told(HEADS_FIELD, "a whole number", |text| text.parse().ok())?;
+    let heads = asked.or(told).unwrap_or(DEFAULT_HEADS);
     let mut config = ConnectorConfig { heads, ..ConnectorConfig::new(kind, 0, 0) };
     if kind != ConnectorKind::Mlp {
         config.latents = matrix(weights, "connector.latents")?.0;
@@ -20,7 +23,14 @@ pub(super) fn config_of(weights: &Weights, heads: i64) -> Result<ConnectorConfig
     if weights.names().any(|name| name.starts_with("pool.")) {
         config.pooled = Some(matrix(weights, "pool.c_proj.weight")?.0);
     }
-    Ok(config)
+    // Of as many heads as one likes it is a network, but another one.
+    match told.filter(|told| config.attends() && *told != heads) {
+        Some(told) => {
+            let what = format!("{}: connector heads", weights.path().display());
+            Err(ModelError::argument(what, format!("{told}, with which it was trained"), heads))
+        }
+        None => Ok(config),
+    }
 }
 
 /// Told by groups of names rather than by one, so that of a file that lacks a tensor just that tensor is found missing.

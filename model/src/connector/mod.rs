@@ -33,8 +33,11 @@ use pool::Pool;
 use resampler::Resampler;
 use tsc::Tsc;
 
-/// The attention heads of the released connectors; a file does not tell.
+/// The attention heads of the released connectors, whose files do not tell.
 pub const DEFAULT_HEADS: i64 = 8;
+
+/// The field of a file's metadata that tells the attention heads.
+pub const HEADS_FIELD: &str = "ella.heads";
 
 /// The channels of the released connectors' timestep sinusoid.
 pub const DEFAULT_TIME_CHANNEL: i64 = 320;
@@ -109,12 +112,13 @@ impl ConnectorConfig {
         }
     }
 
-    /// The kind and sizes of a connector's file, whose attention heads it does not tell.
+    /// The kind and sizes of a connector's file. Its attention heads are told by its metadata, or else given; with neither they are those of the
+    /// released connectors.
     ///
     /// # Errors
-    /// The file holds no connector, or lacks tensors that tell a size; or so many heads do not fit its width.
-    pub fn of_file(weights: &Weights, heads: i64) -> Result<Self> {
-        let config = file::config_of(weights, heads)?;
+    /// The file holds no connector, or lacks tensors that tell a size; so many heads do not fit its width, or its metadata tells others than are given.
+    pub fn of_file(weights: &Weights, heads: impl Into<Option<i64>>) -> Result<Self> {
+        let config = file::config_of(weights, heads.into())?;
         config.check()?;
         Ok(config)
     }
@@ -130,7 +134,7 @@ impl ConnectorConfig {
         [
             (true, "connector width", self.width),
             (blocks, "connector layers", self.layers),
-            (blocks || self.pooled.is_some(), "connector heads", self.heads),
+            (self.attends(), "connector heads", self.heads),
             (blocks, "connector latents", self.latents),
             (true, "text width", self.text_width),
             (timed, "connector time channels", self.time_channel),
@@ -147,12 +151,16 @@ impl ConnectorConfig {
         self.sizes().into_iter().zip(other.sizes()).find_map(differ)
     }
 
+    /// Whether its heads count.
+    fn attends(&self) -> bool {
+        self.kind != ConnectorKind::Mlp || self.pooled.is_some()
+    }
+
     fn check(&self) -> Result<()> {
-        let attends = self.kind != ConnectorKind::Mlp || self.pooled.is_some();
         if let Some((_, name, size)) = self.sizes().into_iter().find(|(counts, _, size)| *counts && !(1..=1 << 20).contains(size)) {
             return Err(ModelError::argument(name, "a size from 1 to 2^20", size));
         }
-        if attends && self.width % self.heads != 0 {
+        if self.attends() && self.width % self.heads != 0 {
             let rule = format!("a divisor of the width {}", self.width);
             return Err(ModelError::argument("connector heads", rule, self.heads));
         }
@@ -307,16 +315,16 @@ impl Connector {
         Weights::open(path)
     }
 
-    /// Loads a safetensors file. Its kind is told by the names of its tensors, and all sizes but `heads` by their shapes.
+    /// Loads a safetensors file. Its kind is told by the names of its tensors, and all sizes but the heads by their shapes.
     ///
     /// # Errors
-    /// A file that cannot be read, is of no known kind, or lacks tensors of its kind or has others besides.
-    pub fn load(path: &Path, heads: i64, kind: Kind, device: Device) -> Result<Self> {
+    /// A file that cannot be read, is of no known kind, or lacks tensors of its kind or has others besides; those of [`ConnectorConfig::of_file`].
+    pub fn load(path: &Path, heads: impl Into<Option<i64>>, kind: Kind, device: Device) -> Result<Self> {
         Self::from_weights(Self::open(path)?, heads, kind, device)
     }
 
     /// Builds the network from what [`Connector::load`] finds in a file; errors as there.
-    pub fn from_weights(weights: Weights, heads: i64, kind: Kind, device: Device) -> Result<Self> {
+    pub fn from_weights(weights: Weights, heads: impl Into<Option<i64>>, kind: Kind, device: Device) -> Result<Self> {
         let config = ConnectorConfig::of_file(&weights, heads)?;
         let params = Params::from_weights(weights, kind, device);
         params.compute_by(Compute::fastest(kind, device)?);

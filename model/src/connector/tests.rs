@@ -130,6 +130,31 @@ fn a_saved_connector_loads_as_its_kind_with_the_same_sizes_and_values() {
 }
 
 #[test]
+fn a_file_tells_its_heads_and_is_no_network_of_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("connector.safetensors");
+    let written = |heads: Option<&str>| {
+        let fields = heads.map(|heads| (HEADS_FIELD.to_owned(), heads.to_owned())).into_iter().collect();
+        std::fs::write(&path, weights::encode_telling(&path, made(ConnectorKind::Tsc).tensors(), &fields).unwrap()).unwrap();
+    };
+    let heads = |asked: Option<i64>| Connector::load(&path, asked, Kind::Float, Device::Cpu).map(|connector| connector.config().heads);
+    written(None);
+    assert_eq!((heads(None).unwrap(), heads(Some(4)).unwrap()), (DEFAULT_HEADS, 4));
+    written(Some("2"));
+    assert_eq!((heads(None).unwrap(), heads(Some(2)).unwrap()), (2, 2));
+    let refused = heads(Some(4)).unwrap_err();
+    let words = "connector.safetensors: connector heads must be 2, with which it was trained (found 4)";
+    assert!(refused.is_usage() && refused.to_string().contains(words), "{refused}");
+    for (garbled, words) in
+        [("two", "`ella.heads` of its metadata must be a whole number (found two)"), ("0", "connector heads"), ("-1", "connector heads")]
+    {
+        written(Some(garbled));
+        let error = heads(None).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
 fn a_file_s_kind_is_told_even_where_a_tensor_is_missing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("connector.safetensors");

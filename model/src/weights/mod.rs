@@ -15,7 +15,7 @@ use safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
 
 use self::mapped::Mapped;
-pub use self::save::{encode, save};
+pub use self::save::{encode, encode_telling, save};
 use crate::error::{ModelError, Result};
 
 /// File names under which diffusers and transformers keep a model's weights and the indices of its shards, in the order of
@@ -163,6 +163,21 @@ impl Weights {
     /// What the files say of themselves under `field`; of a field that several shards have, what the first says.
     pub fn metadata(&self, field: &str) -> Option<&str> {
         self.metadata.get(field).map(String::as_str)
+    }
+
+    /// The same, read by `parse`; none if they do not say it.
+    ///
+    /// # Errors
+    /// It cannot be read as what is `expected`.
+    pub fn told<T>(&self, field: &str, expected: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<Option<T>> {
+        let Some(found) = self.metadata(field) else { return Ok(None) };
+        let wrong = || ModelError::FileInput {
+            file: self.path.clone(),
+            what: format!("`{field}` of its metadata"),
+            expected: expected.into(),
+            found: found.into(),
+        };
+        parse(found).map(Some).ok_or_else(wrong)
     }
 
     /// A tensor's shape and stored kind.

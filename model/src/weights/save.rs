@@ -1,7 +1,7 @@
 //! Writing weight files: whole, or not at all.
 
 use std::borrow::Cow;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use safetensors::{Dtype, SafeTensorError, View};
@@ -33,6 +33,25 @@ pub fn encode(label: &Path, tensors: &[(String, Tensor)]) -> Result<Vec<u8>> {
     let views = tensors.iter().map(|(name, _)| name.as_str()).zip(&stored);
     safetensors::serialize(views, format_metadata())
         .map_err(|error| ModelError::NotSafetensors { file: label.into(), reason: error.to_string() })
+}
+
+/// The same with further fields of metadata. The bytes depend on nothing else: safetensors itself writes several fields in an order of chance.
+///
+/// # Errors
+/// Those of [`encode`].
+pub fn encode_telling(label: &Path, tensors: &[(String, Tensor)], fields: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+    let mut bytes = encode(label, tensors)?;
+    let wrong = |reason: &str| ModelError::NotSafetensors { file: label.into(), reason: reason.into() };
+    let (length, rest) = bytes.split_first_chunk::<8>().ok_or_else(|| wrong("has no header"))?;
+    let length = u64::from_le_bytes(*length) as usize;
+    let tensors = rest.get(..length).and_then(|header| header.strip_prefix(br#"{"__metadata__":{"format":"pt"}"#));
+    let tensors = tensors.ok_or_else(|| wrong("has a header that begins otherwise than with its format"))?;
+    let fields: BTreeMap<&str, &str> =
+        fields.iter().map(|(name, value)| (name.as_str(), value.as_str())).chain([("format", "pt")]).collect();
+    let mut header = [format!("{{\"__metadata__\":{}", serde_json::json!(fields)).as_bytes(), tensors.trim_ascii_end()].concat();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    bytes.splice(..8 + length, (header.len() as u64).to_le_bytes().into_iter().chain(header));
+    Ok(bytes)
 }
 
 /// A tensor in CPU memory, as safetensors sees it.

@@ -43,7 +43,7 @@ fn forward_names_the_input_and_its_rule() -> Result<()> {
     }
     write_tensors(Path::new(&inputs), &[features, steps])?;
     ella_refused(&[&connector[..], &["--grad"]].concat(), PERMANENT, &["inputs.safetensors", "grad_output", "missing"])?;
-    ella_refused(&[&connector[..], &["--heads", "7"]].concat(), USAGE, &["heads", "divisor of the width 64", "found 7"])?;
+    ella_refused(&[&connector[..], &["--heads", "7"]].concat(), USAGE, &["heads must be 8, with which it was trained", "found 7"])?;
     let unet = ["forward", "unet", "--model", &shared.path("models/base/unet"), "--inputs", &inputs, "--outputs", &outputs];
     ella_refused(&unet, PERMANENT, &["inputs.safetensors", "tensor sample", "missing"])?;
     ella_refused(&["forward", "unit", "--model", "m", "--inputs", "i", "--outputs", "o"], USAGE, &["unit", "unet"])?;

@@ -155,7 +155,7 @@ impl Golden {
         let (from, to) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
         weights::save(&from, &self.inputs)?;
         let grad = matches!(self.net, Net::Unet | Net::Connector);
-        forward(self.net, &self.model, &from, &to, &Options { grad, kind, device, heads: self.heads, ..Options::default() })?;
+        forward(self.net, &self.model, &from, &to, &Options { grad, kind, device, heads: Some(self.heads), ..Options::default() })?;
         all(&to)
     }
 }

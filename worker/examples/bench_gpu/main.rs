@@ -5,6 +5,7 @@
 //! is no failure. Data and weights are random, never zeros. `--preset nano --device cpu` tries every part in seconds.
 
 mod attention;
+mod batches;
 mod check;
 mod embed;
 mod gpu;

@@ -1,5 +1,6 @@
 //! The step itself, by the code that a worker trains with: gradient, sum, clip, update.
 
+use crate::batches::Batches;
 use crate::timing::{self, Timed};
 use crate::{Setting, TOKENS, gpu, networks};
 use anyhow::{Result, ensure};
@@ -13,10 +14,7 @@ use ella_worker::train::state::TrainState;
 use ella_worker::train::step_alone;
 use serde_json::{Value, json};
 use std::time::Duration;
-use tch::{Device, Kind, Tensor};
-
-/// Batches in host memory, taken in turn.
-const CACHED_BATCHES: usize = 4;
+use tch::{Kind, Tensor};
 
 /// A worker's state, without a coordinator, a feed or others.
 pub(crate) struct Trainer {
@@ -24,8 +22,7 @@ pub(crate) struct Trainer {
     pub(crate) state: TrainState,
     pub(crate) graphs: Graphs,
     config: Train,
-    device: Device,
-    batches: Vec<LaneBatch>,
+    batches: Batches,
     solo: Solo,
 }
 
@@ -35,15 +32,15 @@ impl Trainer {
         // As a run of this reduction has it, and before networks are loaded: attentions are timed then, where the clock may decide.
         Precision { tf32: false, deterministic: reduction == Reduction::Exact }.set(setting.device)?;
         let (networks, state) = networks::step(setting, seed)?;
-        let batches = (0..CACHED_BATCHES).map(|_| networks::samples(setting)).collect::<Result<Vec<_>>>()?;
         let samples = setting.micro_batch as usize;
         let config = Train { global_batch: samples, micro_batch: samples, reduction, ..Train::default() };
-        Ok(Self { networks, state, graphs: Graphs::new(setting.device), config, device: setting.device, batches, solo: Solo::default() })
+        let (graphs, batches) = (Graphs::new(setting.device), Batches::new(setting)?);
+        Ok(Self { networks, state, graphs, config, batches, solo: Solo::default() })
     }
 
     /// The next batch, on the device.
-    pub(crate) fn batch(&self) -> Result<LaneBatch> {
-        networks::to_device(&self.batches[self.state.step as usize % self.batches.len()], self.device)
+    pub(crate) fn batch(&mut self) -> Result<LaneBatch> {
+        self.batches.next()
     }
 
     /// One update on these samples; their mean loss.
@@ -109,6 +106,7 @@ pub(crate) fn run(setting: &Setting) -> Result<Value> {
 mod tests {
     use super::*;
     use crate::Sizes;
+    use tch::Device;
 
     fn setting(sizes: Sizes) -> Setting {
         Setting {

@@ -23,7 +23,7 @@ pub use noise::{Noise, NoiseError};
 pub use picture::Picture;
 use picture::pictures;
 use tch::{Device, Kind, Tensor};
-pub use told::{ClipTold, FILLED_UP, Reading, Rows, Script, Told};
+pub use told::{ClipTold, Reading, Rows, Script, Told};
 
 /// A picture to draw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,7 +9,9 @@ use super::clip::BaseText;
 use crate::text::TextEncoder;
 
 /// The longest text in tokens where all are filled up, unless another is said.
-pub const FILLED_UP: usize = 128;
+const FILLED_UP: usize = 128;
+/// The same where none is. T5 takes any length, and others more than a machine has memory for: attention's goes by the square of it.
+const LONGEST: usize = 2048;
 
 /// What one text tells, as far as that is the same at every timestep. float32.
 #[derive(Debug, Default)]
@@ -57,11 +59,11 @@ pub struct Reading {
 
 impl Reading {
     /// Texts of so many tokens; left out: 128 where all are filled up, as the released connectors were trained, and else as many as the
-    /// encoder takes, which are `longest`.
+    /// encoder takes, which are `longest`, up to 2048.
     pub fn new(padding: Padding, most: Option<usize>, longest: Option<i64>) -> Self {
         let usual = match padding {
             Padding::Fixed => FILLED_UP,
-            Padding::None => longest.map_or(usize::MAX, |n| n as usize),
+            Padding::None => longest.map_or(LONGEST, |n| LONGEST.min(n as usize)),
         };
         Self { padding, most: most.unwrap_or(usual) }
     }
@@ -245,6 +247,13 @@ mod tests {
     fn connector(kind: ConnectorKind) -> Connector {
         let config = ConnectorConfig { layers: 2, heads: 2, latents: 3, ..ConnectorConfig::new(kind, 8, 6) };
         Connector::init(&config, 1, Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn no_text_is_longer_than_a_machine_bears_unless_it_is_asked_for() {
+        let most = |padding, most, longest| Reading::new(padding, most, longest).most;
+        assert_eq!([None, Some(77), Some(131_072)].map(|longest| most(Padding::None, None, longest)), [LONGEST, 77, LONGEST]);
+        assert_eq!((most(Padding::Fixed, None, None), most(Padding::None, Some(9000), None)), (FILLED_UP, 9000));
     }
 
     /// The paper's flexible length runs each text through the connector by itself, at its own length and without a mask.

@@ -14,6 +14,9 @@ use tch::{Device, Kind};
 /// The file by which the NVIDIA kernel module is told from none at all.
 const DEVICE_FILE: &str = "/dev/nvidiactl";
 
+/// libtorch's part for GPUs, beside its others.
+pub(crate) const CUDA_PART: &str = "libtorch_cuda.so";
+
 /// Why there is no GPU to compute on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unusable {
@@ -105,7 +108,7 @@ struct Seen {
     visible: Option<String>,
 }
 
-/// Whether the driver has a GPU for the libtorch in this folder. Asks the driver alone: no library of libtorch's is loaded for it.
+/// Whether the driver has a GPU for the libtorch in this folder, and that has a part for GPUs. No library of libtorch's is loaded for it.
 ///
 /// # Errors
 /// What is missing or too old.
@@ -116,7 +119,15 @@ pub fn check(libtorch: &Path) -> Result<(), Unusable> {
         driver,
         built_for: built_for(&std::fs::read_to_string(libtorch.join("../version.py")).unwrap_or_default()),
         visible: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
-    })
+    })?;
+    has_cuda(libtorch)
+}
+
+/// Whether libtorch in this folder, if it is there, is no CPU build.
+fn has_cuda(libtorch: &Path) -> Result<(), Unusable> {
+    let part = libtorch.join(CUDA_PART);
+    let is_there = part.exists() || !libtorch.join("libtorch_cpu.so").exists();
+    if is_there { Ok(()) } else { Err(not_loaded(&part, &format!("{CUDA_PART}: there is no such file"))) }
 }
 
 /// A GPU's memory as its driver tells: free bytes, and all; none if it does not tell, or `device` is no GPU.
@@ -268,6 +279,17 @@ mod tests {
         if let Some(Ok(real)) = real {
             assert_eq!(built_for(&real).0, 13);
         }
+    }
+
+    #[test]
+    fn a_cpu_build_is_told_before_anything_is_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(has_cuda(folder.path()), Ok(()), "no libtorch is known of");
+        std::fs::write(folder.path().join("libtorch_cpu.so"), "").unwrap();
+        let text = has_cuda(folder.path()).unwrap_err().to_string();
+        assert!(text.contains("libtorch_cuda.so cannot be loaded") && text.contains("libtorch here is the CPU build"), "{text}");
+        std::fs::write(folder.path().join("libtorch_cuda.so"), "").unwrap();
+        assert_eq!(has_cuda(folder.path()), Ok(()));
     }
 
     #[test]

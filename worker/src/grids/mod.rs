@@ -24,6 +24,7 @@ use crate::device;
 use crate::draw::{self, Made, Picture};
 use crate::job::{Job, JobError, PLAN, Tell};
 use crate::precision::Precision;
+use crate::trained::Reads;
 pub use error::DrawError;
 pub use grid::seeds;
 use grid::{TILES, grid, is_whole};
@@ -50,8 +51,8 @@ pub fn make(config: &JobConfig, choice: Choice) -> Result<Box<dyn Job>, JobError
 pub struct DrawJob {
     prompts: Prompts,
     settings: DrawSettings,
-    /// The connector's digest, as pictures tell it.
-    connector: Option<String>,
+    /// The connector's digest, as pictures tell it, and how texts are read before it.
+    connector: Option<(String, Reads)>,
     side: u32,
     out: Store,
     studio: Mutex<Studio>,
@@ -77,7 +78,8 @@ impl DrawJob {
         Precision::OF_FILES.set(on).map_err(ModelError::from)?;
         let found = Found::find(&settings)?;
         let (bound, side) = (Settings::of(&settings, &found, &prompts, on)?, found.side());
-        let connector = bound.connector.clone();
+        found.otherwise().for_each(|told| tracing::info!("{told}"));
+        let connector = bound.connector.clone().zip(found.reader.as_ref().map(|reader| reader.reads));
         let studio = Studio::load(found, &settings, on)?;
         let [text, clip] = studio.cuts(prompts.all())?;
         let record = Record::new(&settings, bound, &prompts, Cut { text, clip });
@@ -136,10 +138,15 @@ impl DrawJob {
 
     /// How a prompt's tiles were made, one after the other.
     fn parameters(&self, prompt: &Prompt) -> String {
-        let DrawSettings { negative, steps, sampler, guidance, base, loras, text, layers, padding, with_clip, seed, .. } = &self.settings;
-        let connector = self.connector.as_ref().map(|digest| if *with_clip { format!("{digest}, CLIP: prompt") } else { digest.clone() });
+        let DrawSettings { negative, steps, sampler, guidance, base, loras, text, with_clip, seed, .. } = &self.settings;
+        let more = if *with_clip { ", CLIP: prompt" } else { "" };
         let made = seeds(*seed, &prompt.id).map(|seed| {
-            let reader = text.as_ref().zip(connector.clone());
+            let by = text.as_ref().zip(self.connector.as_ref()).map(|(text, (digest, reads))| draw::Reader {
+                text,
+                layers: reads.layers,
+                padding: reads.prompt.padding,
+                connector: format!("{digest}{more}"),
+            });
             let made = Made {
                 prompt: &prompt.text,
                 negative: negative.as_deref(),
@@ -150,7 +157,7 @@ impl DrawJob {
                 noise: None,
                 base,
                 loras: loras.iter().map(|lora| format!("{}:{}", lora.file, lora.weight)).collect(),
-                by: reader.map(|(text, connector)| draw::Reader { text, layers: *layers, padding: *padding, connector }),
+                by,
             };
             made.to_string()
         });

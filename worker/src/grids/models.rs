@@ -21,7 +21,8 @@ use crate::device;
 use crate::draw::{self, BaseText, Drawer, Networks, Noise, NoiseError, Picture, Reading, Script, Shot, Told, check_fit, method};
 use crate::job::Tell;
 use crate::models;
-use crate::text::{TextEncoder, TextOptions};
+use crate::text::{self, TextEncoder, TextIdentity, TextOptions};
+use crate::trained::{Reads, Trained};
 
 /// The models that settings name: they are there and fit each other, and no weights are read yet.
 #[derive(Debug)]
@@ -39,9 +40,12 @@ pub struct Found {
 #[derive(Debug)]
 pub(super) struct Reader {
     pub(super) weights: Weights,
-    pub(super) model: PathBuf,
-    /// How prompts are read, and the negative one.
-    pub(super) how: [Reading; 2],
+    pub(super) heads: u32,
+    model: PathBuf,
+    pub(super) text: TextIdentity,
+    pub(super) reads: Reads,
+    /// What is asked for otherwise than the connector was trained.
+    otherwise: Vec<String>,
 }
 
 impl Found {
@@ -69,6 +73,11 @@ impl Found {
     pub fn side(&self) -> u32 {
         self.side
     }
+
+    /// What is asked for otherwise than the connector was trained, a line each: pictures may be the worse for it.
+    pub fn otherwise(&self) -> impl Iterator<Item = String> {
+        self.reader.iter().flat_map(|reader| reader.otherwise.iter().map(|line| format!("{} {line}", reader.weights.path().display())))
+    }
 }
 
 /// What pictures start from.
@@ -85,28 +94,32 @@ fn noise(base: &Base, settings: &DrawSettings) -> Result<Noise, DrawError> {
 impl Reader {
     fn find(settings: &DrawSettings, (connector, text): (&str, &str), base: (&Base, &UNetConfig)) -> Result<Self, DrawError> {
         let weights = Connector::open(&models::locate("--connector", connector)?)?;
-        let (config, model) = (ConnectorConfig::of_file(&weights, settings.heads.into())?, models::locate("--text", text)?);
-        let reads = TextConfig::load(&model)?;
-        check_fit((weights.path(), &config), base, (&model, &reads))?;
-        let negative = settings.negative_padding.unwrap_or(settings.padding);
-        let how = [settings.padding, negative].map(|padding| Reading::new(padding, settings.max_tokens, reads.max_positions()));
-        Ok(Self { weights, model, how })
+        let heads = settings.heads.map(i64::from);
+        let (config, model) = (ConnectorConfig::of_file(&weights, heads)?, models::locate("--text", text)?);
+        let takes = TextConfig::load(&model)?;
+        check_fit((weights.path(), &config), base, (&model, &takes))?;
+        let DrawSettings { padding, max_tokens, layers, .. } = *settings;
+        let (trained, asked) = (Trained::told(&weights)?, Trained { heads, padding, max_tokens, layers, text: None });
+        let reads = trained.reads(&asked, settings.negative_padding, takes.max_positions());
+        let identity = text::identity(&model, reads.prompt.most)?;
+        let otherwise = trained.differences(&Trained { text: Some(identity.weights_digest.clone()), ..asked }, text);
+        Ok(Self { weights, heads: u32::try_from(config.heads).unwrap_or(u32::MAX), model, text: identity, reads, otherwise })
     }
 }
 
 /// What tells prompts: the text encoder of a connector, the base's own CLIP, or both.
 #[derive(Debug)]
 struct Texts {
-    encoder: Option<(TextEncoder, [Reading; 2])>,
+    encoder: Option<(TextEncoder, Reads)>,
     clip: Option<BaseText>,
 }
 
 impl Texts {
     fn load(found: &Found, settings: &DrawSettings, (kind, device): (Kind, Device)) -> Result<Self, ModelError> {
-        let encoder = found.reader.as_ref().map(|Reader { model, how, .. }| {
-            let DrawSettings { layers, dtype, .. } = *settings;
-            let options = TextOptions { model: model.clone(), max_tokens: how[0].most, padding: how[0].padding, layers, dtype };
-            Ok::<_, ModelError>((TextEncoder::load(&options, device)?, *how))
+        let encoder = found.reader.as_ref().map(|Reader { model, reads, .. }| {
+            let Reads { prompt: Reading { padding, most }, layers, .. } = *reads;
+            let options = TextOptions { model: model.clone(), max_tokens: most, padding, layers, dtype: settings.dtype };
+            Ok::<_, ModelError>((TextEncoder::load(&options, device)?, *reads))
         });
         let asks = settings.with_clip || found.reader.is_none();
         let clip = asks.then(|| BaseText::load(&found.base, &found.unet, (kind, device)));
@@ -115,33 +128,33 @@ impl Texts {
 
     /// What a prompt tells, and whether it lost its end anywhere.
     fn prompt(&self, text: &str) -> Result<(Told, bool), ModelError> {
-        let features = self.encoder.as_ref().map(|(encoder, [how, _])| Told::features(encoder, text, *how)).transpose()?;
+        let features = self.encoder.as_ref().map(|(encoder, reads)| Told::features(encoder, text, reads.prompt)).transpose()?;
         Ok(both(features, self.clip.as_ref().map(|clip| Told::clip(clip, text)).transpose()?))
     }
 
     fn negative(&self, text: Option<&str>) -> Result<(Told, bool), ModelError> {
         let nothing = text.unwrap_or_default();
-        let features = self.encoder.as_ref().map(|(encoder, [_, how])| Told::features(encoder, nothing, *how)).transpose()?;
+        let features = self.encoder.as_ref().map(|(encoder, reads)| Told::features(encoder, nothing, reads.negative)).transpose()?;
         Ok(both(features, self.clip.as_ref().map(|clip| Told::clip_negative(clip, text)).transpose()?))
     }
 
     /// How many prompts lose their end at the text encoder, and how many at CLIP.
     fn cuts(&self, prompts: &[Prompt]) -> Result<[Option<usize>; 2], ModelError> {
         let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();
-        let by_encoder = self.encoder.as_ref().map(|(encoder, [how, _])| encoder.cuts(&texts, how.most)).transpose()?;
+        let by_encoder = self.encoder.as_ref().map(|(encoder, reads)| encoder.cuts(&texts, reads.prompt.most)).transpose()?;
         let cut = |clip: &BaseText| texts.iter().try_fold(0, |cut, text| Ok::<_, ModelError>(cut + usize::from(clip.cuts(text)?)));
         Ok([by_encoder, self.clip.as_ref().map(cut).transpose()?])
     }
 
     /// The longest prompt in tokens, by whoever reads most of it.
     fn most(&self) -> usize {
-        let encoder = self.encoder.as_ref().map(|(_, [how, _])| how.most);
+        let encoder = self.encoder.as_ref().map(|(_, reads)| reads.prompt.most);
         encoder.into_iter().chain(self.clip.as_ref().map(BaseText::most_tokens)).max().unwrap_or(0)
     }
 
     /// Whether features may differ in length.
     fn is_ragged(&self) -> bool {
-        self.encoder.as_ref().is_some_and(|(_, how)| how.iter().any(|how| how.padding == Padding::None))
+        self.encoder.as_ref().is_some_and(|(_, reads)| [reads.prompt, reads.negative].iter().any(|how| how.padding == Padding::None))
     }
 }
 
@@ -177,7 +190,7 @@ impl Studio {
         let texts = Texts::load(&found, settings, (kind, device))?;
         let negative = texts.negative(settings.negative.as_deref())?;
         let Found { base, loras, reader, noise, .. } = found;
-        let load = |reader: Reader| Connector::from_weights(reader.weights, settings.heads.into(), Kind::Float, device);
+        let load = |reader: Reader| Connector::from_weights(reader.weights, i64::from(reader.heads), Kind::Float, device);
         let connector = reader.map(load).transpose()?;
         let (unet, vae) = (base.unet_with(&loras, kind, device)?, base.vae(kind, device)?);
         Ok(Self { texts, negative, connector, unet, vae, drawer, noise, seed: settings.seed, batch: settings.batch, device })

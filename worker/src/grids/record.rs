@@ -16,7 +16,6 @@ use super::grid::{PLACES, seeds};
 use super::models::Found;
 use super::{DrawError, DrawSettings};
 use crate::device;
-use crate::text;
 
 /// The record's name, beside the grids.
 pub const RECORD: &str = "generate.json";
@@ -113,21 +112,20 @@ impl Settings {
     /// What decides the pixels of prompts by models that were found. Reads all weights once.
     pub(super) fn of(settings: &DrawSettings, found: &Found, prompts: &Prompts, on: Device) -> Result<Self, ModelError> {
         let reader = found.reader.as_ref();
-        let identity = reader.map(|reader| text::identity(&reader.model, reader.how[0].most)).transpose()?;
         let asks_clip = settings.with_clip || reader.is_none();
         Ok(Self {
             prompts: prompts.digest(),
             base: BaseDigests::of(&found.base)?,
             loras: found.loras.iter().map(|lora| lora.fingerprint()).collect(),
             connector: reader.map(|reader| reader.weights.digest()),
-            heads: reader.map(|_| settings.heads),
-            text: identity.as_ref().map(|text| text.weights_digest.clone()),
-            tokenizer: identity.map(|text| text.tokenizer_digest),
+            heads: reader.map(|reader| reader.heads),
+            text: reader.map(|reader| reader.text.weights_digest.clone()),
+            tokenizer: reader.map(|reader| reader.text.tokenizer_digest.clone()),
             clip: asks_clip.then(|| clip(&found.base)).transpose()?,
-            padding: reader.map(|reader| reader.how[0].padding),
-            negative_padding: reader.map(|reader| reader.how[1].padding),
-            max_tokens: reader.map(|reader| reader.how[0].most),
-            layers: reader.map(|_| settings.layers),
+            padding: reader.map(|reader| reader.reads.prompt.padding),
+            negative_padding: reader.map(|reader| reader.reads.negative.padding),
+            max_tokens: reader.map(|reader| reader.reads.prompt.most),
+            layers: reader.map(|reader| reader.reads.layers),
             negative: settings.negative.clone(),
             seed: settings.seed,
             sampler: crate::draw::method(settings.sampler).to_string(),

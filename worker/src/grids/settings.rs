@@ -19,23 +19,27 @@ pub struct DrawSettings {
     /// The trained connector: a safetensors file, or `org/name/file.safetensors` on the hub; left out: the base draws by its own CLIP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connector: Option<String>,
-    /// The connector's attention heads, which its file does not tell.
-    pub heads: u32,
+    /// The connector's attention heads; left out: as its file says, or 8 if it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heads: Option<u32>,
     /// The text encoder that the connector was trained with: a folder, or a hub id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
     /// Beside the connector's states, let the U-Net attend to those of the base's own CLIP.
     pub with_clip: bool,
-    /// What becomes of the positions after a prompt's end, as in training.
-    pub padding: Padding,
+    /// What becomes of the positions after a prompt's end; left out: as the connector's file says that it was trained, or fixed if it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub padding: Option<Padding>,
     /// The same for the negative prompt; left out: as `padding`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negative_padding: Option<Padding>,
-    /// Longest prompt in tokens; left out: 128 with padding fixed, and with none as long as the text encoder takes.
+    /// Longest prompt in tokens; left out: as the connector's file says; if it does not, 128 with padding fixed, and with none as long as the text
+    /// encoder takes, up to 2048.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<usize>,
-    /// Which of the text encoder's layers are taken, as in training.
-    pub layers: Layers,
+    /// Which of the text encoder's layers are taken; left out: as the connector's file says, or the last one if it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Layers>,
     /// What not to draw; left out: the empty text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negative: Option<String>,
@@ -68,13 +72,13 @@ impl Default for DrawSettings {
             base: String::new(),
             loras: Vec::new(),
             connector: None,
-            heads: 8,
+            heads: None,
             text: None,
             with_clip: false,
-            padding: Padding::Fixed,
+            padding: None,
             negative_padding: None,
             max_tokens: None,
-            layers: Layers::Last,
+            layers: None,
             negative: None,
             seed: 0,
             size: None,
@@ -95,9 +99,12 @@ impl DrawSettings {
         Self {
             loras: vec![Lora { file: String::new(), weight: 1.0 }],
             connector: Some(String::new()),
+            heads: Some(1),
             text: Some(String::new()),
+            padding: Some(Padding::Fixed),
             negative_padding: Some(Padding::Fixed),
             max_tokens: Some(1),
+            layers: Some(Layers::Last),
             negative: Some(String::new()),
             size: Some(Size { width: 8, height: 8 }),
             prediction: Some(Prediction::Epsilon),
@@ -112,7 +119,8 @@ impl DrawSettings {
     pub fn check(&self, origin: &str) -> Result<(), ConfigError> {
         let wrong =
             |key, found: String, rule: &str| Err(ConfigError::Value { origin: origin.to_owned(), key, found, rule: rule.to_owned() });
-        let counts = [("heads", self.heads as usize), ("steps", self.steps as usize), ("batch", self.batch), ("threads", self.threads)];
+        let counts =
+            [("heads", self.heads.unwrap_or(1) as usize), ("steps", self.steps as usize), ("batch", self.batch), ("threads", self.threads)];
         if let Some((key, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
             return wrong(key, "0".to_owned(), "it must be 1 or more");
         }

@@ -125,7 +125,7 @@ impl Graphs {
                 Err(error) => {
                     tracing::warn!("lanes are not recorded from here on, which costs time: {error}");
                     self.on = false;
-                    self.forget()?;
+                    self.forget();
                 }
             }
         }
@@ -164,19 +164,37 @@ impl Graphs {
         }
         let mut told = Told { follow, of_parts: false };
         match networks.split.settled(|| networks.gradient_in_parts(batch, step_samples, &mut told)) {
-            Err(error) if !told.of_parts && Fault::of(&error) == Some(Fault::OutOfMemory) => {
-                tracing::info!("recorded lanes are given up: the memory does not hold {} samples beside them", batch.len());
-                self.forget()?;
-                networks.gradient_in_parts(batch, step_samples, follow)
-            }
+            Err(error) if !told.of_parts && self.gives_up(&error, batch.len()) => networks.gradient_in_parts(batch, step_samples, follow),
             result => result,
         }
     }
 
+    /// What is done beside recorded lanes with so many samples. They are given up if the memory does not hold both, and then it is done again.
+    ///
+    /// # Errors
+    /// What `work` gives.
+    pub fn beside<T>(&mut self, samples: i64, work: impl Fn() -> Result<T, TrainError>) -> Result<T, TrainError> {
+        match work() {
+            Err(error) if self.gives_up(&error, samples) => work(),
+            result => result,
+        }
+    }
+
+    /// Gives recordings up, if there are any and the error is of memory.
+    fn gives_up(&mut self, error: &TrainError, samples: i64) -> bool {
+        let is_full = !self.recorded.is_empty() && Fault::of(error) == Some(Fault::OutOfMemory);
+        if is_full {
+            tracing::info!("recorded lanes are given up: the memory does not hold {samples} samples beside them");
+            self.forget();
+        }
+        is_full
+    }
+
     /// Gives back what recordings keep.
-    fn forget(&mut self) -> Result<(), TrainError> {
+    fn forget(&mut self) {
         (self.recorded, self.seen) = (Vec::new(), Vec::new());
-        Ok(ella_cuda::memory::empty_cache()?)
+        // Where this fails, what comes next does too, and says so.
+        let _ = ella_cuda::memory::empty_cache();
     }
 }
 
@@ -279,6 +297,26 @@ mod tests {
         // Many that come once do not add up, and do not fill the memory.
         assert!((100..200).all(|samples| !graphs.is_due(&shape(samples))) && graphs.seen.len() == MOST);
         assert!(!graphs.is_due(&Shape { step_samples: 63, ..shape(8) }));
+    }
+
+    #[test]
+    fn what_does_not_fit_beside_recordings_is_done_without_them() {
+        let tensor = || Tensor::zeros([1], (Kind::Float, Device::Cpu));
+        let [latents, noise, timesteps, features, time_ids] = [(); 5].map(|()| tensor());
+        let batch = LaneBatch { latents, noise, timesteps, features, mask: None, time_ids };
+        let recorded = || Recorded { shape: shape(8), batch: batch.shallow_clone(), parts: Vec::new(), loss_sum: tensor() };
+        let fails = |text: &str| TrainError::Torch(tch::TchError::Torch(text.to_owned()));
+        let full = "CUDA out of memory. Tried to allocate 2.00 GiB.";
+        for (error, count, tries) in [(full, 2, 2), (full, 0, 1), ("CUDA error: misaligned address", 2, 1)] {
+            let mut graphs = Graphs { on: true, seen: Vec::new(), recorded: (0..count).map(|_| recorded()).collect() };
+            let tried = std::cell::Cell::new(0);
+            let done = graphs.beside(8, || {
+                tried.set(tried.get() + 1);
+                if tried.get() == 1 { Err(fails(error)) } else { Ok(7) }
+            });
+            assert_eq!((done.ok(), tried.get()), ((tries == 2).then_some(7), tries), "{error}");
+            assert_eq!(graphs.count(), if tries == 2 { 0 } else { count });
+        }
     }
 
     #[test]

@@ -308,7 +308,8 @@ impl Trainer {
         let mut sum = Sum::new(&self.config.train, &segments, device)?;
         for batch in &input.held_out {
             self.flags.at(Activity::Compute);
-            sum.add_held_out(&self.networks.evaluate(batch)?, batch.len())?;
+            let losses = self.graphs.beside(batch.len(), || self.networks.evaluate(batch))?;
+            sum.add_held_out(&losses, batch.len())?;
         }
         let (last, mut marks) = (input.lanes.iter().rposition(|lane| lane.batch.is_some()), Vec::new());
         for (number, lane) in input.lanes.iter().enumerate() {

@@ -64,14 +64,16 @@ pub struct Buffers {
     pub exp_avg_sq: Tensor,
     /// Moving average of the weights.
     pub ema: Tensor,
+    /// Updates that made them. Steps that were left out are none: they add nothing to the moments, so the bias correction must not count them.
+    pub updates: u64,
 }
 
 impl Buffers {
     /// Views of one stretch.
     fn narrow(&self, from: i64, len: i64) -> Result<Self, tch::TchError> {
         let view = |tensor: &Tensor| tensor.f_narrow(0, from, len);
-        let Self { params, exp_avg, exp_avg_sq, ema } = self;
-        Ok(Self { params: view(params)?, exp_avg: view(exp_avg)?, exp_avg_sq: view(exp_avg_sq)?, ema: view(ema)? })
+        let Self { params, exp_avg, exp_avg_sq, ema, updates } = self;
+        Ok(Self { params: view(params)?, exp_avg: view(exp_avg)?, exp_avg_sq: view(exp_avg_sq)?, ema: view(ema)?, updates: *updates })
     }
 }
 
@@ -79,15 +81,17 @@ impl Buffers {
 const UPDATE_PIECE: i64 = 1 << 16;
 
 /// One AdamW update, as `torch.optim.AdamW` (v2.11, single tensor) orders it, and the moving average after it.
-/// `step` is the number of the update, from 1; `grad` is `[P]` float32, and multiplied by `scale` first. No GPU is waited for; one that computes by
-/// kernels of our own makes all of it in one pass over memory, the same but for the rounding of a few products.
+/// `step` is the number of the step, from 1, by which the rate and the average go; `grad` is `[P]` float32, and multiplied by `scale` first. No GPU
+/// is waited for; one that computes by kernels of our own makes all of it in one pass over memory, the same but for the rounding of a few products.
 ///
 /// # Errors
 /// libtorch's, and the kernel's.
 pub fn update(buffers: &mut Buffers, (grad, scale): (&mut Tensor, f64), train: &Train, step: u64) -> Result<(), TrainError> {
+    buffers.updates += 1;
+    let rates = rates(train, (step, buffers.updates), scale);
     if grad.device().is_cuda() && ella_cuda::is_loaded() {
-        let Buffers { params, exp_avg, exp_avg_sq, ema } = buffers;
-        return Ok(fused::adamw([params, exp_avg, exp_avg_sq, ema], grad, &rates(train, step, scale))?);
+        let Buffers { params, exp_avg, exp_avg_sq, ema, .. } = buffers;
+        return Ok(fused::adamw([params, exp_avg, exp_avg_sq, ema], grad, &rates)?);
     }
     let total = grad.size1()?;
     let piece = if grad.device() == Device::Cpu { UPDATE_PIECE } else { total.max(1) };
@@ -97,23 +101,22 @@ pub fn update(buffers: &mut Buffers, (grad, scale): (&mut Tensor, f64), train: &
         }
         for from in (0..total).step_by(piece as usize) {
             let len = piece.min(total - from);
-            update_piece(buffers.narrow(from, len)?, &grad.f_narrow(0, from, len)?, train, step)?;
+            update_piece(buffers.narrow(from, len)?, &grad.f_narrow(0, from, len)?, &rates)?;
         }
         Ok::<_, tch::TchError>(())
     })?)
 }
 
-/// The numbers of an update.
-fn rates(train: &Train, step: u64, scale: f64) -> AdamW {
+/// The numbers of the update that makes this step, of as many updates as there are with it.
+fn rates(train: &Train, (step, updates): (u64, u64), scale: f64) -> AdamW {
     let Optimizer { weight_decay, betas, eps, .. } = train.optimizer;
-    let corrections = betas.map(|beta| 1.0 - beta.powi(step.min(i32::MAX as u64) as i32));
+    let corrections = betas.map(|beta| 1.0 - beta.powi(updates.min(i32::MAX as u64) as i32));
     AdamW { scale, lr: learning_rate(train, step), weight_decay, betas, eps, corrections, ema_decay: ema_decay(train, step) }
 }
 
-fn update_piece(buffers: Buffers, grad: &Tensor, train: &Train, step: u64) -> Result<(), tch::TchError> {
-    let AdamW { lr, weight_decay, betas: [beta1, beta2], eps, corrections: [correction1, correction2], ema_decay, .. } =
-        rates(train, step, 1.0);
-    let Buffers { mut params, mut exp_avg, mut exp_avg_sq, mut ema } = buffers;
+fn update_piece(buffers: Buffers, grad: &Tensor, rates: &AdamW) -> Result<(), tch::TchError> {
+    let AdamW { lr, weight_decay, betas: [beta1, beta2], eps, corrections: [correction1, correction2], ema_decay, .. } = *rates;
+    let Buffers { mut params, mut exp_avg, mut exp_avg_sq, mut ema, .. } = buffers;
     let _ = params.f_mul_scalar_(1.0 - lr * weight_decay)?;
     let _ = exp_avg.f_lerp_(grad, 1.0 - beta1)?;
     let mut squared = grad.f_square()?;
@@ -150,19 +153,44 @@ mod tests {
         assert_eq!(learning_rate(&train(ScheduleKind::Constant, 0), 1), 1e-4);
     }
 
+    fn fresh(params: Tensor) -> Buffers {
+        Buffers { exp_avg: params.zeros_like(), exp_avg_sq: params.zeros_like(), ema: params.copy(), params, updates: 0 }
+    }
+
     /// Three updates of `torch.optim.AdamW(lr=0.1, weight_decay=0.01)` on w = [1, -2], gradients [0.5, -1], [-0.25, 0.125], [0, 3].
     #[test]
     fn adamw_matches_torch() {
         let mut config = train(ScheduleKind::Constant, 0);
         config.optimizer.lr = 0.1;
         let params = Tensor::from_slice(&[1f32, -2.0]);
-        let mut b = Buffers { exp_avg: params.zeros_like(), exp_avg_sq: params.zeros_like(), ema: params.copy(), params };
+        let mut b = fresh(params);
         for (step, grad) in [[0.5f32, -1.0], [-0.25, 0.125], [0.0, 3.0]].iter().enumerate() {
             update(&mut b, (&mut Tensor::from_slice(grad), 1.0), &config, step as u64 + 1).unwrap();
         }
         let got: Vec<f32> = Vec::try_from(&b.params).unwrap();
         let want = [0.850_007_95f32, -1.883_491_2];
         assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() <= 1e-6 * w.abs()), "{got:?} {want:?}");
+    }
+
+    /// As an optimizer of torch's whose first steps a `GradScaler` has left out: the first update moves each weight by the whole rate, not by it times
+    /// (1 - β₁) / (1 - β₁⁴) · √(1 - β₂⁴) / √(1 - β₂).
+    #[test]
+    fn steps_that_were_left_out_are_not_in_the_bias_correction() {
+        let mut config = train(ScheduleKind::Constant, 0);
+        config.optimizer.lr = 0.1;
+        let mut b = fresh(Tensor::from_slice(&[1f32, -2.0]));
+        for (step, grad) in [(4, [0.5f32, -1.0]), (5, [-0.25, 0.125]), (9, [0.0, 3.0])] {
+            update(&mut b, (&mut Tensor::from_slice(&grad), 1.0), &config, step).unwrap();
+            if step == 4 {
+                let got: Vec<f32> = Vec::try_from(&b.params).unwrap();
+                // w (1 - 0.1 · 0.01) - 0.1 · sign(gradient)
+                assert!(got.iter().zip([0.899f32, -1.898]).all(|(g, w)| (g - w).abs() <= 1e-6), "{got:?}");
+            }
+        }
+        // What torch makes of the three, as above.
+        let got: Vec<f32> = Vec::try_from(&b.params).unwrap();
+        let want = [0.850_007_95f32, -1.883_491_2];
+        assert!(b.updates == 3 && got.iter().zip(want).all(|(g, w)| (g - w).abs() <= 1e-6 * w.abs()), "{got:?} {want:?}");
     }
 
     /// Updating in pieces that stay in the cache changes nothing.
@@ -172,17 +200,17 @@ mod tests {
         let (len, config) = (2 * UPDATE_PIECE + 5, train(ScheduleKind::Constant, 0));
         let random = || Tensor::randn([len], (Kind::Float, Device::Cpu));
         let mut grad = random();
-        let mut b = Buffers { exp_avg: random(), exp_avg_sq: random().square(), ema: random(), params: random() };
-        let whole = Buffers { exp_avg: b.exp_avg.copy(), exp_avg_sq: b.exp_avg_sq.copy(), ema: b.ema.copy(), params: b.params.copy() };
-        update(&mut b, (&mut grad, 1.0), &config, 7).unwrap();
-        let view = |tensor: &Tensor| tensor.shallow_clone();
-        let views = Buffers {
-            exp_avg: view(&whole.exp_avg),
-            exp_avg_sq: view(&whole.exp_avg_sq),
-            ema: view(&whole.ema),
-            params: view(&whole.params),
+        let mut b = Buffers { exp_avg: random(), exp_avg_sq: random().square(), ema: random(), params: random(), updates: 6 };
+        let copy = |tensor: &Tensor| tensor.copy();
+        let whole = Buffers {
+            exp_avg: copy(&b.exp_avg),
+            exp_avg_sq: copy(&b.exp_avg_sq),
+            ema: copy(&b.ema),
+            params: copy(&b.params),
+            updates: b.updates,
         };
-        tch::no_grad(|| update_piece(views, &grad, &config, 7)).unwrap();
+        update(&mut b, (&mut grad, 1.0), &config, 7).unwrap();
+        tch::no_grad(|| update_piece(whole.narrow(0, len).unwrap(), &grad, &rates(&config, (7, 7), 1.0))).unwrap();
         for (one, other) in
             [(&b.params, &whole.params), (&b.exp_avg, &whole.exp_avg), (&b.exp_avg_sq, &whole.exp_avg_sq), (&b.ema, &whole.ema)]
         {
@@ -206,9 +234,9 @@ mod tests {
         let config = train(ScheduleKind::Constant, 10);
         let random = || Tensor::randn([1003], (Kind::Float, Device::Cpu));
         let (mut grad, second) = (random(), random().square());
-        let mut plain = Buffers { exp_avg: random(), exp_avg_sq: second.copy(), ema: random(), params: random() };
+        let mut plain = Buffers { exp_avg: random(), exp_avg_sq: second.copy(), ema: random(), params: random(), updates: 1 };
         let [mut params, mut first, mut second, mut ema] = [&plain.params, &plain.exp_avg, &plain.exp_avg_sq, &plain.ema].map(Tensor::copy);
-        fused::adamw([&mut params, &mut first, &mut second, &mut ema], &grad, &rates(&config, 3, 0.25)).unwrap();
+        fused::adamw([&mut params, &mut first, &mut second, &mut ema], &grad, &rates(&config, (3, 2), 0.25)).unwrap();
         update(&mut plain, (&mut grad, 0.25), &config, 3).unwrap();
         for (one, other) in [(&plain.params, params), (&plain.exp_avg, first), (&plain.exp_avg_sq, second), (&plain.ema, ema)] {
             assert!((one - other).abs().max().double_value(&[]) <= 1e-6 * one.abs().max().double_value(&[]));

@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 pub const CONNECTOR_FILE: &str = "connector.safetensors";
 /// The moving average of the weights, in the official key layout.
 pub const EMA_FILE: &str = "ema.safetensors";
-/// AdamW's moments: `exp_avg.NAME` and `exp_avg_sq.NAME`.
+/// AdamW's moments: `exp_avg.NAME` and `exp_avg_sq.NAME`. Its header's `updates` is their number.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 
 /// Why a commit's file does not fit what is trained.
@@ -41,6 +41,9 @@ pub enum StateError {
         /// What the file has.
         found: String,
     },
+    /// The header lacks the number of updates.
+    #[error("{OPTIMIZER_FILE}: its header does not say of how many updates it is; the commit is of another version")]
+    NoUpdates,
     /// The commit record does not name this file.
     #[error("its record names no {file}; the record is of another version")]
     NoPart {
@@ -70,6 +73,8 @@ pub struct Entry {
 pub struct Layout {
     entries: Vec<Entry>,
     total: i64,
+    /// What connector files tell of how they were trained.
+    trained: BTreeMap<String, String>,
 }
 
 impl Layout {
@@ -82,7 +87,12 @@ impl Layout {
             entries.push(Entry { name, shape, offset: total, len });
             total += len;
         }
-        Self { entries, total }
+        Self { entries, total, trained: BTreeMap::new() }
+    }
+
+    /// With these fields in the metadata of connector and moving average.
+    pub fn telling(self, trained: BTreeMap<String, String>) -> Self {
+        Self { trained, ..self }
     }
 
     /// Number of elements in all.
@@ -135,7 +145,7 @@ impl Layout {
 /// Everything a resume needs.
 #[derive(Debug)]
 pub struct TrainState {
-    /// Updates applied.
+    /// Steps done, those that were left out among them.
     pub step: u64,
     /// Where each parameter lies.
     pub layout: Arc<Layout>,
@@ -148,7 +158,8 @@ pub struct TrainState {
 impl TrainState {
     /// A fresh state from the connector's first values.
     pub fn fresh(layout: Arc<Layout>, params: Tensor) -> Result<Self, tch::TchError> {
-        let buffers = Buffers { exp_avg: params.f_zeros_like()?, exp_avg_sq: params.f_zeros_like()?, ema: copy(&params)?, params };
+        let [exp_avg, exp_avg_sq] = [params.f_zeros_like()?, params.f_zeros_like()?];
+        let buffers = Buffers { exp_avg, exp_avg_sq, ema: copy(&params)?, params, updates: 0 };
         Ok(Self { step: 0, layout, buffers, ledger: Ledger::default() })
     }
 
@@ -158,7 +169,9 @@ impl TrainState {
         fill(&mut b.params, &self.layout, "", CONNECTOR_FILE, &files[0])?;
         fill(&mut b.ema, &self.layout, "", EMA_FILE, &files[1])?;
         fill(&mut b.exp_avg, &self.layout, "exp_avg.", OPTIMIZER_FILE, &files[2])?;
-        fill(&mut b.exp_avg_sq, &self.layout, "exp_avg_sq.", OPTIMIZER_FILE, &files[2])
+        fill(&mut b.exp_avg_sq, &self.layout, "exp_avg_sq.", OPTIMIZER_FILE, &files[2])?;
+        b.updates = updates(&files[2])?;
+        Ok(())
     }
 
     /// Replaces the state by that of rank `root`, which holds one; every rank takes part. If it fails the state is torn, but for ranks that held the
@@ -168,19 +181,20 @@ impl TrainState {
     /// See [`CollectiveError`].
     pub fn copy_from(&mut self, collective: &mut dyn Collective, root: u32) -> Result<(), CollectiveError> {
         let _no_grad = tch::no_grad_guard();
-        let mut words = [0; 2];
+        let mut words = [0; 3];
         let mut ledger = serde_json::to_vec(&self.ledger).unwrap_or_default();
         if collective.rank() == root {
-            words = [self.step, ledger.len() as u64];
+            words = [self.step, self.buffers.updates, ledger.len() as u64];
         }
         collective.broadcast(root, bytemuck::bytes_of_mut(&mut words))?;
-        ledger.resize(words[1] as usize, 0);
+        let [step, updates, length] = words;
+        ledger.resize(length as usize, 0);
         collective.broadcast(root, &mut ledger)?;
         let b = &mut self.buffers;
         for buffer in [&mut b.params, &mut b.exp_avg, &mut b.exp_avg_sq, &mut b.ema] {
             collective.broadcast_tensor(root, buffer)?;
         }
-        self.step = words[0];
+        (self.step, self.buffers.updates) = (step, updates);
         if collective.rank() != root {
             let garbled =
                 |error: serde_json::Error| CollectiveError::Io { what: "the ledger of the rank to copy from", source: error.into() };
@@ -198,6 +212,7 @@ impl TrainState {
         let [params, ema, exp_avg, exp_avg_sq] = kept.and_then(Snapshot::into_memory).map(|memory| memory.map(Some)).unwrap_or_default();
         Ok(Snapshot {
             step: self.step,
+            updates: b.updates,
             layout: self.layout.clone(),
             params: copy_into(params, &b.params)?,
             ema: copy_into(ema, &b.ema)?,
@@ -254,13 +269,22 @@ fn fill(target: &mut Tensor, layout: &Layout, prefix: &str, file: &str, bytes: &
     Ok(())
 }
 
+/// Of how many updates the moments of an optimizer's file are.
+fn updates(file: &[u8]) -> Result<u64, StateError> {
+    let wrong = |e: safetensors::SafeTensorError| StateError::NotSafetensors { file: OPTIMIZER_FILE.to_owned(), message: e.to_string() };
+    let (_, header) = SafeTensors::read_metadata(file).map_err(wrong)?;
+    let said = header.metadata().as_ref().and_then(|told| told.get("updates"));
+    said.and_then(|count| count.parse().ok()).ok_or(StateError::NoUpdates)
+}
+
 /// A state in host memory.
 #[derive(Debug)]
 pub struct Snapshot {
-    /// Updates applied.
+    /// Steps done.
     pub step: u64,
     /// What was trained on.
     pub ledger: Ledger,
+    updates: u64,
     layout: Arc<Layout>,
     params: Tensor,
     ema: Tensor,
@@ -280,11 +304,17 @@ impl Snapshot {
 
     /// What one file consists of: the header, then flat buffers.
     fn content(&self, part: usize) -> (Vec<u8>, Vec<&Tensor>) {
-        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), ("step".to_owned(), self.step.to_string())]);
+        let mut metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), ("step".to_owned(), self.step.to_string())]);
+        if part_names()[part] != OPTIMIZER_FILE {
+            metadata.extend(self.layout.trained.clone());
+        }
         match part {
             0 => (self.layout.header(&[""], &metadata), vec![&self.params]),
             1 => (self.layout.header(&[""], &metadata), vec![&self.ema]),
-            _ => (self.layout.header(&["exp_avg.", "exp_avg_sq."], &metadata), vec![&self.exp_avg, &self.exp_avg_sq]),
+            _ => {
+                metadata.insert("updates".to_owned(), self.updates.to_string());
+                (self.layout.header(&["exp_avg.", "exp_avg_sq."], &metadata), vec![&self.exp_avg, &self.exp_avg_sq])
+            }
         }
     }
 
@@ -367,7 +397,7 @@ mod tests {
         let mut state = TrainState::fresh(layout, Tensor::randn([17], (Kind::Float, Device::Cpu))).unwrap();
         state.buffers.exp_avg = Tensor::randn([17], (Kind::Float, Device::Cpu));
         state.buffers.exp_avg_sq = Tensor::rand([17], (Kind::Float, Device::Cpu));
-        state.step = 9;
+        (state.step, state.buffers.updates) = (9, 7);
         state
     }
 
@@ -380,8 +410,10 @@ mod tests {
         let one = state(1);
         let written = one.snapshot(None).unwrap();
         let mut other = state(2);
+        other.buffers.updates = 0;
         other.restore(&files(&written)).unwrap();
         let again = other.snapshot(None).unwrap();
+        assert_eq!(other.buffers.updates, 7);
         // In the memory of another one, whose numbers are gone then.
         let kept = one.snapshot(Some(state(3).snapshot(None).unwrap())).unwrap();
         assert_eq!(files(&kept), files(&written));
@@ -420,6 +452,7 @@ mod tests {
                 .map(|(mut ranks, mut state)| {
                     scope.spawn(move || {
                         state.step += u64::from(ranks.rank() != 1);
+                        state.buffers.updates += u64::from(ranks.rank() != 1);
                         state.copy_from(&mut ranks, 1).unwrap();
                         state
                     })
@@ -428,8 +461,20 @@ mod tests {
             copying.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         for copy in copies {
-            assert_eq!((copy.step, files(&copy.snapshot(None).unwrap())), (9, expected.clone()));
+            assert_eq!((copy.step, copy.buffers.updates, files(&copy.snapshot(None).unwrap())), (9, 7, expected.clone()));
             assert_eq!(copy.ledger.epochs().map(|(epoch, tally)| (epoch, tally.samples)).collect::<Vec<_>>(), [(0, 7)]);
+        }
+    }
+
+    #[test]
+    fn the_number_of_updates_is_in_the_optimizers_header() {
+        let file = |told: &[(&str, &str)]| {
+            let metadata = told.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+            Layout::new(Vec::new()).header(&[], &metadata)
+        };
+        assert_eq!(updates(&file(&[("step", "9"), ("updates", "7")])).unwrap(), 7);
+        for told in [&[][..], &[("step", "9")], &[("updates", "many")]] {
+            assert!(updates(&file(told)).unwrap_err().to_string().contains("another version"));
         }
     }
 

@@ -119,13 +119,16 @@ fn so_many_such_steps_in_a_row_may_be_left_out() {
                 assert_eq!(listed(folder.path(), step), expected(&config, step));
             }
             if steps == 3 {
-                let moments = |step: u64| {
+                let optimizer = |step: u64| {
                     let file = folder.path().join(commit_folder(step, TERM, 1)).join("optimizer.safetensors");
-                    let bytes = std::fs::read(file).unwrap();
-                    // Behind the header, which tells the step.
-                    bytes[8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize..].to_vec()
+                    let mut header = std::fs::read(file).unwrap();
+                    let moments = header.split_off(8 + u64::from_le_bytes(header[..8].try_into().unwrap()) as usize);
+                    (String::from_utf8(header.split_off(8)).unwrap(), moments)
                 };
-                assert!(moments(1) == moments(3));
+                let [(before, moments), (after, same)] = [1, 3].map(optimizer);
+                assert!(moments == same);
+                // What the next update's bias correction goes by.
+                assert!(before.contains(r#""updates":"1""#) && after.contains(r#""step":"3","updates":"1""#), "{after}");
             }
         }
     });

@@ -13,6 +13,7 @@ use ella_worker::control::ControlError;
 use ella_worker::feed::lanes_of;
 use ella_worker::session::{Options, WorkError, work};
 use ella_worker::train::Ending;
+use ella_worker::trained::Trained;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -164,7 +165,9 @@ fn every_kind_of_connector_is_trained() {
             assert_eq!((finished.step, finished.outcome()), (2, Outcome::Done), "{set}");
             assert_eq!(worker.committed(2).await.unwrap(), Ending::Done);
             let file = folder.path().join(heard.commit(2, &config, &ready).folder).join("connector.safetensors");
-            let trained = Connector::load(&file, 8, Kind::Float, Device::Cpu).unwrap();
+            let told = Trained::told(&Connector::open(&file).unwrap()).unwrap();
+            assert!(told == Trained::by(&config, told.text.clone()) && told.text == Some(load(&config).text.weights_digest), "{told:?}");
+            let trained = Connector::load(&file, None, Kind::Float, Device::Cpu).unwrap();
             assert_eq!((trained.config().kind, trained.config().pooled), (kind, (base == &sdxl).then_some(32)));
             let first = load(&config).networks.connector;
             for ((name, before), (_, after)) in first.tensors().iter().zip(trained.tensors()) {
