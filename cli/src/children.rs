@@ -203,18 +203,23 @@ impl Member {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
-    /// What it last logged as an error, without time, level and module, or why its arguments were refused. Events, which are JSON, are the
-    /// run's journal's.
+    /// What it last logged as an error, without time, level and module, or why its arguments were refused, or what a panic said. Events, which are
+    /// JSON, are the run's journal's.
     pub(crate) fn last_error(&self) -> Option<String> {
-        let said = |line: &String| {
+        let lines = self.last_lines();
+        let said = |at: usize| {
+            let line = &lines[at];
             if let Some(refused) = line.strip_prefix("error: ") {
                 return Some(refused.to_owned());
+            }
+            if let (true, Some((_, place))) = (line.starts_with("thread '"), line.split_once(" panicked at ")) {
+                return Some(format!("it panicked at {place} {}", lines.get(at + 1)?));
             }
             let message = line.split_once("ERROR ")?.1.trim();
             let message = message.strip_prefix("ella_worker: ").unwrap_or(message);
             (!message.starts_with('{')).then(|| message.to_owned())
         };
-        self.last_lines().iter().rev().find_map(said)
+        (0..lines.len()).rev().find_map(said)
     }
 
     /// Its name and how it ended, in words.
@@ -325,6 +330,17 @@ mod tests {
         assert_eq!(member.ended.unwrap().code(), Some(4));
         assert_eq!(member.last_error().unwrap(), "the disk: is full");
         assert_eq!(std::fs::read_to_string(dir.path().join("logs/one.log")).unwrap().lines().count(), 3);
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_told_in_its_own_words() {
+        let mut children = Children::default();
+        let panic = "thread 'main' (7) panicked at worker/src/main.rs:9:5:\nindex out of bounds\nnote: run with RUST_BACKTRACE=1";
+        let script = format!("echo '2026 ERROR one before' >&2; echo \"{panic}\" >&2; exit 101");
+        children.start("one", Path::new("/bin/sh"), &shell(&script), &logs(None)).unwrap();
+        children.reap(Duration::from_secs(5)).await;
+        let how = children.members()[0].how();
+        assert_eq!(how, "one: exit code 101 (it panicked at worker/src/main.rs:9:5: index out of bounds)");
     }
 
     #[tokio::test]

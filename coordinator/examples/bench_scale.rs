@@ -1,5 +1,6 @@
-//! The control plane at scale: so many workers, each with a connection of its own, under one coordinator on one core. Prints what heartbeats and
-//! metrics cost it, its memory, and how long a death takes to be told to all survivors. `make bench-scale`, or with numbers of workers.
+//! The control plane at scale: so many workers, each with a connection of its own, under one coordinator on one core. Prints what heartbeats, metrics
+//! and questions whether it is there cost it, its memory, and how long a death takes to be told to all survivors. `make bench-scale`, or with numbers
+//! of workers.
 //!
 //! The workers follow the protocol, and train nothing; all of them are in this process, on the other cores.
 
@@ -7,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use ella_proto::v1::coordinator_client::CoordinatorClient;
 use ella_proto::v1::from_worker::Body as Say;
 use ella_proto::v1::to_worker::Body as Told;
-use ella_proto::v1::{self, FromWorker, Hello};
+use ella_proto::v1::{self, FromWorker, Hello, StatusRequest};
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
@@ -17,6 +18,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::transport::Channel;
 
 /// How long a count is measured.
 const WINDOW: Duration = Duration::from_secs(10);
@@ -34,6 +37,8 @@ const VITALS: v1::Vitals = v1::Vitals {
     gpu_memory_allocated_bytes: 60 << 30,
     gpu_busy: Some(0.9),
 };
+/// Each worker asks so often in `workers.orphan_timeout` whether its coordinator is there.
+const ASKS: u32 = 8;
 /// Connections that are opened at once.
 const OPENING: usize = 64;
 
@@ -224,6 +229,14 @@ async fn measure(count: usize) -> Result<Measured> {
     Ok(Measured { ready, messages: said as f64 / took, busy: seconds / took, memory, told })
 }
 
+/// Asks as workers do, until the coordinator is gone.
+async fn ask(mut client: CoordinatorClient<Channel>, every: Duration, shared: Arc<Shared>) {
+    while client.status(StatusRequest { alive: true }).await.is_ok() {
+        shared.said.fetch_add(1, Relaxed);
+        tokio::time::sleep(every).await;
+    }
+}
+
 struct Worker {
     number: usize,
     url: String,
@@ -255,6 +268,7 @@ impl Worker {
         let (mut term, mut generation, mut step, mut training) = (0, 0, 0, false);
         let offset = Duration::from_micros(2_500_000 * (number as u64 % 997) / 997);
         let mut beats = tokio::time::interval_at(tokio::time::Instant::now() + offset, LEASE / 4);
+        let mut _asking = None;
         loop {
             let say = tokio::select! {
                 () = self.dies.cancelled() => return Ok(()),
@@ -262,7 +276,11 @@ impl Worker {
                     let message = message?.context("the stream ended")?;
                     (term, generation) = (message.term, message.generation);
                     match message.body.context("an empty message")? {
-                        Told::Welcome(_) => Say::Idle(v1::Idle::default()),
+                        Told::Welcome(welcome) => {
+                            let asking = ask(client.clone(), Duration::from_millis(welcome.orphan_ms) / ASKS, self.shared.clone());
+                            _asking = Some(AbortOnDropHandle::new(tokio::spawn(asking)));
+                            Say::Idle(v1::Idle::default())
+                        }
                         Told::Assign(assign) => {
                             step = assign.step;
                             let digest = "0".repeat(64);

@@ -181,6 +181,13 @@ async fn people_look_with_a_viewers_token_and_change_nothing() {
         assert!(answer.starts_with("HTTP/1.1 401") && answer.contains("www-authenticate: Basic"), "{answer}");
         let wrong = http(&served, &format!("GET {path} HTTP/1.1\r\nauthorization: Bearer what-a-stranger-might-guess")).await;
         assert!(wrong.starts_with("HTTP/1.1 401") && !wrong.contains("guess"), "{wrong}");
+        for answer in [answer, wrong] {
+            assert_eq!(
+                answer.contains("\r\n\r\n{\"error\":\"the "),
+                path.starts_with("/api/"),
+                "the API tells its errors as JSON: {answer}"
+            );
+        }
         for shown in [bearer, basic] {
             let answer = http(&served, &format!("GET {path} HTTP/1.1\r\n{shown}")).await;
             assert!(answer.starts_with(if path == "/whatever" { "HTTP/1.1 404" } else { "HTTP/1.1 200" }), "{answer}");

@@ -1,6 +1,7 @@
 //! A run in a cluster, for people without kubectl: made, looked at, resized and taken away.
 
 use crate::kustomize::id;
+use crate::naming;
 use crate::render::{CLUSTER_SCOPED, Rendered};
 use futures::{AsyncBufReadExt, StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Pod;
@@ -8,7 +9,7 @@ pub use kube::Client;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, LogParams, Patch, PatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Config, ResourceExt};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
@@ -81,7 +82,7 @@ pub enum ClientError {
         /// Which run.
         name: String,
         /// How many.
-        left: u64,
+        left: usize,
         /// For how long it was waited.
         seconds: u64,
     },
@@ -165,16 +166,14 @@ impl Cluster {
     /// # Errors
     /// If there are no such pods, or the cluster refuses.
     pub async fn logs(&self, name: &str, component: &str, follow: bool, told: &mut dyn FnMut(&str, &str)) -> Result<(), ClientError> {
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
-        let labels = format!("app.kubernetes.io/instance={name},app.kubernetes.io/component={component}");
-        let found = pods.list(&ListParams::default().labels(&labels)).await.map_err(|e| refused("the list of pods", e))?;
-        if found.items.is_empty() {
+        let found = self.pods(name, component).await?;
+        if found.is_empty() {
             return Err(self.no_run(name));
         }
         let client = if follow { &self.patient } else { &self.client };
         let pods: Api<Pod> = Api::namespaced(client.clone(), &self.namespace);
         let mut streams = Vec::new();
-        for pod in found.items.iter().map(ResourceExt::name_any) {
+        for pod in found.iter().map(ResourceExt::name_any) {
             let lines = pods.log_stream(&pod, &LogParams { follow, ..LogParams::default() }).await;
             match lines {
                 Ok(lines) => streams.push(lines.lines().map_ok(move |line| (pod.clone(), line)).boxed()),
@@ -198,7 +197,11 @@ impl Cluster {
     /// If there is no such run, or the cluster refuses.
     pub async fn scale(&self, name: &str, workers: u32) -> Result<(), ClientError> {
         let change = json!({ "spec": { "completions": workers, "parallelism": workers } });
-        self.change_job(name, &change).await.map(drop)
+        let own = format!("{name}-workers");
+        match self.api(KINDS[0], &self.namespace).patch(&own, &PatchParams::default(), &Patch::Merge(&change)).await {
+            Err(error) if is_unknown(&error) => Err(self.no_run(name)),
+            answer => answer.map(drop).map_err(|error| refused(&format!("Job {own}"), error)),
+        }
     }
 
     /// Takes the run away, once its workers have committed and left: they are given `patience` for that, or none with [`Duration::ZERO`].
@@ -207,11 +210,10 @@ impl Cluster {
     /// # Errors
     /// If there is no such run, workers do not leave in time, or the cluster refuses.
     pub async fn cancel(&self, name: &str, patience: Duration) -> Result<Taken, ClientError> {
-        if patience > Duration::ZERO {
-            let job = self.suspend(name).await?;
-            self.workers_gone(name, &job, patience).await?;
-        }
         let mut taken = Taken::default();
+        if patience > Duration::ZERO {
+            taken.gone.extend(self.dismiss(name, patience).await?);
+        }
         for kind in KINDS {
             self.take_kind(name, kind, &mut taken).await?;
         }
@@ -231,7 +233,7 @@ impl Cluster {
             found => found.map_err(|e| refused(kind.2, e))?,
         };
         // What belongs to no namespace may be that of a run of this name in another.
-        let own = ["token-review", "data"].map(|of| format!("{}-{name}-{of}", self.namespace));
+        let own = ["token-review", "data"].map(|of| naming::whole(&self.namespace, name, of));
         let ours = |object: &String| !CLUSTER_SCOPED.contains(&kind.2) || own.contains(object);
         for object in found.items.iter().map(ResourceExt::name_any).filter(ours) {
             let what = format!("{} {object}", kind.2);
@@ -245,52 +247,39 @@ impl Cluster {
         Ok(())
     }
 
-    async fn change_job(&self, name: &str, change: &Value) -> Result<DynamicObject, ClientError> {
-        let jobs = self.api(KINDS[0], &self.namespace);
+    /// Has the workers told to leave, and none started in their place, and their Job taken away once they have left; or the JobSet that it is one
+    /// of. (To suspend it would not do: Kueue has it go on.) Gives what was taken away.
+    async fn dismiss(&self, name: &str, patience: Duration) -> Result<Option<String>, ClientError> {
         let own = format!("{name}-workers");
-        match jobs.patch(&own, &PatchParams::default(), &Patch::Merge(change)).await {
-            Err(error) if is_unknown(&error) => Err(self.no_run(name)),
-            answer => answer.map_err(|error| refused(&format!("Job {own}"), error)),
+        for kind in &KINDS[..2] {
+            let (api, what) = (self.api(*kind, &self.namespace), format!("{} {own}", kind.2));
+            match api.delete(&own, &DeleteParams::foreground()).await {
+                Err(error) if is_unknown(&error) || is_not_ours(kind.2, &error) => continue,
+                answer => drop(answer.map_err(|error| refused(&what, error))?),
+            }
+            let until = Instant::now() + patience;
+            while !is_gone(api.get(&own).await).map_err(|error| refused(&what, error))? {
+                if Instant::now() >= until {
+                    return Err(self.late(name, patience).await?);
+                }
+                sleep(LOOK.min(until - Instant::now())).await;
+            }
+            return Ok(Some(what));
         }
+        Ok(None)
     }
 
-    /// Has the workers told to leave, and none started in their place. Gives the name of their Job.
-    async fn suspend(&self, name: &str) -> Result<String, ClientError> {
-        let change = json!({ "spec": { "suspend": true } });
-        let own = format!("{name}-workers");
-        match self.change_job(name, &change).await {
-            // It may be a JobSet's.
-            Err(ClientError::NoRun { .. }) => {}
-            done => return done.map(|_| own),
-        }
-        match self.api(KINDS[1], &self.namespace).patch(&own, &PatchParams::default(), &Patch::Merge(&change)).await {
-            Err(error) if is_unknown(&error) => Err(self.no_run(name)),
-            // The first Job of those that components/jobset calls "w".
-            answer => answer.map(|_| format!("{own}-w-0")).map_err(|error| refused(&format!("JobSet {own}"), error)),
-        }
+    async fn late(&self, name: &str, patience: Duration) -> Result<ClientError, ClientError> {
+        let left = self.pods(name, "worker").await?.len();
+        Ok(ClientError::Late { namespace: self.namespace.clone(), name: name.to_owned(), left, seconds: patience.as_secs() })
     }
 
-    /// Waits until no pod of the workers' Job is there any more.
-    async fn workers_gone(&self, name: &str, job: &str, patience: Duration) -> Result<(), ClientError> {
-        let jobs = self.api(KINDS[0], &self.namespace);
-        let until = Instant::now() + patience;
-        loop {
-            let there = match jobs.get(job).await {
-                // A JobSet that was suspended from the beginning may have made none; another may have deleted it.
-                Err(error) if is_unknown(&error) => return Ok(()),
-                answer => answer.map_err(|e| refused("the workers' Job", e))?,
-            };
-            let number = |key: &str| there.data.pointer(&format!("/status/{key}")).and_then(Value::as_u64).unwrap_or(0);
-            let left = number("active") + number("terminating");
-            if left == 0 {
-                return Ok(());
-            }
-            if Instant::now() >= until {
-                let (namespace, name) = (self.namespace.clone(), name.to_owned());
-                return Err(ClientError::Late { namespace, name, left, seconds: patience.as_secs() });
-            }
-            sleep(LOOK.min(until - Instant::now())).await;
-        }
+    /// The run's pods.
+    async fn pods(&self, name: &str, component: &str) -> Result<Vec<Pod>, ClientError> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
+        let labels = format!("app.kubernetes.io/instance={name},app.kubernetes.io/component={component}");
+        let found = pods.list(&ListParams::default().labels(&labels)).await;
+        found.map(|found| found.items).map_err(|error| refused("the list of pods", error))
     }
 
     fn api(&self, (group, version, kind): (&str, &str, &str), namespace: &str) -> Api<DynamicObject> {
@@ -303,6 +292,13 @@ impl Cluster {
 
     fn no_run(&self, name: &str) -> ClientError {
         ClientError::NoRun { namespace: self.namespace.clone(), name: name.to_owned() }
+    }
+}
+
+fn is_gone(answer: Result<DynamicObject, kube::Error>) -> Result<bool, kube::Error> {
+    match answer {
+        Err(error) if is_unknown(&error) => Ok(true),
+        answer => answer.map(|_| false),
     }
 }
 

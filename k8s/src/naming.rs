@@ -8,7 +8,7 @@ const OURS: &str = "train";
 /// The namespace in our files.
 pub(crate) const NAMESPACE: &str = "ella";
 
-/// Renames all objects, and all that refers to them: names that begin with `train-`, or for objects of the whole cluster with `ella-train-`,
+/// Renames all objects, and all that refers to them: names that begin with `train-`, or for objects of the whole cluster with `ella.train.`,
 /// the label of the instance, and the namespace.
 pub(crate) fn rename(objects: &mut [Value], name: &str, namespace: &str) {
     for object in objects {
@@ -36,11 +36,16 @@ fn walk(value: &mut Value, key: &str, name: &str, namespace: &str) {
 }
 
 fn renamed(text: &str, name: &str, namespace: &str) -> String {
-    let text = replace(text, &format!("{NAMESPACE}-{OURS}-"), &format!("{namespace}-{name}-"));
+    let text = text.replace(&whole(NAMESPACE, OURS, ""), &whole(namespace, name, ""));
     let text = replace(&text, &format!("{OURS}-"), &format!("{name}-"));
     let text = text.replace(&format!("/namespaces/{NAMESPACE}/"), &format!("/namespaces/{namespace}/"));
     // Service accounts, in TOML.
     text.replace(&format!("\"{NAMESPACE}/"), &format!("\"{namespace}/"))
+}
+
+/// The name of a run's object that belongs to the whole cluster. No namespace and no run has a dot in its name, so it is that of one run.
+pub(crate) fn whole(namespace: &str, name: &str, of: &str) -> String {
+    format!("{namespace}.{name}.{of}")
 }
 
 /// Replaces `from` where a name begins with it.
@@ -69,7 +74,7 @@ mod tests {
             "metadata": { "name": "train-workers", "namespace": "ella", "labels": { "app.kubernetes.io/instance": "train", "app.kubernetes.io/name": "ella" } },
             "url": "http://train-coordinator:7000",
             "path": "/apis/batch/v1/namespaces/ella/jobs/train-workers",
-            "binding": "ella-train-token-review",
+            "binding": "ella.train.token-review",
             "other": "constrain-train-x ella-worker",
         })];
         rename(&mut objects, "ella-train-2", "team");
@@ -81,7 +86,7 @@ mod tests {
                 "metadata": { "name": "ella-train-2-workers", "namespace": "team", "labels": labels },
                 "url": "http://ella-train-2-coordinator:7000",
                 "path": "/apis/batch/v1/namespaces/team/jobs/ella-train-2-workers",
-                "binding": "team-ella-train-2-token-review",
+                "binding": "team.ella-train-2.token-review",
                 "other": "constrain-train-x ella-worker",
             })
         );

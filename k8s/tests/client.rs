@@ -18,7 +18,7 @@ const RUN: &str = "[run]\noutput = \"s3://b/first\"\n[base]\nmodel = \"o/sd\"\n[
 #[derive(Clone, Default)]
 struct Fake {
     objects: Arc<Mutex<BTreeMap<String, Value>>>,
-    /// Pods that the workers' Job has until it was looked at so often.
+    /// What is deleted together with its pods is there until it was looked at so often.
     looks: Arc<Mutex<u32>>,
     /// Parts of paths that this user may not ask for.
     forbidden: &'static [&'static str],
@@ -44,7 +44,7 @@ impl Fake {
             Method::GET if query.contains("labelSelector") => self.list(&path, &query),
             Method::GET => self.get(&path),
             Method::PATCH => self.patch(&path, &query, body),
-            Method::DELETE => self.delete(&path),
+            Method::DELETE => self.delete(&path, &body),
             _ => not_found(),
         };
         Response::builder().status(code).body(Body::from(text.into_bytes())).unwrap()
@@ -62,11 +62,14 @@ impl Fake {
     }
 
     fn get(&self, path: &str) -> (StatusCode, String) {
-        let mut looks = self.looks.lock().unwrap();
-        let Some(mut object) = self.objects.lock().unwrap().get(path).cloned() else { return not_found() };
-        if object["spec"]["suspend"] == true {
-            object["status"] = json!({ "active": 0, "terminating": u32::from(*looks > 0) });
-            *looks = looks.saturating_sub(1);
+        let (mut looks, mut objects) = (self.looks.lock().unwrap(), self.objects.lock().unwrap());
+        let Some(object) = objects.get(path).cloned() else { return not_found() };
+        if object["metadata"].get("deletionTimestamp").is_some() {
+            if *looks == 0 {
+                objects.remove(path);
+                return not_found();
+            }
+            *looks -= 1;
         }
         (StatusCode::OK, object.to_string())
     }
@@ -84,7 +87,13 @@ impl Fake {
         (StatusCode::OK, object.to_string())
     }
 
-    fn delete(&self, path: &str) -> (StatusCode, String) {
+    fn delete(&self, path: &str, body: &Value) -> (StatusCode, String) {
+        if body["propagationPolicy"] == "Foreground" {
+            let mut objects = self.objects.lock().unwrap();
+            let Some(object) = objects.get_mut(path) else { return not_found() };
+            object["metadata"]["deletionTimestamp"] = "2026-11-28T08:00:00Z".into();
+            return (StatusCode::OK, object.to_string());
+        }
         self.objects.lock().unwrap().remove(path).map_or_else(not_found, |object| (StatusCode::OK, object.to_string()))
     }
 
@@ -124,7 +133,8 @@ async fn a_run_is_made_resized_and_taken_away_once_its_workers_have_left() {
 
     *fake.looks.lock().unwrap() = 1;
     let taken = cluster.cancel("first", Duration::from_secs(60)).await.unwrap();
-    assert!(taken.gone.contains(&"ClusterRoleBinding ella-first-token-review".to_owned()) && taken.left.is_empty(), "{taken:?}");
+    assert!(taken.gone.contains(&"ClusterRoleBinding ella.first.token-review".to_owned()) && taken.left.is_empty(), "{taken:?}");
+    assert_eq!((taken.gone[0].as_str(), *fake.looks.lock().unwrap()), ("Job first-workers", 0), "it was waited for");
     let left: Vec<String> = fake.objects.lock().unwrap().keys().filter(|path| !path.contains("first-2")).cloned().collect();
     let shared =
         ["/api/v1/namespaces/ella", "clusterroles/ella-token-review", "priorityclasses/ella-coordinator", "priorityclasses/ella-worker"];
@@ -140,8 +150,8 @@ async fn workers_of_a_jobset_are_told_to_leave_too() {
     let options = Options { overlays: vec!["s3-secret".to_owned(), "jobset".to_owned()], ..Options::default() };
     cluster.submit(&render(RUN, "run.toml", &[], &options).unwrap()).await.unwrap();
     cluster.cancel("first", Duration::from_secs(60)).await.unwrap();
-    let set = fake.objects.lock().unwrap()["/apis/jobset.x-k8s.io/v1alpha2/namespaces/ella/jobsets/first-workers"].clone();
-    assert_eq!(set["spec"]["suspend"], true);
+    let set = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/ella/jobsets/first-workers";
+    assert!(!fake.objects.lock().unwrap().contains_key(set));
 }
 
 #[tokio::test]
@@ -149,24 +159,27 @@ async fn workers_that_do_not_leave_are_waited_for_no_longer_than_said() {
     let fake = Fake::default();
     let cluster = fake.cluster();
     cluster.submit(&rendered("first")).await.unwrap();
+    fake.add_pod("first-workers-0", "worker");
     *fake.looks.lock().unwrap() = u32::MAX;
     let error = cluster.cancel("first", Duration::from_millis(1)).await.unwrap_err();
     assert!(matches!(error, ClientError::Late { left: 1, .. }) && error.to_string().contains("--now"), "{error}");
+    let job = fake.objects.lock().unwrap()["/apis/batch/v1/namespaces/ella/jobs/first-workers"].clone();
+    assert!(job["metadata"]["deletionTimestamp"].is_string(), "a queue would take back that it is suspended");
     assert!(!cluster.cancel("first", Duration::ZERO).await.unwrap().gone.is_empty());
 }
 
-/// The name of its binding begins as that of the run in `ella`, and its label is the same.
+/// The label of its binding is the same.
 #[tokio::test]
 async fn a_run_of_the_same_name_in_another_namespace_keeps_what_is_the_whole_clusters() {
     let fake = Fake::default();
     let path = |name: &str| format!("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{name}");
     fake.cluster().submit(&rendered("first")).await.unwrap();
-    let mut other = fake.objects.lock().unwrap()[&path("ella-first-token-review")].clone();
-    other["metadata"]["name"] = "ella-first-first-token-review".into();
-    fake.objects.lock().unwrap().insert(path("ella-first-first-token-review"), other);
+    let mut other = fake.objects.lock().unwrap()[&path("ella.first.token-review")].clone();
+    other["metadata"]["name"] = "ella-first.first.token-review".into();
+    fake.objects.lock().unwrap().insert(path("ella-first.first.token-review"), other);
     fake.cluster().cancel("first", Duration::ZERO).await.unwrap();
-    assert!(fake.objects.lock().unwrap().contains_key(&path("ella-first-first-token-review")), "of the namespace ella-first");
-    assert!(!fake.objects.lock().unwrap().contains_key(&path("ella-first-token-review")));
+    assert!(fake.objects.lock().unwrap().contains_key(&path("ella-first.first.token-review")), "of the namespace ella-first");
+    assert!(!fake.objects.lock().unwrap().contains_key(&path("ella.first.token-review")));
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! Where what is shown comes from: a coordinator, a run's folder, or both.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use ella_coordinator::client;
@@ -202,10 +202,17 @@ impl Source {
                 + after.iter().map(|bucket| bucket.samples).sum::<u64>(),
             loss: last.and_then(|last| last.loss),
             last_commit_step: commit_step,
-            counts: self.past.skipped.sums().iter().map(|(name, n)| (clean(&format!("skipped_{name}")), *n)).collect(),
+            counts: self.counts(),
             ..Snapshot::default()
         };
         self.with_past(snapshot, self.past.timings.ranks(u64::MAX, 1024))
+    }
+
+    /// What the steps have counted, by the names that `ella status` has for it.
+    fn counts(&self) -> BTreeMap<String, u64> {
+        let Past { skipped, read, .. } = &self.past;
+        let skipped = skipped.sums().iter().map(|(name, n)| (clean(&format!("skipped_{name}")), *n));
+        skipped.chain(read.sums().iter().map(|(name, n)| (clean(name), *n))).collect()
     }
 
     /// Seconds of a step, by the newest steps that were measured or seen.
@@ -301,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn samples_after_the_newest_commit_count() {
+    fn samples_and_pictures_after_the_newest_commit_count() {
         let dir = tempfile::tempdir().unwrap();
         let url = dir.path().to_str().unwrap();
         crate::runtime().unwrap().block_on(async {
@@ -325,10 +332,12 @@ mod tests {
                 state_digest: none,
             };
             log.append(Body::Commit(commit), 2).await.unwrap();
-            let line = |step: u64| format!("{{\"at_unix_ms\":{step},\"step\":{step},\"samples\":4,\"loss\":0.5}}\n");
+            let counted = r#""skipped":{"odd":1},"read":{"pictures_saved":3}"#;
+            let line = |step: u64| format!("{{\"at_unix_ms\":{step},\"step\":{step},\"samples\":4,\"loss\":0.5,{counted}}}\n");
             store.put("metrics/000001-000001.jsonl", (line(60) + &line(61)).into()).await.unwrap();
             let shown = Source::new(None, &Credentials::default(), Some(store), 99).look().await.unwrap();
             assert_eq!((shown.step, shown.samples), (61, 244));
+            assert_eq!(shown.counts, [("pictures_saved".to_owned(), 6), ("skipped_odd".to_owned(), 2)].into());
         });
     }
 }

@@ -7,6 +7,9 @@ mod places;
 mod watch;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
 use crate::children::{Children, Logs, Member, binary, ending};
@@ -114,7 +117,7 @@ impl Train {
         let mut children = Children::default();
         let same = same_config(config).ok();
         let mut arguments = match &same {
-            Some(same) => vec![same.path().display().to_string()],
+            Some((_, path)) => vec![path.clone()],
             None => [vec![self.config.display().to_string()], self.set.iter().flat_map(|set| ["--set".to_owned(), set.clone()]).collect()]
                 .concat(),
         };
@@ -269,11 +272,14 @@ async fn keep_metrics(config: &RunConfig) {
     }
 }
 
-/// A file of the config as it was read, for coordinators: the run's own may be edited meanwhile, or be a pipe, which can be read once.
-fn same_config(config: &RunConfig) -> std::io::Result<tempfile::NamedTempFile> {
-    let file = tempfile::Builder::new().prefix("ella-run-").suffix(".toml").tempfile()?;
-    std::fs::write(file.path(), config.to_toml())?;
-    Ok(file)
+/// A file of the config as it was read, for coordinators: the run's own may be edited meanwhile, or be a pipe, which can be read once. It has no name
+/// that a killed process would leave behind: the path that comes with it leads there while it is open.
+fn same_config(config: &RunConfig) -> std::io::Result<(File, String)> {
+    let mut file = tempfile::tempfile()?;
+    file.write_all(config.to_toml().as_bytes())?;
+    let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+    // Where there is no /proc, the run's own file must do.
+    File::open(&path).map(|_| (file, path))
 }
 
 /// As `ella-worker --device` has it.
@@ -361,6 +367,17 @@ fn human(trained: &Trained) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn coordinators_read_the_config_as_often_as_they_like_from_a_file_without_a_name() {
+        let config = "[run]\noutput='r'\n[base]\nmodel='m'\n[text]\nmodel='t'\n[data]\npath='d'\n";
+        let config = RunConfig::parse(config, "x", &[]).unwrap();
+        let (_open, path) = same_config(&config).unwrap();
+        for _ in 0..2 {
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), config.to_toml());
+        }
+        assert!(!std::fs::read_link(&path).unwrap().exists(), "a kill would leave it behind");
+    }
 
     #[test]
     fn a_run_that_is_done_is_at_its_last_step_though_the_last_status_was_of_one_before() {

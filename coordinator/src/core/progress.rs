@@ -251,9 +251,9 @@ impl Core {
     }
 
     /// A step that was applied while nobody listened, or whoever did has not lived to write it down: it is kept if it was not before.
-    /// Beyond where the run is only its own rank 0 may speak of any, or whoever comes before the first generation.
+    /// Beyond where the run is only its own rank 0 may speak of any, or whoever comes while there is none: it may have trained on, cut off from here.
     fn missed(&mut self, conn: ConnId, mut progress: v1::Progress) {
-        let leads = self.lineup.is_none() || self.members.rank(conn) == Some(Rank(0));
+        let leads = self.lineup.is_none() || matches!(self.phase, Phase::Waiting { .. }) || self.members.rank(conn) == Some(Rank(0));
         let most = if leads { self.config.steps } else { self.progress.step };
         if progress.step > most {
             return self.counts.add("refused_out_of_turn", 1);

@@ -1,7 +1,7 @@
 //! Curves over a whole run in bounded memory: every level holds the newest buckets of its own width, and each level's are four times as
 //! wide as those of the one before. A bucket keeps the least, the largest and the mean of what fell into it, so that no peak is lost.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use super::Point;
 
@@ -105,7 +105,6 @@ impl Bucket {
     /// Its measurements as those of one step, of no known term.
     fn point(&self, step: u64) -> Point {
         Point {
-            term: 0,
             at_unix_ms: self.end_ms,
             step,
             samples: self.samples,
@@ -114,7 +113,7 @@ impl Bucket {
             grad_norm: self.grad_norm.mean(),
             lr: self.lr.mean(),
             step_seconds: self.seconds.mean().unwrap_or_default(),
-            skipped: BTreeMap::new(),
+            ..Point::default()
         }
     }
 

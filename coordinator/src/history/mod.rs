@@ -52,6 +52,9 @@ pub struct Point {
     /// Samples that were skipped, by reason (KNOWN).
     #[serde(default)]
     pub skipped: BTreeMap<String, u64>,
+    /// What reading and drawing came to, by name (KNOWN).
+    #[serde(default)]
+    pub read: BTreeMap<String, u64>,
 }
 
 impl Point {
@@ -68,7 +71,8 @@ impl Point {
             grad_norm: finite(progress.grad_norm),
             lr: finite(progress.learning_rate),
             step_seconds: progress.step_seconds,
-            skipped: progress.skipped.iter().map(|(reason, n)| (reason.clone(), *n)).collect(),
+            skipped: progress.skipped.clone().into_iter().collect(),
+            read: progress.read.clone().into_iter().collect(),
         }
     }
 }
@@ -84,6 +88,8 @@ pub struct Past {
     pub events: Events,
     /// Samples that were skipped, by reason (KNOWN).
     pub skipped: Skipped,
+    /// What reading and drawing came to, by name (KNOWN).
+    pub read: Skipped,
     /// What could not be taken in.
     pub faults: Faults,
     /// The first step from which this goes on, whatever was measured before, if an event says so.
@@ -123,6 +129,7 @@ impl Past {
     pub fn measured(&mut self, point: &Point) {
         self.curves.add(point);
         self.skipped.add(point.step, &point.skipped);
+        self.read.add(point.step, &point.read);
     }
 
     /// Takes in a line of `events/`, written in `term`. None if it is no event.
@@ -144,6 +151,7 @@ impl Past {
         self.timings.append(later.timings);
         self.events.append(later.events);
         self.skipped.append(later.skipped);
+        self.read.append(later.read);
         self.faults.add(later.faults);
     }
 
@@ -151,6 +159,7 @@ impl Past {
     fn undo(&mut self, step: u64) {
         self.curves.undo(step);
         self.skipped.undo(step);
+        self.read.undo(step);
     }
 }
 

@@ -1,4 +1,5 @@
-//! What was skipped in a run's steps, by reason. Of the newest steps it is known which of them skipped it: what a resume undoes is taken back.
+//! What was skipped in a run's steps, by reason; and what else was counted. Of the newest steps it is known which of them it was: what a resume undoes
+//! is taken back.
 
 use std::collections::{BTreeMap, VecDeque};
 

@@ -4,6 +4,7 @@
 //! bearer, or as the password of HTTP's Basic scheme, which browsers ask for by themselves and Prometheus speaks.
 
 use super::RunError;
+use super::dashboard;
 use super::door::{Connection, Peer};
 use super::gate::{bearer, length};
 use super::guard::{Denied, Guard, Refusal};
@@ -75,23 +76,46 @@ async fn admit(State(guard): State<Guard>, request: Request, next: Next) -> Resp
     let (head, body) = request.into_parts();
     let answer = match check(&guard, &head).await {
         Ok(()) => next.run(Request::from_parts(head, body)).await,
-        Err(refused) => refused,
+        Err(kept_out) => kept_out.answer(head.uri.path()),
     };
     hardened(answer)
 }
 
-async fn check(guard: &Guard, request: &Parts) -> Result<(), Response> {
+/// Why a request is not let in: a status, words, and a header that goes with them.
+struct KeptOut(StatusCode, String, Option<(HeaderName, HeaderValue)>);
+
+impl KeptOut {
+    fn of(status: StatusCode, why: impl Into<String>) -> Self {
+        Self(status, why.into(), None)
+    }
+
+    /// As JSON where the API would have answered, and as text elsewhere.
+    fn answer(self, path: &str) -> Response {
+        let Self(status, why, header) = self;
+        let mut answer = match path.starts_with("/api/") {
+            true => dashboard::Refusal::new(status, why).into_response(),
+            false => (status, format!("{why}\n")).into_response(),
+        };
+        answer.headers_mut().extend(header);
+        answer
+    }
+}
+
+async fn check(guard: &Guard, request: &Parts) -> Result<(), KeptOut> {
     if ![Method::GET, Method::HEAD].contains(&request.method) {
-        return Err((StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, "GET, HEAD")], "nothing can be changed here\n").into_response());
+        let allowed = Some((ALLOW, HeaderValue::from_static("GET, HEAD")));
+        return Err(KeptOut(StatusCode::METHOD_NOT_ALLOWED, "nothing can be changed here".into(), allowed));
     }
     if OPEN.contains(&request.uri.path()) {
         return Ok(());
     }
     // Every connection of the door's has one.
-    let peer = request.extensions.get::<Arc<Peer>>().ok_or_else(|| StatusCode::INTERNAL_SERVER_ERROR.into_response())?;
+    let none = || KeptOut::of(StatusCode::INTERNAL_SERVER_ERROR, "a connection without a peer");
+    let peer = request.extensions.get::<Arc<Peer>>().ok_or_else(none)?;
     if length(&request.headers) > HEADERS {
         guard.turn_away(peer.address, Refusal::Headers, "its headers are too long");
-        return Err(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE.into_response());
+        let why = format!("the headers are longer than {HEADERS} bytes");
+        return Err(KeptOut::of(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, why));
     }
     let secret = secret(&request.headers);
     guard.admit(peer, secret.as_deref(), Role::Viewer).await.map_err(refused)?;
@@ -99,7 +123,7 @@ async fn check(guard: &Guard, request: &Parts) -> Result<(), Response> {
     if is_asked || !peer.address.ip().to_canonical().is_loopback() || is_local(&request.headers) {
         return Ok(());
     }
-    Err((StatusCode::FORBIDDEN, "this address is for localhost only; ask for it by that name\n").into_response())
+    Err(KeptOut::of(StatusCode::FORBIDDEN, "this address is for localhost only; ask for it by that name"))
 }
 
 /// Whether a name is asked for that means this machine, or an address. Any other may be a web page's that has its name resolve to here.
@@ -121,19 +145,15 @@ fn secret(headers: &HeaderMap) -> Option<Vec<u8>> {
     Some(pair[at + 1..].to_vec())
 }
 
-fn refused(denied: Denied) -> Response {
+fn refused(denied: Denied) -> KeptOut {
     let status = match denied {
         Denied::Missing(_) | Denied::Wrong(..) => StatusCode::UNAUTHORIZED,
         Denied::Role { .. } => StatusCode::FORBIDDEN,
         Denied::Unreviewed(_) => StatusCode::SERVICE_UNAVAILABLE,
         Denied::Flood => StatusCode::TOO_MANY_REQUESTS,
     };
-    let mut answer = (status, format!("{denied}\n")).into_response();
-    if status == StatusCode::UNAUTHORIZED {
-        let ask = HeaderValue::from_static("Basic realm=\"ella: any name, and the token as the password\", charset=\"UTF-8\"");
-        answer.headers_mut().insert(WWW_AUTHENTICATE, ask);
-    }
-    answer
+    let ask = HeaderValue::from_static("Basic realm=\"ella: any name, and the token as the password\", charset=\"UTF-8\"");
+    KeptOut(status, denied.to_string(), (status == StatusCode::UNAUTHORIZED).then_some((WWW_AUTHENTICATE, ask)))
 }
 
 /// No page of ours is shown in another's frame, guessed to be something else, or kept.

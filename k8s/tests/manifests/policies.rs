@@ -217,7 +217,7 @@ fn a_rendering_has_nothing_of_the_name_that_our_files_have() {
                 assert!(whole, "{}: {own} goes with no run", case.name);
             } else {
                 // What belongs to no namespace is taken away by these names: `cancel`, and section 10 of docs/kubernetes.md.
-                let known = ["token-review", "data"].map(|of| format!("{namespace}-{name}-{of}"));
+                let known = ["token-review", "data"].map(|of| format!("{namespace}.{name}.{of}"));
                 let named = if whole { known.iter().any(|known| known == own) } else { own.starts_with(&format!("{name}-")) };
                 assert!(named && labels["app.kubernetes.io/instance"] == **name, "{}: {own}", case.name);
             }

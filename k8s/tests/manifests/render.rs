@@ -166,6 +166,19 @@ fn overlays_of_two_stores_let_the_pods_out_to_both() {
     }
 }
 
+#[test]
+fn no_two_runs_have_an_object_of_the_whole_cluster_under_the_same_name() {
+    let of = |namespace: &str, name: &str| {
+        let some = |text: &str| Some(text.to_owned());
+        let run = rendered(SHARED, &[], &Options { namespace: some(namespace), name: some(name), ..options(&["local"]) }).unwrap();
+        let whole = run.objects.into_iter().filter(|object| object.pointer("/metadata/labels/app.kubernetes.io~1instance").is_some());
+        let whole = whole.filter(|object| ella_k8s::CLUSTER_SCOPED.contains(&text(object, "/kind")));
+        whole.map(|object| text(&object, "/metadata/name").to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(of("a", "b-c"), ["a.b-c.data", "a.b-c.token-review"]);
+    assert_eq!(of("a-b", "c"), ["a-b.c.data", "a-b.c.token-review"]);
+}
+
 /// Our own names begin with `train-`, and become the run's. Those of the people who render need not be ours to begin so.
 #[test]
 fn what_people_have_named_keeps_its_name() {

@@ -188,6 +188,20 @@ fn steps_that_nobody_wrote_down_are_kept_when_they_are_told() {
     assert_eq!((status.step, status.samples, totals.steps, totals.steps_missed, totals.samples), (5, 20, 2, 3, 8));
 }
 
+/// No worker was reached, and all trained on: nobody has a rank when the first of them is back.
+#[test]
+fn steps_that_were_taken_while_all_were_cut_off_are_kept() {
+    let mut run = Run::training(vec![]);
+    let missed = |step| from_worker::Body::Progress(v1::Progress { missed: true, ..progress(step, 4) });
+    let kept = |effects: Vec<Effect>| effects.into_iter().filter(|effect| matches!(effect, Effect::Metric(_))).count();
+    assert_eq!(kept(run.say(1, from_worker::Body::Progress(progress(1, 4)))), 1);
+    run.close(1);
+    run.close(2);
+    run.hello(2);
+    assert_eq!([2, 3, 1_000_000].map(|step| kept(run.say(2, missed(step)))), [1, 1, 0]);
+    assert_eq!((run.core.status(run.now).step, run.count("refused_out_of_turn")), (3, 1));
+}
+
 #[test]
 fn what_only_rises_is_summed_up() {
     let mut run = Run::training(vec![]);

@@ -134,6 +134,10 @@ async fn guarded(mut response: Response) -> Response {
 pub(super) struct Refusal(StatusCode, String);
 
 impl Refusal {
+    pub(super) fn new(status: StatusCode, why: String) -> Self {
+        Self(status, why)
+    }
+
     /// The driver says nothing.
     pub(super) fn no_answer() -> Self {
         Self(StatusCode::SERVICE_UNAVAILABLE, "the coordinator does not answer".into())
