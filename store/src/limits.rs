@@ -65,7 +65,7 @@ impl Limits {
             .with_jitter()
             .build();
         let begun = Instant::now();
-        Retries { pauses: Box::new(pauses), deadline: begun + self.overall_for(bytes), contact: begun + self.first_contact }
+        Retries { pauses: Box::new(pauses), begun, deadline: begun + self.overall_for(bytes), contact: begun + self.first_contact }
     }
 }
 
@@ -80,6 +80,7 @@ pub(crate) struct Throttled {
 /// The retries left to one call.
 pub(crate) struct Retries {
     pub(crate) pauses: Box<dyn Iterator<Item = Duration> + Send + Sync>,
+    begun: Instant,
     deadline: Instant,
     /// The deadline as long as no connection was ever made.
     contact: Instant,
@@ -130,14 +131,16 @@ where
     let mut retries = limits.retries(bytes);
     let mut number = 0;
     loop {
-        let deadline = limits.attempt_for(bytes).min(retries.left());
-        let error = match timeout(deadline, attempt(number)).await {
+        let (whole, left) = (limits.attempt_for(bytes), retries.left());
+        let error = match timeout(whole.min(left), attempt(number)).await {
             Ok(Ok(value)) => {
                 store.meet();
                 return Ok(value);
             }
             Ok(Err(error)) => error,
-            Err(_) => place.timeout(deadline),
+            // Of the last attempt only a rest was waited for, which says nothing of how long the store has been silent.
+            Err(_) if left < whole => place.timeout(Duration::from_millis(retries.begun.elapsed().as_millis() as u64)),
+            Err(_) => place.timeout(whole),
         };
         if !error.is_retryable() {
             store.meet();

@@ -49,6 +49,9 @@ pub(crate) fn open(text: &str) -> Result<Opened, StoreError> {
     if text.is_empty() {
         return Err(bad("(empty)", "no path or URL given; name a folder, or a URL such as s3://bucket/folder"));
     }
+    if text == "~" || text.starts_with("~/") {
+        return Err(bad(text, "~ is the home folder to a shell only: write the path in full"));
+    }
     if !text.contains("://") {
         return open_local(FilePath::new(text));
     }
@@ -160,6 +163,7 @@ mod tests {
     fn a_url_that_names_no_folder_is_refused_with_the_rule() {
         for (url, rule) in [
             ("", "no path or URL given"),
+            ("~/runs/first", "write the path in full"),
             ("ftp://host/folder", "unknown scheme ftp"),
             ("memory://z", "unknown scheme memory (expected file, s3, gs, az, https or http)"),
             ("file://host/folder", "not a local path"),

@@ -41,6 +41,7 @@ struct Arguments {
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0", env = "ELLA_LISTEN", value_parser = ella_coordinator::listens)]
     listen: SocketAddr,
     /// Where other workers reach this one, if not where it listens: HOST, or HOST:PORT if the port is another one too (a NodePort, a proxy)
+    /// [default: where it listens; if that is on all addresses (0.0.0.0), at this machine's towards the coordinator]
     #[arg(long, value_name = "HOST[:PORT]", env = "ELLA_ADVERTISE", value_parser = advertised)]
     advertise: Option<String>,
     /// Where to compute

@@ -7,7 +7,10 @@ use ella_proto::access::{Access, Client};
 use ella_proto::v1::{FromWorker, Heartbeat, Hello, Refused, RefusedReason, StatusRequest, ToWorker, Welcome, from_worker};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
+use tokio::net::{UdpSocket, lookup_host};
 use tokio::time::{MissedTickBehavior, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::AbortOnDropHandle;
@@ -61,7 +64,8 @@ impl Link {
 
     /// Connects, says hello, and waits for the welcome.
     pub(crate) async fn open(access: &Access, hello: Hello) -> Result<Self, ControlError> {
-        let mut client = connect(access).await?;
+        let mut client = connect(access, CONNECT_TIMEOUT).await?;
+        let hello = to_be_called(access, hello).await?;
         let (out, outgoing) = tokio::sync::mpsc::channel(BACKLOG);
         // The stream opens with its first message.
         let first = FromWorker { term: 0, generation: 0, body: Some(from_worker::Body::Hello(hello)) };
@@ -155,9 +159,39 @@ fn endpoint(access: &Access) -> Result<Endpoint, ControlError> {
     Ok(endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true))
 }
 
-async fn connect(access: &Access) -> Result<Client, ControlError> {
-    let client = deadline("connection", CONNECT_TIMEOUT, access.connect(&endpoint(access)?)).await?;
+async fn connect(access: &Access, patience: Duration) -> Result<Client, ControlError> {
+    let Ok(client) = timeout(patience, access.connect(&endpoint(access)?)).await else {
+        let seconds = patience.as_secs();
+        let message = format!("no connection within {seconds} s: the name server, the machine or its TLS does not answer");
+        return Err(unreachable(&access.url, &message));
+    };
     client.map_err(|e| unreachable(&access.url, &ella_proto::with_causes(&e)))
+}
+
+/// A worker that listens on all addresses (`0.0.0.0`) and advertises none is to be called at the one that its machine has towards the coordinator.
+/// At the next attach that may be another one.
+async fn to_be_called(access: &Access, hello: Hello) -> Result<Hello, ControlError> {
+    let Some(listens) = hello.peer_address.parse().ok().filter(|at: &SocketAddr| at.ip().is_unspecified()) else { return Ok(hello) };
+    let peer_address =
+        match timeout(CONNECT_TIMEOUT, own_address(&endpoint(access)?, listens)).await.unwrap_or(Err(io::ErrorKind::TimedOut.into())) {
+            Ok(own) => SocketAddr::new(own, listens.port()).to_string(),
+            Err(error) => {
+                tracing::warn!("{listens} is no address for other workers to call ({error}): give this worker's with --advertise");
+                hello.peer_address
+            }
+        };
+    Ok(Hello { peer_address, ..hello })
+}
+
+/// This machine's address on its way to where `endpoint` is, of a kind that `listens` takes calls at. Nothing is sent.
+async fn own_address(endpoint: &Endpoint, listens: SocketAddr) -> io::Result<IpAddr> {
+    let uri = endpoint.uri();
+    let coordinator = format!("{}:{}", uri.host().unwrap_or_default(), uri.port_u16().unwrap_or(80));
+    let mut found = lookup_host(coordinator).await?;
+    let to = found.find(|to| to.is_ipv4() || listens.is_ipv6()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+    let socket = UdpSocket::bind(SocketAddr::new(if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0)).await?;
+    socket.connect(to).await?;
+    Ok(socket.local_addr()?.ip())
 }
 
 /// Why there is no stream: whoever answers does not let this worker in, or is no coordinator that can be spoken to.
@@ -200,5 +234,32 @@ pub(super) fn refusal(refused: Refused) -> ControlError {
     match reason {
         RefusedReason::RunOver => ControlError::Over { outcome, detail, permanent },
         reason => ControlError::Refused { reason, detail },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_worker_that_listens_on_all_addresses_is_called_at_its_own_towards_the_coordinator() {
+        for (url, listens, called) in [
+            ("http://127.0.0.1:9", "0.0.0.0:4000", "127.0.0.1:4000"),
+            ("http://127.0.0.1:9", "[::]:4000", "127.0.0.1:4000"),
+            ("http://127.0.0.1:9", "10.0.0.7:4000", "10.0.0.7:4000"),
+            ("http://127.0.0.1:9", "worker-3.ella:4000", "worker-3.ella:4000"),
+            // It would not hear calls there.
+            ("http://[::1]:9", "0.0.0.0:4000", "0.0.0.0:4000"),
+        ] {
+            let hello = Hello { peer_address: listens.to_owned(), ..Hello::default() };
+            assert_eq!(to_be_called(&url.into(), hello).await.unwrap().peer_address, called, "{url} {listens}");
+        }
+    }
+
+    /// As where the name server does not answer: nothing else has a deadline then.
+    #[tokio::test]
+    async fn a_connection_that_does_not_come_to_be_names_the_coordinator() {
+        let error = connect(&"http://localhost:9".into(), Duration::ZERO).await.err().unwrap().to_string();
+        assert!(error.starts_with("http://localhost:9: no coordinator answers (no connection within 0 s: the name server"), "{error}");
     }
 }

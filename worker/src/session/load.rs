@@ -18,9 +18,9 @@ use ella_dataset::ledger::{Ledger, Tally};
 use ella_dataset::{CacheLimits, DataSet};
 use ella_proto::config::RunConfig;
 use ella_proto::v1::Assign;
-use ella_store::{Commit, Store};
+use ella_store::{Commit, Limits, Store, StoreError};
 use std::io::ErrorKind;
-use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
@@ -30,6 +30,8 @@ use tokio::runtime::Handle;
 const UNREACHED: Duration = Duration::from_secs(30);
 /// How long a name that does not resolve is asked for again, and how often.
 const RESOLVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_millis(500));
+/// How long each of a name's addresses is tried, where it has several.
+const TRIAL: Duration = Duration::from_secs(2);
 
 /// Joins the other ranks of the generation. From here on, the end of the generation frees a rank that waits for others.
 pub(super) fn connect(
@@ -95,7 +97,7 @@ fn over_nccl(ring: Box<dyn Collective>, patience: Duration, flags: &Flags) -> Re
 fn resolve(peer: &str, patience: Duration, flags: &Flags) -> Result<SocketAddr, WorkError> {
     let until = Instant::now() + RESOLVE.0.min(patience);
     loop {
-        let (message, passes) = match peer.to_socket_addrs().map(|mut found| found.next()) {
+        let (message, passes) = match peer.to_socket_addrs().map(|found| answering(&found.collect::<Vec<_>>())) {
             Ok(Some(address)) => return Ok(address),
             Ok(None) => ("it has no address".to_owned(), true),
             Err(error) => (error.to_string(), error.kind() != ErrorKind::InvalidInput),
@@ -105,6 +107,12 @@ fn resolve(peer: &str, patience: Duration, flags: &Flags) -> Result<SocketAddr, 
         }
         std::thread::sleep(RESOLVE.1.min(patience));
     }
+}
+
+/// Of a name's addresses the first that takes calls, else the first: a name often has one of IPv6 too, at which its worker does not listen.
+fn answering(addresses: &[SocketAddr]) -> Option<SocketAddr> {
+    let takes_calls = |address: &&SocketAddr| addresses.len() == 1 || TcpStream::connect_timeout(address, TRIAL).is_ok();
+    addresses.iter().find(takes_calls).or(addresses.first()).copied()
 }
 
 /// Everything that a rank trains with, but for its place in a generation; the feed's and the committing thread running.
@@ -186,6 +194,13 @@ fn tell_plan(needs: &Needs, device: Device) {
     }
 }
 
+/// The run's folder. What is saved there may take as long as the coordinator waits for a commit: whoever gave up sooner would take the state with it.
+pub(super) fn run_store(url: &str, patience: Duration) -> Result<Store, StoreError> {
+    let run = Store::open(url)?;
+    let limits = run.limits();
+    Ok(run.with_limits(Limits { overall: limits.overall.max(patience), ..limits }))
+}
+
 /// The commit to resume from; none for a fresh start.
 pub(super) fn parse_commit(assign: &Assign) -> Result<Option<Commit>, WorkError> {
     if assign.commit_json.is_empty() {
@@ -227,5 +242,21 @@ mod tests {
             assert!(error.is_of_the_next() && error.spares_the_rank() && !error.is_permanent(), "{error}");
         }
         assert!(resolve("127.0.0.1:4000", Duration::ZERO, &flags).is_ok());
+    }
+
+    /// A store that is away for minutes must not end every worker, and with them all that was trained since the last commit.
+    #[test]
+    fn a_commit_is_tried_for_as_long_as_the_coordinator_waits_for_it() {
+        let overall = |minutes: u64| run_store("some/run", Duration::from_secs(60 * minutes)).unwrap().limits().overall;
+        assert_eq!((overall(10), overall(1)), (Duration::from_secs(600), Limits::default().overall));
+    }
+
+    #[test]
+    fn of_a_names_addresses_the_one_is_called_where_its_worker_listens() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let open = listener.local_addr().unwrap();
+        assert_eq!(answering(&[closed, open]), Some(open));
+        assert_eq!((answering(&[closed]), answering(&[closed, closed]), answering(&[])), (Some(closed), Some(closed), None));
     }
 }

@@ -70,7 +70,7 @@ pub fn work(options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<En
 pub fn work_by(train: &mut Train<'_>, options: &Options, flags: Arc<Flags>, runtime: &Handle) -> Result<Ending, WorkError> {
     let device = device::set_up(options.device, 1)?;
     vitals::computes_on(device);
-    let listener = Listener::bind(options.listen)?;
+    let listener = Listener::bind(options.listen)?.secured(options.coordinator.tls.clone());
     let hello = hello(options, device, &listener)?;
     let link = match runtime.block_on(Link::open_patiently(&options.coordinator, &hello, options.patience)) {
         Ok(link) => link,
@@ -197,10 +197,11 @@ impl<'a> Rank<'a> {
         let config = Arc::new(RunConfig::parse(&welcome.config_toml, "run.toml", &[])?);
         let device = device::set_up(options.device, config.workers.threads)?;
         check_device(&config, device)?;
+        tell_of_tls(&listener, device);
         let stream = device::own_stream(device)?;
         Precision::of(&config).set(device)?;
         gpu::limit(device, config.workers.gpu_memory)?;
-        let run = Store::open(&welcome.run_url)?;
+        let run = load::run_store(&welcome.run_url, config.workers.start_timeout.duration())?;
         let limit = config.workers.gpu_memory.map(|most| most.0);
         let explained = |error: WorkError| error.explained(None, || Room::look(device, limit));
         let loaded = models::load(&config, device).map_err(|error| explained(error.into()))?;
@@ -418,6 +419,17 @@ impl<'a> Rank<'a> {
             tracing::warn!("features that were encoded ahead lack their manifest, which the next run writes: {error}");
         }
         Ok(())
+    }
+}
+
+/// What of the sums is under TLS, where this worker has certificates.
+fn tell_of_tls(listener: &Listener, device: Device) {
+    match (listener.is_secured(), device.is_cuda()) {
+        (false, _) => {}
+        (true, false) => tracing::info!("what workers sum goes over TLS"),
+        (true, true) => tracing::info!(
+            "ranks meet over TLS, and what they sum goes over NCCL, which encrypts nothing: keep them in a network of their own"
+        ),
     }
 }
 
