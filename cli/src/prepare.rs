@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use clap::Args;
-use ella_dataset::{Damage, Manifest, Plan, REPORT, Report, Source, SourceOptions, originals};
+use ella_dataset::{Damage, MOST_NAMED, Manifest, Plan, REPORT, Report, Source, SourceOptions, originals};
 use ella_proto::config::{Config, Device as Choice, JobConfig, JobKind, JobTable};
 use ella_store::Store;
 use ella_worker::models;
@@ -184,10 +184,12 @@ fn read_report(store: &Store) -> Result<Report, Fail> {
 /// Counts by reason, and where the whole list is.
 pub(crate) fn table_of(report: &Report, url: &str) -> String {
     let mut text = format!("{:>8}  read\n{:>8}  kept\n{:>8}  refused\n", report.read, report.kept, report.read - report.kept);
-    for (why, keys) in &report.refused {
-        text += &format!("{:>8}    {why}\n", keys.len());
+    for (why, count) in report.counts() {
+        text += &format!("{count:>8}    {why}\n");
     }
-    if !report.refused.is_empty() {
+    if !report.refused_unnamed.is_empty() {
+        text += &format!("the first {MOST_NAMED} refused keys of each reason: {url}/{REPORT}; all of them: {url}/units\n");
+    } else if !report.refused.is_empty() {
         text += &format!("every refused key with its reason: {url}/{REPORT}\n");
     }
     text + &format!("data set: {url}")

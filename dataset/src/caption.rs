@@ -126,8 +126,8 @@ pub fn captions_from_txt(folder: &Path) -> Result<Captions, DataError> {
 pub fn prepare_captions<'a>(captions: Captions, name: &'a str, out: &'a Store) -> BoxFuture<'a, Result<Report, DataError>> {
     Box::pin(async move {
         let kept = captions.kept.len() as u64;
-        let mut report = Report { read: 0, kept, refused: captions.refused };
-        report.read = kept + report.refused.values().map(|keys| keys.len() as u64).sum::<u64>();
+        let mut report = Report { kept, refused: captions.refused, ..Report::default() };
+        report.read = kept + report.counts().map(|(_, count)| count).sum::<u64>();
         if kept == 0 {
             return Err(DataError::NothingKept { read: report.read, refused: report.refused_line() });
         }

@@ -58,12 +58,14 @@ pub enum DataError {
         what: String,
     },
 
-    /// No sample of a source has any of the fields that were named for captions.
-    #[error("{source_name}: no sample has the field of captions that was named ({fields}); its samples have: {found}; name one of these")]
+    /// No sample of a source has any of the fields that were named for captions, or of the usual ones.
+    #[error(
+        "{source_name}: no sample has a field of captions ({fields}); its samples have: {found}; name one of these, of texts (--caption)"
+    )]
     CaptionField {
         /// The source as it was given.
         source_name: String,
-        /// What was named.
+        /// Those that were looked for.
         fields: String,
         /// The fields that samples have, the first of them.
         found: String,
@@ -307,6 +309,22 @@ pub enum DataError {
         folder: String,
         /// Which fingerprints exist, and how each differs.
         found: String,
+    },
+
+    /// The features of a shard would be more than their store takes.
+    #[error(
+        "{file}: the features of its captions would be {bytes} bytes, of which this store takes {most} in one request; prepare the data set with \
+         smaller shards (--shard-mib {shard_mib} or less), or store less of each caption (--max-tokens, --dtype fp16)"
+    )]
+    FeaturesTooLarge {
+        /// The shard.
+        file: String,
+        /// What they would be.
+        bytes: u64,
+        /// What the store takes.
+        most: u64,
+        /// Size of shards whose features it would take, MiB.
+        shard_mib: u64,
     },
 
     /// Features, or added captions, lack some files.

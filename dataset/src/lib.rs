@@ -49,7 +49,7 @@ pub use plan::{PLAN, Part, Plan, PlannedSource, REPORT, UnitRecord, write_file};
 pub use prepare::{KeyList, LatentEncoder, Preparation, PrepareOptions, ToDo, TokenCounter, UnitWatch, originals, prepare};
 pub use progress::{Progress, progress};
 pub use prompts::{Prompt, Prompts};
-pub use report::{Refusal, Refused, Report};
+pub use report::{MOST_NAMED, Refusal, Refused, Report};
 pub use room::Memory;
 pub use set::{AddedCaptions, DataSet, Features};
 pub use settings::{Buckets, CaptionColumn, Condition, Duplicates, Filters, Settings, TokenRule};

@@ -169,8 +169,8 @@ impl Sums {
     fn report(&mut self, report: &Report) {
         self.samples += report.read;
         *self.counts.entry("kept".to_owned()).or_default() += report.kept;
-        for (why, keys) in &report.refused {
-            *self.counts.entry(format!("refused.{why}")).or_default() += keys.len() as u64;
+        for (why, count) in report.counts() {
+            *self.counts.entry(format!("refused.{why}")).or_default() += count;
         }
     }
 

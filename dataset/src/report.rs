@@ -112,6 +112,9 @@ impl TryFrom<String> for Refusal {
 /// Keys refused, by reason, in the order in which they were read.
 pub type Refused = BTreeMap<Refusal, Vec<String>>;
 
+/// Keys of one reason that a whole data set's report names: those of 10⁸ samples would fit into no memory.
+pub const MOST_NAMED: usize = 100_000;
+
 /// How many samples were read and kept, and which were refused why. `read = kept + all refused`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -120,8 +123,11 @@ pub struct Report {
     pub read: u64,
     /// Samples in the prepared data set.
     pub kept: u64,
-    /// Keys refused, by reason.
+    /// Keys refused, by reason; of a whole data set the first [`MOST_NAMED`] of each.
     pub refused: Refused,
+    /// How many more were refused for a reason than `refused` names. The records in `units` name them all.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub refused_unnamed: BTreeMap<Refusal, u64>,
 }
 
 impl Report {
@@ -137,23 +143,36 @@ impl Report {
         self.refused.entry(why).or_default().push(key);
     }
 
-    /// Adds what became of another source's samples, after this one's.
+    /// Adds what became of another source's samples, after this one's. At most [`MOST_NAMED`] keys of a reason stay named.
     pub fn merge(&mut self, other: Report) {
         self.read += other.read;
         self.kept += other.kept;
         for (why, keys) in other.refused {
-            self.refused.entry(why).or_default().extend(keys);
+            let named = self.refused.entry(why.clone()).or_default();
+            let room = MOST_NAMED.saturating_sub(named.len());
+            if keys.len() > room {
+                *self.refused_unnamed.entry(why).or_default() += (keys.len() - room) as u64;
+            }
+            named.extend(keys.into_iter().take(room));
         }
+        for (why, more) in other.refused_unnamed {
+            *self.refused_unnamed.entry(why).or_default() += more;
+        }
+    }
+
+    /// How many samples were refused, by reason.
+    pub fn counts(&self) -> impl Iterator<Item = (&Refusal, u64)> {
+        self.refused.iter().map(|(why, keys)| (why, keys.len() as u64 + self.refused_unnamed.get(why).copied().unwrap_or(0)))
     }
 
     /// Whether the counts add up: every sample read was kept or refused.
     pub fn adds_up(&self) -> bool {
-        self.read == self.refused.values().map(|keys| keys.len() as u64).fold(self.kept, u64::saturating_add)
+        self.read == self.counts().map(|(_, count)| count).fold(self.kept, u64::saturating_add)
     }
 
     /// Counts by reason as one line, such as `7 min_edge, 1 image_missing`.
     pub fn refused_line(&self) -> String {
-        let parts: Vec<_> = self.refused.iter().map(|(why, keys)| format!("{} {why}", keys.len())).collect();
+        let parts: Vec<_> = self.counts().map(|(why, count)| format!("{count} {why}")).collect();
         if parts.is_empty() { "none refused".into() } else { parts.join(", ") }
     }
 }
@@ -171,5 +190,27 @@ mod tests {
             assert_eq!(Refusal::try_from(text), Ok(refusal));
         }
         assert!(Refusal::try_from("no_such_reason".to_owned()).is_err());
+    }
+
+    #[test]
+    fn of_very_many_the_first_are_named_and_all_are_counted() {
+        let of = |from: usize, to: usize| {
+            let mut report = Report::default();
+            (from..to).for_each(|n| report.refuse(n.to_string(), Refusal::MinEdge));
+            report.keep();
+            report
+        };
+        let mut all = Report::default();
+        for (from, to) in [(0, 1), (1, MOST_NAMED + 2), (MOST_NAMED + 2, MOST_NAMED + 5)] {
+            all.merge(of(from, to));
+        }
+        let few = serde_json::to_value(of(0, 2)).unwrap();
+        assert_eq!(few, serde_json::json!({ "read": 3, "kept": 1, "refused": { "min_edge": ["0", "1"] } }));
+        let (named, read) = (&all.refused[&Refusal::MinEdge], MOST_NAMED as u64 + 8);
+        assert_eq!((all.read, all.kept, all.adds_up(), all.refused_line()), (read, 3, true, format!("{} min_edge", read - 3)));
+        assert!(named.len() == MOST_NAMED && named.iter().enumerate().all(|(n, key)| *key == n.to_string()));
+        let json = serde_json::to_value(&all).unwrap();
+        assert_eq!(json["refused_unnamed"], serde_json::json!({ "min_edge": 5 }));
+        assert_eq!(serde_json::from_value::<Report>(json).unwrap(), all);
     }
 }

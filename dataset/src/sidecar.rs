@@ -379,9 +379,14 @@ impl<K: Kind> Sidecar<K> {
         }
     }
 
+    /// A shard of the data set.
+    pub(crate) fn shard(&self, shard: usize) -> Option<&ShardEntry> {
+        self.data.shards.get(shard)
+    }
+
     /// A shard's name without folder and extension.
     pub(crate) fn stem(&self, shard: usize) -> &str {
-        let name = self.data.shards.get(shard).map_or("", |entry| entry.name.as_str());
+        let name = self.shard(shard).map_or("", |entry| entry.name.as_str());
         let base = name.rsplit('/').next().unwrap_or_default();
         base.strip_suffix(".arrow").unwrap_or(base)
     }

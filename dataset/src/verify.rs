@@ -157,7 +157,7 @@ impl Inventory {
             self.store.create(file, bytes).await?;
             self.store.delete(&aside).await?;
         }
-        Ok(())
+        self.tidy().await
     }
 
     /// Deletes files that were put aside: they were made anew.
@@ -167,6 +167,14 @@ impl Inventory {
     pub async fn forget(&self, damaged: &[Damage]) -> Result<(), DataError> {
         for Damage { file, .. } in damaged {
             self.store.delete(&join(ASIDE, file)).await?;
+        }
+        self.tidy().await
+    }
+
+    /// Removes the folder of what was put aside, once nothing is in it.
+    async fn tidy(&self) -> Result<(), DataError> {
+        if self.store.list(ASIDE).await?.is_empty() {
+            self.store.delete_prefix(ASIDE).await?;
         }
         Ok(())
     }

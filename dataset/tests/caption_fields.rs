@@ -54,6 +54,17 @@ async fn small_sources_conclude_it_together() {
     is_told(prepared(&[("a.tar", &a), ("b.tar", &b)], &["nofield"]).await.1, "a.tar", "nofield", "txt");
 }
 
+/// As LLaVA's sets have them, in turns of a conversation.
+#[tokio::test]
+async fn where_none_is_named_the_usual_ones_are_looked_for_and_what_there_is_instead_is_told() {
+    let rows = "{\"file_name\": \"p.png\", \"conversations\": [{\"from\": \"gpt\", \"value\": \"a cup\"}]}\n";
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    std::fs::write(dir.path().join("p.png"), png(40, 40, 1)).unwrap();
+    let found = sources(dir.path(), &[("l.jsonl", rows.as_bytes())]).await;
+    let report = prepare(&found, &store(&out), &small(), &threads(1)).await;
+    is_told(report, "l.jsonl", "txt, caption, text", "conversations, file_name");
+}
+
 #[tokio::test]
 async fn samples_that_lack_what_others_have_are_refused_one_by_one() {
     let tar = tar_of(&[("a.jpg", &jpeg(48, 1)), ("a.txt", b"a cup"), ("b.jpg", &jpeg(48, 2)), ("b.json", b"{\"title\": 1}")]);

@@ -314,6 +314,21 @@ async fn a_key_in_two_sources_is_an_error_naming_both_unless_keys_are_prefixed()
     assert!(hint.contains("--key-prefix"), "{error}");
     assert!(!out.path().join("manifest.json").exists());
 
+    // Where names are alike too, that is told while nothing is prepared yet, and the destination is free.
+    let (other, free) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let alike = [&sources[..1], &common::sources(other.path(), &[("a.tar", &good_tar(0, 3))]).await].concat();
+    let error = prepare(&alike, &store(&free), &small(), &threads(1)).await.unwrap_err();
+    let DataError::DuplicateKey { key, first, second, .. } = &error else { panic!("{error}") };
+    assert_eq!((key.as_str(), first.as_str(), second.as_str()), ("000000", alike[0].name(), alike[1].name()));
+    assert_eq!(files(free.path()), vec![]);
+    let settings = Settings { key_prefix: true, duplicates: Duplicates::Keep, ..small() };
+    assert_eq!(prepare(&alike, &store(&free), &settings, &threads(1)).await.unwrap().kept, 6);
+    // Nor are first samples compared that are not kept.
+    let (third, none) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let broken = tar_of(&[("000000.jpg", b"no picture"), ("000000.txt", b"a cup"), ("9.jpg", &jpeg(48, 9)), ("9.txt", b"a cup")]);
+    let alike = [&sources[..1], &common::sources(third.path(), &[("a.tar", &broken)]).await].concat();
+    assert_eq!(prepare(&alike, &store(&none), &small(), &threads(1)).await.unwrap().kept, 4);
+
     // They share a picture too.
     let settings = Settings { key_prefix: true, duplicates: Duplicates::Keep, ..small() };
     assert_eq!(prepare(&sources, &store(&prefixed), &settings, &threads(1)).await.unwrap().kept, 6);

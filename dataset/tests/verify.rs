@@ -227,5 +227,9 @@ async fn what_was_put_aside_comes_back_unless_it_was_made_anew() {
     std::fs::write(&first, b"made anew").unwrap();
     inventory.put_back(&damaged).await.unwrap();
     assert_eq!((std::fs::read(&first).unwrap(), std::fs::read(&second).unwrap()), (b"made anew".to_vec(), b"too".to_vec()));
-    assert_eq!(files(&out.path().join("damaged")), vec![]);
+    assert!(!out.path().join("damaged").exists());
+
+    inventory.put_aside(&damaged).await.unwrap();
+    inventory.forget(&damaged).await.unwrap();
+    assert!(!out.path().join("damaged").exists());
 }

@@ -21,9 +21,9 @@ use tokio::sync::OnceCell;
 
 use crate::error::DataError;
 use crate::manifest::{LatentSpec, MANIFEST, Manifest, ShardEntry, at, read};
-use crate::plan::{Part, Plan, SHARDS, UNITS, UnitRecord, publish, same_sources, unit_key, write_report};
+use crate::plan::{PLAN, Part, Plan, SHARDS, UNITS, UnitRecord, publish, same_sources, unit_key, write_report};
 use crate::report::{Refusal, Report};
-use crate::settings::Settings;
+use crate::settings::{CAPTION_FIELDS, Settings};
 use crate::source::{Piece, Source};
 use crate::tree::{TREES, file_of};
 use judge::Judge;
@@ -122,6 +122,9 @@ impl Preparation {
         Box::pin(async move {
             let latents = self.options.latents.as_ref().map(|encoder| encoder.spec());
             let plan = Plan::new(&self.settings, latents, &self.sources).await?;
+            if read(&self.out, PLAN).await?.is_none() {
+                self.refuse_alike(&plan).await?;
+            }
             plan.claim(&self.out).await?;
             let plan = self.plan.get_or_init(|| async { plan }).await;
             let (shards, records) = (self.out.list(SHARDS).await?, &self.out.list(UNITS).await?);
@@ -213,18 +216,19 @@ impl Preparation {
         })
     }
 
-    /// Why nothing was kept: what refused the samples or, where none had any of the fields that were named for captions, just that. Parts of few
+    /// Why nothing was kept: what refused the samples or, where none had any of the fields that hold captions, just that. Parts of few
     /// samples do not conclude it by themselves.
     async fn nothing_kept(&self, plan: &Plan, report: &Report) -> DataError {
         let nothing = DataError::NothingKept { read: report.read, refused: report.refused_line() };
-        let without = report.refused.get(&Refusal::CaptionMissing).map_or(0, Vec::len) as u64;
+        let without = report.counts().find(|(why, _)| **why == Refusal::CaptionMissing).map_or(0, |(_, count)| count);
         let named = self.settings.captions.iter().map(|column| column.field.clone()).collect::<Option<Vec<_>>>();
+        let named = named.map_or_else(|| CAPTION_FIELDS.join(", "), |named| named.join(", "));
         let first = plan.parts().next().and_then(|part| Some((self.source(&part).ok()?.clone(), part)));
-        let (Some(named), Some((source, part)), true) = (named, first, without == report.read) else { return nothing };
+        let (Some((source, part)), true) = (first, without == report.read) else { return nothing };
         let (source_name, piece) = (source.name().to_owned(), piece_of(&source, &part));
         let found = tokio::task::spawn_blocking(move || part::fields_of(&source, &piece)).await;
         match found {
-            Ok(Ok(found)) if !found.is_empty() => DataError::CaptionField { source_name, fields: named.join(", "), found },
+            Ok(Ok(found)) if !found.is_empty() => DataError::CaptionField { source_name, fields: named, found },
             _ => nothing,
         }
     }
@@ -277,12 +281,12 @@ impl Preparation {
         let load = || async {
             let hint = "run `ella prepare` again";
             let plan = Plan::load(&self.out).await?;
-            plan.ok_or(DataError::RecordMissing { file: at(&self.out, crate::plan::PLAN), hint })
+            plan.ok_or(DataError::RecordMissing { file: at(&self.out, PLAN), hint })
         };
         let plan = self.plan.get_or_try_init(load).await?;
         let given: Vec<String> = self.sources.iter().map(|source| source.file_name().to_owned()).collect();
         let there: Vec<String> = plan.sources.iter().map(|source| source.name.clone()).collect();
-        same_sources(&given, &there, at(&self.out, crate::plan::PLAN))?;
+        same_sources(&given, &there, at(&self.out, PLAN))?;
         Ok(plan)
     }
 

@@ -8,12 +8,18 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
 use super::duplicates::{At, Finder, Of, Repeat, SharedKey};
-use super::{Preparation, READ_AT_ONCE};
+use super::judge::Judge;
+use super::{Preparation, READ_AT_ONCE, piece_of};
 use crate::error::DataError;
 use crate::ipc::unspoolable;
 use crate::manifest::{SCHEMA, at, parse, pretty, read};
-use crate::plan::{DUPLICATES, Plan, same};
+use crate::picture::Scratch;
+use crate::plan::{DUPLICATES, Part, Plan, same};
 use crate::report::Refusal;
+use crate::source::stem;
+
+/// Of this many sources that share a name the first samples are looked at.
+const NAMESAKES: usize = 32;
 
 /// One sample that is left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,12 +122,53 @@ impl Preparation {
 
     async fn shared_key(&self, plan: &Plan, shared: SharedKey) -> Result<DataError, DataError> {
         let key = self.keys_at([shared.at].into()).await?.remove(&shared.at).unwrap_or_default();
-        let source = |part: u32| self.sources.get(plan.parts().nth(part as usize)?.source);
-        let name = |part: u32| source(part).map_or_else(String::new, |source| source.name().to_owned());
+        let source = |part: u32| plan.parts().nth(part as usize).map_or(usize::MAX, |part| part.source);
+        Ok(self.taken(plan, key, source(shared.first), source(shared.at.0)))
+    }
+
+    /// The error that two sources have the same key.
+    fn taken(&self, plan: &Plan, key: String, first: usize, second: usize) -> DataError {
+        let name = |source: usize| self.sources.get(source).map_or_else(String::new, |source| source.name().to_owned());
         let hint = match plan.settings.key_prefix {
             true => "rename one, or leave one of the sources out",
             false => "rename one, or prepare with key prefixes (the source's name before each key: --key-prefix) into a new destination",
         };
-        Ok(DataError::DuplicateKey { key, first: name(shared.first), second: name(shared.at.0), hint })
+        DataError::DuplicateKey { key, first: name(first), second: name(second), hint }
+    }
+
+    /// Sources of one name often number their samples alike. If their first samples show it, that is told before anything is prepared, and not
+    /// when all is.
+    pub(super) async fn refuse_alike(&self, plan: &Plan) -> Result<(), DataError> {
+        let mut namesakes = BTreeMap::<&str, BTreeMap<usize, Part<'_>>>::new();
+        for part in plan.parts().filter(|_| !plan.settings.key_prefix) {
+            namesakes.entry(stem(&plan.sources[part.source].name)).or_default().entry(part.source).or_insert(part);
+        }
+        let alike = namesakes.values().filter(|sources| sources.len() > 1).flat_map(BTreeMap::values);
+        let parts = &alike.copied().take(NAMESAKES).collect::<Vec<_>>();
+        let looks = stream::iter(0..parts.len()).map(|at| async move { self.first_key(plan, &parts[at]).await });
+        let keys: Vec<Option<String>> = looks.buffered(READ_AT_ONCE).collect().await;
+        let mut seen = HashMap::new();
+        for (part, key) in parts.iter().zip(keys).filter_map(|(part, key)| Some((part, key?))) {
+            if let Some(first) = seen.insert(key.clone(), part.source) {
+                return Err(self.taken(plan, key, first, part.source));
+            }
+        }
+        Ok(())
+    }
+
+    /// The key of the first sample of a part, if it will be kept. What cannot be read is told when it is prepared.
+    async fn first_key(&self, plan: &Plan, part: &Part<'_>) -> Option<String> {
+        let source = self.source(part).ok()?.clone();
+        let (piece, judge) = (piece_of(&source, part), Judge::new(&plan.settings, String::new(), &self.options, HashMap::new()));
+        let look = tokio::task::spawn_blocking(move || {
+            let mut first = None;
+            let read = source.read(&piece, &mut |sample| {
+                first = Some(sample);
+                false
+            });
+            let (key, kept) = judge.judge(first.filter(|_| read.is_ok())?, &mut Scratch::default());
+            kept.is_ok().then_some(key)
+        });
+        look.await.ok().flatten()
     }
 }

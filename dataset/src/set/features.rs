@@ -64,6 +64,14 @@ impl Features {
         Ok(true)
     }
 
+    /// Fails if the store would not take a shard's features, as [`FeatureSet::check_size`] does.
+    ///
+    /// # Errors
+    /// `FeaturesTooLarge`.
+    pub fn check_size(&self, shard: usize, tokens: &[u32]) -> Result<(), DataError> {
+        self.set.check_size(shard, tokens)
+    }
+
     /// Stores a shard's features, as [`FeatureSet::write`] does; if another worker was first, its features are these from now on.
     pub async fn write(&self, shard: usize, rows: u64, file: Bytes, counts: Counts) -> Result<(), DataError> {
         self.learn(shard, self.set.write(shard, rows, file, counts).await?);

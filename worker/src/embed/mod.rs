@@ -142,7 +142,7 @@ impl EmbedJob {
     async fn shard(&self, column: usize, shard: usize, tell: &Tell) -> Result<(), FeedError> {
         let (name, set) = self.columns.get(column).ok_or(FeedError::NoColumn)?;
         let captions = self.data.captions(name, shard).await?;
-        let (file, counts) = self.encoder.embed(&captions, tell)?;
+        let (file, counts) = self.encoder.embed(&captions, |tokens| set.check_size(shard, tokens), tell)?;
         set.write(shard, captions.len() as u64, file, counts.clone()).await?;
         counts.iter().for_each(|(name, count)| tell.count(name, *count));
         Ok(())

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use ella_dataset::{Counts, FeatureSpec, FeatureSpool, FeatureWriter};
+use ella_dataset::{Counts, DataError, FeatureSpec, FeatureSpool, FeatureWriter};
 use ella_model::ModelError;
 use ella_proto::config::Text;
 use tch::{Device, Tensor};
@@ -57,12 +57,19 @@ impl ShardEncoder {
     }
 
     /// The feature file of some captions, in their order. Batches are of like length, so that little is computed for padding; which
-    /// captions share one depends on the captions alone, so that the bytes do not depend on who computes them.
-    pub fn embed(&self, captions: &[String], tell: &Tell) -> Result<(Bytes, Counts), FeedError> {
+    /// captions share one depends on the captions alone, so that the bytes do not depend on who computes them. `fits` is asked first, with the
+    /// tokens of each caption that is there: whether the file can be stored.
+    pub fn embed(
+        &self,
+        captions: &[String],
+        fits: impl FnOnce(&[u32]) -> Result<(), DataError>,
+        tell: &Tell,
+    ) -> Result<(Bytes, Counts), FeedError> {
         let encoder = self.encoder();
         let there: Vec<usize> = (0..captions.len()).filter(|row| !captions[*row].is_empty()).collect();
         let texts: Vec<&str> = there.iter().map(|row| captions[*row].as_str()).collect();
         let lengths = if texts.is_empty() { Vec::new() } else { encoder.lengths(&texts)? };
+        fits(&lengths.iter().map(|tokens| *tokens as u32).collect::<Vec<_>>())?;
         let mut by_length: Vec<(usize, usize)> = lengths.into_iter().zip(there).collect();
         by_length.sort_unstable();
         let mut spool = FeatureSpool::new(&self.spec, captions.len())?;

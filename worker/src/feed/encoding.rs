@@ -167,7 +167,7 @@ impl Encoding {
             }
             let captions = self.runtime.block_on(self.captions.of_shard(&self.data, column, shard))?;
             let encoder = self.encoder().clone().ok_or(FeedError::Died)?;
-            let (file, counts) = encoder.embed(&captions, &self.tell)?;
+            let (file, counts) = encoder.embed(&captions, |tokens| features.check_size(shard, tokens), &self.tell)?;
             self.storing.fetch_add(1, Relaxed);
             let stored = self.runtime.block_on(features.write(shard, captions.len() as u64, file, counts.clone()));
             self.storing.fetch_sub(1, Relaxed);

@@ -148,7 +148,7 @@ impl PrepareJob {
 fn count(report: &Report, tell: &Tell) {
     tell.count("read", report.read);
     tell.count("kept", report.kept);
-    for (why, keys) in &report.refused {
-        tell.count(&format!("refused.{why}"), keys.len() as u64);
+    for (why, refused) in report.counts() {
+        tell.count(&format!("refused.{why}"), refused);
     }
 }

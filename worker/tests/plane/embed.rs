@@ -1,11 +1,15 @@
 //! Embedding: resumable, the same bytes whoever does it, and bound to everything that changes a feature.
 
 use crate::world::{SCENES, config, embedded, open, path};
+use ella_dataset::DataError;
 use ella_proto::config::RunConfig;
+use ella_worker::embed::ShardEncoder;
 use ella_worker::feed::spec;
+use ella_worker::job::Tell;
 use ella_worker::text::identity;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use tch::Device;
 
 pub(crate) fn folder(config: &RunConfig) -> PathBuf {
     let spec = spec(&config.text, &identity(Path::new(&config.text.model), config.text.max_tokens).unwrap()).unwrap();
@@ -66,4 +70,23 @@ fn what_changes_a_feature_changes_its_fingerprint() {
     )
     .unwrap();
     assert_ne!(of_copy().weights_digest, first.weights_digest);
+}
+
+/// The store is asked whether it takes the file while nothing is encoded yet, with the tokens that it will hold.
+#[test]
+fn a_shard_of_too_large_features_is_refused_before_any_caption_is_encoded() {
+    let config = config(&["text.padding=none"]);
+    let spec = spec(&config.text, &identity(Path::new(&config.text.model), config.text.max_tokens).unwrap()).unwrap();
+    let encoder = ShardEncoder::load(&config.text, path("text"), spec, Device::Cpu, (2, 1)).unwrap();
+    let captions = ["a red cube", "", "two blue balls on a table"].map(str::to_owned);
+    let (mut told, tell) = (Vec::new(), Tell::default());
+    let refuse = |tokens: &[u32]| {
+        told = tokens.to_vec();
+        Err(DataError::FeaturesTooLarge { file: "s3://b/f".into(), bytes: 2, most: 1, shard_mib: 3 })
+    };
+    let error = encoder.embed(&captions, refuse, &tell).unwrap_err();
+    assert!(error.is_permanent() && error.to_string().contains("--shard-mib 3 or less"), "{error}");
+    assert_eq!(tell.done(), 0);
+    let (_, counts) = encoder.embed(&captions, |_| Ok(()), &tell).unwrap();
+    assert_eq!((told.len() as u64, told.iter().map(|tokens| u64::from(*tokens)).sum::<u64>()), (counts["embedded"], counts["tokens_kept"]));
 }
