@@ -10,7 +10,7 @@ use ella_dataset::{DataSet, Field, MANIFEST, Sample, Source, captions_from_txt, 
 use ella_model::presets::{Preset, init_base};
 use serde_json::json;
 
-use crate::ui::{DONE, Fail, Out};
+use crate::ui::{DONE, Fail, Out, count};
 
 /// Scenes whose captions the tokenizer learns from if no others are given.
 const SCENES: u64 = 2000;
@@ -57,12 +57,8 @@ impl InitBase {
         }
         let made = json!({ "preset": self.preset, "seed": self.seed, "captions": captions.len(), "base": base, "text": text });
         out.result(&made, || {
-            let learned = captions.len();
-            format!(
-                "{}: random diffusion model\n{}: random text encoder, its tokenizer from {learned} captions",
-                base.display(),
-                text.display()
-            )
+            let learned = count(captions.len(), "caption");
+            format!("{}: random diffusion model\n{}: random text encoder, its tokenizer from {learned}", base.display(), text.display())
         });
         Ok(DONE)
     }

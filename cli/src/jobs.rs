@@ -113,6 +113,8 @@ impl Who {
         let JobTable { kind, data, .. } = &config.job;
         let kind = kind.name();
         match (&self.write_job, &self.coordinator) {
+            // A pipe, /dev/stdout perhaps, has the job and nothing beside it.
+            (Some(file), _) if !file.is_file() && !out.json => {}
             (Some(file), _) => out.result(&json!({ "job": file.display().to_string(), "kind": kind, "data": data }), || {
                 let file = file.display().to_string();
                 format!("{file}: run `ella-coordinator {}`, and workers with --coordinator", shell(&file))

@@ -34,6 +34,7 @@ mod verify;
 mod whole;
 mod why;
 
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
@@ -111,6 +112,9 @@ enum Command {
 fn main() -> ExitCode {
     // SAFETY: no thread has been started yet.
     unsafe { ella_worker::device::set_environment() };
+    if let Some(fail) = no_text(std::env::args_os().skip(1)) {
+        return ExitCode::from(before_parsing().fail(&fail));
+    }
     let parsed = numbers(Cli::command()).try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
@@ -166,8 +170,18 @@ fn refused(error: &clap::Error) -> u8 {
     }
     let text = error.to_string();
     let body = text.split("\n\nUsage:").next().unwrap_or_default().split("\n\nFor more information").next().unwrap_or_default();
-    let json = std::env::args().any(|argument| argument == "--json");
-    Out { json }.fail(&Fail::usage(format_args!("{}; see --help", ui::one_line(&worded(body)))))
+    before_parsing().fail(&Fail::usage(format_args!("{}; see --help", ui::one_line(&worded(body)))))
+}
+
+/// How results are given where the arguments could not be parsed.
+fn before_parsing() -> Out {
+    Out { json: std::env::args_os().any(|argument| argument == "--json") }
+}
+
+/// The first argument that is not UTF-8, if there is one: stores' names and results are text, and neither would have it.
+fn no_text(mut arguments: impl Iterator<Item = OsString>) -> Option<Fail> {
+    let odd = arguments.find(|argument| argument.to_str().is_none())?;
+    Some(Fail::usage(format_args!("{odd:?}: an argument must be UTF-8; rename the file or folder, or name another")))
 }
 
 /// A parser's words as people would say them.
@@ -196,4 +210,19 @@ fn runtime() -> Result<tokio::runtime::Runtime, Fail> {
         .enable_all()
         .build()
         .map_err(|error| Fail::failed(format_args!("the async runtime cannot be started ({error})")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use super::*;
+
+    #[test]
+    fn an_argument_that_is_no_text_is_bad_usage() {
+        let typed = |last: &[u8]| [b"ella".to_vec(), "größe".into(), last.to_vec()].map(OsString::from_vec).into_iter();
+        let fail = no_text(typed(b"run\xff/r")).unwrap();
+        assert!(fail.code == ui::USAGE && fail.message.starts_with(r#""run\xFF/r": an argument must be UTF-8"#), "{}", fail.message);
+        assert!(no_text(typed(b"run")).is_none());
+    }
 }

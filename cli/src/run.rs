@@ -37,6 +37,12 @@ impl RunFolder {
                 let hint = "this is no run folder: give what `run.output` names in the run's config";
                 return Err(Fail::lasting(format_args!("{}/{RUN_TOML}: not found; {hint}", store.url())));
             }
+            // A coordinator's address, most likely.
+            Err(error) if url.starts_with("http") => {
+                let hint = "this reads a run's folder: give what `run.output` names in the run's config";
+                let fail = Fail::from(error);
+                return Err(Fail { message: format!("{}; {hint}", fail.message), ..fail });
+            }
             read => read?,
         };
         let origin = format!("{}/{RUN_TOML}", store.url());

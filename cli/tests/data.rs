@@ -182,6 +182,8 @@ fn embed_goes_on_where_it_was_and_takes_plain_texts() {
     assert_eq!(told, json!({ "job": "an embedding.toml", "kind": "embed", "data": "data" }));
     let text = ella(here, &["embed", "data", "--text", "models/text", "--write-job", "an embedding.toml"]).ok().stdout;
     assert!(text.contains("ella-coordinator 'an embedding.toml'"), "{text}");
+    let piped = ella(here, &["embed", "data", "--text", "models/text", "--write-job", "/dev/stdout"]).ok().stdout;
+    assert_eq!(piped, std::fs::read_to_string(here.join("an embedding.toml")).unwrap(), "a pipe has the job and nothing beside it");
     job("texts", &["--out", "texts-job"]).fails(2, &["--out", "--workers"]);
     ella(here, &["embed", "texts", "--text", "models/text", "--json"]).fails(2, &["texts", "--out"]);
     ella(here, &["embed", "data", "--text", "models/text", "--out", "x"]).fails(2, &["--out"]);

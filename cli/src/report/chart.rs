@@ -92,7 +92,9 @@ impl Chart<'_> {
         let mut values: Vec<f64> = all.collect();
         values.sort_by(f64::total_cmp);
         let at = |share: f64| values.get(((values.len().max(1) - 1) as f64 * share) as usize).copied().unwrap_or(0.0);
-        let (low, high) = (if self.from_zero { 0.0 } else { at(0.0) }, at(0.995));
+        let (low, usual, most) = (if self.from_zero { 0.0 } else { at(0.0) }, at(0.995), at(1.0));
+        // What doubles the range at most flattens nothing, and is shown where it is.
+        let high = if most - low <= 2.0 * (usual - low) { most } else { usual };
         let room = ((high - low) * 0.06).max(high.abs() * 1e-3).max(1e-9);
         let low = if self.from_zero { 0.0 } else { low - room };
         Scale { x: self.steps.max(1.0), low, high: high + room, height: self.height }
@@ -189,6 +191,16 @@ mod tests {
         assert!(long.contains("x=\"900.8\" y=\"244.0\" text-anchor=\"middle\">1000000<"), "the last step's number has room: {long}");
         let empty = Chart { label: "x", height: 100.0, ..Chart::default() }.svg();
         assert!(!empty.contains("NaN") && !empty.contains("inf"));
+    }
+
+    /// The first losses of a short run are higher than all later ones, and no spikes: the axis must agree with the numbers beside it.
+    #[test]
+    fn a_high_beginning_is_shown_where_it_is() {
+        let line: Vec<(f64, f64)> = (0..200).map(|n| (f64::from(n), 0.18 + 0.2 * (-0.1 * f64::from(n)).exp())).collect();
+        let held_out = [(1.0, 0.42), (199.0, 0.17)];
+        let chart = Chart { height: 200.0, steps: 199.0, lines: vec![("raw", &line)], dots: vec![("held", &held_out)], ..Chart::default() };
+        let scale = chart.scale();
+        assert!((0.42..0.45).contains(&scale.high), "{}", scale.high);
     }
 
     #[test]

@@ -270,11 +270,12 @@ fn counted(numbers: &Numbers) -> String {
     if numbers.skipped.is_empty() {
         return String::new();
     }
-    let rows: String = numbers
-        .skipped
-        .iter()
-        .map(|(reason, count)| format!("<tr><td>{}</td><td class=\"n\">{count}</td></tr>\n", escape(reason.replace('_', " "))))
-        .collect();
+    // Every run has these, and nothing is wrong with them.
+    let asked = |reason: &str| if reason == "captions_dropped" { ", as train.caption_dropout asks" } else { "" };
+    let row = |(reason, count): (&String, &u64)| {
+        format!("<tr><td>{}{}</td><td class=\"n\">{count}</td></tr>\n", escape(reason.replace('_', " ")), asked(reason))
+    };
+    let rows: String = numbers.skipped.iter().map(row).collect();
     format!("<h2>Counted</h2>\n<table>{rows}</table>\n")
 }
 
@@ -333,6 +334,7 @@ mod tests {
                 at_unix_ms: 1000 * step,
                 loss: Some(1.0 / step as f64),
                 held_out_loss: Some(2.0 / step as f64),
+                skipped: [("captions_dropped".to_owned(), 1)].into(),
                 ..Metric::default()
             })
             .collect();
@@ -364,6 +366,7 @@ mod tests {
             "base64,QUJD",
             "differ",
             "20 of 1000",
+            "captions dropped, as train.caption_dropout asks</td><td class=\"n\">20<",
             "3 generations, 1 worker lost, 1 joined. Workers computed on cpu",
         ] {
             assert!(shown.contains(expected), "{expected}");

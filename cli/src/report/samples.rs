@@ -59,7 +59,9 @@ impl Grid {
             }
         }
         let Some(newest) = indices.last() else { return Ok(grid) };
-        grid.how = format!("{}, {}, guidance {}", newest.sampler, count(newest.steps as usize, "step"), newest.guidance);
+        // An exported connector draws others, but for `ella export --ema`.
+        let by = if newest.average { "the moving average of the weights" } else { "the weights themselves" };
+        grid.how = format!("{}, {}, guidance {}, by {by}", newest.sampler, count(newest.steps as usize, "step"), newest.guidance);
         grid.columns = indices.iter().map(|index| index.step).collect();
         let all = keys(&indices);
         grid.more = all.len().saturating_sub(ROWS);
@@ -94,7 +96,7 @@ impl Grid {
     fn table(&self) -> String {
         let shown = if self.total > self.columns.len() { format!(", of which {} are shown", self.columns.len()) } else { String::new() };
         let mut html = format!(
-            "<p class=\"soft\">Drawn after {}{shown}, from the same noise each time ({}).</p>\n\
+            "<p class=\"soft\">Drawn at {} of the training{shown}, from the same noise each time ({}).</p>\n\
              {}<table class=\"grid\"><tr>",
             count(self.total, "step"),
             escape(&self.how),
@@ -223,6 +225,11 @@ mod tests {
         let small = image::load_from_memory(&small).unwrap();
         assert_eq!((small.width(), small.height()), (SIDE, SIDE / 2));
         let html = grid.html();
+        assert!(
+            html.contains("at 3 steps of the training")
+                && html.contains("(ddim, 20 steps, guidance 3, by the moving average of the weights)"),
+            "{html}"
+        );
         assert!(html.contains("a &lt;b&gt;") && html.contains(">8</th>") && html.contains("2 pictures that cannot be read"), "{html}");
         assert!(
             html.contains("and 1 step whose pictures are not all there") && html.contains("and 1 step whose index cannot be read"),
