@@ -114,7 +114,7 @@ say "7. Export, and draw the prompts: by the base's own encoder, and by the conn
 "$ella" export "$out/run" --out "$out/connector.safetensors"
 for by in base connector; do
     how=(--only-clip)
-    [ $by = base ] || how=(--connector "$out/connector.safetensors" --text mini/text --max-tokens 96 --padding none)
+    [ $by = base ] || how=(--connector "$out/connector.safetensors" --text mini/text)
     "$ella" dpg generate --prompts "$out/suite/dense" --out "$out/drawn/$by" --base mini/base --steps 20 --guidance 3 --batch 64 --workers 2 "${how[@]}"
     "$ella" dpg look --suite "$out/suite" --images "$out/drawn/$by" --out "$out/$by.jsonl" --json >"$out/$by-look.json"
     "$ella" dpg score --csv "$out/suite/dense.csv" --answers "$out/$by.jsonl" --mode correct --out "$out/$by.html" --json >"$out/$by-score.json"
@@ -130,7 +130,7 @@ for name, a, b in rows:
     print(f"{name:>20}{a['value']:>50.1f}{b['value']:>12.1f}")
 EOF
 find "$out/suite/dense" -name '*.txt' | sort | head -8 | while read -r file; do tr '\n' ' ' <"$file"; echo; done >"$out/prompts.txt"
-"$ella" sample --connector "$out/connector.safetensors" --base mini/base --text mini/text --max-tokens 96 --padding none --compare --size 64 --steps 20 --guidance 3 --seed 1 \
+"$ella" sample --connector "$out/connector.safetensors" --base mini/base --text mini/text --compare --size 64 --steps 20 --guidance 3 --seed 1 \
     --prompts "$out/prompts.txt" --out "$out/samples.png"
 
 say "8. Report"

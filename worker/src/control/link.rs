@@ -240,6 +240,7 @@ pub(super) fn refusal(refused: Refused) -> ControlError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ella_proto::access::{ClientTls, TlsFiles};
 
     #[tokio::test]
     async fn a_worker_that_listens_on_all_addresses_is_called_at_its_own_towards_the_coordinator() {
@@ -259,7 +260,13 @@ mod tests {
     /// As where the name server does not answer: nothing else has a deadline then.
     #[tokio::test]
     async fn a_connection_that_does_not_come_to_be_names_the_coordinator() {
-        let error = connect(&"http://localhost:9".into(), Duration::ZERO).await.err().unwrap().to_string();
-        assert!(error.starts_with("http://localhost:9: no coordinator answers (no connection within 0 s: the name server"), "{error}");
+        // It takes the call, and says nothing in the handshake.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("https://{}", silent.local_addr().unwrap());
+        let ca = concat!(env!("CARGO_MANIFEST_DIR"), "/src/reduce/tcp/certs/ours/ca.crt");
+        let tls = ClientTls::load(&TlsFiles { ca: Some(ca.into()), ..TlsFiles::default() }).unwrap();
+        let access = Access { url: url.clone(), token: None, tls: Some(tls) };
+        let error = connect(&access, Duration::from_millis(50)).await.err().unwrap().to_string();
+        assert!(error.starts_with(&format!("{url}: no coordinator answers (no connection within 0 s: the name server")), "{error}");
     }
 }
