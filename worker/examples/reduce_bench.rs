@@ -1,10 +1,12 @@
-//! How fast the TCP ring and fixed point are on this machine: `cargo run --release -p ella-worker --example reduce_bench [MILLIONS]`.
+//! How fast the TCP ring and fixed point are on this machine: `cargo run --release -p ella-worker --example reduce_bench [MILLIONS [CERTIFICATES]]`.
 //! Two ranks as threads, over the loopback interface; the default size is that of a connector, 66.8 million parameters.
+//! CERTIFICATES: a folder with tls.crt, tls.key and ca.crt, as `worker/src/reduce/tcp/certs/ours`; the ring is under TLS then.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ella_proto::access::{ClientTls, TlsFiles};
 use ella_worker::reduce::fixed::{self, FixedPoint};
 use ella_worker::reduce::{Collective, Listener, Membership, Tcp};
 use tch::{Device, Kind, Tensor};
@@ -12,11 +14,17 @@ use tch::{Device, Kind, Tensor};
 const PATIENCE: Duration = Duration::from_secs(60);
 const SMALL: usize = 2000;
 
+fn certificates(folder: &str) -> anyhow::Result<ClientTls> {
+    let at = |name: &str| Some(std::path::Path::new(folder).join(name));
+    Ok(ClientTls::load(&TlsFiles { cert: at("tls.crt"), key: at("tls.key"), ca: at("ca.crt") })?)
+}
+
 fn main() -> anyhow::Result<()> {
     let millions: f64 = std::env::args().nth(1).map_or(Ok(66.8), |arg| arg.parse())?;
     let n = (millions * 1e6) as usize;
+    let tls = std::env::args().nth(2).map(|folder| certificates(&folder)).transpose()?;
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let listeners = [Listener::bind(any)?, Listener::bind(any)?];
+    let listeners = [Listener::bind(any)?.secured(tls.clone()), Listener::bind(any)?.secured(tls)];
     let peers = listeners.each_ref().map(Listener::address);
     thread::scope(|scope| {
         let started: Vec<_> =
