@@ -199,7 +199,9 @@ impl FeatureSet {
     pub fn check_size(&self, shard: usize, tokens: &[u32]) -> Result<(), DataError> {
         let spec = &self.0.spec;
         let bytes = tokens.iter().map(|tokens| u64::from(spec.stored_tokens(*tokens)) * spec.token_bytes() as u64).sum();
-        self.0.shard(shard).map_or(Ok(()), |entry| fits(&join(self.folder().url(), self.0.stem(shard)), entry, bytes))
+        self.0
+            .shard(shard)
+            .map_or(Ok(()), |entry| fits(&join(self.folder().url(), self.0.stem(shard)), entry, bytes, self.folder().largest_created()))
     }
 
     /// Stores the empty caption's features, a file of one row, once. To be called before [`FeatureSet::finish`].
@@ -223,17 +225,13 @@ impl FeatureSet {
     }
 }
 
-/// A file of features is written in one request, only if it is not there. S3 takes 5 GiB in one, Azure 5000 MiB; the rest is for what is not
-/// counted: tokens, offsets, the file's own description.
-fn fits(file: &str, shard: &ShardEntry, bytes: u64) -> Result<(), DataError> {
-    const MOST: u64 = 5_000_000_000;
-    let bounded = ["s3://", "az://"].iter().any(|scheme| file.starts_with(scheme));
-    if !bounded || bytes <= MOST {
-        return Ok(());
-    }
+/// A file of features is written only if it is not there, and whole. Tokens, offsets and the file's own description are not in `bytes`.
+fn fits(file: &str, shard: &ShardEntry, bytes: u64, most: Option<u64>) -> Result<(), DataError> {
+    const REST: u64 = 200 << 20;
+    let Some(most) = most.map(|most| most - REST).filter(|most| bytes > *most) else { return Ok(()) };
     // Shards of one size are not alike to a hair.
-    let size = u128::from(shard.bytes) * u128::from(MOST) / u128::from(bytes) * 9 / 10;
-    Err(DataError::FeaturesTooLarge { file: format!("{file}.arrow"), bytes, most: MOST, shard_mib: ((size >> 20) as u64).max(1) })
+    let size = u128::from(shard.bytes) * u128::from(most) / u128::from(bytes) * 9 / 10;
+    Err(DataError::FeaturesTooLarge { file: format!("{file}.arrow"), bytes, most, shard_mib: ((size >> 20) as u64).max(1) })
 }
 
 /// Every encoder whose features were begun in a data set's folder, with its columns.
@@ -276,14 +274,12 @@ mod tests {
     #[test]
     fn features_that_no_request_takes_are_told_with_the_size_of_shards_that_would_do() {
         let shard = ShardEntry { bytes: 128 << 20, ..ShardEntry::of("shards/0.arrow".into(), 3500, &Bytes::new()) };
-        let told =
-            |url: &str, bytes| fits(url, &shard, bytes).err().map(|error| (error.is_permanent(), error.is_usage(), error.to_string()));
-        for url in ["s3://b/f", "az://b/f"] {
-            assert_eq!(told(url, 5_000_000_000), None);
-            let (permanent, usage, message) = told(url, 10_000_000_000).unwrap();
-            assert!(permanent && !usage && message.contains("--shard-mib 57 or less"), "{message}");
-        }
-        assert_eq!(told("/data/f", u64::MAX), None);
-        assert_eq!(told("gs://b/f", 10_000_000_000), None);
+        let told = |bytes, most| {
+            fits("s3://b/f", &shard, bytes, most).err().map(|error| (error.is_permanent(), error.is_usage(), error.to_string()))
+        };
+        assert_eq!(told(5_000_000_000, Some(5000 << 20)), None);
+        let (permanent, usage, message) = told(10_000_000_000, Some(5000 << 20)).unwrap();
+        assert!(permanent && !usage && message.contains("--shard-mib 57 or less"), "{message}");
+        assert_eq!(told(u64::MAX, None), None);
     }
 }

@@ -135,6 +135,12 @@ impl Store {
         &self.url
     }
 
+    /// The largest file that [`Store::create`] can write, in bytes, if there is a bound: it goes in one request, of which S3 takes 5 GiB and Azure
+    /// 5000 MiB.
+    pub fn largest_created(&self) -> Option<u64> {
+        ["s3://", "az://"].iter().any(|scheme| self.url.starts_with(scheme)).then_some(5000 << 20)
+    }
+
     /// The folder on this machine's file system, for mapping files into memory.
     pub fn local_path(&self) -> Option<PathBuf> {
         self.local.as_deref().map(FilePath::to_path_buf)

@@ -4,16 +4,16 @@
 //! [`Past`] is fed with lines as a run folder's `metrics/`, `timing/` and `events/` hold them, by a coordinator as they come about and by
 //! [`Reader`] from the folder.
 
+mod counted;
 mod curves;
 mod event;
 mod reader;
-mod skipped;
 mod verdict;
 
+pub use counted::Counted;
 pub use curves::{Bucket, Curves, MOST_BUCKETS, Spread, View};
 pub use event::{Events, Happening, Kind, newest_first};
 pub use reader::{Gauge, Reader, term_of};
-pub use skipped::Skipped;
 pub use verdict::{Rank, Timing, Timings, judge};
 
 use serde::Deserialize;
@@ -87,9 +87,9 @@ pub struct Past {
     /// What happened.
     pub events: Events,
     /// Samples that were skipped, by reason (KNOWN).
-    pub skipped: Skipped,
+    pub skipped: Counted,
     /// What reading and drawing came to, by name (KNOWN).
-    pub read: Skipped,
+    pub read: Counted,
     /// What could not be taken in.
     pub faults: Faults,
     /// The first step from which this goes on, whatever was measured before, if an event says so.

@@ -165,12 +165,19 @@ fn the_count_goes_back_to_where_a_generation_begins() {
     assert_eq!((status.step, status.samples), (4, 16));
 }
 
+fn missed(step: u64) -> from_worker::Body {
+    from_worker::Body::Progress(v1::Progress { missed: true, ..progress(step, 4) })
+}
+
+/// How many steps are written down.
+fn kept(effects: Vec<Effect>) -> usize {
+    effects.into_iter().filter(|effect| matches!(effect, Effect::Metric(_))).count()
+}
+
 /// Steps that were applied while nobody listened are kept once, and do not hold up those that come after.
 #[test]
 fn steps_that_nobody_wrote_down_are_kept_when_they_are_told() {
     let mut run = Run::training(vec![]);
-    let missed = |step| from_worker::Body::Progress(v1::Progress { missed: true, ..progress(step, 4) });
-    let kept = |effects: Vec<Effect>| effects.into_iter().filter(|effect| matches!(effect, Effect::Metric(_))).count();
     assert_eq!(kept(run.say(1, from_worker::Body::Progress(progress(1, 4)))), 1);
     let told: Vec<usize> = [1, 2, 3, 3].map(|step| kept(run.say(1, missed(step)))).to_vec();
     assert_eq!(told, [0, 1, 1, 0], "what is written down already is not again");
@@ -192,8 +199,6 @@ fn steps_that_nobody_wrote_down_are_kept_when_they_are_told() {
 #[test]
 fn steps_that_were_taken_while_all_were_cut_off_are_kept() {
     let mut run = Run::training(vec![]);
-    let missed = |step| from_worker::Body::Progress(v1::Progress { missed: true, ..progress(step, 4) });
-    let kept = |effects: Vec<Effect>| effects.into_iter().filter(|effect| matches!(effect, Effect::Metric(_))).count();
     assert_eq!(kept(run.say(1, from_worker::Body::Progress(progress(1, 4)))), 1);
     run.close(1);
     run.close(2);

@@ -12,12 +12,12 @@ type Counts = BTreeMap<String, u64>;
 
 /// Sums by reason.
 #[derive(Clone, Debug, Default)]
-pub struct Skipped {
+pub struct Counted {
     sums: Counts,
     newest: VecDeque<(u64, Counts)>,
 }
 
-impl Skipped {
+impl Counted {
     /// The sums (KNOWN).
     pub fn sums(&self) -> &Counts {
         &self.sums
