@@ -8,6 +8,7 @@ import argparse
 import datetime
 import json
 import lzma
+import math
 import os
 import pathlib
 import platform
@@ -25,17 +26,20 @@ MICRO_BATCHES = {"sd15": "32,64,128,16", "nano": "2,4"}
 # The peer's batch that its slowest and, in the end, fastest compilation is tried on.
 TUNED = 64
 # Seconds: what a part may take, and what must be left for it to be begun.
-CAPS = {"check": 120, "tests": 120, "train": 75, "without": 75, "embed": 60, "inline": 120, "profile": 60, "attention": 60, "peer": 240}
-LEAST = {"peer": 60}
+CAPS = {"check": 120, "tests": 45, "train": 75, "without": 75, "embed": 60, "inline": 120, "profile": 60, "attention": 60, "peer": 240}
+LEAST = {"peer": 60, "inline": 25}
 PARTS = [*CAPS]
-# What the step is measured without, one at a time, and how it is turned off; and what is taken only where it is faster, and how it is taken all the same.
-FUSED = ["norm", "conv", "resize", "gate", "attention", "cross", "pixels"]
-WITHOUT = {name: {"ELLA_FUSED": f"-{name}"} for name in FUSED} | {"graphs": {"ELLA_GRAPHS": "off"}}
+FUSED = ["norm", "conv", "resize", "gate", "attention", "cross", "pixels", "update"]
+# What the step is measured without, one at a time, and how it is turned off; what is taken only where it is faster, and how it is taken all the same.
+WITHOUT = {name: {"ELLA_FUSED": f"-{name}"} for name in ("pixels", "cross", "norm")} | {"graphs": {"ELLA_GRAPHS": "off"}}
 WITH = {"all": {"ELLA_FUSED": "all"}}
 # What ella says of an operator that breaks the GPU where it is tried.
 BREAKS = re.compile(r"ELLA_FUSED=(-\w+) leaves it out")
-# Programs of ella-cuda's tests, beside this script where bench/pack.sh has put them.
-TESTS = ["cuda_fused", "cuda_gpu"]
+# What a step says that an operator has broken without a name; and what is left out then, one more at a time: the newest, whose trials are small.
+FAULTS = re.compile(r"CUDA error|CUDNN_STATUS|CUBLAS_STATUS|kernel \w+: |nothing is measured")
+SUSPECTS = ["-pixels", "-cross"]
+# How far the fused step may be from libtorch's operators alone: of the first loss, and of the first gradient, whose bits are fewer.
+LOSS_OFF, GRADIENT_OFF = 0.01, 0.05
 
 
 def arguments():
@@ -115,8 +119,8 @@ class Run:
             "left_out": [], "skipped": [], "seconds": {},
         }
         self.unpacked, self.peer_path = None, None
-        # What the last part's program told on standard error.
-        self.told = ""
+        # What the last part's program told on standard error, and whether it broke or hung; what may still be guessed to be the cause.
+        self.told, self.broke, self.suspects = "", False, SUSPECTS
 
     def left(self):
         return 60 * self.args.minutes - (time.monotonic() - self.begin)
@@ -137,15 +141,16 @@ class Run:
             part.write_text(text(), encoding="utf-8")
             part.replace(self.at / name)
 
-    def part(self, name, kind, command, env=None):
-        """The JSON object of a part's program, or None with the reason told."""
-        seconds = min(CAPS[kind], self.left())
-        if seconds < LEAST.get(kind, 10):
-            return self.skip(name, f"the {self.args.minutes:g} minutes are over")
+    def part(self, name, kind, command, env=None, least=0):
+        """The JSON object of a part's program, or None with the reason told. With fewer seconds than `least` left, it is not begun."""
+        seconds, self.told, self.broke = min(CAPS[kind], self.left()), "", False
+        if seconds < max(least, LEAST.get(kind, 10)):
+            return self.skip(name, f"of the {self.args.minutes:g} minutes too little is left")
         self.say(f"{name} ({self.left():.0f} s are left)")
         begin = time.monotonic()
         done = finished(command, os.environ | (env or {}), seconds, self.log)
         self.told = done[2]
+        self.broke = seconds == CAPS[kind] if done[0] == "late" else (done[0] or 0) < 0 or bool(FAULTS.search(self.told))
         self.result["seconds"][name] = round(time.monotonic() - begin, 1)
         found, reason = read(done, seconds)
         if found is None or "skipped" in found:
@@ -161,9 +166,30 @@ class Run:
     def ella(self, name, kind, *options, env=None):
         args = self.args
         command = [args.binary, kind, "--json", "--preset", args.preset, "--device", self.device(), "--threads", str(os.cpu_count()), *options]
-        found = self.part(name, kind, command, {"LD_LIBRARY_PATH": args.libraries} | self.without_broken(env or {}))
+        tried = lambda: self.part(name, kind, command, {"LD_LIBRARY_PATH": args.libraries} | self.without_broken(env or {}))
+        found = tried()
         # The others can be measured all the same.
-        return self.ella(name, kind, *options, env=env) if found is None and self.breaks(self.told) else found
+        while found is None and self.breaks(self.told):
+            found = tried()
+        guessed = found is None and kind == "train" and (env or {}).get("ELLA_FUSED") != "none"
+        return self.without_suspects(tried) if guessed else found
+
+    def without_suspects(self, tried):
+        """What a step gives without what may have broken it or hung, from here on left out of everything, unless another step went with it."""
+        known, went = list(self.result["left_out"]), any(map(rate, self.result["train"].values()))
+        for name in self.suspects:
+            if not self.broke:
+                break
+            if name in known:
+                continue
+            self.result["left_out"].append(name)
+            if found := tried():
+                self.result["left_out"] = known if went else self.result["left_out"]
+                return found
+        self.result["left_out"] = known
+        # Where it is none of them, nobody guesses again.
+        self.suspects = [] if self.broke else self.suspects
+        return None
 
     def breaks(self, told):
         """Whether a program tells of an operator that breaks the GPU, and was not left out; from here on it is."""
@@ -182,28 +208,30 @@ class Run:
             names = [name for name in (FUSED if wanted == "all" else wanted.split(",")) if f"-{name.strip()}" not in out]
         return env | {"ELLA_FUSED": ",".join(names)}
 
-    def tests(self):
-        """Programs of tests, for which the one thing to tell is whether all passed."""
+    def tests(self, name):
+        """A program of tests, which lies beside this script where bench/pack.sh has put it: the one thing to tell is whether all passed."""
         if "tests" not in self.args.parts or self.args.preset != "sd15":
             return
-        for name in TESTS:
-            packed = HERE / f"{name}.xz"
-            if not packed.is_file():
-                self.skip(name, f"{packed.name} is not beside the script: bench/pack.sh puts it there")
-                continue
-            seconds = min(CAPS["tests"], self.left())
-            env = os.environ | {"LD_LIBRARY_PATH": self.args.libraries} | self.without_broken({})
-            with tempfile.TemporaryDirectory() as folder:
-                program = pathlib.Path(folder) / name
-                program.write_bytes(lzma.open(packed).read())
-                program.chmod(0o755)
-                code, out, err = finished([str(program), "--nocapture", "--test-threads=1"], env, max(seconds, 1), self.log)
-            self.breaks(out + err)
-            # On a machine with a GPU a test that found none has not passed.
-            ok = code == 0 and not (self.result["gpus"] and "skipped on a GPU" in out)
-            self.result["tests"][name] = {"ok": ok, "code": code, "lines": of_tests(out + "\n" + err)[-20:]}
-            self.say(f"{name}: {'passed' if ok else f'FAILED ({code})'}")
-            self.write()
+        packed, seconds = HERE / f"{name}.xz", min(CAPS["tests"], self.left())
+        if not packed.is_file():
+            return self.skip(name, f"{packed.name} is not beside the script: bench/pack.sh puts it there")
+        if seconds < 10:
+            return self.skip(name, f"of the {self.args.minutes:g} minutes too little is left")
+        env = {"LD_LIBRARY_PATH": self.args.libraries, "NCCL_RS_TEST_DIR": f"{self.args.libtorch}/../nvidia/nccl/lib"}
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            program = pathlib.Path(folder) / name
+            program.write_bytes(lzma.open(packed).read())
+            program.chmod(0o755)
+            given = [str(program), "--nocapture", "--test-threads=1"]
+            code, out, err = finished(given, os.environ | env | self.without_broken({}), seconds, self.log)
+        self.result["seconds"][name] = round(time.monotonic() - begin, 1)
+        self.breaks(out + err)
+        # On a machine with a GPU a test that found none has not passed.
+        ok = code == 0 and not (self.result["gpus"] and "skipped" in out + err)
+        self.result["tests"][name] = {"ok": ok, "code": code, "lines": of_tests(out + "\n" + err)[-20:]}
+        self.say(f"{name}: {'passed' if ok else f'FAILED ({code})'}")
+        self.write()
 
     def peer(self, batch, mode):
         """The peer at a micro-batch, compiled in one of torch.compile's modes, or "eager"."""
@@ -215,7 +243,9 @@ class Run:
         command += ["--micro-batch", str(batch), "--steps", steps, "--windows", "5"]
         command += ["--eager"] if mode == "eager" else ["--compile", mode]
         path = os.pathsep.join(filter(None, [self.peer_path, os.environ.get("PYTHONPATH")]))
-        if found := self.part(f"peer {mode} {batch}", "peer", command, {"PYTHONPATH": path} if path else None):
+        # What another compilation took, this one takes too.
+        least = 0 if mode == "eager" else self.result["seconds"].get(f"peer default {self.args.batches[0]}", 0)
+        if found := self.part(f"peer {mode} {batch}", "peer", command, {"PYTHONPATH": path} if path else None, least):
             self.result["peer"].setdefault(str(batch), {})[mode] = found
         self.write()
 
@@ -239,30 +269,39 @@ class Run:
                 self.skip(work.__name__, f"{type(error).__name__}: {error}")
 
     def order(self):
+        """What is not known of these kernels and cannot be known elsewhere comes first; of the peer, the modes at the first micro-batch.
+
+        At the end of each line, the seconds that are over then on an H200, reckoned from bench/results/2026-11-27-h200.json, with 3 more for each of
+        ella's programs, whose trials are new since, and 10 for the kernels' first compilation. There are 570.
+        """
         first, *rest = self.args.batches
         yield self.unpack_wheels,
-        yield self.tests,
-        yield self.check, "fused", "all"
-        yield self.train, first
-        yield self.peer, first, "eager"
-        yield self.peer, first, "default"
-        yield self.once, "profile", first
-        yield self.once, "attention", first, 0.2
+        yield self.tests, "cuda_fused"  # 20
+        yield self.tests, "cuda_gpu"  # 24
+        yield self.check, "fused", "all"  # 56
+        yield self.once, "attention", first, 0.2  # 74
+        yield self.train, first, 8  # 103
+        # What the fused step is compared with.
+        yield self.otherwise, "without", "all", {"ELLA_FUSED": "none"}, first, 2  # 116
+        yield self.once, "profile", first  # 126
         for batch in rest:
-            yield self.train, batch
-        for how, settings in (("with", WITH), ("without", WITHOUT)):
-            for name, env in settings.items():
-                yield self.otherwise, how, name, env, first
-        for kind in ("embed", "inline"):
-            yield self.once, kind, first
-        yield self.exact, "exact", {}, first
-        yield self.exact, "exact_without_pixels", WITHOUT["pixels"], first
+            yield self.train, batch, 5  # 144, 162, 180
+        yield self.peer, first, "eager"  # 220
+        yield self.peer, first, "default"  # 373
         # CUDA graphs, which ella has too.
-        yield self.peer, first, "reduce-overhead"
+        yield self.peer, first, "reduce-overhead"  # 526
+        yield self.exact, "exact", {}, first  # 537
+        yield self.once, "embed", first  # 547
+        yield self.tests, "nccl_loaded"  # 552
+        yield self.once, "inline", first, 3  # 579: where something went faster than reckoned; else its time is for the next ones
         for batch in rest:
             yield self.peer, batch, "default"
-        yield self.peer, TUNED if TUNED in rest else first, "max-autotune-no-cudagraphs"
+        yield self.exact, "exact_without_pixels", WITHOUT["pixels"], first
+        for how, settings in (("without", WITHOUT), ("with", WITH)):
+            for name, env in settings.items():
+                yield self.otherwise, how, name, env, first, 4
         yield self.check, "plain", "none"
+        yield self.peer, TUNED if TUNED in rest else first, "max-autotune-no-cudagraphs"
         for batch in rest:
             yield self.peer, batch, "eager"
 
@@ -274,23 +313,23 @@ class Run:
                 self.result["check"][name] = found
             self.write()
 
-    def train(self, batch):
+    def train(self, batch, seconds):
         if "train" in self.args.parts:
-            found = self.ella(f"train {batch}", "train", "--micro-batch", str(batch), "--seconds", self.seconds(8))
+            found = self.ella(f"train {batch}", "train", "--micro-batch", str(batch), "--seconds", self.seconds(seconds))
             self.result["train"][str(batch)] = found
             self.write()
 
     def exact(self, name, env, batch):
         """The step as SAME asks for it: sums in fixed point, kernels that give the same bits each time."""
         if "train" in self.args.parts:
-            options = ["--micro-batch", str(batch), "--seconds", self.seconds(8), "--reduction", "exact"]
+            options = ["--micro-batch", str(batch), "--seconds", self.seconds(4), "--reduction", "exact"]
             self.result[name] = self.ella(f"train {name} {batch}", "train", *options, env=env)
             self.write()
 
-    def otherwise(self, how, name, env, batch):
+    def otherwise(self, how, name, env, batch, seconds):
         """What an optimisation is worth: the step without it, or with one that is off by itself."""
         if "without" in self.args.parts:
-            options = ["--micro-batch", str(batch), "--seconds", self.seconds(4)]
+            options = ["--micro-batch", str(batch), "--seconds", self.seconds(seconds)]
             self.result[how][name] = self.ella(f"{how} {name} {batch}", "train", *options, env=env)
             self.write()
 
@@ -377,6 +416,23 @@ def summary(result):
     return rows
 
 
+def off(result):
+    """By step: how far its first loss is from that of libtorch's operators alone, or of what else was measured without something; and at the same
+    micro-batch its first gradient, by the norms of its stretches. As shares of theirs."""
+    reference = next((found for found in result.get("without", {}).values() if (found or {}).get("first_loss")), {})
+    steps = {f"train {batch}": found for batch, found in result["train"].items()} | {"exact": result.get("exact")}
+    rows = {}
+    for name, found in steps.items():
+        if not reference or not (found or {}).get("first_loss"):
+            continue
+        apart, (norms, wanted) = None, [of.get("first_gradient") for of in (found, reference)]
+        if norms and wanted and found.get("micro_batch") == reference.get("micro_batch"):
+            # JSON has null for what is no number.
+            apart = math.inf if None in norms + wanted else max(abs(one - other) for one, other in zip(norms, wanted)) / (max(wanted) or 1)
+        rows[name] = abs(found["first_loss"] / reference["first_loss"] - 1), apart
+    return rows
+
+
 def number(value, form=".1f", unit=""):
     return "–" if value is None else f"{value:{form}}{unit}"
 
@@ -418,6 +474,10 @@ def more(result):
     for of in ("timed", "said_of_fused"):
         said = next((found[of] for found in result["train"].values() if (found or {}).get(of)), [])
         texts += [f"When it was loaded: {line}\n" for line in said]
+    for name, (loss, gradient) in off(result).items():
+        wrong = loss > LOSS_OFF or (gradient or 0) > GRADIENT_OFF
+        shown = f"first loss {loss:.1e}" + (f", gradient {gradient:.1e}" if gradient is not None else "")
+        texts.append(f"{'WRONG: ' if wrong else ''}{name} is off libtorch's operators by: {shown}\n")
     if out := result.get("left_out"):
         texts.append(f"Left out of everything, because they break the GPU: {', '.join(name.removeprefix('-') for name in out)}\n")
     for how in ("with", "without"):
@@ -453,10 +513,13 @@ def main():
         sys.exit("bench/gpu.sh: there is no NVIDIA GPU here (nvidia-smi lists none): --preset nano tries everything on a processor")
     run = Run(args)
     run.write()
-    try:
-        run.all()
-    finally:
-        run.write()
+    with tempfile.TemporaryDirectory() as cache:
+        # Twenty programs need not compile the same kernels.
+        os.environ.setdefault("ELLA_KERNEL_CACHE", cache)
+        try:
+            run.all()
+        finally:
+            run.write()
     print((run.at / "table.md").read_text(), end="")
     checks = [found for found in run.result["check"].values() if found]
     sys.exit(1 if any(found["ok"] is False for found in [*checks, *run.result["tests"].values()]) else 0)

@@ -64,7 +64,7 @@ static WRONG: OnceLock<(Fused, Vec<String>)> = OnceLock::new();
 ///
 /// # Errors
 /// This program was built without GPU support; the loader's words; the kernels' compiler is missing or refuses; `ELLA_FUSED` names something else; a kernel
-/// breaks the GPU, or the update's is wrong.
+/// breaks the GPU.
 pub fn load(libtorch: &Path) -> Result<&'static [String]> {
     static ONE: Mutex<()> = Mutex::new(());
     // Nobody finds it loaded before it has been tried.

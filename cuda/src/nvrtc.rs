@@ -1,6 +1,7 @@
 //! NVRTC: the compiler that makes a GPU's machine code of the kernels' text. It needs no GPU.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::hash::{DefaultHasher, Hash, Hasher as _};
 use std::path::{Path, PathBuf};
 
 use libloading::os::unix::Library;
@@ -16,12 +17,19 @@ const KERNELS: &str = concat!(
     include_str!("../cpp/pixels.h")
 );
 
+/// Names a folder in which compiled kernels are kept.
+const CACHE: &str = "ELLA_KERNEL_CACHE";
+
+/// How kernels are compiled, besides the architecture. They are optimised beside each other, on as many threads as there are processors.
+const OPTIONS: [&CStr; 2] = [c"--std=c++17", c"--split-compile=0"];
+
 /// `nvrtcProgram`.
 type Program = *mut c_void;
 
 /// The functions of `nvrtc.h` 13.
 #[derive(Debug)]
 struct Nvrtc {
+    version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int,
     create: unsafe extern "C" fn(*mut Program, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char) -> c_int,
     compile: unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int,
     log_size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
@@ -37,23 +45,45 @@ pub(crate) fn folders(libtorch: &Path) -> [PathBuf; 2] {
     [libtorch.join("../../nvidia/cu13/lib"), libtorch.to_owned()]
 }
 
-/// Machine code of all kernels for GPUs of a compute capability, as (9, 0).
+/// Machine code of all kernels for GPUs of a compute capability, as (9, 0); from the folder that `ELLA_KERNEL_CACHE` names, if it is there.
 ///
 /// # Errors
 /// NVRTC is nowhere, or does not take the kernels.
 pub(crate) fn compile(folders: &[PathBuf], (major, minor): (c_int, c_int)) -> Result<Vec<u8>> {
     let nvrtc = Nvrtc::open(folders)?;
-    let text = CString::new(KERNELS).map_err(|_| Error("the kernels' text has a zero in it".into()))?;
-    let mut program: Program = std::ptr::null_mut();
-    // SAFETY: the text ends in a zero and is copied; there are no headers; the pointer is to a live pointer, which the call fills.
-    let code = unsafe { (nvrtc.create)(&raw mut program, text.as_ptr(), c"kernels.h".as_ptr(), 0, std::ptr::null(), std::ptr::null()) };
-    nvrtc.check("the kernels", code)?;
     // Hopper's products of a group of warps are of that architecture alone, and so named.
-    let alone = if major == 9 { "a" } else { "" };
-    let image = nvrtc.image(program, &format!("sm_{major}{minor}{alone}"));
-    // SAFETY: the program is alive, and this is its last use.
-    unsafe { (nvrtc.destroy)(&raw mut program) };
-    image
+    let architecture = format!("sm_{major}{minor}{}", if major == 9 { "a" } else { "" });
+    match std::env::var_os(CACHE) {
+        Some(folder) => {
+            let key = hash((KERNELS, &architecture, nvrtc.version()?, OPTIONS));
+            kept(&Path::new(&folder).join(format!("{architecture}-{key:016x}")), || nvrtc.kernels(&architecture))
+        }
+        None => nvrtc.kernels(&architecture),
+    }
+}
+
+fn hash(of: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    of.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// What `file` has kept, or what `make` makes, which is kept then, if the folder can be written. Its hash stands before it: what is damaged is made anew.
+fn kept(file: &Path, make: impl FnOnce() -> Result<Vec<u8>>) -> Result<Vec<u8>> {
+    if let Ok(bytes) = std::fs::read(file)
+        && let Some((first, image)) = bytes.split_first_chunk::<8>()
+        && *first == hash(image).to_le_bytes()
+    {
+        return Ok(image.to_vec());
+    }
+    let image = make()?;
+    let part = file.with_extension(std::process::id().to_string());
+    let bytes = [&hash(&image[..]).to_le_bytes()[..], &image].concat();
+    let written = file.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(&part, bytes));
+    if written.and_then(|()| std::fs::rename(&part, file)).is_err() {
+        let _ = std::fs::remove_file(&part);
+    }
+    Ok(image)
 }
 
 impl Nvrtc {
@@ -73,6 +103,7 @@ impl Nvrtc {
             }};
         }
         Ok(Self {
+            version: find!(b"nvrtcVersion"),
             create: find!(b"nvrtcCreateProgram"),
             compile: find!(b"nvrtcCompileProgram"),
             log_size: find!(b"nvrtcGetProgramLogSize"),
@@ -84,10 +115,29 @@ impl Nvrtc {
         })
     }
 
+    /// As (13, 0).
+    fn version(&self) -> Result<(c_int, c_int)> {
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: the pointers are to live integers, which the call fills.
+        self.check("the kernels' compiler", unsafe { (self.version)(&raw mut major, &raw mut minor) })?;
+        Ok((major, minor))
+    }
+
+    fn kernels(&self, architecture: &str) -> Result<Vec<u8>> {
+        let text = CString::new(KERNELS).map_err(|_| Error("the kernels' text has a zero in it".into()))?;
+        let mut program: Program = std::ptr::null_mut();
+        // SAFETY: the text ends in a zero and is copied; there are no headers; the pointer is to a live pointer, which the call fills.
+        let code = unsafe { (self.create)(&raw mut program, text.as_ptr(), c"kernels.h".as_ptr(), 0, std::ptr::null(), std::ptr::null()) };
+        self.check("the kernels", code)?;
+        let image = self.image(program, architecture);
+        // SAFETY: the program is alive, and this is its last use.
+        unsafe { (self.destroy)(&raw mut program) };
+        image
+    }
+
     fn image(&self, program: Program, architecture: &str) -> Result<Vec<u8>> {
         let target = CString::new(format!("--gpu-architecture={architecture}")).map_err(|error| Error(error.to_string()))?;
-        // Kernels are optimised beside each other, on as many threads as there are processors.
-        let options = [target.as_ptr(), c"--std=c++17".as_ptr(), c"--split-compile=0".as_ptr()];
+        let options: Vec<_> = std::iter::once(&*target).chain(OPTIONS).map(CStr::as_ptr).collect();
         // SAFETY: the program is alive, and the options are strings that end in a zero, as many as are said.
         let code = unsafe { (self.compile)(program, options.len() as c_int, options.as_ptr()) };
         if code != 0 {
@@ -164,6 +214,26 @@ mod tests {
         }
         let error = compile(&folders, (1, 0)).unwrap_err().to_string();
         assert!(error.contains("sm_10"), "{error}");
+    }
+
+    #[test]
+    fn what_was_compiled_is_kept_and_what_is_damaged_is_made_anew() {
+        let folder = std::env::temp_dir().join(format!("ella-kernels-{}", std::process::id()));
+        let file = folder.join("below/sm_90a-0");
+        let made = |code: &'static [u8]| kept(&file, || Ok(code.to_vec())).unwrap();
+        assert_eq!((made(b"first"), made(b"second")), (b"first".to_vec(), b"first".to_vec()));
+        let whole = std::fs::read(&file).unwrap();
+        for damaged in [whole[1..].to_vec(), whole[..3].to_vec(), [&whole[..], &b"x"[..]].concat(), Vec::new()] {
+            std::fs::write(&file, damaged).unwrap();
+            assert_eq!((made(b"second"), made(b"third")), (b"second".to_vec(), b"second".to_vec()));
+        }
+        assert_eq!(std::fs::read_dir(file.parent().unwrap()).unwrap().count(), 1);
+        // Nothing is kept of what fails, and a folder that cannot be made stops nobody.
+        let below = file.join("file/sm_90a-0");
+        assert!(kept(&below, || Err(Error("no".into()))).is_err());
+        assert_eq!(kept(&below, || Ok(b"x".to_vec())).unwrap(), b"x");
+        std::fs::remove_dir_all(folder).unwrap();
+        assert_ne!(hash((KERNELS, "sm_90a", (13, 0), OPTIONS)), hash((KERNELS, "sm_90a", (13, 1), OPTIONS)));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::fused::{self, Fused};
 use crate::stream::Stream;
-use crate::{Error, Result, gpu, graph, memory, precision};
+use crate::{Error, Result, agreement, gpu, graph, memory, precision};
 
 /// Passes there and back that are timed of each of two, by turns; some before them let libraries search and memory be taken.
 const TIMED: usize = 5;
@@ -21,6 +21,14 @@ pub enum Attention {
     Pixels,
     /// Pixels to few keys: [`fused::few_keys`].
     FewKeys,
+}
+
+impl Attention {
+    /// An error of our kernels', with the name that leaves them out.
+    fn broke(self, error: &Error) -> Error {
+        let name = if self == Self::Pixels { "pixels" } else { "cross" };
+        Error(format!("while {} was timed: {}", agreement::tried(name), agreement::first_line(error)))
+    }
 }
 
 /// One level of a U-Net.
@@ -149,7 +157,8 @@ impl Level {
         };
         let [mut own, mut libtorchs] = [const { Vec::new() }; 2];
         for turn in 0..BEFORE + TIMED {
-            let both = (pass(true)?, pass(false)?);
+            // At these sizes nobody has tried our kernels yet.
+            let both = (pass(true).map_err(|error| self.attention.broke(&error))?, pass(false)?);
             if turn >= BEFORE {
                 own.push(both.0);
                 libtorchs.push(both.1);
@@ -254,6 +263,8 @@ mod tests {
             let bytes = 2 * level.samples * level.pixels * level.heads * level.width;
             assert!(level.attention == Attention::Pixels || bytes >= 160 << 20, "{level:?}");
         }
+        let broke = Attention::FewKeys.broke(&Error("CUDA error: x\nframe #0".into())).to_string();
+        assert_eq!(broke, "while the fused operator `cross` (ELLA_FUSED=-cross leaves it out) was timed: CUDA error: x");
         assert!(own_attention(&[], 1).unwrap_err().to_string().contains("not []"));
         // A level each, or it would not be known which of two counts; all that fits is in it.
         for (i, level) in LEVELS.iter().enumerate() {

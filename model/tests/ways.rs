@@ -1,4 +1,4 @@
-//! Every way of computing a frozen network gives the same goldens: feature maps in either layout, with each fused operator and with all.
+//! Every way of computing a frozen network gives the same goldens: feature maps in either layout, with each fused operator, without each, and with all.
 
 // The lint's exception for tests does not reach their helper functions.
 #![allow(clippy::unwrap_used)]
@@ -28,11 +28,12 @@ fn within(what: &str, a: &Tensor, b: &Tensor, most: f64) {
 
 /// Each way, with a name.
 fn ways() -> Vec<(&'static str, Compute)> {
-    let one = |switch: fn(&mut Fused) -> &mut bool| {
-        let mut fused = Fused::NONE;
-        *switch(&mut fused) = true;
+    type Switch = fn(&mut Fused) -> &mut bool;
+    let with = |mut fused: Fused, switch: Switch, on| {
+        *switch(&mut fused) = on;
         Compute { layout: Layout::ChannelsLast, fused }
     };
+    let (one, but) = (|switch: Switch| with(Fused::NONE, switch, true), |switch: Switch| with(Fused::USUAL, switch, false));
     vec![
         ("channels-last", Compute { layout: Layout::ChannelsLast, fused: Fused::NONE }),
         ("norm", one(|f| &mut f.norm)),
@@ -42,6 +43,13 @@ fn ways() -> Vec<(&'static str, Compute)> {
         ("attention", one(|f| &mut f.attention)),
         ("cross", one(|f| &mut f.cross)),
         ("pixels", one(|f| &mut f.pixels)),
+        ("all but norm", but(|f| &mut f.norm)),
+        ("all but conv", but(|f| &mut f.conv)),
+        ("all but resize", but(|f| &mut f.resize)),
+        ("all but gate", but(|f| &mut f.gate)),
+        ("all but attention", but(|f| &mut f.attention)),
+        ("all but cross", but(|f| &mut f.cross)),
+        ("all but pixels", but(|f| &mut f.pixels)),
         ("all", Compute::FUSED),
         ("all, channels first", Compute { layout: Layout::ChannelsFirst, fused: Fused::ALL }),
     ]
@@ -123,6 +131,8 @@ fn wide_heads_attend_as_the_plain_way_has_it() {
         for (what, compute, kind, bounds) in [
             ("cross", only(Fused { cross: true, ..Fused::NONE }), Kind::Float, [1e-5, 1e-4]),
             ("pixels", only(Fused { pixels: true, ..Fused::NONE }), Kind::Float, [1e-5, 1e-4]),
+            ("all but attention", only(Fused { attention: false, ..Fused::ALL }), Kind::Float, [1e-5, 1e-4]),
+            ("all but norm", only(Fused { norm: false, ..Fused::ALL }), Kind::Float, [1e-5, 1e-4]),
             ("all", all, Kind::Float, [1e-5, 1e-4]),
             ("all", all, Kind::BFloat16, [2e-2, 5e-2]),
             ("all", all, Kind::Half, [1e-2, 2e-2]),

@@ -46,6 +46,13 @@ fn tells_its_version_and_makes_different_ids() {
 }
 
 #[test]
+fn a_gpu_tells_its_architecture() {
+    let Some(driver) = driver() else { return };
+    let ((major, minor), multiprocessors) = driver.device(0).unwrap().architecture().unwrap();
+    assert!((5..100).contains(&major) && (0..10).contains(&minor) && (1..10_000).contains(&multiprocessors));
+}
+
+#[test]
 fn a_rank_outside_the_world_is_refused_before_nccl_sees_it() {
     let Some(library) = library() else { return };
     let id = nccl_rs::UniqueId([0; 128]);

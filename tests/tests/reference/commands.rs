@@ -8,14 +8,18 @@ use std::process::Command;
 /// The binaries, by what they are for.
 const BINARIES: [&str; 3] = ["ella", "ella-coordinator", "ella-worker"];
 /// Variables that no command's help names, and what they do.
-const OTHERS: [(&str, &str); 4] = [
+const OTHERS: [(&str, &str); 5] = [
     (
         "ELLA_FUSED",
         "Which fused operators take the place of libtorch's: `all`, `none`, names beside commas (`norm`, `conv`, `resize`, `gate`, \
-         `attention`, `cross`, `pixels`), or names with a minus before each, which are left out of the usual ones; unset: those that are \
+         `attention`, `cross`, `pixels`, `update`), or names with a minus before each, which are left out of the usual ones; unset: those that are \
          fastest on the device",
     ),
     ("ELLA_GRAPHS", "`on` or `off`: whether lanes are recorded as CUDA graphs; left out: `on`"),
+    (
+        "ELLA_KERNEL_CACHE",
+        "A folder in which a GPU's kernels are kept once they are compiled; unset: each worker compiles them when it starts, some seconds",
+    ),
     (
         "ELLA_LOG",
         "What is logged: a level, and levels of modules, as in `info,ella_worker::train=debug`; left out: `info`, and for `ella` itself `warn`",

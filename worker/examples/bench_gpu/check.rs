@@ -40,16 +40,25 @@ pub(crate) fn run(setting: &Setting, goldens: Option<&Path>) -> Result<Value> {
     begin(setting.device)?;
     let mut cases = Vec::new();
     match goldens {
-        Some(folder) => golden_cases(folder, setting, &mut cases)?,
+        Some(folder) => {
+            let tried = golden_cases(folder, setting, &mut cases);
+            or_failed("goldens", tried, &mut cases);
+        }
         None => cases.push(json!({ "case": "goldens", "skipped": "no --goldens FOLDER is given" })),
     }
-    random_unet(setting, &mut cases)?;
+    let tried = random_unet(setting, &mut cases);
+    or_failed("random U-Net", tried, &mut cases);
     let failed = cases.iter().filter(|case| case["ok"] == json!(false)).count();
     let same = same(setting)?;
     let graphs = graphs(setting).unwrap_or_else(|error| json!({ "ok": false, "error": format!("{error:#}") }));
     let (nccl, tried) = (nccl(setting), cases.len());
     let ok = failed == 0 && [&same, &graphs, &nccl].iter().all(|each| each["ok"] != json!(false));
     Ok(json!({ "ok": ok, "failed": failed, "tried": tried, "same": same, "graphs": graphs, "nccl": nccl, "cases": cases }))
+}
+
+/// One that cannot be tried is a case that fails, and the others are tried all the same.
+fn or_failed(case: &str, tried: Result<()>, cases: &mut Vec<Value>) {
+    cases.extend(tried.err().map(|error| json!({ "case": case, "ok": false, "error": format!("{error:#}") })));
 }
 
 /// Hundreds of small shapes, each used once: cuDNN's search would take most of the time, and attentions need not be timed.
@@ -85,19 +94,19 @@ fn golden_cases(folder: &Path, setting: &Setting, cases: &mut Vec<Value>) -> Res
             let names = ["sample", "timesteps", "hidden_states", "text_embeds", "time_ids", "grad_output"];
             let expected = take(&file, case, &[("output", "sample"), ("grad.hidden_states", "grad.hidden_states")]);
             let inputs = take(&file, case, &names.map(|name| (name, name)));
-            compare(&Golden { name, net: Net::Unet, model: folder.join(name), heads: 8, inputs, expected }, setting, cases)?;
+            compare(&Golden { name, net: Net::Unet, model: folder.join(name), heads: 8, inputs, expected }, setting, cases);
         }
     }
     for (name, heads) in CONNECTORS {
         let file = |of: &str| all(&folder.join(name).join(of));
         let (inputs, expected) = (file("inputs.safetensors")?, file("outputs.safetensors")?);
         let model = folder.join(name).join("connector.safetensors");
-        compare(&Golden { name, net: Net::Connector, model, heads, inputs, expected }, setting, cases)?;
+        compare(&Golden { name, net: Net::Connector, model, heads, inputs, expected }, setting, cases);
     }
     for (name, number) in TEXTS {
         let file = |of: &str| all(&folder.join(name).join(format!("{of}{number}.safetensors")));
         let (inputs, expected) = (file("inputs")?, file("outputs")?);
-        compare(&Golden { name, net: Net::Text, model: folder.join(name), heads: 8, inputs, expected }, setting, cases)?;
+        compare(&Golden { name, net: Net::Text, model: folder.join(name), heads: 8, inputs, expected }, setting, cases);
     }
     let file = all(&folder.join("vae/golden.safetensors"))?;
     for case in ["even.", "odd."] {
@@ -110,8 +119,8 @@ fn golden_cases(folder: &Path, setting: &Setting, cases: &mut Vec<Value>) -> Res
             expected: take(&file, case, expected),
         };
         let encode = golden(Net::VaeEncode, ("image", "image"), &[("mean", "mean"), ("logvar", "logvar")]);
-        compare(&encode, setting, cases)?;
-        compare(&golden(Net::VaeDecode, ("latent", "latent"), &[("decoded", "image")]), setting, cases)?;
+        compare(&encode, setting, cases);
+        compare(&golden(Net::VaeDecode, ("latent", "latent"), &[("decoded", "image")]), setting, cases);
     }
     Ok(())
 }
@@ -132,7 +141,12 @@ fn take(file: &Named, case: &str, names: &[(&str, &str)]) -> Named {
     names.iter().filter_map(|(name, to)| find(name).map(|(_, tensor)| ((*to).to_owned(), tensor.shallow_clone()))).collect()
 }
 
-fn compare(golden: &Golden, setting: &Setting, cases: &mut Vec<Value>) -> Result<()> {
+fn compare(golden: &Golden, setting: &Setting, cases: &mut Vec<Value>) {
+    let tried = compared(golden, setting, cases);
+    or_failed(golden.name, tried, cases);
+}
+
+fn compared(golden: &Golden, setting: &Setting, cases: &mut Vec<Value>) -> Result<()> {
     let run = |kind, device| golden.run(kind, device).with_context(|| format!("{} on {device:?} in {kind:?}", golden.name));
     let largest = largest_gradient(&golden.expected);
     for (kind, limit) in KINDS {
@@ -289,8 +303,9 @@ fn nccl(setting: &Setting) -> Value {
     let tried = || -> Result<Value> {
         let mut ranks = Nccl::connect(Box::new(Solo::default()), &library, ordinal as u32, Duration::from_secs(60))?;
         let mut ok = true;
-        for kind in [Kind::Float, Kind::Int64] {
-            let expected = Tensor::f_randint(1000, [66_820_608], (kind, setting.device))?;
+        for kind in [Kind::Float, Kind::Int64, Kind::BFloat16] {
+            // Numbers that all of them have.
+            let expected = Tensor::f_randint(256, [66_820_608], (kind, setting.device))?;
             let mut sum = expected.copy();
             ranks.sum_tensor(&mut sum)?;
             ok &= sum.f_equal(&expected)?;
@@ -328,6 +343,24 @@ mod tests {
         let bad: Vec<_> = cases.iter().filter(|case| case["ok"] != json!(true)).collect();
         assert!(bad.is_empty() && found["ok"] == json!(true), "{bad:?} {}", found["same"]);
         assert!(found["nccl"]["skipped"].is_string());
+    }
+
+    #[test]
+    fn what_cannot_be_tried_fails_alone() {
+        let setting = Setting {
+            sizes: Sizes::Nano,
+            device: Device::Cpu,
+            kind: Kind::Float,
+            reduction: Reduction::Fast,
+            micro_batch: 2,
+            measure: Duration::from_millis(20),
+        };
+        let mut cases = Vec::new();
+        let golden =
+            Golden { name: "vae", net: Net::VaeDecode, model: "/nowhere".into(), heads: 8, inputs: Vec::new(), expected: Vec::new() };
+        compare(&golden, &setting, &mut cases);
+        let error = cases[0]["error"].as_str().unwrap();
+        assert!(cases.len() == 1 && cases[0]["ok"] == json!(false) && error.starts_with("vae on Cpu in Float: "), "{error}");
     }
 
     #[test]

@@ -82,19 +82,28 @@ pub(crate) fn figures(timed: &Timed, images: f64, flops: f64, peak: f64) -> Valu
     })
 }
 
+/// The norms of eight stretches of the first moments: after one update, a tenth of the clipped gradient's.
+fn norms(moments: &Tensor) -> Result<Vec<f64>> {
+    moments.f_chunk(8, 0)?.iter().map(|part| Ok(part.f_norm()?.f_double_value(&[])?)).collect()
+}
+
 pub(crate) fn run(setting: &Setting) -> Result<Value> {
     let (peak, flops) = (peak(setting)?, flops(setting)?);
     let mut trainer = Trainer::new(setting, 1)?;
-    let mut losses = Vec::new();
+    let (mut losses, mut gradient) = (Vec::new(), Vec::new());
     let timed = timing::time(setting.device, setting.measure, || {
         let batch = trainer.batch()?;
         losses.push(trainer.step(&batch)?);
+        if gradient.is_empty() {
+            gradient = norms(&trainer.state.buffers.exp_avg)?;
+        }
         Ok(())
     })?;
     let mut result = figures(&timed, setting.micro_batch as f64, flops, peak);
     result["micro_batch"] = json!(setting.micro_batch);
     result["reduction"] = json!(format!("{:?}", setting.reduction).to_lowercase());
     result["first_loss"] = json!(losses.first());
+    result["first_gradient"] = json!(gradient);
     result["last_loss"] = json!(losses.last());
     result["memory"] = gpu::memory(setting.device);
     result["recorded_lanes"] = json!(trainer.graphs.count());
@@ -130,6 +139,8 @@ mod tests {
         assert!(result["images_per_second"].as_f64().unwrap() > 0.0);
         assert_eq!(result["windows"], timing::WINDOWS);
         assert!(result["last_loss"].as_f64().unwrap().is_finite());
+        let gradient = result["first_gradient"].as_array().unwrap();
+        assert!(gradient.len() == 8 && gradient.iter().all(|norm| norm.as_f64().unwrap() > 0.0), "{gradient:?}");
         let mut trainer = Trainer::new(&setting(Sizes::Nano), 1).unwrap();
         let before = trainer.state.buffers.params.copy();
         let batch = trainer.batch().unwrap();
