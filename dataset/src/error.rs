@@ -34,7 +34,9 @@ pub enum DataError {
     },
 
     /// A source was named that is not there.
-    #[error("{source_name}: no source is there (expected a .tar, .parquet, .jsonl or .csv file, or a folder with such); check the path")]
+    #[error(
+        "{source_name}: no source is there (expected a .tar, .parquet, .jsonl, .json or .csv file, or a folder with such); check the path"
+    )]
     SourceMissing {
         /// The source as it was given.
         source_name: String,
@@ -67,12 +69,12 @@ pub enum DataError {
         source_name: String,
         /// Those that were looked for.
         fields: String,
-        /// The fields that samples have, the first of them.
+        /// The fields that the first samples have, some of them; of those within others the paths of texts.
         found: String,
     },
 
     /// No column of a source holds pictures or their paths.
-    #[error("{source_name}: no column of pictures (expected one of: {expected}; found: {found}); name it as the image column")]
+    #[error("{source_name}: no column of pictures (expected one of: {expected}; found: {found}); name it with --image-column")]
     SourceColumns {
         /// The source as it was given.
         source_name: String,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::caption_set::check_name;
 use crate::error::DataError;
 use crate::picture::{Crop, Encoding, SDXL_BUCKETS, buckets};
-use crate::source::{Field, Fields};
+use crate::source::{Field, Fields, Within};
 
 /// Fields that hold a sample's caption where none is named, in this order.
 pub(crate) const CAPTION_FIELDS: [&str; 3] = ["txt", "caption", "text"];
@@ -65,7 +65,8 @@ pub enum Buckets {
 pub struct CaptionColumn {
     /// The column's name in the data set.
     pub name: String,
-    /// The sources' field. None: the first of `txt`, `caption` and `text` that a sample has.
+    /// The sources' field, or the path of one within others (`conversations.1.value`). None: the first of `txt`, `caption` and `text` that a sample
+    /// has.
     pub field: Option<String>,
     /// How often training takes it, relative to the other columns that a sample has; a run's config may say otherwise.
     pub weight: f64,
@@ -311,6 +312,13 @@ impl Settings {
             Some(Buckets::Step { step, max_aspect }) => buckets(self.resolution, step, max_aspect),
             Some(Buckets::Sdxl) => SDXL_BUCKETS.to_vec(),
         }
+    }
+
+    /// The fields that are named by paths, if they lie within others.
+    pub(crate) fn within(&self) -> Within {
+        let captions = self.captions.iter().filter_map(|column| column.field.as_deref());
+        let named = captions.chain(self.filters.conditions.iter().map(Condition::field));
+        Within::Named(named.filter(|field| field.contains('.')).map(str::to_owned).collect())
     }
 
     /// Checks every field against its range.

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{good_tar, jpeg, keys_and_captions, png, refused, small, sources, store, tar_of, threads};
-use ella_dataset::{CaptionColumn, DataError, Report, Settings, prepare};
+use ella_dataset::{CaptionColumn, DataError, Report, Settings, originals, prepare};
 use tempfile::TempDir;
 
 fn named(fields: &[&str]) -> Settings {
@@ -62,7 +62,48 @@ async fn where_none_is_named_the_usual_ones_are_looked_for_and_what_there_is_ins
     std::fs::write(dir.path().join("p.png"), png(40, 40, 1)).unwrap();
     let found = sources(dir.path(), &[("l.jsonl", rows.as_bytes())]).await;
     let report = prepare(&found, &store(&out), &small(), &threads(1)).await;
-    is_told(report, "l.jsonl", "txt, caption, text", "conversations, file_name");
+    is_told(report, "l.jsonl", "txt, caption, text", "conversations.0.from, conversations.0.value, file_name");
+}
+
+/// As in ShareGPT4V, and in the `.json` beside a picture.
+#[tokio::test]
+async fn a_field_within_others_is_named_by_its_path() {
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let row = |text: &str| {
+        let turns = format!(r#"[{{"from": "human", "value": "<image>\nWhat?"}}, {{"from": "gpt", "value": "{text}"}}]"#);
+        format!(r#"{{"id": "1", "image": "p.png", "conversations": {turns}}}"#)
+    };
+    std::fs::write(dir.path().join("p.png"), png(40, 40, 1)).unwrap();
+    let list =
+        format!(r#"[{{"id": "text", "conversations": []}}, {{"id": "0", "image": "p.png", "conversations": []}}, {}]"#, row("a cup"));
+    let tar = tar_of(&[("2.jpg", &jpeg(48, 2)), ("2.json", row("a mug").as_bytes())]);
+    let found = sources(dir.path(), &[("l.json", list.as_bytes()), ("t.tar", &tar)]).await;
+    let report = prepare(&found, &store(&out), &named(&["conversations.1.value"]), &threads(1)).await.unwrap();
+    assert_eq!(refused(&report), ["caption_missing: 0", "image_missing: text"]);
+    let expected = [("1", "a cup"), ("2", "a mug")].map(|(key, caption)| (key.to_owned(), vec![caption.to_owned()]));
+    assert_eq!(keys_and_captions(&out).await, expected);
+
+    // What is read again is compared with its text.
+    assert!(originals(&store(&out), found, Vec::new(), &|_, _| {}).await.unwrap().is_empty());
+    let found = sources(dir.path(), &[("l.json", list.replace("a cup", "a cap").as_bytes()), ("t.tar", &tar)]).await;
+    let changed = originals(&store(&out), found, Vec::new(), &|_, _| {}).await.unwrap();
+    assert!(changed.len() == 1 && changed[0].file.ends_with("l.json"), "{changed:?}");
+
+    let (_, report) = prepared(&[("l.json", format!("[{}]", row("a cup")).as_bytes())], &["conversations.2.value"]).await;
+    let seen = "conversations.0.from, conversations.0.value, conversations.1.from, conversations.1.value, id, image";
+    is_told(report, "l.json", "conversations.2.value", seen);
+}
+
+/// Who forgot to name one need not wait for all pictures of a long list.
+#[tokio::test]
+async fn where_there_is_one_source_its_first_part_tells_that_there_are_no_captions() {
+    let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    std::fs::write(dir.path().join("p.png"), png(40, 40, 1)).unwrap();
+    let found = sources(dir.path(), &[("l.jsonl", rows(2001, "title").as_bytes())]).await;
+    let preparation = ella_dataset::Preparation::new(found, small(), threads(1), store(&out)).unwrap();
+    assert_eq!(preparation.plan().await.unwrap().parts.len(), 2);
+    let first = preparation.part(0, Box::new(|_| {})).await;
+    is_told(first.map(|record| record.report), "l.jsonl", "txt, caption, text", "file_name, key, title");
 }
 
 #[tokio::test]

@@ -5,8 +5,8 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{read, read_pieces, source};
-use ella_dataset::{DataError, Field, Member, Sample, Source, SourceKind, SourceOptions};
+use common::{jpeg, keys_and_captions, read, read_pieces, small, source, store, threads};
+use ella_dataset::{CaptionColumn, DataError, Field, Member, Sample, Settings, Source, SourceKind, SourceOptions, prepare};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::metadata::ParquetMetaDataReader;
 use parquet::file::properties::WriterProperties;
@@ -21,9 +21,10 @@ const PYARROW: &[u8] = include_bytes!("data/pictures.parquet");
 /// The rows of a column.
 type Cells<'a> = &'a [Option<&'a [u8]>];
 
-/// Columns of bytes or texts, as `required|optional TYPE NAME`, with what their rows hold; a row group for every `group` rows.
+/// Columns of bytes or texts, as `required|optional|repeated TYPE NAME` or a group of one, with what their rows hold; a row group for every `group`
+/// rows.
 fn parquet_of(columns: &[(&str, Cells)], group: usize) -> Vec<u8> {
-    let schema: String = columns.iter().map(|(column, _)| format!("{column}; ")).collect();
+    let schema: String = columns.iter().map(|(column, _)| format!("{column}{}", if column.ends_with('}') { " " } else { "; " })).collect();
     let schema = Arc::new(parse_message_type(&format!("message m {{ {schema} }}")).unwrap());
     let mut writer = SerializedFileWriter::new(Vec::new(), schema, Arc::new(WriterProperties::default())).unwrap();
     let rows = columns[0].1.len();
@@ -34,8 +35,9 @@ fn parquet_of(columns: &[(&str, Cells)], group: usize) -> Vec<u8> {
             let values: Vec<ByteArray> = cells.iter().flatten().map(|cell| cell.to_vec().into()).collect();
             let levels: Vec<i16> = cells.iter().map(|cell| i16::from(cell.is_some())).collect();
             let mut out = row_group.next_column().unwrap().unwrap();
-            let levels = column.starts_with("optional").then_some(&levels[..]);
-            out.typed::<ByteArrayType>().write_batch(&values, levels, None).unwrap();
+            let levels = (!column.starts_with("required")).then_some(&levels[..]);
+            let repeated = column.starts_with("repeated").then(|| vec![0; cells.len()]);
+            out.typed::<ByteArrayType>().write_batch(&values, levels, repeated.as_deref()).unwrap();
             out.close().unwrap();
         }
         row_group.close().unwrap();
@@ -59,6 +61,29 @@ fn image(sample: &Sample) -> Option<&[u8]> {
 
 fn keys(samples: &[Sample]) -> String {
     samples.iter().map(|sample| sample.key.as_str()).collect::<Vec<_>>().join(" ")
+}
+
+#[tokio::test]
+async fn a_field_within_a_group_is_named_by_its_path_and_one_of_a_list_is_an_error() {
+    let (dir, picture) = (TempDir::new().unwrap(), jpeg(48, 1));
+    let columns: [(&str, Cells); 3] = [
+        ("required binary jpg", &[Some(&picture[..])]),
+        ("required group meta { required binary long (UTF8); }", &[Some(b"a cup")]),
+        ("repeated binary tags (UTF8)", &[Some(b"x")]),
+    ];
+    let sources = [source(dir.path(), "p.parquet", &parquet_of(&columns, 1)).await];
+    let prepared = async |field: &str| {
+        let out = TempDir::new().unwrap();
+        let captions = vec![CaptionColumn { name: "c".into(), field: Some(field.into()), weight: 1.0 }];
+        let report = prepare(&sources, &store(&out), &Settings { captions, ..small() }, &threads(1)).await;
+        report.map_err(|error| error.to_string()).map(|_| out)
+    };
+    let out = prepared("meta.long").await.unwrap();
+    assert_eq!(keys_and_captions(&out).await, [("p/000000000".to_owned(), vec!["a cup".to_owned()])]);
+    let error = prepared("tags.0").await.unwrap_err();
+    assert!(error.contains("p.parquet: the field tags.0 lies in a list"), "{error}");
+    let error = prepared("meta.none").await.unwrap_err();
+    assert!(error.contains("its samples have: meta.long, tags;"), "{error}");
 }
 
 #[tokio::test]
@@ -236,7 +261,7 @@ proptest! {
 
     #[test]
     fn damaged_tars_and_lists_never_crash(
-        kind in 0..3usize,
+        kind in 0..4usize,
         edits in prop::collection::vec((0.0f64..1.0, prop_oneof![any::<u8>(), Just(b'"'), Just(b'\n'), Just(b'/')]), 1..6),
         cut in prop::option::weighted(0.2, 0.0f64..1.0),
     ) {
@@ -245,7 +270,8 @@ proptest! {
 {"file_name": "dir/b.jpg", "caption": "d", "score": -2}
 "#;
         let csv = b"file_name,caption\na.jpg,\"one, two\"\nb/c.jpg,\"say \"\"no\"\"\"\n";
-        let (name, whole): (_, &[u8]) = [("x.tar", &tar[..]), ("x.jsonl", json), ("x.csv", csv)][kind];
+        let array = br#"[{"file_name": "a.jpg", "caption": "c"}, {"file_name": "dir/b.jpg", "turns": [{"score": -2}]}]"#;
+        let (name, whole): (_, &[u8]) = [("x.tar", &tar[..]), ("x.jsonl", json), ("x.csv", csv), ("x.json", array)][kind];
         survives(name, &changed(whole, &edits, cut));
     }
 }

@@ -314,12 +314,16 @@ async fn a_key_in_two_sources_is_an_error_naming_both_unless_keys_are_prefixed()
     assert!(hint.contains("--key-prefix"), "{error}");
     assert!(!out.path().join("manifest.json").exists());
 
-    // Where names are alike too, that is told while nothing is prepared yet, and the destination is free.
+    // Where the first ones are alike, that is told while nothing is prepared yet, and the destination is free.
     let (other, free) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let alike = [&sources[..1], &common::sources(other.path(), &[("a.tar", &good_tar(0, 3))]).await].concat();
     let error = prepare(&alike, &store(&free), &small(), &threads(1)).await.unwrap_err();
     let DataError::DuplicateKey { key, first, second, .. } = &error else { panic!("{error}") };
     assert_eq!((key.as_str(), first.as_str(), second.as_str()), ("000000", alike[0].name(), alike[1].name()));
+    assert_eq!(files(free.path()), vec![]);
+    let renamed = [&sources[..1], &common::sources(other.path(), &[("c.tar", &good_tar(0, 1))]).await].concat();
+    let error = prepare(&renamed, &store(&free), &small(), &threads(1)).await.unwrap_err();
+    assert!(matches!(&error, DataError::DuplicateKey { key, .. } if key == "000000"), "{error}");
     assert_eq!(files(free.path()), vec![]);
     let settings = Settings { key_prefix: true, duplicates: Duplicates::Keep, ..small() };
     assert_eq!(prepare(&alike, &store(&free), &settings, &threads(1)).await.unwrap().kept, 6);

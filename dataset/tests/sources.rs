@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 
 use common::{jpeg, read, read_pieces, refused, small, source, tar_of};
-use ella_dataset::{DataError, Field, Fields, Member, PrepareOptions, Refusal, Sample, Source, SourceKind, SourceOptions, prepare};
+use ella_dataset::{DataError, Field, Fields, Member, Piece, PrepareOptions, Refusal, Sample, Source, SourceKind, SourceOptions, prepare};
 use ella_store::Store;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -56,6 +56,8 @@ async fn a_tars_texts_and_json_entries_are_fields() {
         ("c.jpg", b"second"),
         ("d.GIF", b"D"),
         ("d.json", b"\xef\xbb\xbf{\"caption\": \"NaN\", \"score\": NaN, \"low\": -Infinity, \"high\": 2}"),
+        ("e.caption", b"a cup"),
+        ("e.json", b"{\"caption\": \"not this\"}"),
     ]);
     let samples = read(&source(dir.path(), "s.tar", &tar).await).await.unwrap();
     let expected = fields(&[
@@ -73,7 +75,8 @@ async fn a_tars_texts_and_json_entries_are_fields() {
     // What Python writes of numbers that are none costs no more than that field.
     let expected = fields(&[("caption", text("NaN")), ("score", Field::Other), ("low", Field::Other), ("high", Field::Number(2.0))]);
     assert_eq!(samples[3].fields, expected);
-    assert_eq!(outcome(&samples), ["a: A", "b: Absent", "c: C", "d: D"]);
+    assert_eq!(samples[4].fields, fields(&[("caption", text("a cup"))]));
+    assert_eq!(outcome(&samples), ["a: A", "b: Absent", "c: C", "d: D", "e: Absent"]);
 }
 
 #[tokio::test]
@@ -97,6 +100,8 @@ async fn rows_of_json_name_pictures_wherever_they_are() {
         r#"["in/0.jpg"]"#.into(),
         format!(r#"{{"file_name": "{}.jpg"}}"#, "n".repeat(300)),
         r#"{"file_name": "in/0.jpg", "key": "nan", "score": NaN}"#.into(),
+        r#"{"image_file": "in/0.jpg", "key": "docci", "example_id": "x"}"#.into(),
+        r#"{"file_name": "in/0.jpg", "caption": "half \ud83d"}"#.into(),
     ];
     let source = source(&root.join("set"), "list.jsonl", lines.join("\n").as_bytes()).await;
     let samples = read(&source).await.unwrap();
@@ -116,6 +121,8 @@ async fn rows_of_json_name_pictures_wherever_they_are() {
         "list/000000011: row_invalid",
         &long,
         "nan: 2",
+        "docci: 2",
+        "list/000000015: row_invalid",
     ];
     assert_eq!(outcome(&samples), expected);
     let first = fields(&[("file_name", text("in/0.jpg")), ("caption", text("c")), ("url", text("unused")), ("score", Field::Number(3.0))]);
@@ -228,6 +235,29 @@ async fn a_list_falls_into_pieces_that_hold_every_row_once() {
 }
 
 #[tokio::test]
+async fn an_array_of_rows_is_read_as_a_list_of_lines_is() {
+    let dir = TempDir::new().unwrap();
+    write(dir.path(), &[("0.jpg", b"0"), ("2.jpg", b"2")]);
+    let row = |i: usize| match i % 11 {
+        5 => "[]".to_owned(),
+        7 => r#"{"file_name": }"#.to_owned(),
+        _ => format!(r#"{{"file_name": "{}.jpg", "n": {i}, "turns": [{{"value": "],[\"{i}"}}]}}"#, i % 3),
+    };
+    let rows: Vec<String> = (0..4500).map(row).collect();
+    let lines = source(dir.path(), "list.jsonl", rows.join("\n").as_bytes()).await;
+    let pretty = rows.join(" ,\r\n ").replace(", \"n\"", ",\n\t\"n\"");
+    let array = source(dir.path(), "list.json", format!("\u{feff}[\n{pretty}\n]\n").as_bytes()).await;
+    assert_eq!(array.kind(), SourceKind::Json);
+    let (of_lines, of_array) = (lines.pieces().await.unwrap(), array.pieces().await.unwrap());
+    let numbers = |pieces: &[Piece]| pieces.iter().map(|piece| piece.rows.clone()).collect::<Vec<_>>();
+    assert_eq!(numbers(&of_array), numbers(&of_lines));
+    let expected = read_pieces(&lines, &of_lines).await.unwrap();
+    assert!(read_pieces(&array, &of_array).await.unwrap() == expected);
+    let (last, read) = read_pieces(&array, &of_array[2..]).await.unwrap();
+    assert!(last == expected.0[4000..] && read[0] == expected.1[2]);
+}
+
+#[tokio::test]
 async fn columns_can_be_named() {
     let dir = TempDir::new().unwrap();
     write(dir.path(), &[("1.jpg", b"1"), ("2.jpg", b"2"), ("l.csv", b"file_name,other,key,code\n1.jpg,2.jpg,k,c\n1.jpg,2.jpg,k,\n")]);
@@ -244,7 +274,12 @@ async fn columns_can_be_named() {
 #[tokio::test]
 async fn lists_that_are_none_are_errors_that_name_them() {
     let dir = TempDir::new().unwrap();
-    let cases: [(&str, &[u8], &str); 8] = [
+    let cases: [(&str, &[u8], &str); 13] = [
+        ("blank.json", b"[ ]\n", "holds no rows"),
+        ("columns.json", b"[{\"caption\": 1}]", "no column of pictures (expected one of: file_name, image_path"),
+        ("object.json", b"{\"file_name\": \"a\"}\n{", "holds no array of rows"),
+        ("cut.json", b"[{\"file_name\": \"a\"}, {\"fi", "its last row, 1, begins here) (at byte 20)"),
+        ("twice.json", b"[{\"file_name\": \"a\"}] []", "goes on behind its array's end (expected nothing more) (at byte 21)"),
         ("empty.jsonl", b"", "holds no rows"),
         ("blank.jsonl", b"\n \n", "holds no rows"),
         ("columns.jsonl", b"{\"caption\": 1}\n", "no column of pictures (expected one of: file_name, image_path"),

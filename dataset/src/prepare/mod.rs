@@ -114,6 +114,7 @@ impl Preparation {
             let found = format!("expected {expected:?}, found {found:?}");
             return Err(DataError::Setting { field, rule: "what the data set was planned with", found });
         }
+        let sources = sources.into_iter().map(|source| source.with(settings.within())).collect();
         Ok(Preparation { sources, settings, options, out, plan: OnceCell::new(), left_out: OnceCell::new() })
     }
 
@@ -226,7 +227,7 @@ impl Preparation {
         let first = plan.parts().next().and_then(|part| Some((self.source(&part).ok()?.clone(), part)));
         let (Some((source, part)), true) = (first, without == report.read) else { return nothing };
         let (source_name, piece) = (source.name().to_owned(), piece_of(&source, &part));
-        let found = tokio::task::spawn_blocking(move || part::fields_of(&source, &piece)).await;
+        let found = tokio::task::spawn_blocking(move || part::fields_of(source, &piece)).await;
         match found {
             Ok(Ok(found)) if !found.is_empty() => DataError::CaptionField { source_name, fields: named, found },
             _ => nothing,

@@ -31,6 +31,7 @@ pub fn originals<'a>(
         let plan = Plan::load(out).await?.ok_or_else(missing)?;
         let records = out.list(UNITS).await?;
         let mut changed = gone;
+        let found = found.into_iter().map(|source| source.with(plan.settings.within())).collect();
         let mut there = paired(&plan, found, &mut changed);
         let parts: Vec<Part<'_>> = plan.parts().collect();
         for (index, part) in parts.iter().enumerate() {

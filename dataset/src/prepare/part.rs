@@ -22,8 +22,9 @@ use crate::manifest::{SCHEMA, ShardEntry, SourceEntry};
 use crate::picture::Scratch;
 use crate::plan::{Plan, SHARDS, UnitRecord, create_file, restore_file};
 use crate::report::{Refusal, Report};
+use crate::settings::CAPTION_FIELDS;
 use crate::shard::{Row, RowRef, ShardLayout, ShardReader, ShardWriter};
-use crate::source::{Member, Piece, PieceRead, Sample, Source, SourceKind};
+use crate::source::{Member, Piece, PieceRead, Sample, Source, SourceKind, Within};
 
 /// A batch of samples is handed to the cores at this many encoded bytes.
 const BATCH_BYTES: usize = 32 << 20;
@@ -85,11 +86,11 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// Fields that were named for captions, while no sample had any of them.
+/// Fields that were named for captions (or the usual ones, where there is one source only), while no sample had any of them.
 struct Unseen {
     fields: Vec<String>,
-    /// What samples had instead, as much as a message holds.
-    found: BTreeSet<String>,
+    /// Whether samples had others instead.
+    others: bool,
     samples: usize,
     /// There is no other source.
     alone: bool,
@@ -97,9 +98,14 @@ struct Unseen {
 
 impl Unseen {
     fn of(plan: &Plan) -> Unseen {
-        let named = plan.settings.captions.iter().map(|column| column.field.clone());
-        let fields = named.collect::<Option<_>>().unwrap_or_default();
-        Unseen { fields, found: BTreeSet::new(), samples: 0, alone: plan.sources.len() == 1 }
+        let alone = plan.sources.len() == 1;
+        let usual = || CAPTION_FIELDS.map(str::to_owned).to_vec();
+        let named = plan.settings.captions.iter().map(|column| match &column.field {
+            Some(field) => Some(vec![field.clone()]),
+            None => alone.then(usual),
+        });
+        let fields = named.collect::<Option<Vec<_>>>().unwrap_or_default().concat();
+        Unseen { fields, others: false, samples: 0, alone }
     }
 
     /// Costs nothing once one was seen, as mostly in the first sample.
@@ -111,12 +117,7 @@ impl Unseen {
         if self.fields.iter().any(|field| sample.fields.contains_key(field)) {
             return self.fields.clear();
         }
-        let room = FIELDS_NAMED - self.found.len().min(FIELDS_NAMED);
-        self.found.extend(sample.fields.keys().take(room).cloned());
-    }
-
-    fn named(&self) -> String {
-        self.found.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
+        self.others |= !sample.fields.is_empty();
     }
 
     /// Where no sample of a whole source has any, that is an error of whoever named them: refusing all samples one by one would not tell.
@@ -124,25 +125,28 @@ impl Unseen {
     fn judge(self, source: &Source, piece: &Piece) -> Result<(), DataError> {
         let has_columns = matches!(source.kind(), SourceKind::Parquet | SourceKind::Csv);
         let few = !(has_columns || self.alone) && self.samples < FEW_SAMPLES;
-        if self.fields.is_empty() || self.found.is_empty() || few {
+        if self.fields.is_empty() || !self.others || few {
             return Ok(());
         }
-        if source.kind() == SourceKind::Jsonl && piece.bytes != (0..source.bytes()) && source.has_field(&self.fields)? {
+        let of_json = matches!(source.kind(), SourceKind::Jsonl | SourceKind::Json);
+        if of_json && piece.bytes != (0..source.bytes()) && source.has_field(&self.fields)? {
             return Ok(());
         }
-        let found = self.named();
+        let found = fields_of(source.clone(), piece)?;
         Err(DataError::CaptionField { source_name: source.name().to_owned(), fields: self.fields.join(", "), found })
     }
 }
 
-/// The fields that the first samples of a source have.
-pub(super) fn fields_of(source: &Source, piece: &Piece) -> Result<String, DataError> {
-    let mut unseen = Unseen { fields: vec![String::new()], found: BTreeSet::new(), samples: 0, alone: true };
-    source.read(piece, &mut |sample| {
-        unseen.look(&sample);
-        unseen.samples < FEW_SAMPLES
+/// The fields that the first samples of a source have, those within others too; as much as a message holds.
+pub(super) fn fields_of(source: Source, piece: &Piece) -> Result<String, DataError> {
+    let (mut found, mut samples) = (BTreeSet::new(), 0);
+    source.with(Within::Texts).read(piece, &mut |sample| {
+        samples += 1;
+        let room = FIELDS_NAMED - found.len().min(FIELDS_NAMED);
+        found.extend(sample.fields.into_keys().take(room));
+        samples < FEW_SAMPLES || found.is_empty()
     })?;
-    Ok(unseen.named())
+    Ok(found.into_iter().collect::<Vec<String>>().join(", "))
 }
 
 fn read_source(

@@ -18,8 +18,8 @@ use crate::plan::{DUPLICATES, Part, Plan, same};
 use crate::report::Refusal;
 use crate::source::stem;
 
-/// Of this many sources that share a name the first samples are looked at.
-const NAMESAKES: usize = 32;
+/// Of this many sources the first samples are looked at, of those that share a name first.
+const LOOKED_AT: usize = 32;
 
 /// One sample that is left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,15 +136,21 @@ impl Preparation {
         DataError::DuplicateKey { key, first: name(first), second: name(second), hint }
     }
 
-    /// Sources of one name often number their samples alike. If their first samples show it, that is told before anything is prepared, and not
-    /// when all is.
+    /// Sources often number their samples alike, most of all those of one name. If their first samples show it, that is told before anything is
+    /// prepared, and not when all is.
     pub(super) async fn refuse_alike(&self, plan: &Plan) -> Result<(), DataError> {
+        if plan.settings.key_prefix || plan.sources.len() == 1 {
+            return Ok(());
+        }
         let mut namesakes = BTreeMap::<&str, BTreeMap<usize, Part<'_>>>::new();
-        for part in plan.parts().filter(|_| !plan.settings.key_prefix) {
+        for part in plan.parts() {
             namesakes.entry(stem(&plan.sources[part.source].name)).or_default().entry(part.source).or_insert(part);
         }
-        let alike = namesakes.values().filter(|sources| sources.len() > 1).flat_map(BTreeMap::values);
-        let parts = &alike.copied().take(NAMESAKES).collect::<Vec<_>>();
+        let mut alike: Vec<_> = namesakes.values().collect();
+        alike.sort_by_key(|sources| sources.len() == 1);
+        let mut parts: Vec<_> = alike.into_iter().flat_map(BTreeMap::values).copied().take(LOOKED_AT).collect();
+        parts.sort_by_key(|part| part.source);
+        let parts = &parts;
         let looks = stream::iter(0..parts.len()).map(|at| async move { self.first_key(plan, &parts[at]).await });
         let keys: Vec<Option<String>> = looks.buffered(READ_AT_ONCE).collect().await;
         let mut seen = HashMap::new();

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::questions::Question;
 use super::scene_with;
 use super::world::{Scene, World};
-use super::write::{ScenesConfig, ScenesError, failed};
+use super::write::{ScenesConfig, ScenesError, failed, refuse_taken};
 
 /// What says which scenes a folder's prompts are of. It is written last.
 pub const SUITE: &str = "suite.json";
@@ -127,7 +127,7 @@ impl Suite {
     /// Writes `dense/KEY.txt` and `short/KEY.txt`, a prompt each, `dense.csv` and `short.csv` with their questions, and [`SUITE`].
     ///
     /// # Errors
-    /// A setting is out of its range, a prompt is there that is not of this suite, or the system refused.
+    /// A setting is out of its range, a prompt is there that is not of this suite, the folder holds something else, or the system refused.
     pub fn write(&self, out: &Path) -> Result<(), ScenesError> {
         ScenesConfig {
             world: self.world().unwrap_or_default(),
@@ -137,6 +137,7 @@ impl Suite {
             ..ScenesConfig::default()
         }
         .check()?;
+        refuse_taken(out)?;
         for telling in Telling::ALL {
             let folder = out.join(telling.name());
             fs::create_dir_all(&folder).map_err(failed(&folder, "create this folder"))?;

@@ -18,6 +18,7 @@ use super::{
     truth::Truth,
     world::{Scene, World},
 };
+use crate::{manifest::MANIFEST, plan::PLAN};
 
 /// The smallest and the largest picture.
 const SIZES: RangeInclusive<u32> = 16..=4096;
@@ -84,6 +85,14 @@ pub enum ScenesError {
         /// What there will be, as in `2 tars`.
         files: String,
     },
+    /// The folder is a prepared data set's.
+    #[error("{}: holds something else: a prepared data set ({file} is there); choose another folder", folder.display())]
+    Taken {
+        /// The folder.
+        folder: PathBuf,
+        /// What says so.
+        file: &'static str,
+    },
     /// The system refused: no such folder, no permission, a full disk.
     #[error("{}: cannot {action} ({source}); free space or choose another folder, then run the same command again", path.display())]
     Io {
@@ -141,9 +150,11 @@ impl ScenesConfig {
 /// its name when it is whole; one of this name is replaced. `progress` is told the number of scenes written so far.
 ///
 /// # Errors
-/// [`ScenesError`]: a setting out of range, a tar in the folder that is not of this set, or what the system refused.
+/// [`ScenesError`]: a setting out of range, a tar in the folder that is not of this set, a folder that holds something else, or what the system
+/// refused.
 pub fn write(out: &Path, config: &ScenesConfig, progress: &mut dyn FnMut(u64)) -> Result<ScenesReport, ScenesError> {
     config.check()?;
+    refuse_taken(out)?;
     fs::create_dir_all(out).map_err(failed(out, "create this folder"))?;
     refuse_stale(out, config.tars())?;
     let mut report = ScenesReport::default();
@@ -168,6 +179,14 @@ fn tar_name(tar: u64) -> String {
 
 pub(super) fn failed<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) -> ScenesError + 'a {
     move |source| ScenesError::Io { path: path.to_owned(), action, source }
+}
+
+/// Among the files of a prepared data set, tars would be nobody's.
+pub(super) fn refuse_taken(out: &Path) -> Result<(), ScenesError> {
+    match [PLAN, MANIFEST].into_iter().find(|file| out.join(file).exists()) {
+        Some(file) => Err(ScenesError::Taken { folder: out.to_owned(), file }),
+        None => Ok(()),
+    }
 }
 
 /// Tars of an earlier run with more scenes would silently join the set.
@@ -375,6 +394,19 @@ mod tests {
         let reversed = 4..=2;
         assert_eq!(refused(ScenesConfig { objects: reversed, ..config() }), "objects");
         assert!(!folder.exists());
+    }
+
+    #[test]
+    fn scenes_do_not_join_a_prepared_data_set() {
+        for file in ["plan.json", "manifest.json"] {
+            let out = tempfile::tempdir().unwrap();
+            fs::write(out.path().join(file), "").unwrap();
+            let error = write(out.path(), &config(), &mut |_| ()).unwrap_err();
+            assert!(matches!(&error, ScenesError::Taken { file: found, .. } if *found == file), "{error}");
+            let suite = crate::scenes::Suite::new(World::Mini, 9, 3, 1..=4);
+            assert!(matches!(suite.write(out.path()), Err(ScenesError::Taken { .. })));
+            assert_eq!(digests(out.path()).len(), 1);
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The picture: the column that the options name, or else the first of these that is there. Encoded bytes are preferred to paths:
 //! 1. in Parquet, bytes (a binary column, or a struct with binary `bytes` and perhaps a `path`, as `datasets` writes): `image`, `jpg`,
 //!    `jpeg`, `png`, `webp`, `gif`, `img`, `picture`, `image_bytes`, `bytes`;
-//! 2. a path or URL: `file_name`, `image_path`, `image`, `path`, `object_key`, `url`, `key`.
+//! 2. a path or URL: `file_name`, `image_path`, `image`, `path`, `object_key`, `url`, `image_file`, `filename`, `filepath`, `image_url`, `key`.
 //!
 //! The key: the column that the options name, or else `key`, `__key__`, `id` (unless that is the picture's path); where a row has none,
 //! its picture's path without the ending; where there is none either, the file's stem and the row's number.
@@ -13,7 +13,8 @@ use super::sample::key_of_path;
 /// Columns of encoded pictures, the preferred first.
 pub(super) const BYTES: [&str; 10] = ["image", "jpg", "jpeg", "png", "webp", "gif", "img", "picture", "image_bytes", "bytes"];
 /// Columns of paths, the preferred first.
-pub(super) const PATHS: [&str; 7] = ["file_name", "image_path", "image", "path", "object_key", "url", "key"];
+pub(super) const PATHS: [&str; 11] =
+    ["file_name", "image_path", "image", "path", "object_key", "url", "image_file", "filename", "filepath", "image_url", "key"];
 /// Columns of keys, the preferred first.
 const KEYS: [&str; 3] = ["key", "__key__", "id"];
 

@@ -7,7 +7,7 @@ use ella_store::{Meta, Store, redacted};
 use futures::{StreamExt, TryStreamExt, stream};
 use glob::{MatchOptions, Pattern};
 
-use super::{Source, SourceKind, SourceOptions, braces};
+use super::{Source, SourceKind, SourceOptions, Within, braces};
 use crate::error::DataError;
 use crate::verify::Damage;
 
@@ -17,14 +17,14 @@ const HEADS: usize = 32;
 const LIST_FROM: usize = 256;
 /// Files that make a folder one source, with pictures in files of their own.
 const METADATA: [&str; 3] = ["metadata.csv", "metadata.jsonl", "metadata.parquet"];
-const ACCEPTED: &str = "expected a .tar, .parquet, .jsonl, .ndjson or .csv file";
+const ACCEPTED: &str = "expected a .tar, .parquet, .jsonl, .ndjson, .json or .csv file";
 /// As a shell matches: `*` does not cross folders, and hidden files must be named.
 const MATCH: MatchOptions = MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
 
 impl Source {
     /// The sources that a location names, sorted by name. A location is a path or URL (`file://`, `s3://`, `gs://`, `az://`,
     /// `http(s)://`) of
-    /// - a file: `.tar`, `.parquet`, `.jsonl`, `.ndjson` or `.csv`;
+    /// - a file: `.tar`, `.parquet`, `.jsonl`, `.ndjson`, `.json` or `.csv`;
     /// - a folder: all tars and Parquet files directly in it that are not hidden (but no Parquet file beside a tar of the same name: that
     ///   is what img2dataset says of the tar); or, if it holds `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, that list of
     ///   pictures (`imagefolder`); not both;
@@ -142,6 +142,7 @@ fn kind(name: &str) -> Result<SourceKind, String> {
         Some("tar") => Ok(SourceKind::Tar),
         Some("parquet") => Ok(SourceKind::Parquet),
         Some("jsonl" | "ndjson") => Ok(SourceKind::Jsonl),
+        Some("json") => Ok(SourceKind::Json),
         Some("csv") => Ok(SourceKind::Csv),
         _ if packed => Err(format!("is compressed ({ACCEPTED}); unpack it first: pictures are compressed already")),
         _ => Err(format!("is no source ({ACCEPTED})")),
@@ -228,7 +229,8 @@ impl Place {
         let kind = kind(&meta.key).map_err(|what| refused(&name, &what))?;
         let (folder, key) = meta.key.rsplit_once('/').unwrap_or(("", &meta.key));
         let (store, key) = (store.child(folder), key.to_owned());
-        Ok(Source { store, key, name, bytes: meta.bytes, stamp: meta.stamp, kind, options: options.clone() })
+        let (options, within) = (options.clone(), Within::default());
+        Ok(Source { store, key, name, bytes: meta.bytes, stamp: meta.stamp, kind, options, within })
     }
 }
 

@@ -1,16 +1,18 @@
-//! Lists: JSON lines and CSV files whose rows name picture files.
+//! Lists: JSON lines, JSON arrays and CSV files whose rows name picture files.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::io::Read;
 use std::ops::Range;
 
 use serde_json::{Map, Value};
 
+use super::array::{Lines, NoArray};
 use super::columns::{self, PATHS};
 use super::fetch::{Pictures, RangeReader, Windows, data_error};
 use super::rows::{Format, MAX_ROW_BYTES, Rows, values};
 use super::sample::{Field, Fields, Sample, json_object};
-use super::{Piece, PieceRead, Source, SourceKind};
+use super::{Piece, PieceRead, Source, SourceKind, Within, within};
 use crate::error::DataError;
 
 /// Rows of a piece.
@@ -22,7 +24,7 @@ const WINDOWS: Windows = Windows { bytes: 4 << 20, ahead: 2 };
 pub(super) fn pieces(source: &Source) -> Result<Vec<Piece>, DataError> {
     let list = List::open(source)?;
     let mut rows = list.rows(list.header_end..source.bytes);
-    let (mut pieces, mut row, mut fits) = (Vec::<Piece>::new(), 0, list.picture_of_header()?);
+    let (mut pieces, mut row, mut fits, mut lacks) = (Vec::<Piece>::new(), 0, list.picture_of_header()?, None);
     loop {
         let next = rows.next().map_err(|e| list.error(e))?;
         let at = next.as_ref().map_or(source.bytes, |row| row.at + list.header_end);
@@ -34,24 +36,26 @@ pub(super) fn pieces(source: &Source) -> Result<Vec<Piece>, DataError> {
         if row % PIECE_ROWS == 0 {
             pieces.push(Piece { rows: row..row, bytes: at..at });
         }
-        // Rows of JSON each have their own columns; the first sound one tells whether this is a list of pictures at all.
+        // Rows of JSON each have their own columns; one with a picture's tells that this is a list of pictures at all.
         if !fits && let Some(Values::Json(object)) = next.bytes.and_then(|bytes| list.values(bytes)) {
             let names: Vec<&str> = object.keys().map(String::as_str).collect();
-            list.picture_among(&names).ok_or_else(|| source.no_picture(&names))?;
-            fits = true;
+            fits = list.picture_among(&names).is_some();
+            lacks.get_or_insert_with(|| source.no_picture(&names));
         }
         row += 1;
+    }
+    if let Some(lacks) = lacks.filter(|_| !fits) {
+        return Err(lacks);
     }
     if pieces.is_empty() { Err(source.corrupt(0, "holds no rows (expected samples)")) } else { Ok(pieces) }
 }
 
-/// Whether any row has a column of one of these names. Blocks.
+/// Whether any row has a column of one of these names, or a field within one. Blocks.
 pub(super) fn has_field(source: &Source, fields: &[String]) -> Result<bool, DataError> {
     let list = List::open(source)?;
     let mut rows = list.rows(list.header_end..source.bytes);
     while let Some(row) = rows.next().map_err(|e| list.error(e))? {
-        let has = |values: &Values<'_>| fields.iter().any(|field| values.names().contains(&field.as_str()));
-        if row.bytes.and_then(|bytes| list.values(bytes)).is_some_and(|values| has(&values)) {
+        if row.bytes.and_then(|bytes| list.values(bytes)).is_some_and(|values| fields.iter().any(|field| values.has(field))) {
             return Ok(true);
         }
     }
@@ -116,12 +120,19 @@ impl<'a> List<'a> {
         Ok(list)
     }
 
-    fn rows(&self, range: Range<u64>) -> Rows<RangeReader> {
-        Rows::new(RangeReader::new(self.source, range, WINDOWS), self.format)
+    fn rows(&self, range: Range<u64>) -> Rows<Box<dyn Read>> {
+        let (at, last) = (range.start, range.end == self.source.bytes);
+        let bytes = RangeReader::new(self.source, range, WINDOWS);
+        let lines: Box<dyn Read> =
+            if self.source.kind == SourceKind::Json { Box::new(Lines::new(bytes, at, last)) } else { Box::new(bytes) };
+        Rows::new(lines, self.format)
     }
 
     fn error(&self, error: std::io::Error) -> DataError {
-        data_error(error, |e| self.source.corrupt(0, &format!("cannot be read ({e})")))
+        data_error(error, |e| match e.get_ref().and_then(|e| e.downcast_ref::<NoArray>()) {
+            Some(none) => self.source.corrupt(none.at, &none.to_string()),
+            None => self.source.corrupt(0, &format!("cannot be read ({e})")),
+        })
     }
 
     fn picture_among<'n>(&self, names: &[&'n str]) -> Option<&'n str> {
@@ -157,7 +168,7 @@ impl<'a> List<'a> {
         let key = columns::keys(self.source.options.key_column.as_deref(), picture).find_map(|name| values.bytes(name));
         let mut sample = Sample::of_key(&columns::key_of(key.as_deref(), path.as_deref(), self.source.stem(), number));
         let path = path.map(Cow::into_owned);
-        sample.fields = values.fields();
+        sample.fields = values.fields(&self.source.within);
         (sample, path)
     }
 
@@ -174,6 +185,13 @@ impl Values<'_> {
         }
     }
 
+    fn has(&self, field: &str) -> bool {
+        match self {
+            Values::Json(object) => within::at(object, field).is_some(),
+            Values::Csv(values) => values.contains_key(field),
+        }
+    }
+
     /// A text or number as it is written; none if there is no such, or an empty one.
     fn bytes(&self, name: &str) -> Option<Cow<'_, [u8]>> {
         let found = match self {
@@ -187,9 +205,9 @@ impl Values<'_> {
         found.filter(|bytes| !bytes.is_empty())
     }
 
-    fn fields(self) -> Fields {
+    fn fields(self, within: &Within) -> Fields {
         match self {
-            Values::Json(object) => object.into_iter().map(|(name, value)| (name, Field::json(value))).collect(),
+            Values::Json(object) => within.fields(object),
             Values::Csv(values) => values.into_iter().map(|(name, value)| (name.to_owned(), csv_field(&value))).collect(),
         }
     }

@@ -1,12 +1,13 @@
 //! Sources: the files that samples come from, wherever they lie.
 //!
-//! A [`Source`] is one file: a WebDataset tar, a Parquet file, or a list (JSON lines, CSV) whose rows name picture files. It falls into
+//! A [`Source`] is one file: a WebDataset tar, a Parquet file, or a list (JSON, CSV) whose rows name picture files. It falls into
 //! [`Piece`]s, which can be prepared apart; a piece is read sample by sample, in the order of the file. What is read depends on the
 //! file's bytes only (and, for lists, on those of the pictures), never on how it was found or fetched.
 //!
 //! Memory while a piece is read: of a tar, one sample; of a list, sixteen pictures of which at most 8 MiB each are fetched before
 //! they are wanted; of a Parquet file, some pages (larger ones lie in a temporary file), whatever the size of its row groups.
 
+mod array;
 mod braces;
 mod columns;
 mod fetch;
@@ -18,6 +19,7 @@ mod sample;
 mod tar;
 #[cfg(test)]
 mod tests;
+mod within;
 
 use std::ops::Range;
 
@@ -27,6 +29,7 @@ use tokio::runtime::Handle;
 
 pub use self::rows::csv_records;
 pub use self::sample::{Field, Fields, Member, Sample};
+pub(crate) use self::within::Within;
 use crate::error::DataError;
 
 /// What a source is, by the ending of its name.
@@ -39,6 +42,8 @@ pub enum SourceKind {
     Parquet,
     /// `.jsonl`, `.ndjson`: an object a line, with the path of its picture.
     Jsonl,
+    /// `.json`: an array of such objects.
+    Json,
     /// `.csv`: names of columns, then rows, with the path of the picture.
     Csv,
 }
@@ -49,7 +54,7 @@ pub enum SourceKind {
 pub struct SourceOptions {
     /// The column that holds the picture or its path. None: in Parquet the first that holds bytes of `image`, `jpg`, `jpeg`, `png`,
     /// `webp`, `gif`, `img`, `picture`, `image_bytes`, `bytes`; else the first of `file_name`, `image_path`, `image`, `path`, `object_key`,
-    /// `url`, `key`.
+    /// `url`, `image_file`, `filename`, `filepath`, `image_url`, `key`.
     pub image_column: Option<String>,
     /// The column that holds the sample's key. None: the first of `key`, `__key__`, `id`. Where a row has none, the key is its
     /// picture's path without the ending; where there is none either, the file's stem and the row's number.
@@ -67,6 +72,7 @@ pub struct Source {
     stamp: Option<String>,
     kind: SourceKind,
     options: SourceOptions,
+    within: Within,
 }
 
 /// The part of a source that one unit of work prepares: a whole tar; row groups of a Parquet file, 256 MB or the first that is larger;
@@ -124,6 +130,11 @@ impl Source {
         self.bytes
     }
 
+    /// The same, with these fields within others.
+    pub(crate) fn with(self, within: Within) -> Source {
+        Source { within, ..self }
+    }
+
     /// What kind of file it is.
     pub fn kind(&self) -> SourceKind {
         self.kind
@@ -137,12 +148,13 @@ impl Source {
     /// What it falls into, in the order of the file. A pure function of the file's content.
     ///
     /// # Errors
-    /// `SourceCorrupt` for a file that is empty or not of its kind, `SourceColumns` if no column names a picture, `Store`.
+    /// `SourceCorrupt` for a file that is empty or not of its kind, `SourceColumns` if no column names a picture, `SourceLocation` for a field
+    /// that is named and cannot be read, `Store`.
     pub async fn pieces(&self) -> Result<Vec<Piece>, DataError> {
         match self.kind {
             SourceKind::Tar => Ok(vec![Piece { rows: 0..0, bytes: 0..self.bytes }]),
             SourceKind::Parquet => parquet::pieces(self).await,
-            SourceKind::Jsonl | SourceKind::Csv => {
+            SourceKind::Jsonl | SourceKind::Json | SourceKind::Csv => {
                 let source = self.clone();
                 let stopped = |e: tokio::task::JoinError| DataError::Stopped { source_name: self.name.clone(), what: e.to_string() };
                 tokio::task::spawn_blocking(move || list::pieces(&source)).await.map_err(stopped)?
@@ -160,7 +172,7 @@ impl Source {
         match self.kind {
             SourceKind::Tar => tar::read(self, each),
             SourceKind::Parquet => parquet::read(self, piece, each),
-            SourceKind::Jsonl | SourceKind::Csv => list::read(self, piece, each),
+            SourceKind::Jsonl | SourceKind::Json | SourceKind::Csv => list::read(self, piece, each),
         }
     }
 

@@ -1,8 +1,8 @@
 //! WebDataset tars, read as a stream, sample by sample.
 //!
 //! A sample is a run of neighbouring members with the same key: the member's path up to the first dot of its base name. Members
-//! whose base name begins with a dot or with `__`, folders and links belong to no sample. `.txt` is the field `txt`, `.NAME.txt` the
-//! field `NAME.txt`; each top-level entry of the object in `.json` is a field, where no text file has that name.
+//! whose base name begins with a dot or with `__`, folders and links belong to no sample. `.txt` is the field `txt`, `.caption` the field
+//! `caption`, `.NAME.txt` the field `NAME.txt`; each top-level entry of the object in `.json` is a field, where no text file has that name.
 
 use std::collections::btree_map::Entry;
 use std::io::{self, Read};
@@ -14,7 +14,7 @@ use tokio_util::io::{StreamReader, SyncIoBridge};
 use super::fetch::data_error;
 use super::rows::BYTE_ORDER_MARK;
 use super::sample::{Field, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Member, Sample, json_object};
-use super::{PieceRead, Source};
+use super::{PieceRead, Source, Within};
 use crate::error::DataError;
 
 /// Larger `.json` files are not read into memory.
@@ -24,7 +24,7 @@ const BLOCK: u64 = 512;
 /// Reads a whole tar. Blocks.
 pub(super) fn read(source: &Source, each: &mut dyn FnMut(Sample) -> bool) -> Result<Option<PieceRead>, DataError> {
     let bytes = source.store.stream(&source.key).map_err(io::Error::other);
-    let read = read_samples(&source.name, SyncIoBridge::new(StreamReader::new(bytes)), each)?;
+    let read = read_samples(&source.name, &source.within, SyncIoBridge::new(StreamReader::new(bytes)), each)?;
     match &read {
         Some(read) if read.bytes != source.bytes => {
             Err(source.changed(&format!("{} bytes", source.bytes), &format!("{} bytes", read.bytes)))
@@ -35,9 +35,14 @@ pub(super) fn read(source: &Source, each: &mut dyn FnMut(Sample) -> bool) -> Res
 
 /// Reads a tar to its end and hands over each sample in turn; `each` returns false to stop early (then `None`).
 /// Never holds more than one sample in memory.
-fn read_samples(name: &str, from: impl Read, each: &mut dyn FnMut(Sample) -> bool) -> Result<Option<PieceRead>, DataError> {
+fn read_samples(
+    name: &str,
+    within: &Within,
+    from: impl Read,
+    each: &mut dyn FnMut(Sample) -> bool,
+) -> Result<Option<PieceRead>, DataError> {
     let mut counted = Counted { inner: from, hash: Hasher::new(), bytes: 0, ended: false, failed: false };
-    let mut grouper = Grouper::default();
+    let mut grouper = Grouper::new(within);
     let corrupt = |offset, what: String| DataError::SourceCorrupt { source_name: name.to_owned(), offset, what };
     // Archives that were joined into one file (`cat a.tar b.tar`) are read one after the other. What was read of the next one already.
     let (mut begun, mut members) = (Vec::new(), 0u64);
@@ -105,7 +110,9 @@ fn behind(name: &str, start: u64, error: io::Error, counted: &mut Counted<impl R
 fn explain<R>(error: &io::Error, counted: &Counted<R>) -> String {
     match error.kind() {
         _ if counted.failed => format!("cannot be read ({error})"),
-        io::ErrorKind::UnexpectedEof => "is truncated (expected more bytes of a member)".into(),
+        kind if kind == io::ErrorKind::UnexpectedEof || counted.ended && counted.bytes > BLOCK => {
+            "is truncated (expected more bytes of a member)".into()
+        }
         _ if counted.bytes <= BLOCK => format!("is not a plain tar ({error}; compressed tars must be unpacked first)"),
         _ => format!("is corrupt ({error})"),
     }
@@ -130,7 +137,8 @@ impl Kind {
         match extension.to_ascii_lowercase().as_slice() {
             b"jpg" | b"jpeg" | b"png" | b"webp" | b"gif" => Kind::Image,
             b"json" => Kind::Json,
-            extension if extension == b"txt" || extension.ends_with(b".txt") => Kind::Text,
+            b"txt" | b"caption" => Kind::Text,
+            extension if extension.ends_with(b".txt") => Kind::Text,
             _ => Kind::Other,
         }
     }
@@ -192,15 +200,19 @@ fn text_of(data: &Member) -> Field {
 }
 
 /// Collects members into samples.
-#[derive(Default)]
-struct Grouper {
+struct Grouper<'a> {
+    within: &'a Within,
     key: Option<Vec<u8>>,
     extensions: Vec<Vec<u8>>,
     sample: Sample,
     ignored: u64,
 }
 
-impl Grouper {
+impl<'a> Grouper<'a> {
+    fn new(within: &'a Within) -> Grouper<'a> {
+        Grouper { within, key: None, extensions: Vec::new(), sample: Sample::default(), ignored: 0 }
+    }
+
     fn add(&mut self, member: TarMember, each: &mut dyn FnMut(Sample) -> bool) -> bool {
         let Some((key, extension)) = split(&member.path).filter(|_| !member.path.ends_with(b"/")) else {
             self.ignored += 1;
@@ -238,9 +250,9 @@ impl Grouper {
             self.sample.fields.insert("json".into(), field);
             return;
         };
-        for (name, value) in object {
+        for (name, field) in self.within.fields(object) {
             if let Entry::Vacant(entry) = self.sample.fields.entry(name) {
-                entry.insert(Field::json(value));
+                entry.insert(field);
             }
         }
     }
@@ -303,7 +315,7 @@ mod tests {
                 Err(io::Error::other("connection reset"))
             }
         }
-        let error = read_samples("s3://b/x.tar", Failing, &mut |_| true).unwrap_err().to_string();
+        let error = read_samples("s3://b/x.tar", &Within::default(), Failing, &mut |_| true).unwrap_err().to_string();
         assert!(error.contains("s3://b/x.tar: cannot be read (connection reset)"), "{error}");
     }
 
@@ -328,7 +340,7 @@ mod tests {
         let tar = builder.into_inner().unwrap();
         let keys = |tar: &[u8]| {
             let mut keys = Vec::new();
-            let read = read_samples("x.tar", tar, &mut |sample| {
+            let read = read_samples("x.tar", &Within::default(), tar, &mut |sample| {
                 keys.push(sample.key);
                 true
             });
@@ -338,6 +350,15 @@ mod tests {
         assert_eq!(keys(&tar[..tar.len() - 512]).unwrap().0, "a b", "one block of zeroes is enough");
         let error = keys(&tar[..tar.len() - 1024]).unwrap_err().to_string();
         assert!(error.contains("is truncated (expected an end-of-archive block)"), "{error}");
+    }
+
+    #[test]
+    fn a_tar_that_is_cut_anywhere_is_said_to_be_truncated() {
+        let whole = tar_of_texts(&["a.txt", "b.json", "c.cls"]);
+        for cut in BLOCK as usize + 1..=whole.len() - 2 * BLOCK as usize {
+            let error = read_samples("x.tar", &Within::default(), &whole[..cut], &mut |_| true).unwrap_err().to_string();
+            assert!(error.contains("x.tar: is truncated"), "{cut}: {error}");
+        }
     }
 
     fn tar_of_texts(names: &[&str]) -> Vec<u8> {
@@ -355,7 +376,7 @@ mod tests {
     fn archives_that_were_joined_are_read_to_the_last() {
         let keys = |tar: &[u8]| {
             let mut keys = Vec::new();
-            let read = read_samples("x.tar", tar, &mut |sample| {
+            let read = read_samples("x.tar", &Within::default(), tar, &mut |sample| {
                 keys.push(sample.key);
                 true
             });
@@ -383,7 +404,7 @@ mod tests {
         }
         let tar = builder.into_inner().unwrap();
         let mut keys = Vec::new();
-        let read = read_samples("x.tar", tar.as_slice(), &mut |sample| {
+        let read = read_samples("x.tar", &Within::default(), tar.as_slice(), &mut |sample| {
             keys.push(sample.key);
             keys.len() < 2
         });

@@ -17,8 +17,8 @@ async fn source(faults: &Faults, name: &str, bytes: &[u8], others: &[(&str, &[u8
         Some((_, "csv")) => SourceKind::Csv,
         _ => SourceKind::Parquet,
     };
-    let options = SourceOptions::default();
-    Source { store, key: name.into(), name: format!("memory://{name}"), bytes: meta.bytes, stamp: meta.stamp, kind, options }
+    let (options, within) = (SourceOptions::default(), Within::default());
+    Source { store, key: name.into(), name: format!("memory://{name}"), bytes: meta.bytes, stamp: meta.stamp, kind, options, within }
 }
 
 async fn images(source: &Source) -> Result<Vec<Member>, DataError> {

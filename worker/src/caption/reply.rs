@@ -63,6 +63,7 @@ impl Reply {
     /// What is wrong with it, in words.
     pub(super) fn read(body: &[u8]) -> Result<Self, String> {
         let read = serde_json::from_slice::<Completion>(body);
+        let read = read.or_else(|error| serde_json::from_slice(&whole_pairs(body)).map_err(|_| error));
         let Completion { choices, usage } = read.map_err(|error| error.to_string())?;
         let Choice { message, finish_reason } = choices.into_iter().next().ok_or("it has no choices")?;
         Ok(Self {
@@ -104,6 +105,28 @@ impl Reply {
             _ => Ok(text.to_owned()),
         }
     }
+}
+
+/// The same JSON with U+FFFD in the place of each half of a surrogate pair: some servers write such where an answer ends within a character, and it
+/// would end so again.
+fn whole_pairs(body: &[u8]) -> Vec<u8> {
+    let unit = |at: usize| {
+        let digits = body.get(at..at + 6)?.strip_prefix(b"\\u")?;
+        u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
+    };
+    let (mut out, mut at) = (body.to_vec(), 0);
+    while at < body.len() {
+        at += match (unit(at), unit(at + 6)) {
+            (Some(0xd800..0xdc00), Some(0xdc00..0xe000)) => 12,
+            (Some(0xd800..0xe000), _) => {
+                out[at + 2..at + 6].copy_from_slice(b"fffd");
+                6
+            }
+            _ if body[at] == b'\\' => 2,
+            _ => 1,
+        };
+    }
+    out
 }
 
 /// What follows a model's thoughts, where its server leaves them in the answer. Thoughts without an end are all there is, and no caption.
@@ -226,6 +249,20 @@ mod tests {
             let error = Reply::read(body).unwrap_err();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn half_a_character_costs_no_more_than_itself() {
+        let said = |text: &str| Reply::read(format!(r#"{{"choices": [{{"message": {{"content": "{text}"}}}}]}}"#).as_bytes());
+        for (text, expected) in [
+            (r"a cup \ud83d", "a cup \u{fffd}"),
+            (r"\ude00 a \ud83d\ude00 cup", "\u{fffd} a 😀 cup"),
+            (r"\ud83d\ud83d\ude00\\ud83d", "\u{fffd}😀\\ud83d"),
+            (r"\ud83d\n\ud83d.", "\u{fffd} \u{fffd}."),
+        ] {
+            assert_eq!(said(text).unwrap().text, expected, "{text}");
+        }
+        assert!(said(r"a cup \ud8").is_err());
     }
 
     #[test]

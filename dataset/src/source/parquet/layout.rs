@@ -1,10 +1,10 @@
 //! Which of a Parquet file's columns hold what.
 
 use parquet::basic::{ConvertedType, LogicalType, Type};
-use parquet::schema::types::{ColumnDescriptor, SchemaDescriptor};
+use parquet::schema::types::{ColumnDescPtr, ColumnDescriptor, SchemaDescriptor};
 
 use crate::error::DataError;
-use crate::source::{Source, columns};
+use crate::source::{Source, Within, columns};
 
 /// What is read of a file, by the number of the column (leaf).
 #[derive(Debug, PartialEq, Eq)]
@@ -46,11 +46,39 @@ impl Layout {
         for field in names.iter().filter(|field| picture.is_none() || **field != name) {
             match find(&[field], is_field) {
                 Some(column) => fields.push(((*field).to_owned(), column)),
-                None => others.push((*field).to_owned()),
+                None => others.extend(other(source, schema, field)),
+            }
+        }
+        for path in source.within.paths().iter().filter(|path| !names.contains(&path.as_str())) {
+            match find(&path.split('.').collect::<Vec<_>>(), is_field) {
+                Some(column) => fields.push((path.clone(), column)),
+                None => refuse_list(source, schema, path)?,
             }
         }
         Ok(Layout { picture, path, keys, fields, others })
     }
+}
+
+/// What is told of a column that is no field: its name or, where that is asked for, those of the texts in it.
+fn other(source: &Source, schema: &SchemaDescriptor, name: &str) -> Vec<String> {
+    let within = |column: &&ColumnDescPtr| column.path().parts().first().is_some_and(|first| first == name);
+    let texts = schema.columns().iter().filter(within).filter(|column| column.max_rep_level() == 0 && is_text(column));
+    let texts: Vec<String> = match source.within {
+        Within::Texts => texts.map(|column| column.path().string()).collect(),
+        Within::Named(_) => Vec::new(),
+    };
+    if texts.is_empty() { vec![name.to_owned()] } else { texts }
+}
+
+/// Of a list one entry cannot be read apart here.
+fn refuse_list(source: &Source, schema: &SchemaDescriptor, path: &str) -> Result<(), DataError> {
+    let first = path.split('.').next();
+    let in_list = |column: &ColumnDescPtr| column.max_rep_level() > 0 && column.path().parts().first().map(String::as_str) == first;
+    if !schema.columns().iter().any(in_list) {
+        return Ok(());
+    }
+    let what = format!("the field {path} lies in a list, and of lists in Parquet files none is read; write the rows as .jsonl instead");
+    Err(DataError::SourceLocation { location: source.name.clone(), what })
 }
 
 fn is_bytes(column: &ColumnDescriptor) -> bool {
