@@ -413,3 +413,70 @@ impl Service<Uri> for ClientTls {
         })
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use rustls::{ClientConnection, Connection, ServerConnection};
+    use std::net::Ipv4Addr;
+
+    /// Certificates of two CAs, which workers' own tests use.
+    const CERTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../worker/src/reduce/tcp/certs");
+
+    fn files(folder: &Path) -> TlsFiles {
+        let [cert, key, ca] = ["tls.crt", "tls.key", "ca.crt"].map(|name| Some(folder.join(name)));
+        TlsFiles { cert, key, ca }
+    }
+
+    /// As if enough time had passed since the files were read.
+    fn later(tls: &ClientTls) -> PeerTls {
+        let mut kept = tls.0.kept.lock().unwrap();
+        kept.read = kept.read.checked_sub(FRESH).unwrap();
+        drop(kept);
+        tls.peers().unwrap()
+    }
+
+    fn pass(from: &mut Connection, to: &mut Connection) -> Result<(), rustls::Error> {
+        let mut bytes = Vec::new();
+        while from.wants_write() {
+            from.write_tls(&mut bytes).unwrap();
+        }
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            to.read_tls(&mut rest).unwrap();
+            to.process_new_packets()?;
+        }
+        Ok(())
+    }
+
+    /// Whether these two get through a handshake, whoever calls.
+    fn meet(one: &PeerTls, other: &PeerTls) -> bool {
+        [(one, other), (other, one)].into_iter().all(|(calls, called)| {
+            let mut calls = ClientConnection::new(calls.calls.clone(), Ipv4Addr::LOCALHOST.into()).unwrap().into();
+            let mut called = ServerConnection::new(called.called.clone()).unwrap().into();
+            (0..2).all(|_| pass(&mut calls, &mut called).and_then(|()| pass(&mut called, &mut calls)).is_ok())
+        })
+    }
+
+    #[test]
+    fn workers_meet_with_their_newest_certificates_and_broken_ones_change_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let [ours, others] = ["ours", "others"].map(|ca| ClientTls::load(&files(&Path::new(CERTS).join(ca))).unwrap().peers().unwrap());
+        let put = |ca: &str| {
+            for name in ["tls.crt", "tls.key", "ca.crt"] {
+                std::fs::copy(Path::new(CERTS).join(ca).join(name), folder.path().join(name)).unwrap();
+            }
+        };
+        put("ours");
+        let tls = ClientTls::load(&files(folder.path())).unwrap();
+        let before = tls.peers().unwrap();
+        assert!(meet(&before, &ours) && !meet(&before, &others));
+        put("others");
+        let after = later(&tls);
+        assert!(meet(&after, &others) && !meet(&after, &ours));
+        std::fs::write(folder.path().join("tls.key"), "half of it").unwrap();
+        assert!(meet(&later(&tls), &others));
+        assert_eq!(tls.0.failed_reloads(), 1);
+    }
+}

@@ -120,6 +120,15 @@ pub enum CollectiveError {
         /// The system's reason.
         source: io::Error,
     },
+    /// What arrived of another rank's state is something else.
+    #[error(
+        "what was copied of rank {root}'s state is not what that rank has: its sums differ, so that bytes changed on the way or in memory; start this \
+         worker again, and look at its machine and network if it comes again"
+    )]
+    Torn {
+        /// The rank that was copied from.
+        root: u32,
+    },
     /// A tensor that cannot be reduced as it is.
     #[error("tensor of shape {shape:?}: expected {expected}, found {found}")]
     Tensor {
@@ -157,7 +166,11 @@ impl CollectiveError {
         match self {
             // The GPU may be at its tensors still: only the end of this process frees them.
             Self::Nccl(nccl_rs::Error::Timeout { call: "ncclCommAbort", .. } | nccl_rs::Error::Thread { .. }) => false,
-            Self::SharedGpu { .. } | Self::Tensor { .. } | Self::Torch(_) | Self::Stream(_) | Self::Bind { .. } => false,
+            // The next generation finds the same library.
+            Self::Nccl(nccl_rs::Error::Absent { .. } | nccl_rs::Error::Symbol { .. }) => false,
+            Self::Torn { .. } | Self::SharedGpu { .. } | Self::Tensor { .. } | Self::Torch(_) | Self::Stream(_) | Self::Bind { .. } => {
+                false
+            }
             _ => true,
         }
     }

@@ -309,6 +309,13 @@ mod tests {
     }
 
     #[test]
+    fn a_library_that_is_not_there_is_no_peers_fault() {
+        let absent = nccl_rs::Error::Absent { library: "libnccl.so.2", tried: String::new() };
+        assert!(!CollectiveError::from(absent).is_of_peers());
+        assert!(CollectiveError::from(nccl_rs::Error::Aborted { call: "collective" }).is_of_peers());
+    }
+
+    #[test]
     fn all_ranks_get_the_identifier_that_rank_0_made() {
         for id in on_all(3, |rank| agree_on_id::<CollectiveError>(rank, || Ok(UniqueId([9; 128])))) {
             assert_eq!(id.expect("all take part"), UniqueId([9; 128]));

@@ -1,14 +1,15 @@
 //! What goes over a connection besides data: the greeting, once, and a header before each operation's data.
 //!
 //! A greeting proves that its sender knows the generation's secret, which the coordinator hands out and nobody sends here: it is a keyed hash
-//! over the greeting and a nonce, and in an answer over the caller's nonce too. Data is hidden and proved only where the connection is under TLS.
+//! over the greeting and a nonce, and in an answer over the caller's nonce too. Data is hidden and proved only where the connection is under TLS;
+//! there the keys of greetings are the session's own, so that nobody can say on in one session what was said in another.
 
 use crate::reduce::{Op, OpKind};
 
 /// Tells this protocol, and this machine's byte order, from anything else: it is sent in native order.
 const MAGIC: u64 = 0x656c_6c61_7269_6e67;
 /// Raised when frames change.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// What any TLS that calls says first: a record of its handshake.
 const TLS: [u8; 2] = [22, 3];
 /// What makes these keys of the session's bytes, and no others.
@@ -33,6 +34,11 @@ pub(super) struct Key([u8; 32]);
 impl Key {
     pub(super) fn new(session: &[u8; 16]) -> Self {
         Self(blake3::derive_key(CONTEXT, session))
+    }
+
+    /// The one for a session of TLS, by what that has and no other. No proof is over as few bytes as this.
+    pub(super) fn within(&self, binding: &[u8; 32]) -> Self {
+        Self(*blake3::keyed_hash(&self.0, binding).as_bytes())
     }
 
     fn proof(&self, said: &[u8], answered: Option<Nonce>) -> blake3::Hash {
@@ -220,10 +226,17 @@ mod tests {
     #[test]
     fn only_who_knows_the_secret_proves_a_greeting_and_an_answer_is_to_one_greeting() {
         let (key, other) = (Key::new(&[1; 16]), Key::new(&[2; 16]));
+        let [here, there] = [3, 4].map(|session| key.within(&[session; 32]));
+        let under_tls = HELLO.encode(&here, None);
+        assert!(Hello::is_proven(&under_tls, &here, None));
         let (call, answer) = (HELLO.encode(&key, None), HELLO.encode(&key, Some([9; 16])));
         assert!(Hello::is_proven(&call, &key, None) && Hello::is_proven(&answer, &key, Some([9; 16])));
         for (bytes, key, answered) in
-            [(call, &other, None), (call, &key, Some([9; 16])), (answer, &key, None), (answer, &key, Some([8; 16]))]
+            [(call, &other, None), (call, &key, Some([9; 16])), (answer, &key, None), (answer, &key, Some([8; 16]))].into_iter().chain([
+                (under_tls, &there, None),
+                (under_tls, &key, None),
+                (call, &here, None),
+            ])
         {
             assert!(!Hello::is_proven(&bytes, key, answered));
         }

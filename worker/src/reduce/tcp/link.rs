@@ -8,13 +8,15 @@ use std::io::{self, BufReader, ErrorKind, IoSlice, Read, Write};
 use std::net::{IpAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ella_proto::access::PeerTls;
+use rustix::event::{PollFd, PollFlags};
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use rustls::{ClientConnection, Connection, ServerConnection};
 
 use super::CHUNK;
-use super::ring::transient;
+use super::ring::{poll_for, transient};
 
 /// A connection that does not block.
 #[derive(Debug)]
@@ -66,10 +68,27 @@ impl Link {
         }
     }
 
-    /// Says the first bytes on a connection, which its buffer always holds; or keeps them until the handshake is over.
+    /// Says the first bytes on a connection, which its buffer always holds.
     pub(super) fn say(&mut self, bytes: &[u8]) -> io::Result<()> {
         let taken = self.write(&[IoSlice::new(bytes)])?;
         if taken < bytes.len() || self.holds() { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
+    }
+
+    /// Whether the handshake is not over yet; reading goes on with it.
+    pub(super) fn is_handshaking(&self) -> bool {
+        matches!(self, Self::Tls(tls) if tls.session.is_handshaking())
+    }
+
+    /// What this session of TLS has and no other, whoever made both (RFC 9266); once the handshake is over. None in clear text.
+    pub(super) fn binding(&self) -> io::Result<Option<[u8; 32]>> {
+        let Self::Tls(tls) = self else { return Ok(None) };
+        tls.session.export_keying_material([0; 32], b"EXPORTER-Channel-Binding", None).map(Some).map_err(io::Error::other)
+    }
+
+    /// Whether the other side has hung up.
+    pub(super) fn is_closed(&self) -> bool {
+        let mut file = [PollFd::new(self, PollFlags::RDHUP)];
+        poll_for(&mut file, Duration::ZERO).is_ok() && !file[0].revents().is_empty()
     }
 
     /// Whether it has taken what is not sent yet.

@@ -143,8 +143,8 @@ enum Call {
     Pause { until: Instant },
     /// Waiting for the connection.
     Ringing { stream: TcpStream, until: Instant },
-    /// Waiting for the answer to the greeting.
-    Greeted { caller: Greeting, said: Nonce, until: Instant },
+    /// Waiting for the answer to the greeting, whose nonce it has once that is said: after the handshake.
+    Greeted { caller: Greeting, said: Option<Nonce>, until: Instant },
     /// Answered, by the right one.
     Through(Link),
 }
@@ -227,8 +227,13 @@ impl Meeting<'_> {
                 let (rank, next, address) = (self.who.rank, self.who.next(), self.who.next);
                 return Err(CollectiveError::OneSided { rank, next, address });
             }
-            if let (Call::Through(_), Some(_)) = (&self.call, &self.prev) {
-                break;
+            if let (Call::Through(_), Some(prev)) = (&self.call, &self.prev) {
+                if !prev.is_closed() {
+                    break;
+                }
+                // Its call had waited too long, while this rank was at something else: it calls anew.
+                self.prev = None;
+                self.refused.silent += 1;
             }
             let left = self.timeout.saturating_sub(self.began.elapsed());
             if left.is_zero() {
@@ -291,9 +296,10 @@ impl Meeting<'_> {
     }
 
     fn answer(&mut self, Greeting { mut link, bytes, .. }: Greeting, hello: std::result::Result<Hello, Refusal>) {
-        let verdict = hello.and_then(|hello| self.judge(&bytes, &hello));
+        let Ok(key) = self.key_on(&link) else { return self.refuse(Refusal::Handshake, None) };
+        let verdict = hello.and_then(|hello| self.judge(&bytes, &hello, &key));
         // A stranger is not told what this is.
-        let answered = verdict == Err(Refusal::Garbage) || self.reply(&mut link, hello.ok(), verdict.err()).is_ok();
+        let answered = verdict == Err(Refusal::Garbage) || self.reply(&mut link, hello.ok(), verdict.err(), &key).is_ok();
         match verdict {
             // A second call of the right one is as good as the first, which it must have given up.
             Ok(()) if answered => self.prev = Some(link),
@@ -302,20 +308,25 @@ impl Meeting<'_> {
         }
     }
 
-    fn judge(&mut self, bytes: &[u8; Hello::LEN], hello: &Hello) -> std::result::Result<(), Refusal> {
+    /// What is said on this link, whose handshake is over, is proved with.
+    fn key_on(&self, link: &Link) -> io::Result<Key> {
+        Ok(link.binding()?.map_or_else(|| self.key.clone(), |binding| self.key.within(&binding)))
+    }
+
+    fn judge(&mut self, bytes: &[u8; Hello::LEN], hello: &Hello, key: &Key) -> std::result::Result<(), Refusal> {
         let prev = self.who.prev();
         match self.who.hello(hello.nonce, prev, None).judge(hello, prev) {
             Err(Refusal::Generation) => return Err(Refusal::Generation),
-            _ if !Hello::is_proven(bytes, &self.key, None) || self.heard.contains(&hello.nonce) => return Err(Refusal::Session),
+            _ if !Hello::is_proven(bytes, key, None) || self.heard.contains(&hello.nonce) => return Err(Refusal::Session),
             judged => judged?,
         }
         self.heard.push(hello.nonce);
         Ok(())
     }
 
-    fn reply(&self, link: &mut Link, to: Option<Hello>, verdict: Option<Refusal>) -> io::Result<()> {
+    fn reply(&self, link: &mut Link, to: Option<Hello>, verdict: Option<Refusal>, key: &Key) -> io::Result<()> {
         let answer = self.who.hello(nonce()?, self.who.prev(), verdict);
-        link.say(&answer.encode(&self.key, Some(to.map_or_else(Nonce::default, |to| to.nonce))))
+        link.say(&answer.encode(key, Some(to.map_or_else(Nonce::default, |to| to.nonce))))
     }
 
     /// Moves the call to the next rank on, as far as it goes without waiting.
@@ -337,7 +348,7 @@ impl Meeting<'_> {
         });
     }
 
-    /// Greets the next rank as soon as the connection stands.
+    /// Begins with the next rank as soon as the connection stands.
     fn greet(&self, stream: TcpStream, until: Instant) -> std::result::Result<Call, String> {
         if let Err(error) = sockopt::socket_error(&stream).map_err(io::Error::from).and_then(|state| Ok(state?)) {
             return Err(error.to_string());
@@ -345,15 +356,26 @@ impl Meeting<'_> {
         if stream.peer_addr().is_err() {
             return if Instant::now() < until { Ok(Call::Ringing { stream, until }) } else { Err("no connection".into()) };
         }
-        let next = self.who.next();
-        let said = nonce().map_err(|error| error.to_string())?;
-        let greeting = self.who.hello(said, next, None).encode(&self.key, None);
-        let mut link = Link::calls(stream, self.who.next.ip(), self.tls.as_ref()).map_err(|error| error.to_string())?;
-        link.say(&greeting).map_err(|error| error.to_string())?;
-        Ok(Call::Greeted { caller: Greeting::new(link), said, until })
+        let link = Link::calls(stream, self.who.next.ip(), self.tls.as_ref()).map_err(|error| error.to_string())?;
+        let mut caller = Greeting::new(link);
+        let said = self.say_hello(&mut caller.link)?;
+        Ok(Call::Greeted { caller, said, until })
     }
 
-    fn hear_answer(&mut self, mut caller: Greeting, said: Nonce, until: Instant) -> std::result::Result<Call, String> {
+    /// Greets the next rank, unless a handshake has to come to its end first.
+    fn say_hello(&self, link: &mut Link) -> std::result::Result<Option<Nonce>, String> {
+        if link.is_handshaking() {
+            return Ok(None);
+        }
+        let mut say = || -> io::Result<Nonce> {
+            let said = nonce()?;
+            link.say(&self.who.hello(said, self.who.next(), None).encode(&self.key_on(link)?, None))?;
+            Ok(said)
+        };
+        say().map(Some).map_err(|error| error.to_string())
+    }
+
+    fn hear_answer(&mut self, mut caller: Greeting, said: Option<Nonce>, until: Instant) -> std::result::Result<Call, String> {
         let heard = caller.read().map_err(|error| {
             let refusal = caller.refusal(&error);
             self.one_sided = refusal == Some(Refusal::Clear);
@@ -361,6 +383,7 @@ impl Meeting<'_> {
         })?;
         let Some(hello) = heard else {
             if Instant::now() < until {
+                let said = if said.is_none() { self.say_hello(&mut caller.link)? } else { said };
                 return Ok(Call::Greeted { caller, said, until });
             }
             // It is there, and does not look yet who calls: it may be restoring.
@@ -372,10 +395,11 @@ impl Meeting<'_> {
             return Err(format!("it refused this rank as {}", refusal.reason()));
         }
         let next = self.who.next();
-        if !Hello::is_proven(&caller.bytes, &self.key, Some(said)) {
+        let key = self.key_on(&caller.link).map_err(|error| error.to_string())?;
+        if said.is_none() || !Hello::is_proven(&caller.bytes, &key, said) {
             return Err(format!("it answers as {}", Refusal::Session.reason()));
         }
-        let judged = self.who.hello(said, next, None).judge(&hello, next);
+        let judged = self.who.hello(hello.nonce, next, None).judge(&hello, next);
         judged.map_err(|refusal| format!("it answers as {}", refusal.reason()))?;
         Ok(Call::Through(caller.link))
     }

@@ -1,7 +1,7 @@
 //! What the conformance suite cannot try: strangers, missing ranks, processes that die or stop, and bytes that are no frame.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ella_proto::access::TlsFiles;
 
-use super::hello::{Hello, Key, Nonce, Refusal};
+use super::hello::{HEADER, Hello, Key, Nonce, Refusal};
 use super::link::Link;
 use super::*;
 use crate::reduce::conformance::{LONG, certificates, tcp_ring};
@@ -131,6 +131,45 @@ fn who_does_not_come_through_the_handshake_is_counted_and_the_ring_closes_all_th
     });
     assert_eq!(*ring[0].refused(), Refusals { silent: 1, one_sided: 1, handshake: 2, ..Refusals::default() });
     assert_eq!(*ring[1].refused(), Refusals::default());
+}
+
+/// What comes on one link is said on the other: so many bytes, if they come.
+fn pass_on(from: &mut Link, to: &mut Link, bytes: usize) {
+    let mut buffer = vec![0; bytes];
+    if from.read(&mut buffer).is_ok_and(|n| n == bytes) {
+        let _ = to.say(&buffer);
+    }
+}
+
+/// With a certificate that both take, it has a session with each: the proofs of one prove nothing in the other.
+#[test]
+fn who_stands_between_two_ranks_with_a_certificate_of_the_ca_is_refused() {
+    let [zero, one] = [(); 2].map(|()| listen().secured(ours()));
+    let peers = [zero.address(), one.address()];
+    let between = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let diverted = Membership { next: between.local_addr().expect("it is bound"), ..membership(0, &peers) };
+    let errors = thread::scope(|scope| {
+        let first = scope.spawn(|| Tcp::connect(zero, &diverted, 4 * SHORT));
+        let second = scope.spawn(|| Tcp::connect(one, &membership(1, &peers), 4 * SHORT));
+        let tls = ours().and_then(|tls| tls.peers());
+        let (caller, called) = (between.accept().expect("rank 0 calls").0, TcpStream::connect(peers[1]).expect("it listens"));
+        for stream in [&caller, &called] {
+            stream.set_read_timeout(Some(LONG)).expect("a socket option");
+        }
+        let mut caller = Link::called(caller, tls.as_ref()).expect("a session");
+        let mut called = Link::calls(called, peers[1].ip(), tls.as_ref()).expect("a session");
+        pass_on(&mut caller, &mut called, Hello::LEN);
+        pass_on(&mut called, &mut caller, Hello::LEN);
+        // Were the two of them content, this would close the ring.
+        pass_on(&mut caller, &mut called, HEADER + 8);
+        [first, second].map(|rank| rank.join().expect("no panic").expect_err("somebody is between them"))
+    });
+    let told = errors.map(|error| match error {
+        CollectiveError::Meet { missing, refused, .. } => (missing, *refused),
+        other => panic!("expected Meet, found {other:?}"),
+    });
+    assert!(told[0].0.contains("it refused this rank as another run, or a stranger"), "{}", told[0].0);
+    assert_eq!((told[1].0.as_str(), &told[1].1), ("rank 0 did not come", &Refusals { session: 1, ..Refusals::default() }));
 }
 
 #[test]
@@ -301,18 +340,45 @@ fn a_rank_outside_the_world_and_a_taken_port_are_refused() {
     }
 }
 
+/// The connection from rank 0, whose greeting is answered as rank 1 does.
+fn answer_rank_0(fake: &Listener) -> TcpStream {
+    fake.socket.set_nonblocking(false).expect("a socket option");
+    let (mut from_zero, _) = fake.socket.accept().expect("rank 0 calls");
+    let mut hello = [0; Hello::LEN];
+    from_zero.read_exact(&mut hello).expect("a greeting");
+    let said = Hello::decode(&hello).expect("a greeting").nonce;
+    from_zero.write_all(&GOOD.encode(&Key::new(&SESSION), Some(said))).expect("room in the buffer");
+    from_zero
+}
+
+/// As one that is late finds it: its neighbour had no answer in time, and will call again.
+#[test]
+fn a_call_that_was_given_up_does_not_close_the_ring() {
+    let (zero, fake) = (listen(), listen());
+    let peers = [zero.address(), fake.address()];
+    TcpStream::connect(peers[0]).and_then(|mut stream| stream.write_all(&spoken(GOOD, SESSION))).expect("room in the buffer");
+    thread::scope(|scope| {
+        let real = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), LONG));
+        let mut from_zero = answer_rank_0(&fake);
+        from_zero.set_read_timeout(Some(SHORT)).expect("a socket option");
+        from_zero.read(&mut [0]).expect_err("rank 1 is waited for");
+        let again = Hello { nonce: [4; 16], ..GOOD };
+        let (to_zero, answer) = call(peers[0], &spoken(again, SESSION));
+        assert_eq!(answer.map(|answer| answer.verdict), Some(None));
+        from_zero.set_read_timeout(Some(LONG)).expect("a socket option");
+        from_zero.read_exact(&mut [0]).expect("the closing barrier");
+        drop((from_zero, to_zero));
+        assert!(matches!(real.join().expect("no panic"), Err(CollectiveError::PeerLost { .. })));
+    });
+}
+
 /// Rank 0 of a world of two whose other rank is played by the test: the connections from it and to it.
 fn with_fake_peer(play: impl FnOnce(TcpStream, TcpStream) + Send) -> Tcp {
     let (zero, fake) = (listen(), listen());
     let peers = [zero.address(), fake.address()];
     thread::scope(|scope| {
         let real = scope.spawn(|| Tcp::connect(zero, &membership(0, &peers), LONG));
-        fake.socket.set_nonblocking(false).expect("a socket option");
-        let (mut from_zero, _) = fake.socket.accept().expect("rank 0 calls");
-        let mut hello = [0; Hello::LEN];
-        from_zero.read_exact(&mut hello).expect("a greeting");
-        let said = Hello::decode(&hello).expect("a greeting").nonce;
-        from_zero.write_all(&GOOD.encode(&Key::new(&SESSION), Some(said))).expect("room in the buffer");
+        let mut from_zero = answer_rank_0(&fake);
         let (mut to_zero, answer) = call(peers[0], &spoken(GOOD, SESSION));
         assert_eq!(answer.map(|answer| answer.verdict), Some(None));
         // The closing barrier: one number, which rank 1 completes.
