@@ -7,11 +7,10 @@ use ella_coordinator::client;
 use ella_coordinator::status::{StatusReport, WorkerReport};
 use ella_proto::access::Access;
 use ella_proto::config::MOST_SECONDS;
-use ella_store::Store;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
-use crate::run::ADDRESS;
+use crate::run::{self, ADDRESS};
 use crate::status::{Asked, SHOWN};
 use crate::ui::{DONE, Fail, Out, count, note};
 
@@ -77,7 +76,7 @@ impl Drain {
             let status = client::status(&access).await?.into();
             return Ok((access, status));
         }
-        let store = Store::open(self.what.as_deref().unwrap_or_default())?;
+        let store = run::store(self.what.as_deref().unwrap_or_default())?;
         let hint = "give its coordinator's address, http://HOST:PORT";
         let address = store.local_path().and_then(|run| std::fs::read_to_string(run.join(ADDRESS)).ok());
         let Some(url) = address else {

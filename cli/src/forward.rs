@@ -11,6 +11,7 @@ use tch::{Device, Kind};
 use crate::embed::Layers;
 use crate::lora::Loras;
 use crate::ui::{DONE, Fail, Out, note};
+use crate::whole;
 
 #[derive(Debug, Args)]
 pub(crate) struct Forward {
@@ -76,6 +77,7 @@ impl Dtype {
 impl Forward {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let net: Net = self.net.parse()?;
+        whole::replaceable(&self.outputs)?;
         let (kind, device, loras) = (self.dtype.kind(), Device::Cpu, self.loras.open()?);
         let layout = self.channels_last.then_some(Layout::ChannelsLast);
         let (grad, checkpoint, tiling) = (self.grad, self.checkpoint, self.tiling);

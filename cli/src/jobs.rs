@@ -345,7 +345,7 @@ impl Shown {
 }
 
 fn message(job: &JobReport) -> String {
-    let mut text = format!("units of stage {}; {} samples, {:.1}/s", job.stage, job.samples, job.samples_per_second);
+    let mut text = format!("stage {}; {} samples, {:.1}/s", job.stage, job.samples, job.samples_per_second);
     for (name, count) in &job.results {
         if let Some(why) = name.strip_prefix("refused.") {
             text += &format!(", {count} {why}");

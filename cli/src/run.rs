@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use ella_proto::config::RunConfig;
 use ella_proto::samples::{self, Index};
 use ella_store::{LogError, Record, RunLog, RunState, Store, StoreError};
+use futures::{StreamExt, stream};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -17,6 +19,8 @@ use crate::ui::{Fail, count, note};
 pub(crate) const RUN_TOML: &str = "run.toml";
 /// Where `ella train` writes its coordinator's address, in a run folder of this machine, for as long as it runs.
 pub(crate) const ADDRESS: &str = "logs/coordinator.address";
+/// Files that are read at the same time: a run that went on for days has tens of thousands.
+const READS: usize = 32;
 
 /// A run folder, which is surely one.
 #[derive(Debug)]
@@ -28,10 +32,20 @@ pub(crate) struct RunFolder {
     damaged: Mutex<BTreeMap<String, usize>>,
 }
 
+/// Opens what is to be a run's folder.
+pub(crate) fn store(url: &str) -> Result<Store, Fail> {
+    Store::open(url).map_err(|error| {
+        let fail = Fail::from(error);
+        // Its config, most likely.
+        let hint = if Path::new(url).is_file() { "; of a run, give the folder that its config names as `run.output`" } else { "" };
+        Fail { message: fail.message + hint, ..fail }
+    })
+}
+
 impl RunFolder {
     /// Opens a run folder by path or URL.
     pub(crate) async fn open(url: &str) -> Result<Self, Fail> {
-        let store = Store::open(url)?;
+        let store = store(url)?;
         let bytes = match store.get(RUN_TOML).await {
             Err(StoreError::NotFound { .. }) => {
                 let hint = "this is no run folder: give what `run.output` names in the run's config";
@@ -97,10 +111,13 @@ impl RunFolder {
     /// The lines of the files in one of the run's folders, in order, each with the term that wrote it. They are for people, so one that cannot be
     /// read, as at the end of a file that was cut off, is told of, counted and passed over.
     pub(crate) async fn lines<T: DeserializeOwned>(&self, folder: &str) -> Result<Vec<(u64, T)>, Fail> {
+        let files = self.store.list(folder).await?.into_iter().map(|file| file.key);
+        let files = files.filter_map(|key| Some((key.strip_prefix(folder).and_then(term_of)?, key)));
+        let read = |(term, key): (u64, String)| async move { (term, self.store.get(&key).await, key) };
+        let mut read = stream::iter(files).map(read).buffered(READS);
         let mut lines = Vec::new();
-        for file in self.store.list(folder).await? {
-            let Some(term) = file.key.strip_prefix(folder).and_then(term_of) else { continue };
-            let text = self.store.get(&file.key).await?;
+        while let Some((term, text, key)) = read.next().await {
+            let text = text?;
             let (mut damaged, mut first) = (0, None);
             for (number, line) in text.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
                 match serde_json::from_slice(line) {
@@ -112,7 +129,7 @@ impl RunFolder {
                 }
             }
             if let Some((number, error)) = first {
-                self.passed_over(&file.key, damaged, &format!("line {number}: {error}"));
+                self.passed_over(&key, damaged, &format!("line {number}: {error}"));
             }
         }
         Ok(lines)
@@ -198,7 +215,7 @@ fn that_count(lines: Vec<(u64, Metric)>, resumed: &[(u64, u64)]) -> Vec<Metric> 
 
 /// Samples trained on so far: exactly up to the newest commit (its ledger's), and as measured after it.
 pub(crate) fn samples(state: &RunState, metrics: &[Metric]) -> u64 {
-    let (step, counted) = state.last_commit().map_or((0, 0), |c| (c.step, c.ledger.iter().map(|epoch| epoch.samples).sum()));
+    let (step, counted) = state.last_commit().map_or((0, 0), |c| (c.step, c.samples()));
     counted + metrics.iter().filter(|metric| metric.step > step).map(|metric| metric.samples).sum::<u64>()
 }
 
@@ -311,6 +328,28 @@ mod tests {
     }
 
     #[test]
+    fn many_files_are_read_at_the_same_time_and_kept_in_order() {
+        use ella_store::{Operation, faulty};
+        use std::time::Duration;
+        crate::runtime().unwrap().block_on(async {
+            let store = Store::in_memory();
+            for file in 1..=100 {
+                store.put(&format!("events/000001-{file:06}.jsonl"), format!("{file}\n").into()).await.unwrap();
+            }
+            let faults = faulty::Faults::new();
+            let run = RunFolder::new(faults.inject(&store), config());
+            faults.push(Operation::Get, "000001-000001", faulty::Failure::Slow(Duration::from_millis(100)), 1);
+            let lines: Vec<(u64, u64)> = run.lines("events").await.unwrap();
+            assert_eq!(lines, (1..=100).map(|line| (1, line)).collect::<Vec<_>>());
+            faults.push(Operation::Get, "000001-000001", faulty::Failure::Hang, 1);
+            let before = faults.seen().len();
+            let reading = tokio::time::timeout(Duration::from_millis(100), run.lines::<u64>("events")).await;
+            let asked = faults.seen().split_off(before).into_iter().filter(|(operation, _)| *operation == Operation::Get).count();
+            assert_eq!((reading.is_err(), asked), (true, READS), "whatever becomes of the first");
+        });
+    }
+
+    #[test]
     fn steps_that_a_resume_undid_do_not_count() {
         let lines = |terms: &[(u64, std::ops::RangeInclusive<u64>)]| -> Vec<(u64, Metric)> {
             let lines = terms.iter().flat_map(|(term, steps)| steps.clone().map(move |step| (*term, step)));
@@ -357,6 +396,15 @@ mod tests {
         let sums = Membership::of(&events);
         assert_eq!(sums, Membership { generations: 5, lost: 1, joined: 2, stragglers: 1 });
         assert_eq!(sums.to_string(), "5 generations, 1 worker lost, 2 joined, 1 straggler waited for");
+    }
+
+    #[test]
+    fn whoever_gives_a_config_is_told_to_give_the_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(RUN_TOML);
+        std::fs::write(&file, "").unwrap();
+        let fail = store(file.to_str().unwrap()).unwrap_err();
+        assert!(fail.message.ends_with("give the folder that its config names as `run.output`"), "{}", fail.message);
     }
 
     fn config() -> RunConfig {

@@ -27,6 +27,9 @@ pub(crate) struct HowRead {
     /// Which of the text encoder's layers are taken [default: as the connector's file says; last if it does not]
     #[arg(long, value_enum, help_heading = "How texts are read")]
     pub(crate) layers: Option<Layers>,
+    /// What the text encoder computes in [default: as the connector's file says; if it does not, as --dtype]
+    #[arg(long, value_enum, value_name = "DTYPE", help_heading = "How texts are read")]
+    pub(crate) text_dtype: Option<Dtype>,
     /// Beside the connector's states, let the U-Net attend to those of the base's own CLIP: for names and trigger words
     #[arg(long, help_heading = "How texts are read")]
     pub(crate) with_clip: bool,
@@ -35,8 +38,9 @@ pub(crate) struct HowRead {
 impl HowRead {
     /// As it may contradict what a connector's file tells.
     pub(crate) fn asked(&self) -> Trained {
-        let most = self.max_tokens.map(|n| n as usize);
-        Trained { padding: self.padding.map(Into::into), max_tokens: most, layers: self.layers.map(Into::into), ..Trained::default() }
+        let (padding, max_tokens) = (self.padding.map(Into::into), self.max_tokens.map(|n| n as usize));
+        let (layers, text_dtype) = (self.layers.map(Into::into), self.text_dtype.map(Into::into));
+        Trained { padding, max_tokens, layers, text_dtype, ..Trained::default() }
     }
 }
 

@@ -121,7 +121,7 @@ impl Status {
 
 /// None: a run is there, or no data set.
 async fn read_data(url: &str) -> Result<Option<DataStatus>, Fail> {
-    let store = Store::open(url)?;
+    let store = run::store(url)?;
     if store.head(RUN_TOML).await?.is_some() {
         return Ok(None);
     }
@@ -246,12 +246,12 @@ fn folder(status: &FolderStatus) -> String {
     let loss = status.loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
     let held_out = status.held_out_loss.map_or_else(String::new, |loss| format!(", on held-out noise {loss:.4}"));
     let drawn = status.sampled_step.map_or_else(String::new, |step| format!("\ndrawn    samples up to step {step}"));
-    let counted: String = status.counts.iter().map(|(name, count)| format!("\n{:<8} {name} {count}", "count")).collect();
     let newest = if *commits == 0 { String::new() } else { format!(", the newest of step {last_commit_step}") };
-    let damaged = if status.damaged_lines == 0 { String::new() } else { format!("\ncount    damaged_lines {}", status.damaged_lines) };
+    let damaged = if status.damaged_lines == 0 { String::new() } else { format!("count    damaged_lines {}", status.damaged_lines) };
     format!(
         "run      {run_url}\noutcome  {outcome}{reason}\nterm     {term}\nstep     {step} of {steps}, {samples} samples{loss}{held_out}\n\
-         commits  {commits} kept{newest}\nworkers  {membership}{drawn}{counted}{damaged}"
+         commits  {commits} kept{newest}\nworkers  {membership}{drawn}\n{}{damaged}",
+        counts("count", &status.counts)
     )
 }
 
@@ -299,7 +299,9 @@ fn live_job(status: &StatusReport, job: &JobReport) -> String {
 }
 
 fn counts(what: &str, counts: &BTreeMap<String, u64>) -> String {
-    counts.iter().map(|(name, count)| format!("{what:<8} {name} {count}\n")).collect()
+    // Every run has these, and nothing is wrong with them.
+    let asked = |name: &str| if name == "skipped_captions_dropped" { ", as train.caption_dropout asks" } else { "" };
+    counts.iter().map(|(name, count)| format!("{what:<8} {name} {count}{}\n", asked(name))).collect()
 }
 
 #[cfg(test)]
@@ -333,16 +335,18 @@ mod tests {
                 step_in_epoch: 60,
                 ledger: Vec::new(),
                 state_digest: Digest::of(b""),
+                computed_with: Default::default(),
             };
             log.append(Body::Commit(commit), 2).await.unwrap();
             let status = read(url).await.unwrap();
             assert_eq!((status.step, status.loss), (60, None));
-            let line = r#"{"at_unix_ms":1,"step":61,"samples":4,"loss":0.5,"skipped":{"nonfinite":3}}"#;
+            let line = r#"{"at_unix_ms":1,"step":61,"samples":4,"loss":0.5,"skipped":{"captions_dropped":1,"nonfinite":3}}"#;
             store.put("metrics/000001-000001.jsonl", format!("{line}\n{{\"at").into()).await.unwrap();
             let status = read(url).await.unwrap();
             assert_eq!((status.step, status.damaged_lines), (61, 1));
             let shown = folder(&status);
-            assert!(shown.ends_with("\ncount    skipped_nonfinite 3\ncount    damaged_lines 1"), "{shown}");
+            let counted = "\ncount    skipped_captions_dropped 1, as train.caption_dropout asks\ncount    skipped_nonfinite 3\ncount    damaged_lines 1";
+            assert!(shown.ends_with(counted), "{shown}");
         });
     }
 

@@ -57,7 +57,8 @@ impl Fail {
     pub(crate) fn io(path: impl AsRef<std::path::Path>, action: &str, error: &std::io::Error) -> Self {
         let hint = "check the path, its permissions and free space";
         let message = format!("{}: cannot be {action} ({error}); {hint}", path.as_ref().display());
-        Self { code: Exit::of(false, is_lasting(error)).code(), message }
+        // A file that is there where a folder is to be made stays there.
+        Self { code: Exit::of(false, is_lasting(error) || error.kind() == ErrorKind::AlreadyExists).code(), message }
     }
 }
 
@@ -248,7 +249,7 @@ mod tests {
         let (url, key, file) = (|| "file:///r".to_owned(), || "k".to_owned(), || "a.arrow".to_owned());
         let corrupt = || StoreError::Corrupt { url: url(), key: key(), expected: "1 byte".to_owned(), found: "2 bytes".to_owned() };
         let bad_url = || StoreError::BadUrl { url: url(), reason: "it is none".to_owned() };
-        let cases: [(Fail, u8); 15] = [
+        let cases: [(Fail, u8); 16] = [
             (corrupt().into(), NO_RETRY),
             (bad_url().into(), USAGE),
             (DataError::Store(corrupt()).into(), NO_RETRY),
@@ -261,6 +262,7 @@ mod tests {
             (ModelError::argument("steps", "1 to 1000", 1001).into(), USAGE),
             (ModelError::MissingFile { file: "nowhere".into(), expected: "a model".to_owned() }.into(), NO_RETRY),
             (Fail::io("nowhere", "read", &std::io::ErrorKind::NotFound.into()), NO_RETRY),
+            (Fail::io("file", "made", &std::io::ErrorKind::AlreadyExists.into()), NO_RETRY),
             (Fail::io("full", "written", &std::io::ErrorKind::StorageFull.into()), FAILED),
             (Fail::io("locked", "written", &std::io::ErrorKind::PermissionDenied.into()), NO_RETRY),
             (Fail::io("locked", "written", &std::io::ErrorKind::ReadOnlyFilesystem.into()), NO_RETRY),

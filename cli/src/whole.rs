@@ -28,6 +28,10 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<usize, Fail> {
 /// What is to become `path`, beside it.
 pub(crate) fn partial(path: &Path) -> Result<NamedTempFile, Fail> {
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        let (path, folder) = (path.display(), folder.display());
+        return Err(Fail::lasting(format_args!("{path}: cannot be written: {folder} is no folder; make it, or name another file")));
+    }
     // As readable as any other new file: else only its owner could read it.
     let mode = std::fs::Permissions::from_mode(0o666);
     tempfile::Builder::new().prefix(".ella-").permissions(mode).tempfile_in(folder).map_err(|error| Fail::io(path, "written", &error))
@@ -35,7 +39,18 @@ pub(crate) fn partial(path: &Path) -> Result<NamedTempFile, Fail> {
 
 /// It takes the name that it is for.
 pub(crate) fn appear(partial: NamedTempFile, path: &Path) -> Result<(), Fail> {
+    replaceable(path)?;
     partial.persist(path).map(drop).map_err(|error| Fail::io(path, "written", &error.error))
+}
+
+/// Refuses what a new file must not take the name of: a device is gone then, /dev/null for every program of the machine.
+pub(crate) fn replaceable(path: &Path) -> Result<(), Fail> {
+    match std::fs::metadata(path) {
+        Ok(there) if !there.is_file() && !there.is_dir() => {
+            Err(Fail::usage(format_args!("{}: is a pipe or device, which cannot be replaced; name a file", path.display())))
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -55,5 +70,16 @@ mod tests {
         assert_eq!(std::fs::read(&before).unwrap(), b"old");
         assert!(write(dir.path(), b"x").is_err() && dir.path().is_dir());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "nothing is left over");
+        let fail = write(&dir.path().join("no/page.html"), b"x").unwrap_err();
+        assert!(fail.message.ends_with("no is no folder; make it, or name another file"), "{}", fail.message);
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("null");
+        std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+        let fail = appear(partial(&link).unwrap(), &link).unwrap_err();
+        assert!(fail.message.contains("is a pipe or device") && link.is_symlink(), "{}", fail.message);
     }
 }

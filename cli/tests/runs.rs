@@ -68,6 +68,10 @@ fn a_run_is_trained_told_audited_exported_and_reported() {
 
     let again = ella(here, &["train", "run.toml"]).ok();
     assert!(again.stdout.contains("done already, at step 7"), "{again:?}");
+    let held = std::fs::File::open(here.join("run/logs/train.lock")).unwrap();
+    held.lock().unwrap();
+    ella(here, &["train", "run.toml", "--json"]).fails(1, &["run.output: run is being trained by process ", "ella top run"]);
+    drop(held);
     // A pipe can be read once.
     let mut piped = std::process::Command::new(env!("CARGO_BIN_EXE_ella"));
     piped.args(["train", "/dev/stdin"]).current_dir(here).stdin(std::fs::File::open(here.join("run.toml")).unwrap());
@@ -167,7 +171,9 @@ fn export(here: &Path) {
 /// A commit's files and what is exported tell how they were trained, and who draws with them keeps to it.
 fn how_it_was_trained(here: &Path) {
     let text = ella_model::part::Part::open(&here.join("models/text")).unwrap().fingerprint();
-    let told = json!({ "ella.heads": "4", "ella.padding": "fixed", "ella.max_tokens": "24", "ella.layers": "last", "ella.text": text });
+    let told = json!({
+        "ella.heads": "4", "ella.padding": "fixed", "ella.max_tokens": "24", "ella.layers": "last", "ella.text": text, "ella.text_dtype": "fp32",
+    });
     let commit = "run/commits/000000000007.1";
     for file in ["c.safetensors", "ema16.safetensors", &format!("{commit}/connector.safetensors"), &format!("{commit}/ema.safetensors")] {
         assert_eq!(ella(here, &["inspect", file, "--json"]).ok().json()["trained"], told, "{file}");
@@ -183,6 +189,9 @@ fn how_it_was_trained(here: &Path) {
     let as_trained = picture();
     assert_eq!(warned(draw(&["--heads", "4", "--padding", "fixed", "--max-tokens", "24", "--layers", "last"])), [""; 0]);
     assert!(picture() == as_trained, "texts are read otherwise than in training");
+    // Allowed without a warning: it changes little, but something.
+    assert_eq!(warned(draw(&["--text-dtype", "bf16"])), [""; 0]);
+    assert!(picture() != as_trained, "the text encoder's own dtype is passed over");
     draw(&["--heads", "8", "--json"]).fails(2, &["c.safetensors: connector heads must be 4, with which it was trained (found 8)"]);
     for (more, words) in [
         (["--padding", "none"], "c.safetensors was trained with padding fixed, and not none"),

@@ -168,6 +168,7 @@ async fn write_past(store: &Store, config: &RunConfig, steps: u64) {
         step_in_epoch: steps,
         ledger,
         state_digest: Digest::of(&steps.to_le_bytes()),
+        computed_with: Default::default(),
     };
     log.append(Body::Commit(commit), now_ms()).await.unwrap();
 }

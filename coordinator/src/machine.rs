@@ -80,6 +80,15 @@ pub enum Event {
     AppendFailed(String),
     /// The record could not be appended, because the log is not there any more.
     LogGone(String),
+    /// The record of a commit was not appended, because a part of it is not in the run's folder.
+    PartUnseen {
+        /// The commit's.
+        step: u64,
+        /// The part's name.
+        part: String,
+        /// What was found, and what to do: to be said of the worker that had saved it.
+        why: String,
+    },
     /// Someone asks the run to commit and leave.
     Stop(String),
     /// Someone asks one worker of a run to leave; the others go on.
@@ -102,8 +111,8 @@ pub enum Effect {
     Send(ConnId, ToWorker),
     /// End a worker's stream, after what was sent before.
     Close(ConnId),
-    /// Append to the log; answered by [`Event::Appended`], [`Event::Superseded`], [`Event::AppendFailed`] or [`Event::LogGone`]. Appends are in
-    /// order.
+    /// Append to the log, a commit only if its parts are seen in the store; answered by [`Event::Appended`], [`Event::PartUnseen`],
+    /// [`Event::Superseded`], [`Event::AppendFailed`] or [`Event::LogGone`]. Appends are in order.
     Append(Body),
     /// Delete these commit folders. The log has given them up; a failure costs space only.
     DeleteFolders(Vec<String>),

@@ -323,8 +323,9 @@ async fn a_store_that_fails_is_told_on_the_page_and_breaks_nothing() {
 #[tokio::test]
 async fn a_job_is_shown_by_its_units() {
     use ella_coordinator::shell::Coordinator;
-    let text = "[job]\nkind = \"prepare\"\ndata = \"d\"\n[prepare]\nx = 1\n";
-    let job = ella_proto::config::JobConfig::parse(text, "test", &[]).unwrap();
+    let data = tempfile::tempdir().unwrap();
+    let text = format!("[job]\nkind = \"prepare\"\ndata = {:?}\n[prepare]\nx = 1\n", data.path());
+    let job = ella_proto::config::JobConfig::parse(&text, "test", &[]).unwrap();
     let coordinator = Coordinator::open_job(&job, &options()).await.unwrap();
     let (http, grpc) = (coordinator.addresses().http, coordinator.addresses().grpc.to_string());
     let (_stops, receiver) = tokio::sync::mpsc::channel(4);

@@ -187,7 +187,7 @@ async fn a_coordinator_that_was_superseded_stops_and_its_workers_go_on_under_the
     cluster.limit.send_replace(2);
     let outcome = cluster.served.outcome().await;
     let reason = "superseded: the coordinator of term 2 has taken over this run, so this one stops";
-    assert_eq!((outcome.exit_code(), outcome.reason().as_str()), (1, reason));
+    assert_eq!((outcome.exit_code(), outcome.reason().as_str()), (4, reason), "whoever starts it again takes the run back");
     let status = second.status_when(|status| status.phase == "training").await;
     assert_eq!((status.generation, status.last_commit_step), (1, 0));
     cluster.limit.send_replace(u64::MAX);

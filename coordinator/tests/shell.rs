@@ -164,6 +164,22 @@ async fn a_lost_reply_or_a_store_that_is_away_for_a_moment_ends_nothing() {
     assert!(faults.is_spent() && store.retries() >= 2);
 }
 
+/// As long as workers try to save what its records are of.
+#[tokio::test]
+async fn a_log_that_cannot_be_written_is_tried_for_as_long_as_a_commit_may_take() {
+    let faults = faulty::Faults::new();
+    // One attempt of the store's for each of the keeper's.
+    let limits = Limits { overall: Duration::from_millis(500), first_pause: Duration::from_secs(1), ..Limits::default() };
+    let store = faults.inject(&Store::in_memory()).with_limits(limits);
+    let config = config(&["workers.start_timeout=4s"]);
+    let served = Served::start(&config, &store).await;
+    faults.push(Operation::Create, "log/", faulty::Failure::Before, 4);
+    let ended = train_two(&served, &config, &store, [Script::default(); 2]).await;
+    assert_eq!(ended, [Ended::Finished, Ended::Finished]);
+    assert_eq!(served.outcome().await, Outcome::Done);
+    assert!(faults.is_spent());
+}
+
 #[tokio::test]
 async fn a_run_of_another_config_is_refused_naming_the_keys() {
     let (_, store) = cut_off_after_step_4().await;
@@ -180,6 +196,24 @@ async fn a_run_of_another_config_is_refused_naming_the_keys() {
     store.put("run.toml", Bytes::from_static(b"[run")).await.unwrap();
     let error = Coordinator::open(&free, store.clone(), &options()).await.unwrap_err();
     assert!(matches!(error, RunError::BadRunToml { .. }) && error.exit_code() == 2, "{error}");
+}
+
+/// With its comments, and the keys that it leaves out.
+#[tokio::test]
+async fn a_persons_own_config_in_the_runs_folder_is_not_overwritten() {
+    let (config, store) = (config(&[]), Store::in_memory());
+    for own in [common::CONFIG, "[run"] {
+        store.put("run.toml", Bytes::from_static(own.as_bytes())).await.unwrap();
+        let error = Coordinator::open(&config, store.clone(), &options()).await.unwrap_err();
+        assert!(matches!(error, RunError::OwnToml { .. }) && error.exit_code() == 2, "{error}");
+        assert!(error.to_string().contains("/run.toml: no run has written this"), "{error}");
+        assert_eq!(store.get("run.toml").await.unwrap(), own.as_bytes());
+        assert_eq!(store.list("").await.unwrap().len(), 1, "nothing is written");
+    }
+    // What a run has left that did not come as far as its log is one's own to go on from, also with more workers.
+    store.put("run.toml", common::config(&["workers.count=1"]).to_toml().into()).await.unwrap();
+    let _served = Served::start(&config, &store).await;
+    assert_eq!(store.get("run.toml").await.unwrap(), config.to_toml().as_bytes());
 }
 
 #[tokio::test]

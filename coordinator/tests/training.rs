@@ -35,8 +35,10 @@ async fn two_workers_train_to_the_end_and_the_run_folder_holds_what_is_promised(
     }
     let toml = store.get("run.toml").await.unwrap();
     assert_eq!(String::from_utf8(toml.to_vec()).unwrap(), config.to_toml());
-    let steps: Vec<_> = journal(&store, "metrics").await.iter().map(|line| (line["step"].as_u64(), line["samples"].as_u64())).collect();
-    assert_eq!(steps, (1..=5).map(|step| (Some(step), Some(32))).collect::<Vec<_>>());
+    let told = |line: &serde_json::Value| ["step", "samples", "generation", "world"].map(|name| line[name].as_u64());
+    let steps: Vec<_> = journal(&store, "metrics").await.iter().map(told).collect();
+    assert_eq!(steps, (1..=5).map(|step| [step, 32, 1, 2].map(Some)).collect::<Vec<_>>());
+    assert!(state.commits.iter().all(|commit| commit.computed_with["device"] == "cpu"));
     let events = journal(&store, "events").await;
     let names: Vec<_> = events.iter().map(|line| line["event"].as_str().unwrap()).collect();
     let expected = ["attached", "attached", "generation", "started", "committed", "committed", "retired", "committed", "ended"];

@@ -72,6 +72,16 @@ pub enum ClientError {
         /// Its name.
         name: String,
     },
+    /// The run has a JobSet, whose template does not change.
+    #[error(
+        "{namespace}/{name}: a JobSet's number of workers is fixed; cancel the run, and submit it again with another workers.count: it goes on"
+    )]
+    Fixed {
+        /// Where.
+        namespace: String,
+        /// Which run.
+        name: String,
+    },
     /// Workers have not left in time.
     #[error(
         "{namespace}/{name}: {left} workers are still there after {seconds} s; wait, or take it away without them having committed: --now"
@@ -194,12 +204,15 @@ impl Cluster {
     /// Has the run trained by so many workers.
     ///
     /// # Errors
-    /// If there is no such run, or the cluster refuses.
+    /// If there is no such run, it has a JobSet, or the cluster refuses.
     pub async fn scale(&self, name: &str, workers: u32) -> Result<(), ClientError> {
         let change = json!({ "spec": { "completions": workers, "parallelism": workers } });
         let own = format!("{name}-workers");
         match self.api(KINDS[0], &self.namespace).patch(&own, &PatchParams::default(), &Patch::Merge(&change)).await {
-            Err(error) if is_unknown(&error) => Err(self.no_run(name)),
+            Err(error) if is_unknown(&error) => match self.api(KINDS[1], &self.namespace).get_opt(&own).await {
+                Ok(Some(_)) => Err(ClientError::Fixed { namespace: self.namespace.clone(), name: name.to_owned() }),
+                _ => Err(self.no_run(name)),
+            },
             answer => answer.map(drop).map_err(|error| refused(&format!("Job {own}"), error)),
         }
     }

@@ -220,3 +220,14 @@ async fn a_run_that_is_not_there_is_said_to_be_none() {
         assert!(error.to_string().starts_with("ella/none: no workers of this name"), "{error}");
     }
 }
+
+#[tokio::test]
+async fn a_jobset_is_not_resized_and_that_is_said() {
+    let fake = Fake::default();
+    let cluster = fake.cluster();
+    let options =
+        Options { name: Some("first".to_owned()), overlays: vec!["s3-secret".to_owned(), "jobset".to_owned()], ..Options::default() };
+    cluster.submit(&render(RUN, "run.toml", &[], &options).unwrap()).await.unwrap();
+    let error = cluster.scale("first", 2).await.unwrap_err().to_string();
+    assert!(error.starts_with("ella/first: a JobSet's number of workers is fixed; cancel the run"), "{error}");
+}

@@ -85,7 +85,7 @@ impl Driver {
             self.check("cuDeviceGetName", (self.0.device_name)(name.as_mut_ptr(), 255, id))?;
             self.check("cuDevicePrimaryCtxRetain", (self.0.primary_retain)(&raw mut context, id))?;
         }
-        Ok(Device { driver: self.clone(), context: Context(context), uuid, name: sys::text(name.as_ptr()) })
+        Ok(Device { driver: self.clone(), id, context: Context(context), uuid, name: sys::text(name.as_ptr()) })
     }
 
     fn check(&self, call: &'static str, code: c_int) -> Result<(), Error> {
@@ -118,6 +118,7 @@ unsafe impl Sync for Context {}
 #[derive(Clone, Debug)]
 pub struct Device {
     driver: Driver,
+    id: c_int,
     context: Context,
     uuid: [u8; 16],
     name: String,
@@ -132,6 +133,20 @@ impl Device {
     /// The model's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Its compute capability, as (9, 0), and its number of multiprocessors: libraries choose their kernels by both.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn architecture(&self) -> Result<((c_int, c_int), c_int), Error> {
+        let mut found = [0; 3];
+        for (value, attribute) in found.iter_mut().zip([sys::CAPABILITY_MAJOR, sys::CAPABILITY_MINOR, sys::MULTIPROCESSORS]) {
+            // SAFETY: the pointer is to a live integer, which the call fills; the driver gave the device's number.
+            self.driver.check("cuDeviceGetAttribute", unsafe { (self.driver.0.device_attribute)(value, attribute, self.id) })?;
+        }
+        let [major, minor, multiprocessors] = found;
+        Ok(((major, minor), multiprocessors))
     }
 
     /// Its memory in bytes: what is free now, of how much. The device becomes the calling thread's current one.

@@ -20,6 +20,10 @@ pub(crate) const SUM: c_int = 0;
 pub(crate) const NOT_READY: c_int = 600;
 /// `CU_EVENT_DEFAULT`: an event that keeps its time.
 pub(crate) const EVENT_TIMED: c_uint = 0;
+/// `CU_DEVICE_ATTRIBUTE_…`.
+pub(crate) const MULTIPROCESSORS: c_int = 16;
+pub(crate) const CAPABILITY_MAJOR: c_int = 75;
+pub(crate) const CAPABILITY_MINOR: c_int = 76;
 /// `CU_STREAM_NON_BLOCKING`: a stream that the legacy default stream does not wait for, and the other way round.
 pub(crate) const STREAM_NON_BLOCKING: c_uint = 1;
 
@@ -157,6 +161,7 @@ table! {
         device_get = "cuDeviceGet"(*mut c_int, c_int) -> c_int;
         device_uuid = "cuDeviceGetUuid_v2"(*mut [u8; 16], c_int) -> c_int;
         device_name = "cuDeviceGetName"(*mut c_char, c_int, c_int) -> c_int;
+        device_attribute = "cuDeviceGetAttribute"(*mut c_int, c_int, c_int) -> c_int;
         primary_retain = "cuDevicePrimaryCtxRetain"(*mut *mut c_void, c_int) -> c_int;
         set_current = "cuCtxSetCurrent"(*mut c_void) -> c_int;
         event_create = "cuEventCreate"(*mut *mut c_void, c_uint) -> c_int;

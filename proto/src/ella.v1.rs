@@ -85,7 +85,7 @@ pub mod to_worker {
     }
 }
 /// Who a worker is. `worker_id` is new in every process; `peer_address` is where its collective listens (host:port).
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Hello {
     #[prost(string, tag = "1")]
     pub worker_id: ::prost::alloc::string::String,
@@ -108,6 +108,12 @@ pub struct Hello {
     /// Of a worker that attaches again: the generation that it is in, if that goes on.
     #[prost(message, optional, tag = "9")]
     pub place: ::core::option::Option<Place>,
+    /// What else its bits come of, by name: libtorch's version, the processor's or GPU's kind, fused operators.
+    #[prost(map = "string, string", tag = "10")]
+    pub computes: ::std::collections::HashMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
 }
 /// A place in a generation that outlives the worker's stream, and mostly its coordinator too (LIVE).
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -148,8 +154,14 @@ pub struct Welcome {
     /// A collective that waits for this long has failed.
     #[prost(uint64, tag = "7")]
     pub step_timeout_ms: u64,
+    /// A file in the run's or job's folder, and what is written in it there: whoever reads something else has another folder before it. Empty: there is
+    /// no such file.
+    #[prost(string, tag = "8")]
+    pub witness_file: ::prost::alloc::string::String,
+    #[prost(string, tag = "9")]
+    pub witness: ::prost::alloc::string::String,
 }
-/// `outcome`: how the run or job ended, where the reason is RUN_OVER; `permanent`: it failed, and starting it again would fail in the same way.
+/// `outcome`: how the run or job ended, where the reason is RUN_OVER; `permanent`: starting it again would end in the same way.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Refused {
     #[prost(enumeration = "RefusedReason", tag = "1")]
@@ -315,6 +327,11 @@ pub struct Progress {
     /// It was applied while no coordinator listened, or none that lived to write it down: only to be kept, by whoever coordinates now.
     #[prost(bool, tag = "12")]
     pub missed: bool,
+    /// The generation that applied it, and how many ranks that had.
+    #[prost(uint64, tag = "13")]
+    pub generation: u64,
+    #[prost(uint32, tag = "14")]
+    pub world: u32,
 }
 /// Seconds of one step, by what they were spent on.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
@@ -716,7 +733,7 @@ pub enum RefusedReason {
     Unspecified = 0,
     Version = 1,
     Config = 2,
-    /// Its data set or models are not the run's.
+    /// Its data set, models or run folder are not the run's.
     Data = 3,
     DuplicateDevice = 4,
     DeviceKind = 5,

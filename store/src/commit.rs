@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, try_join_all};
 use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::digest::{Digest, Hasher};
@@ -67,6 +67,23 @@ impl fmt::Display for Problem {
             Fault::Unreadable(error) => error.fmt(f),
         }
     }
+}
+
+/// Asks for the size of every part of a commit that is to be recorded, all at once. Gives the first part that is not there as it is to be.
+///
+/// # Errors
+/// Those of asking.
+pub fn find_unseen<'a>(store: &'a Store, commit: &'a Commit) -> BoxFuture<'a, Result<Option<(&'a Part, Fault)>, StoreError>> {
+    Box::pin(async move {
+        let folder = store.child(&commit.folder);
+        let sizes = try_join_all(commit.parts.iter().map(|part| folder.head(&part.name))).await?;
+        let mut faults = commit.parts.iter().zip(sizes).filter_map(|(part, found)| match found {
+            None => Some((part, Fault::Missing)),
+            Some(meta) if meta.bytes != part.bytes => Some((part, Fault::Size { expected: part.bytes, found: meta.bytes })),
+            Some(_) => None,
+        });
+        Ok(faults.next())
+    })
 }
 
 /// Reads every part of a commit and compares size and digest with the record.

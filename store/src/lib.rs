@@ -37,7 +37,7 @@ mod write;
 
 pub use cache::{CacheCounts, DiskCache};
 pub use chance::Chance;
-pub use commit::{Fault, Problem, collect_leftovers, commit_folder, remove_leftovers, verify_commit};
+pub use commit::{Fault, Problem, collect_leftovers, commit_folder, find_unseen, parse_folder, remove_leftovers, verify_commit};
 pub use digest::{Digest, Hasher};
 pub use error::{Operation, StoreError};
 pub use limits::Limits;

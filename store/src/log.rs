@@ -85,6 +85,8 @@ pub struct RunLog {
     store: Store,
     term: u64,
     nonce: String,
+    /// The number of the record that began the term.
+    claim: u64,
     next: u64,
 }
 
@@ -132,7 +134,8 @@ impl RunLog {
                 let record = Record { seq, term: number, nonce: nonce.to_owned(), at_unix_ms, body: Body::Term(term.clone()) };
                 if store.create(&record_key(seq), encode(store, &record)?).await? == Created::Yes {
                     records.push(record);
-                    return Ok((Self { store: store.clone(), term: number, nonce: nonce.to_owned(), next: seq + 1 }, records));
+                    let (store, nonce) = (store.clone(), nonce.to_owned());
+                    return Ok((Self { store, term: number, nonce, claim: seq, next: seq + 1 }, records));
                 }
             }
             Err(LogError::Contended { url: store.url().into(), tries: MOST_TRIES })
@@ -152,10 +155,7 @@ impl RunLog {
             }
             for _ in 0..MOST_TRIES {
                 let seq = self.next;
-                let before = record_key(seq.saturating_sub(1));
-                if self.store.head(&before).await?.is_none() {
-                    return Err(LogError::Gone { url: self.store.url().into(), file: before });
-                }
+                self.check_there().await?;
                 let record = Record { seq, term: self.term, nonce: self.nonce.clone(), at_unix_ms, body: body.clone() };
                 let key = record_key(seq);
                 check_body(&record).map_err(|reason| bad(&self.store, &key, reason))?;
@@ -163,10 +163,7 @@ impl RunLog {
                     self.next += 1;
                     return Ok(seq);
                 }
-                let found = fetch(&self.store, seq).await?;
-                if found.nonce != self.nonce {
-                    return Err(LogError::Superseded { url: self.store.url().into(), seq, by_term: found.term });
-                }
+                let found = self.own(fetch(&self.store, seq).await?)?;
                 // Our own earlier append, whose reply was lost.
                 self.next += 1;
                 if found.body == body {
@@ -175,6 +172,41 @@ impl RunLog {
             }
             Err(LogError::Contended { url: self.store.url().into(), tries: MOST_TRIES })
         })
+    }
+
+    /// Whether the log is there, and its next record nobody else's, as far as a look tells. Nothing is written.
+    ///
+    /// # Errors
+    /// `Gone` or `Superseded` if not.
+    pub fn check_held(&self) -> BoxFuture<'_, Result<(), LogError>> {
+        Box::pin(async move {
+            self.check_there().await?;
+            match fetch(&self.store, self.next).await {
+                Err(LogError::Store(StoreError::NotFound { .. })) => Ok(()),
+                found => self.own(found?).map(|_| ()),
+            }
+        })
+    }
+
+    async fn check_there(&self) -> Result<(), LogError> {
+        let before = record_key(self.next.saturating_sub(1));
+        match self.store.head(&before).await? {
+            Some(_) => Ok(()),
+            None => Err(LogError::Gone { url: self.store.url().into(), file: before }),
+        }
+    }
+
+    /// A record, unless another coordinator has written it.
+    fn own(&self, found: Record) -> Result<Record, LogError> {
+        match found.nonce == self.nonce {
+            true => Ok(found),
+            false => Err(LogError::Superseded { url: self.store.url().into(), seq: found.seq, by_term: found.term }),
+        }
+    }
+
+    /// The file of the record that began the term, relative to the run, and what no other file there has in it.
+    pub fn claim_record(&self) -> (String, String) {
+        (record_key(self.claim), self.nonce.clone())
     }
 
     /// The term held.

@@ -1,5 +1,7 @@
 //! What the run log's records hold. Unknown fields are refused: a record that this version does not understand must not be guessed at.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
@@ -92,10 +94,28 @@ pub struct Commit {
     pub epoch: u64,
     /// Steps of that epoch already taken.
     pub step_in_epoch: u64,
-    /// What was used so far, by epoch (ONCE).
+    /// What was used so far, by epoch (ONCE). One that is not listed, between two that are, is as the first of these: finished epochs are alike.
     pub ledger: Vec<LedgerEpoch>,
     /// The digest of weights, optimizer and EMA, on which all ranks agreed.
     pub state_digest: Digest,
+    /// What rank 0 computed with, by name: `device` is `cpu` or `cuda`. A run goes on with that kind of device, unless its config names the other.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub computed_with: BTreeMap<String, String>,
+}
+
+impl Commit {
+    /// What was used of an epoch, if anything was.
+    pub fn of_epoch(&self, epoch: u64) -> Option<&LedgerEpoch> {
+        let after = self.ledger.partition_point(|entry| entry.epoch <= epoch);
+        let entry = self.ledger.get(after.checked_sub(1)?)?;
+        (entry.epoch == epoch || after < self.ledger.len()).then_some(entry)
+    }
+
+    /// Samples used, of all epochs together.
+    pub fn samples(&self) -> u64 {
+        let alike = self.ledger.windows(2).map(|pair| pair[0].samples.saturating_mul(pair[1].epoch.saturating_sub(pair[0].epoch)));
+        alike.chain(self.ledger.last().map(|last| last.samples)).fold(0, u64::saturating_add)
+    }
 }
 
 /// One file of a commit.

@@ -334,3 +334,16 @@ pub(crate) fn stamp(meta: &ObjectMeta) -> Option<String> {
     // A server that tells no time reads as 1970.
     tag.or_else(|| (meta.last_modified.timestamp() != 0).then(|| meta.last_modified.to_rfc3339()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever makes a file that is to be written once asks first, for a cloud refuses it only when all of it was sent.
+    #[test]
+    fn what_goes_in_one_request_is_bounded_where_the_cloud_bounds_it() {
+        let of = |url: &str| Store { url: url.into(), ..Store::in_memory() }.child("features/0").largest_created();
+        assert_eq!(["s3://bucket", "az://container/data"].map(of), [Some(5_242_880_000); 2]);
+        assert_eq!(["gs://bucket/data", "/data/s3:", "https://host/data"].map(of), [None; 3]);
+    }
+}

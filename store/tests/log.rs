@@ -36,6 +36,7 @@ fn commit(step: u64, term: u64) -> Commit {
         step_in_epoch: step % 7,
         ledger: vec![LedgerEpoch { epoch: 0, samples: u64::MAX, hash: "0123456789abcdef".repeat(2) }],
         state_digest: Digest::of(b"state"),
+        computed_with: [("device".to_owned(), "cuda".to_owned())].into(),
     }
 }
 
@@ -49,6 +50,31 @@ async fn claim(store: &Store, nonce: &str) -> (RunLog, Vec<Record>) {
 
 fn memory() -> Store {
     Store::in_memory()
+}
+
+/// Runs of before go on.
+#[test]
+fn a_commit_that_does_not_say_what_computed_it_is_read() {
+    let unsaid = Commit { computed_with: Default::default(), ..commit(1, 1) };
+    let text = serde_json::to_string(&unsaid).unwrap();
+    assert!(
+        !text.contains("computed_with") && serde_json::to_string(&commit(1, 1)).unwrap().contains(r#""computed_with":{"device":"cuda"}"#)
+    );
+    assert_eq!(serde_json::from_str::<Commit>(&text).unwrap(), unsaid);
+}
+
+#[test]
+fn an_epoch_that_is_not_listed_is_as_the_one_before_it() {
+    let entry = |epoch, samples| LedgerEpoch { epoch, samples, hash: format!("{epoch:032x}") };
+    let with = |ledger: &[LedgerEpoch]| Commit { ledger: ledger.to_vec(), ..commit(1, 1) };
+    let of = |commit: &Commit| (0..7).map(|epoch| commit.of_epoch(epoch).map(|used| (used.epoch, used.samples))).collect::<Vec<_>>();
+    let (some, all) = (with(&[entry(0, 5), entry(4, 6), entry(5, 2)]), with(&[entry(0, 5), entry(1, 5), entry(2, 2)]));
+    assert_eq!(of(&some), [[Some((0, 5)); 4].as_slice(), &[Some((4, 6)), Some((5, 2)), None]].concat());
+    assert_eq!(of(&all), [Some((0, 5)), Some((1, 5)), Some((2, 2)), None, None, None, None]);
+    assert_eq!([some.samples(), all.samples(), with(&[]).samples()], [28, 12, 0]);
+    // Nothing of before the first one, and of nonsense no more than there is.
+    assert_eq!(of(&with(&[entry(2, 3)]))[..4], [None, None, Some((2, 3)), None]);
+    assert_eq!(with(&[entry(0, 9), entry(u64::MAX, 1)]).samples(), u64::MAX);
 }
 
 #[tokio::test]

@@ -3,9 +3,11 @@
 //! `ELLA_CHAOS_SEED` draws other moments; every failure names its seed.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use ella_tests::{Dice, Files, PATIENCE, Run, World, children_of, ella, kill_group, signal, spawn, try_ella, wait, wait_until};
+use ella_tests::{
+    Dice, Files, PATIENCE, Run, World, binary, children_of, ella, kill_group, lead, signal, spawn, try_ella, wait, wait_until,
+};
 use serde_json::Value;
-use std::process::Child;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 const STEPS: u64 = 60;
@@ -158,5 +160,62 @@ fn a_signal_to_all_processes_of_a_run_is_one_wish_to_stop() -> Result<()> {
     let output = wait(command)?;
     ensure!(output.status.code() == Some(3), "{}", String::from_utf8_lossy(&output.stderr));
     ensure!(run.last_commit()?.step > 1, "what was done is not committed");
+    Ok(())
+}
+
+/// The first wish is for a commit, which a worker that is stopped keeps the others from.
+#[test]
+fn whoever_asks_twice_leaves_at_once_and_in_good_order() -> Result<()> {
+    let world = World::new(40)?;
+    let run = world.run("hurried", 100_000, "[checkpoint]\nevery = 100000\n")?;
+    let mut command = spawn(&run.train(&["workers.count=2"]))?;
+    wait_until("the first steps", || status(&run).is_some_and(|(step, _)| step > 1))?;
+    // Workers take the run's config: whoever means another is told so.
+    let url = address(&run).context("no address")?;
+    let other = try_ella(&[run.train(&["run.seed=4"]), vec!["--coordinator".to_owned(), url]].concat())?;
+    ensure!(other.status.code() == Some(2) && String::from_utf8_lossy(&other.stderr).contains("run.seed"), "{other:?}");
+
+    let workers = children_of(command.id(), "ella-worker");
+    let stopped = workers.first().map(|worker| children_of(*worker, "ella-worker")).unwrap_or_default();
+    ensure!(!stopped.is_empty(), "{workers:?}");
+    stopped.iter().for_each(|process| signal(*process, libc::SIGSTOP));
+    let begin = Instant::now();
+    wait_until("the command's end", || {
+        // Long enough for a second wish, and not for a third.
+        if begin.elapsed() < Duration::from_millis(1500) {
+            signal(command.id(), libc::SIGTERM);
+        }
+        command.try_wait().is_ok_and(|ended| ended.is_some())
+    })?;
+    let output = wait(command)?;
+    ensure!(output.status.code() == Some(3), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Machines on which other disks lie at the run's path: here, a process's own folder does. The last commit of such a run would be nowhere.
+#[test]
+fn a_worker_that_sees_another_run_folder_is_told_so_and_trains_nothing() -> Result<()> {
+    let world = World::new(40)?;
+    let run = world.run("elsewhere", 2, "[workers]\ncount = 1\ndevice = \"cpu\"")?;
+    let start = |program: &str, folder: &str, arguments: &[&str]| -> Result<Child> {
+        let mut command = Command::new(binary(program)?);
+        std::fs::create_dir(world.path(folder))?;
+        command.args(arguments).current_dir(world.path(folder));
+        lead(command)
+    };
+    let (config, address) = (run.config.display().to_string(), world.path("address"));
+    let file = address.display().to_string();
+    let coordinator = start("ella-coordinator", "here", &[&config, "--set", "run.output=/proc/self/cwd/run", "--address-file", &file])?;
+    wait_until("the coordinator's address", || address.exists())?;
+    let addresses: Value = serde_json::from_slice(&std::fs::read(&address)?)?;
+    let url = format!("http://{}", addresses["grpc"].as_str().context("no address")?);
+    let worker = start("ella-worker", "there", &["--coordinator", &url, "--device", "cpu"])?;
+    for process in [worker, coordinator] {
+        let output = wait(process)?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(4), "{:?}: {said}", output.status);
+        ensure!(said.contains("this worker does not see the run's folder /proc/self/cwd/run"), "{said}");
+    }
+    ensure!(!world.path("there/run").exists() && !world.path("here/run/commits").exists(), "something was committed");
     Ok(())
 }

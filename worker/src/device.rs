@@ -2,8 +2,10 @@
 //! "Devices").
 
 use crate::gpu::{self, Unusable};
+use ella_cuda::fused::Fused;
 use ella_cuda::stream::{Entered, Priority, Stream};
 use ella_proto::config::{Device as Choice, Dtype};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -52,7 +54,7 @@ pub unsafe fn set_environment() {
 /// # Errors
 /// In words, the variable and what it may say.
 pub fn check_environment() -> Result<(), String> {
-    ella_cuda::fused::Fused::from_env().map_err(|error| error.to_string())?;
+    Fused::from_env().map_err(|error| error.to_string())?;
     crate::train::graph::check()
 }
 
@@ -85,6 +87,63 @@ pub fn uuid(device: Device) -> Option<String> {
     Some(device.uuid().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// What the bits of this worker's sums come of, beside the kind of device (SAME), by name.
+pub fn computes(device: Device) -> HashMap<String, String> {
+    let version = libtorch_folder().map_or_else(|| "unknown".to_owned(), |folder| libtorch_version(&folder));
+    // What can't be understood was told of when the worker began.
+    let fused = fused(Fused::from_env().ok().flatten(), device);
+    // What cuBLAS promises the same bits for.
+    let chip = match architecture(device) {
+        Some(((major, minor), multiprocessors)) => {
+            ("GPU", format!("compute capability {major}.{minor}, {multiprocessors} multiprocessors"))
+        }
+        None => ("processor", instructions()),
+    };
+    [("libtorch", version), ("fused operators", fused), chip].map(|(name, what)| (name.to_owned(), what)).into()
+}
+
+/// The fused operators in use: `chosen` by `ELLA_FUSED`, or as usual, which on a GPU depends on the kind of numbers too.
+fn fused(chosen: Option<Fused>, device: Device) -> String {
+    let usual = if device.is_cuda() { Fused::USUAL } else { Fused::NONE };
+    // In the kind that most of them are there in.
+    let names = chosen.unwrap_or(usual).on(Kind::BFloat16, device).names();
+    match (chosen, names.as_slice()) {
+        (_, []) => "none".to_owned(),
+        (Some(_), names) => names.join(", "),
+        (None, names) => format!("as usual, of {}", names.join(", ")),
+    }
+}
+
+fn architecture(device: Device) -> Option<((i32, i32), i32)> {
+    let Device::Cuda(ordinal) = device else { return None };
+    nccl_rs::cuda::Driver::load().ok()?.device(u32::try_from(ordinal).ok()?).ok()?.architecture().ok()
+}
+
+/// Which of its kernels libtorch takes on this processor: by the instructions that there are, unless its own variable says so.
+fn instructions() -> String {
+    if let Ok(told) = std::env::var("ATEN_CPU_CAPABILITY") {
+        return told;
+    }
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") && has!("fma") {
+            return "avx512".to_owned();
+        }
+        if has!("avx2") && has!("fma") {
+            return "avx2".to_owned();
+        }
+    }
+    std::env::consts::ARCH.to_owned()
+}
+
+/// The version of the libtorch in this folder, as its wheel says; another build of it may not.
+pub fn libtorch_version(folder: &Path) -> String {
+    let said = std::fs::read_to_string(folder.join("../version.py")).unwrap_or_default();
+    let version = said.lines().find_map(|line| line.strip_prefix("__version__ = ")).unwrap_or("unknown");
+    version.trim_matches(['\'', '"']).to_owned()
+}
+
 /// NCCL, as torch's wheel brings it, or the system's.
 ///
 /// # Errors
@@ -92,6 +151,12 @@ pub fn uuid(device: Device) -> Option<String> {
 pub fn nccl() -> Result<nccl_rs::Library, nccl_rs::Error> {
     let beside_libtorch = libtorch_folder().map(|lib| lib.join("../../nvidia/nccl/lib"));
     nccl_rs::Library::load(beside_libtorch.as_slice())
+}
+
+/// What is wrong with this version of NCCL for runs whose workers come and go, and what to do; none is the good answer.
+pub fn nccl_fault(version: nccl_rs::Version) -> Option<String> {
+    let fault = version.known_fault()?;
+    Some(format!("NCCL {version} ({fault}): install another, such as the one that torch's wheel brings"))
 }
 
 /// The tensor kind of a config's dtype.
@@ -152,6 +217,29 @@ pub fn libtorch_folder() -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_computes_is_told_by_name() {
+        let _ = tch::Tensor::zeros([1], (Kind::Float, Device::Cpu));
+        let told = computes(Device::Cpu);
+        let mut names: Vec<&str> = told.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["fused operators", "libtorch", "processor"]);
+        assert!(told["libtorch"].starts_with(|c: char| c.is_ascii_digit()), "{told:?}");
+        assert!(told.values().all(|what| !what.is_empty() && what.len() <= 256), "{told:?}");
+        assert_eq!((fused(None, Device::Cpu).as_str(), fused(Some(Fused::NONE), Device::Cpu).as_str()), ("none", "none"));
+        assert!(fused(Some(Fused::ALL), Device::Cpu).starts_with("norm, "));
+        // In float32 nothing is fused as usual, and everything that is chosen.
+        assert_ne!(fused(None, Device::Cuda(0)), fused(Some(Fused::ALL), Device::Cuda(0)));
+    }
+
+    #[test]
+    fn a_nccl_whose_abort_hangs_is_told_of_with_what_to_do() {
+        let version = |minor, patch| nccl_rs::Version { major: 2, minor, patch };
+        let told = nccl_fault(version(28, 4)).unwrap();
+        assert!(told.starts_with("NCCL 2.28.4 (2.28.3 to 2.28.8: ") && told.contains("install another"), "{told}");
+        assert_eq!(nccl_fault(version(28, 9)), None);
+    }
 
     #[test]
     fn without_a_gpu_auto_is_the_processor_and_cuda_says_what_is_missing() {

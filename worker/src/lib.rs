@@ -31,5 +31,6 @@ pub mod text;
 pub mod train;
 pub mod trained;
 mod vitals;
+mod witness;
 
 pub use leave::leave;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use ella_model::ModelError;
 use ella_model::connector::HEADS_FIELD;
 use ella_model::weights::Weights;
-use ella_proto::config::{Layers, Padding, RunConfig};
+use ella_proto::config::{Dtype, Layers, Padding, RunConfig};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -17,6 +17,7 @@ const PADDING: &str = "ella.padding";
 const MAX_TOKENS: &str = "ella.max_tokens";
 const LAYERS: &str = "ella.layers";
 const TEXT: &str = "ella.text";
+const TEXT_DTYPE: &str = "ella.text_dtype";
 
 /// How a connector was trained, or is to be used; none: that is not known, or not asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub struct Trained {
     pub layers: Option<Layers>,
     /// The text encoder: [`crate::text::TextIdentity::weights_digest`].
     pub text: Option<String>,
+    /// What the text encoder computed in.
+    pub text_dtype: Option<Dtype>,
 }
 
 /// How texts are read before a connector.
@@ -42,13 +45,16 @@ pub struct Reads {
     pub negative: Reading,
     /// Which of the text encoder's layers are taken.
     pub layers: Layers,
+    /// What the text encoder computes in.
+    pub dtype: Dtype,
 }
 
 impl Trained {
     /// By a run, and the text encoder of this fingerprint.
     pub fn by(config: &RunConfig, text: Option<String>) -> Self {
         let (heads, read) = (config.connector.heads as i64, &config.text);
-        Self { heads: Some(heads), padding: Some(read.padding), max_tokens: Some(read.max_tokens), layers: Some(read.layers), text }
+        let (padding, layers, text_dtype) = (Some(read.padding), Some(read.layers), Some(read.dtype));
+        Self { heads: Some(heads), padding, max_tokens: Some(read.max_tokens), layers, text, text_dtype }
     }
 
     /// As a connector's file tells. The authors' files tell nothing.
@@ -62,6 +68,7 @@ impl Trained {
             max_tokens: weights.told(MAX_TOKENS, "a whole number", |text| text.parse().ok())?,
             layers: weights.told(LAYERS, "last or average", meant)?,
             text: weights.metadata(TEXT).map(str::to_owned),
+            text_dtype: weights.told(TEXT_DTYPE, "fp32, fp16 or bf16", meant)?,
         })
     }
 
@@ -73,21 +80,23 @@ impl Trained {
             (MAX_TOKENS, self.max_tokens.map(|most| most.to_string())),
             (LAYERS, self.layers.map(word)),
             (TEXT, self.text.clone()),
+            (TEXT_DTYPE, self.text_dtype.map(word)),
         ];
         fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
     }
 
     /// How texts are read: as it is asked for, or else as in training, or else as the released connectors were trained. The text encoder takes
-    /// `longest` tokens; the negative prompt may be read by a padding rule of its own.
-    pub fn reads(&self, asked: &Self, negative: Option<Padding>, longest: Option<i64>) -> Reads {
+    /// `longest` tokens; the negative prompt may be read by a padding rule of its own; `dtype` is what the other networks compute in.
+    pub fn reads(&self, asked: &Self, negative: Option<Padding>, longest: Option<i64>, dtype: Dtype) -> Reads {
         let padding = asked.padding.or(self.padding).unwrap_or_default();
         let reading = |padding| Reading::new(padding, asked.max_tokens.or(self.max_tokens), longest);
         let layers = asked.layers.or(self.layers).unwrap_or_default();
-        Reads { prompt: reading(padding), negative: reading(negative.unwrap_or(padding)), layers }
+        let dtype = asked.text_dtype.or(self.text_dtype).unwrap_or(dtype);
+        Reads { prompt: reading(padding), negative: reading(negative.unwrap_or(padding)), layers, dtype }
     }
 
     /// What of the reading of texts is asked for otherwise than it was trained, a line each. Heads are not among it: a network of others is
-    /// another one, and refused. `model` names the text encoder that is asked for.
+    /// another one, and refused; nor the text encoder's dtype, which changes what it says by less than another wording does. `model` names the text encoder that is asked for.
     pub fn differences(&self, asked: &Self, model: &str) -> Vec<String> {
         let texts = |(trained, asked): (String, String)| (short(&trained).to_owned(), format!("{} ({model})", short(&asked)));
         let differences = [
@@ -137,6 +146,7 @@ mod tests {
             max_tokens: Some(96),
             layers: Some(Layers::Average),
             text: Some("3f2a91c0d4e5b6a7".to_owned()),
+            text_dtype: Some(Dtype::Fp16),
         }
     }
 
@@ -156,9 +166,13 @@ mod tests {
             assert_eq!(Trained::told(&weights).unwrap(), trained);
             assert_eq!(weights.metadata("format"), Some("pt"), "transformers asks for it");
         }
-        for (field, rule) in
-            [(PADDING, "fixed or none"), (MAX_TOKENS, "a whole number"), (LAYERS, "last or average"), (HEADS_FIELD, "a whole number")]
-        {
+        for (field, rule) in [
+            (PADDING, "fixed or none"),
+            (MAX_TOKENS, "a whole number"),
+            (LAYERS, "last or average"),
+            (HEADS_FIELD, "a whole number"),
+            (TEXT_DTYPE, "fp32, fp16 or bf16"),
+        ] {
             let (_folder, weights) = file(&BTreeMap::from([(field.to_owned(), "many".to_owned())]));
             let error = Trained::told(&weights).unwrap_err().to_string();
             assert!(error.contains("c.safetensors") && error.contains(field) && error.contains(rule) && error.contains("many"), "{error}");
@@ -168,16 +182,17 @@ mod tests {
     #[test]
     fn texts_are_read_as_in_training_unless_it_is_said_otherwise() {
         let read = |trained: &Trained, asked: Trained, negative| {
-            let Reads { prompt, negative, layers } = trained.reads(&asked, negative, Some(512));
-            (prompt.padding, prompt.most, negative.padding, layers)
+            let Reads { prompt, negative, layers, dtype } = trained.reads(&asked, negative, Some(512), Dtype::Bf16);
+            (prompt.padding, prompt.most, negative.padding, layers, dtype)
         };
         let (fixed, none) = (Padding::Fixed, Padding::None);
-        assert_eq!(read(&trained(), Trained::default(), None), (none, 96, none, Layers::Average));
-        assert_eq!(read(&trained(), Trained::default(), Some(fixed)), (none, 96, fixed, Layers::Average));
-        let asked = || Trained { padding: Some(fixed), max_tokens: Some(40), layers: Some(Layers::Last), ..Trained::default() };
-        assert_eq!(read(&trained(), asked(), None), (fixed, 40, fixed, Layers::Last));
+        assert_eq!(read(&trained(), Trained::default(), None), (none, 96, none, Layers::Average, Dtype::Fp16));
+        assert_eq!(read(&trained(), Trained::default(), Some(fixed)), (none, 96, fixed, Layers::Average, Dtype::Fp16));
+        let (layers, text_dtype) = (Some(Layers::Last), Some(Dtype::Fp32));
+        let asked = || Trained { padding: Some(fixed), max_tokens: Some(40), layers, text_dtype, ..Trained::default() };
+        assert_eq!(read(&trained(), asked(), None), (fixed, 40, fixed, Layers::Last, Dtype::Fp32));
         // A file that does not tell is used as the released ones.
-        assert_eq!(read(&Trained::default(), Trained::default(), None), (fixed, 128, fixed, Layers::Last));
+        assert_eq!(read(&Trained::default(), Trained::default(), None), (fixed, 128, fixed, Layers::Last, Dtype::Bf16));
 
         assert_eq!(trained().differences(&trained(), "t5"), [""; 0]);
         assert_eq!(trained().differences(&Trained::default(), "t5"), [""; 0]);

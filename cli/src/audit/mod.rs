@@ -13,8 +13,10 @@ use ella_dataset::order::BucketOrder;
 use ella_proto::config::RunConfig;
 use ella_store::{Record, RunState, Store, verify_commit};
 use ella_worker::feed::{Captions, order_config};
+use ella_worker::train::state::OPTIMIZER_FILE;
 use proof::{Expected, History};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::run::RunFolder;
 use crate::ui::{DONE, FAILED, Fail, Meter, Out, count};
@@ -40,6 +42,9 @@ pub(crate) struct Verdict {
     pub(crate) step: u64,
     pub(crate) records: usize,
     pub(crate) terms: usize,
+    /// Steps up to it that changed nothing (`train.skip_nonfinite`), though their samples count as used.
+    #[serde(default)]
+    pub(crate) steps_left_out: u64,
     /// What the newest commit's ledger says of each epoch, beside what the data set says.
     pub(crate) epochs: Vec<Epoch>,
     /// Commits that were not given up.
@@ -108,6 +113,12 @@ pub(crate) async fn judge(run: &str, data: Option<&str>) -> Result<Verdict, Fail
     leftovers(&run.store, &history, &mut verdict).await?;
     if let Some(last) = history.commits.last() {
         verdict.step = last.step;
+        verdict.steps_left_out = left_out(&run.store, &last.folder, last.step).await.unwrap_or_default();
+        if verdict.steps_left_out > 0 {
+            let (left_out, all) = (verdict.steps_left_out, count(last.step as usize, "step"));
+            let why = "their samples count as used, but a loss or gradient was not finite (train.skip_nonfinite); failed/ lists them";
+            verdict.notes.push(format!("{left_out} of {all} changed nothing: {why}"));
+        }
         let data = data.unwrap_or(&run.config.data.path);
         match expected(data, &run.config).await {
             Err(fail) => verdict
@@ -149,6 +160,15 @@ async fn check_files(run: &RunFolder, state: &RunState, verdict: &mut Verdict) {
         verdict.problems.extend(faults.iter().map(|fault| format!("{}: {fault}", store.url())));
         verdict.commits.push(CommitVerdict { step: commit.step, folder: commit.folder.clone(), bytes, whole });
     }
+}
+
+/// Steps up to a commit's that changed nothing: its optimizer tells in its header of how many updates its moments are. None if that can't be read.
+async fn left_out(store: &Store, folder: &str, step: u64) -> Option<u64> {
+    let file = format!("{folder}/{OPTIMIZER_FILE}");
+    let length = store.get_range(&file, 0..8).await.ok()?;
+    let end = u64::from_le_bytes(length[..].try_into().ok()?).checked_add(8)?;
+    let header: Value = serde_json::from_slice(&store.get_range(&file, 8..end).await.ok()?).ok()?;
+    step.checked_sub(header["__metadata__"]["updates"].as_str()?.parse().ok()?)
 }
 
 /// Folders that are not a commit, or not any more. A coordinator that died on the way to its record leaves one.
@@ -195,9 +215,13 @@ fn text(verdict: &Verdict) -> String {
     for problem in &verdict.problems {
         text += &format!("PROBLEM  {problem}\n");
     }
-    text + &match verdict.problems.len() {
-        0 => format!("verdict  step {} stands on whole commits, and every sample was used exactly as it was due", verdict.step),
-        n => format!("verdict  {}", count(n, "problem")),
+    let (stands, left_out) = (format!("verdict  step {} stands on whole commits", verdict.step), verdict.steps_left_out);
+    text + &match (verdict.problems.len(), left_out) {
+        (0, 0) => format!("{stands}, and every sample was used exactly as it was due"),
+        (0, _) => {
+            format!("{stands}, and every sample came exactly as it was due, but {} changed nothing", count(left_out as usize, "step"))
+        }
+        (n, _) => format!("verdict  {}", count(n, "problem")),
     }
 }
 
@@ -211,4 +235,28 @@ fn epochs_line(group: &[Epoch]) -> String {
         (false, _) => format!("{} samples, which are not the {} that were due", first.samples, first.expected),
     };
     format!("{name:8} {found}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_that_changed_nothing_are_told_of() {
+        let (store, read) = (Store::in_memory(), crate::runtime().unwrap());
+        let file = format!("c/{OPTIMIZER_FILE}");
+        let mut found = |header: &str| {
+            let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 9]].concat();
+            read.block_on(async {
+                store.put(&file, bytes.into()).await.unwrap();
+                left_out(&store, "c", 30).await
+            })
+        };
+        assert_eq!(found(r#"{"__metadata__":{"step":"30","updates":"1"}}"#), Some(29));
+        assert_eq!([r#"{"__metadata__":{"updates":"31"}}"#, "{}", "none"].map(&mut found), [None; 3]);
+
+        let shown = |steps_left_out| text(&Verdict { step: 30, steps_left_out, ..Verdict::default() });
+        assert!(shown(0).ends_with("every sample was used exactly as it was due"));
+        assert!(shown(29).ends_with("every sample came exactly as it was due, but 29 steps changed nothing"));
+    }
 }

@@ -1,7 +1,5 @@
 //! What must hold of a run's records, and of the data set that they speak of. Nothing here reads a file.
 
-use std::collections::BTreeMap;
-
 use ella_dataset::ledger::{KeyHash, Tally};
 use ella_dataset::order::{BucketOrder, SampleRef};
 use ella_proto::config::RunConfig;
@@ -74,12 +72,13 @@ fn step_back(earlier: &Commit, later: &Commit) -> Option<String> {
     if later.step <= earlier.step {
         return Some(format!("{}: comes after the commit of step {} in the log (expected a later step)", later.folder, earlier.step));
     }
-    let samples = |commit: &Commit| -> BTreeMap<u64, u64> { commit.ledger.iter().map(|epoch| (epoch.epoch, epoch.samples)).collect() };
-    let grown = samples(later);
-    let lost = samples(earlier).into_iter().find(|(epoch, n)| grown.get(epoch).is_none_or(|found| found < n))?;
-    let found = grown.get(&lost.0).copied().unwrap_or_default();
+    // Between the epochs that either lists nothing changes.
+    let listed = earlier.ledger.iter().chain(&later.ledger).map(|entry| entry.epoch);
+    let samples = |commit: &Commit, epoch| commit.of_epoch(epoch).map_or(0, |used| used.samples);
+    let both = |epoch| (epoch, samples(earlier, epoch), samples(later, epoch));
+    let (epoch, had, found) = listed.map(both).find(|(_, had, found)| found < had)?;
     let folder = &later.folder;
-    Some(format!("{folder}: its ledger has {found} samples of epoch {}, fewer than the {} of step {}'s", lost.0, lost.1, earlier.step))
+    Some(format!("{folder}: its ledger has {found} samples of epoch {epoch}, fewer than the {had} of step {}'s", earlier.step))
 }
 
 /// What the data set says must have been used.
@@ -164,7 +163,7 @@ pub(super) fn ledgers(expected: &Expected, commits: &[Commit], verdict: &mut Ver
 /// Each epoch of a commit's ledger beside what was due: all of the finished ones, `due` of epoch `current`, nothing of later ones.
 fn epochs(expected: &Expected, commit: &Commit, current: u64, due: Tally) -> Vec<Epoch> {
     let found = |epoch: u64| {
-        let entry = commit.ledger.iter().find(|entry| entry.epoch == epoch)?;
+        let entry = commit.of_epoch(epoch)?;
         Some(Tally { samples: entry.samples, hash: u128::from_str_radix(&entry.hash, 16).ok()? })
     };
     let last = commit.ledger.iter().map(|entry| entry.epoch).max().unwrap_or_default();
@@ -187,6 +186,8 @@ fn epochs(expected: &Expected, commit: &Commit, current: u64, due: Tally) -> Vec
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use ella_dataset::order::OrderConfig;
     use ella_store::{LedgerEpoch, Part, RunLog, Store, Term};
 
@@ -242,6 +243,7 @@ mod tests {
                 .map(|(epoch, tally)| LedgerEpoch { epoch, samples: tally.samples, hash: format!("{:032x}", tally.hash) })
                 .collect(),
             state_digest: Digest::of(b"state"),
+            computed_with: Default::default(),
         }
     }
 
@@ -311,6 +313,17 @@ mod tests {
         let verdict = judged(&[commit(12)]);
         assert!(verdict.problems.is_empty());
         assert_eq!(verdict.epochs.len(), 2);
+    }
+
+    /// As workers tell it: of epochs that are alike the first.
+    #[test]
+    fn an_epoch_that_is_not_listed_counts_as_the_one_before_it() {
+        let mut commits = [commit(14), commit(15)];
+        commits.iter_mut().for_each(|commit| drop(commit.ledger.remove(1)));
+        let verdict = judged(&commits);
+        assert_eq!(verdict.problems, Vec::<String>::new());
+        assert!(verdict.epochs.len() == 3 && verdict.epochs.iter().all(|epoch| epoch.exact));
+        assert!(log_problems(&history(&commits), &config()).is_empty());
     }
 
     #[test]

@@ -345,6 +345,7 @@ mod tests {
             step_in_epoch: step,
             ledger: Vec::new(),
             state_digest: digest,
+            computed_with: Default::default(),
         }
     }
 

@@ -45,7 +45,10 @@ impl Lab {
         let program =
             std::env::current_exe().map_err(|error| Fail::failed(format_args!("the folder of this program is unknown ({error})")))?;
         // What a miniature without its parts would be noticed by only after minutes.
-        UNetConfig::load(&mini.join("base/unet"))?;
+        UNetConfig::load(&mini.join("base/unet")).map_err(|error| {
+            let fail = Fail::from(error);
+            Fail { message: format!("--mini {}: {}", mini.display(), fail.message), ..fail }
+        })?;
         let lab = Self { recipe, mini: mini.into(), out: out.into(), program };
         for folder in ["logs", "runs", "drawn", "answers"] {
             fs::create_dir_all(lab.at(folder)).map_err(|error| Fail::io(lab.at(folder), "made", &error))?;

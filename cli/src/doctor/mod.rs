@@ -102,20 +102,14 @@ fn libtorch() -> Libtorch {
     let Some(folder) = device::libtorch_folder() else {
         return Libtorch { version: "unknown".to_owned(), folder: "unknown".to_owned() };
     };
-    // As its wheel says; another build of it may not.
-    let said = std::fs::read_to_string(folder.join("../version.py")).unwrap_or_default();
-    let version = said.lines().find_map(|line| line.strip_prefix("__version__ = ")).unwrap_or("unknown").trim_matches(['\'', '"']);
-    Libtorch { version: version.to_owned(), folder: folder.display().to_string() }
+    Libtorch { version: device::libtorch_version(&folder), folder: folder.display().to_string() }
 }
 
 fn look_for_nccl(wrong: &mut Vec<String>) -> Option<Nccl> {
     match device::nccl().and_then(|library| library.version()) {
         Ok(version) => {
-            let known_fault = version.known_fault();
-            wrong.extend(
-                known_fault.map(|fault| format!("NCCL {version} ({fault}): install another, such as the one that torch's wheel brings")),
-            );
-            Some(Nccl { version: version.to_string(), known_fault })
+            wrong.extend(device::nccl_fault(version));
+            Some(Nccl { version: version.to_string(), known_fault: version.known_fault() })
         }
         Err(error) => {
             let hint = "several workers with GPUs cannot train together; install the wheel nvidia-nccl-cu13 beside torch's";

@@ -165,6 +165,16 @@ impl Answers {
             )));
         }
         unknown.sort_unstable();
+        // The scenes' dense and short lists have the same items: numbers that both have would be read as one another's.
+        if unknown.len() > used {
+            let (most, first) = (unknown.len(), unknown.first().map_or("", String::as_str));
+            return Err(bad(format_args!(
+                "{}: {most} of its {} answers are to questions that {} does not have, as {first}: they answer another list; give that as --csv",
+                self.file,
+                self.count(),
+                set.file
+            )));
+        }
         near.sort_unstable();
         let mut notes: Vec<Note> = [
             Note::of("unknown_item", &strangers, "items that have answers and no questions", "not used"),
@@ -345,5 +355,8 @@ pub(super) mod tests {
     fn answers_to_another_set_are_refused() {
         let message = answers(&[("x", 0, 1, "yes")]).notes(&set(&[("a", 1, "0", "t")]), 4).unwrap_err().message;
         assert!(message.contains("none of its answers is to a question of set.csv") && message.contains("\"x\""), "{message}");
+        let longer = answers(&[("a", 0, 1, "yes"), ("a", 0, 2, "yes"), ("a", 0, 3, "yes")]);
+        let message = longer.notes(&set(&[("a", 1, "0", "t")]), 4).unwrap_err().message;
+        assert!(message.contains("2 of its 3 answers are to questions that set.csv does not have, as a/2"), "{message}");
     }
 }

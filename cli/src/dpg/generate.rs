@@ -96,7 +96,7 @@ impl Generate {
 
     fn settings(&self) -> DrawSettings {
         let (read, how) = (&self.read, &self.how);
-        let Trained { padding, max_tokens, layers, .. } = read.asked();
+        let Trained { padding, max_tokens, layers, text_dtype, .. } = read.asked();
         DrawSettings {
             prompts: self.prompts.clone(),
             base: self.base.clone(),
@@ -109,6 +109,7 @@ impl Generate {
             negative_padding: read.negative_padding.map(Into::into),
             max_tokens,
             layers,
+            text_dtype,
             negative: self.negative.clone(),
             seed: self.seed,
             size: self.size,

@@ -59,7 +59,8 @@ impl From<Prompts> for Telling {
 impl LookArgs {
     pub(crate) fn run(&self, out: Out) -> Result<u8, Fail> {
         let suite = Suite::read(&self.suite).map_err(bad)?;
-        let eyes = Eyes::load(&self.detector, Device::Cpu).map_err(bad)?;
+        let eyes = Eyes::load(&self.detector, Device::Cpu);
+        let eyes = eyes.map_err(|error| bad(format_args!("--detector {}: {error}", self.detector.display())))?;
         let telling = Telling::from(self.prompts);
         let (mut lines, mut missing, mut yes, mut asked, mut side) = (String::new(), Vec::new(), 0, 0, 0);
         let mut meter = Meter::new("pictures", suite.count);

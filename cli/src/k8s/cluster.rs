@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::{Cancel, Logs, Scale, Submit, There};
-use crate::ui::{DONE, FAILED, Fail, Out, USAGE, note};
+use crate::ui::{DONE, FAILED, Fail, Out, USAGE, count, note};
 
 impl From<ClientError> for Fail {
     fn from(error: ClientError) -> Self {
@@ -63,7 +63,7 @@ impl Scale {
         let There { name, namespace, .. } = &self.there;
         crate::runtime()?.block_on(async { self.there.cluster().await?.scale(name, self.workers).await })?;
         out.result(&json!({ "name": name, "workers": self.workers }), || {
-            format!("{namespace}/{name}: {} workers from now on", self.workers)
+            format!("{namespace}/{name}: {} from now on", count(self.workers as usize, "worker"))
         });
         Ok(DONE)
     }

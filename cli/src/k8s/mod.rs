@@ -239,8 +239,8 @@ impl Render {
 
 impl What {
     fn render(&self) -> Result<Rendered, Fail> {
-        let text =
-            std::fs::read_to_string(&self.config).map_err(|error| Fail::usage(format_args!("{}: {error}", self.config.display())))?;
+        let unread = |error| format!("{}: cannot be read ({error}); give the path of a run's or job's TOML file", self.config.display());
+        let text = std::fs::read_to_string(&self.config).map_err(|error| Fail::usage(unread(error)))?;
         let rendered = render(&text, &self.config.display().to_string(), &self.set, &self.options()?)?;
         rendered.notes.iter().for_each(note);
         Ok(rendered)

@@ -147,6 +147,7 @@ mod tests {
                 step_in_epoch: step,
                 ledger: Vec::new(),
                 state_digest: Digest::of(b""),
+                computed_with: Default::default(),
             })
         };
         let end = Body::End { outcome: Outcome::Done, step: 9, reason: String::new() };

@@ -61,6 +61,10 @@ fn head(facts: &Facts, numbers: &Numbers) -> String {
             "not shown".to_owned(),
             "<code>ella audit RUN --json &gt; a.json</code>, then this with <code>--audit a.json</code>".to_owned(),
         ),
+        Some(Verdict { ok: true, steps_left_out: left_out @ 1.., .. }) => {
+            let what = format!("but {} changed nothing", count(*left_out as usize, "step"));
+            ("<span class=\"good\">holds</span>".to_owned(), what)
+        }
         Some(verdict) if verdict.ok => {
             ("<span class=\"good\">holds</span>".to_owned(), "every sample exactly once, every byte as committed".to_owned())
         }

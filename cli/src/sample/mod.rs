@@ -162,7 +162,7 @@ impl Sample {
         for told in trained.differences(&asked, &self.text) {
             note(format_args!("WARNING: {} {told}", file.display()));
         }
-        Ok(trained.reads(&asked, self.read.negative_padding.map(Into::into), takes.max_positions()))
+        Ok(trained.reads(&asked, self.read.negative_padding.map(Into::into), takes.max_positions(), self.how.dtype.into()))
     }
 
     /// What all texts tell through the connector, and for a comparison what they tell the base by its own CLIP. What encodes them is gone
@@ -171,10 +171,9 @@ impl Sample {
         &self,
         plan: &Plan,
         (base, model): (&Base, &Path),
-        Reads { prompt, negative, layers }: Reads,
+        Reads { prompt, negative, layers, dtype }: Reads,
         (kind, device): (Kind, tch::Device),
     ) -> Result<(Script, Option<Script>), Fail> {
-        let dtype = self.how.dtype.into();
         let options = TextOptions { model: model.to_owned(), max_tokens: prompt.most, padding: prompt.padding, layers, dtype };
         let encoder = TextEncoder::load(&options, device)?;
         let none = self.negative.as_deref().unwrap_or_default();

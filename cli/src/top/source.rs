@@ -198,8 +198,7 @@ impl Source {
             step: last.map_or(0, |last| last.step).max(commit_step),
             steps: self.steps,
             epoch: committed.map(|commit| commit.epoch),
-            samples: committed.map_or(0, |commit| commit.ledger.iter().map(|epoch| epoch.samples).sum::<u64>())
-                + after.iter().map(|bucket| bucket.samples).sum::<u64>(),
+            samples: committed.map_or(0, ella_store::Commit::samples) + after.iter().map(|bucket| bucket.samples).sum::<u64>(),
             loss: last.and_then(|last| last.loss),
             last_commit_step: commit_step,
             counts: self.counts(),
@@ -330,6 +329,7 @@ mod tests {
                 step_in_epoch: 60,
                 ledger: vec![LedgerEpoch { epoch: 0, samples: 240, hash: "0".repeat(32) }],
                 state_digest: none,
+                computed_with: Default::default(),
             };
             log.append(Body::Commit(commit), 2).await.unwrap();
             let counted = r#""skipped":{"odd":1},"read":{"pictures_saved":3}"#;

@@ -3,6 +3,8 @@
 //! Nothing is trained here and nothing is kept here: when all of it is killed, the same command goes on from the last commit. When one
 //! process is killed, it is started again ([`places`] says when), and the others go on meanwhile ([`watch`]).
 
+mod alone;
+mod begun;
 mod places;
 mod watch;
 
@@ -10,7 +12,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::children::{Children, Logs, Member, binary, ending};
 use crate::gpus::Gpus;
@@ -29,10 +31,10 @@ use ella_worker::hub::HubId;
 use ella_worker::models;
 use places::Places;
 use serde::Serialize;
-use watch::{LEAVING, Watch};
+use watch::{LEAVING, Seen, Watch};
 pub(crate) use watch::{Opened, first_line};
 
-use crate::run::{ADDRESS, RunFolder};
+use crate::run::{ADDRESS, RUN_TOML, RunFolder};
 use crate::status::outcome;
 use crate::ui::{DONE, FAILED, Fail, Meter, NO_RETRY, Out, PREEMPTED, note, one_line};
 
@@ -44,7 +46,7 @@ pub(crate) struct Train {
     /// Override one key of the config, as in --set train.optimizer.lr=1e-4; may be given more than once
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Only start workers, for the coordinator that runs at this address
+    /// Only start workers, for the coordinator that runs at this address; RUN.toml is its run's, but for workers.count and workers.device
     #[arg(long, value_name = "URL")]
     coordinator: Option<String>,
     #[command(flatten)]
@@ -112,6 +114,9 @@ impl Train {
         let store = open("run.output", &config.run.output)?;
         open("data.path", &config.data.path)?;
         have_models(config)?;
+        // This process's: the others end with it.
+        let _alone = store.local_path().map(|run| alone::lock(&run, &config.run.output)).transpose()?;
+        begun::tell(config);
         let logs = Logs { folder: store.local_path().map(|run| run.join("logs")), verbose: self.verbose };
         let mut stops = catch()?;
         let mut children = Children::default();
@@ -167,15 +172,20 @@ impl Train {
                 status.run_url
             )));
         }
+        let run = RunFolder::open(&status.run_url).await.map_err(|fail| {
+            let message = format!("the run that {url} coordinates, whose folder every worker needs: {}", fail.message);
+            Fail { message, ..fail }
+        })?;
+        of_the_run(config, &self.config, &run)?;
         have_models(config)?;
         let grpc = access.full_url();
         let mut stops = catch()?;
         let mut children = Children::default();
         self.start_workers(&mut children, config, (&worker, &gpus), (&grpc, &Logs { folder: None, verbose: self.verbose }))?;
-        let (last, restarts) = self.watch(config, &mut children, (access.clone(), false), &mut stops).await;
+        let Seen { last, restarts, killed } = self.watch(config, &mut children, (access.clone(), false), &mut stops).await;
         // The last steps may have come after the last poll; a coordinator stays a moment longer than its workers.
         let last = client::status(&access).await.ok().map(StatusReport::from).or(last);
-        let code = children.members().iter().map(exit_code).max().unwrap_or(FAILED);
+        let code = worst(&children, killed);
         if code == DONE || code == PREEMPTED {
             let name = if code == DONE { "done" } else { "preempted" };
             let step = last_step(last.as_ref(), code);
@@ -191,7 +201,7 @@ impl Train {
         &self,
         children: &mut Children,
         config: &RunConfig,
-        (worker, gpus): (&std::path::Path, &Gpus),
+        (worker, gpus): (&Path, &Gpus),
         (grpc, logs): (&str, &Logs),
     ) -> Result<(), Fail> {
         let mut arguments = ["--coordinator", grpc, "--device", device(config)].map(str::to_owned).to_vec();
@@ -203,33 +213,24 @@ impl Train {
     }
 
     /// Watches the processes until the run is over here.
-    async fn watch(
-        &self,
-        config: &RunConfig,
-        children: &mut Children,
-        (coordinator, owned): (Access, bool),
-        stops: &mut Stops,
-    ) -> (Option<StatusReport>, u32) {
+    async fn watch(&self, config: &RunConfig, children: &mut Children, (coordinator, owned): (Access, bool), stops: &mut Stops) -> Seen {
         let meter = if self.verbose { Meter::lines("train", config.train.steps) } else { Meter::new("train", config.train.steps) };
         let places = Places::new(children.members().len(), owned, self.no_restart);
         Watch::new(children, places, meter).run(coordinator, stops).await
     }
 
     /// Turns what is left into the result: the coordinator's exit code counts, and its reason is in the run's log.
-    async fn conclude(
-        &self,
-        config: &RunConfig,
-        children: &Children,
-        (last, restarts): (Option<StatusReport>, u32),
-        out: Out,
-    ) -> Result<u8, Fail> {
+    async fn conclude(&self, config: &RunConfig, children: &Children, Seen { last, restarts, killed }: Seen, out: Out) -> Result<u8, Fail> {
         // One that was killed had no say: it could not begin without a worker that had ended.
         let itself = children.members().first().filter(|coordinator| coordinator.ended.is_some_and(|status| status.code().is_some()));
-        let code = itself.map_or_else(|| children.members().iter().map(exit_code).max().unwrap_or(FAILED), exit_code);
+        let code = itself.map_or_else(|| worst(children, killed), |coordinator| exit_code(coordinator, killed));
         let name = match code {
             DONE => "done",
             PREEMPTED => "preempted",
-            _ => return Err(failure(children, last.as_ref(), recorded(config).await, code)),
+            _ => {
+                let why = recorded(config, last.as_ref().map(|status| status.term)).await;
+                return Err(failure(children, last.as_ref(), why, code));
+            }
         };
         let trained = read(config, name, restarts).await?;
         keep_metrics(config).await;
@@ -244,7 +245,7 @@ impl Train {
         let Some(coordinator) = children.members().first() else { return Fail::failed("the coordinator did not start") };
         let said = coordinator.last_error().or_else(|| coordinator.last_lines().pop());
         let how = coordinator.ended.map_or_else(String::new, ending);
-        let code = match exit_code(coordinator) {
+        let code = match exit_code(coordinator, FAILED) {
             DONE => FAILED,
             code => code,
         };
@@ -258,6 +259,18 @@ fn open(key: &str, place: &str) -> Result<Store, Fail> {
         let fail = Fail::from(error);
         Fail { message: format!("{key}: {}", fail.message), ..fail }
     })
+}
+
+/// Workers that join take the run's config. Whoever means another is not to find out when it is trained.
+fn of_the_run(config: &RunConfig, file: &Path, run: &RunFolder) -> Result<(), Fail> {
+    let mut others = config.differences(&run.config);
+    others.retain(|key| !["workers.count", "workers.device"].contains(&&**key));
+    if others.is_empty() {
+        return Ok(());
+    }
+    let (file, url, others) = (file.display(), run.store.url(), others.join(", "));
+    let hint = format!("give a copy of {url}/{RUN_TOML}, or the same --set as the coordinator has");
+    Err(Fail::usage(format_args!("{file}: the run that the coordinator has, {url}, is of another config: {others}; {hint}")))
 }
 
 fn catch() -> Result<Stops, Fail> {
@@ -291,10 +304,17 @@ pub(crate) fn device(config: &RunConfig) -> &'static str {
     }
 }
 
-/// A process's exit code as ours: one that was killed has failed.
-fn exit_code(member: &Member) -> u8 {
-    let code = member.ended.and_then(|status| status.code());
-    code.and_then(|code| u8::try_from(code).ok()).filter(|code| *code <= NO_RETRY).unwrap_or(FAILED)
+/// A process's exit code as ours; of one that was killed this.
+fn exit_code(member: &Member, killed: u8) -> u8 {
+    match member.ended.and_then(|status| status.code()) {
+        Some(code) => u8::try_from(code).ok().filter(|code| *code <= NO_RETRY).unwrap_or(FAILED),
+        None => killed,
+    }
+}
+
+/// What all of them came to, where no one's word counts more than the others'.
+fn worst(children: &Children, killed: u8) -> u8 {
+    children.members().iter().map(|member| exit_code(member, killed)).max().unwrap_or(FAILED)
 }
 
 /// The step at which workers have left a run. One that is done is at its last, whether or not anyone saw it there.
@@ -302,10 +322,10 @@ fn last_step(last: Option<&StatusReport>, code: u8) -> u64 {
     last.map_or(0, |status| if code == DONE { status.step.max(status.steps) } else { status.step })
 }
 
-/// Why the newest coordinator ended, by the run's log.
-async fn recorded(config: &RunConfig) -> Option<String> {
+/// Why the newest coordinator ended, by the run's log; nothing of one that took the run over from this command's, whose term is given.
+async fn recorded(config: &RunConfig, term: Option<u64>) -> Option<String> {
     let state = RunFolder::open(&config.run.output).await.ok()?.state().await.ok()?;
-    Some(outcome(&state).1).filter(|reason| state.is_over() && !reason.is_empty())
+    Some(outcome(&state).1).filter(|reason| state.is_over() && !reason.is_empty() && term.is_none_or(|own| own == state.term))
 }
 
 /// One line that says why. Where nothing says it, the last words of those that ended badly come before.
@@ -356,8 +376,7 @@ fn human(trained: &Trained) -> String {
     let Trained { outcome, run, step, steps, loss, commits, last_commit_step, restarts, read } = trained;
     let loss = loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
     let next = if *outcome == "done" { "" } else { "; the same command resumes it" };
-    let read: Vec<String> = read.iter().map(|(name, count)| format!("{name} {count}")).collect();
-    let read = if read.is_empty() { String::new() } else { format!("\nread     {}", read.join(", ")) };
+    let read: String = read.iter().map(|(name, count)| format!("\ncount    {name} {count}")).collect();
     let again = if *restarts == 0 { String::new() } else { format!("\nrestarts {restarts}") };
     format!(
         "{outcome} at step {step} of {steps}{loss}{next}\ncommits  {commits} kept, the newest of step {last_commit_step}{again}{read}\nrun      {run}"
@@ -367,6 +386,7 @@ fn human(trained: &Trained) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ui::USAGE;
 
     #[test]
     fn coordinators_read_the_config_as_often_as_they_like_from_a_file_without_a_name() {
@@ -377,6 +397,20 @@ mod tests {
             assert_eq!(std::fs::read_to_string(&path).unwrap(), config.to_toml());
         }
         assert!(!std::fs::read_link(&path).unwrap().exists(), "a kill would leave it behind");
+    }
+
+    #[test]
+    fn workers_join_under_the_runs_own_config_only() {
+        let parse = |set: &[&str]| {
+            let set: Vec<String> = set.iter().map(|item| (*item).to_owned()).collect();
+            RunConfig::parse("[run]\noutput='r'\n[base]\nmodel='m'\n[text]\nmodel='t'\n[data]\npath='d'\n", "x", &set).unwrap()
+        };
+        let run = RunFolder::new(Store::in_memory(), parse(&[]));
+        let joins = |set: &[&str]| of_the_run(&parse(set), Path::new("x.toml"), &run);
+        joins(&["workers.count=3", "workers.device=cpu"]).unwrap();
+        let fail = joins(&["run.seed=4", "run.output=s", "train.steps=9", "workers.threads=2"]).unwrap_err();
+        let words = "is of another config: run.output, run.seed, train.steps, workers.threads; give a copy of";
+        assert!(fail.code == USAGE && fail.message.contains(words), "{}", fail.message);
     }
 
     #[test]

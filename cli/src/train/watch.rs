@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout};
 
 use super::places::{MOST, Places, Then};
 use crate::children::Children;
-use crate::ui::{Meter, note};
+use crate::ui::{FAILED, Meter, PREEMPTED, count, note};
 
 /// How long a coordinator may take to open the run.
 const OPENING: Duration = Duration::from_secs(300);
@@ -29,6 +29,8 @@ const AFTERMATH: Duration = Duration::from_secs(45);
 const NOT_BEGUN: Duration = Duration::from_secs(5);
 /// How long workers may take to leave once their coordinator has.
 pub(super) const LEAVING: Duration = Duration::from_secs(10);
+/// How long all may take that are to leave at once: a coordinator needs a moment to write that the run was left.
+const AT_ONCE: Duration = Duration::from_secs(3);
 
 /// The coordinator's one line on stdout.
 #[derive(Debug, Deserialize)]
@@ -44,6 +46,16 @@ pub(crate) async fn first_line(stdout: Option<ChildStdout>) -> Option<Opened> {
     let mut reader = BufReader::new(stdout?);
     timeout(OPENING, reader.read_line(&mut line)).await.ok()?.ok()?;
     serde_json::from_str(&line).ok()
+}
+
+/// What was seen of a run.
+pub(super) struct Seen {
+    /// The status, as it was last answered.
+    pub(super) last: Option<StatusReport>,
+    /// How often a process was started again.
+    pub(super) restarts: u32,
+    /// The exit code that one which was killed stands for: that was a failure, unless the run was to be left at once.
+    pub(super) killed: u8,
 }
 
 /// Watches a run's processes until all have ended for good.
@@ -73,8 +85,8 @@ impl<'a> Watch<'a> {
         Self { children, places, meter, told, last: None, step: 0, begun: false, due, opening: None, deadline: None, asked: 0 }
     }
 
-    /// Gives the status as it was last seen, and how often a process was started again.
-    pub(super) async fn run(mut self, coordinator: Access, stops: &mut Stops) -> (Option<StatusReport>, u32) {
+    /// Watches until the run is over here.
+    pub(super) async fn run(mut self, coordinator: Access, stops: &mut Stops) -> Seen {
         let (send, mut status) = watch::channel(None);
         let poll = tokio::spawn(poll(coordinator, send));
         let mut polled = true;
@@ -100,7 +112,8 @@ impl<'a> Watch<'a> {
         }
         poll.abort();
         self.children.reap(LEAVING).await;
-        (self.last, self.places.restarts())
+        let killed = if self.asked > 1 { PREEMPTED } else { FAILED };
+        Seen { restarts: self.places.restarts(), last: self.last, killed }
     }
 
     fn seen(&mut self, report: StatusReport) {
@@ -203,11 +216,16 @@ impl<'a> Watch<'a> {
     fn asked_to_leave(&mut self) {
         self.asked += 1;
         self.places.leave();
-        if self.asked > 1 {
-            note("leaving at once");
-            return self.kill();
+        match self.asked {
+            1 => note("leaving after a commit; once more to leave at once"),
+            2 => {
+                note("leaving at once");
+                self.due.clear();
+                self.places.fix();
+                self.within(AT_ONCE);
+            }
+            _ => return self.kill(),
         }
-        note("leaving after a commit; once more to leave at once");
         if self.places.is_coordinator(0) {
             self.children.signal_one(0, libc::SIGTERM);
         } else {
@@ -263,7 +281,7 @@ fn shown(status: &StatusReport) -> String {
     let draining = if phase == "draining" { "  leaving after a commit" } else { "" };
     let commit = if *commits == 0 { String::new() } else { format!(", the last at step {last_commit_step}") };
     let waits = if phase == "training" && !reason.is_empty() { format!("  {reason}") } else { String::new() };
-    format!("{loss}{rate:.1} samples/s  {commits} commits{commit}{draining}{waits}")
+    format!("{loss}{rate:.1} samples/s  {}{commit}{draining}{waits}", count(*commits as usize, "commit"))
 }
 
 /// What people were told of already.
@@ -328,6 +346,8 @@ mod tests {
         assert_eq!(shown(&status(1, "regrouping", "rank 1 is gone", 1)), "regrouping rank 1 is gone");
         assert_eq!(shown(&status(1, "waiting", "waiting for workers: 1 of 2", 0)), "waiting for workers: 1 of 2");
         assert_eq!(shown(&status(1, "training", "waits for rank 2", 0)), "0.0 samples/s  0 commits  waits for rank 2");
+        let once = StatusReport { commits: 1, last_commit_step: 5, ..status(1, "training", "", 0) };
+        assert_eq!(shown(&once), "0.0 samples/s  1 commit, the last at step 5");
     }
 
     #[test]
@@ -335,8 +355,8 @@ mod tests {
         assert_eq!([1, 2, 3, 4, 11, 22].map(time), ["", " (2nd time)", " (3rd time)", " (4th time)", " (11th time)", " (22nd time)"]);
     }
 
-    /// Processes of these scripts, the first one as the coordinator, which nobody can ask for a status.
-    async fn watched(scripts: &[&str]) -> (Children, u32) {
+    /// Processes of these scripts, the first one as the coordinator, which nobody can ask for a status; and so often it is asked to leave.
+    async fn watched(scripts: &[&str], asked: u32) -> (Children, Seen) {
         use crate::children::Logs;
         let mut children = Children::default();
         for (n, script) in scripts.iter().enumerate() {
@@ -344,9 +364,10 @@ mod tests {
             children.start(&n.to_string(), std::path::Path::new("/bin/sh"), &arguments, &Logs { folder: None, verbose: false }).unwrap();
         }
         let places = Places::new(scripts.len(), true, false);
-        let watch = Watch::new(&mut children, places, Meter::lines("test", 1));
-        let (_, restarts) = watch.run("http://127.0.0.1:1".into(), &mut Stops::catch().unwrap()).await;
-        (children, restarts)
+        let mut watch = Watch::new(&mut children, places, Meter::lines("test", 1));
+        (0..asked).for_each(|_| watch.asked_to_leave());
+        let seen = watch.run("http://127.0.0.1:1".into(), &mut Stops::catch().unwrap()).await;
+        (children, seen)
     }
 
     #[tokio::test]
@@ -357,8 +378,16 @@ mod tests {
         // Each is killed when it first runs. Once both have come back the coordinator ends, and then so does the worker.
         let coordinator = format!("if mkdir {sign}; then kill -9 $$; fi; until [ -e {done} ]; do sleep 0.01; done; exit 3");
         let worker = format!("if mkdir {sign}.w; then kill -9 $$; fi; touch {done}; exit 0");
-        let (children, restarts) = watched(&[&coordinator, &worker]).await;
+        let (children, seen) = watched(&[&coordinator, &worker], 0).await;
         let codes: Vec<_> = children.members().iter().map(|member| member.ended.unwrap().code()).collect();
-        assert_eq!((codes, restarts), (vec![Some(3), Some(0)], 2));
+        assert_eq!((codes, seen.restarts, seen.killed), (vec![Some(3), Some(0)], 2, FAILED));
+    }
+
+    #[tokio::test]
+    async fn whoever_is_killed_because_the_run_is_to_be_left_at_once_has_not_failed() {
+        let deaf = "trap '' TERM; while :; do sleep 0.01; done";
+        let (children, seen) = watched(&[deaf; 2], 3).await;
+        assert!(children.members().iter().all(|member| member.ended.unwrap().code().is_none()));
+        assert_eq!((seen.restarts, seen.killed), (0, PREEMPTED));
     }
 }

@@ -13,6 +13,7 @@ impl Core {
         if let Err(refusal) = self.admit(&hello) {
             return self.refuse(conn, shown(&hello.worker_id), refusal);
         }
+        self.make_way(&hello);
         let place = hello.place.take();
         let before = self.members.conn_of(&hello.worker_id);
         if let (Some(before), Some(place)) = (before, &place)
@@ -53,6 +54,7 @@ impl Core {
         if hello.place.as_ref().is_some_and(|place| place.term > self.term.0) {
             return Err(Refusal::Superseded);
         }
+        self.check_kind(hello)?;
         for (_, member) in self.members.iter().filter(|(_, member)| member.open) {
             let other = &member.hello;
             let holder = || Box::new(Who::of(other, member.rank()));
@@ -61,9 +63,6 @@ impl Core {
                     return Err(Refusal::DuplicateWorker { holder: holder() });
                 }
                 continue;
-            }
-            if other.device_kind != hello.device_kind {
-                return Err(Refusal::DeviceKind { ours: other.device_kind.clone(), theirs: hello.device_kind.clone() });
             }
             if !hello.device_uuid.is_empty() && other.device_uuid == hello.device_uuid {
                 return Err(Refusal::DuplicateDevice { uuid: hello.device_uuid.clone(), holder: holder() });

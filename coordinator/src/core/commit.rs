@@ -1,7 +1,7 @@
 //! Commits: gathering what a record binds, writing it, and giving up old ones (COMMIT).
 
 use super::members::{Held, Member};
-use super::{ConnId, Core, Effect, Failure, Field, Mutation, Note, Outcome, Phase, Time};
+use super::{ConnId, Core, Effect, Failure, Field, Mutation, Note, Outcome, Phase, Refusal, Time};
 use crate::machine::total;
 use ella_proto::ids::{Generation, Rank, Step};
 use ella_proto::v1::{self, to_worker};
@@ -19,6 +19,8 @@ struct Pending {
     generation: Generation,
     digests: BTreeMap<Rank, v1::StateDigest>,
     parts: BTreeMap<&'static str, Part>,
+    /// Who has saved each, by id.
+    savers: BTreeMap<&'static str, String>,
     /// The record is on its way to the log.
     appending: bool,
 }
@@ -101,13 +103,18 @@ impl Commits {
         self.of(generation).map(|(step, pending)| (due(pending), *step)).min()
     }
 
-    /// What a commit under way lacks.
+    /// What a commit under way lacks: reports, or the log's answer.
     pub(super) fn lacking(&self, step: Step, ranks: usize, now: Time) -> Option<Failure> {
         let pending = self.pending.get(&step)?;
         let waited_ms = now.since(pending.since);
-        let names: Vec<&str> = pending.parts.keys().copied().collect();
-        let parts = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-        Some(Failure::CommitOverdue { step, digests: pending.digests.len(), ranks, parts, waited_ms })
+        if pending.is_complete(ranks) {
+            return Some(Failure::Append { error: format!("the record of the commit of step {step} was not taken within {waited_ms} ms") });
+        }
+        let silent = (0..).map(Rank).take(ranks).find(|rank| !pending.digests.contains_key(rank));
+        let states = silent.map(|rank| format!("the state of {} of {ranks} ranks (rank {rank}, for one)", ranks - pending.digests.len()));
+        let files = PARTS.iter().filter(|name| !pending.parts.contains_key(*name)).map(|name| (*name).to_owned());
+        let lacks = states.into_iter().chain(files).collect::<Vec<_>>().join(", ");
+        Some(Failure::CommitOverdue { step, lacks, waited_ms })
     }
 
     /// Whether all ranks have reported all of this one.
@@ -116,7 +123,8 @@ impl Commits {
     }
 
     fn pending(&mut self, step: Step, now: Time, generation: Generation) -> &mut Pending {
-        let new = || Pending { since: now, generation, digests: BTreeMap::new(), parts: BTreeMap::new(), appending: false };
+        let (digests, parts, savers) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let new = || Pending { since: now, generation, digests, parts, savers, appending: false };
         self.pending.entry(step).or_insert_with(new)
     }
 
@@ -187,6 +195,7 @@ impl Core {
             _ if pending.appending => self.counts.add("parts_saved_again", 1),
             None => {
                 pending.parts.insert(name, part);
+                pending.savers.insert(name, who.worker_id);
                 self.advance_commits();
             }
             Some(first) if *first == part => self.counts.add("parts_saved_again", 1),
@@ -248,7 +257,33 @@ impl Core {
             step_in_epoch: digest.step_in_epoch,
             ledger,
             state_digest: digest.digest.parse().ok()?,
+            computed_with: self.computed_with.clone().unwrap_or_default(),
         })
+    }
+
+    /// A part is not in the run's folder, so that its commit was not recorded: whoever has saved it writes into another folder, and goes. The others
+    /// still hold the state, of which their next generation makes a commit.
+    pub(super) fn part_unseen(&mut self, now: Time, (step, part): (Step, &str), why: String) {
+        let Some(pending) = self.commits.pending.get_mut(&step).filter(|_| !self.phase.is_over()) else { return };
+        // It lacks that part again: nobody has done its work by it.
+        pending.appending = false;
+        pending.parts.remove(part);
+        let (generation, saver) = (pending.generation, pending.savers.remove(part));
+        if let Some(conn) = saver.and_then(|worker| self.members.conn_of(&worker)) {
+            let refusal = Refusal::Elsewhere { why: why.clone() };
+            self.counts.add(refusal.counter(), 1);
+            self.send(conn, to_worker::Body::Refused(refusal.on_the_wire()));
+            self.worker_failed(now, conn, v1::Failed { kind: v1::FailureKind::Machine.into(), message: why.clone(), permanent: true });
+        }
+        if generation == self.generation {
+            self.end_generation(now, why, false);
+        } else {
+            self.commits.pending.remove(&step);
+        }
+        if !self.phase.is_over() {
+            self.advance_commits();
+            self.settle(now);
+        }
     }
 
     /// A record stands in the log: what waited for it may be done.

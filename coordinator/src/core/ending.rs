@@ -54,6 +54,10 @@ impl Core {
         let Some(who) = late.first().and_then(|(_, conn)| self.members.who(*conn)) else { return };
         let waited_ms = self.config.start_timeout;
         let has_state = self.agreed.is_some() || self.lineup.as_ref().is_some_and(|lineup| lineup.source.is_some());
+        if has_state && late.len() > 1 && late.len() == self.world() && self.fruitless == 0 {
+            // All wait for each other in what they do together. Whoever is stuck does not leave that in time either, and is let go then.
+            return self.end_generation(now, format!("no rank was ready within {waited_ms} ms (workers.start_timeout)"), true);
+        }
         if !has_state || self.attached().saturating_sub(late.len()) < self.least() {
             return self.fail(Failure::NotReady { who, waited_ms });
         }

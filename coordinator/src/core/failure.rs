@@ -299,17 +299,13 @@ pub enum Failure {
     },
     /// A commit was begun and not completed.
     #[error(
-        "the commit of step {step} was not complete within {waited_ms} ms (state of {digests} of {ranks} ranks; parts: {parts}); look at the workers' logs and the store"
+        "the commit of step {step} was not complete within {waited_ms} ms: {lacks} did not come; look at the workers' logs and the store"
     )]
     CommitOverdue {
         /// Its step.
         step: Step,
-        /// Ranks whose digest has come.
-        digests: usize,
-        /// Of so many.
-        ranks: usize,
-        /// Parts that have come, by name.
-        parts: String,
+        /// What has not come, in words.
+        lacks: String,
         /// Milliseconds.
         waited_ms: u64,
     },
@@ -378,6 +374,8 @@ impl Failure {
             Self::Differs { .. } | Self::Malformed { .. } | Self::PartDiffers { .. } | Self::NoProgress { .. } | Self::LogGone { .. } => {
                 true
             }
+            // Started again it would take the run back, and be started against for ever.
+            Self::Superseded { .. } => true,
             Self::TooFew { .. }
             | Self::TooFewLeft { .. }
             | Self::NotReady { .. }
@@ -386,7 +384,6 @@ impl Failure {
             | Self::NoLastCommit { .. }
             | Self::DrainOverdue { .. }
             | Self::StepsLost { .. }
-            | Self::Superseded { .. }
             | Self::Append { .. } => false,
         }
     }

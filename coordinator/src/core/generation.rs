@@ -66,7 +66,7 @@ impl Lineup {
 }
 
 /// A worker that may get a place, and the step of the state that it holds, if that is worth anything.
-type Candidate = (ConnId, Option<Step>);
+pub(super) type Candidate = (ConnId, Option<Step>);
 
 impl Core {
     /// How many ranks the newest generation has.
@@ -91,8 +91,13 @@ impl Core {
     }
 
     /// Whether a generation may have this worker: one that was asked to leave takes part in a drain, or to leave its state to others.
-    pub(super) fn counts(&self, member: &Member) -> bool {
-        member.parting.is_none() || member.bequeaths || self.drain.is_some()
+    fn counts(&self, member: &Member) -> bool {
+        (member.parting.is_none() || member.bequeaths || self.drain.is_some()) && !self.is_barred(member)
+    }
+
+    /// Whether a worker waits for a place that it is to have.
+    pub(super) fn is_to_join(&self, member: &Member) -> bool {
+        member.is_idle() && member.parting.is_none() && !self.is_barred(member)
     }
 
     /// Workers that are here for a generation, loaded or not.
@@ -132,6 +137,7 @@ impl Core {
         eligible.sort_by_key(|(conn, state)| (Reverse(*state), *conn));
         eligible.truncate(self.config.max.max(1));
         eligible.sort_by_key(|(conn, _)| *conn);
+        self.keep_apart(&mut eligible);
         self.form(now, &eligible);
     }
 
@@ -157,7 +163,7 @@ impl Core {
         };
     }
 
-    /// Deals the ranks in the order of the streams, and names who holds the newest state.
+    /// Deals the ranks in the order of the chosen, and names who holds the newest state.
     fn form(&mut self, now: Time, chosen: &[Candidate]) {
         let newest = chosen.iter().filter_map(|(_, state)| *state).max();
         let from = newest.unwrap_or(self.last_commit());
@@ -175,7 +181,9 @@ impl Core {
         self.progress.restart(from, commit.as_ref());
         self.phase = Phase::Starting { until: now.after(self.config.start_timeout) };
         let ranks = chosen.iter().map(|(conn, _)| *conn).collect();
-        let lineup = Lineup { source, commit, ranks, ..Lineup::new(chosen.len(), from) };
+        // Why ranks try again is of interest until the ring is closed.
+        let why = self.lineup.take().filter(|before| before.apart).map(|before| before.why).unwrap_or_default();
+        let lineup = Lineup { source, commit, ranks, why, ..Lineup::new(chosen.len(), from) };
         self.assign(chosen, &lineup, copy);
         self.lineup = Some(lineup);
     }
@@ -315,9 +323,8 @@ impl Core {
     /// Takes in those that wait for a place, at the next boundary: together with others that come within a window, and not in the midst
     /// of a commit, unless that takes too long.
     pub(super) fn take_in(&mut self, now: Time) {
-        let waits = |member: &Member| member.is_idle() && member.parting.is_none();
         let has_room = self.lineup.as_ref().is_some_and(|lineup| !lineup.boundary && lineup.world < self.config.max);
-        let candidates = self.members.which(waits).len();
+        let candidates = self.members.which(|member| self.is_to_join(member)).len();
         if self.phase != Phase::Training || !has_room || candidates == 0 {
             self.join_at = None;
             return;
@@ -336,12 +343,13 @@ impl Core {
 
     /// All ranks are there: steps are taken from here on, towards the run's end or that of a drain.
     pub(super) fn begin_training(&mut self, now: Time) {
+        self.tell_unlike();
         self.phase = match &self.drain {
             None => Phase::Training,
             Some(drain) => Phase::Draining { reason: drain.reason.clone(), until: drain.until },
         };
         self.members.iter_mut().for_each(|member| member.trained = member.rank().is_some());
-        (self.apart, self.paused_until) = (None, None);
+        self.reached();
         self.begin_pace(now);
         if let Phase::Draining { reason, .. } = &self.phase {
             let reason = reason.clone();

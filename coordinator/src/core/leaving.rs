@@ -36,7 +36,7 @@ impl Core {
             return;
         }
         let goes_on = |member: &Member| member.parting.is_none() && member.rank().is_some();
-        let others = self.members.which(|member| goes_on(member) || (member.is_idle() && member.parting.is_none()));
+        let others = self.members.which(|member| goes_on(member) || self.is_to_join(member));
         let first = self.members.which(parting).first().and_then(|conn| self.members.get(*conn));
         let reason = first.map_or_else(String::new, told_to_leave);
         let has_heirs = self.members.any(goes_on) || self.config.max > 1;
@@ -55,7 +55,7 @@ impl Core {
         let holds = |member: &Member| member.state(last).is_some_and(|step| step > last);
         let only_holder = self.members.which(holds).into_iter().all(|conn| parting.contains(&conn));
         let holder = self.members.which(|member| member.parting.is_some() && holds(member)).first().copied().filter(|_| only_holder);
-        let heirs = self.members.which(|member| member.is_idle() && member.parting.is_none()).len();
+        let heirs = self.members.which(|member| self.is_to_join(member)).len();
         let has_heirs = heirs >= self.least() && self.config.max > 1;
         if let (Some(member), None) = (holder.and_then(|conn| self.members.get_mut(conn)), &self.drain) {
             member.bequeaths = has_heirs;

@@ -28,6 +28,8 @@ pub(super) struct Member {
     pub(super) parting: Option<String>,
     /// It leaves only when others have its state, and takes part in a generation for that.
     pub(super) bequeaths: bool,
+    /// When it came.
+    pub(super) since: Time,
     pub(super) heard: Time,
     pub(super) step: u64,
     pub(super) parts: Option<v1::StepParts>,
@@ -55,6 +57,7 @@ impl Member {
             place: None,
             parting: None,
             bequeaths: false,
+            since: now,
             heard: now,
             step: 0,
             parts: None,

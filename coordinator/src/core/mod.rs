@@ -13,8 +13,8 @@
 //! - **G-3** the state that a generation begins from is never older than the last commit, and all its ranks are told of the same source,
 //!   step, session and peers.
 //! - **G-4** training begins only after all ranks of the generation were ready.
-//! - **C-1** a commit record is appended only if every rank of its generation reported the same state at its step and every part is in the
-//!   store (COMMIT).
+//! - **C-1** a commit record is appended only if every rank of its generation reported the same state at its step and that every part is in the
+//!   store, where the shell has seen it (COMMIT).
 //! - **C-2** the steps of appended commits rise.
 //! - **C-3** `Committed` is sent only after the record stands in the log (persist before reply).
 //! - **C-4** a folder is deleted only after the log gave it up, and never the newest commit's.
@@ -33,6 +33,7 @@ mod ending;
 mod failure;
 mod generation;
 mod leaving;
+mod like;
 mod loss;
 mod members;
 mod phase;
@@ -53,7 +54,7 @@ pub use commit::PARTS;
 pub use failure::{Failure, Field, Loss, Than, Who};
 pub use phase::{Outcome, Phase};
 pub(crate) use progress::step_bounds;
-pub use refusal::Refusal;
+pub use refusal::{KindOf, Refusal};
 pub(crate) use refusal::{check_identity, device, shown};
 pub use timing::RankTiming;
 pub use wait::Wait;
@@ -61,15 +62,16 @@ pub use wait::Wait;
 use crate::job::JobNote;
 use crate::machine::{Clock, Closed, ConnId, Counts, Effect, Event, Machine, Time};
 use adoption::Returning;
-use apart::Apart;
+use apart::{Apart, Bar};
 use commit::Commits;
 use ella_proto::ids::{Generation, Step, Term};
 use ella_proto::v1::{self, FromWorker, RunStatus, ToWorker, from_worker, to_worker};
 use ella_store::Commit;
 use generation::Lineup;
+use like::Computes;
 use members::Members;
 use progress::Progress;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use straggler::Pace;
 
 /// What the core must know of the run. Times are in milliseconds.
@@ -93,6 +95,8 @@ pub struct CoreConfig {
     pub steps: u64,
     /// How many commits stay.
     pub keep: usize,
+    /// The kind of device that the config names, if it names one.
+    pub device: Option<String>,
     /// How long to wait for the workers to come, again for them to load, and again for them to get ready.
     pub start_timeout: u64,
     /// How long a commit, or the end of the run, may take once its first part is known.
@@ -135,6 +139,8 @@ pub enum Note {
     Regroup { generation: u64, reason: String, at_boundary: bool },
     /// The others wait for a rank far longer than for any step before.
     Straggler { worker: String, rank: u32, activity: &'static str, waited_ms: u64 },
+    /// A rank may compute other bits than the others, or than the commit that it resumes from.
+    Unlike { worker: String, how: String },
     /// All ranks are loaded and agree; training begins.
     Started { generation: u64, step: u64 },
     /// A commit stands in the log.
@@ -184,11 +190,17 @@ pub struct Core {
     fruitless: u32,
     /// Since the last that trained, ranks did not reach each other.
     apart: Option<Apart>,
+    /// Who did not reach whom, though both had trained, and in which words.
+    cuts: BTreeMap<(ConnId, ConnId), String>,
+    /// By machine, where workers came from that others did not reach.
+    bars: BTreeMap<String, Bar>,
     /// Before then no generation is formed.
     paused_until: Option<Time>,
     last_loss: Option<(Who, Loss)>,
     /// What all ranks reported when they were ready last.
     agreed: Option<v1::Ready>,
+    /// What rank 0 computes with, of those that trained last.
+    computed_with: Option<Computes>,
     counts: Counts,
     /// Workers that were taken in, and generations that were formed.
     joined: u64,
@@ -232,6 +244,7 @@ impl Machine for Core {
             Event::Message(conn, message) => self.message(now, conn, message),
             Event::Closed(conn, how) => self.closed(now, conn, how),
             Event::Appended(body) => self.appended(now, body),
+            Event::PartUnseen { step, part, why } => self.part_unseen(now, (Step(step), &part), why),
             Event::Superseded(by) => self.fail(Failure::Superseded { by }),
             Event::AppendFailed(error) => self.fail(Failure::Append { error }),
             Event::LogGone(error) => self.fail(Failure::LogGone { error }),
@@ -279,9 +292,12 @@ impl Core {
             farewells_until: None,
             fruitless: 0,
             apart: None,
+            cuts: BTreeMap::new(),
+            bars: BTreeMap::new(),
             paused_until: None,
             last_loss: None,
             agreed: None,
+            computed_with: None,
             counts: Counts::default(),
             joined: 0,
             formed: 0,
@@ -316,7 +332,7 @@ impl Core {
         let pace = self.pace.alarm.filter(|_| self.phase == Phase::Training);
         let farewells = self.farewells_until.filter(|_| self.phase.has_begun());
         let deadlines = [self.phase.deadline(), self.paused_until, farewells, silent, returning, drain, commit, pace, self.join_deadline()];
-        deadlines.into_iter().flatten().min()
+        deadlines.into_iter().chain(self.bars.values().map(|bar| bar.until)).flatten().min()
     }
 
     fn message(&mut self, now: Time, conn: ConnId, message: FromWorker) {

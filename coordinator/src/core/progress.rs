@@ -1,7 +1,7 @@
 //! How far training is and how fast. Nothing waits for these messages and none is answered (LIVE).
 
 use super::{ConnId, Core, Effect, Phase, Time};
-use crate::machine::{Counts, total};
+use crate::machine::Counts;
 use ella_proto::ids::{Rank, Step};
 use ella_proto::v1;
 use ella_store::Commit;
@@ -40,7 +40,7 @@ impl Progress {
     pub(super) fn from_commit(commit: Option<&Commit>) -> Self {
         commit.map_or_else(Self::default, |commit| Self {
             step: commit.step,
-            samples: total(commit.ledger.iter().map(|epoch| epoch.samples)),
+            samples: commit.samples(),
             epoch: commit.epoch,
             ..Self::default()
         })
@@ -137,7 +137,7 @@ impl Progress {
     pub(super) fn correct(&mut self, commit: &Commit) {
         if commit.step >= self.step {
             (self.step, self.epoch) = (commit.step, commit.epoch);
-            self.samples = total(commit.ledger.iter().map(|epoch| epoch.samples));
+            self.samples = commit.samples();
         }
     }
 }

@@ -6,6 +6,8 @@ use ella_proto::v1;
 
 /// Longest text taken from a worker's Hello.
 const MOST_TEXT: usize = 256;
+/// Most names in a worker's Hello of what it computes with.
+const MOST_COMPUTES: usize = 16;
 /// More generations than any run has.
 const MOST_GENERATIONS: u64 = 1 << 53;
 
@@ -37,12 +39,14 @@ pub enum Refusal {
         holder: Box<Who>,
     },
     /// SAME holds for equal device kinds only.
-    #[error("this worker computes on {theirs}, those before it on {ours}; all workers of a run must have one device kind")]
+    #[error("this worker computes on {theirs}, {}", kind_text(*of, ours, theirs))]
     DeviceKind {
-        /// That of the first worker.
+        /// The run's.
         ours: String,
-        /// That of this one.
+        /// That of this worker.
         theirs: String,
+        /// Why that one is the run's.
+        of: KindOf,
     },
     /// It would train on something else.
     #[error("this worker has {theirs} as its {field}, the run {ours}; {}", advice(*field))]
@@ -88,6 +92,38 @@ pub enum Refusal {
     /// The others cannot train with it.
     #[error("{0}")]
     Unreached(Box<Unreached>),
+    /// Its run folder is another one.
+    #[error("{why}")]
+    Elsewhere {
+        /// What tells that, and what to do.
+        why: String,
+    },
+}
+
+/// Why a kind of device is the run's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KindOf {
+    /// Its config names it.
+    Config,
+    /// It was trained on it.
+    Trained,
+    /// Workers that are here have it, and nothing is trained yet.
+    Others,
+}
+
+fn kind_text(of: KindOf, ours: &str, theirs: &str) -> String {
+    match of {
+        KindOf::Config => format!("and the run has workers.device = \"{ours}\"; see `ella doctor` there, or leave this machine out"),
+        KindOf::Trained => format!(
+            "and the run was trained on {ours}, which gives other bits; see `ella doctor` there; or resume the run with workers.device = \"{theirs}\" to \
+             go on so on purpose"
+        ),
+        KindOf::Others => {
+            format!(
+                "others of this run on {ours}, and all must have one kind of device; see `ella doctor` there, or name the kind in workers.device"
+            )
+        }
+    }
 }
 
 fn word(outcome: v1::Outcome) -> &'static str {
@@ -107,7 +143,7 @@ impl Refusal {
             Self::Config { .. } => R::Config,
             Self::DuplicateDevice { .. } => R::DuplicateDevice,
             Self::DeviceKind { .. } => R::DeviceKind,
-            Self::Data { .. } => R::Data,
+            Self::Data { .. } | Self::Elsewhere { .. } => R::Data,
             Self::DuplicateWorker { .. } => R::DuplicateWorker,
             Self::Malformed { .. } => R::Malformed,
             Self::RunOver { .. } | Self::JobOver { .. } => R::RunOver,
@@ -120,6 +156,9 @@ impl Refusal {
     pub(crate) fn on_the_wire(&self) -> v1::Refused {
         let (outcome, permanent) = match self {
             Self::RunOver { outcome, permanent } | Self::JobOver { outcome, permanent } => (*outcome, *permanent),
+            // Until something is trained others decide, who may go.
+            Self::DeviceKind { of, .. } => (v1::Outcome::Unspecified, *of != KindOf::Others),
+            Self::Elsewhere { .. } => (v1::Outcome::Unspecified, true),
             _ => (v1::Outcome::Unspecified, false),
         };
         v1::Refused { reason: self.reason().into(), detail: self.to_string(), outcome: outcome.into(), permanent }
@@ -149,6 +188,7 @@ impl Refusal {
             Self::RunOver { .. } | Self::JobOver { .. } => "refused_run_over",
             Self::Superseded => "refused_superseded",
             Self::Unreached(_) => "refused_unreached",
+            Self::Elsewhere { .. } => "refused_elsewhere",
         }
     }
 }
@@ -163,7 +203,9 @@ pub(crate) fn device(hello: &v1::Hello) -> String {
 pub(crate) fn check_identity(hello: &v1::Hello) -> Result<(), Refusal> {
     let v1::Hello { worker_id, version, host, device_kind, device_uuid, peer_address, config_digest, .. } = hello;
     let texts = [worker_id, version, host, device_kind, device_uuid, peer_address, config_digest];
+    let texts: Vec<&String> = texts.into_iter().chain(hello.computes.iter().flat_map(|(name, what)| [name, what])).collect();
     obeyed(&[
+        (hello.computes.len() <= MOST_COMPUTES, "Hello.computes must not have more than 16 names"),
         (texts.iter().all(|text| text.len() <= MOST_TEXT), "no text in Hello may be longer than 256 bytes"),
         (!worker_id.is_empty(), "Hello.worker_id must not be empty"),
     ])

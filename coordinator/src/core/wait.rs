@@ -27,10 +27,12 @@ pub enum Wait {
         /// That it has.
         world: usize,
     },
-    /// For ranks to restore or copy the state.
+    /// For ranks to restore or copy the state, and to close their ring.
     Loading {
         /// Not ready yet.
         ranks: Vec<Rank>,
+        /// Why the ring of the generation before did not close, if it did not.
+        reason: String,
     },
     /// For ranks to leave a generation that is over.
     Regroup {
@@ -83,7 +85,10 @@ impl fmt::Display for Wait {
             Self::Return { have, world } => {
                 write!(f, "waiting for the ranks of the last coordinator to come back: {have} of {world} are here")
             }
-            Self::Loading { ranks } => write!(f, "waiting for ranks to load and restore: {}", listed(ranks)),
+            Self::Loading { ranks, reason } => {
+                write!(f, "waiting for ranks to restore and to reach each other: {}", listed(ranks))?;
+                if reason.is_empty() { Ok(()) } else { write!(f, " (they did not before: {reason})") }
+            }
             Self::Regroup { busy, reason } => write!(f, "waiting for workers to stop, so that others can go on: {busy} ({reason})"),
             Self::Pause { reason } => write!(f, "workers that do not reach each other try again shortly ({reason})"),
             Self::Encoding { ranks, captions } => {
@@ -127,10 +132,13 @@ impl Core {
     pub fn wait(&self) -> Option<Wait> {
         match &self.phase {
             Phase::Waiting { .. } => Some(self.wait_for_whom()),
-            Phase::Starting { .. } => Some(Wait::Loading { ranks: self.members.not_ready().into_iter().map(|(rank, _)| rank).collect() }),
+            Phase::Starting { .. } => {
+                let ranks = self.members.not_ready().into_iter().map(|(rank, _)| rank).collect();
+                Some(Wait::Loading { ranks, reason: self.why() })
+            }
             Phase::Regrouping { .. } => {
                 let busy = self.members.which(super::members::Member::is_busy).len();
-                Some(Wait::Regroup { busy, reason: self.lineup.as_ref().map_or_else(String::new, |lineup| lineup.why.clone()) })
+                Some(Wait::Regroup { busy, reason: self.why() })
             }
             Phase::Draining { reason, .. } => Some(Wait::Boundary { reason: reason.clone() }),
             Phase::Closing { step, .. } => Some(Wait::LastCommit { step: *step }),
@@ -138,6 +146,10 @@ impl Core {
             Phase::Training => self.stragglers_named().or_else(|| self.next_step()).or_else(|| self.members.encoding()),
             Phase::Over(_) => None,
         }
+    }
+
+    fn why(&self) -> String {
+        self.lineup.as_ref().map_or_else(String::new, |lineup| lineup.why.clone())
     }
 
     fn next_step(&self) -> Option<Wait> {

@@ -132,7 +132,7 @@ fn kind(event: &str) -> Kind {
         "lost" | "gone" => Kind::Lost,
         "left" => Kind::Left,
         "attached" | "joined" => Kind::Joined,
-        "refused" | "stranger" | "straggler" | "damaged" | "unit_failed" => Kind::Trouble,
+        "refused" | "stranger" | "straggler" | "unlike" | "damaged" | "unit_failed" => Kind::Trouble,
         "started" | "draining" | "ended" | "stage" | "over" => Kind::Phase,
         _ => Kind::Other,
     }
@@ -162,6 +162,7 @@ fn words(event: &str, line: &Value) -> String {
         "straggler" => {
             format!("the others have waited {} ms for {rank}{}, which is at: {}", number("waited_ms"), text("worker"), text("activity"))
         }
+        "unlike" => format!("{}: {}", text("worker"), text("how")),
         "started" => format!("training begins at step {}, generation {}", number("step"), number("generation")),
         "committed" => format!("step {} is committed: {}, {:.1} MB", number("step"), text("folder"), number("bytes") as f64 / 1e6),
         "retired" => format!("deleted by the keep rule: {}", many(length("folders"), "older commit")),
@@ -221,6 +222,8 @@ mod tests {
         assert_eq!((over.kind, over.text.as_str()), (Kind::Phase, "done"));
         let adopted = told(&Note::Adopted { generation: 3, workers: vec![worker()], step: 5 });
         assert_eq!((adopted.kind, adopted.step), (Kind::Generation, Some(5)));
+        let unlike = told(&Note::Unlike { worker: worker(), how: "it computes otherwise than rank 0: x".into() });
+        assert_eq!((unlike.kind, unlike.text.as_str()), (Kind::Trouble, "a1 on h: it computes otherwise than rank 0: x"));
     }
 
     #[test]

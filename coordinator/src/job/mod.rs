@@ -114,7 +114,8 @@ impl Machine for JobCore {
             // A job's workers come and go as they like: none needs to be asked.
             Event::Drain { .. } => self.counts.add("refused_of_a_run", 1),
             // The log's events: a job has none.
-            Event::Tick | Event::Appended(_) | Event::Superseded(_) | Event::AppendFailed(_) | Event::LogGone(_) => {}
+            Event::Tick | Event::Appended(_) | Event::PartUnseen { .. } | Event::Superseded(_) => {}
+            Event::AppendFailed(_) | Event::LogGone(_) => {}
         }
         // Most of what thousands of workers say changes nothing that all of them must be looked at for.
         if self.outcome.is_none() && (!routine || self.deadline().is_some_and(|at| at <= now)) {

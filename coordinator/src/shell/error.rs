@@ -44,6 +44,12 @@ pub enum RunError {
         /// Which file, and what is wrong with it.
         reason: String,
     },
+    /// A file of somebody's own has the name of the run's.
+    #[error("{file}: no run has written this, and a run would overwrite it: move it to another folder, or choose another run.output")]
+    OwnToml {
+        /// The file.
+        file: String,
+    },
     /// The run folder is a data set's.
     #[error("{url}: holds something else: a data set ({file} is there); choose another run.output")]
     HoldsData {
@@ -115,6 +121,7 @@ impl RunError {
             | Self::FewerSteps { .. }
             | Self::OtherDigest { .. }
             | Self::BadRunToml { .. }
+            | Self::OwnToml { .. }
             | Self::Bind { .. }
             | Self::Unguarded { .. }
             | Self::Access(_) => Exit::Usage,

@@ -52,6 +52,9 @@ struct JournalCounts {
 #[derive(Serialize)]
 struct Metric<'a> {
     at_unix_ms: u64,
+    generation: u64,
+    /// Ranks of that generation.
+    world: u32,
     step: u64,
     samples: u64,
     loss: f64,
@@ -97,6 +100,8 @@ impl Journal {
         }
         let line = Metric {
             at_unix_ms: progress.at_unix_ms,
+            generation: progress.generation,
+            world: progress.world,
             step: progress.step,
             samples: progress.samples,
             loss: progress.loss,
@@ -160,9 +165,12 @@ pub(super) fn log(note: &Note) {
     // What cannot be written as JSON the journal counts.
     let text = serde_json::to_string(note).unwrap_or_default();
     match note {
-        Note::Refused { .. } | Note::Stranger { .. } | Note::Left { .. } | Note::Lost { .. } | Note::Straggler { .. } => {
-            tracing::warn!("{text}")
-        }
+        Note::Refused { .. }
+        | Note::Stranger { .. }
+        | Note::Left { .. }
+        | Note::Lost { .. }
+        | Note::Straggler { .. }
+        | Note::Unlike { .. } => tracing::warn!("{text}"),
         Note::Job(JobNote::Gone { .. } | JobNote::UnitFailed { .. }) => tracing::warn!("{text}"),
         Note::Ended { outcome: "failed", .. } | Note::Job(JobNote::Over { outcome: "failed", .. }) => tracing::error!("{text}"),
         _ => tracing::info!("{text}"),

@@ -18,6 +18,7 @@ mod journal;
 mod keeper;
 mod limits;
 mod local;
+mod mark;
 mod porch;
 mod push;
 mod review;
@@ -37,13 +38,14 @@ use dashboard::{Dashboard, Recorder};
 use door::Room;
 use driver::{Driver, Input};
 use ella_proto::access::tls::{self, Clients, Reloaded};
-use ella_proto::config::{JobConfig, RunConfig, Straggler};
+use ella_proto::config::{Device, JobConfig, RunConfig, Straggler};
 use ella_proto::ids::Term;
 use ella_proto::v1::Welcome;
 use ella_store::{RunLog, RunState, Store};
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use guard::{Guard, Strangers};
+use mark::Mark;
 use rustls::ServerConfig;
 use start::{Damaged, GivenUp};
 use std::net::SocketAddr;
@@ -124,11 +126,13 @@ pub enum Opened {
 #[derive(Debug)]
 pub struct Coordinator {
     machine: Box<dyn Machine>,
-    /// Of a run.
-    memory: Option<(RunLog, Store)>,
+    /// Of a run: how long an append to its log is tried, too.
+    memory: Option<((RunLog, Duration), Store)>,
     /// The run's folder and newest term, for people to look at.
     shown: Option<(Store, u64)>,
     given_up: GivenUp,
+    /// Of a job.
+    mark: Option<Mark>,
     grpc: TcpListener,
     http: TcpListener,
     addresses: Addresses,
@@ -157,7 +161,7 @@ impl Coordinator {
     async fn open_run(config: &RunConfig, store: Store, options: &Options) -> Result<Opened, RunError> {
         // All that may be wrong here is found before a term is claimed, which ends the coordinator that has the run.
         let doors = Doors::open(options).await?;
-        let core_config = core_config(config, store.url(), options)?;
+        let mut core_config = core_config(config, store.url(), options)?;
         let (log, state, given_up) = match start::open_run(config, &store).await? {
             start::Run::Done { step, .. } if !options.stay => return Ok(Opened::Done { step }),
             start::Run::Done { state, .. } => {
@@ -169,27 +173,36 @@ impl Coordinator {
             }
             start::Run::Claimed { log, state, given_up } => (log, state, given_up),
         };
+        (core_config.welcome.witness_file, core_config.welcome.witness) = log.claim_record();
         let core = Core::new(core_config, history(&log, *state), Time(0));
-        let run = Self::with(Box::new(core), Some((log, store)), doors, options);
+        let memory = ((log, config.workers.start_timeout.duration()), store);
+        let run = Self::with(Box::new(core), Some(memory), doors, options);
         Ok(Opened::Ready(Box::new(Self { given_up, ..run })))
     }
 
-    /// Opens a job. Its units' outputs are its only memory, so there is nothing to claim.
+    /// Opens a job. Its units' outputs are its only memory, so there is nothing to claim. While it is served, a file in its folder has workers see
+    /// whether theirs is the same.
     ///
     /// # Errors
     /// If an address is taken.
     pub async fn open_job(config: &JobConfig, options: &Options) -> Result<Self, RunError> {
         let doors = Doors::open(options).await?;
         logs::in_run(&config.job.data);
-        Ok(Self::with(Box::new(JobCore::new(job_settings(config), Time(0))), None, doors, options))
+        let (mut settings, mark) = (job_settings(config), Mark::leave(config).await);
+        if let Some(mark) = &mark {
+            mark.tell(&mut settings.welcome);
+        }
+        let job = Self::with(Box::new(JobCore::new(settings, Time(0))), None, doors, options);
+        Ok(Self { mark, ..job })
     }
 
-    fn with(machine: Box<dyn Machine>, memory: Option<(RunLog, Store)>, doors: Doors, options: &Options) -> Self {
+    fn with(machine: Box<dyn Machine>, memory: Option<((RunLog, Duration), Store)>, doors: Doors, options: &Options) -> Self {
         let Doors { grpc, http, addresses, tls } = doors;
         let Options { linger, stay, hand_over, .. } = *options;
         let (given_up, done, access, progress_to) = (GivenUp::default(), false, options.access.clone(), options.progress_to.clone());
-        let shown = memory.as_ref().map(|(log, store)| (store.clone(), log.term()));
-        Self { machine, memory, shown, given_up, grpc, http, addresses, linger, stay, hand_over, done, progress_to, access, tls }
+        let shown = memory.as_ref().map(|((log, _), store)| (store.clone(), log.term()));
+        let mark = None;
+        Self { machine, memory, shown, given_up, mark, grpc, http, addresses, linger, stay, hand_over, done, progress_to, access, tls }
     }
 
     /// What to tell people of commits that were given up because they are damaged, if any were.
@@ -220,7 +233,7 @@ impl Coordinator {
         let (run, term) = self.shown.unzip();
         let (recorder, past) = Recorder::new(run, term.unwrap_or_default());
         let outlets = self.memory.map(|(log, store)| {
-            let (journal, journal_task) = journal::journal(store.clone(), log.term());
+            let (journal, journal_task) = journal::journal(store.clone(), log.0.term());
             let (work, keeper_task) = keeper::keeper(log, store.clone(), inputs.clone());
             tasks.spawn(async move { keeper_task.await.map(|()| None) });
             let GivenUp { damaged, retired } = self.given_up;
@@ -259,7 +272,11 @@ impl Coordinator {
             tasks.spawn(push::push(self.progress_to, inputs.clone(), untold, heard, shutdown.clone()));
         }
         tasks.spawn(forward_stops(stops, self.hand_over, inputs, shutdown.clone()));
-        supervise(tasks, shutdown).await
+        let outcome = supervise(tasks, shutdown).await;
+        if let Some(mark) = self.mark {
+            mark.remove().await;
+        }
+        outcome
     }
 }
 
@@ -359,6 +376,7 @@ fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> Result<C
             lease_ms: workers.lease.0,
             orphan_ms: workers.orphan_timeout.0,
             step_timeout_ms: workers.step_timeout.0,
+            ..Welcome::default()
         },
         version: env!("CARGO_PKG_VERSION").to_owned(),
         workers: workers.count,
@@ -368,6 +386,11 @@ fn core_config(config: &RunConfig, run_url: &str, options: &Options) -> Result<C
         straggler_evict: workers.straggler == Straggler::Evict,
         steps: config.train.steps,
         keep: config.checkpoint.keep,
+        device: match workers.device {
+            Device::Auto => None,
+            Device::Cpu => Some("cpu".to_owned()),
+            Device::Cuda => Some("cuda".to_owned()),
+        },
         start_timeout: workers.start_timeout.0,
         commit_timeout: workers.start_timeout.0,
         drain_timeout: u64::try_from(options.drain_timeout.as_millis()).unwrap_or(u64::MAX),
@@ -386,6 +409,7 @@ fn job_settings(config: &JobConfig) -> JobSettings {
             lease_ms: job.lease.0,
             orphan_ms: job.orphan_timeout.0,
             step_timeout_ms: 0,
+            ..Welcome::default()
         },
         version: env!("CARGO_PKG_VERSION").to_owned(),
         kind: job.kind.to_string(),

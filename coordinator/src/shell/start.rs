@@ -138,9 +138,17 @@ async fn check_config(config: &RunConfig, store: &Store, state: &RunState) -> Re
         Err(StoreError::NotFound { .. }) => return Ok(None),
         read => read?,
     };
-    let text = String::from_utf8(bytes.to_vec()).map_err(|_| bad(format!("{}/{RUN_TOML}: not UTF-8", store.url())))?;
     let origin = format!("{}/{RUN_TOML}", store.url());
-    let there = RunConfig::parse(&text, &origin, &[]).map_err(|e| bad(e.to_string()))?;
+    let text = String::from_utf8(bytes.to_vec()).map_err(|_| bad(format!("{origin}: not UTF-8")));
+    let parsed = text.and_then(|text| match RunConfig::parse(&text, &origin, &[]) {
+        Ok(there) => Ok((text, there)),
+        Err(error) => Err(bad(error.to_string())),
+    });
+    // Where no term was claimed, only a run that did not come so far has left one: in the form in which runs write it, or it is somebody's own.
+    if state.term == 0 && !parsed.as_ref().is_ok_and(|(text, there)| there.to_toml() == *text) {
+        return Err(RunError::OwnToml { file: origin });
+    }
+    let (text, there) = parsed?;
     let keys = config.binding_differences(&there);
     let bound = !state.commits.is_empty() || !state.is_over();
     if keys.is_empty() || !bound { Ok(Some(text)) } else { Err(RunError::OtherConfig { url: store.url().to_owned(), keys }) }
@@ -210,7 +218,7 @@ fn term(config: &RunConfig) -> Result<Term, RunError> {
 }
 
 /// Unique to this incarnation: the standard library seeds each hasher from the system's randomness.
-fn nonce() -> String {
+pub(super) fn nonce() -> String {
     let half = || RandomState::new().build_hasher().finish();
     format!("{:016x}{:016x}", half(), half())
 }

@@ -134,6 +134,7 @@ pub fn hello(name: &str) -> Hello {
         peer_address: "127.0.0.1:4000".into(),
         config_digest: String::new(),
         place: None,
+        computes: Default::default(),
     }
 }
 
@@ -241,6 +242,8 @@ impl Fake {
             learning_rate: 1e-4,
             step_seconds: 0.01,
             parts: Some(v1::StepParts { forward: 0.005, ..v1::StepParts::default() }),
+            generation: self.generation,
+            world: self.world,
             ..v1::Progress::default()
         };
         self.say(Say::Progress(progress)).await;

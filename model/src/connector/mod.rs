@@ -39,9 +39,6 @@ pub const DEFAULT_HEADS: i64 = 8;
 /// The field of a file's metadata that tells the attention heads.
 pub const HEADS_FIELD: &str = "ella.heads";
 
-/// The channels of the released connectors' timestep sinusoid.
-pub const DEFAULT_TIME_CHANNEL: i64 = 320;
-
 /// The kinds of connector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectorKind {
@@ -106,7 +103,7 @@ impl ConnectorConfig {
             heads: DEFAULT_HEADS,
             latents: 64,
             text_width,
-            time_channel: DEFAULT_TIME_CHANNEL,
+            time_channel: 320,
             time_embed_dim: width,
             pooled: None,
         }

@@ -1,8 +1,8 @@
 //! A whole run's config, and what of it may change when the run is resumed.
 
 use super::{
-    Base, Checkpoint, ConfigError, Connector, ConnectorDtype, Data, Dtype, Features, Sample, ScheduleKind, Text, Train, Workers, check,
-    keys, read, text_of,
+    Base, Checkpoint, ConfigError, Connector, ConnectorDtype, Data, Device, Dtype, Features, Sample, ScheduleKind, Text, Train, Workers,
+    check, keys, read, text_of,
 };
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +37,8 @@ pub struct RunConfig {
 
 /// Models and data count by what is in their files, which commits bind, not by where they lie.
 const BY_CONTENT: [&str; 5] = ["base.model", "base.loras", "text.model", "connector.from", "data.path"];
+/// What of it changes bits are the kinds of devices that workers do compute on, which commits tell.
+const DEVICE: &str = "workers.device";
 
 /// Whether a key may have another value when a run is resumed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,11 +106,20 @@ impl RunConfig {
         keys::differences(&self.binding(), &other.binding())
     }
 
+    /// All keys in which two configs differ.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let [own, theirs] = [self, other].map(|config| serde_json::to_value(config).unwrap_or_default());
+        keys::differences(&own, &theirs)
+    }
+
     /// Whether `key`, written with its section, may have another value when this run is resumed. Of two keys that depends on the config itself:
     /// `train.steps` (on the schedule), and `text.features` (two of its values are as good as each other).
     pub fn on_resume(&self, key: &str) -> OnResume {
         if BY_CONTENT.contains(&key) {
             return OnResume::SameContent;
+        }
+        if key == DEVICE {
+            return OnResume::Free;
         }
         let mut all = keys::full();
         all.train.schedule.kind = self.train.schedule.kind;
@@ -152,6 +163,8 @@ impl RunConfig {
         for timeout in ["lease", "orphan_timeout", "step_timeout", "start_timeout"] {
             keys::remove(&mut value, &format!("workers.{timeout}"));
         }
+        // As where nothing is said of it.
+        value["workers"]["device"] = serde_json::to_value(Device::Auto).unwrap_or_default();
         // Features that are made ahead are those that `ella embed` makes.
         if self.text.features == Features::Ahead {
             value["text"]["features"] = serde_json::to_value(Features::Cached).unwrap_or_default();

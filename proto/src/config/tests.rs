@@ -208,6 +208,7 @@ fn the_digest_binds_what_determines_the_bits_and_nothing_else() {
         "workers.straggler=evict",
         "workers.join_window=0s",
         "workers.gpu_memory=40GiB",
+        "workers.device=cpu",
     ] {
         assert_eq!(parse("", &[free]).unwrap().digest(), base.digest(), "{free}");
         assert_eq!(base.on_resume(free.split('=').next().unwrap()), OnResume::Free, "{free}");

@@ -140,7 +140,7 @@ pub struct Checkpoint {
     /// Commit every so many steps; left out: 100, unless `max_lost_work` says how often. The last step is committed in any case.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub every: Option<u64>,
-    /// Commit so often, by the measured time of a save, that no more work than this is lost.
+    /// Commit so often, by the measured time of a save, that no more work than this is lost; of a store that takes longer the workers' logs tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_lost_work: Option<Millis>,
     /// How many of the newest commits stay.

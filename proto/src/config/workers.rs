@@ -42,7 +42,7 @@ pub struct Workers {
     pub join_window: Millis,
     /// What becomes of a rank that others wait for much longer than for any before.
     pub straggler: Straggler,
-    /// Where they compute.
+    /// Where they compute. A run goes on with the kind of device that its last commit was trained on; with another one only if that is named here.
     pub device: Device,
     /// Intra-op threads of each: part of SAME, as it changes the order of sums inside a kernel.
     pub threads: usize,

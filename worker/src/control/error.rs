@@ -21,6 +21,8 @@ pub enum ControlError {
         reason: RefusedReason,
         /// In words.
         detail: String,
+        /// Starting again would end in the same way.
+        permanent: bool,
     },
     /// What the coordinator was shown lets nobody in, or has too small a role.
     #[error("{url}: the coordinator refused this worker: {reason}")]
@@ -83,7 +85,7 @@ impl ControlError {
     pub fn is_permanent(&self) -> bool {
         use RefusedReason as R;
         match self {
-            Self::Refused { reason, .. } => matches!(reason, R::Version | R::Config | R::DeviceKind | R::Data | R::Malformed),
+            Self::Refused { reason, permanent, .. } => *permanent || matches!(reason, R::Version | R::Config | R::Data | R::Malformed),
             Self::NoEntry { .. } => true,
             Self::Over { permanent, .. } | Self::Aborted { permanent, .. } => *permanent,
             _ => false,

@@ -7,6 +7,8 @@ use ella_proto::access::{Access, Client};
 use ella_proto::v1::{FromWorker, Heartbeat, Hello, Refused, RefusedReason, StatusRequest, ToWorker, Welcome, from_worker};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher as _, Hasher as _};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -23,9 +25,27 @@ pub(super) const BACKLOG: usize = 4096;
 /// Questions in a row that a coordinator may leave unanswered. More than one, so that a stop of this process counts as one at most.
 const PROBES: u32 = 4;
 /// The first and the longest pause between two tries to reach a coordinator.
-pub(crate) const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// How long a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pauses between tries to reach a coordinator: each is twice as long as the one before, up to the longest, less up to half of it by chance. Thousands of
+/// workers that have lost one coordinator at the same moment do not come to the next at the same moment.
+pub(crate) struct Pauses(Duration);
+
+impl Pauses {
+    pub(crate) fn new() -> Self {
+        Self(PAUSES.0)
+    }
+
+    pub(crate) fn longer(&mut self) -> Duration {
+        let most = self.0;
+        self.0 = (2 * most).min(PAUSES.1);
+        // The standard library seeds each hasher from the system's randomness.
+        let chance = (RandomState::new().build_hasher().finish() >> 11) as f64 / (1_u64 << 53) as f64;
+        most.mul_f64(1.0 - chance / 2.0)
+    }
+}
 
 /// A stream to a coordinator that has welcomed this worker.
 pub(crate) struct Link {
@@ -45,20 +65,20 @@ impl Link {
     pub(crate) async fn open_patiently(access: &Access, hello: &Hello, patience: Duration) -> Result<Self, ControlError> {
         // What is no URL never will be one.
         endpoint(access)?;
-        let (until, mut pause) = (Instant::now() + patience, PAUSES.0);
+        let (until, mut pauses, mut told) = (Instant::now() + patience, Pauses::new(), false);
         loop {
             let error = match Self::open(access, hello.clone()).await {
                 Err(error @ (ControlError::Unreachable { .. } | ControlError::Late { .. } | ControlError::Unwelcomed(_))) => error,
                 other => return other,
             };
+            let pause = pauses.longer();
             if Instant::now() + pause >= until {
                 return Err(error);
             }
-            if pause == PAUSES.0 {
+            if !std::mem::replace(&mut told, true) {
                 tracing::warn!("{error}; trying again for {} s", patience.as_secs());
             }
             tokio::time::sleep(pause).await;
-            pause = (2 * pause).min(PAUSES.1);
         }
     }
 
@@ -233,7 +253,7 @@ pub(super) fn refusal(refused: Refused) -> ControlError {
     let detail = if refused.detail.is_empty() { reason.as_str_name().to_owned() } else { refused.detail };
     match reason {
         RefusedReason::RunOver => ControlError::Over { outcome, detail, permanent },
-        reason => ControlError::Refused { reason, detail },
+        reason => ControlError::Refused { reason, detail, permanent },
     }
 }
 
@@ -241,6 +261,17 @@ pub(super) fn refusal(refused: Refused) -> ControlError {
 mod tests {
     use super::*;
     use ella_proto::access::{ClientTls, TlsFiles};
+
+    #[test]
+    fn workers_that_have_lost_a_coordinator_at_once_do_not_come_to_the_next_at_once() {
+        let mut first = Pauses::new();
+        let pauses: Vec<Duration> = (0..9).map(|_| first.longer()).collect();
+        for (pause, most) in pauses.iter().zip([50, 100, 200, 400, 800, 1600, 2000, 2000, 2000].map(Duration::from_millis)) {
+            assert!(*pause <= most && 2 * *pause >= most, "{pauses:?}");
+        }
+        let others: std::collections::BTreeSet<Duration> = (0..100).map(|_| Pauses::new().longer()).collect();
+        assert!(others.len() > 90, "{others:?}");
+    }
 
     #[tokio::test]
     async fn a_worker_that_listens_on_all_addresses_is_called_at_its_own_towards_the_coordinator() {

@@ -9,7 +9,7 @@ mod outbox;
 
 pub use error::ControlError;
 pub use flags::{Era, Flags};
-pub(crate) use link::{Link, PAUSES, identity};
+pub(crate) use link::{Link, Pauses, identity};
 pub use outbox::Outbox;
 #[cfg(test)]
 pub(crate) use outbox::unread;
@@ -146,7 +146,7 @@ impl Server {
 
     /// Looks for the coordinator that is in the old one's place, or for the old one.
     async fn again(&self, orphan: Duration, newest: u64, gone: &str) -> Result<Link, ControlError> {
-        let (until, mut pause) = (Instant::now() + orphan, PAUSES.0);
+        let (until, mut pauses) = (Instant::now() + orphan, Pauses::new());
         loop {
             let place = match self.outbox.doing() {
                 Doing::Placed(place) => Some(place),
@@ -159,18 +159,18 @@ impl Server {
                 // One that was stopped, and does not know yet that another has taken its place.
                 Ok(link) => format!("a coordinator of term {} answers, and there has been one of {newest}", link.term),
                 // It is about to leave, and the next one will be there.
-                Err(ControlError::Refused { reason: RefusedReason::Superseded, detail }) => detail,
+                Err(ControlError::Refused { reason: RefusedReason::Superseded, detail, .. }) => detail,
                 Err(error) if error.is_its_word() => return Err(error),
                 Err(error) => error.to_string(),
             };
             if self.outbox.flags().parting.is_cancelled() {
                 return Err(ControlError::Released("told to leave, and no coordinator is there to ask".to_owned()));
             }
+            let pause = pauses.longer();
             if Instant::now() + pause >= until {
                 return Err(ControlError::Orphaned { seconds: orphan.as_secs(), why: format!("{gone}, and then: {error}") });
             }
             tokio::time::sleep(pause).await;
-            pause = (2 * pause).min(PAUSES.1);
         }
     }
 
@@ -237,7 +237,11 @@ impl Server {
             Message::Refused(refused) => return Some(link::refusal(refused.clone())),
             Message::Release(release) => return Some(ControlError::Released(release.reason.clone())),
             Message::Adopted(_) => flags.adopt(era),
-            Message::Committed(commit) => drop(flags.committed.fetch_max(commit.step, Ordering::Relaxed)),
+            Message::Committed(commit) => {
+                flags.committed.fetch_max(commit.step, Ordering::Relaxed);
+                // All there is to it: while steps are taken nobody empties the inbox.
+                return None;
+            }
             Message::Regroup(regroup) => {
                 tracing::info!(at_boundary = regroup.at_boundary, reason = regroup.reason, "the generation ends");
                 flags.end(era, regroup.at_boundary);
@@ -254,6 +258,19 @@ impl Server {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ella_proto::v1::{Committed, Regroup};
+
+    /// A run of a week has many commits, and its inbox nobody who reads it between two generations.
+    #[test]
+    fn commits_that_are_recorded_do_not_pile_up_in_the_inbox() {
+        let (inbound, inbox) = std::sync::mpsc::channel();
+        let server = Server { access: "http://h:1".into(), hello: Hello::default(), outbox: unread().0, inbound };
+        let take = |body| assert!(server.take(Era { term: 4, generation: 1 }, body).is_none());
+        [5, 9, 7].into_iter().for_each(|step| take(Message::Committed(Committed { step })));
+        assert!(inbox.try_recv().is_err() && server.outbox.flags().committed.load(Ordering::Relaxed) == 9);
+        take(Message::Regroup(Regroup::default()));
+        assert!(matches!(inbox.try_recv().unwrap().body, Message::Regroup(_)));
+    }
 
     #[tokio::test]
     async fn a_coordinator_that_is_not_there_is_named() {

@@ -2,8 +2,9 @@
 //!
 //! It encodes whole shards, as `ella embed` does and to the same bytes, in the order in which the steps come to them, and writes them through
 //! to their sidecars: the first epoch is the precompute. What is trained on is read back from there, so that it makes no difference who
-//! encoded a shard, and when: in this run or before, on this worker or another. On a GPU each thread has a stream of low priority ([`super::side`]), and
-//! the encoder leaves its memory once every shard has its features.
+//! encoded a shard, and when: in this run or before, on this worker or another. Two workers may be at one at once, for nobody leases it: a shard that
+//! lies in lanes of both, or holds held-out samples, or is among the next epoch's first. Of what they make the first stays. On a GPU each thread has a
+//! stream of low priority ([`super::side`]), and the encoder leaves its memory once every shard has its features.
 
 use super::side::Side;
 use super::{Captions, FeedError};

@@ -1,7 +1,7 @@
 //! The feed: the samples of a rank's lanes, step by step, ahead of the step that uses them (design.md §4 "Feed").
 //!
-//! One thread reads and decodes, and encodes what is not encoded ahead ([`Encoding`]); it stays at most `AHEAD` steps ahead. Meanwhile files are opened, or fetched, for the windows that
-//! come next. Memory is bounded: `AHEAD` + 1 steps of assembled lanes, and `data.memory_bytes` of fetched files (mapped ones take none, local
+//! One thread reads and decodes, and encodes what is not encoded ahead ([`Encoding`]); it stays at most `AHEAD` steps ahead. Meanwhile files are opened,
+//! or fetched, for the windows that come next. Memory is bounded: `AHEAD` + 1 steps of assembled lanes, and `data.memory_bytes` of fetched files (mapped ones take none, local
 //! or in this machine's cache).
 //!
 //! On a GPU all of that is on a stream of low priority, and so is what encodes ahead: the step's stream never waits for more than its own

@@ -98,9 +98,9 @@ impl Reader {
         let (config, model) = (ConnectorConfig::of_file(&weights, heads)?, models::locate("--text", text)?);
         let takes = TextConfig::load(&model)?;
         check_fit((weights.path(), &config), base, (&model, &takes))?;
-        let DrawSettings { padding, max_tokens, layers, .. } = *settings;
-        let (trained, asked) = (Trained::told(&weights)?, Trained { heads, padding, max_tokens, layers, text: None });
-        let reads = trained.reads(&asked, settings.negative_padding, takes.max_positions());
+        let DrawSettings { padding, max_tokens, layers, text_dtype, dtype, .. } = *settings;
+        let (trained, asked) = (Trained::told(&weights)?, Trained { heads, padding, max_tokens, layers, text: None, text_dtype });
+        let reads = trained.reads(&asked, settings.negative_padding, takes.max_positions(), dtype);
         let identity = text::identity(&model, reads.prompt.most)?;
         let otherwise = trained.differences(&Trained { text: Some(identity.weights_digest.clone()), ..asked }, text);
         Ok(Self { weights, heads: u32::try_from(config.heads).unwrap_or(u32::MAX), model, text: identity, reads, otherwise })
@@ -117,8 +117,8 @@ struct Texts {
 impl Texts {
     fn load(found: &Found, settings: &DrawSettings, (kind, device): (Kind, Device)) -> Result<Self, ModelError> {
         let encoder = found.reader.as_ref().map(|Reader { model, reads, .. }| {
-            let Reads { prompt: Reading { padding, most }, layers, .. } = *reads;
-            let options = TextOptions { model: model.clone(), max_tokens: most, padding, layers, dtype: settings.dtype };
+            let Reads { prompt: Reading { padding, most }, layers, dtype, .. } = *reads;
+            let options = TextOptions { model: model.clone(), max_tokens: most, padding, layers, dtype };
             Ok::<_, ModelError>((TextEncoder::load(&options, device)?, *reads))
         });
         let asks = settings.with_clip || found.reader.is_none();

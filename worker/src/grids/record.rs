@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use ella_dataset::Prompts;
 use ella_model::ModelError;
 use ella_model::base::Base;
-use ella_proto::config::{Layers, Padding};
+use ella_proto::config::{Dtype, Layers, Padding};
 use ella_store::{Created, Digest, Store, StoreError};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -55,6 +55,7 @@ pub struct Settings {
     pub negative_padding: Option<Padding>,
     pub max_tokens: Option<usize>,
     pub layers: Option<Layers>,
+    pub text_dtype: Option<Dtype>,
     pub negative: Option<String>,
     pub seed: u64,
     pub sampler: String,
@@ -62,7 +63,7 @@ pub struct Settings {
     pub guidance: f64,
     pub size: u32,
     pub batch: usize,
-    pub dtype: ella_proto::config::Dtype,
+    pub dtype: Dtype,
     pub device: String,
     /// Of a processor; a GPU's pictures do not depend on them.
     pub threads: Option<usize>,
@@ -126,6 +127,7 @@ impl Settings {
             negative_padding: reader.map(|reader| reader.reads.negative.padding),
             max_tokens: reader.map(|reader| reader.reads.prompt.most),
             layers: reader.map(|reader| reader.reads.layers),
+            text_dtype: reader.map(|reader| reader.reads.dtype),
             negative: settings.negative.clone(),
             seed: settings.seed,
             sampler: crate::draw::method(settings.sampler).to_string(),
@@ -259,7 +261,6 @@ async fn has_pictures(out: &Store) -> Result<bool, StoreError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ella_proto::config::Dtype;
 
     async fn prompts() -> Prompts {
         let dir = tempfile::tempdir().unwrap();
@@ -282,6 +283,7 @@ mod tests {
             negative_padding: Some(Padding::Fixed),
             max_tokens: Some(128),
             layers: Some(Layers::Last),
+            text_dtype: Some(Dtype::Fp16),
             negative: None,
             seed: 7,
             sampler: "ddim".into(),

@@ -40,6 +40,9 @@ pub struct DrawSettings {
     /// Which of the text encoder's layers are taken; left out: as the connector's file says, or the last one if it does not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers: Option<Layers>,
+    /// What the text encoder computes in; left out: as the connector's file says, or as `dtype` if it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_dtype: Option<Dtype>,
     /// What not to draw; left out: the empty text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negative: Option<String>,
@@ -79,6 +82,7 @@ impl Default for DrawSettings {
             negative_padding: None,
             max_tokens: None,
             layers: None,
+            text_dtype: None,
             negative: None,
             seed: 0,
             size: None,
@@ -105,6 +109,7 @@ impl DrawSettings {
             negative_padding: Some(Padding::Fixed),
             max_tokens: Some(1),
             layers: Some(Layers::Last),
+            text_dtype: Some(Dtype::Fp32),
             negative: Some(String::new()),
             size: Some(Size { width: 8, height: 8 }),
             prediction: Some(Prediction::Epsilon),

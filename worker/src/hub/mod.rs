@@ -70,7 +70,20 @@ pub fn fetch(id: &HubId) -> Result<PathBuf, HubError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         runtime.map_err(|error| HubError::Client(error.to_string()))?.block_on(download(id, &settings, &cache))
     };
-    std::thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    let fetched = std::thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    or_cached(fetched, id, &cache)
+}
+
+/// Where the hub cannot be reached, what was downloaded before, as huggingface_hub has it: a run must not wait for the hub to go on. If that is another
+/// revision than the run was begun with, the models' digest tells.
+fn or_cached(fetched: Result<PathBuf, HubError>, id: &HubId, cache: &Cache) -> Result<PathBuf, HubError> {
+    match (fetched, cache.find(id)) {
+        (Err(HubError::Unreachable { endpoint, reason, .. }), Ok(found)) => {
+            note(format_args!("{id}: the hub cannot be reached ({endpoint}: {reason}); it is taken as it was downloaded before"));
+            Ok(found)
+        }
+        (fetched, _) => fetched,
+    }
 }
 
 async fn download(id: &HubId, settings: &Settings, cache: &Cache) -> Result<PathBuf, HubError> {
@@ -152,4 +165,25 @@ fn sha256(file: &Path) -> Result<String, HubError> {
     let mut open = File::open(file).map_err(|source| disk(file, source))?;
     std::io::copy(&mut open, &mut hasher).map_err(|source| disk(file, source))?;
     Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_downloaded_before_is_taken_where_the_hub_cannot_be_reached() {
+        let folder = tempfile::tempdir().unwrap();
+        let (cache, id) = (Cache::new(folder.path(), "org/name"), HubId::parse("org/name").unwrap());
+        let boxed = || Box::new(id.clone());
+        let away = || Err(HubError::Unreachable { id: boxed(), endpoint: "http://h".into(), reason: "status 429".into() });
+        assert!(matches!(or_cached(away(), &id, &cache), Err(HubError::Unreachable { .. })));
+        let snapshot = cache.snapshot("abc");
+        std::fs::create_dir_all(&snapshot).unwrap();
+        cache.publish("abc", "main", &[]).unwrap();
+        assert_eq!(or_cached(away(), &id, &cache).unwrap(), snapshot);
+        // What the hub says itself holds.
+        let refused = Err(HubError::NoRevision { id: boxed() });
+        assert!(matches!(or_cached(refused, &id, &cache), Err(HubError::NoRevision { .. })));
+    }
 }

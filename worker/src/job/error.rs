@@ -15,6 +15,8 @@ pub struct JobError {
     pub permanent: bool,
     /// This worker can do no unit any more: its GPU is broken. It ends, and others go on.
     pub breaks_the_worker: bool,
+    /// This worker would fail in the same way again, and others would not.
+    pub of_this_machine: bool,
     /// How a process ends that does the job by itself: no other machine has what this one lacks.
     pub alone: Exit,
 }
@@ -22,12 +24,13 @@ pub struct JobError {
 impl JobError {
     /// Input that cannot be used, wherever it is tried.
     pub fn permanent(message: impl ToString) -> Self {
-        Self { message: message.to_string(), permanent: true, breaks_the_worker: false, alone: Exit::NoRetry }
+        Self { permanent: true, alone: Exit::NoRetry, ..Self::passing(message) }
     }
 
     /// What may pass: a store that is away, a full disk.
     pub fn passing(message: impl ToString) -> Self {
-        Self { message: message.to_string(), permanent: false, breaks_the_worker: false, alone: Exit::Failed }
+        let (permanent, breaks_the_worker, of_this_machine) = (false, false, false);
+        Self { message: message.to_string(), permanent, breaks_the_worker, of_this_machine, alone: Exit::Failed }
     }
 
     /// The same, as the type of an error tells it of this machine.
@@ -38,6 +41,11 @@ impl JobError {
     /// A model that cannot be used here. Another machine may have it.
     pub fn of_model(error: &ModelError) -> Self {
         Self::passing(error).alone(error.is_usage(), error.is_permanent())
+    }
+
+    /// What this machine has wrong, and no other.
+    pub(crate) fn of_this_machine(message: impl ToString) -> Self {
+        Self { of_this_machine: true, ..Self::passing(message) }
     }
 
     /// The same, of a worker that can do nothing more.
@@ -97,7 +105,7 @@ impl JobEnd {
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Control(error) => error.is_permanent(),
-            Self::Unfit(error) | Self::Broken(error) => error.permanent,
+            Self::Unfit(error) | Self::Broken(error) => error.permanent || error.of_this_machine,
             Self::Failed { permanent, .. } => *permanent,
             Self::Config(_) => true,
             Self::Orphaned { .. } | Self::OtherConfig { .. } | Self::System(_) => false,

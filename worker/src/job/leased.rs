@@ -2,15 +2,19 @@
 
 use super::hand::{Hand, say};
 use super::{Job, JobEnd, JobError};
-use crate::control::{self, ControlError, Link, PAUSES};
+use crate::control::{self, ControlError, Link, Pauses};
 use crate::train::Ending;
+use crate::witness;
+use ella_dataset::DataError;
 use ella_proto::access::Access;
 use ella_proto::config::JobConfig;
 use ella_proto::v1::{
     Failed, FailureKind, Finished, Hello, JobOver, LeaseRequest, Outcome, RefusedReason, ToWorker, Welcome, from_worker, to_worker,
 };
+use ella_store::Store;
 use futures::StreamExt as _;
 use std::time::Duration;
+use tokio::runtime::Handle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -55,6 +59,8 @@ impl Leased {
     where
         M: FnOnce() -> Result<Box<dyn Job>, JobError> + Send + 'static,
     {
+        let welcome = link.welcome.clone();
+        let make = move || Handle::current().block_on(check_folder(&welcome)).and_then(|()| make());
         let Some(made) = self.make(link.beating(), make).await else { return Ok(Ending::Preempted) };
         match made {
             Ok(job) => {
@@ -63,10 +69,7 @@ impl Leased {
                 hand.let_go().await;
                 ending
             }
-            Err(error) => {
-                confess(&mut link, &error).await;
-                Err(JobEnd::Unfit(error))
-            }
+            Err(error) => unfit(&mut link, error).await,
         }
     }
 
@@ -96,7 +99,16 @@ impl Leased {
                 Served::Lost(why) => {
                     tracing::warn!("the coordinator is gone ({why}); what is in hand goes on, and the next one is looked for");
                     match self.again(link.welcome.clone()).await? {
-                        Next::Link(next) => *link = *next,
+                        Next::Link(next) => {
+                            *link = *next;
+                            let _beats = link.beating();
+                            // A store that is away now may be back for the units.
+                            if let Err(error) = check_folder(&link.welcome).await
+                                && error.of_this_machine
+                            {
+                                return unfit(link, error).await;
+                            }
+                        }
                         Next::Ending(ending) => return Ok(ending),
                     }
                 }
@@ -108,7 +120,7 @@ impl Leased {
     async fn again(&self, old: Welcome) -> Result<Next, JobEnd> {
         let orphan = Duration::from_millis(old.orphan_ms);
         let until = Instant::now() + orphan;
-        let mut pause = PAUSES.0;
+        let mut pauses = Pauses::new();
         loop {
             let hello = Hello { config_digest: old.config_digest.clone(), ..identity()? };
             let opened = tokio::select! {
@@ -128,7 +140,7 @@ impl Leased {
             }
             tokio::select! {
                 () = self.stop.cancelled() => return Ok(Next::Ending(Ending::Preempted)),
-                () = sleep(pause) => pause = (pause * 2).min(PAUSES.1),
+                () = sleep(pauses.longer()) => {}
             }
         }
     }
@@ -142,16 +154,34 @@ enum Next {
     Ending(Ending),
 }
 
-/// Tells the coordinator why this worker is of no use.
-async fn confess(link: &mut Link, error: &JobError) {
+/// Fails on a machine whose folder is another one than the coordinator's: what was done there would be found by nobody.
+async fn check_folder(welcome: &Welcome) -> Result<(), JobError> {
+    let store = Store::open(&welcome.run_url).map_err(DataError::from)?;
+    match witness::elsewhere(&store, welcome, "job").await {
+        Ok(None) => Ok(()),
+        Ok(Some(what)) => Err(JobError::of_this_machine(what)),
+        Err(error) => Err(DataError::from(error).into()),
+    }
+}
+
+/// How a worker ends that cannot do the job. If that is over, what the coordinator had written was taken away for that.
+async fn unfit(link: &mut Link, error: JobError) -> Result<Ending, JobEnd> {
+    match confess(link, &error).await {
+        Some(over) if error.of_this_machine => ending(over),
+        _ => Err(JobEnd::Unfit(error)),
+    }
+}
+
+/// Tells the coordinator why this worker is of no use. Gives the job's outcome, if that was said before.
+async fn confess(link: &mut Link, error: &JobError) -> Option<JobOver> {
     let failed = Failed { kind: FailureKind::Input.into(), message: error.message.clone(), permanent: error.permanent };
-    farewell(link, from_worker::Body::Failed(failed)).await;
+    farewell(link, from_worker::Body::Failed(failed)).await
 }
 
 /// A last word, and a moment until it has been heard: the coordinator answers by ending the stream.
-async fn farewell(link: &mut Link, last: from_worker::Body) {
+async fn farewell(link: &mut Link, last: from_worker::Body) -> Option<JobOver> {
     say(link, last);
-    let _ = timeout(FAREWELL, async { while link.incoming.next().await.is_some_and(|message| message.is_ok()) {} }).await;
+    last_word(link).await
 }
 
 /// How a stream ended.
@@ -207,7 +237,7 @@ pub(super) async fn serve(link: &mut Link, hand: &mut Hand, stop: &CancellationT
     last_word(link).await.map_or_else(|| Served::Lost("it reads nothing".to_owned()), Served::Over)
 }
 
-/// The job's outcome, if that is what a coordinator said before it stopped reading: a worker that was busy then, or loading, has not read it.
+/// The job's outcome, if that is what a coordinator said before it ended the stream: a worker that was busy then, or loading, has not read it.
 async fn last_word(link: &mut Link) -> Option<JobOver> {
     let session = link.term;
     let over = async {

@@ -52,7 +52,7 @@ pub enum Twice {
 #[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PrepareSettings {
-    /// WebDataset tars, Parquet files, lists (.jsonl, .csv), folders of these or with a metadata file: paths, URLs, globs, {0..9} ranges
+    /// WebDataset tars, Parquet files, lists (.jsonl, .json, .csv), folders of these or with a metadata file: paths, URLs, globs, {0..9} ranges
     #[arg(value_name = "SRC")]
     pub sources: Vec<String>,
     /// Side of the square pictures, in pixels; with --buckets, pictures have at most a square's area
@@ -90,7 +90,7 @@ pub struct PrepareSettings {
     /// Most pixels that are decoded: a bound against decompression bombs
     #[arg(long, default_value_t = 1 << 27, value_name = "PIXELS")]
     pub max_pixels: u64,
-    /// A field that holds captions, as NAME=FIELD:WEIGHT or parts of it; once for each column [default: txt, caption or text]
+    /// A field that holds captions, as NAME=FIELD:WEIGHT or parts of it (within others by its path, as conversations.1.value); once for each column [default: txt, caption or text]
     #[arg(long = "caption", value_name = "FIELD")]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub captions: Vec<String>,

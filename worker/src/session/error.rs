@@ -38,6 +38,9 @@ pub enum WorkError {
     /// The run folder.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The run folder is another one here.
+    #[error("{0}")]
+    Elsewhere(String),
     /// The commit to resume from.
     #[error("commit {folder}: {source}")]
     Restore {
@@ -117,10 +120,14 @@ impl WorkError {
             Self::Model(error) => (FailureKind::Input, error.is_permanent()),
             Self::Config(_) | Self::Restore { .. } => (FailureKind::Input, true),
             Self::Store(error) => (FailureKind::Store, error.is_permanent()),
+            // The next process finds the same library.
+            Self::Collective(CollectiveError::Nccl(nccl_rs::Error::Absent { .. } | nccl_rs::Error::Symbol { .. })) => {
+                (FailureKind::Machine, true)
+            }
             Self::Collective(error) => (FailureKind::Collective, matches!(error, CollectiveError::SharedGpu { .. })),
             Self::Control(error) => (FailureKind::Internal, error.is_permanent()),
             Self::Job(error) => (FailureKind::Internal, error.is_permanent()),
-            Self::Device(_) | Self::OtherDevice { .. } => (FailureKind::Machine, true),
+            Self::Device(_) | Self::OtherDevice { .. } | Self::Elsewhere(_) => (FailureKind::Machine, true),
             Self::Memory(error) => (FailureKind::Machine, error.is_permanent()),
             // A GPU that has no kernels here has none the next time; the others may well work in a new process.
             Self::Broken { fault, .. } => (FailureKind::Machine, *fault == Fault::Generation),
@@ -209,6 +216,8 @@ mod tests {
         }
         let old = WorkError::Torch(torch("CUDA error: no kernel image is available for execution on the device"));
         assert!(old.explained(None, || None).is_permanent());
+        let absent = WorkError::Collective(nccl_rs::Error::Absent { library: "libnccl.so.2", tried: String::new() }.into());
+        assert!(absent.is_permanent() && !absent.spares_the_rank(), "{absent}");
         let lost = WorkError::Train(TrainError::Collective(CollectiveError::Aborted)).explained(None, || None);
         assert!(matches!(lost, WorkError::Train(_)) && lost.spares_the_rank());
     }

@@ -14,14 +14,15 @@ use crate::train::cadence::Cadence;
 use crate::train::graph::Graphs;
 use crate::train::samples::Studio;
 use crate::train::state::{StateError, TrainState, part_names};
+use crate::witness;
 use ella_dataset::ledger::{Ledger, Tally};
 use ella_dataset::{CacheLimits, DataSet};
 use ella_proto::config::RunConfig;
-use ella_proto::v1::Assign;
+use ella_proto::v1::{Assign, Welcome};
 use ella_store::{Commit, Limits, Store, StoreError};
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
@@ -80,9 +81,16 @@ fn free_at_the_end(flags: &Flags, abort: AbortHandle) {
 /// Elements of the first sum: as many bytes as a bucket's, so that NCCL chooses the same way.
 const FIRST_SUM: i64 = 4 << 20;
 
+static TOLD_OF_NCCL: Once = Once::new();
+
 /// The same ranks over NCCL, for tensors in GPU memory.
 fn over_nccl(ring: Box<dyn Collective>, patience: Duration, flags: &Flags) -> Result<Box<dyn Collective>, WorkError> {
     let library = device::nccl().map_err(CollectiveError::from)?;
+    TOLD_OF_NCCL.call_once(|| {
+        if let Some(fault) = library.version().ok().and_then(device::nccl_fault) {
+            tracing::warn!("{fault}");
+        }
+    });
     // NCCL takes memory of its own, which libtorch's allocator may hold from the generation before. What it still needs then is no reason to fail.
     let _ = ella_cuda::memory::empty_cache();
     let mut ranks = Nccl::connect_telling(ring, &library, 0, patience, |abort| free_at_the_end(flags, abort))?;
@@ -201,6 +209,11 @@ pub(super) fn run_store(url: &str, patience: Duration) -> Result<Store, StoreErr
     Ok(run.with_limits(Limits { overall: limits.overall.max(patience), ..limits }))
 }
 
+/// Fails on a machine whose folder is another one than the coordinator's: its share of each commit would be lost, and with it the commit (COMMIT).
+pub(super) fn check_folder(run: &Store, welcome: &Welcome, runtime: &Handle) -> Result<(), WorkError> {
+    runtime.block_on(witness::elsewhere(run, welcome, "run"))?.map_or(Ok(()), |what| Err(WorkError::Elsewhere(what)))
+}
+
 /// The commit to resume from; none for a fresh start.
 pub(super) fn parse_commit(assign: &Assign) -> Result<Option<Commit>, WorkError> {
     if assign.commit_json.is_empty() {
@@ -220,18 +233,26 @@ pub(super) fn restore(state: &mut TrainState, commit: &Commit, store: &Store, ru
     }
     state.restore(&files).map_err(|source| WorkError::Restore { folder: commit.folder.clone(), source })?;
     state.step = commit.step;
-    state.ledger = Ledger::default();
-    for epoch in &commit.ledger {
-        let bad = |_| WorkError::Protocol("a ledger hash that is not 32 hex digits");
-        let hash = u128::from_str_radix(&epoch.hash, 16).map_err(bad)?;
-        state.ledger.add_tally(epoch.epoch, &Tally { samples: epoch.samples, hash });
-    }
+    state.ledger = ledger(commit)?;
     Ok(())
+}
+
+/// What was used up to a commit, by epoch.
+fn ledger(commit: &Commit) -> Result<Ledger, WorkError> {
+    let mut ledger = Ledger::default();
+    for epoch in 0..=commit.ledger.last().map_or(0, |last| last.epoch) {
+        let Some(used) = commit.of_epoch(epoch) else { continue };
+        let bad = |_| WorkError::Protocol("a ledger hash that is not 32 hex digits");
+        let hash = u128::from_str_radix(&used.hash, 16).map_err(bad)?;
+        ledger.add_tally(epoch, &Tally { samples: used.samples, hash });
+    }
+    Ok(ledger)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ella_store::{Digest, LedgerEpoch};
 
     /// It costs the generation at most, and is told as what it is.
     #[test]
@@ -242,6 +263,29 @@ mod tests {
             assert!(error.is_of_the_next() && error.spares_the_rank() && !error.is_permanent(), "{error}");
         }
         assert!(resolve("127.0.0.1:4000", Duration::ZERO, &flags).is_ok());
+    }
+
+    #[test]
+    fn epochs_that_a_commit_does_not_list_are_restored_too() {
+        let entry = |epoch, samples, hash: u128| LedgerEpoch { epoch, samples, hash: format!("{hash:032x}") };
+        let digest = Digest::of(b"");
+        let commit = Commit {
+            step: 10,
+            generation: 1,
+            world: 1,
+            folder: String::new(),
+            parts: Vec::new(),
+            config_digest: digest,
+            data_digest: digest,
+            models_digest: digest,
+            epoch: 3,
+            step_in_epoch: 1,
+            ledger: vec![entry(0, 5, 77), entry(3, 2, 9)],
+            state_digest: digest,
+            computed_with: Default::default(),
+        };
+        let found: Vec<_> = ledger(&commit).unwrap().epochs().map(|(epoch, used)| (epoch, used.samples, used.hash)).collect();
+        assert_eq!(found, [(0, 5, 77), (1, 5, 77), (2, 5, 77), (3, 2, 9)]);
     }
 
     /// A store that is away for minutes must not end every worker, and with them all that was trained since the last commit.

@@ -127,6 +127,7 @@ fn hello(options: &Options, device: Device, listener: &Listener) -> Result<Hello
         device_kind: device::kind_name(device).to_owned(),
         device_uuid: device::uuid(device).unwrap_or_default(),
         peer_address,
+        computes: device::computes(device),
         ..identity
     })
 }
@@ -202,6 +203,7 @@ impl<'a> Rank<'a> {
         Precision::of(&config).set(device)?;
         gpu::limit(device, config.workers.gpu_memory)?;
         let run = load::run_store(&welcome.run_url, config.workers.start_timeout.duration())?;
+        load::check_folder(&run, welcome, runtime)?;
         let limit = config.workers.gpu_memory.map(|most| most.0);
         let explained = |error: WorkError| error.explained(None, || Room::look(device, limit));
         let loaded = models::load(&config, device).map_err(|error| explained(error.into()))?;

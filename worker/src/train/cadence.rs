@@ -25,6 +25,8 @@ pub struct Cadence {
     /// When the last step was applied.
     stepped: Instant,
     warned: bool,
+    /// The newest commit of which it was said that it takes too long.
+    overdue: Option<u64>,
 }
 
 impl Cadence {
@@ -32,7 +34,17 @@ impl Cadence {
     pub fn new(checkpoint: &Checkpoint, now: Instant) -> Self {
         let most = checkpoint.max_lost_work.map(|most| most.duration());
         let save = most.unwrap_or_default() / GUESS;
-        Self { every: checkpoint.steps(), most, save, snapshot: now, recorded: now, saving: None, stepped: now, warned: false }
+        Self {
+            every: checkpoint.steps(),
+            most,
+            save,
+            snapshot: now,
+            recorded: now,
+            saving: None,
+            stepped: now,
+            warned: false,
+            overdue: None,
+        }
     }
 
     /// Training begins now: what came before is no work.
@@ -59,6 +71,13 @@ impl Cadence {
     pub fn is_due(&mut self, applied: u64, recorded: u64, now: Instant) -> bool {
         let step = now.saturating_duration_since(std::mem::replace(&mut self.stepped, now));
         self.note(recorded, now);
+        if let Some((saving, waits)) = self.overdue(now) {
+            let waits = waits.as_secs_f64();
+            tracing::warn!(
+                "the commit of step {saving} has not come to its record, and {waits:.1} s of work may be lost by now, more than \
+                 checkpoint.max_lost_work: look at the run's store"
+            );
+        }
         let missed = self.every.is_some_and(|every| applied / every > recorded / every);
         let late = self.most.is_some_and(|most| now - self.snapshot + self.save + step >= most);
         self.saving.is_none() && (missed || late)
@@ -80,6 +99,12 @@ impl Cadence {
     /// A snapshot of this step was taken.
     pub fn taken(&mut self, step: u64, now: Instant) {
         (self.saving, self.snapshot) = (Some(step), now);
+    }
+
+    /// A commit that is on its way for so long that more work may be lost than is allowed, once; and how much that is.
+    fn overdue(&mut self, now: Instant) -> Option<(u64, Duration)> {
+        let (saving, waits) = (self.saving?, now.saturating_duration_since(self.recorded));
+        (waits > self.most? && self.overdue.replace(saving) != Some(saving)).then_some((saving, waits))
     }
 
     fn warn(&mut self, most: Duration) {
@@ -138,6 +163,22 @@ mod tests {
     fn saves_that_take_too_long_do_not_pile_up() {
         let (worst, commits) = lost(1000, 10, 3000);
         assert!(worst <= 2 * 3000 + 20 && commits <= 20_000 / 3000 + 1, "{worst}, {commits}");
+    }
+
+    #[test]
+    fn of_a_commit_that_hangs_it_is_said_once_that_more_may_be_lost() {
+        let begin = Instant::now();
+        let at = |ms: u64| begin + Duration::from_millis(ms);
+        let mut clock = Cadence::new(&Checkpoint { max_lost_work: Some(Millis(1000)), ..Checkpoint::default() }, begin);
+        assert_eq!(clock.overdue(at(5000)), None, "none is on its way");
+        clock.taken(7, at(800));
+        assert_eq!([900, 1001, 1002].map(|ms| clock.overdue(at(ms))), [None, Some((7, Duration::from_millis(1001))), None]);
+        clock.note(7, at(1100));
+        clock.taken(9, at(1500));
+        assert_eq!([1700, 1801].map(|ms| clock.overdue(at(ms))), [None, Some((9, Duration::from_millis(1001)))]);
+        let mut steps = Cadence::new(&Checkpoint { every: Some(7), ..Checkpoint::default() }, begin);
+        steps.taken(7, at(0));
+        assert_eq!(steps.overdue(at(1 << 40)), None);
     }
 
     #[test]

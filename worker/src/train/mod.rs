@@ -357,8 +357,16 @@ impl Trainer {
         let at_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         // The only trace of a step that is applied while there is no coordinator.
         tracing::debug!(step, at_unix_ms, "applied");
-        let timing =
-            Progress { step, step_seconds: took.as_secs_f64(), parts: Some(times.parts()), at_unix_ms, read, ..Progress::default() };
+        let timing = Progress {
+            step,
+            step_seconds: took.as_secs_f64(),
+            parts: Some(times.parts()),
+            at_unix_ms,
+            read,
+            generation: self.flags.era().generation,
+            world: self.seat.world,
+            ..Progress::default()
+        };
         if self.collective.rank() != 0 {
             return self.outbox.progress(timing);
         }

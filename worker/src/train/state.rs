@@ -18,6 +18,9 @@ pub const EMA_FILE: &str = "ema.safetensors";
 /// AdamW's moments: `exp_avg.NAME` and `exp_avg_sq.NAME`. Its header's `updates` is their number.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 
+/// Elements that are summed at once: libtorch makes 64-bit integers of them before.
+const PIECE: i64 = 1 << 24;
+
 /// Why a commit's file does not fit what is trained.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
@@ -178,7 +181,7 @@ impl TrainState {
     /// same one before.
     ///
     /// # Errors
-    /// See [`CollectiveError`].
+    /// See [`CollectiveError`]; [`CollectiveError::Torn`] where something else has arrived.
     pub fn copy_from(&mut self, collective: &mut dyn Collective, root: u32) -> Result<(), CollectiveError> {
         let _no_grad = tch::no_grad_guard();
         let mut words = [0; 3];
@@ -200,7 +203,25 @@ impl TrainState {
                 |error: serde_json::Error| CollectiveError::Io { what: "the ledger of the rank to copy from", source: error.into() };
             self.ledger = serde_json::from_slice(&ledger).map_err(garbled)?;
         }
-        Ok(())
+        // Else the next commit would find it, and end the run.
+        let mine = self.sums()?;
+        let mut roots = mine;
+        collective.broadcast(root, bytemuck::bytes_of_mut(&mut roots))?;
+        if mine == roots { Ok(()) } else { Err(CollectiveError::Torn { root }) }
+    }
+
+    /// By which a copy is told from another state: of each buffer a sum of its words, made where it lies; and of the rest a digest.
+    fn sums(&self) -> Result<[i64; 5], tch::TchError> {
+        let b = &self.buffers;
+        let mut sums = [0_i64; 5];
+        for (sum, buffer) in sums.iter_mut().zip([&b.params, &b.exp_avg, &b.exp_avg_sq, &b.ema]) {
+            for piece in buffer.f_view_dtype(Kind::Int)?.f_split(PIECE, 0)? {
+                *sum = sum.wrapping_mul(31).wrapping_add(piece.f_sum(Kind::Int64)?.f_int64_value(&[])?);
+            }
+        }
+        let rest = serde_json::to_vec(&(self.step, b.updates, &self.ledger)).unwrap_or_default();
+        sums[4] = i64::from_le_bytes(*blake3::hash(&rest).as_bytes().first_chunk().unwrap_or(&[0; 8]));
+        Ok(sums)
     }
 
     /// A copy in host memory, from which files and digests are made while training goes on.
@@ -464,6 +485,58 @@ mod tests {
             assert_eq!((copy.step, copy.buffers.updates, files(&copy.snapshot(None).unwrap())), (9, 7, expected.clone()));
             assert_eq!(copy.ledger.epochs().map(|(epoch, tally)| (epoch, tally.samples)).collect::<Vec<_>>(), [(0, 7)]);
         }
+    }
+
+    /// It loses a part of each tensor that it gets.
+    #[derive(Debug)]
+    struct Lossy(crate::reduce::InProcess);
+
+    impl Collective for Lossy {
+        fn rank(&self) -> u32 {
+            self.0.rank()
+        }
+        fn world(&self) -> u32 {
+            self.0.world()
+        }
+        fn sum_i64(&mut self, data: &mut [i64]) -> crate::reduce::Result<()> {
+            self.0.sum_i64(data)
+        }
+        fn sum_f32(&mut self, data: &mut [f32]) -> crate::reduce::Result<()> {
+            self.0.sum_f32(data)
+        }
+        fn sum_bf16(&mut self, data: &mut [half::bf16]) -> crate::reduce::Result<()> {
+            self.0.sum_bf16(data)
+        }
+        fn broadcast(&mut self, root: u32, data: &mut [u8]) -> crate::reduce::Result<()> {
+            self.0.broadcast(root, data)
+        }
+        fn barrier(&mut self) -> crate::reduce::Result<()> {
+            self.0.barrier()
+        }
+        fn set_timeout(&mut self, timeout: std::time::Duration) {
+            self.0.set_timeout(timeout);
+        }
+        fn abort_handle(&self) -> crate::reduce::AbortHandle {
+            self.0.abort_handle()
+        }
+        fn broadcast_tensor(&mut self, root: u32, tensor: &mut Tensor) -> crate::reduce::Result<()> {
+            self.0.broadcast_tensor(root, tensor)?;
+            let _ = tensor.f_narrow(0, 9, 1)?.f_zero_()?;
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_copy_that_is_not_what_was_sent_is_not_trained_on() {
+        let mut ranks = crate::reduce::InProcess::group(2);
+        let (mut torn, mut root) = (Lossy(ranks.remove(1)), ranks.remove(0));
+        let (sent, copied) = std::thread::scope(|scope| {
+            let copying = scope.spawn(move || state(2).copy_from(&mut torn, 0));
+            (scope.spawn(move || state(1).copy_from(&mut root, 0)).join().unwrap(), copying.join().unwrap())
+        });
+        assert!(sent.is_ok(), "{sent:?}");
+        let error = copied.unwrap_err();
+        assert!(matches!(error, CollectiveError::Torn { root: 0 }) && !error.is_of_peers(), "{error}");
     }
 
     #[test]

@@ -238,6 +238,26 @@ async fn a_failed_job_and_an_unfit_worker_say_so_on_both_sides() {
     assert_eq!((outcome.exit_code(), outcome.reason().contains("no such model")), (4, true), "{outcome:?}");
 }
 
+/// What it did there would be found by nobody. The others go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_has_another_folder_does_no_unit_and_ends_for_good() {
+    let (out, stage) = (tempfile::tempdir().unwrap(), Arc::<Stage>::default());
+    let served = Served::start(&config(out.path()), None).await;
+    // As on a machine where another folder lies at the path.
+    let mark = std::fs::read_dir(out.path()).unwrap().next().unwrap().unwrap().path();
+    let text = std::fs::read(&mark).unwrap();
+    std::fs::remove_file(&mark).unwrap();
+    let error = served.worker(Toy::new(out.path(), "elsewhere", &stage)).ended().await.unwrap_err();
+    assert!(matches!(error, JobEnd::Unfit(_)) && error.is_permanent(), "{error:?}");
+    assert!(error.to_string().contains("this worker does not see the job's folder"), "{error}");
+    std::fs::write(&mark, text).unwrap();
+    let worker = served.worker(Toy::new(out.path(), "a", &stage));
+    assert_eq!(served.outcome().await, Outcome::Done);
+    assert!(matches!(worker.ended().await, Ok(Ending::Done)));
+    assert_eq!(files(out.path()), calm(8).await, "the coordinator's own file is gone");
+    assert!(stage.begun.lock().unwrap().iter().all(|(_, worker)| *worker == "a"));
+}
+
 /// Units that take no time.
 struct Idle {
     units: usize,
@@ -256,7 +276,8 @@ impl Job for Idle {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_plan_larger_than_a_message_arrives_whole() {
     let (units, done) = (10_000, Arc::<AtomicUsize>::default());
-    let served = Served::start(&config(Path::new("unused")), None).await;
+    let out = tempfile::tempdir().unwrap();
+    let served = Served::start(&config(out.path()), None).await;
     let begin = std::time::Instant::now();
     let workers: Vec<_> = (0..2).map(|_| served.does(Box::new(Idle { units, done: done.clone() }))).collect();
     assert_eq!(served.outcome().await, Outcome::Done);
@@ -280,7 +301,8 @@ async fn nobody_there_is_told_with_the_address() {
 /// The binary finds out from the welcome that this is a job. Captions come from no worker of this build.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_worker_binary_takes_part_in_jobs_and_says_which_it_cannot_do() {
-    let mut config = config(Path::new("unused"));
+    let out = tempfile::tempdir().unwrap();
+    let mut config = config(out.path());
     config.job.kind = ella_proto::config::JobKind::Caption;
     let served = Served::start(&config, None).await;
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_ella-worker"));

@@ -164,6 +164,7 @@ pub(crate) fn welcome(config: &RunConfig, run: &str) -> Say {
         lease_ms: config.workers.lease.0,
         orphan_ms: config.workers.orphan_timeout.0,
         step_timeout_ms: config.workers.step_timeout.0,
+        ..v1::Welcome::default()
     })
 }
 

@@ -138,7 +138,8 @@ fn the_state_goes_on_from_generation_to_generation() {
         let mut coordinator = Scripted::start().await;
         let mut workers = idle(&mut coordinator, &config, &url, 3).await;
         begin(&mut workers).await;
-        workers[1].progress(3).await;
+        let told = workers[1].progress(3).await;
+        assert_eq!((told.generation, told.world), (workers[1].generation, 3));
 
         // One goes; the others are told, or find out by themselves.
         let gone = workers.pop().unwrap();

@@ -8,7 +8,7 @@ use ella_proto::stops::SAME_WISH;
 use ella_proto::v1::from_worker::Body as Said;
 use ella_proto::v1::to_worker::Body as Say;
 use ella_proto::v1::{self, FailureKind, Outcome, RefusedReason};
-use ella_store::{Commit, LedgerEpoch, Part, Store, commit_folder, verify_commit};
+use ella_store::{Commit, LedgerEpoch, Part, RunLog, Store, Term, commit_folder, verify_commit};
 use ella_worker::control::ControlError;
 use ella_worker::feed::lanes_of;
 use ella_worker::session::{Options, WorkError, work};
@@ -72,6 +72,7 @@ impl Heard {
             step_in_epoch: state.step_in_epoch,
             ledger: ledger.collect(),
             state_digest: state.digest.parse().unwrap(),
+            computed_with: Default::default(),
         }
     }
 }
@@ -180,14 +181,54 @@ fn every_kind_of_connector_is_trained() {
 #[test]
 fn a_refused_worker_says_why_and_whether_to_try_again() {
     RUNTIME.block_on(async {
-        for (reason, permanent) in
-            [(RefusedReason::Version, true), (RefusedReason::DuplicateDevice, false), (RefusedReason::Unreached, false)]
-        {
+        for (reason, said, permanent) in [
+            (RefusedReason::Version, false, true),
+            (RefusedReason::DuplicateDevice, false, false),
+            (RefusedReason::Unreached, false, false),
+            // Until something is trained, who has another kind of device may come in time.
+            (RefusedReason::DeviceKind, false, false),
+            (RefusedReason::DeviceKind, true, true),
+        ] {
             let worker = Scripted::start().await.worker().await;
-            worker.say(Say::Refused(v1::Refused { reason: reason.into(), detail: "not you".into(), ..Default::default() }));
+            let refused = v1::Refused { reason: reason.into(), detail: "not you".into(), permanent: said, ..Default::default() };
+            worker.say(Say::Refused(refused));
             let error = worker.ended().await.unwrap_err();
             assert!(matches!(&error, WorkError::Control(ControlError::Refused { reason: told, .. }) if *told == reason));
             assert!(error.to_string().contains("not you") && error.is_permanent() == permanent, "{error}");
+        }
+    });
+}
+
+/// COMMIT: its share of each would be saved where nobody finds it.
+#[test]
+fn a_worker_that_has_another_run_folder_takes_no_place() {
+    RUNTIME.block_on(async {
+        let config = prepared(&[]);
+        let folders = [run_folder(), run_folder(), run_folder()];
+        let [theirs, earlier, none] = folders.each_ref().map(|(_, url)| url.as_str());
+        let claim = async |url: &str, nonce: &str| {
+            let (store, config_digest) = (Store::open(url).unwrap(), config.digest().parse().unwrap());
+            let term = Term { host: "h".into(), version: "1".into(), config_digest };
+            RunLog::claim(&store, term, nonce, 1).await.unwrap().0.claim_record()
+        };
+        let (witness_file, witness) = claim(theirs, "this").await;
+        // A run of the same name was there before.
+        claim(earlier, "another").await;
+        for (url, wrong) in [(theirs, None), (earlier, Some("here that is another one")), (none, Some("here that is not there"))] {
+            let mut worker = Scripted::start().await.worker().await;
+            let Say::Welcome(welcome) = welcome(&config, url) else { unreachable!() };
+            worker.say(Say::Welcome(v1::Welcome { witness_file: witness_file.clone(), witness: witness.clone(), ..welcome }));
+            let Some(wrong) = wrong else {
+                worker.idle().await;
+                worker.say(Say::Abort(v1::Abort::default()));
+                assert!(matches!(worker.ended().await, Err(WorkError::Control(_))));
+                continue;
+            };
+            let failed = worker.failed().await;
+            assert_eq!((failed.kind(), failed.permanent), (FailureKind::Machine, true));
+            assert!(failed.message.contains(url) && failed.message.contains(wrong), "{}", failed.message);
+            worker.hang_up();
+            assert!(worker.ended().await.unwrap_err().is_permanent());
         }
     });
 }

@@ -11,7 +11,7 @@ use ella_proto::v1::{FromWorker, from_worker};
 use ella_store::{Body, Record, RunState};
 use std::collections::{BTreeMap, VecDeque};
 
-/// Appends that fail are tried so often, as the keeper does.
+/// Appends that fail are tried so often; the keeper goes by the time.
 const TRIES: u32 = 3;
 /// Messages that may wait to be sent to one worker, with what its sockets hold.
 const OUTGOING: usize = 128;

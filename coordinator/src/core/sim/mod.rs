@@ -3,8 +3,8 @@
 //!
 //! A schedule is its seed. Things go wrong for a time: workers and coordinators die, stop and go on, are cut off, are told to leave; messages
 //! are late or come twice; streams break; two coordinators are there at once; the store is slow, refuses, or does what it is asked and does
-//! not say so. Then all is well, and the run must end. `ELLA_SEED=N` runs one schedule and prints what happens; `ELLA_SCHEDULES=N` runs so
-//! many.
+//! not say so. Then all is well, and the run must end. In schedules of their own two workers never reach each other again. `ELLA_SEED=N` runs
+//! one schedule and prints what happens; `ELLA_SCHEDULES=N` runs so many.
 //!
 //! Checked after every event, by name: what the core promises of each coordinator (its `Oracle`), and of the whole run
 //! - **ORDER** all ranks that take a step take the same one.
@@ -201,6 +201,22 @@ fn every_schedule_keeps_the_invariants_and_ends() {
         let n = seen.get(what).copied().unwrap_or(0);
         assert!(n * SCHEDULES >= least * count, "{what}: only {n} in {count} schedules");
     }
+}
+
+/// Two workers reach everyone but each other. The others are dealt between them, or else one of them goes: the run goes on without starting again.
+#[test]
+fn a_cut_between_two_workers_that_lasts_ends_no_run_that_needs_one_of_them() {
+    let bugs = Bugs { lasting_cut: true, ..Bugs::default() };
+    let (first, count) = given().map_or((1, 500), |seed| (seed, 1));
+    let (seen, failed) = run_all(first, count, bugs, 1);
+    if let Some((seed, why)) = failed.first() {
+        replay(*seed, bugs, SHOWN);
+        panic!("ELLA_SEED={seed} cargo test -p ella-coordinator --lib core::sim::a_cut -- --nocapture shows it: {why}");
+    }
+    println!("{seen:#?}");
+    let n = |what: &str| seen.get(what).copied().unwrap_or(0);
+    assert_eq!((n("verdict Done"), n("failed Unreached")), (count, 0));
+    assert!(count == 1 || n("lasting cuts") > 250 && n("count refused_unreached") > 100 && n("next ranks not reached") > 250, "{seen:#?}");
 }
 
 /// A schedule is its seed.

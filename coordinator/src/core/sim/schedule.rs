@@ -45,6 +45,8 @@ enum Fault {
     FailingLog,
     SlowUploads,
     FailingUploads,
+    /// Of two workers, once. Not drawn among the others, after which all is well.
+    CutForGood,
 }
 
 const FAULTS: [Fault; 22] = [
@@ -71,6 +73,9 @@ const FAULTS: [Fault; 22] = [
     Fault::SlowUploads,
     Fault::FailingUploads,
 ];
+
+/// The end of no schedule.
+const FOR_GOOD: u64 = 1 << 40;
 
 /// What gathering, loading and the last commit take.
 const GRACE: u64 = 30_000;
@@ -144,6 +149,16 @@ impl Setup {
         }
     }
 
+    /// A run that is long enough for a cut, and needs but one of the two workers.
+    pub(super) fn with_lasting_cut(self, random: &mut Random) -> Self {
+        let workers = 2 + random.below(3);
+        let lanes = self.lanes.max(workers);
+        let min = 1 + random.below(workers - 1) as usize;
+        let faults_until = self.faults_until.max(10_000);
+        let run = Self { lanes, steps: self.steps + 60, workers: workers as usize, min, max: lanes as usize, ..self };
+        Self { start_timeout: 8_000, faults: vec![Fault::CutForGood], pause: 500, faults_until, ..run }
+    }
+
     /// The run is over so long after the last fault.
     ///
     /// A coordinator that was superseded while it waits for workers finds out when it has waited in vain, and keeps those that it has until
@@ -170,6 +185,7 @@ impl Setup {
                 lease_ms: self.lease,
                 orphan_ms: self.orphan,
                 step_timeout_ms: self.step_timeout,
+                ..v1::Welcome::default()
             },
             version: "1".into(),
             workers: self.workers,
@@ -179,6 +195,7 @@ impl Setup {
             straggler_evict: self.evicts,
             steps: self.steps,
             keep: self.keep,
+            device: None,
             start_timeout: self.start_timeout,
             commit_timeout: self.start_timeout,
             drain_timeout: 20_000,
@@ -247,6 +264,7 @@ impl World {
             F::Join => return self.spawn_worker(),
             F::SecondCoordinator => return self.spawn_coordinator(),
             F::SlowLog | F::FailingLog | F::SlowUploads | F::FailingUploads => return self.change_weather(fault),
+            F::CutForGood => return self.cut_for_good(),
             _ => {}
         }
         let (worker, coordinator) = (self.some_worker(), self.some_coordinator());
@@ -266,6 +284,19 @@ impl World {
             let until = self.spell(8_000);
             self.cuts.push(Cut { one: Node::Worker(w), other: Some(Node::Worker(other)), until });
         }
+    }
+
+    fn cut_for_good(&mut self) {
+        let train: Vec<usize> = (0..self.workers.len()).filter(|w| self.workers[*w].lives() && self.workers[*w].step > 0).collect();
+        if !self.cuts.is_empty() || train.len() < 2 {
+            return;
+        }
+        let n = train.len() as u64;
+        let one = self.random.below(n);
+        let other = (one + 1 + self.random.below(n - 1)) % n;
+        let [one, other] = [one, other].map(|at| Node::Worker(train[at as usize]));
+        self.see("lasting cuts");
+        self.cuts.push(Cut { one, other: Some(other), until: FOR_GOOD });
     }
 
     fn strike_worker(&mut self, fault: Fault, w: usize) {

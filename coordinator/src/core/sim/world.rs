@@ -145,13 +145,15 @@ impl Ord for Item {
     }
 }
 
-/// Which bug is built in, if one is.
+/// Which bug is built in, if one is; and whether a network is, that does not heal.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Bugs {
     pub(super) core: Option<Mutation>,
     pub(super) worker: Option<Mutant>,
     /// What a core says is not judged by its own oracle, only what comes of it.
     pub(super) blind: bool,
+    /// Nothing goes wrong but that two workers which have trained together never reach each other again.
+    pub(super) lasting_cut: bool,
 }
 
 /// Everything there is.
@@ -186,6 +188,7 @@ impl World {
     pub(super) fn new(seed: u64, bugs: Bugs, traced: bool) -> Self {
         let mut random = Random::new(seed);
         let setup = Setup::new(&mut random);
+        let setup = if bugs.lasting_cut { setup.with_lasting_cut(&mut random) } else { setup };
         let truth = Truth::new(setup.lanes, setup.steps, setup.steps_per_epoch);
         let mut world = Self {
             now: 0,

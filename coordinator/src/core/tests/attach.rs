@@ -64,7 +64,7 @@ fn when_enough_have_loaded_a_generation_is_formed_and_all_get_their_places() {
     let note = Note::Generation { generation: 1, workers: vec!["w1".into(), "w2".into()], from_step: 4 };
     assert_eq!(effects, vec![run.to(1, assign(0)), run.to(2, assign(1)), Effect::Note(note)]);
     assert_eq!(run.core.phase(), &Phase::Starting { until: Time(10_000) });
-    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![Rank(0), Rank(1)] }));
+    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![Rank(0), Rank(1)], reason: String::new() }));
 }
 
 /// A run begins with all that it is to have, also if that is more than it goes on with.
@@ -111,7 +111,9 @@ fn workers_that_do_not_fit_are_refused_with_the_reason_and_counted() {
             hello(9),
             R::DeviceKind,
             "refused_device_kind",
-            "this worker computes on cpu, those before it on cuda; all workers of a run must have one device kind".to_owned(),
+            "this worker computes on cpu, others of this run on cuda, and all must have one kind of device; see `ella doctor` there, or name the kind in \
+             workers.device"
+                .to_owned(),
         ),
         (
             Hello { worker_id: "w1".into(), ..gpu(9, "GPU-1") },
@@ -266,4 +268,104 @@ fn a_joiner_with_another_data_set_is_refused_before_it_has_a_place() {
     run.hello(4);
     let same = v1::Idle { data_digest: hex("data"), models_digest: hex("models"), ..v1::Idle::default() };
     assert_eq!(run.say(4, from_worker::Body::Idle(same)), vec![]);
+}
+
+fn gpu(n: u64) -> Hello {
+    Hello { device_kind: "cuda".into(), device_uuid: format!("GPU-{n}"), ..hello(n) }
+}
+
+/// A worker that computes with other operators than the others.
+fn odd(n: u64) -> Hello {
+    Hello { computes: [("fused operators".to_owned(), "norm".to_owned())].into(), ..hello(n) }
+}
+
+fn trained_on(device: &str) -> Commit {
+    Commit { computed_with: [("device".to_owned(), device.to_owned())].into(), ..commit_at(4, 2) }
+}
+
+/// What a worker that is turned away is told: of what kind, in words, and whether for good.
+fn turned_away(effects: &[Effect]) -> Option<(v1::RefusedReason, String, bool)> {
+    effects.iter().find_map(|effect| match effect {
+        Effect::Send(_, ToWorker { body: Some(to_worker::Body::Refused(refused)), .. }) => {
+            Some((refused.reason(), refused.detail.clone(), refused.permanent))
+        }
+        _ => None,
+    })
+}
+
+/// What is told of ranks that may compute other bits.
+fn unlike(effects: &[Effect]) -> Vec<String> {
+    let how = |effect: &Effect| if let Effect::Note(Note::Unlike { how, .. }) = effect { Some(how.clone()) } else { None };
+    effects.iter().filter_map(how).collect()
+}
+
+/// Who comes first is of chance, and a worker whose GPU can't be used comes soonest.
+#[test]
+fn before_anything_is_trained_workers_without_a_gpu_make_way_for_those_with_one() {
+    let mut run = Run::new(config(2), vec![]);
+    run.come(1);
+    let (reason, detail, permanent) = turned_away(&run.hello_as(2, gpu(2))).unwrap();
+    assert!(reason == v1::RefusedReason::DeviceKind && !permanent && detail.contains("on cpu, others of this run on cuda"), "{detail}");
+    assert_eq!((run.core.attached(), run.count("refused_device_kind")), (1, 1));
+    // What it said before it heard of that, and its end, are nobody's.
+    assert_eq!(run.say(1, from_worker::Body::Heartbeat(v1::Heartbeat::default())), vec![]);
+    assert_eq!(run.close(1), vec![]);
+    assert_eq!(turned_away(&run.hello(3)).map(|(.., permanent)| permanent), Some(false));
+    run.say(2, idle(None));
+    run.hello_as(4, gpu(4));
+    let effects = run.say(4, idle(None));
+    assert_eq!(run.places(&effects).iter().map(|place| place.0).collect::<Vec<_>>(), [2, 4]);
+    // Those that have places keep them.
+    let mut run = Run::assigned(vec![]);
+    assert_eq!(turned_away(&run.hello_as(3, gpu(3))).map(|(.., permanent)| permanent), Some(false));
+}
+
+/// A worker whose GPU is gone is started again, and would go on by itself on the processor, with other bits.
+#[test]
+fn a_run_keeps_to_the_kind_of_device_that_it_was_trained_on() {
+    let mut run = Run::new(config(1), vec![]);
+    run.hello_as(1, gpu(1));
+    run.say(1, idle(None));
+    run.say(1, from_worker::Body::Ready(ready(0)));
+    assert_eq!(run.core.phase(), &Phase::Training);
+    run.close(1);
+    let (reason, detail, permanent) = turned_away(&run.hello(2)).unwrap();
+    assert!(reason == v1::RefusedReason::DeviceKind && permanent, "{detail}");
+    assert!(
+        detail.starts_with("this worker computes on cpu, and the run was trained on cuda") && detail.contains("workers.device = \"cpu\"")
+    );
+    assert!(turned_away(&run.hello_as(3, gpu(3))).is_none());
+
+    let refused = |mut run: Run, hello: Hello| turned_away(&run.hello_as(9, hello)).map(|(.., permanent)| permanent);
+    assert_eq!(refused(Run::new(config(1), vec![trained_on("cuda")]), hello(9)), Some(true));
+    assert_eq!(refused(Run::new(config(1), vec![trained_on("cpu")]), gpu(9)), Some(true));
+    assert_eq!(refused(Run::new(config(1), vec![trained_on("cuda")]), gpu(9)), None);
+    let of_before = Commit { computed_with: BTreeMap::new(), ..commit_at(4, 2) };
+    assert_eq!(refused(Run::new(config(1), vec![of_before]), hello(9)), None);
+    let named = CoreConfig { device: Some("cpu".into()), ..config(1) };
+    assert_eq!(refused(Run::new(named, vec![]), gpu(9)), Some(true));
+}
+
+#[test]
+fn a_run_goes_on_with_another_kind_of_device_where_its_config_names_it() {
+    let named = CoreConfig { device: Some("cpu".into()), ..config(1) };
+    let mut run = Run::new(named, vec![trained_on("cuda")]);
+    run.come(1);
+    let effects = run.say(1, from_worker::Body::Ready(ready(4)));
+    assert_eq!(unlike(&effects), ["it computes otherwise than the commit of step 4: device is `cpu` instead of `cuda`"]);
+    assert_eq!((run.core.phase(), run.count("ranks_unlike")), (&Phase::Training, 1));
+}
+
+/// Other operators give other bits, of which no commit's digest tells: all ranks have the same sums.
+#[test]
+fn ranks_that_compute_otherwise_than_others_train_and_that_is_told() {
+    let mut run = Run::new(config(2), vec![]);
+    run.come(1);
+    run.hello_as(2, odd(2));
+    run.say(2, idle(None));
+    run.say(1, from_worker::Body::Ready(ready(0)));
+    let effects = run.say(2, from_worker::Body::Ready(ready(0)));
+    let how = "it computes otherwise than rank 0: fused operators is `norm` instead of unknown; unlike rank 0 are 1 of 2 ranks";
+    assert_eq!(unlike(&effects), [how]);
+    assert_eq!(run.core.phase(), &Phase::Training);
 }

@@ -137,8 +137,18 @@ fn a_commit_that_is_not_completed_fails_the_run_and_says_what_is_missing() {
     run.say(1, state(2));
     run.say(1, part(2, 0));
     run.until(20_000, &[1, 2]);
-    let parts = PARTS[0].to_owned();
-    assert_eq!(run.failure(), Failure::CommitOverdue { step: Step(2), digests: 1, ranks: 2, parts, waited_ms: 20_000 });
+    let reason = "the commit of step 2 was not complete within 20000 ms: the state of 1 of 2 ranks (rank 1, for one), ema.safetensors, \
+                  optimizer.safetensors did not come; look at the workers' logs and the store";
+    assert_eq!(run.failure().to_string(), reason);
+}
+
+/// Nobody's log but the run's has anything to say of that.
+#[test]
+fn a_commit_of_which_all_is_there_but_its_record_is_the_logs_fault() {
+    let mut run = Run::training(vec![]);
+    run.report_commit(2);
+    run.until(20_000, &[1, 2]);
+    assert_eq!(run.failure(), Failure::Append { error: "the record of the commit of step 2 was not taken within 20000 ms".into() });
 }
 
 #[test]
@@ -176,6 +186,62 @@ fn a_record_that_was_on_its_way_when_the_run_failed_still_counts() {
     assert_eq!(run.core.status(run.now).last_commit_step, 2);
 }
 
+fn unseen(step: u64, part: usize) -> Event {
+    Event::PartUnseen { step, part: PARTS[part].to_owned(), why: "nothing is there".into() }
+}
+
+fn gives_up_commits(effects: &[Effect]) -> bool {
+    effects.iter().any(|effect| matches!(effect, Effect::Append(Body::Retire { .. }) | Effect::DeleteFolders(_)))
+}
+
+/// The others see the run's folder, and still hold what was to be committed.
+#[test]
+fn whoever_saves_a_part_where_it_is_not_found_goes_and_the_others_make_the_commit() {
+    let mut run = Run::training(vec![commit_at(1, 1), commit_at(2, 2)]);
+    run.report_commit(10);
+    run.say(1, done(10));
+    run.say(2, done(10));
+    let effects = run.event(unseen(10, 1));
+    let reason = v1::RefusedReason::Data.into();
+    let refused = v1::Refused { reason, detail: "nothing is there".into(), permanent: true, ..v1::Refused::default() };
+    assert_eq!(effects[..2], [run.to(2, to_worker::Body::Refused(refused)), Effect::Close(conn(2))]);
+    let why = "it failed (its machine): nothing is there".to_owned();
+    assert!(effects.contains(&Effect::Note(Note::Lost { worker: "w2".into(), rank: Some(1), why })), "{effects:?}");
+    assert!(!gives_up_commits(&effects) && run.core.status(run.now).last_commit_step == 2);
+    let effects = run.say(1, idle(Some(10)));
+    assert_eq!(run.places(&effects), [(1, Some(0), 10, false)]);
+    run.go_on(10, &[1]);
+    run.say(1, state(10));
+    for index in 0..2 {
+        run.say(1, part(10, index));
+    }
+    let commit = Commit { generation: 2, world: 1, folder: ella_store::commit_folder(10, TERM, 2), ..commit_at(10, TERM) };
+    assert_eq!(run.say(1, part(10, 2)), vec![Effect::Append(Body::Commit(commit.clone()))]);
+    assert!(gives_up_commits(&run.event(Event::Appended(Body::Commit(commit)))), "now that the new one was seen");
+}
+
+#[test]
+fn a_part_that_is_not_found_ends_a_run_for_good_that_needs_whoever_saved_it() {
+    let mut run = Run::new(CoreConfig { min: 2, keep: 1, ..config(2) }, vec![commit_at(2, 2)]).both_in().both_ready(2);
+    run.report_commit(4);
+    let effects = run.event(unseen(4, 0));
+    let reason = "worker w1 (rank 0, host h1, pid 1) failed (its machine): nothing is there";
+    assert_eq!((run.failure().to_string().as_str(), run.failure().permanent()), (reason, true));
+    assert!(!gives_up_commits(&effects) && run.core.status(run.now).last_commit_step == 2, "{effects:?}");
+}
+
+#[test]
+fn a_part_of_a_worker_that_is_gone_is_nobodys_fault_who_is_here() {
+    let mut run = Run::training(vec![]);
+    run.report_commit(4);
+    run.close(2);
+    run.say(1, idle(Some(4)));
+    assert_eq!(run.event(unseen(4, 1)), vec![]);
+    assert!(!run.core.commits.has_pending());
+    run.go_on(4, &[1]);
+    assert_eq!(run.core.phase(), &Phase::Training);
+}
+
 /// The record holds what all ranks reported while they were all there.
 #[test]
 fn a_record_that_was_on_its_way_when_its_generation_ended_gets_there() {
@@ -183,7 +249,7 @@ fn a_record_that_was_on_its_way_when_its_generation_ended_gets_there() {
     run.report_commit(2);
     run.close(1);
     run.say(2, idle(Some(2)));
-    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![Rank(0)] }));
+    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![Rank(0)], reason: String::new() }));
     let effects = run.event(Event::Appended(Body::Commit(commit_at(2, TERM))));
     assert_eq!(effects, vec![committed_note(2), committed(&run, 2, 2)]);
     run.go_on(2, &[2]);
@@ -265,7 +331,7 @@ fn a_commit_that_is_not_completed_after_a_worker_came_back_is_made_by_another_ge
     assert_eq!(run.core.phase(), &Phase::Training);
     run.until(1_700, &[1, 3]);
     let Some(Wait::Regroup { busy: 2, reason }) = run.core.wait() else { panic!("{:?}", run.core.wait()) };
-    assert!(reason.starts_with("the commit of step 2 was not complete within 1700 ms (state of 1 of 2 ranks"), "{reason}");
+    assert!(reason.starts_with("the commit of step 2 was not complete within 1700 ms: the state of 1 of 2 ranks (rank 1"), "{reason}");
 }
 
 #[test]

@@ -60,6 +60,7 @@ pub(super) fn config(workers: usize) -> CoreConfig {
             lease_ms: LEASE,
             orphan_ms: 5_000,
             step_timeout_ms: 5_000,
+            ..v1::Welcome::default()
         },
         version: "1".into(),
         workers,
@@ -69,6 +70,7 @@ pub(super) fn config(workers: usize) -> CoreConfig {
         straggler_evict: false,
         steps: 10,
         keep: 2,
+        device: None,
         start_timeout: 10_000,
         commit_timeout: 20_000,
         drain_timeout: 5_000,
@@ -87,6 +89,7 @@ pub(super) fn hello(n: u64) -> Hello {
         peer_address: format!("10.0.0.{n}:4000"),
         config_digest: String::new(),
         place: None,
+        computes: Default::default(),
     }
 }
 
@@ -118,6 +121,7 @@ pub(super) fn commit_at(step: u64, term: u64) -> Commit {
         step_in_epoch: step,
         ledger: vec![ella_store::LedgerEpoch { epoch: 0, samples: step * 4, hash: "0".repeat(32) }],
         state_digest: digest(&format!("state {step}")),
+        computed_with: [("device".to_owned(), "cpu".to_owned())].into(),
     }
 }
 

@@ -72,6 +72,8 @@ impl Oracle {
                 self.newest = Some(commit.clone());
             }
             Event::Appended(Body::Retire { commits }) => self.given_up.extend(commits.iter().cloned()),
+            // Another generation may make a commit of the same step.
+            Event::PartUnseen { step, .. } => self.appended.retain(|appended| appended != step),
             Event::Message(conn, message) => self.learn_said(*conn, message),
             Event::Closed(conn, _) => self.gone(*conn),
             _ => {}

@@ -276,12 +276,16 @@ impl Sim {
         if self.log_broken {
             return;
         }
-        let event = match self.random.below(150) {
-            0 => Event::Superseded(Term(TERM + 1)),
-            1 => Event::AppendFailed("no".into()),
+        let event = match (self.random.below(150), &body) {
+            (0, _) => Event::Superseded(Term(TERM + 1)),
+            (1, _) => Event::AppendFailed("no".into()),
+            (2..=5, Body::Commit(commit)) => {
+                let part = PARTS[self.random.below(PARTS.len() as u64) as usize].to_owned();
+                Event::PartUnseen { step: commit.step, part, why: "nothing is there".into() }
+            }
             _ => Event::Appended(body),
         };
-        self.log_broken = !matches!(event, Event::Appended(_));
+        self.log_broken = !matches!(event, Event::Appended(_) | Event::PartUnseen { .. });
         self.feed(event);
     }
 

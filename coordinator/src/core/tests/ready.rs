@@ -11,7 +11,7 @@ fn say_ready(run: &mut Run, n: u64, ready: v1::Ready) -> Vec<Effect> {
 fn training_begins_when_all_ranks_are_ready_and_agree() {
     let mut run = Run::assigned(vec![]);
     assert_eq!(say_ready(&mut run, 2, ready(0)), vec![]);
-    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![ella_proto::ids::Rank(0)] }));
+    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![ella_proto::ids::Rank(0)], reason: String::new() }));
     let effects = say_ready(&mut run, 1, ready(0));
     let start = || to_worker::Body::Start(v1::Start {});
     let note = Note::Started { generation: 1, step: 0 };
@@ -144,6 +144,34 @@ fn later_a_run_without_enough_ready_ranks_fails_and_names_who_is_late() {
     run.go_on(0, &[1]);
     run.until(10_000, &[1, 2]);
     assert_eq!(run.failure(), Failure::NotReady { who: who(2, Some(1)), waited_ms: 10_000 });
+}
+
+/// A ring that one of them does not close, or a GPU that hangs in the first sum, keeps all of them from getting ready.
+#[test]
+fn where_no_rank_gets_ready_the_one_that_does_not_leave_is_let_go() {
+    let begun = || {
+        let mut run = Run::training(vec![]);
+        run.say(1, broken(3, "no answer"));
+        run.say(2, idle(Some(3)));
+        run
+    };
+    let mut run = begun();
+    run.until(10_000, &[1, 2]);
+    let reason = "no rank was ready within 10000 ms (workers.start_timeout)".to_owned();
+    assert_eq!(run.core.wait(), Some(Wait::Regroup { busy: 2, reason }));
+    run.say(1, idle(Some(3)));
+    let effects = run.until(15_000, &[1, 2]);
+    let why = "it did not stop within 5000 ms of being told to (workers.step_timeout)".to_owned();
+    assert!(effects.contains(&Effect::Note(Note::Lost { worker: "w2".into(), rank: Some(1), why })), "{effects:?}");
+    assert_eq!(run.places(&effects), [(1, Some(0), 3, false)]);
+
+    // Where all leave in time, the network is at fault: it has one more try.
+    let mut run = begun();
+    run.until(10_000, &[1, 2]);
+    run.say(1, idle(Some(3)));
+    run.say(2, idle(Some(3)));
+    run.until(20_000, &[1, 2]);
+    assert_eq!(run.failure(), Failure::NotReady { who: who(1, Some(0)), waited_ms: 10_000 });
 }
 
 /// Where a state survives, nothing is digested; what is read must still be the same.

@@ -213,5 +213,5 @@ fn the_status_names_who_has_no_place() {
     let status = run.core.status(run.now);
     let workers: Vec<_> = status.workers.iter().map(|w| (w.rank, w.state.as_str())).collect();
     assert_eq!(workers, [(0, "rank"), (1, "rank"), (0, "loading"), (0, "spare")]);
-    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![Rank(0), Rank(1)] }));
+    assert_eq!(run.core.wait(), Some(Wait::Loading { ranks: vec![Rank(0), Rank(1)], reason: String::new() }));
 }

@@ -24,6 +24,7 @@ pub(super) fn settings() -> JobSettings {
             lease_ms: LEASE,
             orphan_ms: 5_000,
             step_timeout_ms: 0,
+            ..v1::Welcome::default()
         },
         version: "1".into(),
         kind: "prepare".into(),
