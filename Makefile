@@ -6,6 +6,8 @@
 # One profile for all: a second one would compile everything again.
 CARGO ?= cargo
 FLAGS := --release --workspace --locked
+# Where that leaves programs, whatever folder cargo is told to build in.
+BUILT = "$$($(CARGO) metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')"/release
 # Where scripts/codec-tools.sh puts a cmake if the machine has none.
 export PATH := $(PATH):$(CURDIR)/.tools/bin
 
@@ -23,8 +25,7 @@ demo: build
 
 # The paper's claims, measured in the miniature: see claims/report.html afterwards. CLAIMS=--quick makes it shorter.
 claims: build
-	@"$$($(CARGO) metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')"/release/ella \
-	    claims --out $(or $(CLAIMS_OUT),claims) $(CLAIMS)
+	@$(BUILT)/ella claims --out $(or $(CLAIMS_OUT),claims) $(CLAIMS)
 
 test: build
 	python3 -m unittest discover -q -s bench
@@ -47,7 +48,7 @@ test-monitoring: libtorch
 # The dashboard in a real Chromium, with 10^6 steps of history. Opt-in: it needs chromium, Node.js with npm (playwright-core, axe-core), and 400 MB of
 # disk. Pictures are in target/dashboard/shots/ afterwards.
 test-dashboard:
-	$(CARGO) build --release --locked -p ella-coordinator --example dashboard
+	$(CARGO) build $(FLAGS) --example dashboard
 	@scripts/test-dashboard.sh
 
 # The Kubernetes manifests against kubectl 1.36 and the API's schemas, and the API's client. Opt-in: it installs both into .k8s/ (150 MB).
@@ -62,43 +63,48 @@ chaos: build
 chaos-train: build
 	@scripts/chaos-train.sh
 
+# A program that measures, built and run; with the whole workspace's features, or all would be compiled again.
+define measure
+	$(CARGO) build $(FLAGS) $(2) --example $(1)
+	$(BUILT)/examples/$(1)
+endef
 # What is measured is compiled for speed, which the tests beside it are not.
-BENCH := --release --locked -p ella-tests --config profile.release.package.ella-tests.opt-level=3 --example
+FAST := --config profile.release.package.ella-tests.opt-level=3
 
 # Programs that print ratios; nothing here is a test. Commits are beside torch.save and DCP's async_save if PEERS_PYTHON names a Python that has
 # torch. BENCH_FOLDER: on the disk to measure them on, with 3 GB free.
 bench: build
-	$(CARGO) run $(BENCH) bench
-	$(CARGO) run --release --locked -p ella-worker --example bench_commit
-	$(CARGO) run --release --locked -p ella-worker --example bench_step
+	$(call measure,bench,$(FAST))
+	$(call measure,bench_commit)
+	$(call measure,bench_step)
 
 # What a death and a joiner cost at the connector's true size, beside torchrun if PEERS_PYTHON names a Python that has torch. 16 GB of memory.
 bench-recovery: build
-	$(CARGO) run $(BENCH) bench_recovery
+	$(call measure,bench_recovery,$(FAST))
 
 # The control plane under 100, 1,000 and 10,000 workers.
 bench-scale: build
-	$(CARGO) run --release --locked -p ella-coordinator --example bench_scale
+	$(call measure,bench_scale)
 
 # The feed beside MosaicML Streaming and litdata, which PEERS_PYTHON must name a Python with; else alone. BENCH_FOLDER: on the disk to measure,
 # with 8 GiB free.
 bench-feed: libtorch
-	$(CARGO) run $(BENCH) bench_feed
+	$(call measure,bench_feed,$(FAST))
 
 # ella prepare beside cv2 and PIL, image by image and core by core. PEERS_PYTHON names a Python that has opencv-python-headless, pillow
 # and numpy; nothing is installed.
 bench-prepare: build
-	$(CARGO) run $(BENCH) bench_prepare
+	$(call measure,bench_prepare,$(FAST))
 
 # On a machine with a GPU: correctness on it, ella's step beside PyTorch's, the text encoder, a profile; ten minutes. BENCH_OUT: where results go.
 # PEERS_PYTHON names a Python that has torch 2.11 and diffusers.
 bench-gpu: build
-	$(CARGO) build --release --locked -p ella-worker --example bench_gpu
+	$(CARGO) build $(FLAGS) --example bench_gpu
 	bench/gpu.sh $(or $(BENCH_OUT),target/bench-gpu)
 
 # What a GPU machine needs to run that without building: target/bench-gpu-pack/, a few MiB; with PEER_PYTHON=3.12 the peer's wheels too.
 bench-gpu-pack: build
-	$(CARGO) build --release --locked -p ella-worker --example bench_gpu
+	$(CARGO) build $(FLAGS) --example bench_gpu
 	rm -rf target/bench-gpu-pack
 	bench/pack.sh target/bench-gpu-pack
 

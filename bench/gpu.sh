@@ -58,7 +58,7 @@ if [ -z "$binary" ] && [ -f "$here/bench_gpu.xz" ]; then
     # xz itself is not everywhere.
     "$python" -c 'import lzma, sys; open(sys.argv[2], "wb").write(lzma.open(sys.argv[1]).read())' "$here/bench_gpu.xz" "$binary"
 fi
-build="cargo build --release --locked -p ella-worker --example bench_gpu"
+build="cargo build --release --locked --workspace --example bench_gpu"
 [ -n "$binary" ] || die "bench_gpu is found nowhere: build it ($build), or name it in BENCH_GPU"
 [ -x "$binary" ] || chmod +x "$binary"
 

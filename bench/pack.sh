@@ -15,7 +15,7 @@ most=42
 folder=$1
 [ ! -e "$folder" ] || die "$folder is there already: remove it, or name another"
 binary=${CARGO_TARGET_DIR:-target}/release/examples/bench_gpu
-[ -x "$binary" ] || die "$binary is not there: cargo build --release --locked -p ella-worker --example bench_gpu"
+[ -x "$binary" ] || die "$binary is not there: cargo build --release --locked --workspace --example bench_gpu"
 
 mkdir -p "$folder"
 cp bench/gpu.sh bench/gpu_parts.py bench/peer_trainer.py "$folder/"

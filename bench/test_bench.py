@@ -59,6 +59,9 @@ class Parts(unittest.TestCase):
         for wrong in ({"first_loss": 0.98}, {"first_gradient": [0.03, 0.04]}, {"first_gradient": [None, 0.04]}):
             self.assertIn("WRONG: train 32 is off", table(**wrong))
         self.assertIn("\ntrain 32 is off libtorch's operators by: first loss 0.0e+00\n", table(micro_batch=64))
+        # Other micro-batches have other samples.
+        self.assertNotIn("WRONG", table(micro_batch=64, first_loss=1.02))
+        self.assertIn("WRONG: train 32 is off", table(micro_batch=64, first_loss=1.2))
         self.assertEqual(gpu_parts.off(result()), {})
 
     def test_a_program_that_fails_says_why(self):

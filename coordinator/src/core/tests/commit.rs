@@ -157,7 +157,7 @@ fn a_superseded_coordinator_stops_and_its_workers_go_on_to_the_next() {
     run.report_commit(2);
     let effects = run.event(Event::Superseded(Term(4)));
     let reason = "superseded: the coordinator of term 4 has taken over this run, so this one stops";
-    let note = Note::Ended { outcome: "failed", step: 0, reason: reason.into(), permanent: false };
+    let note = Note::Ended { outcome: "failed", step: 0, reason: reason.into(), permanent: true };
     let expected = vec![
         Effect::Close(conn(1)),
         Effect::Close(conn(2)),
