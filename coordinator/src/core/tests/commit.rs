@@ -165,7 +165,7 @@ fn a_superseded_coordinator_stops_and_its_workers_go_on_to_the_next() {
         Effect::Finish(Failure::Superseded { by: Term(4) }.into()),
     ];
     assert_eq!(effects, expected);
-    assert_eq!(Outcome::from(run.failure()).exit_code(), 1);
+    assert_eq!(Outcome::from(run.failure()).exit_code(), 4);
 }
 
 #[test]
