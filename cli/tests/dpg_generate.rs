@@ -220,6 +220,7 @@ fn input_that_cannot_be_used_is_named_before_anything_is_drawn() {
     refused(2, &["--guidance", "nan"], &["`guidance` is NaN"]);
     refused(2, &["--seed", "9223372036854775808"], &["--seed"]);
     refused(2, &["--only-clip"], &["--only-clip", "cannot be used with"]);
+    world.run(&["--prompts", "prompts", "--out", "bad", "--only-clip", "--text-dtype", "bf16"]).fails(2, &["--only-clip", "--text-dtype"]);
     let heads = ["--prompts", "prompts", "--out", "bad", "--connector", "connector.safetensors", "--heads", "7", "--text", "models/text"];
     world.run(&heads).fails(2, &["connector heads", "a divisor of the width"]);
     refused(4, &["--lora", "gone.safetensors"], &["gone.safetensors", "not found"]);

@@ -35,7 +35,8 @@ pub enum DataError {
 
     /// A source was named that is not there.
     #[error(
-        "{source_name}: no source is there (expected a .tar, .parquet, .jsonl, .json or .csv file, or a folder with such); check the path"
+        "{source_name}: no source is there (expected a .tar, .parquet, .jsonl, .json or .csv file, or a folder of tars or Parquet \
+         files, or with a metadata.jsonl, .csv or .parquet); check the path, and name other lists themselves"
     )]
     SourceMissing {
         /// The source as it was given.

@@ -66,9 +66,10 @@ fn keys(samples: &[Sample]) -> String {
 #[tokio::test]
 async fn a_field_within_a_group_is_named_by_its_path_and_one_of_a_list_is_an_error() {
     let (dir, picture) = (TempDir::new().unwrap(), jpeg(48, 1));
-    let columns: [(&str, Cells); 3] = [
+    let columns: [(&str, Cells); 4] = [
         ("required binary jpg", &[Some(&picture[..])]),
         ("required group meta { required binary long (UTF8); }", &[Some(b"a cup")]),
+        ("required group dotted.a { required binary b.c (UTF8); }", &[Some(b"a jug")]),
         ("repeated binary tags (UTF8)", &[Some(b"x")]),
     ];
     let sources = [source(dir.path(), "p.parquet", &parquet_of(&columns, 1)).await];
@@ -78,12 +79,14 @@ async fn a_field_within_a_group_is_named_by_its_path_and_one_of_a_list_is_an_err
         let report = prepare(&sources, &store(&out), &Settings { captions, ..small() }, &threads(1)).await;
         report.map_err(|error| error.to_string()).map(|_| out)
     };
-    let out = prepared("meta.long").await.unwrap();
-    assert_eq!(keys_and_captions(&out).await, [("p/000000000".to_owned(), vec!["a cup".to_owned()])]);
+    for (field, caption) in [("meta.long", "a cup"), ("dotted.a.b.c", "a jug")] {
+        let out = prepared(field).await.unwrap();
+        assert_eq!(keys_and_captions(&out).await, [("p/000000000".to_owned(), vec![caption.to_owned()])]);
+    }
     let error = prepared("tags.0").await.unwrap_err();
     assert!(error.contains("p.parquet: the field tags.0 lies in a list"), "{error}");
     let error = prepared("meta.none").await.unwrap_err();
-    assert!(error.contains("its samples have: meta.long, tags;"), "{error}");
+    assert!(error.contains("its samples have: dotted.a.b.c, meta.long, tags;"), "{error}");
 }
 
 #[tokio::test]

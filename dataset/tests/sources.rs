@@ -363,7 +363,15 @@ async fn locations_that_cannot_be_sources_are_errors() {
     let dir = TempDir::new().unwrap();
     write(
         dir.path(),
-        &[("a.tar", b"x"), ("b.tar.gz", b"x"), ("c.zip", b"x"), ("d.txt", b"x"), ("both/metadata.csv", b""), ("both/a.tar", b"")],
+        &[
+            ("a.tar", b"x"),
+            ("b.tar.gz", b"x"),
+            ("c.zip", b"x"),
+            ("d.txt", b"x"),
+            ("both/metadata.csv", b""),
+            ("both/a.tar", b""),
+            ("lists/a.jsonl", b""),
+        ],
     );
     for (below, says) in [
         ("b.tar.gz", "unpack it first"),
@@ -371,6 +379,7 @@ async fn locations_that_cannot_be_sources_are_errors() {
         ("d.txt", "is no source (expected a .tar, .parquet"),
         ("*", "is compressed"),
         ("none*.tar", "no source is there"),
+        ("lists", "name other lists themselves"),
         ("none/x.tar", "no source is there"),
         ("{a,e}.tar", "e.tar: no source is there"),
         ("{a,a}.tar", "a.tar: is named twice"),

@@ -32,7 +32,7 @@ pub(crate) struct Generate {
     #[arg(long, value_name = "FILE", required_unless_present_any = ["only_clip", "coordinator"], requires = "text")]
     connector: Option<String>,
     /// Draw by the base's own CLIP, without a connector: what a connector is compared with
-    #[arg(long, conflicts_with_all = ["connector", "text", "with_clip", "padding", "negative_padding", "max_tokens", "layers", "heads"])]
+    #[arg(long, conflicts_with_all = ["connector", "text", "with_clip", "padding", "negative_padding", "max_tokens", "layers", "text_dtype", "heads"])]
     only_clip: bool,
     /// The diffusion model: a folder, a single-file checkpoint, or a hub id
     #[arg(long, value_name = "MODEL", required_unless_present = "coordinator", default_value = "", hide_default_value = true)]

@@ -52,7 +52,7 @@ pub enum Twice {
 #[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PrepareSettings {
-    /// WebDataset tars, Parquet files, lists (.jsonl, .json, .csv), folders of these or with a metadata file: paths, URLs, globs, {0..9} ranges
+    /// WebDataset tars, Parquet files, lists (.jsonl, .json, .csv), folders of tars or Parquet files or with a metadata file: paths, URLs, globs, {0..9} ranges
     #[arg(value_name = "SRC")]
     pub sources: Vec<String>,
     /// Side of the square pictures, in pixels; with --buckets, pictures have at most a square's area

@@ -50,7 +50,9 @@ impl Layout {
             }
         }
         for path in source.within.paths().iter().filter(|path| !names.contains(&path.as_str())) {
-            match find(&path.split('.').collect::<Vec<_>>(), is_field) {
+            // Names may hold dots themselves.
+            let named = |column: &ColumnDescPtr| column.max_rep_level() == 0 && column.path().string() == *path && is_field(column);
+            match schema.columns().iter().position(named) {
                 Some(column) => fields.push((path.clone(), column)),
                 None => refuse_list(source, schema, path)?,
             }
