@@ -48,6 +48,7 @@ async fn keep(
         let event = match work {
             Work::Append(body) => append((&mut log, &store), body, patience).await,
             Work::Delete(folders) => {
+                strays.recorded.retain(|folder| !folders.contains(folder));
                 delete(store.clone(), folders).await;
                 continue;
             }
@@ -72,7 +73,7 @@ struct Strays {
     term: u64,
     /// How long a worker may try to save what nobody waits for any more: it would fail if its folder went meanwhile.
     patience: Duration,
-    /// Of this term.
+    /// Of this term, and not given up. A listing has no say in that: a folder that two machines share may be seen late.
     recorded: BTreeSet<String>,
     /// Those that are known, and since when.
     since: BTreeMap<String, Instant>,
@@ -91,7 +92,6 @@ impl Strays {
 
     async fn known(&mut self, store: &Store, step: u64) -> Result<Vec<String>, StoreError> {
         let mut there = store.folders("commits").await?;
-        self.recorded.retain(|folder| there.contains(folder));
         let of_before = |folder: &String| parse_folder(folder).is_some_and(|(of, term)| term == self.term && of < step);
         there.retain(|folder| of_before(folder) && !self.recorded.contains(folder));
         self.since.retain(|folder, _| there.contains(folder));
@@ -280,6 +280,25 @@ mod tests {
         expected.extend([others[0].clone(), others[2].clone()]);
         expected.sort();
         assert_eq!(there(&bench).await, expected);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_recorded_commit_that_a_listing_lacks_for_a_while_stays() {
+        let mut bench = Bench::start().await;
+        let part = |step: u64| format!("{}/a", commit_folder(step, 1, 1));
+        for step in [5, 6, 7, 8] {
+            for (name, bytes) in [("a", &b"first"[..]), ("b", b"another")] {
+                bench.put(step, name, bytes).await;
+            }
+            assert!(matches!(bench.append(step).await, Event::Appended(_)));
+            match step {
+                5 => bench.store.delete_prefix(&commit_folder(5, 1, 1)).await.unwrap(),
+                6 => bench.store.put(&part(5), (&b"first"[..]).into()).await.unwrap(),
+                _ => {}
+            }
+            tokio::time::sleep(Duration::from_secs(130)).await;
+        }
+        assert!(bench.store.head(&part(5)).await.unwrap().is_some());
     }
 
     /// A part that comes into sight late is no reason to let anybody go.
