@@ -113,9 +113,12 @@ impl Fused {
         self.pixels && fits_pixels(width) && !(self.timed && speed::lost(Attention::Pixels, width, kind))
     }
 
-    /// Whether weights on `device` are left to libtorch's operators: on a GPU whose [`update`](Self::update) was found wrong, or is not wanted.
-    fn leaves_update(device: Device) -> Result<bool> {
-        Ok(device.is_cuda() && !Self::from_env()?.unwrap_or(Self::USUAL).on(Kind::Float, device).update)
+    /// Whether [`adamw`] and [`square_norm`] are taken for weights on `device`: on a GPU that does not give something else with them, if they are wanted.
+    ///
+    /// # Errors
+    /// Of `ELLA_FUSED`.
+    pub fn updates(device: Device) -> Result<bool> {
+        Ok(device.is_cuda() && crate::is_loaded() && Self::from_env()?.unwrap_or(Self::USUAL).on(Kind::Float, device).update)
     }
 
     fn without(mut self, mut others: Self) -> Self {
@@ -408,7 +411,7 @@ pub struct AdamW {
     pub ema_decay: f64,
 }
 
-/// Updates weights, moments and average in one pass over memory, or on a GPU without [`Fused::update`] by libtorch's operators.
+/// Updates weights, moments and average in one pass over memory.
 ///
 /// # Shapes
 /// `[weights, first moments, second moments, average]` and `grad`, each `[P]` float32, contiguous, on one device.
@@ -422,9 +425,6 @@ pub fn adamw([params, first, second, ema]: [&mut Tensor; 4], grad: &Tensor, by: 
             let found = format!("{:?} {:?} on {:?}", tensor.kind(), tensor.size(), tensor.device());
             return Err(Error(format!("an update takes five contiguous float32 buffers of one length, not {found}")));
         }
-    }
-    if Fused::leaves_update(params.device())? {
-        return Ok(tch::no_grad(|| plain_adamw([params, first, second, ema], grad, by))?);
     }
     let rates = [
         by.scale,
@@ -444,17 +444,7 @@ pub fn adamw([params, first, second, ema]: [&mut Tensor; 4], grad: &Tensor, by: 
     ops::check(unsafe { ops::ella_adamw(p, g, m, v, ema, rates.as_ptr()) })
 }
 
-fn plain_adamw([params, first, second, ema]: [&mut Tensor; 4], grad: &Tensor, by: &AdamW) -> std::result::Result<(), tch::TchError> {
-    let grad = grad.f_mul_scalar(by.scale)?;
-    let _ = params.f_mul_scalar_(1.0 - by.lr * by.weight_decay)?;
-    let _ = first.f_lerp_(&grad, 1.0 - by.betas[0])?;
-    let _ = second.f_mul_scalar_(by.betas[1])?.f_add_(&grad.f_square()?.f_mul_scalar_(1.0 - by.betas[1])?)?;
-    let denominator = second.f_sqrt()?.f_div_scalar_(by.corrections[1].sqrt())?.f_add_scalar_(by.eps)?;
-    let _ = params.f_sub_(&first.f_div(&denominator)?.f_mul_scalar_(by.lr / by.corrections[0])?)?;
-    ema.f_lerp_(params, 1.0 - by.ema_decay).map(drop)
-}
-
-/// `Σ x²`, `[]` float64 on `x`'s device, in one pass over memory, or on a GPU without [`Fused::update`] by libtorch's operators.
+/// `Σ x²`, `[]` float64 on `x`'s device, in one pass over memory.
 ///
 /// # Shapes
 /// `x` `[P]` float32, contiguous.
@@ -464,9 +454,6 @@ fn plain_adamw([params, first, second, ema]: [&mut Tensor; 4], grad: &Tensor, by
 pub fn square_norm(x: &Tensor) -> Result<Tensor> {
     if x.f_kind().ok() != Some(Kind::Float) || !x.is_contiguous() {
         return Err(Error(format!("a sum of squares takes contiguous float32 numbers, not {:?} {:?}", x.kind(), x.size())));
-    }
-    if Fused::leaves_update(x.device())? {
-        return Ok(x.f_to_kind(Kind::Double)?.f_square_()?.f_sum(Kind::Double)?);
     }
     // SAFETY: the tensor is alive while it is borrowed.
     let sums = returned(unsafe { ops::ella_square_sums(x.as_ptr()) })?;
@@ -484,22 +471,7 @@ mod tests {
         let found = Fused::USUAL.without(Fused { norm: true, cross: true, ..Fused::NONE });
         assert_eq!(found, Fused { norm: false, cross: false, ..Fused::USUAL });
         assert_eq!(found.without(Fused::NONE), found);
-        assert!(!Fused::leaves_update(Device::Cpu).unwrap());
-    }
-
-    #[test]
-    fn what_is_left_to_libtorch_updates_the_same() {
-        let of = |salt: f64| Tensor::arange(1003, (Kind::Float, Device::Cpu)).f_mul_scalar(1.7 + salt).unwrap().sin();
-        let by =
-            AdamW { scale: 0.5, lr: 0.01, weight_decay: 0.1, betas: [0.9, 0.99], eps: 1e-8, corrections: [0.271, 0.0297], ema_decay: 0.7 };
-        let (grad, mut pairs) = (of(0.0), [1.0, 2.0, 3.0, 4.0].map(|salt| [0, 1].map(|_| of(salt).abs())));
-        let [p, m, v, ema] = pairs.each_mut().map(|[own, plain]| (own, plain));
-        adamw([p.0, m.0, v.0, ema.0], &grad, &by).unwrap();
-        plain_adamw([p.1, m.1, v.1, ema.1], &grad, &by).unwrap();
-        for (i, [own, plain]) in pairs.iter().enumerate() {
-            let (apart, most) = ((own - plain).abs().max().double_value(&[]), plain.abs().max().double_value(&[]));
-            assert!(apart < 1e-5 * most, "{i}: {apart:e} of {most:e}");
-        }
+        assert!(!Fused::updates(Device::Cpu).unwrap());
     }
 
     #[test]

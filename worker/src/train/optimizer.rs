@@ -1,7 +1,7 @@
 //! AdamW with warm-up, clipping and an exponential moving average, on flat buffers.
 
 use super::TrainError;
-use ella_cuda::fused::{self, AdamW};
+use ella_cuda::fused::{self, AdamW, Fused};
 use ella_proto::config::{Optimizer, ScheduleKind, Train};
 use tch::{Device, Kind, Tensor};
 
@@ -36,7 +36,7 @@ const NORM_PIECE: i64 = 1 << 17;
 /// # Errors
 /// libtorch's, and the kernel's.
 pub fn square_norm(grad: &Tensor) -> Result<Tensor, TrainError> {
-    if grad.device().is_cuda() && ella_cuda::is_loaded() {
+    if Fused::updates(grad.device())? {
         return Ok(fused::square_norm(grad)?);
     }
     // In pieces: the whole in float64 would be twice the gradient's memory.
@@ -89,7 +89,7 @@ const UPDATE_PIECE: i64 = 1 << 16;
 pub fn update(buffers: &mut Buffers, (grad, scale): (&mut Tensor, f64), train: &Train, step: u64) -> Result<(), TrainError> {
     buffers.updates += 1;
     let rates = rates(train, (step, buffers.updates), scale);
-    if grad.device().is_cuda() && ella_cuda::is_loaded() {
+    if Fused::updates(grad.device())? {
         let Buffers { params, exp_avg, exp_avg_sq, ema, .. } = buffers;
         return Ok(fused::adamw([params, exp_avg, exp_avg_sq, ema], grad, &rates)?);
     }
