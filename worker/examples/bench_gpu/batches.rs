@@ -55,21 +55,11 @@ impl Batches {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Sizes;
-    use ella_proto::config::Reduction;
     use std::time::Duration;
-    use tch::Kind;
 
     #[test]
     fn batches_come_in_turn_and_the_one_after_is_on_its_way() {
-        let setting = Setting {
-            sizes: Sizes::Nano,
-            device: Device::Cpu,
-            kind: Kind::Float,
-            reduction: Reduction::Fast,
-            micro_batch: 2,
-            measure: Duration::ZERO,
-        };
+        let setting = Setting::nano(Duration::ZERO);
         let mut batches = Batches::new(&setting).unwrap();
         for number in 0..2 * CACHED {
             let batch = batches.next().unwrap();

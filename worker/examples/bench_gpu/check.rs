@@ -321,21 +321,12 @@ fn nccl(setting: &Setting) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Sizes;
 
     /// The whole part on a processor, where every case is as good as the processor's own.
     #[test]
     fn the_processor_passes_its_own_check() {
         let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/goldens");
-        let device = Device::Cpu;
-        let setting = Setting {
-            sizes: Sizes::Nano,
-            device,
-            kind: Kind::Float,
-            reduction: Reduction::Fast,
-            micro_batch: 2,
-            measure: Duration::from_millis(20),
-        };
+        let setting = Setting::nano(Duration::from_millis(20));
         let found = run(&setting, Some(&goldens)).unwrap();
         let cases = found["cases"].as_array().unwrap();
         // Ten of U-Nets, five connectors, four encoders, four of the VAE, the random U-Net; each in both dtypes.
@@ -347,14 +338,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_tried_fails_alone() {
-        let setting = Setting {
-            sizes: Sizes::Nano,
-            device: Device::Cpu,
-            kind: Kind::Float,
-            reduction: Reduction::Fast,
-            micro_batch: 2,
-            measure: Duration::from_millis(20),
-        };
+        let setting = Setting::nano(Duration::from_millis(20));
         let mut cases = Vec::new();
         let golden =
             Golden { name: "vae", net: Net::VaeDecode, model: "/nowhere".into(), heads: 8, inputs: Vec::new(), expected: Vec::new() };

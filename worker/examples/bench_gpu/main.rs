@@ -116,6 +116,12 @@ struct Setting {
 }
 
 impl Setting {
+    /// For tests, on a processor.
+    #[cfg(test)]
+    fn nano(measure: Duration) -> Self {
+        Self { sizes: Sizes::Nano, device: Device::Cpu, kind: Kind::Float, reduction: Reduction::Fast, micro_batch: 2, measure }
+    }
+
     fn preset(&self) -> Preset {
         match self.sizes {
             Sizes::Sd15 => Preset::Sd15,
